@@ -216,7 +216,7 @@ class Recipe:
 
     @property
     def trains_on_onednn(self) -> bool:
-        """Whether the backbone asks for `onednn` train steps; for several seeds they would be slow grouped ones."""
+        """Whether the train step has the `onednn` form. Several seeds would need grouped convolutions, slow there."""
         return self.num_seeds == 1 and getattr(self.model.backbone, "trains_on_onednn", False)
 
     @property

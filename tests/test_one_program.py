@@ -16,6 +16,7 @@ from test_programs import ELSEWHERE, described_mesh
 
 import launch
 from imgclf_jax import config as configs
+from imgclf_jax.core import platform
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
@@ -112,12 +113,13 @@ def of(config, mesh=None, **keys):
     ({"model": "cnn(widths=(4,))", "steps_per_call": 7}, 7),
     ({"model": "mlp", "steps_per_call": 40}, 40),
     ({"model": f"{__name__}:Plain"}, 1),
+    ({"model": "resnet_cifar(8)"}, 1 if platform.has_onednn() else 32),
     ({"model": f"{__name__}:InTraining"}, 1),
     ({"model": "mlp", "augment": f"{__name__}:blur"}, 1),
     ({"model": "mlp", "loss": f"{__name__}:convolving_loss"}, 1),
 ])  # fmt: skip
 def test_steps_in_a_call(fake_config, keys, expected):
-    """Many, whatever the cadences; one if XLA's own convolution, wherever it is, would be slow in a loop on CPU."""
+    """Many, whatever the cadences; one if a convolution of XLA or oneDNN, wherever it is, would be slow in a loop."""
     assert of(fake_config, **keys).steps_per_call == expected
 
 

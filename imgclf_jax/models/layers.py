@@ -87,22 +87,7 @@ def _conv_as_matmul(
     """The convolution as one matmul: patches [b, ho, wo, kh * kw * c] times the kernel [kh * kw * c, f]."""
     kh, kw, c, f = kernel.shape
     x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)))
-    return jnp.dot(jnp.concatenate(_slices(x, (kh, kw), strides, dilation), 3), kernel.reshape(kh * kw * c, f))
-
-
-def _slices(
-    x: jax.Array, window: tuple[int, int], strides: tuple[int, int], dilation: tuple[int, int] = (1, 1)
-) -> list[jax.Array]:
-    """One strided slice [b, ho, wo, c] of x [b, h, w, c] for each offset within the window."""
-    ho, wo = ((n - (k - 1) * d - 1) // s + 1
-              for n, k, d, s in zip(x.shape[1:3], window, dilation, strides, strict=True))  # fmt: skip
-
-    def at(i: int, j: int) -> jax.Array:
-        rows, columns = (slice(k * d, k * d + (n - 1) * s + 1, s)
-                         for k, d, n, s in zip((i, j), dilation, (ho, wo), strides, strict=True))  # fmt: skip
-        return x[:, rows, columns]
-
-    return [at(i, j) for i in range(window[0]) for j in range(window[1])]
+    return jnp.dot(jnp.concatenate(pool.slices(x, (kh, kw), strides, dilation), 3), kernel.reshape(kh * kw * c, f))
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:

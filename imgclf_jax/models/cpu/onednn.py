@@ -58,7 +58,7 @@ def _conv_images(
     Inputs at the same offset p modulo the stride s see the same taps u of the kernel: those with u = p + low mod s. So
     each offset is a convolution of its own with stride 1, and the results interleave.
     """
-    gradient, kernel = lax.optimization_barrier((gradient.astype(dtype), kernel.astype(dtype)))
+    gradient, kernel = lax.optimization_barrier(gradient.astype(dtype)), kernel.astype(dtype)
     if (groups := _groups(kernel, like)) == 1:
         kernel = kernel.swapaxes(2, 3)
 

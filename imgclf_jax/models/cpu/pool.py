@@ -1,6 +1,6 @@
 """Max pooling and fused convolution + pooling on CPU, on channel-first images [c, h, w, b]; see `matmuls.py`.
 
-`take_max` is for pooling of [b, h, w, c].
+`slices`, `window_slices` and `take_max` are for images [b, h, w, c].
 """
 
 import functools
@@ -80,12 +80,25 @@ def _take_transpose(
 _take_max = multilinear("take_max", _take, _take_transpose)
 
 
+def slices(
+    x: jax.Array, window: tuple[int, int], strides: tuple[int, int], dilation: tuple[int, int] = (1, 1)
+) -> list[jax.Array]:
+    """One strided slice [b, ho, wo, c] of x [b, h, w, c] for each offset within the window."""
+    ho, wo = ((n - (k - 1) * d - 1) // s + 1
+              for n, k, d, s in zip(x.shape[1:3], window, dilation, strides, strict=True))  # fmt: skip
+
+    def at(i: int, j: int) -> jax.Array:
+        rows, columns = (slice(k * d, k * d + (n - 1) * s + 1, s)
+                         for k, d, n, s in zip((i, j), dilation, (ho, wo), strides, strict=True))  # fmt: skip
+        return x[:, rows, columns]
+
+    return [at(i, j) for i in range(window[0]) for j in range(window[1])]
+
+
 def window_slices(x: jax.Array, window: int, strides: int, padding: int, fill: float) -> list[jax.Array]:
-    """One slice [b, ho, wo, c] of x [b, h, w, c], padded with `fill`, for each offset within a square window."""
+    """The `slices` of a square window over x [b, h, w, c] padded with `fill`."""
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=fill)
-    rows, columns = ((n - window) // strides * strides + 1 for n in x.shape[1:3])
-    return [x[:, i : i + rows : strides, j : j + columns : strides]
-            for i, j in itertools.product(range(window), repeat=2)]  # fmt: skip
+    return slices(x, (window, window), (strides, strides))
 
 
 def _take_slices(x: jax.Array, argmax: jax.Array, window: int, strides: int, padding: int) -> jax.Array:
