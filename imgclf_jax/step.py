@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from flax import struct, traverse_util
@@ -299,8 +300,8 @@ _OWN_METRICS = (*PER_STEP, *FIRST_STEPS, "steps", "examples", "correct", "loss",
 
 
 def zero_sums(like: metrics.Sums) -> metrics.Sums:
-    """The sums of no step, with these names, shapes and dtypes."""
-    return {name: jnp.full(x.shape, metrics.NO_STEP if name in FIRST_STEPS else 0, x.dtype) for name, x in like.items()}
+    """The sums of no step, NumPy arrays with these names, shapes and dtypes."""
+    return {name: np.full(x.shape, metrics.NO_STEP if name in FIRST_STEPS else 0, x.dtype) for name, x in like.items()}
 
 
 def add_sums(a: metrics.Sums, b: metrics.Sums) -> metrics.Sums:

@@ -24,3 +24,9 @@ def tensorflow() -> concurrent.futures.Future[ModuleType | None]:
     future = pool.submit(load)
     pool.shutdown(wait=False)
     return future
+
+
+def wait_if_begun() -> None:
+    """Waits for the import if `tensorflow` has begun it, for code that may import TensorFlow itself."""
+    if tensorflow.cache_info().currsize:
+        tensorflow().result()

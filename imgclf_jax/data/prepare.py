@@ -134,6 +134,7 @@ def prepare_tfds(name: str, data_dir: str, manual_dir: str) -> tuple[Builder, di
         tfds.disable_progress_bar()
     if not builder.data_path.exists():
         _check_files(builder, manual_dir)
+        tensorflow_import.tensorflow().result()  # only preparing needs it; reading does not
     config = tfds.download.DownloadConfig(manual_dir=manual_dir or None)
     try:
         builder.download_and_prepare(download_config=config)
@@ -150,7 +151,7 @@ def _builder(name: str, data_dir: str) -> Builder:
     """The TFDS builder of a data set with image and label."""
     places.expand_user(data_dir)  # refuses other addresses, which TFDS would read
     _version(name)
-    tensorflow_import.tensorflow().result()
+    tensorflow_import.wait_if_begun()
     import tensorflow_datasets as tfds
 
     try:

@@ -1,6 +1,8 @@
 """The batches of a stream are the same wherever it starts and whichever host reads them."""
 
+import io
 import itertools
+import threading
 import time
 from concurrent.futures import Future
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow
 from cases import thorough
+from PIL import Image
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import read_ahead, sources, stream
@@ -74,6 +77,48 @@ def test_a_batch_is_the_same_however_it_is_reached(ops, monkeypatch):
     assert_same([*first, *batches], whole[2:])
     without_tensorflow(monkeypatch)
     assert_same(stream.train_batches(images, 3, 12, 2, 8), whole[2:])
+
+
+@pytest.mark.parametrize(("side", "ops", "several"), [
+    (28, "decode(1)", False), (80, "decode(1)", True), (28, "decode(1)|resize(224)", True),
+])  # fmt: skip
+def test_one_thread_decodes_small_files(side, ops, several, monkeypatch):
+    """Two would take 1.4 times as long for PNG files of 28 by 28 pixels: they hand over the GIL for each image."""
+    rng, files = np.random.default_rng(0), []
+    for _ in range(6):
+        Image.fromarray(rng.integers(0, 256, (side, side), np.uint8)).save(file := io.BytesIO(), "PNG")
+        files.append(file.getvalue())
+    images = stream.Images(Files(files), ops, threads=2)
+    decode_one, threads, both = images._decode_one, set(), threading.Event()
+
+    def record(*args):
+        threads.add(threading.get_ident())
+        if len(threads) == 2:
+            both.set()
+        both.wait(10 if several else 0)
+        return decode_one(*args)
+
+    monkeypatch.setattr(images, "_decode_one", record)
+    images.read(np.arange(6), np.arange(6))
+    assert len(threads) == 1 + several
+
+
+class Files:
+    """A source of encoded images."""
+
+    class_names = ("a", "b")
+
+    def __init__(self, files):
+        self.files = files
+
+    def __len__(self):
+        return len(self.files)
+
+    def read(self, ids):
+        return {"image": [self.files[i] for i in ids], "label": np.zeros(len(ids), np.int32)}
+
+    def fingerprint(self):
+        return "files"
 
 
 def without_tensorflow(monkeypatch):

@@ -4,6 +4,8 @@ import gzip
 import importlib.metadata
 import os
 import socket
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +83,28 @@ def test_tfds_is_prepared_once_and_has_a_fingerprint(tiny):
     again = sources.open_splits(f"tfds('tiny_pictures:1.2.0', data_dir={data_dir!r})")
     assert {p: p.stat().st_mtime_ns for p in Path(data_dir).rglob("*")} == before
     assert again["train"].fingerprint() == base["train"].fingerprint() != base["test"].fingerprint()
+
+
+WITHOUT_TENSORFLOW = """
+import sys
+
+import numpy as np
+import test_prepare  # registers the data set
+from imgclf_jax.data import sources
+
+already = "tensorflow" in sys.modules
+base = sources.open_splits("tfds('tiny_pictures')", data_dir=sys.argv[1])
+assert len(base["train"].read(np.arange(20))["image"]) == 20
+print(already, "tensorflow" in sys.modules)
+"""
+
+
+def test_reading_prepared_data_does_not_import_tensorflow(tiny, tmp_path):
+    """Its import takes half of the time from the command to the first step."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", WITHOUT_TENSORFLOW, tiny[1]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.split() == ["False", "False"], done.stderr
 
 
 def test_an_example_without_a_label_is_named(tiny):
