@@ -6,12 +6,14 @@ Every score is a function of example weights, so a bootstrap is one product with
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from scipy import sparse, special
 
 from imgclf_jax.core.typing import Array
+
+if TYPE_CHECKING:  # imported where it is used, since it is a tenth of the time that a command takes to start
+    from scipy import sparse
 
 _PROPORTIONS = ("accuracy", "top5", "exact_match")  # of examples, so their intervals are Wilson's
 _BINS = 15  # of calibration, as in Guo et al. 2017
@@ -143,8 +145,10 @@ class Scores:
                      "f1": (2 * correct, labelled + predicted)}  # fmt: skip
         return {f"macro_{name}": counts.mean(*quotient, counts.present) for name, quotient in quotients.items()}
 
-    def _one_hot(self, indices: np.ndarray) -> sparse.csr_array:
+    def _one_hot(self, indices: np.ndarray) -> "sparse.csr_array":
         """[n, classes]: one-hot rows; zeros for -1."""
+        from scipy import sparse
+
         n, classes = self.probabilities.shape
         rows = np.flatnonzero(indices >= 0)
         return sparse.csr_array((np.ones(len(rows)), (rows, indices[rows])), shape=(n, classes))
@@ -158,6 +162,8 @@ class Scores:
         confidence = self.probabilities.max(1)
         if np.isnan(confidence).any():
             return np.full(len(weights), np.nan)
+        from scipy import sparse
+
         gaps = sparse.csr_array((confidence - self._per_example["accuracy"], (np.arange(len(self.labels)), self.bins)))
         return np.abs(weights @ gaps).sum(1)
 
@@ -190,8 +196,10 @@ class Scores:
         return np.where(np.isnan(stacked), 0.0, stacked).sum(0) / (~np.isnan(stacked)).sum(0)
 
 
-def _scatter_add(target: np.ndarray, source: np.ndarray, shape: tuple[int, int]) -> sparse.csr_array:
+def _scatter_add(target: np.ndarray, source: np.ndarray, shape: tuple[int, int]) -> "sparse.csr_array":
     """The matrix m such that m @ x adds row source[i] of x to row target[i]."""
+    from scipy import sparse
+
     return sparse.csr_array((np.ones(len(target)), (target, source)), shape=shape)
 
 
@@ -287,6 +295,8 @@ def bootstrap(
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """The 95 % score interval of a proportion (Wilson 1927); its width is above zero for 0 and n successes too."""
+    from scipy import special
+
     z2 = float(special.ndtri(0.975)) ** 2
     share, centre = successes / n, successes / n + z2 / (2 * n)
     half = (z2 * (share * (1 - share) / n + z2 / (4 * n * n))) ** 0.5
