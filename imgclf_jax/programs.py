@@ -297,7 +297,7 @@ class Programs:
                 recipe.task, losses.link_of(recipe.config.loss), recipe.bad_steps,
             )  # fmt: skip
             batch = jax.eval_shape(lambda chunk: self._batch_at(chunk, 0), self.chunk_shape(1))
-            pure = step.vmap_over_seeds(pure, recipe.num_seeds // self.groups_of_seeds)
+            pure = step.make_group_step(pure, recipe.num_seeds // self.groups_of_seeds)
             local = self._with_layout_pass(pure, recipe.trains_on_onednn)
             train_step = sharding.over_seeds(local, recipe.num_seeds, self.mesh)
             return jax.jit(train_step).trace(self.state_shape, batch, *fixed)

@@ -29,6 +29,8 @@ from imgclf_jax.models import classifier
 from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
 from imgclf_jax.run.provenance import DataInfo
 
+_MOST_COPIES = 8  # of a train step on oneDNN, one for each seed: each takes seconds to compile
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -216,8 +218,8 @@ class Recipe:
 
     @property
     def trains_on_onednn(self) -> bool:
-        """Whether the train step has the `onednn` form. Several seeds would need grouped convolutions, slow there."""
-        return self.num_seeds == 1 and getattr(self.model.backbone, "trains_on_onednn", False)
+        """Whether the train step has the `onednn` form on CPU, with one copy of the step for each seed."""
+        return self.num_seeds <= _MOST_COPIES and getattr(self.model.backbone, "trains_on_onednn", False)
 
     @property
     def num_seeds(self) -> int:

@@ -309,19 +309,28 @@ def add_sums(a: metrics.Sums, b: metrics.Sums) -> metrics.Sums:
     return {k: jnp.minimum(a[k], b[k]) if k in FIRST_STEPS else a[k] + b[k] for k in a}
 
 
-def vmap_over_seeds(train_step: Function, num_seeds: int) -> Function:
+def make_group_step(train_step: Function, num_seeds: int) -> Function:
     """A train step of `num_seeds` states, [num_seeds, …], and their interleaved batches (see `data.stream`).
 
-    All seeds share the method's `fixed` arrays.
+    All seeds share the method's `fixed` arrays. It is the `vmap` of the step or, on oneDNN, one copy for each seed,
+    since `vmap` makes grouped convolutions, which are slow there.
     """
     if num_seeds == 1:
         return train_step
 
     def step(states: TrainState, batch: Batch, *fixed: PyTree) -> tuple[TrainState, metrics.Sums]:
         own = jax.tree.map(lambda x: x.reshape(-1, num_seeds, *x.shape[1:]), batch)
-        result: tuple[TrainState, metrics.Sums] = jax.vmap(train_step, (0, 1, *[None] * len(fixed)))(
-            states, own, *fixed
-        )
+
+        def step_of(i: int) -> tuple[TrainState, metrics.Sums]:
+            state, own_batch = jax.tree.map(lambda x: x[i], states), jax.tree.map(lambda x: x[:, i], own)
+            result: tuple[TrainState, metrics.Sums] = train_step(state, own_batch, *fixed)
+            return result
+
+        result: tuple[TrainState, metrics.Sums]
+        if platform.uses_onednn():
+            result = jax.tree.map(lambda *each: jnp.stack(each), *map(step_of, range(num_seeds)))
+        else:
+            result = jax.vmap(train_step, (0, 1, *[None] * len(fixed)))(states, own, *fixed)
         return result
 
     return step

@@ -94,7 +94,7 @@ def groups_of_seeds(num_seeds: int, mesh: Mesh) -> int:
 def over_seeds(group_step: Function, num_seeds: int, mesh: Mesh) -> Function:
     """Returns the train step of all seeds, in which each group of devices computes its own seeds.
 
-    `group_step` is `step.vmap_over_seeds` for the seeds of a group. With one seed per group it is the train step of a
+    `group_step` is `step.make_group_step` for the seeds of a group. With one seed per group it is the train step of a
     single run, which avoids the grouped convolutions of a `vmap` over seeds.
     """
     groups = groups_of_seeds(num_seeds, mesh)

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from imgclf_jax.core import internals, platform
 from imgclf_jax.models import classifier, layers
+from imgclf_jax.models.cpu import sums
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 
@@ -101,6 +102,17 @@ def test_the_gradient_of_max_pooling(window, strides, padding):
         np.testing.assert_allclose(own_pull(gradient)[0], pull(gradient)[0], rtol=1e-12)
 
 
+@pytest.mark.optimized
+@pytest.mark.parametrize("shape", [(4, 56, 56, 384), *thorough(((3, 90, 64, 256),), ((2, 67, 130, 250),))])
+def test_sums_over_large_images_write_no_copy_of_them(shape):
+    """BatchNorm's second moment of bfloat16 images; their float32 squares would take twice the memory of the images."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.bfloat16)
+    compiled = jax.jit(lambda x: sums.sum_except(lax.square(x.astype(jnp.float32)), 3)).lower(x).compile()
+    np.testing.assert_allclose(compiled(x), np.square(np.asarray(x, np.float64)).sum((0, 1, 2)), rtol=1e-5)
+    if shape[1] != 67:  # a prime number of rows does not form groups
+        assert compiled.memory_analysis().temp_size_in_bytes < x.nbytes
+
+
 class Strange(nn.Module):
     """A stranger's backbone of plain linen and lax operations beside the layers, trained on oneDNN."""
 
@@ -150,11 +162,27 @@ def test_both_forms_of_a_train_step_agree(model, fake_config, monkeypatch):
     assert 0 < errors[0] < 1.5 * errors[1]
 
 
-def test_several_seeds_do_not_train_on_onednn(fake_config):
-    """`vmap` over their kernels would make convolutions of groups, which are slow there."""
-    fake_config.model, fake_config.num_seeds = "resnet_cifar(8)", 2
-    assert not Recipe(fake_config, DATA).trains_on_onednn
+@pytest.mark.optimized
+def test_each_of_several_seeds_trains_as_it_does_alone(fake_config):
+    """Bit for bit: each has a copy of the step, since a `vmap` over kernels would make convolutions of groups."""
+    fake_config.preprocess, fake_config.data.source = "decode(3)", "fake(64, (16, 16, 3), 4)"
+    fake_config.model, fake_config.seed, fake_config.num_seeds = "resnet_cifar(8)", 5, 2
+    programs, *_, states = trained_for(fake_config, 1)
+    assert "feature_group_count = 1" in (lowered := programs.traced_train.lower().as_text())
+    assert "feature_group_count = 2" not in lowered
     fake_config.num_seeds = 1
+    for i in range(2):
+        fake_config.seed = 5 + i
+        *_, alone = trained_for(fake_config, 1)
+        for found, expected in zip(*map(jax.tree.leaves, (states.evaluated, alone.evaluated)), strict=True):
+            np.testing.assert_array_equal(found[i], expected)
+
+
+def test_which_networks_train_on_onednn(fake_config):
+    """Each copy takes seconds to compile, so many seeds are trained by the layers for CPU, in one program."""
+    fake_config.model = "resnet_cifar(8)"
     assert Recipe(fake_config, DATA).trains_on_onednn
-    fake_config.model = "cnn"
+    fake_config.num_seeds = 100
+    assert not Recipe(fake_config, DATA).trains_on_onednn
+    fake_config.model, fake_config.num_seeds = "cnn", 1
     assert not Recipe(fake_config, DATA).trains_on_onednn

@@ -110,10 +110,9 @@ def _conv_kernel(
         return _depthwise_kernel(x, gradient, (kh, kw), strides, pads)
     if (kh, kw) == (1, 1) and pads == ((0, 0), (0, 0)):
         seen = x[:, :: strides[0], :: strides[1]][:, : gradient.shape[1], : gradient.shape[2]]
-        pairs = (y.reshape(-1, y.shape[3]).astype(wide) for y in (seen, gradient))  # bfloat16 is slower here
-        seen, gradient = lax.optimization_barrier(tuple(pairs))
-        product = lax.dot_general(seen, gradient, (((0,), (0,)), ((), ())))
-        return lax.optimization_barrier(product).reshape(like.shape)
+        seen, gradient = lax.optimization_barrier(tuple(y.reshape(-1, y.shape[3]) for y in (seen, gradient)))
+        product = lax.dot_general(seen, gradient, (((0,), (0,)), ((), ())))  # a float32 result of bfloat16 is slow
+        return lax.optimization_barrier(product).astype(wide).reshape(like.shape)
     around = [
         (low, (m - 1) * s + k - n - low)
         for n, m, k, s, (low, _) in zip(x.shape[1:3], gradient.shape[1:3], (kh, kw), strides, pads, strict=True)
