@@ -173,6 +173,14 @@ def test_help_and_config_import_neither_jax_nor_tensorflow():
         assert argv != ["--help"] or all(f"\n  {command} " in done.stdout for command in COMMANDS)
 
 
+def test_training_starts_without_packages_that_it_may_need_later():
+    """Their imports take from a tenth of a second to three, before the first line of the log."""
+    code = "import sys, imgclf_jax.train.loop; late = {'tensorflow', 'tensorflow_datasets', 'scipy', 'sklearn'}"
+    code += "; assert not late & set(sys.modules), late & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_the_command_config_prints_every_key_with_its_documentation(capsys, file):
     assert launch.main(["config", "--config", str(file), "--config.seed=7", "--config.data.eval.more=train[:9]"]) == 0

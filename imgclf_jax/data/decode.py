@@ -225,6 +225,11 @@ def build(text: str) -> tuple[HostOps, bool]:
     return apply, any(is_random)
 
 
+def only_decodes(preprocess: str) -> bool:
+    """Whether a spec of host ops is `decode` alone."""
+    return len(spec.parse(preprocess)) == 1
+
+
 def size_check(preprocess: str) -> Callable[[int, int], None]:
     """Returns a function (height, width) that raises UserError if a host op would refuse an image of this size.
 

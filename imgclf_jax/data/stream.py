@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax.core import named_warnings, processes, rng, spec
+from imgclf_jax.core import named_warnings, processes, rng
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Chunk
 from imgclf_jax.data import decode, decoded, extra, image_check, sampling
@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 
 _SKIP = "; repair or remove the file, or skip all such files by --config.data.unreadable=skip in a new --workdir"
 _CACHE_BYTES = 1 << 30  # the largest decoded set to cache in memory
-# Mean bytes of encoded images below which one thread decodes them. Most of the time is Python's: two threads hand over
-# the GIL for each image, and take 1.4 times as long for PNG images of 28 x 28 pixels, half as long for 64 x 64.
+# Mean bytes of encoded images below which one thread decodes them. Python takes most of the time, and threads hand over
+# the GIL for each image: two take 1.4 times as long as one for PNG images of 28 x 28 pixels, half as long for 64 x 64.
 _SMALL = 4096
 
 
@@ -67,7 +67,7 @@ class Images:
         self.extra: dict[str, Images] = {}  # extra streams, by name
         self.left_out: list[str] = []  # unreadable files that the extra streams skip
         self._ops, self.random = decode.build(preprocess)
-        self._only_decodes = len(spec.parse(preprocess)) == 1
+        self._only_decodes = decode.only_decodes(preprocess)
         self._threads = threads or os.cpu_count() or 1
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
         self._cache: np.ndarray | None = None

@@ -147,11 +147,8 @@ class Scores:
 
     def _one_hot(self, indices: np.ndarray) -> "sparse.csr_array":
         """[n, classes]: one-hot rows; zeros for -1."""
-        from scipy import sparse
-
-        n, classes = self.probabilities.shape
         rows = np.flatnonzero(indices >= 0)
-        return sparse.csr_array((np.ones(len(rows)), (rows, indices[rows])), shape=(n, classes))
+        return _sparse(np.ones(len(rows)), rows, indices[rows], self.probabilities.shape)
 
     @property
     def bins(self) -> np.ndarray:
@@ -162,9 +159,7 @@ class Scores:
         confidence = self.probabilities.max(1)
         if np.isnan(confidence).any():
             return np.full(len(weights), np.nan)
-        from scipy import sparse
-
-        gaps = sparse.csr_array((confidence - self._per_example["accuracy"], (np.arange(len(self.labels)), self.bins)))
+        gaps = _sparse(confidence - self._per_example["accuracy"], np.arange(len(self.labels)), self.bins)
         return np.abs(weights @ gaps).sum(1)
 
     def auc(self, weights: np.ndarray) -> np.ndarray:
@@ -198,9 +193,16 @@ class Scores:
 
 def _scatter_add(target: np.ndarray, source: np.ndarray, shape: tuple[int, int]) -> "sparse.csr_array":
     """The matrix m such that m @ x adds row source[i] of x to row target[i]."""
+    return _sparse(np.ones(len(target)), target, source, shape)
+
+
+def _sparse(
+    values: np.ndarray, rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int] | None = None
+) -> "sparse.csr_array":
+    """The matrix with `values` at these rows and columns, by default of the smallest shape that has them."""
     from scipy import sparse
 
-    return sparse.csr_array((np.ones(len(target)), (target, source)), shape=shape)
+    return sparse.csr_array((values, (rows, columns)), shape=shape)
 
 
 def _area(sums: np.ndarray, positives: np.ndarray) -> np.ndarray:

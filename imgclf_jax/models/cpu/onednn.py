@@ -4,7 +4,8 @@ XLA hands oneDNN a plain convolution, but neither its automatic derivatives nor 
 gradient is written as plain convolutions and matmuls. The barriers keep XLA from fusing these with their neighbours:
 see `jaxprs.isolate_matmuls`, which does not look into primitives.
 
-Operands are in `dtype`, and so are results. A kernel's gradient is at least float32.
+Operands are in `dtype`, and so are results. A kernel's gradient is at least float32, but with
+bfloat16 operands oneDNN rounds it to bfloat16 first.
 """
 
 import functools
@@ -110,8 +111,9 @@ def _conv_kernel(
         return _depthwise_kernel(x, gradient, (kh, kw), strides, pads)
     if (kh, kw) == (1, 1) and pads == ((0, 0), (0, 0)):
         seen = x[:, :: strides[0], :: strides[1]][:, : gradient.shape[1], : gradient.shape[2]]
-        seen, gradient = lax.optimization_barrier(tuple(y.reshape(-1, y.shape[3]) for y in (seen, gradient)))
-        product = lax.dot_general(seen, gradient, (((0,), (0,)), ((), ())))  # a float32 result of bfloat16 is slow
+        seen, gradient = (y.reshape(-1, y.shape[3]) for y in (seen, gradient))
+        # With bfloat16 operands a float32 result is slow.
+        product = lax.dot_general(seen, gradient, (((0,), (0,)), ((), ())))
         return lax.optimization_barrier(product).astype(wide).reshape(like.shape)
     around = [
         (low, (m - 1) * s + k - n - low)

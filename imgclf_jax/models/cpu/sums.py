@@ -8,7 +8,8 @@ from jax import lax
 
 from imgclf_jax.models.cpu.multilinear import multilinear
 
-_LARGE = 2**22  # elements: 16 MB, more than the caches keep
+_LARGE = 2**22  # elements, 16 MB in float32: of smaller images a written copy stays in the caches
+_MOST_ROWS = 7  # with more, XLA copies the computation of x too often to fuse it
 
 
 def _broadcast(values: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
@@ -16,7 +17,7 @@ def _broadcast(values: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Arra
 
 
 def _sum(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
-    """Sums images in two steps, the first of which vectorizes, in either layout."""
+    """Sums images in steps that vectorize, in either layout."""
     if axis == 0 and len(shape) > 2:
         return jnp.sum(lax.optimization_barrier(jnp.sum(x, range(1, x.ndim - 1))), 1)
     if axis == 3:  # [b, h, w, c]; fused with the computation of x, the sum over b is ten times slower
@@ -27,12 +28,12 @@ def _sum(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
 def _fewer_rows(x: jax.Array) -> jax.Array:
     """Sums groups of rows of large images: [b, h, w, c] → [b, h // k, w, c].
 
-    XLA fuses these additions with the computation of x, which then is never written to memory.
+    XLA fuses these additions with the computation of x, which then need not be written to memory.
     """
-    b, h, w, c = x.shape
-    k = next((k for k in (7, 6, 5, 4, 3, 2) if h % k == 0), 1)
-    if x.size < _LARGE or k == 1:
+    if x.size < _LARGE:
         return x
+    b, h, w, c = x.shape
+    k = max(k for k in range(1, _MOST_ROWS + 1) if h % k == 0)
     grouped = x.reshape(b, h // k, k, w, c)
     return functools.reduce(jnp.add, [grouped[:, :, i] for i in range(k)])
 
