@@ -8,7 +8,6 @@ from jax import lax
 
 from imgclf_jax.models.cpu.multilinear import multilinear
 
-_LARGE = 2**22  # elements, 16 MB in float32: of smaller images a written copy stays in the caches
 _MOST_ROWS = 7  # with more, XLA copies the computation of x too often to fuse it
 
 
@@ -26,12 +25,10 @@ def _sum(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
 
 
 def _fewer_rows(x: jax.Array) -> jax.Array:
-    """Sums groups of rows of large images: [b, h, w, c] → [b, h // k, w, c].
+    """Sums groups of rows: [b, h, w, c] → [b, h // k, w, c].
 
     XLA fuses these additions with the computation of x, which then need not be written to memory.
     """
-    if x.size < _LARGE:
-        return x
     b, h, w, c = x.shape
     k = max(k for k in range(1, _MOST_ROWS + 1) if h % k == 0)
     grouped = x.reshape(b, h // k, k, w, c)
