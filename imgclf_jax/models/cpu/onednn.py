@@ -21,8 +21,8 @@ from imgclf_jax.models.cpu.layout import accumulator
 from imgclf_jax.models.cpu.matmuls import Pads, Shaped
 from imgclf_jax.models.cpu.multilinear import multilinear
 
-_BLOCK = 16  # images
-_CACHED = 2**24  # bytes
+_BLOCK = 16  # channels; see `_parts`
+_CACHED = 2**24  # bytes that stay in the caches
 
 type _Pair = tuple[int, int]
 
@@ -133,8 +133,8 @@ def _parts(x: jax.Array, kernel: Shaped) -> int:
     """The number of parts of the batch x [b, h, w, c] that each give a kernel's gradient, to be added.
 
     Parts of 16 images, a block of oneDNN's channels, stay in the caches: 128 images of 56 by 56 pixels and 64 channels
-    take a quarter of the time. Adding costs more than that if the kernel is larger than such a part, and in bfloat16 if
-    the whole batch stays in the caches too.
+    take a quarter of the time. Adding their gradients costs more than it saves if the kernel is larger than a part, and
+    in bfloat16 if the whole batch stays in the caches too.
     """
     b = len(x)
     if x.size * _BLOCK < kernel.size * b or (x.dtype == jnp.bfloat16 and x.nbytes <= _CACHED):
