@@ -4,8 +4,8 @@ XLA hands oneDNN a plain convolution, but neither its automatic derivatives nor 
 gradient is written as plain convolutions and matmuls. The barriers keep XLA from fusing these with their neighbours:
 see `jaxprs.isolate_matmuls`, which does not look into primitives.
 
-Operands are in `dtype`, and so are results. A kernel's gradient is at least float32, but with
-bfloat16 operands oneDNN rounds it to bfloat16 first.
+Operands are in `dtype`, and so are results. A kernel's gradient is at least float32, but with bfloat16 operands oneDNN
+rounds it, or each part of its sum, to bfloat16 first.
 """
 
 import functools
