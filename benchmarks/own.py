@@ -130,6 +130,7 @@ def _training(programs: Programs, images: stream.Images) -> Measure:
 
 
 def _inference(programs: Programs, images: np.ndarray) -> Measure:
+    """The program of `evaluate`, or for single images that of `serve`."""
     mesh, batch_size, steps = programs.mesh, programs.eval_batch_size, programs.eval_steps_per_call
     state, _ = start(programs)
     usable = len(images) // (steps * batch_size) * steps * batch_size
@@ -140,6 +141,8 @@ def _inference(programs: Programs, images: np.ndarray) -> Measure:
     count = sharding.put_replicated(np.int32(steps), mesh)
 
     def dispatch() -> Any:
+        if batch_size == 1:
+            return programs.predict(state.params, state.model_state, next(chunks)[0])
         chunk = sharding.put_batch({"image": next(chunks), **rest}, mesh, axis=1)
         return programs.eval(state.params, state.model_state, chunk, count)
 

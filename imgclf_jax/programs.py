@@ -21,14 +21,14 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import diagnose, losses, metrics, step
 from imgclf_jax.config import selecting_metrics
-from imgclf_jax.core import fsdp, internals, jaxprs, platform, sharding, tree
+from imgclf_jax.core import fsdp, internals, narrow, platform, sharding, tree
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.once import once
 from imgclf_jax.core.typing import Array, Batch, Chunk, Function, ModelState, Params, PyTree
 from imgclf_jax.data import decode, extra, placement
 from imgclf_jax.data.stream import Images, StreamSpec, eval_images
 from imgclf_jax.models import classifier, norms
-from imgclf_jax.models.cpu.rewrite import rewrite
+from imgclf_jax.models.cpu.rewrite import for_cpu
 from imgclf_jax.models.frozen import Frozen
 from imgclf_jax.optim import partition
 from imgclf_jax.recipe import Recipe, check_names
@@ -361,9 +361,7 @@ class Programs:
 
     def _with_layout_pass(self, pure: Function, onednn: bool = False) -> Function:
         """Applies the CPU layout pass, if the mesh is of CPUs. Call it after differentiation."""
-        if self._uses_onednn(onednn):  # fused, silu(y) + y of a float32 matmul y is wrong in jaxlib 0.12
-            return jaxprs.isolate_matmuls(pure)
-        return rewrite(pure) if self.platform == "cpu" else pure
+        return for_cpu(pure, self._uses_onednn(onednn)) if self.platform == "cpu" else pure
 
     @once
     def steps_per_call(self) -> int:
@@ -537,10 +535,8 @@ class Programs:
         recipe = self.recipe
         if outputs != "features":
             self.check_predicts()
-        link = losses.link_of(recipe.config.loss)
-        return step.make_inference(
-            outputs, recipe.model, recipe.augment(train=False), recipe.views, recipe.num_seeds, link
-        )
+        parts = recipe.augment(train=False), recipe.views, recipe.num_seeds, losses.link_of(recipe.config.loss)
+        return step.make_inference(outputs, recipe.model, *parts)
 
     @once
     def predict(self) -> Function:
@@ -567,21 +563,23 @@ class Programs:
 
         The batch [b, …] is sharded over the devices, and the results are replicated.
         """
-        pure = self._with_layout_pass(self.gather_at_use(pure, of_seeds=True), forward)
+        shape = self.state_shape.params, self.state_shape.model_state
+        pure = narrow.accepting_narrow(self._with_layout_pass(self.gather_at_use(pure, of_seeds=True), forward), shape)
 
         def infer(*args: PyTree) -> jax.Array:
             with self.tracing(forward):
                 return pure(*args)
 
-        shardings = jax.tree.map(lambda x: x.sharding, (self.state_shape.params, self.state_shape.model_state))
+        shardings = jax.tree.map(lambda x: x.sharding, shape)
         replicated, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
         options = self.compiler_options(forward)
         jitted = jax.jit(infer, in_shardings=(*shardings, split), out_shardings=replicated, compiler_options=options)
+        call = narrow.narrowing(jitted) if forward else jitted
 
         @functools.wraps(jitted)
         def run(*args: PyTree) -> jax.Array:
             with self.caching(forward):  # the first call with each shape compiles
-                return jitted(*args)
+                return call(*args)
 
         return run
 

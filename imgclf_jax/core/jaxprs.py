@@ -23,7 +23,7 @@ INLINED: Mapping[str, str] = {
 
 
 BODIES = ("scan", "while", "cond", "checkpoint", "remat", "remat2")  # primitives with jaxprs that stay apart
-_MATMULS = ("dot_general", "conv_general_dilated")
+MATMULS = ("dot_general", "conv_general_dilated")
 
 
 def bind(
@@ -93,7 +93,7 @@ def isolate_matmuls(
                 else:
                     inside = {k: map_bodies(isolate, v) for k, v in params.items()} if name in BODIES else None
                     results = bind(equation, operands, inside)
-                if name in _MATMULS and wanted(operands):
+                if name in MATMULS and wanted(operands):
                     results = [barrier(y) for y in results]
             values.update(zip(equation.outvars, results, strict=True))
         return [atom.val if isinstance(atom, Literal) else values[atom] for atom in closed.jaxpr.outvars]

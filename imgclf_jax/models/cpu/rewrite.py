@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
-from imgclf_jax.core.jaxprs import BODIES, INLINED, Atom, aval_of, bind, map_bodies, named
+from imgclf_jax.core.jaxprs import BODIES, INLINED, Atom, aval_of, bind, isolate_matmuls, map_bodies, named
 from imgclf_jax.core.typing import Function, PyTree
 from imgclf_jax.models.cpu.moves import MOVES
 from imgclf_jax.models.cpu.permuted import (
@@ -42,6 +42,12 @@ _ELEMENTWISE = frozenset(
     neg not or pow rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt
     square stop_gradient sub tan tanh xor""".split()  # noqa: SIM905
 )
+
+
+def for_cpu(function: Function, onednn: bool) -> Function:
+    """Returns `function` as CPUs compute it fast: rewritten, or for oneDNN with its matmuls and convolutions apart."""
+    # Fused, silu(y) + y of a float32 matmul y is wrong in jaxlib 0.12.
+    return isolate_matmuls(function) if onednn else rewrite(function)
 
 
 def rewrite(function: Function, need: int = ROUNDED) -> Function:
