@@ -48,6 +48,13 @@ class TfdsSource:
 
     def read(self, ids: np.ndarray) -> Examples:
         records = self.data_source.__getitems__(ids.tolist())
+        if isinstance(records[0], bytes):
+            from tensorflow_datasets.proto import tf_example_pb2
+
+            parsed = [tf_example_pb2.Example.FromString(r).features.feature for r in records]
+            records = [
+                {"image": p["image"].bytes_list.value[0], "label": p["label"].int64_list.value[0]} for p in parsed
+            ]
         labels = np.array([r["label"] for r in records], np.int32)
         if labels.min() < 0:  # TFDS writes -1 for the secret labels of a test set
             raise UserError(f"example {int(ids[labels.argmin()])} of {self.identity!r} has no label; use another split")
@@ -143,8 +150,9 @@ def prepare_tfds(name: str, data_dir: str, manual_dir: str) -> tuple[Builder, di
         raise UserError(f"TFDS could not prepare {name!r} ({where}): {str(e).splitlines()[0]}") from e
     except AssertionError as e:  # a data set that must be downloaded by hand
         raise UserError(f"TFDS data set {name!r}: {' '.join(str(e).split())}; set --config.data.manual_dir") from e
-    sources = builder.as_data_source(decoders={"image": tfds.decode.SkipDecoding()})
-    return builder, sources
+    if isinstance(builder.info.features["image"], tfds.features.Image):  # TFDS takes three times as long to parse it
+        return builder, builder.as_data_source(deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    return builder, builder.as_data_source(decoders={"image": tfds.decode.SkipDecoding()})
 
 
 def _builder(name: str, data_dir: str) -> Builder:
