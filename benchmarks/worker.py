@@ -21,16 +21,20 @@ from variants import MEASURED, Measure
 
 def main(name: str, network_name: str, count: int) -> None:
     """Answers requests until standard input ends."""
+    variant, network = MEASURED[name], NETWORKS[network_name]
+    if variant.own:
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        from imgclf_jax.core import memory
+
+        memory.use_huge_pages()  # as launch.py does
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # keeps output that a framework prints apart from answers
 
     def answer(record: dict[str, Any]) -> None:
         print(json.dumps(record), file=answers, flush=True)
 
-    variant, network = MEASURED[name], NETWORKS[network_name]
     try:
         if variant.own:
-            sys.path.insert(0, str(Path(__file__).parents[1]))
             from imgclf_jax.run import environment
 
             environment.prepare(True)  # before JAX is imported
