@@ -79,7 +79,8 @@ def isolate_matmuls(
 ) -> Function:  # fmt: skip
     """Returns `function`, of pytrees, with a `barrier` behind each matmul and convolution of `wanted` operands.
 
-    So XLA fuses none of them into their readers, inside loops either. Apply it after differentiation.
+    So XLA fuses none of them into their readers, inside loops either. Some matmuls have one before them too. Apply it
+    after differentiation.
     """
 
     def evaluate(closed: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
@@ -88,6 +89,8 @@ def isolate_matmuls(
             name, params = equation.primitive.name, equation.params
             operands = [atom.val if isinstance(atom, Literal) else values[atom] for atom in equation.invars]
             with equation.ctx.manager, named(equation):
+                if _sums_over_positions(equation):
+                    operands = [barrier(x) for x in operands]
                 if name in INLINED:
                     results = evaluate(params[INLINED[name]], operands)
                 else:
@@ -106,6 +109,17 @@ def isolate_matmuls(
         return jax.tree.unflatten(jax.tree.structure(shape), evaluate(jaxpr, jax.tree.leaves(args)))
 
     return isolated
+
+
+def _sums_over_positions(equation: JaxprEqn) -> bool:
+    """Whether it is the gradient of a dense layer's kernel: a matmul over the batch and the positions of [b, …, c].
+
+    XLA transposes its operands. Without a barrier before them, it would compute them again as it does so.
+    """
+    if equation.primitive.name != "dot_general":
+        return False
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    return len(contracted) > 1 and 0 in contracted
 
 
 def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
