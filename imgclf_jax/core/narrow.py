@@ -55,7 +55,11 @@ def narrowing(jitted: Any) -> Function:
             for key, references, kept in tuple(last):
                 if key == wanted and all(one() is x for one, x in zip(references, leaves, strict=True)):
                     return kept
-            out = [x if x.dtype == dtype else x.astype(dtype) for x, dtype in zip(leaves, wanted, strict=True)]
+            out = list(leaves)
+            changed = [i for i, (x, dtype) in enumerate(zip(leaves, wanted, strict=True)) if x.dtype != dtype]
+            new = _cast([leaves[i] for i in changed], tuple(wanted[i] for i in changed))
+            for i, x in zip(changed, new, strict=True):
+                out[i] = x
             last[:] = [(wanted, [weakref.ref(x, lambda _: last.clear()) for x in leaves], out)]
             return out
 
@@ -71,6 +75,11 @@ def narrowing(jitted: Any) -> Function:
         return jitted(params, model_state, batch)
 
     return call
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(arrays: list[jax.Array], dtypes: tuple[np.dtype, ...]) -> list[jax.Array]:
+    return [x.astype(dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
 
 
 def read_dtypes(closed: ClosedJaxpr) -> list[np.dtype]:
