@@ -130,8 +130,9 @@ def _training(programs: Programs, images: stream.Images) -> Measure:
 
 
 def _inference(programs: Programs, images: np.ndarray) -> Measure:
-    """The program of `evaluate`, or for single images that of `serve`."""
-    mesh, batch_size, steps = programs.mesh, programs.eval_batch_size, programs.eval_steps_per_call
+    """The program of `evaluate`, or for single images that of `predict`."""
+    mesh, batch_size = programs.mesh, programs.eval_batch_size
+    steps = 1 if batch_size == 1 else programs.eval_steps_per_call
     state, _ = start(programs)
     usable = len(images) // (steps * batch_size) * steps * batch_size
     if not usable:

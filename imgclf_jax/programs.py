@@ -564,7 +564,7 @@ class Programs:
         The batch [b, …] is sharded over the devices, and the results are replicated.
         """
         shape = self.state_shape.params, self.state_shape.model_state
-        pure = narrow.accepting_narrow(self._with_layout_pass(self.gather_at_use(pure, of_seeds=True), forward), shape)
+        pure = narrow.accept_narrow(self._with_layout_pass(self.gather_at_use(pure, of_seeds=True), forward), shape)
 
         def infer(*args: PyTree) -> jax.Array:
             with self.tracing(forward):
@@ -574,7 +574,7 @@ class Programs:
         replicated, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
         options = self.compiler_options(forward)
         jitted = jax.jit(infer, in_shardings=(*shardings, split), out_shardings=replicated, compiler_options=options)
-        call = narrow.narrowing(jitted) if forward else jitted
+        call = narrow.keep_narrowed(jitted) if forward else jitted
 
         @functools.wraps(jitted)
         def run(*args: PyTree) -> jax.Array:

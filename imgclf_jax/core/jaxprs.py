@@ -79,8 +79,8 @@ def isolate_matmuls(
 ) -> Function:  # fmt: skip
     """Returns `function`, of pytrees, with a `barrier` behind each matmul and convolution of `wanted` operands.
 
-    So XLA fuses none of them into their readers, inside loops either. Some matmuls have one before them too. Apply it
-    after differentiation.
+    So XLA fuses none of them into their readers, inside loops either. The gradients of dense layers' kernels have one
+    before them too. Apply it after differentiation.
     """
 
     def evaluate(closed: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
@@ -89,7 +89,7 @@ def isolate_matmuls(
             name, params = equation.primitive.name, equation.params
             operands = [atom.val if isinstance(atom, Literal) else values[atom] for atom in equation.invars]
             with equation.ctx.manager, named(equation):
-                if _sums_over_positions(equation):
+                if _sums_over_positions(equation) and wanted(operands):
                     operands = [barrier(x) for x in operands]
                 if name in INLINED:
                     results = evaluate(params[INLINED[name]], operands)

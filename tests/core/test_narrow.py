@@ -43,6 +43,8 @@ CASES = {
     "added": (lambda x, w: bf16(x) + bf16(w), "float32"),
     "returned": (lambda x, w: (matmul(x, w), w), "float32"),
     "rounded to integers": (lambda x, w: x.astype(jnp.int8) @ w.astype(jnp.int8), "float32"),
+    "truncated to integers": (lambda x, w: bf16(x) @ bf16(w.astype(jnp.int8)), "float32"),
+    "rounded twice": (lambda x, w: bf16(x) @ bf16(w.astype(jnp.float16)), "float32"),
     "for each seed": (lambda x, w: jax.lax.map(lambda w: matmul(x, w), w[None]), "bfloat16"),
     "recomputed": (jax.checkpoint(matmul), "bfloat16"),
     "carried by a loop": (lambda x, w: jax.lax.scan(lambda w, _: (w, matmul(x, w)), w, length=2), "float32"),
@@ -69,7 +71,7 @@ def test_predictions_stay_the_same(model, precision, fake_config, monkeypatch):
     programs = Programs(Recipe(fake_config, data), sharding.make_mesh())
     weights = programs.init_state().evaluated
     images = np.random.default_rng(0).integers(0, 256, (8, *data.image_shape), np.uint8)
-    passed, narrowing = [], narrow.narrowing
+    passed, keep_narrowed = [], narrow.keep_narrowed
 
     def spied(jitted):
         def call(*args):
@@ -77,9 +79,9 @@ def test_predictions_stay_the_same(model, precision, fake_config, monkeypatch):
             return jitted(*args)
 
         call.trace = jitted.trace
-        return narrowing(call)
+        return keep_narrowed(call)
 
-    monkeypatch.setattr(narrow, "narrowing", spied)
+    monkeypatch.setattr(narrow, "keep_narrowed", spied)
     with programs.caching(onednn=True):
         out = programs.logits(*weights, images)
         rounded = jax.tree.map(lambda x: x.astype(jnp.float32), tuple(passed[:2]))  # where XLA omits their rounding
@@ -98,14 +100,14 @@ def test_the_kept_weights_are_those_of_the_call_and_end_with_them():
         return matmul(batch, params["w"]) + model_state["shift"]
 
     shapes = {"w": jax.ShapeDtypeStruct((4, 4), "float32")}, {"shift": jax.ShapeDtypeStruct((), "bfloat16")}
-    jitted = jax.jit(narrow.accepting_narrow(infer, shapes))
+    jitted = jax.jit(narrow.accept_narrow(infer, shapes))
 
     def spied(params, model_state, batch):
         calls.append(params["w"])
         return jitted(params, model_state, batch)
 
     spied.trace = jitted.trace
-    call, state, x = narrow.narrowing(spied), {"shift": jnp.bfloat16(1)}, jnp.ones((2, 4))
+    call, state, x = narrow.keep_narrowed(spied), {"shift": jnp.bfloat16(1)}, jnp.ones((2, 4))
     first, second = ({"w": jnp.full((4, 4), value, jnp.float32)} for value in (1, 2))
     for params in (first, second, first):
         np.testing.assert_array_equal(call(params, state, x), jitted(params, state, x))
