@@ -13,7 +13,7 @@ from jax import lax
 from jax.test_util import check_grads
 from jax.typing import DTypeLike
 
-from imgclf_jax.core import internals, platform
+from imgclf_jax.core import internals, platform, sharding
 from imgclf_jax.models import classifier, layers
 from imgclf_jax.models.cpu import onednn, sums
 from imgclf_jax.recipe import Recipe
@@ -136,11 +136,24 @@ class Strange(nn.Module):
 
 
 def _train_one_step(config, backbone, onednn, monkeypatch):
-    """(Params and batch statistics after one step, as one float64 vector, the lowered train program)."""
+    """(Params and batch statistics after one step from each of eight initializations, [8, n], the lowered program)."""
     monkeypatch.setattr(backbone, "trains_on_onednn", onednn)
-    programs, _, _, state = trained_for(config, 1)
-    leaves = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves((state.params, state.model_state))]
-    return np.concatenate(leaves), programs.traced_train.lower().as_text()
+    programs, _, images, _ = trained_for(config, 1)
+    [(_, chunk)] = programs.chunks(images, [range(1)])
+    rng, rows = np.random.default_rng(0), []
+    for number in range(8):
+        state = programs.init()["state"]
+        if number:  # kernels are drawn from symmetric distributions
+
+            def flip_signs(x):
+                return np.asarray(x) * rng.choice([np.float32(-1), np.float32(1)], x.shape) if x.ndim > 1 else x
+
+            params = jax.tree.map(flip_signs, state.params)
+            state = state.replace(params=sharding.put_replicated(params, programs.mesh))
+        state, _ = programs.train(state, programs.zero_sums(), chunk, np.int32(1))
+        leaves = jax.tree.leaves((state.params, state.model_state))
+        rows.append(np.concatenate([np.asarray(x, np.float64).ravel() for x in leaves]))
+    return np.stack(rows), programs.traced_train.lower().as_text()
 
 
 MODELS = [f"{__name__}:Strange", "resnet_cifar(8)", "resnet(18)", "wide_resnet(10, 1)"]
@@ -150,7 +163,10 @@ MODELS = [f"{__name__}:Strange", "resnet_cifar(8)", "resnet(18)", "wide_resnet(1
 @pytest.mark.optimized
 @pytest.mark.parametrize("model", MODELS)
 def test_both_forms_of_a_train_step_agree(model, fake_config, monkeypatch):
-    """In bfloat16, where forms round at other places, one is about as far from float32 as the other."""
+    """In bfloat16, where forms round at other places, one is about as far from float32 as the other.
+
+    From a single initialization either may be twice as far, so these are distances over several.
+    """
     fake_config.preprocess, fake_config.data.source = "decode(3)", "fake(64, (16, 16, 3), 4)"
     fake_config.model, fake_config.optimizer, fake_config.schedule = model, "sgd", "constant(0.1)"
     backbone = type(classifier.build(model, 4, "float32").backbone)
@@ -158,7 +174,7 @@ def test_both_forms_of_a_train_step_agree(model, fake_config, monkeypatch):
     expected, other = _train_one_step(fake_config, backbone, False, monkeypatch)
     assert "stablehlo.convolution" in program
     assert "stablehlo.convolution" not in other or model.endswith("Strange")  # which has one of linen's own
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-4, atol=1e-5)
     fake_config.precision = "bfloat16"
     errors = [
         np.linalg.norm(_train_one_step(fake_config, backbone, onednn, monkeypatch)[0] - expected)
