@@ -54,10 +54,11 @@ def _convolution(name, dtype):
     return x, kernel, jnp.asarray(rng.normal(size=jax.eval_shape(conv, x, kernel).shape), dtype), conv
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "cached"), [("float32", onednn._CACHED_BLOCK), ("float32", 0), ("bfloat16", 0)])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_onednn_computes_the_gradients_that_xla_derives_in_float64(name, dtype, monkeypatch):
+def test_onednn_computes_the_gradients_that_xla_derives_in_float64(name, dtype, cached, monkeypatch):
     monkeypatch.setattr(onednn, "_CACHED", 0)  # a large batch is in parts in bfloat16 too
+    monkeypatch.setattr(onednn, "_CACHED_BLOCK", cached)  # with 0, all images are large
     x, kernel, gradient, conv = _convolution(name, dtype)
     with jax.enable_x64():
         wide = [np.asarray(value, np.float64) for value in (x, kernel, gradient)]

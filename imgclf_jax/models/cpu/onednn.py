@@ -23,6 +23,7 @@ from imgclf_jax.models.cpu.multilinear import multilinear
 
 _BLOCK = 16  # channels; see `_parts`
 _CACHED = 2**24  # bytes that stay in the caches
+_CACHED_BLOCK = 2**21  # bytes of a block of images that stay there while they are transposed
 
 type _Pair = tuple[int, int]
 
@@ -122,11 +123,44 @@ def _conv_kernel(
         (low, (m - 1) * s + k - n - low)
         for n, m, k, s, (low, _) in zip(x.shape[1:3], gradient.shape[1:3], (kh, kw), strides, pads, strict=True)
     ]
+    if _has_large_images(x, like):
+        return _large_images_kernel(x, gradient, like, strides, around)
     count = _parts(x, like)
     x, gradient = (y.reshape(-1, count, *y.shape[1:]) for y in (x, gradient))  # keeps the batch sharded
     permuted = ("CHWN", "IHWO", "NHWC")  # oneDNN takes no results with the batch elsewhere
     parts = [_convolve(x[:, i], gradient[:, i], (1, 1), around, strides, permuted) for i in range(count)]
     return functools.reduce(jnp.add, [part.astype(wide) for part in parts]).transpose(1, 2, 0, 3)
+
+
+def _large_images_kernel(
+    x: jax.Array, gradient: jax.Array, like: jax.ShapeDtypeStruct, strides: _Pair, around: Sequence[_Pair]
+) -> jax.Array:
+    """The gradient of the kernel [kh, kw, c, f] from large images, with the pixels of a row and channels on one axis.
+
+    On this axis, [1, h, w * c, b], the taps of the outputs' gradient are c apart. So the transpose reads every image
+    once. In the other form, with channels as the batch, it reads them once for each channel.
+    """
+    (kh, kw, c, f), b = like.shape, len(x)
+    count = _divisor(b, max(1, 2 * b // _BLOCK))  # of 8 images
+    images, windows = (y.reshape(-1, count, *y.shape[1:]) for y in (x.reshape(b, x.shape[1], -1), gradient))
+    rows, (left, right) = around
+    total = jnp.zeros((1, kh, kw * c, f), x.dtype)
+    for i in range(count):
+        part, window = images[:, i].transpose(1, 2, 0)[None], windows[:, i].transpose(1, 2, 0, 3)
+        part, window = lax.optimization_barrier((part, window))
+        total += _convolve(part, window, (1, 1), (rows, (c * left, c * right)), (strides[0], c * strides[1]))
+    return total.reshape(kh, kw, c, f)
+
+
+def _has_large_images(x: jax.Array, kernel: Shaped) -> bool:
+    """Whether a block of the float32 images x [b, h, w, c] exceeds the caches, and is larger than the kernel."""
+    block = x.size * _BLOCK // len(x)
+    return x.dtype == jnp.float32 and block * x.itemsize > _CACHED_BLOCK and block >= kernel.size
+
+
+def _divisor(b: int, most: int) -> int:
+    """The greatest divisor of b up to `most`."""
+    return max(n for n in range(1, most + 1) if b % n == 0)
 
 
 def _parts(x: jax.Array, kernel: Shaped) -> int:
@@ -139,7 +173,7 @@ def _parts(x: jax.Array, kernel: Shaped) -> int:
     b = len(x)
     if x.size * _BLOCK < kernel.size * b or (x.dtype == jnp.bfloat16 and x.nbytes <= _CACHED):
         return 1
-    return max(n for n in range(1, max(1, b // _BLOCK) + 1) if b % n == 0)
+    return _divisor(b, max(1, b // _BLOCK))
 
 
 def _depthwise_kernel(x: jax.Array, gradient: jax.Array, kernel: _Pair, strides: _Pair, pads: Pads) -> jax.Array:
