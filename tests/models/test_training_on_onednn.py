@@ -142,13 +142,13 @@ def _train_one_step(config, backbone, onednn, monkeypatch):
     programs, _, images, _ = trained_for(config, 1)
     [(_, chunk)] = programs.chunks(images, [range(1)])
     rng, rows = np.random.default_rng(0), []
+
+    def flip_signs(x):
+        return np.asarray(x) * rng.choice([np.float32(-1), np.float32(1)], x.shape) if x.ndim > 1 else x
+
     for number in range(8):
         state = programs.init()["state"]
         if number:  # kernels are drawn from symmetric distributions
-
-            def flip_signs(x):
-                return np.asarray(x) * rng.choice([np.float32(-1), np.float32(1)], x.shape) if x.ndim > 1 else x
-
             params = jax.tree.map(flip_signs, state.params)
             state = state.replace(params=sharding.put_replicated(params, programs.mesh))
         state, _ = programs.train(state, programs.zero_sums(), chunk, np.int32(1))

@@ -107,7 +107,7 @@ def _conv_kernel(
     """The gradient of the kernel [kh, kw, c, f], from the gradient of the outputs [b, ho, wo, f].
 
     It is a convolution of the images with the outputs' gradient as a kernel of ho by wo taps, in which channels are the
-    batch and images the channels. For a 1×1 kernel it is a matmul.
+    batch and images the channels, unless the images are large. For a 1×1 kernel it is a matmul.
     """
     (kh, kw), wide = like.shape[:2], accumulator(dtype)
     x, gradient = lax.optimization_barrier((x.astype(dtype), gradient.astype(dtype)))
@@ -140,16 +140,16 @@ def _large_images_kernel(
     On this axis, [1, h, w * c, b], the taps of the outputs' gradient are c apart. So the transpose reads every image
     once. In the other form, with channels as the batch, it reads them once for each channel.
     """
-    (kh, kw, c, f), b = like.shape, len(x)
+    c, b, (rows, (left, right)) = x.shape[3], len(x), around
     count = _divisor(b, max(1, 2 * b // _BLOCK))  # of 8 images
-    images, windows = (y.reshape(-1, count, *y.shape[1:]) for y in (x.reshape(b, x.shape[1], -1), gradient))
-    rows, (left, right) = around
-    total = jnp.zeros((1, kh, kw * c, f), x.dtype)
+    x = x.reshape(b, x.shape[1], -1)
+    images, windows = (y.reshape(-1, count, *y.shape[1:]) for y in (x, gradient))  # keeps the batch sharded
+    parts = []
     for i in range(count):
         part, window = images[:, i].transpose(1, 2, 0)[None], windows[:, i].transpose(1, 2, 0, 3)
         part, window = lax.optimization_barrier((part, window))
-        total += _convolve(part, window, (1, 1), (rows, (c * left, c * right)), (strides[0], c * strides[1]))
-    return total.reshape(kh, kw, c, f)
+        parts.append(_convolve(part, window, (1, 1), (rows, (c * left, c * right)), (strides[0], c * strides[1])))
+    return functools.reduce(jnp.add, parts).reshape(like.shape)  # from [1, kh, kw * c, f]
 
 
 def _has_large_images(x: jax.Array, kernel: Shaped) -> bool:
