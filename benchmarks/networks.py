@@ -23,7 +23,7 @@ class Network:
     steps_per_call: int = 10  # of this project's training; 0: the default of a run
     images: int = 12_800  # in memory, unless --images says otherwise
     keras: Callable[[], Any] | None = None  # images f32[b, h, w, c] → logits, not compiled
-    linen: Callable[[], Any] | None = None  # images f32[b, h, w, c] → logits
+    linen: Callable[[Any], Any] | None = None  # dtype → backbone: images f32[b, h, w, c] → features in this dtype
 
     @property
     def inference_flops(self) -> int:
@@ -85,22 +85,6 @@ def _cnn_torch() -> Any:
         nn.ReLU(),
         nn.Linear(64, 10),
     )
-
-
-def _cnn_linen() -> Any:
-    from flax import linen as nn
-
-    class CNN(nn.Module):
-        @nn.compact
-        def __call__(self, x: Any) -> Any:
-            for features in (32, 64):
-                x = nn.relu(nn.Conv(features, (3, 3), padding="VALID")(x))
-                x = nn.max_pool(x, (2, 2), strides=(2, 2))
-            x = x.reshape(x.shape[0], -1)
-            x = nn.relu(nn.Dense(64)(x))
-            return nn.Dense(10)(x)
-
-    return CNN()
 
 
 def _resnet20_torch() -> Any:
@@ -213,6 +197,15 @@ def _convnext_flops(depths: tuple[int, ...], widths: tuple[int, ...]) -> tuple[i
     return (*flops, dense_flops(widths[-1], 1000))
 
 
+def _linen(name: str, **fields: Any) -> Callable[[Any], Any]:
+    def build(dtype: Any) -> Any:
+        from peers import linen_twins
+
+        return getattr(linen_twins, name)(dtype=dtype, **fields)
+
+    return build
+
+
 def _timm(name: str) -> Callable[[], Any]:
     def build() -> Any:
         import timm
@@ -222,10 +215,11 @@ def _timm(name: str) -> Callable[[], Any]:
     return build
 
 
-def _at_224(model: str, flops: tuple[int, ...], timm_name: str) -> Network:
-    return Network((224, 224, 3), 1000, model, flops, _timm(timm_name), steps_per_call=1, images=512)
+def _at_224(model: str, flops: tuple[int, ...], timm_name: str, linen: Callable[[Any], Any]) -> Network:
+    return Network((224, 224, 3), 1000, model, flops, _timm(timm_name), steps_per_call=1, images=512, linen=linen)
 
 
+# fmt: off
 NETWORKS = {
     # 28×28×1 → 26×26×32 → 13×13×32 → 11×11×64 → 5×5×64 → 1600 → 64 → 10: 121,930 parameters
     "cnn": Network(
@@ -240,16 +234,25 @@ NETWORKS = {
         ),  # inference 4,281,856 an image, training 12,456,192
         keras=_cnn_keras,
         torch=_cnn_torch,
-        linen=_cnn_linen,
+        linen=_linen("CNN"),
         steps_per_call=0,  # a step takes milliseconds
     ),
     # He et al. 2015, section 4.2: 269,722 parameters
-    "resnet20": Network((32, 32, 3), 10, "resnet_cifar(depth=20)", _resnet20_flops(), _resnet20_torch),
+    "resnet20": Network(
+        (32, 32, 3), 10, "resnet_cifar(depth=20)", _resnet20_flops(), _resnet20_torch,
+        linen=_linen("ResNet", depths=(3, 3, 3), features=16, bottleneck=False, cifar=True),
+    ),
     # ViT-Ti on patches of 4×4: 5,362,762 parameters
-    "vit_ti4": Network((32, 32, 3), 10, "vit('Ti', patch=4)", _vit_flops(192, 64, 4, 10), _vit_torch),
+    "vit_ti4": Network(
+        (32, 32, 3), 10, "vit('Ti', patch=4)", _vit_flops(192, 64, 4, 10), _vit_torch,
+        linen=_linen("ViT", width=192, heads=3, patch=4),
+    ),
     # At the size of ImageNet, beside timm's; 11,689,512, 25,557,032, 28,589,128 and 22,050,664 parameters
-    "resnet18": _at_224("resnet(depth=18)", _resnet_flops((2, 2, 2, 2), False), "resnet18"),
-    "resnet50": _at_224("resnet(depth=50)", _resnet_flops((3, 4, 6, 3), True), "resnet50"),
-    "convnext_t": _at_224("convnext('T')", _convnext_flops((3, 3, 9, 3), (96, 192, 384, 768)), "convnext_tiny"),
-    "vit_s16": _at_224("vit('S', patch=16)", _vit_flops(384, 196, 16, 1000), "vit_small_patch16_224"),
+    "resnet18": _at_224("resnet(depth=18)", _resnet_flops((2, 2, 2, 2), False), "resnet18",
+                        _linen("ResNet", depths=(2, 2, 2, 2), bottleneck=False)),
+    "resnet50": _at_224("resnet(depth=50)", _resnet_flops((3, 4, 6, 3), True), "resnet50", _linen("ResNet")),
+    "convnext_t": _at_224("convnext('T')", _convnext_flops((3, 3, 9, 3), (96, 192, 384, 768)), "convnext_tiny",
+                          _linen("ConvNeXt")),
+    "vit_s16": _at_224("vit('S', patch=16)", _vit_flops(384, 196, 16, 1000), "vit_small_patch16_224", _linen("ViT")),
 }
+# fmt: on

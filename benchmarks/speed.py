@@ -3,10 +3,10 @@
     uv run --group peers benchmarks/speed.py
     uv run --group peers benchmarks/speed.py --batch_sizes=128 --rounds=9 --peers=keras,linen
 
-All variants train the same network with the same optimizer on the same random images. This project is timed with its
-whole training loop: the stream of shuffled uint8 batches, their copy to the device, augmentation, the step and its
-metrics. Peers are timed with bare loops over float images in memory, without the start and end of an epoch; see
-`peers/`.
+All variants train the same network with the same optimizer on the same random images; onnxruntime and OpenVINO only
+classify. This project is timed with its whole training loop: the stream of shuffled uint8 batches, their copy to the
+device, augmentation, the step and its metrics. Peers are timed with bare loops over float images in memory, without the
+start and end of an epoch; see `peers/`.
 
 Every variant runs in its own process, with its framework's default settings. In each round, for each batch size and
 mode, the variants are measured one after the other, in reverse in odd rounds. Ratios compare measurements of one round,
@@ -113,7 +113,7 @@ def count_images(args: argparse.Namespace, network: str) -> int:
 
 def supports(peer: str, network: Network) -> bool:
     """Whether the network has a builder for the peer's framework."""
-    return getattr(network, MEASURED[peer].module.removeprefix("peers.on_")) is not None
+    return getattr(network, MEASURED[peer].builder) is not None
 
 
 def order_turns(turns: list[tuple[int, str, str]], round_number: int) -> list[tuple[int, str, str]]:

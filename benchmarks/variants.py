@@ -22,6 +22,7 @@ class Variant:
     module: str
     options: dict[str, Any]
     packages: tuple[str, ...]  # whose versions are reported
+    builder: str = "model"  # the field of a Network that it runs
     precision: str = "float32"
     own: bool = False  # this project's, whose launch.py sets the environment
     modes: tuple[str, ...] = ("train", "infer")
@@ -35,8 +36,8 @@ _BACKENDS = {"tensorflow": ("tensorflow-cpu", "tensorflow"), "jax": _JAX, "torch
 # The placement of images affects only training, so inference is measured once per precision.
 OWN = {
     f"imgclf_jax {placement} {precision}": Variant(
-        "own", {"placement": placement, "precision": precision}, ("imgclf_jax", *_JAX, "flax", "optax"), precision,
-        own=True, modes=("train", "infer") if placement == "host" else ("train",),
+        "own", {"placement": placement, "precision": precision}, ("imgclf_jax", *_JAX, "flax", "optax"),
+        precision=precision, own=True, modes=("train", "infer") if placement == "host" else ("train",),
     )
     for placement in ("host", "device")
     for precision in ("float32", "bfloat16")
@@ -44,18 +45,32 @@ OWN = {
 
 PEERS = {
     **{
-        f"keras {backend}": Variant("peers.on_keras", {}, ("keras", *packages), environment={"KERAS_BACKEND": backend})
+        f"keras {backend}": Variant(
+            "peers.on_keras", {}, ("keras", *packages), "keras", environment={"KERAS_BACKEND": backend}
+        )
         for backend, packages in _BACKENDS.items()
     },
     **{
         f"torch {kind} {precision}": Variant(
-            "peers.on_torch", {"compiled": kind == "compile", "precision": precision}, ("torch",), precision
+            "peers.on_torch", {"compiled": kind == "compile", "precision": precision}, ("torch",), "torch", precision
         )
         for kind in ("eager", "compile")
         for precision in ("float32", "bfloat16")
     },
-    "linen loop float32": Variant("peers.on_linen", {}, ("flax", "optax", *_JAX)),
-}
+    **{
+        f"{engine} {precision}": Variant(
+            "peers.on_onnx", {"engine": engine, "precision": precision}, (engine, "torch"), "torch", precision,
+            modes=("infer",),
+        )
+        for engine, precision in (("onnxruntime", "float32"), ("openvino", "float32"), ("openvino", "bfloat16"))
+    },
+    **{
+        f"linen loop {precision}": Variant(
+            "peers.on_linen", {"precision": precision}, ("flax", "optax", *_JAX), "linen", precision
+        )
+        for precision in ("float32", "bfloat16")
+    },
+}  # fmt: skip
 
 PEAK = "matmul peak"
 MEASURED = {**OWN, **PEERS, PEAK: Variant("peak", {}, _JAX, own=True, modes=("float32", "bfloat16"), unit="flops")}

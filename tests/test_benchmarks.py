@@ -25,11 +25,12 @@ def _importable(monkeypatch):
 def test_every_framework_builds_the_same_network():
     """This project's, Keras's and Flax's networks have equal parameter counts, and the FLOPs of the layers' sizes."""
     from networks import NETWORKS
+    from peers.linen_twins import Classifier
 
     network = NETWORKS["cnn"]
     images = jnp.zeros((2, *network.image_shape))
     own = classifier.build(network.model, network.classes, "float32")
-    for model in (own, network.linen()):
+    for model in (own, Classifier(network.linen(jnp.float32), network.classes)):
         params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
         assert sum(x.size for x in jax.tree.leaves(params)) == 121_930
     assert network.keras().count_params() == 121_930
@@ -69,6 +70,39 @@ def test_pytorch_builds_the_same_backbones(name, count):
     theirs = json.loads(printed.stdout)
     assert sum(ours) == sum(theirs) == count
     assert sorted(ours) == sorted(theirs)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["resnet20", "vit_ti4", "resnet18", "resnet50", "convnext_t", "vit_s16"])
+def test_linen_builds_the_same_networks(name):
+    """Parameters and running statistics of equal sizes, and float32 logits of a computation in `dtype`."""
+    from networks import NETWORKS
+    from peers.linen_twins import Classifier
+
+    network = NETWORKS[name]
+    images = jnp.zeros((2, *network.image_shape))
+    with jax.numpy_dtype_promotion("standard"):
+        linen = Classifier(network.linen(jnp.float32), network.classes)
+        traced = jax.make_jaxpr(linen.init_with_output)(jax.random.key(0), images)
+        logits, theirs = jax.eval_shape(linen.init_with_output, jax.random.key(0), images)
+    ours = jax.eval_shape(classifier.build(network.model, network.classes, "float32").init, jax.random.key(0), images)
+    assert sorted(x.size for x in jax.tree.leaves(ours)) == sorted(x.size for x in jax.tree.leaves(theirs))
+    assert logits.dtype == jnp.float32
+    assert "bf16" not in str(traced)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_the_flax_loop_runs(mode):
+    """With BatchNorm, whose running statistics are part of its state."""
+    from networks import NETWORKS, examples
+    from peers import on_linen
+
+    with jax.numpy_dtype_promotion("standard"):
+        prepare = on_linen.open_variant(NETWORKS["resnet20"], "float32")
+        images, seconds = prepare(examples(NETWORKS["resnet20"], 8), mode, 4)(0.0)
+    assert images == 4
+    assert seconds > 0
 
 
 @pytest.mark.thorough
@@ -150,9 +184,15 @@ def test_dry_runs_of_all_recipes():
 
 @pytest.mark.slow
 def test_the_whole_benchmark_runs(tmp_path):
-    """This project next to Keras and a Flax loop, for an instant each."""
+    """This project next to Keras, a Flax loop and engines for inference, for an instant each."""
     pytest.importorskip("matplotlib", reason="matplotlib comes with the dependency group `peers`")
-    flags = ["--peers=keras tensorflow,linen", "--batch_sizes=32", "--rounds=1", "--seconds=0.05", f"--out={tmp_path}"]
+    flags = [
+        "--peers=keras tensorflow,linen,onnxruntime,openvino float32",
+        "--batch_sizes=32",
+        "--rounds=1",
+        "--seconds=0.05",
+        f"--out={tmp_path}",
+    ]
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "speed.py", *flags], capture_output=True, text=True, check=False
     )
@@ -164,6 +204,8 @@ def test_the_whole_benchmark_runs(tmp_path):
         ("imgclf_jax device bfloat16", "train"),
         ("keras tensorflow", "infer"),
         ("linen loop float32", "train"),
+        ("onnxruntime float32", "infer"),
+        ("openvino float32", "infer"),
     } <= measured
 
 

@@ -1,4 +1,4 @@
-"""A loop in the style of Flax's examples: linen's own layers, one jitted step per batch, float32 NumPy batches."""
+"""A loop in the style of Flax's ImageNet example: linen's own layers, one jitted step per float32 NumPy batch."""
 
 import time
 from collections.abc import Iterator
@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.training.train_state import TrainState
+from flax.training import train_state
 from networks import Network
 from variants import Measure, Prepare
+
+from peers.linen_twins import Classifier
 
 _IN_FLIGHT = 16  # batches that the host may be ahead of the device
 
@@ -20,14 +22,23 @@ def device() -> str:
     return jax.devices()[0].device_kind
 
 
-def open_variant(network: Network) -> Prepare:
-    """The loop, for training and for inference."""
+class TrainState(train_state.TrainState):
+    """Flax's, with the running statistics of BatchNorm; {} without BatchNorm."""
+
+    batch_stats: Any
+
+
+def open_variant(network: Network, precision: str) -> Prepare:
+    """The loop, for training and for inference, with layers that compute in this precision."""
 
     def prepare(examples: tuple[np.ndarray, np.ndarray], mode: str, batch_size: int) -> Measure:
         images, labels = examples[0].astype(np.float32) / 255, examples[1]
-        model = network.linen()
-        params = model.init(jax.random.key(0), images[:1])["params"]
-        state = TrainState.create(apply_fn=model.apply, params=params, tx=optax.adam(1e-3))
+        model = Classifier(network.linen(jnp.dtype(precision)), network.classes)
+        variables = jax.jit(model.init)(jax.random.key(0), images[:1])
+        state = TrainState.create(
+            apply_fn=model.apply, params=variables["params"], tx=optax.adam(1e-3),
+            batch_stats=variables.get("batch_stats", {}),
+        )  # fmt: skip
         if mode == "train":
             return _training(state, _batches(images, labels, batch_size), batch_size)
         return _inference(
@@ -49,12 +60,14 @@ def _batches(images: np.ndarray, labels: np.ndarray, batch_size: int) -> Iterato
 def _training(state: TrainState, batches: Iterator[tuple[np.ndarray, np.ndarray]], batch_size: int) -> Measure:
     @jax.jit
     def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, jax.Array, jax.Array]:
-        def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
-            logits = state.apply_fn({"params": params}, images)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
+        def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            logits, updated = state.apply_fn(variables, images, train=True, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), (logits, updated)
 
-        (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        return state.apply_gradients(grads=grads), loss, jnp.mean(jnp.argmax(logits, -1) == labels)
+        (loss, (logits, updated)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        state = state.apply_gradients(grads=grads, batch_stats=updated.get("batch_stats", {}))
+        return state, loss, jnp.mean(jnp.argmax(logits, -1) == labels)
 
     def measure(seconds: float) -> tuple[float, float]:
         nonlocal state
@@ -75,14 +88,16 @@ def _training(state: TrainState, batches: Iterator[tuple[np.ndarray, np.ndarray]
 
 def _inference(state: TrainState, batches: list[np.ndarray]) -> Measure:
     @jax.jit
-    def classes(params: Any, images: jax.Array) -> jax.Array:
-        return jnp.argmax(state.apply_fn({"params": params}, images), -1)
+    def classes(variables: Any, images: jax.Array) -> jax.Array:
+        return jnp.argmax(state.apply_fn(variables, images, train=False), -1)
+
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
 
     def measure(seconds: float) -> tuple[float, float]:
         results: list[Any] = []
         began = time.perf_counter()
         while not results or time.perf_counter() - began < seconds:
-            results.append(classes(state.params, batches[len(results) % len(batches)]))
+            results.append(classes(variables, batches[len(results) % len(batches)]))
             if len(results) > _IN_FLIGHT:
                 results[-_IN_FLIGHT] = np.asarray(results[-_IN_FLIGHT])
         jax.device_get(results[-_IN_FLIGHT:])
