@@ -106,7 +106,10 @@ def test_both_ways_of_convolution_and_pooling_on_cpu_give_the_gradient_to_the_fi
 
 
 @pytest.mark.usefixtures("form")
-@pytest.mark.parametrize(("window", "strides", "padding"), [(3, 2, 1), *thorough((2, 2, 0), (3, 3, 0), (2, 1, 0))])
+@pytest.mark.parametrize(
+    ("window", "strides", "padding"),
+    [(3, 2, 1), *thorough((2, 2, 0), (3, 3, 0), (2, 1, 0), (3, 1, 1), (5, 2, 2), (2, 3, 1))],
+)
 def test_max_pool_is_flax_max_pool(window, strides, padding):
     """Values and gradients; the gradient goes to the first of equal elements."""
     x = jnp.asarray(np.random.default_rng(0).integers(-3, 3, (2, 9, 8, 5)), jnp.float32)
