@@ -242,11 +242,7 @@ def processor() -> str:
 
     The name alone is not enough: in clouds "AMD EPYC" is of several generations.
     """
-    facts: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            facts.setdefault(key.strip(), value.strip())  # of the first core
+    facts = _cpuinfo()
     if "model name" not in facts:
         return platform.processor() or platform.machine()
     parts = [facts["model name"]]
@@ -255,6 +251,23 @@ def processor() -> str:
     flags = facts.get("flags", "").split()
     parts += [name for flag, name in _VECTORS.items() if flag in flags][:1]
     return ", ".join(parts)
+
+
+def lacks_bfloat16() -> bool:
+    """Whether the processor has no bfloat16 instructions, so that bfloat16 layers are slow; False if unknown."""
+    facts = _cpuinfo()
+    flags = set(facts.get("flags", facts.get("Features", "")).split())  # x86 or Arm
+    return bool(flags) and flags.isdisjoint({"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"})
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The entries of /proc/cpuinfo for the first core; {} without this file."""
+    facts: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
+    return facts
 
 
 def _git() -> JsonObject:

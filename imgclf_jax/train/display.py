@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 
 from imgclf_jax import metrics
 from imgclf_jax.config import KEYS, selecting_metrics
@@ -23,7 +24,7 @@ from imgclf_jax.models import summary
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run import writers
-from imgclf_jax.run.provenance import processor
+from imgclf_jax.run.provenance import lacks_bfloat16, processor
 from imgclf_jax.run.workdir import Workdir
 
 WIDTH = 71  # of a line after its time, for terminals of 80 columns
@@ -51,9 +52,6 @@ def head(
     options = {"clip": config.clip, "accumulate": config.accumulate, "ema": config.ema, "method": config.method,
                "gradient": config.gradient, "stop": config.stop}  # fmt: skip
     more = "".join(f", {key}={value}" for key, value in options.items() if value != KEYS[key][0])
-    kind = processor() if compiling.platform == "cpu" else compiling.mesh.devices.flat[0].device_kind
-    devices = f"{compiling.mesh.size} {compiling.platform} device{'s' * (compiling.mesh.size > 1)} ({kind})"
-    devices += f" of {processes.count()} processes" if processes.count() > 1 else ""
     last = config.seed + recipe.num_seeds - 1
     epochs = recipe.total * config.batch_size / len(images)
     return facts({
@@ -62,10 +60,22 @@ def head(
         "optimizer": f"{config.optimizer}{more}",
         "schedule": config.schedule,
         "steps": f"{recipe.total:,} of {config.batch_size} images, {epochs:.4g} epochs",
-        "devices": f"{devices}, {config.precision}",
+        "devices": devices(compiling.mesh, config.precision),
         "seed": str(config.seed) if recipe.num_seeds == 1 else f"{config.seed} to {last}, trained at once",
         "workdir": printable(str(workdir.path)),
     })  # fmt: skip
+
+
+def devices(mesh: Mesh, precision: str) -> str:
+    """The devices and the precision of their layers, with a hint if a CPU has no instructions for it."""
+    first = mesh.devices.flat[0]
+    kind = processor() if first.platform == "cpu" else first.device_kind
+    text = f"{mesh.size} {first.platform} device{'s' * (mesh.size > 1)} ({kind})"
+    text += f" of {processes.count()} processes" if processes.count() > 1 else ""
+    text += f", {precision}"
+    if first.platform == "cpu" and precision == "bfloat16" and lacks_bfloat16():
+        text += "\nno bfloat16 instructions: precision=float32 may be faster"
+    return text
 
 
 def facts(named: Mapping[str, str], width: int = WIDTH) -> str:

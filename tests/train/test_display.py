@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from imgclf_jax.core import sharding
+from imgclf_jax.run import provenance
 from imgclf_jax.train import display
 from imgclf_jax.train.display import Rows
 
@@ -110,6 +112,21 @@ def test_facts_in_two_columns():
         "              table  row that is not wrapped",
         "  seed       0",
     ]
+
+
+@pytest.mark.parametrize(("flags", "lacking"), [
+    ({"flags": "fpu sse2 avx avx2 fma"}, True),  # AMD Zen 3, Intel Core
+    ({"flags": "fpu sse2 avx2 avx512f avx512_vnni"}, True),  # Intel Cascade Lake
+    ({"flags": "fpu sse2 avx2 avx512f avx512_bf16"}, False),  # AMD Zen 4
+    ({"Features": "fp asimd atomics asimddp"}, True),  # AWS Graviton 2
+    ({"Features": "fp asimd asimddp sve i8mm bf16"}, False),  # AWS Graviton 3
+    ({}, False),  # unknown
+])  # fmt: skip
+def test_the_head_says_where_bfloat16_is_slow(monkeypatch, flags, lacking):
+    monkeypatch.setattr(provenance, "_cpuinfo", lambda: flags)
+    mesh = sharding.make_mesh()
+    assert ("precision=float32 may be faster" in display.devices(mesh, "bfloat16")) is lacking
+    assert display.devices(mesh, "float32").endswith("), float32")
 
 
 def test_what_to_run_next(monkeypatch):
