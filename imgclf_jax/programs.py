@@ -28,7 +28,7 @@ from imgclf_jax.core.typing import Array, Batch, Chunk, Function, ModelState, Pa
 from imgclf_jax.data import decode, extra, placement
 from imgclf_jax.data.stream import Images, StreamSpec, eval_images
 from imgclf_jax.models import classifier, norms
-from imgclf_jax.models.cpu.rewrite import for_cpu
+from imgclf_jax.models.cpu.rewrite import optimize_for_cpu
 from imgclf_jax.models.frozen import Frozen
 from imgclf_jax.optim import partition
 from imgclf_jax.recipe import Recipe, check_names
@@ -361,7 +361,7 @@ class Programs:
 
     def _with_layout_pass(self, pure: Function, onednn: bool = False) -> Function:
         """Applies the CPU layout pass, if the mesh is of CPUs. Call it after differentiation."""
-        return for_cpu(pure, self._uses_onednn(onednn)) if self.platform == "cpu" else pure
+        return optimize_for_cpu(pure, self._uses_onednn(onednn)) if self.platform == "cpu" else pure
 
     @once
     def steps_per_call(self) -> int:

@@ -71,7 +71,7 @@ def test_each_image_has_a_winner_in_features_and_in_training(winner_takes_all, m
         return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), after, state.params)
 
     ours = step(of)
-    monkeypatch.setattr(programs, "for_cpu", lambda pure, onednn: pure)
+    monkeypatch.setattr(programs, "optimize_for_cpu", lambda pure, onednn: pure)
     as_written = step(programs.Programs(of.recipe, of.mesh))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(as_written), strict=True):
         assert np.abs(b).max() > 0

@@ -44,7 +44,7 @@ _ELEMENTWISE = frozenset(
 )
 
 
-def for_cpu(function: Function, onednn: bool) -> Function:
+def optimize_for_cpu(function: Function, onednn: bool) -> Function:
     """Returns `function` as CPUs compute it fast: rewritten, or for oneDNN with its matmuls and convolutions apart."""
     # Fused, silu(y) + y of a float32 matmul y is wrong in jaxlib 0.12.
     return isolate_matmuls(function) if onednn else rewrite(function)
