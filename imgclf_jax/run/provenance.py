@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from imgclf_jax.core import places
+from imgclf_jax.core import cpuinfo, places
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
 
@@ -242,32 +242,14 @@ def processor() -> str:
 
     The name alone is not enough: in clouds "AMD EPYC" is of several generations.
     """
-    facts = _cpuinfo()
+    facts, flags = cpuinfo.facts(), cpuinfo.flags()
     if "model name" not in facts:
         return platform.processor() or platform.machine()
     parts = [facts["model name"]]
     if facts.keys() >= {"cpu family", "model"}:
         parts.append(f"family {facts['cpu family']} model {facts['model']}")
-    flags = facts.get("flags", "").split()
     parts += [name for flag, name in _VECTORS.items() if flag in flags][:1]
     return ", ".join(parts)
-
-
-def lacks_bfloat16() -> bool:
-    """Whether the processor has no bfloat16 instructions, so that bfloat16 layers are slow; False if unknown."""
-    facts = _cpuinfo()
-    flags = set(facts.get("flags", facts.get("Features", "")).split())  # x86 or Arm
-    return bool(flags) and flags.isdisjoint({"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"})
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The entries of /proc/cpuinfo for the first core; {} without this file."""
-    facts: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            facts.setdefault(key.strip(), value.strip())
-    return facts
 
 
 def _git() -> JsonObject:

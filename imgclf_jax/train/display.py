@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from imgclf_jax import metrics
 from imgclf_jax.config import KEYS, selecting_metrics
-from imgclf_jax.core import processes
+from imgclf_jax.core import cpuinfo, processes
 from imgclf_jax.core.text import decimals, printable
 from imgclf_jax.data import extra, sampling, sources, stream
 from imgclf_jax.losses import Task
@@ -24,7 +24,7 @@ from imgclf_jax.models import summary
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run import writers
-from imgclf_jax.run.provenance import lacks_bfloat16, processor
+from imgclf_jax.run.provenance import processor
 from imgclf_jax.run.workdir import Workdir
 
 WIDTH = 71  # of a line after its time, for terminals of 80 columns
@@ -73,7 +73,7 @@ def devices(mesh: Mesh, precision: str) -> str:
     text = f"{mesh.size} {first.platform} device{'s' * (mesh.size > 1)} ({kind})"
     text += f" of {processes.count()} processes" if processes.count() > 1 else ""
     text += f", {precision}"
-    if first.platform == "cpu" and precision == "bfloat16" and lacks_bfloat16():
+    if first.platform == "cpu" and precision == "bfloat16" and cpuinfo.lacks_bfloat16():
         text += "\nno bfloat16 instructions: precision=float32 may be faster"
     return text
 

@@ -1,5 +1,6 @@
 """Forward passes on CPU: plain XLA operations, which oneDNN computes where jaxlib has it."""
 
+import functools
 import platform as host
 
 import jax
@@ -10,8 +11,9 @@ from cases import thorough
 from flax import linen as nn
 from test_forms import SMALL, random_variables
 
-from imgclf_jax.core import internals, jaxprs, platform, sharding
+from imgclf_jax.core import cpuinfo, internals, jaxprs, platform, sharding
 from imgclf_jax.models import classifier
+from imgclf_jax.models.cpu.rewrite import optimize_for_cpu
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
@@ -69,6 +71,56 @@ def test_the_gradient_of_a_dense_layer_computes_no_activation_again():
         return total - jaxprs.matmul_flops(jax.make_jaxpr(function)(*arguments))
 
     assert elementwise(jax.grad(mlp, (0, 1, 2))) < 2 * elementwise(mlp)
+
+
+AVX2, AVX512 = {"flags": "fpu avx2"}, {"flags": "fpu avx2 avx512f"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "shape", [(4, 200, 384), (1, 28, 28, 384), *thorough(((2, 2, 14, 14, 384),), ((784, 1, 384),))]
+)
+def test_wide_dense_layers_without_avx512(monkeypatch, shape, dtype):
+    """They are convolutions then, and so are the gradients of their inputs; values are those of float64 matmuls."""
+    monkeypatch.setattr(cpuinfo, "facts", lambda: AVX2)
+    rng = np.random.default_rng(0)
+    x, w1, w2 = (jnp.asarray(rng.normal(size=s), dtype) for s in (shape, (384, 768), (768, 192)))
+
+    def forward(x, w1, w2):
+        return jnp.tanh(x @ w1 * 0.1) @ w2
+
+    def pulled(x, w1, w2):
+        y, pull = jax.vjp(forward, x, w1, w2)
+        return (y, *pull(y))
+
+    with internals.not_cached():
+        function = optimize_for_cpu(pulled, onednn=True)
+        found = jax.jit(function, compiler_options=platform.ONEDNN_OPTIONS)(x, w1, w2)
+    with jax.enable_x64():
+        expected = pulled(*(np.asarray(a, np.float64) for a in (x, w1, w2)))
+    for own, exact in zip(found, expected, strict=True):
+        assert own.dtype == dtype
+        np.testing.assert_allclose(
+            np.asarray(own, np.float64), exact, atol=np.abs(exact).max() * (1e-5 if dtype == "float32" else 0.03)
+        )
+    text = str(jax.make_jaxpr(function)(x, w1, w2))
+    assert text.count("conv_general_dilated[") == 3  # not for 192 → 768, whose convolution is no faster
+    assert text.count("dot_general[") == 3
+
+
+@pytest.mark.parametrize(("facts", "rows", "shape", "dtype", "convolves"), [
+    (AVX2, 200, (384, 768), "float32", True),
+    (AVX2, 195, (384, 768), "float32", False),  # few rows
+    (AVX2, 200, (3072, 768), "float32", False),  # many inputs
+    (AVX2, 200, (384, 768), "bfloat16", False),  # a float32 result of bfloat16
+    (AVX512, 200, (384, 768), "float32", False),
+    ({}, 200, (384, 768), "float32", True),  # unknown
+])  # fmt: skip
+def test_other_dense_layers_are_matmuls(monkeypatch, facts, rows, shape, dtype, convolves):
+    monkeypatch.setattr(cpuinfo, "facts", lambda: facts)
+    x, kernel = jnp.ones((4, rows, shape[0]), dtype), jnp.ones(shape, dtype)
+    function = optimize_for_cpu(functools.partial(jnp.matmul, preferred_element_type=jnp.float32), onednn=True)
+    assert ("conv_general_dilated[" in str(jax.make_jaxpr(function)(x, kernel))) is convolves
 
 
 @pytest.mark.optimized

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imgclf_jax.core import sharding
-from imgclf_jax.run import provenance
+from imgclf_jax.core import cpuinfo, sharding
 from imgclf_jax.train import display
 from imgclf_jax.train.display import Rows
 
@@ -123,7 +122,7 @@ def test_facts_in_two_columns():
     ({}, False),  # unknown
 ])  # fmt: skip
 def test_the_head_says_where_bfloat16_is_slow(monkeypatch, flags, lacking):
-    monkeypatch.setattr(provenance, "_cpuinfo", lambda: flags)
+    monkeypatch.setattr(cpuinfo, "facts", lambda: flags)
     mesh = sharding.make_mesh()
     assert ("precision=float32 may be faster" in display.devices(mesh, "bfloat16")) is lacking
     assert display.devices(mesh, "float32").endswith("), float32")

@@ -18,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
+from imgclf_jax.core import cpuinfo
 from imgclf_jax.core.jaxprs import BODIES, INLINED, Atom, aval_of, bind, isolate_matmuls, map_bodies, named
 from imgclf_jax.core.typing import Function, PyTree
 from imgclf_jax.models.cpu.moves import MOVES
+from imgclf_jax.models.cpu.onednn import bind_matmul
 from imgclf_jax.models.cpu.permuted import (
     OMITTED,
     Broadcast,
@@ -46,8 +48,10 @@ _ELEMENTWISE = frozenset(
 
 def optimize_for_cpu(function: Function, onednn: bool) -> Function:
     """Returns `function` as CPUs compute it fast: rewritten, or for oneDNN with its matmuls and convolutions apart."""
+    if not onednn:
+        return rewrite(function)
     # Fused, silu(y) + y of a float32 matmul y is wrong in jaxlib 0.12.
-    return isolate_matmuls(function) if onednn else rewrite(function)
+    return isolate_matmuls(function, matmul=bind if "avx512f" in cpuinfo.flags() else bind_matmul)
 
 
 def rewrite(function: Function, need: int = ROUNDED) -> Function:
