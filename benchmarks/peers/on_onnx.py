@@ -1,4 +1,4 @@
-"""Engines for inference, onnxruntime and OpenVINO: PyTorch's network by ONNX, a program for each batch size."""
+"""Inference engines, onnxruntime and OpenVINO: PyTorch's network exported to ONNX for each batch size."""
 
 import itertools
 import tempfile

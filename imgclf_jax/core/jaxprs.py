@@ -75,12 +75,12 @@ def named(equation: JaxprEqn) -> contextlib.AbstractContextManager[object]:
 
 def isolate_matmuls(
     function: Function, barrier: Callable[[jax.Array], jax.Array] = lax.optimization_barrier,
-    wanted: Callable[[Sequence[Any]], bool] = lambda operands: True, matmul: Callable[..., list[Any]] | None = None,
+    wanted: Callable[[Sequence[Any]], bool] = lambda operands: True, matmul: Callable[..., list[Any]] = bind,
 ) -> Function:  # fmt: skip
     """Returns `function`, of pytrees, with a `barrier` behind each matmul and convolution of `wanted` operands.
 
     So XLA fuses none of them into their readers, inside loops either. The gradients of dense layers' kernels have one
-    before them too. `matmul(equation, operands)` computes `dot_general`, if given. Apply it after differentiation.
+    before them too. `matmul(equation, operands)` computes each `dot_general`. Apply it after differentiation.
     """
 
     def evaluate(closed: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
@@ -93,7 +93,7 @@ def isolate_matmuls(
                     operands = [barrier(x) for x in operands]
                 if name in INLINED:
                     results = evaluate(params[INLINED[name]], operands)
-                elif name == "dot_general" and matmul:
+                elif name == "dot_general":
                     results = matmul(equation, operands)
                 else:
                     inside = {k: map_bodies(isolate, v) for k, v in params.items()} if name in BODIES else None

@@ -116,7 +116,7 @@ def test_wide_dense_layers_without_avx512(monkeypatch, shape, dtype):
     (AVX512, 200, (384, 768), "float32", False),
     ({}, 200, (384, 768), "float32", True),  # unknown
 ])  # fmt: skip
-def test_other_dense_layers_are_matmuls(monkeypatch, facts, rows, shape, dtype, convolves):
+def test_which_dense_layers_are_convolutions(monkeypatch, facts, rows, shape, dtype, convolves):
     monkeypatch.setattr(cpuinfo, "facts", lambda: facts)
     x, kernel = jnp.ones((4, rows, shape[0]), dtype), jnp.ones(shape, dtype)
     function = optimize_for_cpu(functools.partial(jnp.matmul, preferred_element_type=jnp.float32), onednn=True)

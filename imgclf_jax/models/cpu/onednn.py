@@ -7,7 +7,7 @@ see `jaxprs.isolate_matmuls`, which does not look into primitives.
 Operands are in `dtype`, and so are results. A kernel's gradient is at least float32, but with bfloat16 operands oneDNN
 rounds it, or each part of its sum, to bfloat16 first.
 
-`bind_matmul` makes some dense layers convolutions, too.
+`bind_matmul` computes wide dense layers as convolutions.
 """
 
 import functools
