@@ -1,11 +1,9 @@
 """What Linux says about the processor, in /proc/cpuinfo; elsewhere nothing is known."""
 
 import contextlib
-import functools
 from pathlib import Path
 
 
-@functools.cache
 def facts() -> dict[str, str]:
     """The entries of /proc/cpuinfo for the first core; {} without this file."""
     found: dict[str, str] = {}
