@@ -30,7 +30,9 @@ def bind(
     equation: JaxprEqn, operands: Sequence[ArrayLike], params: Mapping[str, object] | None = None
 ) -> list[jax.Array]:
     """Applies an equation's primitive to other operands, and with other parameters `params` if not None."""
-    out = equation.primitive.bind(*operands, **(equation.params if params is None else params))
+    primitive = equation.primitive
+    # `get_bind_params` is for primitives that bind a function, such as `shard_map`.
+    out = primitive.bind(*operands, **primitive.get_bind_params(equation.params if params is None else params))
     return list(out) if equation.primitive.multiple_results else [out]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cases import thorough
 from flax import linen as nn
+from jax.sharding import Mesh, PartitionSpec
 from test_forms import SMALL, random_variables
 
 from imgclf_jax.core import cpuinfo, internals, jaxprs, platform, sharding
@@ -104,14 +105,16 @@ def test_wide_dense_layers_without_avx512(monkeypatch, shape, dtype):
             np.asarray(own, np.float64), exact, atol=np.abs(exact).max() * (1e-5 if dtype == "float32" else 0.03)
         )
     text = str(jax.make_jaxpr(function)(x, w1, w2))
-    assert text.count("conv_general_dilated[") == 3  # not for 192 → 768, whose convolution is no faster
-    assert text.count("dot_general[") == 3
+    wide = dtype == "float32"  # then the gradient of the first kernel is one as well
+    assert text.count("conv_general_dilated[") == 3 + wide  # not for 192 → 768, whose convolution is no faster
+    assert text.count("dot_general[") == 3 - wide
 
 
 @pytest.mark.parametrize(("facts", "rows", "shape", "dtype", "convolves"), [
     (AVX2, 200, (384, 768), "float32", True),
     (AVX2, 195, (384, 768), "float32", False),  # few rows
-    (AVX2, 200, (3072, 768), "float32", False),  # many inputs
+    (AVX2, 200, (3072, 768), "float32", True),  # in two parts
+    (AVX2, 200, (2053, 768), "float32", False),  # a prime number of inputs
     (AVX2, 200, (384, 768), "bfloat16", False),  # a float32 result of bfloat16
     (AVX512, 200, (384, 768), "float32", False),
     ({}, 200, (384, 768), "float32", True),  # unknown
@@ -121,6 +124,27 @@ def test_which_dense_layers_are_convolutions(monkeypatch, facts, rows, shape, dt
     x, kernel = jnp.ones((4, rows, shape[0]), dtype), jnp.ones(shape, dtype)
     function = optimize_for_cpu(functools.partial(jnp.matmul, preferred_element_type=jnp.float32), onednn=True)
     assert ("conv_general_dilated[" in str(jax.make_jaxpr(function)(x, kernel))) is convolves
+
+
+def spread_over_devices(x, y):
+    mesh, split = Mesh(jax.devices()[:1], "i"), PartitionSpec("i")
+    return jax.shard_map(lambda x: jnp.sin(x) + x, mesh=mesh, in_specs=split, out_specs=split)(x) @ y.T
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("function", [
+    functools.partial(jnp.einsum, "bi,ci->bc"), functools.partial(jnp.einsum, "bi,cj->bicj"),
+    functools.partial(jnp.einsum, "bi,bj->bij"), functools.partial(jnp.tensordot, axes=0),
+    jax.grad(lambda x, y: jnp.sum(jnp.tanh(x[0] @ y.T)), (0, 1)),  # an outer product
+    spread_over_devices,
+], ids=["matmul", "outer", "batched outer", "tensordot", "gradient of one vector", "shard_map"])  # fmt: skip
+def test_any_product_of_arrays_in_a_block(monkeypatch, function, onednn):
+    """Also those without a contracted axis, such as a table of rotary positions, which predictions failed on."""
+    monkeypatch.setattr(cpuinfo, "facts", lambda: AVX2)
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 5), (3, 5)))
+    found = jax.jit(optimize_for_cpu(function, onednn=onednn))(x, y)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, function(x, y))
 
 
 @pytest.mark.optimized

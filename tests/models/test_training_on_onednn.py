@@ -80,6 +80,14 @@ def test_onednn_computes_the_gradients_that_xla_derives_in_float64(name, dtype, 
         assert error < {"float32": 1e-5, "bfloat16": 0.02}[dtype] * np.abs(exact).max()
 
 
+@pytest.mark.parametrize("name", ["strided", "depthwise"])
+def test_the_gradient_of_an_empty_batch_is_zero(name):
+    x, kernel, _, conv = _convolution(name, "float32")
+    with platform.tracing_for("cpu", onednn=True):
+        gradient = jax.grad(lambda kernel: conv(x[:0], kernel).sum())(kernel)
+    np.testing.assert_array_equal(gradient, np.zeros(kernel.shape))
+
+
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", ["strided", *thorough("same", "shortcut", "oblong", "cropping", "strided_depthwise")])
 def test_every_derivative_of_a_convolution(name):

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
 from jax.typing import DTypeLike
@@ -29,6 +28,7 @@ from imgclf_jax.models.cpu.multilinear import multilinear
 _BLOCK = 16  # channels; see `_parts`
 _CACHED = 2**24  # bytes that stay in the caches
 _CACHED_BLOCK = 2**21  # bytes of a block of images that stay there while they are transposed
+_MANY_ROWS, _MOST_INPUTS = 784, 2048  # of a dense layer that is a convolution
 
 type _Pair = tuple[int, int]
 
@@ -115,19 +115,21 @@ def _conv_kernel(
     batch and images the channels, unless the images are large. For a 1×1 kernel it is a matmul.
     """
     (kh, kw), wide = like.shape[:2], accumulator(dtype)
+    if x.size == 0:  # an empty batch
+        return jnp.zeros(like.shape, wide)
     x, gradient = lax.optimization_barrier((x.astype(dtype), gradient.astype(dtype)))
+    around = [
+        (low, (m - 1) * s + k - n - low)
+        for n, m, k, s, (low, _) in zip(x.shape[1:3], gradient.shape[1:3], (kh, kw), strides, pads, strict=True)
+    ]
     if _groups(like, x) > 1:
-        return _depthwise_kernel(x, gradient, (kh, kw), strides, pads)
+        return _depthwise_kernel(x, gradient, strides, around)
     if (kh, kw) == (1, 1) and pads == ((0, 0), (0, 0)):
         seen = x[:, :: strides[0], :: strides[1]][:, : gradient.shape[1], : gradient.shape[2]]
         seen, gradient = (y.reshape(-1, y.shape[3]) for y in (seen, gradient))
         # With bfloat16 operands a float32 result is slow.
         product = lax.dot_general(seen, gradient, (((0,), (0,)), ((), ())))
         return lax.optimization_barrier(product).astype(wide).reshape(like.shape)
-    around = [
-        (low, (m - 1) * s + k - n - low)
-        for n, m, k, s, (low, _) in zip(x.shape[1:3], gradient.shape[1:3], (kh, kw), strides, pads, strict=True)
-    ]
     if _has_large_images(x, like):
         return _large_images_kernel(x, gradient, like, strides, around)
     count = _parts(x, like)
@@ -181,50 +183,88 @@ def _parts(x: jax.Array, kernel: Shaped) -> int:
     return _divisor(b, max(1, b // _BLOCK))
 
 
-def _depthwise_kernel(x: jax.Array, gradient: jax.Array, kernel: _Pair, strides: _Pair, pads: Pads) -> jax.Array:
-    """The gradient of a depthwise kernel [kh, kw, 1, c], by one batched matmul for each of its rows.
+def _depthwise_kernel(x: jax.Array, gradient: jax.Array, strides: _Pair, around: Sequence[_Pair]) -> jax.Array:
+    """The gradient of a depthwise kernel [kh, kw, 1, c].
 
-    The matmul is over images and rows: for each channel, every column of x times every column of the gradient. Tap j of
-    the row is the sum over the pairs of columns that it connects. All other pairs are computed in vain, still in a
-    fraction of the time of the sums alone.
+    It is a depthwise convolution with the outputs' gradient as a kernel. This sums over no images, so those of a part
+    are side by side as channels, [1, h, w, b * c], and their results are added.
     """
-    (kh, kw), (sh, sw), (ho, wo) = kernel, strides, gradient.shape[1:3]
-    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)))
-    x, gradient = (lax.optimization_barrier(y.transpose(3, 1, 0, 2)) for y in (x, gradient))  # [c, h, b, w]
-    seen = x.shape[3]
-    column, tap, output = (np.arange(n) for n in (seen, kw, wo))
-    connected = column[:, None, None] == sw * output[:, None] + tap  # [columns of x, of the gradient, kw]
-    rows = []
-    for i in range(kh):
-        part = lax.optimization_barrier(x[:, i : i + (ho - 1) * sh + 1 : sh])
-        pairs = lax.dot_general(part, gradient, (((1, 2), (1, 2)), ((0,), (0,))))  # [c, columns, columns]
-        taps = connected.reshape(-1, kw).astype(x.dtype)
-        rows.append(
-            lax.dot_general(lax.optimization_barrier(pairs).reshape(len(x), -1), taps, (((1,), (0,)), ((), ())))
-        )
-    return jnp.stack(rows).transpose(0, 2, 1)[:, :, None]  # [kh, c, kw] → [kh, kw, 1, c]
+    b, c = len(x), x.shape[3]
+    count = _divisor(b, max(1, 4 * b // _BLOCK))  # of 4 images
+    x, gradient = (y.reshape(-1, count, *y.shape[1:]) for y in (x, gradient))  # keeps the batch sharded
+    parts = []
+    for i in range(count):
+        pair = (y[:, i].transpose(1, 2, 0, 3).reshape(*y.shape[2:4], -1) for y in (x, gradient))
+        images, windows = lax.optimization_barrier(tuple(pair))
+        part = _convolve(images[None], windows[:, :, None], (1, 1), around, strides, groups=images.shape[2])
+        parts.append(part.reshape(*part.shape[1:3], -1, c).astype(accumulator(x.dtype)).sum(2))
+    return functools.reduce(jnp.add, parts)[:, :, None]  # [kh, kw, c] → [kh, kw, 1, c]
 
 
 def bind_matmul(equation: JaxprEqn, operands: Sequence[jax.Array]) -> list[jax.Array]:
-    """Binds a `dot_general`, or convolves by a 1×1 kernel if it is a wide dense layer of many rows.
+    """Binds a `dot_general`, or computes a wide dense layer of many rows, or its kernel's gradient, as convolutions.
 
-    Without AVX-512 oneDNN's convolution is faster than its matmul there: 6,272 rows of 384 → 1,536 take 0.88 of the
-    time, 1,536 → 384 take 0.74. Narrow layers gain nothing, and with over 2,048 inputs the convolution can be slow.
+    Without AVX-512 oneDNN's convolutions are faster than its matmuls there. For 6,272 rows, dense layers of 384 → 1,536
+    and 1,536 → 384 take 0.88 and 0.74 of the time, and gradients of their kernels 0.73 and 0.85.
     """
-    x, kernel = operands
-    ((contracted, (inputs, *_)), batch), shape = equation.params["dimension_numbers"], x.shape
-    dense = x.ndim > 2 and kernel.ndim == 2 and contracted == (x.ndim - 1,) and not any(batch)
-    one_dtype = x.dtype == kernel.dtype == aval_of(equation.outvars[0]).dtype
-    if not dense or not one_dtype or x.dtype not in (jnp.float32, jnp.bfloat16):
+    x, y = operands
+    (contracted, others), batch = equation.params["dimension_numbers"]
+    one_dtype = x.dtype == y.dtype == aval_of(equation.outvars[0]).dtype
+    if any(batch) or x.ndim < 3 or not one_dtype or math.prod(x.shape[:-1]) < _MANY_ROWS:
         return bind(equation, operands)
-    k, n, rows = shape[-1], kernel.shape[1 - inputs], math.prod(shape[:-1])
-    if not (384 <= k <= 2048 and n >= 192 and max(k, n) >= 768 and rows >= 784):
-        return bind(equation, operands)
+    if y.ndim == 2 and contracted == (x.ndim - 1,) and _is_wide(x.shape[-1], y.shape[1 - others[0]], x.dtype):
+        return [_dense(x, y, others[0])]
+    if contracted == others == tuple(range(x.ndim - 1)) and _parts_of_rows(x, y):
+        return [_dense_kernel(x, y)]
+    return bind(equation, operands)
+
+
+def _is_wide(inputs: int, outputs: int, dtype: DTypeLike) -> bool:
+    """Whether a dense layer of many rows is faster as a convolution."""
+    if inputs > _MOST_INPUTS:  # in parts
+        return dtype == jnp.float32 and outputs >= 384 and inputs // _parts_of_inputs(inputs) >= 384
+    return dtype in (jnp.float32, jnp.bfloat16) and inputs >= 384 and outputs >= 192 and max(inputs, outputs) >= 768
+
+
+def _parts_of_inputs(inputs: int) -> int:
+    """The number of parts that a dense layer's inputs are computed in: with over 2,048 a convolution can be slow."""
+    if inputs <= _MOST_INPUTS:
+        return 1
+    return next(n for n in range(2, inputs + 1) if inputs % n == 0 and inputs // n <= 1536)
+
+
+def _dense(x: jax.Array, kernel: jax.Array, inputs: int) -> jax.Array:
+    """x [b, …, k] times a kernel whose axis `inputs` is k → [b, …, n]."""
+    shape, k, n = x.shape, x.shape[-1], kernel.shape[1 - inputs]
     x = x.reshape(shape[0], shape[1], -1, k)  # [b, h, w, k] or [b, n, 1, k]
     dimensions = "NHWC", "HWOI" if inputs else "HWIO", "NHWC"
-    kernel = lax.optimization_barrier(kernel)[None, None]
-    y = lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=dimensions)
-    return [y.reshape(*shape[:-1], n)]
+    count = _parts_of_inputs(k)
+    pairs = zip(jnp.split(x, count, 3), jnp.split(kernel, count, inputs), strict=True)
+    parts = [_convolve(seen, part[None, None], (1, 1), ((0, 0), (0, 0)), dimensions=dimensions) for seen, part in pairs]
+    return functools.reduce(jnp.add, parts).reshape(*shape[:-1], n)
+
+
+def _parts_of_rows(x: jax.Array, gradient: jax.Array) -> int:
+    """The number of parts of the batch to compute a dense layer's kernel gradient from; 0 if a matmul is as fast."""
+    if x.dtype != jnp.float32 or min(x.shape[-1], gradient.shape[-1]) < 384:
+        return 0
+    b, rows = len(x), math.prod(x.shape[:-1])
+    return next((n for n in range(1, b + 1) if b % n == 0 and _MANY_ROWS <= rows // n <= _MOST_INPUTS), 0)
+
+
+def _dense_kernel(x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """The gradient of a kernel [k, n] from x [b, …, k] and the gradient [b, …, n] of the outputs.
+
+    Rows are the channels of a convolution of k pixels.
+    """
+    count = _parts_of_rows(x, gradient)
+    x, gradient = (y.reshape(-1, count, *y.shape[1:]) for y in (x, gradient))  # keeps the batch sharded
+    parts = []
+    for i in range(count):
+        pixels, windows = (y[:, i].reshape(-1, y.shape[-1]) for y in (x, gradient))
+        pixels, windows = lax.optimization_barrier((pixels.T, windows))
+        parts.append(_convolve(pixels[None, None], windows[None, None], (1, 1), ((0, 0), (0, 0)))[0, 0])
+    return functools.reduce(jnp.add, parts)
 
 
 _conv_product = multilinear("onednn_conv", _conv, _conv_images, _conv_kernel)
