@@ -78,8 +78,16 @@ def normalize(
     images: jax.Array, mean: float | tuple[float, ...] = 0.0, std: float | tuple[float, ...] = 1.0
 ) -> jax.Array:
     """Converts uint8 to float32, (x / 255 - mean) / std; `mean` and `std` in [0, 1], one number or one per channel."""
+    _check_statistics(mean, std)
     scaled = images.astype(jnp.float32) / 255.0
     return (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+
+
+def _check_statistics(mean: float | tuple[float, ...], std: float | tuple[float, ...]) -> None:
+    means, stds = (value if isinstance(value, tuple | list) else (value,) for value in (mean, std))
+    if not (all(0 <= one <= 1 for one in means) and all(0 < one <= 1 for one in stds)):
+        raise UserError(f"normalize(mean={mean}, std={std}): mean must be from 0 to 1, std above 0 and at most 1; "
+                        "divide those of pixels from 0 to 255 by 255")  # fmt: skip
 
 
 @kinds.random
@@ -107,7 +115,7 @@ def random_erasing(
     height, width = (jnp.take_along_axis(v, first, 0)[0].astype(jnp.int32) for v in (heights, widths))  # [b]
     top = jax.random.randint(key_y, (b,), 0, h - height + 1)
     left = jax.random.randint(key_x, (b,), 0, w - width + 1)
-    erase = jax.random.bernoulli(key_apply, probability, (b,)) & jnp.any(fits, 0)
+    erase = jax.random.bernoulli(key_apply, float(probability), (b,)) & jnp.any(fits, 0)
 
     inside = erase[:, None, None, None] & geometry.in_box(h, w, top, left, top + height, left + width)
     if isinstance(fill, str):

@@ -138,8 +138,8 @@ def randaugment(
 
     - `ops` names the set. "torchvision" has the 14 OPS with a `magnitude` of 0 to 30: at 30 shear 0.3, translation
       150/331 of the side, 30 degrees, factors 1 ± 0.9, 4 bits, solarize threshold 0. That threshold is 256 (1 - m / 30)
-      as in TensorFlow's RandAugment; torchvision's is 255 (1 - m / 30). "big_vision" has the 16 ops of that codebase,
-      including invert, cutout and solarize-add, with a magnitude of 0 to 10: see `augment.big_vision`.
+      as in `trivialaugment`; torchvision's is 255 (1 - m / 30). "big_vision" has the 16 ops of that codebase, including
+      invert, cutout and solarize-add, with a magnitude of 0 to 10: see `augment.big_vision`.
     - `magnitude_std` is the standard deviation of normal noise on the magnitude, which is then rounded and clipped to
       0 … 30.
     - `fill`, 0 to 255, one or one per channel, fills the border: 0 by default, 128 for "big_vision".
@@ -181,9 +181,9 @@ def trivialaugment(key: jax.Array, images: jax.Array, fill: Fill = 0) -> jax.Arr
 
     Müller and Hutter 2021, arXiv:2103.10158. The ranges are torchvision's: at 30 shear 0.99, translation 32 pixels, 135
     degrees, factors 1 ± 0.99, 6 bits, solarize threshold 0. That threshold is the authors' 256 (1 - m / 30), not
-    torchvision's 255 (1 - m / 30). The authors' code draws factors uniformly from 0.01 to 2 and truncates degrees to
-    whole numbers, unlike torchvision and this op. `fill`, 0 to 255, one or one per channel, fills the border. Put it
-    before `normalize`, on uint8.
+    torchvision's 255 (1 - m / 30). The authors' code draws factors uniformly from 0.01 to 2, truncates degrees to whole
+    numbers, and truncates the bits that posterize removes, 6 m / 30, where torchvision and this op round. `fill`, 0 to
+    255, one or one per channel, fills the border. Put it before `normalize`, on uint8.
     """
     photometric.check("trivialaugment", images)
     fill_colors = _check_fill("trivialaugment", images, fill)

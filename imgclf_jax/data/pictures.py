@@ -4,12 +4,30 @@ The ops of this package pass on the Pillow image that `decode` opens, because co
 half as long as decoding. Other ops get arrays.
 """
 
+import math
+
 import numpy as np
 from PIL import Image
+
+from imgclf_jax.core.errors import UserError
 
 type Picture = np.ndarray | Image.Image
 
 _STRIP = 2**20  # pixels that are copied from Pillow at once
+
+
+def check_size(op: str, **sides: int) -> None:
+    """Raises UserError naming `op` unless each side of its output has pixels."""
+    for name, side in sides.items():
+        if side < 1:
+            raise UserError(f"{op}({name}={side}): must be 1 or more")
+
+
+def check_range(op: str, argument: str, value: tuple[float, float], most: float = math.inf) -> None:
+    """Raises UserError naming `op` unless a range from which it draws is a pair of ascending numbers above 0."""
+    if not (isinstance(value, tuple | list) and len(value) == 2 and 0 < value[0] <= value[1] <= most):
+        limit = "" if most == math.inf else f" <= {most}"
+        raise UserError(f"{op}({argument}={value}): must be a pair (low, high) with 0 < low <= high{limit}")
 
 
 def size_of(image: Picture) -> tuple[int, int]:

@@ -35,6 +35,7 @@ def resize(image: Picture, height: int, width: int = 0, method: str = "bilinear"
     """
     if method not in (*_FILTERS, "area"):
         raise UserError(f"resize(method={method!r}): allowed are {', '.join(_FILTERS)} and area")
+    pictures.check_size("resize", height=height, width=width or height)
     size = resized(pictures.size_of(image), height, width, method)
     if pictures.size_of(image) == size:
         return image
@@ -67,6 +68,7 @@ def resize_small(image: Picture, size: int, method: str = "bilinear", like: str 
     The longer side is rounded to the nearest pixel, as in TensorFlow recipes, or truncated with `like="torchvision"`.
     Raises UserError if it needs more memory than an op may take.
     """
+    pictures.check_size("resize_small", size=size)
     return resize(image, *resized_small(pictures.size_of(image), size, method, like), method)
 
 
@@ -86,6 +88,7 @@ def central_crop(image: Picture, height: int, width: int = 0, like: str = "tenso
 
     An odd margin has its smaller half above and left. With `like="torchvision"`, half the margin is rounded to even.
     """
+    pictures.check_size("central_crop", height=height, width=width or height)
     h, w = pictures.size_of(image)
     height, width = centrally_cropped((h, w), height, width)
     top, left = (h - height) // 2, (w - width) // 2
@@ -118,6 +121,9 @@ def random_resized_crop(
     The share of the image's area is uniform in `scale`, the ratio w / h log-uniform in `ratio`. If ten draws do not
     fit, it takes the largest central crop within `ratio`.
     """
+    pictures.check_size("random_resized_crop", height=height, width=width or height)
+    pictures.check_range("random_resized_crop", "scale", scale, 1)
+    pictures.check_range("random_resized_crop", "ratio", ratio)
     h, w = pictures.size_of(image)
     for _ in range(10):
         area = h * w * rng.uniform(*scale)

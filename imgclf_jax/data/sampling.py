@@ -178,19 +178,34 @@ def weighted(context: Context, by: str = "") -> Sampler:
 
 
 def repeated(context: Context, times: int) -> Sampler:
-    """Every example at `times` consecutive positions, each augmented independently.
+    """Every example `times` times in a batch: repeated augmentation (Hoffer et al. 2019, "Augment your batch").
 
-    This is repeated augmentation (Hoffer et al. 2019, "Augment your batch"). Position g has the example of position
-    g // times of 'permutation'; an epoch of the stream has times * n positions.
+    A batch has the examples that 'permutation' has at position // times; an epoch of the stream has times * n
+    positions. Since `augment.mixing` mixes neighbours, the examples of a batch come once each, then all again. Copies
+    are neighbours at most in a batch, or a part of it at the end of an epoch, of fewer than 3 * times positions. Raises
+    UserError for a batch of at most `times` positions.
     """
     if type(times) is not int or times < 1:
         raise UserError(f"times={times!r} must be a whole number of 1 or more")
-    n = context.n
+    n, batch_size = context.n, context.batch_size
+    if 1 < times >= batch_size:
+        raise UserError(f"times={times} must be less than the batch size {batch_size}, or a batch has copies of a "
+                        "single example")  # fmt: skip
+    epoch = times * n
 
     def ids(seed: int, positions: np.ndarray) -> np.ndarray:
-        return position_ids(seed, positions // times, n)
+        start = np.maximum(positions // batch_size * batch_size, positions // epoch * epoch)
+        stop = np.minimum((positions // batch_size + 1) * batch_size, (positions // epoch + 1) * epoch)
+        # A transposition: the positions of a batch in one epoch, in rows of `times`, are read by columns, of which the
+        # first `longer` have one position more.
+        place, (length, longer) = positions - start, np.divmod(stop - start, times)
+        rest = place - longer * (length + 1)
+        row, column = place % (length + 1), place // (length + 1)
+        row = np.where(rest < 0, row, rest % np.maximum(length, 1))
+        column = np.where(rest < 0, column, longer + rest // np.maximum(length, 1))
+        return position_ids(seed, (start + row * times + column) // times, n)
 
-    return Sampler(ids, times * n, "", lambda stop: np.full(n, stop / n))
+    return Sampler(ids, epoch, "", lambda stop: np.full(n, stop / n))
 
 
 def curriculum(

@@ -45,6 +45,15 @@ def resolve(text: str, sizes: Mapping[str, int]) -> list[Part]:
     return parts
 
 
+def check_disjoint(text: str, sizes: Mapping[str, int]) -> None:
+    """Raises UserError if the parts of an evaluation split overlap, since each of its examples counts once."""
+    parts = resolve(text, sizes)
+    total, different = sum(part.stop - part.start for part in parts), _covered(parts).total()
+    if total > different:
+        raise UserError(f"the parts of the evaluation split {text!r} overlap: they have {total} examples, of which "
+                        f"only {different} differ; write parts that do not overlap")  # fmt: skip
+
+
 def base_splits(text: str) -> list[str]:
     """The names of the base splits in a split's text; those of pieces outside the syntax are left out."""
     return [match[1] for piece in text.split("+") if (match := _PART.fullmatch(piece))]

@@ -174,7 +174,7 @@ class Images:
             name = self._name(example)
             hint = _SKIP if Path(name).is_file() and not image_check.readable(Path(name), self.preprocess) else ""
             raise UserError(f"{name}: {e}{hint}") from e
-        except (TypeError, ValueError) as e:
+        except (TypeError, ValueError, ArithmeticError) as e:
             if ":" in self.preprocess:
                 raise  # the user needs the traceback into their own op
             raise UserError(f"preprocess={self.preprocess!r} fails: {e}") from e

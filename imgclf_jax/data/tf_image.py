@@ -28,6 +28,9 @@ def inception_crop(
     more frequent than with `random_resized_crop`, whose area is uniform. If 100 draws do not fit, it takes the whole
     image.
     """
+    pictures.check_size("inception_crop", height=height, width=width or height)
+    pictures.check_range("inception_crop", "area", area, 1)
+    pictures.check_range("inception_crop", "ratio", ratio)
     h, w = pictures.size_of(image)
     for _ in range(_ATTEMPTS):
         if box := _crop(rng, h, w, area, rng.uniform(*ratio)):
@@ -62,7 +65,10 @@ def bilinear(image: Picture, height: int, width: int) -> Picture:
     memory.require_for_op("resize", pictures.size_of(image), (height, width), 8 * height * width)
     picture = pictures.to_pillow(image)
     box = (0, 0, picture.width, picture.height)
-    out = picture.transform((width, height), Image.Transform.EXTENT, box, Image.Resampling.BILINEAR)
+    # Channel by channel, since Pillow weights colors by alpha.
+    channels = map(picture.getchannel, range(4)) if picture.mode == "RGBA" else [picture]
+    bands = [one.transform((width, height), Image.Transform.EXTENT, box, Image.Resampling.BILINEAR) for one in channels]
+    out = Image.merge("RGBA", bands) if len(bands) > 1 else bands[0]
     return out if isinstance(image, Image.Image) else pictures.to_array(out)
 
 

@@ -177,6 +177,16 @@ def test_random_erasing_refuses_wrong_arguments(text, message):
         ops.build(text, train=True)(KEY, jnp.zeros((2, 8, 8, 3), jnp.uint8))
 
 
+@pytest.mark.parametrize(("text", "same"), [
+    ("random_erasing(1)", "random_erasing(1.0)"), ("random_erasing(probability=0)", "")
+])  # fmt: skip
+def test_a_probability_may_be_a_whole_number(text, same):
+    """It was a TypeError of jax.random.bernoulli."""
+    images = jnp.asarray(noise(8, 9, 9, 3))
+    out, expected = (ops.build(t, train=True)(KEY, images) for t in (text, same))
+    np.testing.assert_array_equal(out, expected)
+
+
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 0.25), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
 def test_normalize(mean, std):
     images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
@@ -184,6 +194,19 @@ def test_normalize(mean, std):
     assert out.dtype == jnp.float32
     expected = numpy_normalize(images, mean, std)
     np.testing.assert_allclose(out, expected, rtol=0, atol=rounding(3) * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("normalize((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))", r"divide those of pixels from 0 to 255 by 255"),
+    ("normalize(0.5, 127.5)", r"normalize\(mean=0.5, std=127.5\): "),
+    ("normalize(-0.5, 0.5)", r"mean must be from 0 to 1"),
+    ("normalize(0.5, std=0)", r"std above 0 and at most 1"),
+    ("normalize(0.5, (0.2, 0.0, 0.2))", r"std above 0 and at most 1"),
+])  # fmt: skip
+def test_normalize_refuses_statistics_of_another_scale(text, message):
+    """Those of 0 to 255 made nearly constant images, silently, and a standard deviation of 0 made NaN."""
+    with pytest.raises(UserError, match=message):
+        ops.build(text, train=True)(KEY, jnp.zeros((2, 8, 8, 3), jnp.uint8))
 
 
 def test_build_applies_the_ops_in_order_each_with_a_key_of_its_name():

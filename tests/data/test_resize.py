@@ -139,14 +139,34 @@ def test_random_resized_crop_has_the_distribution_that_it_says():
 
 
 def test_random_resized_crop_falls_back_to_the_largest_central_crop():
-    """Since twice the image's area never fits."""
+    """Since all of the image's area fits in no other shape."""
     for h, w, ratio, crop in (
         (10, 100, (3 / 4, 4 / 3), (0, 43, 10, 13)),  # too wide: 10 * 4 / 3 columns, in the middle
         (100, 10, (3 / 4, 4 / 3), (43, 0, 13, 10)),
         (50, 60, (3 / 4, 4 / 3), (0, 0, 50, 60)),  # within `ratio`: the whole image
         (1, 10, (0.1, 0.3), (0, 4, 1, 1)),  # never less than a pixel
     ):
-        assert measured_crop(0, h, w, scale=(2.0, 2.0), ratio=ratio) == crop
+        assert measured_crop(0, h, w, scale=(1.0, 1.0), ratio=ratio) == crop
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("random_resized_crop(8, scale=(8, 100))", r"random_resized_crop\(scale=\(8, 100\)\): .* 0 < low <= high <= 1"),
+    ("random_resized_crop(8, scale=(1.0, 0.08))", r"scale=\(1.0, 0.08\)"),
+    ("random_resized_crop(8, scale=0.5)", r"scale=0.5"),
+    ("random_resized_crop(8, ratio=(0, 0))", r"ratio=\(0, 0\)\): must be a pair \(low, high\) with 0 < low <= high$"),
+    ("random_resized_crop(0)", r"random_resized_crop\(height=0\): must be 1 or more"),
+    ("inception_crop(8, area=(5, 100))", r"inception_crop\(area=\(5, 100\)\): .* 0 < low <= high <= 1"),
+    ("inception_crop(8, ratio=(1.33, 0.75))", r"inception_crop\(ratio=\(1.33, 0.75\)\)"),
+    ("inception_crop(0)", r"inception_crop\(height=0\): must be 1 or more"),
+    ("central_crop(0)", r"central_crop\(height=0\): must be 1 or more"),
+    ("central_crop(-5)", r"central_crop\(height=-5\): must be 1 or more"),
+    ("resize(8, -1)", r"resize\(width=-1\): must be 1 or more"),
+    ("resize_small(0)", r"resize_small\(size=0\): must be 1 or more"),
+])  # fmt: skip
+def test_impossible_sizes_and_ranges_are_refused(text, message):
+    """Of a range without a crop that fits, every crop was the central one, silently; of size 0, images were empty."""
+    with pytest.raises(UserError, match=message):
+        ops.build(f"decode(3)|{text}")[0](noise(12, 12, 3), 0, 0)
 
 
 def test_build_applies_the_ops_in_order_each_with_a_generator_of_its_name():

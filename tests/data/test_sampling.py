@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import launch
+from imgclf_jax.augment import mixing
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import placement, sampling, sources, stream
@@ -160,11 +161,25 @@ def test_an_epoch_of_no_length_is_refused(epoch):
         build(f"{__name__}:make_partial(epoch={epoch})")
 
 
-def test_repeated_gives_each_example_in_a_row():
-    ids = build("repeated(3)").ids(5, np.arange(6 * N)).reshape(-1, 3)
-    assert (ids == ids[:, :1]).all()
-    np.testing.assert_array_equal(ids[:, 0], stream.position_ids(5, np.arange(2 * N), N))
-    assert build("repeated(3)").epoch == 3 * N
+@pytest.mark.parametrize(("times", "batch_size"), [(3, 30), (3, 20), (4, 24), (3, 8)])
+def test_repeated_gives_each_example_so_many_times(times, batch_size):
+    """A batch has the examples of a 'permutation' in which each is repeated, and so has an epoch."""
+    sampler, stop = build(f"repeated({times})", batch_size=batch_size), 2 * times * N
+    ids, rows = sampler.ids(5, np.arange(stop)), np.repeat(stream.position_ids(5, np.arange(2 * N), N), times)
+    for start in range(0, stop, batch_size):
+        batch = slice(start, start + batch_size)
+        np.testing.assert_array_equal(np.sort(ids[batch]), np.sort(rows[batch]))
+    np.testing.assert_array_equal(np.sort(ids.reshape(2, -1)), np.tile(np.repeat(np.arange(N), times), (2, 1)))
+    assert sampler.epoch == times * N
+
+
+@pytest.mark.parametrize(("times", "batch_size"), [(2, 4), (3, 6), (3, 20), (4, 24), (1, 4)])
+def test_no_copy_of_an_example_is_mixed_with_another(times, batch_size):
+    """Mixing pairs neighbours, and copies were neighbours: two thirds of a batch were mixed with themselves."""
+    images = stream.Images(source(), "decode(1)", sampler=build(f"repeated({times})", batch_size=batch_size))
+    for batch in stream.train_batches(images, 5, batch_size, 0, 2 * times * N // batch_size):
+        partners = np.asarray(mixing.partner(batch["image"]))
+        assert (partners != batch["image"]).all()
 
 
 def test_a_subset_is_permuted_alone(files):
@@ -237,15 +252,13 @@ def test_the_sampling_of_the_page_visits_every_example_of_each_window(n, size):
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     names: dict = {}
     exec(re.search(r"```python\n# my_sampling\.py\n(.*?)```", page, re.DOTALL)[1], names)
-    firsts = set()
+    firsts, window = set(), np.arange(n) // size
     for seed in range(40):
         key = sampling._keys(seed, "sampling")[0]
         ids = names["windows"](key, np.arange(2 * n), n, size=size)
         assert ids.dtype == np.int64
         for epoch in (ids[:n], ids[n:]):
-            for start in range(0, n, size):
-                stop = min(start + size, n)
-                np.testing.assert_array_equal(np.sort(epoch[start:stop]), np.arange(start, stop))
+            np.testing.assert_array_equal(epoch[np.lexsort((epoch, window))], np.arange(n))  # sorted in each window
         firsts.add(int(ids[0]))
     assert len(firsts) > min(n, size, 40) / 2
 
@@ -281,6 +294,7 @@ def changed(i, value):
 @pytest.mark.parametrize(("text", "numbers", "message"), [
     ("balancd", None, "unknown sampling 'balancd': did you mean 'balanced'"),
     ("repeated(0)", None, "times=0 must be a whole number of 1 or more"),
+    ("repeated(8)", None, "times=8 must be less than the batch size 8, or a batch has copies of a single example"),
     ("weighted", None, "data.source has no weights; name a file of numbers, such as 'weights.npy'"),
     ("weighted('age')", None, "data.source has no column 'age'; name a file of numbers"),
     ("weighted('none.npy')", None, "cannot read 'none.npy' as a .npy or .npz file"),

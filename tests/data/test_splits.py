@@ -117,3 +117,17 @@ def test_describing_takes_no_memory_for_examples():
     n = 2**48
     said = splits.describe(f"train[:{n // 2}]", {"a": f"train[{n // 4}:{n // 2 + 5}]+train[:3]"}, {"train": n})
     assert said.endswith(f"not used: {n - n // 2 - 5} of the {n} examples of train")
+
+
+@pytest.mark.parametrize(("text", "counts"), [
+    ("test[:60%]+test[40%:]", (432, 360)), ("test+test", (720, 360)), ("train+test[5:6]+test[:9]", (1010, 1009)),
+    ("test[:3]+test[3:]", None), ("test[3:]+train+test[:3]", None),
+])  # fmt: skip
+def test_an_evaluation_set_has_no_example_twice(text, counts):
+    """Overlapping parts counted some of them twice; a training split may have such parts."""
+    sizes = {"train": 1000, "test": 360}
+    if counts is None:
+        splits.check_disjoint(text, sizes)
+    else:
+        with pytest.raises(UserError, match="overlap: they have {} examples, of which only {} differ".format(*counts)):
+            splits.check_disjoint(text, sizes)

@@ -68,12 +68,12 @@ def test_a_crop_is_cut_out_and_resized():
 
 
 @pytest.mark.parametrize("method", ["bilinear", "area"])
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, 3, 4])
 def test_sizes_are_tensorflows(method, channels):
     """Except for values so close to a whole number that float32 cannot distinguish them."""
     near = 0.01 if method == "area" else 2e-3
     for image in (load_sample_image("china.jpg"), NOISE, NOISE[:40, :60]):
-        image = image[..., :channels]
+        image = np.concatenate([image, image[::-1, :, :1]], 2)[..., :channels]
         for size in ((224, 224), (64, 80), (341, 256)):
             theirs = tf.image.resize(image, size, method=method, antialias=False).numpy()
             difference = getattr(tf_image, method)(image, *size).astype(int) - np.clip(theirs, 0, 255).astype(np.uint8)
