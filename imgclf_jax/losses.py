@@ -4,9 +4,9 @@ A loss declares its tasks (see `Task`) and its `Link`, from logits to probabilit
 tools follow the task.
 
 `class_weights`, one number per class, multiply the losses of the examples of each class, as in Keras and scikit-learn;
-a soft target gets its expected weight. The batch loss is the mean over examples, whereas PyTorch divides by the sum of
-weights. The weights 'balanced' are n / (classes * count) by the class counts of the training split, so all classes
-have equal total weight.
+a soft target t gets the expected weighted loss, sum_c t_c w_c loss(c), as in PyTorch. The batch loss is the mean over
+examples, whereas PyTorch divides by the sum of the labels' weights. The weights 'balanced' are n / (classes * count) by
+the class counts of the training split, so all classes have equal total weight.
 """
 
 import enum
@@ -51,11 +51,14 @@ class Link(NamedTuple):
     - `ensemble(logits f32[n, ..., k])` returns f32[..., k], the logits of the mean probabilities of n models.
     - `nll(logits f32[b, k], labels i32[b] or targets f32[b, k])` returns f32[b], the negative log-likelihood in nats.
       It is None for a loss without a likelihood.
+    - `log_odds(logits f32[..., k])` returns f32[..., k], log p - log(1 - p) of each probability p. It orders examples
+      as p does, also where float32 rounds p to 0 or 1. If it is None, the probabilities order them.
     """
 
     probabilities: Callable[[jax.Array], jax.Array]
     ensemble: Callable[[jax.Array], jax.Array]
     nll: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    log_odds: Callable[[jax.Array], jax.Array] | None = None
 
 
 def _softmax_ensemble(logits: jax.Array) -> jax.Array:
@@ -88,8 +91,22 @@ def _sigmoid_nll(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.sum(jax.nn.softplus(jnp.where(_is_label(logits, labels), -logits, logits)), -1)
 
 
-SOFTMAX = Link(jax.nn.softmax, _softmax_ensemble, _softmax_nll)  # mutually exclusive classes
-SIGMOID = Link(jax.nn.sigmoid, _sigmoid_ensemble, _sigmoid_nll)  # independent classes: a product of likelihoods
+def _softmax_log_odds(logits: jax.Array) -> jax.Array:
+    """Each logit minus the logsumexp of the others.
+
+    The greatest logit is left out of every sum, because float32 would round the others away beside it.
+    """
+    is_top = jnp.argmax(logits, -1, keepdims=True) == jnp.arange(logits.shape[-1])
+    below_top = logits - jnp.max(logits, -1, keepdims=True)
+    rest = jnp.where(is_top, 0.0, jnp.exp(below_top))
+    others = jax.nn.logsumexp(jnp.where(is_top, -jnp.inf, logits), -1, keepdims=True)
+    return jnp.where(is_top, logits - others, below_top - jnp.log1p(jnp.sum(rest, -1, keepdims=True) - rest))
+
+
+# Mutually exclusive classes.
+SOFTMAX = Link(jax.nn.softmax, _softmax_ensemble, _softmax_nll, _softmax_log_odds)
+# Independent classes: a product of likelihoods.
+SIGMOID = Link(jax.nn.sigmoid, _sigmoid_ensemble, _sigmoid_nll, lambda logits: logits)
 IDENTITY = Link(lambda logits: logits, lambda logits: jnp.mean(logits, 0))  # regression; an ensemble's mean
 
 
@@ -209,7 +226,7 @@ def softmax(
     if label_smoothing == 0.0 and labels.ndim == 1:
         losses = _softmax_nll(logits, labels)
     else:
-        targets = _smoothed(_targets(logits, labels), label_smoothing)
+        targets = _smoothed(_targets(logits, _reweighted(labels, logits, class_weights)), label_smoothing)
         losses = optax.softmax_cross_entropy(logits, targets)
     return _weighted(losses, logits, labels, class_weights)
 
@@ -249,7 +266,8 @@ def focal(
         raise UserError(f"focal(gamma={gamma}): must be 0 or more")
     log_p = jax.nn.log_softmax(logits)  # [b, classes]
     below_one = jnp.minimum(log_p, -jnp.finfo(log_p.dtype).tiny)  # for gamma < 1 the gradient at p = 1 is infinite
-    losses = -alpha * jnp.sum(_targets(logits, labels) * (-jnp.expm1(below_one)) ** gamma * log_p, -1)
+    targets = _targets(logits, _reweighted(labels, logits, class_weights))
+    losses = -alpha * jnp.sum(targets * (-jnp.expm1(below_one)) ** gamma * log_p, -1)
     return _weighted(losses, logits, labels, class_weights)
 
 
@@ -265,6 +283,17 @@ def _targets(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 def _smoothed(targets: jax.Array, smoothing: float) -> jax.Array:
     return optax.smooth_labels(targets, smoothing) if smoothing else targets
+
+
+def _reweighted(labels: jax.Array, logits: jax.Array, weights: Weights) -> jax.Array:
+    """Targets f32[b, classes] times the class weights, divided by the expected weight, by which `_weighted` multiplies.
+
+    Labels i32[b] are returned unchanged.
+    """
+    if weights is None or labels.ndim == 1:
+        return labels
+    weighted = labels * _check_weights("class_weights", weights, logits)
+    return weighted / jnp.maximum(jnp.sum(weighted, -1, keepdims=True), jnp.finfo(weighted.dtype).tiny)
 
 
 def _weighted(losses: jax.Array, logits: jax.Array, labels: jax.Array, weights: Weights) -> jax.Array:

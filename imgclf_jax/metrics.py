@@ -18,7 +18,7 @@ from imgclf_jax.config import TARGET_METRICS
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Array, Function
-from imgclf_jax.losses import SIGMOID, Link, Task
+from imgclf_jax.losses import Link, Task
 from imgclf_jax.scores import multilabel
 from imgclf_jax.scores.classification import FromLogits, Scores, label_ranks, predicted_classes
 from imgclf_jax.scores.multilabel import MultilabelScores
@@ -41,9 +41,7 @@ class Predictions(NamedTuple):
     predicted: Array  # i32[n], from the logits: float32 rounds probabilities of distinct large logits to equal ones
     ranks: Array  # i32[n], of the label among the logits: see `scores.label_ranks`
     mask: Array | None = None  # bool[n], False for padding; None without padding
-    # f32[n, classes], of independent classes (SIGMOID), whose probabilities float32 rounds to 1 above a logit of 17;
-    # None for other links.
-    logits: Array | None = None
+    log_odds: Array | None = None  # f32[n, classes], see `losses.Link`; None for a link without
 
     def losses(self) -> np.ndarray:
         """The negative log-likelihood f64[n] of each label, on the host; nan without a label or a prediction."""
@@ -60,15 +58,15 @@ class Predictions(NamedTuple):
 
     def for_seed(self, i: int) -> "Predictions":
         """The predictions of one of several seeds, or of their ensemble, -1."""
-        logits = None if self.logits is None else self.logits[i]
+        log_odds = None if self.log_odds is None else self.log_odds[i]
         return self._replace(
-            probabilities=self.probabilities[i], predicted=self.predicted[i], ranks=self.ranks[i], logits=logits
+            probabilities=self.probabilities[i], predicted=self.predicted[i], ranks=self.ranks[i], log_odds=log_odds
         )
 
     @property
     def from_logits(self) -> FromLogits:
         """What `scores.Scores` takes from the logits."""
-        return FromLogits(self.predicted, self.ranks, self.logits)
+        return FromLogits(self.predicted, self.ranks, self.log_odds)
 
 
 class TargetPredictions(NamedTuple):
@@ -98,18 +96,18 @@ def predict(
     SOFT targets are replaced by their dominant labels.
     """
     outputs = link.probabilities(logits.astype(jnp.float32))
+    log_odds = link.log_odds(logits.astype(jnp.float32)) if link.log_odds else None
     if task in (Task.MULTILABEL, Task.REGRESSION):
-        return TargetPredictions(wanted, outputs, logits if link is SIGMOID else outputs, mask)
+        return TargetPredictions(wanted, outputs, outputs if log_odds is None else log_odds, mask)
     labels = dominant_labels(wanted) if task is Task.SOFT else wanted
-    independent = logits.astype(jnp.float32) if link is SIGMOID else None
-    return Predictions(labels, outputs, predicted_classes(logits), label_ranks(logits, labels), mask, independent)
+    return Predictions(labels, outputs, predicted_classes(logits), label_ranks(logits, labels), mask, log_odds)
 
 
 def concatenate[P: AnyPredictions](batches: Sequence[P]) -> P:
     """Concatenates the predictions of all batches on the host, without the padding."""
     kind = type(batches[0])
     # Examples are the last axis, except in fields with a number per output.
-    of_outputs = ("targets", "probabilities", "outputs", "ranking", "logits")
+    of_outputs = ("targets", "probabilities", "outputs", "ranking", "log_odds")
     axes = {name: -2 if name in of_outputs else -1 for name in kind._fields}
     fields = {
         name: np.concatenate([_unpad(getattr(batch, name), batch.mask, axis) for batch in batches], axis)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+import scipy.stats
 from flax import linen as nn
 from PIL import Image
 
@@ -42,6 +43,31 @@ def test_each_loss_has_a_link(loss, link):
     """By its spec, with arguments bound; a user's own loss declares one, or has the softmax."""
     assert losses.link_of(loss) == link
     assert losses.link_of(losses.build(loss)) == link
+
+
+@pytest.mark.parametrize("link", [losses.SOFTMAX, losses.SIGMOID])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 30.0, 1000.0])
+def test_log_odds_are_exact_in_float32(link, spread):
+    """log p - log(1 - p) by float64, also where float32 rounds p to 0 or 1, and for the mean p of an ensemble."""
+    logits = np.random.default_rng(0).normal(0, spread, (3, 50, 5)).astype(np.float32)
+    wide = logits.astype(np.float64)
+    if link is losses.SOFTMAX:
+        others = [scipy.special.logsumexp(np.delete(wide, c, -1), -1) for c in range(5)]
+        rest = np.stack(others, -1)
+    else:
+        rest = np.zeros_like(wide)
+    np.testing.assert_allclose(link.log_odds(jnp.asarray(logits)), wide - rest, 1e-6, 1e-6)
+    log_p, log_q = wide - np.logaddexp(wide, rest), rest - np.logaddexp(wide, rest)
+    mean = scipy.special.logsumexp(log_p, 0) - scipy.special.logsumexp(log_q, 0)
+    np.testing.assert_allclose(link.log_odds(link.ensemble(jnp.asarray(logits))), mean, 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("logits", [[5.0], [-np.inf, 1.0, 0.0], [0.0, 0.0], [3e38, -3e38]])
+def test_log_odds_rank_logits_at_the_limits(logits):
+    """One class, an excluded class, equal logits and those that overflow: no NaN, and the order of the logits."""
+    odds = np.asarray(losses.SOFTMAX.log_odds(jnp.asarray(logits)))
+    np.testing.assert_array_equal(scipy.stats.rankdata(odds), scipy.stats.rankdata(logits))
+    assert not np.isnan(odds).any()
 
 
 @pytest.mark.thorough

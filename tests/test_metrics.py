@@ -119,6 +119,21 @@ def test_independent_classes_are_ordered_by_their_logits(seeds):
     assert ["".join(row[f"class_{rank}"] for rank in (1, 2, 3)) for row in rows] == ["201", "210", "201", "102"]
 
 
+@pytest.mark.parametrize(("seeds", "classes"), [(1, 2), (2, 2), (1, 3)])
+def test_exclusive_classes_are_ordered_by_their_log_odds(seeds, classes):
+    """A float32 softmax is 1 from a gap of 17 on: the AUC of class 1 was 0.5 for logits that separate the classes."""
+    labels, logits = np.array([0, 1, 0, 1]), np.zeros((4, classes), np.float32)
+    logits[:, 1] = [20, 22, 21, 120]
+    more = np.stack([logits] * (seeds + 1)) if seeds > 1 else logits
+    found = metrics.predict(jnp.asarray(more), jnp.asarray(labels), losses.SOFTMAX, jnp.ones(4, bool))
+    own = metrics.concatenate([jax.device_get(found)])
+    own = own.for_seed(-1) if seeds > 1 else own
+    assert (own.probabilities[:, 1] == 1).all()
+    assert metrics.build_whole_set("auc")["auc"](own) == 1
+    assert scores.score(own.labels, own.probabilities, own.from_logits)["auc"] == 1
+    assert metrics.auc(own.labels, own.probabilities) < 1
+
+
 @pytest.mark.parametrize("value", [None, "0.5", [0.5], np.ones(1), True, 1j])
 def test_an_own_metric_returns_one_number(value, monkeypatch):
     """result.json accepted anything, and a complex number ended the run in a traceback after training."""

@@ -138,6 +138,7 @@ def test_a_config_file_that_raises(mistake, tmp_path):
     ("preprocess=decode(1)|reszie(8)", ["unknown host op 'reszie'", "did you mean 'resize'"]),
     ("preprocess=decode(1)|resize(8, methd='x')", ["unknown argument 'methd'", "did you mean 'method'?"]),
     ("preprocess=decode(1)|resize('x')", ["preprocess=\"decode(1)|resize('x')\" fails: "]),
+    ("preprocess=decode(1)|random_resized_crop(8, ratio=(1e-308, 1e-308))", ["ratio=(1e-308, 1e-308))' fails: "]),
     ("preprocess=resize(8)", ["preprocess='resize(8)'", "first op must be decode"]),
     ("preprocess=decode(1)|central_crop(99)", ["central_crop(99, 99)", "12 by 12", "resize it first"]),
     ("augment=flip", ["unknown device op 'flip'", "did you mean 'flip_lr'?"]),
@@ -168,6 +169,7 @@ def test_a_config_file_that_raises(mistake, tmp_path):
     ("data.train=train[5:5]", ["split 'train[5:5]' has no examples", "64"]),
     ("data.train=train[:99]", ["split 'train[:99]' reaches beyond the 64 examples"]),
     ("data.eval.val=valid", ["unknown split 'valid'"]),
+    ("data.eval.val=test[:60%]+test[40%:]", ["'test[:60%]+test[40%:]' overlap", "write parts that do not overlap"]),
     ("data.eval.val=digits()/test", ["data.eval.val='digits()/test' has the classes ['0', '1', '2', '3', '4']"]),
 ])  # fmt: skip
 def test_wrong_values(mistake, tmp_path, flag, fragments):

@@ -48,8 +48,7 @@ class FromLogits(NamedTuple):
 
     predicted: Array  # int[n]: see `predicted_classes`
     ranks: Array  # int[n]: see `label_ranks`
-    # f32[n, classes] of independent classes: these order examples as their probabilities do, and without ties.
-    logits: Array | None = None
+    log_odds: Array | None = None  # f32[n, classes]: see `losses.Link`
 
     def select(self, which: np.ndarray) -> "FromLogits":
         """Those of some of the examples."""
@@ -102,7 +101,7 @@ class Scores:
     @property
     def _ordering(self) -> np.ndarray:
         """[n, classes]: what orders the examples of each class."""
-        known = self.from_logits and self.from_logits.logits
+        known = self.from_logits and self.from_logits.log_odds
         return self.probabilities if known is None else known
 
     def compute(self, weights: np.ndarray, auc: bool = True) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import losses, metrics
 from imgclf_jax.core import processes, sharding, signals
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import sources, stream
+from imgclf_jax.data import sources, splits, stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.progress import track
 from imgclf_jax.run.provenance import module_digests
@@ -113,6 +113,7 @@ def open_set(programs: Programs, base: dict[str, sources.Source], text: str, key
     config = programs.recipe.config
     spec, slash, split = text.rpartition("/") if ")" in text else ("", "", text)
     own = sources.open_data(config, spec) if slash else base
+    splits.check_disjoint(split, {name: len(source) for name, source in own.items()})
     source = sources.take_split(own, split)
     if tuple(source.class_names) != programs.recipe.data.class_names:
         raise UserError(f"{key}={text!r} has the classes {list(source.class_names)[:5]}…, "

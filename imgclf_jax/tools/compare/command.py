@@ -31,7 +31,7 @@ def main(files: Sequence[str], format: str, html: str, test: bool, trust: bool) 
     Raises UserError if there is no run, and if the page is not writable.
     """
     runs, damaged = record.find(files)
-    groups = group_runs(runs)
+    groups, metric = group_runs(runs), main_metric(runs)
     for sentence in differing_origins(groups):
         log.warning("%s", sentence)
     predictions = saved_predictions.load_all(runs, test, trust)
@@ -39,13 +39,13 @@ def main(files: Sequence[str], format: str, html: str, test: bool, trust: bool) 
     if processes.index():
         return 1 if damaged else 0
     if format == "json":
-        terminal.print_json(_as_json(groups, comparisons, damaged))
+        terminal.print_json(_as_json(groups, comparisons, metric, damaged))
     elif format == "csv":
         _print_csv(groups)
     else:
         _print_tables(groups, comparisons, test)
     if html:
-        write(Path(html), compare_page.page(groups, comparisons, main_metric(groups), damaged, test))
+        write(Path(html), compare_page.page(groups, comparisons, metric, damaged, test))
         log.info("wrote %s", html)
     return 1 if damaged else 0
 
@@ -77,7 +77,9 @@ def _print_csv(groups: Sequence[Group]) -> None:
         writer.writerow([*row, seeds, len(group.unfinished), *cells])
 
 
-def _as_json(groups: Sequence[Group], comparisons: Sequence[Comparison], damaged: Sequence[str]) -> JsonObject:
+def _as_json(
+    groups: Sequence[Group], comparisons: Sequence[Comparison], metric: str, damaged: Sequence[str]
+) -> JsonObject:
     return {
         "common": common(groups),
         "groups": [
@@ -87,7 +89,7 @@ def _as_json(groups: Sequence[Group], comparisons: Sequence[Comparison], damaged
                             for run in group.unfinished]}
             for group in groups
         ],
-        "best": dict(ranked.settings) if (ranked := best(groups)) else None,
+        "best": dict(ranked.settings) if (ranked := best(groups, metric)) else None,
         "comparisons": [
             {"settings": dict(c.group.settings), "set": c.set, "score": c.score, "examples": c.examples,
              "difference": c.difference._asdict(), "holm": c.adjusted,

@@ -78,16 +78,16 @@ def shown(value: Value) -> str:
     return value if isinstance(value, str) and value else repr(value)
 
 
-def main_metric(groups: Iterable[Group]) -> str:
-    """Returns the metric to rank by, accuracy or the task's own, on the first evaluation set of the first run."""
-    groups = list(groups)
-    available = {name for group in groups for name in group.metrics()}
-    for group in groups:
-        for run in (*group.done, *group.unfinished):
-            for name in run.config.data.eval:
-                kinds = [kind for kind in MAIN_METRICS if f"{name}/{kind}" in available]
-                return f"{name}/{kinds[0] if kinds else MAIN_METRICS[0]}"
-    return "test/accuracy"
+def main_metric(runs: Sequence[Record]) -> str:
+    """Returns the metric to rank by, accuracy or the task's own, on the first evaluation set of the first run.
+
+    That of a finished run, if there is one.
+    """
+    available = {name for run in runs for name in run_metrics(run)}
+    finished_first = sorted(runs, key=lambda run: run.final is None)
+    first = next((name for run in finished_first for name in run.config.data.eval), "test")
+    kinds = [kind for kind in MAIN_METRICS if f"{first}/{kind}" in available]
+    return f"{first}/{kinds[0] if kinds else MAIN_METRICS[0]}"
 
 
 def group_runs(runs: Sequence[Record]) -> list[Group]:
@@ -115,7 +115,7 @@ def group_runs(runs: Sequence[Record]) -> list[Group]:
         )
         for members in separated
     ]
-    metric = main_metric(groups)
+    metric = main_metric(runs)
 
     def rank(group: Group) -> float:
         value = group.metrics()[metric].mean if metric in group.metrics() else math.nan
@@ -124,16 +124,16 @@ def group_runs(runs: Sequence[Record]) -> list[Group]:
     return sorted(groups, key=rank)
 
 
-def best(groups: Sequence[Group]) -> Group | None:
+def best(groups: Sequence[Group], metric: str) -> Group | None:
     """Returns the first of the ordered groups if the main metric ranks it, as it cannot in runs without a head."""
-    value = groups[0].metrics().get(main_metric(groups))
+    value = groups[0].metrics().get(metric)
     return groups[0] if value and not math.isnan(value.mean) else None
 
 
 def differing_origins(groups: Sequence[Group]) -> list[str]:
     """Sentences on finished runs whose configs say the same, but which recorded different data or code.
 
-    Evaluation sets are compared between all runs, training data and the user's modules within a group.
+    Evaluation sets are compared between all runs; within a group, what training read and computed with.
     """
     found: dict[str, None] = {}
     for group in groups:
@@ -147,10 +147,20 @@ def differing_origins(groups: Sequence[Group]) -> list[str]:
 
 
 def _training_facts(run: Record) -> JsonObject:
-    return {
-        "training data": _dict(run.provenance.get("data")).get("fingerprint"),
-        **_dict(run.provenance.get("modules")),
+    recorded = run.provenance
+    data = _dict(recorded.get("data"))
+    facts: JsonObject = {
+        "training data": data.get("fingerprint"),
+        **_dict(recorded.get("modules")),
+        "digest of init_from": _dict(recorded.get("init_from")).get("sha256"),
+        "digest of the method's fixed arrays": recorded.get("fixed_sha256"),
+        "number of BatchNorm groups": recorded.get("batch_norm_groups"),
+        "digest of data.sampling": data.get("sampling"),
     }
+    for name, stream in _dict(data.get("extra")).items():
+        facts[f"fingerprint of data.extra.{name}"] = _dict(stream).get("fingerprint")
+        facts[f"digest of the sampling of data.extra.{name}"] = _dict(stream).get("sampling")
+    return facts
 
 
 def _evaluation_facts(run: Record) -> JsonObject:

@@ -23,7 +23,7 @@ def page(
     body = [f"<h1>{text(title)}</h1>", _summary(groups, metric, done, left)]
     columns, rows = compare_tables.results(groups)
     if rows:
-        ranked = best(groups) is not None
+        ranked = best(groups, metric) is not None
         caption = "The best first" if ranked else "Not ranked, because the runs have no main metric"
         body.append("<h2>Results</h2>" + table(caption, columns, rows, keys, best=ranked and len(rows) > 1))
     columns, rows = compare_tables.tests(comparisons)
@@ -46,7 +46,7 @@ def _summary(groups: Sequence[Group], metric: str, done: int, left: int) -> str:
     first = groups[0].metrics().get(metric)
     summary = f"{done} run{'s' * (done != 1)} finished"
     summary += f", {left} unfinished." if left else "."
-    if first and best(groups) and len(groups) > 1:
+    if first and best(groups, metric) and len(groups) > 1:
         summary += f" {groups[0].label} has the best {metric}: {compare_tables.spread_text(first)}."
     return paragraph(summary)
 

@@ -58,7 +58,7 @@ def rows(
     checkpoint's `step` and the predictions' `origin`.
     """
     scores = Scores(labels, probabilities, from_logits)
-    known = from_logits and from_logits.logits
+    known = from_logits and from_logits.log_odds
     order = np.array(probabilities if known is None else known)
     predicts = np.flatnonzero(scores.predicted >= 0)
     order[predicts, scores.predicted[predicts]] = np.inf

@@ -12,6 +12,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 from html_page import Page
+from ml_collections import ConfigDict
 
 import launch
 from imgclf_jax import config as configs
@@ -346,6 +347,42 @@ def test_runs_whose_configs_say_the_same_of_other_data_or_code(tmp_path, write, 
     assert "recorded a different module my_nets" in capsys.readouterr().err
     write("d", seed=3, clip=1.0, recorded=one)
     assert len(comparison.differing_origins(groups(tmp_path))) == 2  # another group may have other code
+
+
+def test_runs_that_started_from_other_weights_or_drew_other_examples(tmp_path, write):
+    """Files that a config names may be replaced between two seeds; a run without a record of one is not compared."""
+
+    def facts(digest, groups):
+        data = {"train_examples": 64, "image_shape": [12, 12, 1], "class_names": ["a", "b"], "sampling": digest}
+        extra = {"unlabeled": data | {"fingerprint": digest}}
+        return {"init_from": {"path": "w.pth", "sha256": digest}, "fixed_sha256": digest, "batch_norm_groups": groups,
+                "data": data | {"fingerprint": "x", "extra": extra}}  # fmt: skip
+
+    for seed, recorded in enumerate((facts("aa", 1), facts("bb", 8), {})):
+        write("abc"[seed], seed=seed, recorded=recorded)
+    a, b = tmp_path / "a", tmp_path / "b"
+    kinds = ("digest of init_from", "digest of the method's fixed arrays", "number of BatchNorm groups",
+             "digest of data.sampling", "fingerprint of data.extra.unlabeled",
+             "digest of the sampling of data.extra.unlabeled")  # fmt: skip
+    assert comparison.differing_origins(groups(tmp_path)) == [
+        f"{a} and {b} recorded a different {kind}: their mean is of different runs" for kind in kinds
+    ]
+
+
+def test_runs_with_other_first_sets_are_ranked_by_one_metric(tmp_path, write, capsys):
+    """That of the first run: the page named the first set of the group that turned out the best."""
+    first = {"dev": "train[:10%]", "test": "test"}
+    for name, evals, dev, test in (("a", {"test": "test"}, None, 0.90), ("b", first, 0.80, 0.95),
+                                   ("c", first, 0.97, 0.94)):  # fmt: skip
+        place = write(name, clip=float(ord(name)), data__eval=ConfigDict(evals))
+        result = {"step": 10, "test": {"examples": 400, "accuracy": test}}
+        (place / "result.json").write_text(json.dumps(result | ({"dev": {"accuracy": dev}} if dev else {})))
+        (place / "metrics.jsonl").write_text("")
+    file = tmp_path / "page.html"
+    assert launch.main(["compare", str(tmp_path), "--format=json", f"--html={file}"]) == 0
+    assert json.loads(capsys.readouterr().out)["best"] == {"clip": 98.0, "data.eval": first}
+    assert "clip=98.0" in file.read_text()
+    assert "has the best test/accuracy: 0.9500" in file.read_text()
 
 
 @pytest.mark.parametrize(
