@@ -1,4 +1,4 @@
-"""What a step does about a loss that is not finite or spikes: the keys `on_bad_step` and `spike`.
+"""What a step does if its loss or gradient is not finite, or the loss spikes: the keys `on_bad_step` and `spike`.
 
 Everything here is a pure function of the train state, so a resumed run skips the same steps as one that was never
 stopped. `train/loop.py` rolls back, and `run/skipped.py` records.
@@ -28,7 +28,7 @@ class Guard(struct.PyTreeNode):
     good: jax.Array  # i32[], good steps
     skipped: jax.Array  # i32[], steps that changed nothing
     steps: jax.Array  # i32[RECENT], the latest skipped steps as a ring buffer; -1 where there are none
-    losses: jax.Array  # f32[RECENT], their losses
+    losses: jax.Array  # f32[RECENT], the losses of those that spiked; NaN for nonfinite steps
 
 
 @dataclass(frozen=True)

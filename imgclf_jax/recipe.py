@@ -3,6 +3,7 @@
 Nothing here is compiled or depends on devices. `programs.py` compiles a recipe for a mesh.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -58,12 +59,18 @@ class Recipe:
         return configs.period(self.config[key], key, *size)
 
     @property
-    def patience(self) -> Fraction | None:
-        """The patience of early stopping in steps; None without it."""
-        if not self.config.stop:
+    def patience(self) -> int | None:
+        """The patience of early stopping in steps; None without it.
+
+        It spans whole evaluations, at least one. With a fractional period they are that many steps apart, rounded up
+        or down, so the patience is rounded down.
+        """
+        every = self.period("eval_every")
+        if not self.config.stop or every is None:
             return None
-        text = configs.split_stop(self.config.stop)[1]
-        return configs.period(text, "stop", self.data.train_examples, self.config.batch_size, self.total)
+        waited = self.steps("stop", configs.split_stop(self.config.stop)[1], self.total)
+        evaluations = (waited - 1) // every + 1
+        return max(1, math.floor(evaluations * every))
 
     def _steps_for(self, key: str) -> Callable[[str], int]:
         return lambda duration: self.steps(key, str(duration), self.total)
@@ -92,7 +99,11 @@ class Recipe:
         also_frozen = self.method.freeze
         if not (keys.lr or keys.decay or keys.freeze or keys.layer_decay or also_frozen):
             return rules.Rules()
-        return rules.build(keys.lr, keys.decay, keys.freeze, keys.layer_decay, list(self.parameters), also_frozen)
+        names = list(self.parameters)
+        if keys.layer_decay and (by_use := getattr(self.backbone, "parameters_by_use", None)):  # of an nnx module
+            order = {f"backbone/{name}": i for i, name in enumerate(by_use(self.data.image_shape))}
+            names.sort(key=lambda name: order.get(name, len(order)))
+        return rules.build(keys.lr, keys.decay, keys.freeze, keys.layer_decay, names, also_frozen)
 
     @cached_property
     def parameters(self) -> dict[str, tuple[int, ...]]:

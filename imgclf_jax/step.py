@@ -234,7 +234,8 @@ def _guarded(
     """The state and sums of a step from `old` to `new` under a policy that needs the `guard` of `old`."""
     spikes = policy.is_spike(guard, loss) & ~nonfinite
     bad, step, none = nonfinite | spikes, old.step, jnp.int32(metrics.NO_STEP)
-    new = new.replace(guard=policy.updated(guard, step, loss, bad))
+    # A finite loss with a nonfinite gradient is recorded as NaN: `run/skipped.py` takes finite losses for spikes.
+    new = new.replace(guard=policy.updated(guard, step, jnp.where(nonfinite, jnp.nan, loss), bad))
     if policy.action == "skip":
         sums = optax.tree.where(bad, zero_sums(sums), sums)
         return optax.tree.where(bad, old.replace(step=new.step, guard=new.guard), new), {

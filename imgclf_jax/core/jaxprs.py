@@ -4,7 +4,7 @@ import collections
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -57,6 +57,17 @@ def holds(jaxpr: Jaxpr | ClosedJaxpr, primitive: str) -> bool:
         equation.primitive.name == primitive or any(holds(one, primitive) for one in inner(equation))
         for equation in jaxpr.eqns
     )
+
+
+def reads(jaxpr: Jaxpr, names: Mapping[Var, str]) -> Iterator[str]:
+    """Yields the names of the variables that a jaxpr reads, in order and inside its calls too, with repetitions."""
+    for equation in jaxpr.eqns:
+        operands = [names.get(atom, "") if isinstance(atom, Var) else "" for atom in equation.invars]
+        for body in (getattr(one, "jaxpr", one) for one in inner(equation)):
+            # A body's inputs are the last operands: a conditional has its index before them.
+            known = zip(reversed(body.invars), reversed(operands), strict=False)
+            yield from reads(body, {variable: name for variable, name in known if name})
+        yield from filter(None, operands)
 
 
 def map_bodies(change: Function, param: Any) -> Any:

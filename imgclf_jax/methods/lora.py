@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -121,11 +122,11 @@ def merge(variables: Variables, scale: float) -> Params:
 
 
 def scale_of(method: str) -> float:
-    """alpha / rank of a method spec if it is `lora`, else 0."""
+    """alpha / rank of a method spec if it is `lora`, also by its import path, else 0. Imports nothing."""
     call = spec.parse_one(method)
-    if call.name != "lora":
+    if call.name not in ("lora", f"{__name__}:lora"):
         return 0.0
-    bound = spec.bind(call, {"lora": lora}, "method", leading=("problem",))
+    bound = spec.bind(replace(call, name="lora"), {"lora": lora}, "method", leading=("problem",))
     signature = inspect.signature(lora).bind(None, *bound.args, **bound.keywords)
     signature.apply_defaults()
     return float(signature.arguments["alpha"] / signature.arguments["rank"])

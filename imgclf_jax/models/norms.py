@@ -33,8 +33,10 @@ def statistics_over(groups: int) -> AbstractContextManager[None]:
 def groups(text: str, images: int, devices: int) -> int:
     """The number of BatchNorm groups in a batch of `images`, from the key `batch_norm`.
 
-    The key is 'global' (SyncBatchNorm), 'per_device', or 'groups(N)' (ghost batch norm over N images each). Raises
-    UserError for anything else, and if `images` is not a multiple of N.
+    The key is 'global' (SyncBatchNorm), 'per_device', or 'groups(N)' (ghost batch norm over N images each). A method
+    that passes more images through the model, such as two views of each or unlabeled ones, splits them into as many
+    groups, each with N images of the batch and the others' equal share. Raises UserError for another key, and if
+    `images` is not a multiple of N.
     """
     if text in ("global", "per_device"):
         return 1 if text == "global" else devices

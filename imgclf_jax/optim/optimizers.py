@@ -54,6 +54,9 @@ _SCHEDULE_FREE_OPTIMIZERS = ("schedule_free_adamw", "schedule_free_sgd")
 # These estimate one step size from all parameters, so they cannot decay parameters by different factors.
 _ONE_STEP_SIZE = ("dadapt_adamw", "dog", "dowg", "momo", "momo_adam", "prodigy")
 
+# These compute each update from iterates of their own, so what changes an update later is undone or amplified.
+_OWN_ITERATES = ("cocob", "madgrad")
+
 # Transforms allowed before the optimizer.
 _TRANSFORMS = ("adaptive_grad_clip", "add_decayed_weights", "centralize", "clip", "clip_by_block_rms",
                "clip_by_global_norm", "normalize_by_update_norm", "zero_nans")  # fmt: skip
@@ -185,9 +188,12 @@ def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _NO_R
     return _with_checks(text, optimizer)
 
 
-def _transforms(text: str, schedule: optax.Schedule, rules: Rules) -> tuple[list[optax.GradientTransformation], bool]:
-    """The transforms of a spec in order, and whether one of them decays weights."""
-    calls = [_without_module(call) for call in split_lookahead(text)[0]]
+def _transforms(
+    text: str, schedule: optax.Schedule, rules: Rules, wrapper: str = ""
+) -> tuple[list[optax.GradientTransformation], bool]:
+    """The transforms of a spec, inside a `wrapper` if any, in order, and whether one of them decays weights."""
+    first, lookahead = split_lookahead(text)
+    calls = [_without_module(call) for call in first]
     after = calls.pop() if calls and calls[-1].name in _AFTER else None
     if not calls or [call.name for call in calls[:-1] if call.name in _optimizers()]:
         raise UserError(f"optimizer={text!r}: expected exactly one optimizer; allowed before it are "
@@ -203,7 +209,7 @@ def _transforms(text: str, schedule: optax.Schedule, rules: Rules) -> tuple[list
         if not isinstance(inner, str) or split_lookahead(inner)[1]:
             raise UserError(f"optimizer={text!r}: {last.name} takes an optimizer's spec in quotes, without lookahead, "
                             f"as in {last.name}('sgd')")  # fmt: skip
-        parts, decays = _transforms(inner, schedule, rules)
+        parts, decays = _transforms(inner, schedule, rules, last.name)
         if any(map(evaluated_by, parts)):
             raise UserError(f"optimizer={text!r}: {inner} evaluates other parameters than it trains, so {last.name} "
                             "cannot wrap it")  # fmt: skip
@@ -235,6 +241,9 @@ def _transforms(text: str, schedule: optax.Schedule, rules: Rules) -> tuple[list
         raise UserError(f"optimizer={text!r}: {last.name} returns {kind}, not an optax.GradientTransformation; set the "
                         "learning rate by the key schedule")  # fmt: skip
     scaled = "rules.lr and rules.layer_decay" if rules.lr and not around else str(after or "")
+    if last.name in _OWN_ITERATES and (changed := scaled or wrapper or str(lookahead or "")):
+        raise UserError(f"optimizer={text!r}: {last.name} tracks its own updates, which {changed} would change; use "
+                        "another optimizer, such as adam")  # fmt: skip
     if scaled and (around or evaluated_by(parts[-1])):
         raise UserError(f"optimizer={text!r}: {last.name} tracks its own updates, which {scaled} would scale; scale "
                         "the updates of an inner optimizer instead, as in schedule_free('sgd') or "
@@ -247,7 +256,7 @@ def _transforms(text: str, schedule: optax.Schedule, rules: Rules) -> tuple[list
 def _without_module(call: spec.Call) -> spec.Call:
     """Strips the module from the import path of an optax function that is replaced or refused here."""
     module, _, name = call.name.rpartition(":")
-    special = name in (*UNFIT, *_AFTER, *_AROUND, *_NUMBER_ONLY, *_SCHEDULE_FREE_OPTIMIZERS)
+    special = name in (*UNFIT, *_AFTER, *_AROUND, *_NUMBER_ONLY, *_OWN_ITERATES, *_SCHEDULE_FREE_OPTIMIZERS)
     return replace(call, name=name) if special and module.split(".")[0] == "optax" else call
 
 
@@ -267,7 +276,8 @@ def _partition(
     A transform sees its own parameters and optax.MaskedNode for the rest, which are filled in for the loss.
     """
     labels = functools.partial(tree.map_named, lambda name, _: label(name))
-    partition = optax.partition(transforms, labels, mask_compatible_extra_args=True)
+    fit = {name: _unless_empty(transform) for name, transform in transforms.items()}
+    partition = optax.partition(fit, labels, mask_compatible_extra_args=True)
 
     def update(updates: Params, state: OptState, params: Params = None, **extra: Any) -> tuple[Params, OptState]:
         def fill_in(function: Function, returns_gradients: bool = False) -> Function:
@@ -292,6 +302,16 @@ def _partition(
 
     optimizer = optax.GradientTransformationExtraArgs(partition.init, update)
     return with_evaluated(optimizer, evaluated) if any(map(evaluated_by, transforms.values())) else optimizer
+
+
+def _unless_empty(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A transform that does nothing where it has no parameters, which some cannot compute."""
+    extended = optax.with_extra_args_support(transform)
+
+    def update(updates: Params, state: OptState, params: Params = None, **extra: Any) -> tuple[Params, OptState]:
+        return extended.update(updates, state, params, **extra) if jax.tree.leaves(updates) else (updates, state)
+
+    return optax.GradientTransformationExtraArgs(extended.init, update)
 
 
 def _where_masked(like: PyTree, masked: PyTree, unmasked: PyTree) -> PyTree:

@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 
 from imgclf_jax.core.errors import UserError
 
+_ADAPTER = re.compile(r"backbone/lora/(.+)/[ab]")  # of `methods.lora`, for the kernel backbone/(.+)
+# A part of the backbone, of a list the element `blocks/3`, and the path of a module inside.
+_PART = re.compile(r"backbone/([^/]+(?:/\d+(?=/))?)(/.+/)?")
+
 # Commas separate rules, as in "a/.*=0.1, b/.*=1"; inside braces, as in "block\d{1,2}/.*", they belong to the pattern.
 _COMMA = re.compile(r",(?![^{},]*\})")
 
@@ -106,13 +110,16 @@ def layers(names: Sequence[str]) -> dict[str, int]:
     """The layer depth of each parameter, from 0, for layer-wise decay (BEiT; Bao et al. 2021, arXiv:2106.08254).
 
     `names` are all paths in the order in which the model uses them. A layer is a block: a numbered part of the backbone
-    that has modules inside, such as `block3` or `stage2_5`. Everything before the first block (patches, positions,
-    stem) is layer 0. A part between two blocks belongs to the second; parts after the last block and the head form the
-    top layer. In a backbone without blocks each part is a layer. timm agrees for its ResNets and ConvNeXts; in its ViTs
-    and Mixers the final norm belongs to the last block.
+    that has modules inside, such as `block3`, `stage2_5` or the element `blocks/3` of an `nnx.List`. Everything before
+    the first block (patches, positions, stem) is layer 0. A part between two blocks belongs to the second; parts after
+    the last block and the head form the top layer. In a backbone without blocks each part is a layer. A LoRA adapter
+    belongs to the layer of its kernel. timm agrees for its ResNets and ConvNeXts; in its ViTs and Mixers the final norm
+    belongs to the last block.
     """
-    parts = {name: name.split("/")[1] for name in names if name.startswith("backbone/")}
-    numbered = {part for name, part in parts.items() if re.search(r"\d", part) and name.count("/") > 2}
+    kernels = {name: f"backbone/{match[1]}" for name in names if (match := _ADAPTER.fullmatch(name))}
+    matches = {name: match for name in names if name not in kernels and (match := _PART.match(name))}
+    parts = {name: match[1] for name, match in matches.items()}
+    numbered = {match[1] for match in matches.values() if match[2] and re.search(r"\d", match[1])}
     blocks = numbered or set(parts.values())
     order = list(dict.fromkeys(parts.values()))  # [stem, …, block, between, block, …, after]
     last = max((i for i, part in enumerate(order) if part in blocks), default=-1)
@@ -122,4 +129,5 @@ def layers(names: Sequence[str]) -> dict[str, int]:
         depth_of[part] = depth
         depth += part in blocks
     depth_of |= dict.fromkeys(order[last + 1 :], depth)
-    return {name: depth_of[parts[name]] if name in parts else depth for name in names}
+    own = {name: parts.get(kernels.get(name, name)) for name in names}
+    return {name: depth if part is None else depth_of[part] for name, part in own.items()}

@@ -1,6 +1,7 @@
-"""skipped.jsonl: the steps without an update, because the loss was not finite or spiked. See `bad_steps`.
+"""skipped.jsonl: the steps without an update, because a value was not finite or the loss spiked. See `bad_steps`.
 
-- {"step": 41, "seed": 0, "loss": 9.7, "reason": "spike"} is a step that was skipped. The loss is null if not finite.
+- {"step": 41, "seed": 0, "loss": 9.7, "reason": "spike"} is a step that was skipped. The loss is null if it, the
+  gradient or the parameters were not finite.
 - {"step": 100, "until": 300, "bad_step": 299, "reason": "not finite"} is a rollback: the run left out steps 100 to 299,
   and trained step 300 from the state of step 100.
 """
@@ -109,9 +110,9 @@ class Skipped:
         if lines and new.max() > RECENT:
             return int(lines[-1]["step"])
         for line in lines:
-            log.warning("step %d skipped: its loss %s (seed %d); show-batch --step=%d draws its batch",
-                        line["step"], "is not finite" if line["loss"] is None else f"of {line['loss']:.4g} spikes",
-                        line["seed"], line["step"])  # fmt: skip
+            log.warning("step %d skipped: its loss%s (seed %d); show-batch --step=%d draws its batch", line["step"],
+                        ", gradient or parameters are not finite" if line["loss"] is None
+                        else f" of {line['loss']:.4g} spikes", line["seed"], line["step"])  # fmt: skip
         return None
 
     def refuse(self, latest: int, verdict: str) -> None:

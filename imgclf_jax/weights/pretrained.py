@@ -74,10 +74,10 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     """Loads the weights of `config.init_from` for the model of `programs`, and logs a report.
 
     Position embeddings of another grid are resized; the grid of a file is the one in its metadata, else that of the
-    model if it has as many patches, else square. A head with another
-    number of classes is not taken, nor are modules that the other run's method added to backbone and head; modules that
-    this run's method adds stay random. Raises UserError for a file or work directory that cannot be read, and for any
-    other difference unless `config.init_strict` is False. With `whole`, also raises UserError if any parameter,
+    model if it has as many patches, else square. A head with another number of classes is not taken, nor are modules
+    that the other run's method added to backbone and head; modules that this run's method adds stay random. Raises
+    UserError for a file or work directory that cannot be read, and, unless `config.init_strict` is False, for LoRA
+    adapters that are not merged and for any other difference. With `whole`, also raises UserError if any parameter,
     including the head's, stays random, and if a run or an exported file says that the head is for other classes.
     """
     config = programs.recipe.config
@@ -107,6 +107,10 @@ def load(programs: Programs, whole: bool = False) -> Weights:
         weights.head = ""
         weights.left_out += ["head"] if any(name.startswith(_HEAD) for name in named) else []
     what = f"init_from={config.init_from!r}"
+    if config.init_strict and (adapters := [name for name in added[1] if name.startswith(lora.PREFIX)]):
+        raise UserError(f"{what} holds LoRA adapters ({_some(adapters)}), which only its own method can merge into the "
+                        "backbone; name a .safetensors file that export wrote of this run, or leave the adapters out "
+                        "with init_strict=False")  # fmt: skip
     if not any(not name.startswith(_HEAD) for name in weights.taken):
         raise UserError(f"{what}: nothing in it fits model={config.model!r}: {'; '.join(weights.faults)}")
     if config.init_strict and weights.faults:

@@ -157,6 +157,23 @@ def test_others_get_merged_weights(runs, tmp_path, capsys):
         np.testing.assert_allclose(load_converted(c).logits(images), wanted, rtol=1e-5, atol=1e-5)
 
 
+def adapters_of_ones_own(problem):
+    return lora.lora(problem, rank=1)
+
+
+@pytest.mark.thorough
+def test_adapters_that_are_not_merged_are_not_dropped(tmp_path):
+    """Only `lora` itself is merged by `init_from`, which runs no code that the other run names."""
+    run(tmp_path, "--config.model=mlp(widths=(4,))", f"--config.method={__name__}:adapters_of_ones_own")
+    c = config.load_file("configs/digits.py")
+    c.update_from_flattened_dict({"model": "mlp(widths=(4,))", "augment": "normalize", "preprocess": "decode(1)",
+                                  "init_from": str(tmp_path)})  # fmt: skip
+    with pytest.raises(UserError, match=r"holds LoRA adapters \(params/backbone/lora/.*export"):
+        load_converted(c)
+    c.init_strict = False
+    assert not any("/lora/" in name for name in flat(load_converted(c).state.params))
+
+
 def test_mistakes_get_a_sentence(tmp_path, capsys):
     for method, said in (
         ("lora(rank=0)", "rank must be 1 or more"),
@@ -174,4 +191,5 @@ def test_mistakes_get_a_sentence(tmp_path, capsys):
     with pytest.raises(UserError, match="unknown argument"):
         lora.scale_of("lora(rnak=1)")
     assert lora.scale_of("lora(16, alpha=4)") == 0.25
+    assert lora.scale_of("imgclf_jax.methods.lora:lora(16, alpha=4)") == 0.25
     assert lora.scale_of("my_methods:lora(16)") == 0

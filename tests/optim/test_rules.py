@@ -100,6 +100,9 @@ WIDE = ["conv1/kernel", "layer1_0/conv1/kernel", "layer2_0/bn1/scale", "bn1/scal
         (WIDE, [0, 1, 2, 3, 3]),
         (["block0/kernel", "block1/kernel", "block1/bias", "dense/kernel"], [0, 1, 1, 2, 3]),  # no blocks of layers
         (["rnn/cell0/hf/kernel", "rnn/cell0/hi/kernel"], [0, 0, 1]),
+        (["a/0/fc/kernel", "a/0/fc/bias", "a/1/fc/kernel", "norm/scale"], [0, 0, 1, 2, 2]),  # a list of blocks
+        (["stem/kernel", "a/0/kernel", "a/1/kernel"], [0, 1, 2, 3]),  # a list of layers
+        (["patch/kernel", "block0/fc/kernel", "lora/patch/kernel/b", "lora/block0/fc/kernel/a"], [0, 1, 0, 1, 2]),
         ([], [0]),
     ],
 )
@@ -281,6 +284,18 @@ def test_decay_multiplies_the_weight_decay():
             # Adam divides by the root of 1 - b2**n, whose relative error is 1000 times the rounding of b2 = 0.999.
             atol = 3 * rounding(2 * 12) + 0.01 * rounding(3) * 500
             np.testing.assert_allclose(ours[name], p, rtol=0, atol=atol, err_msg=f"{text} {name}")
+
+
+@pytest.mark.parametrize("frozen", [[], ["a"]])
+def test_a_decay_factor_may_have_no_parameter(frozen):
+    """None keeps the factor 1, or all that do are frozen: sophia cannot compute without parameters."""
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    decay = {name: 0.5 for name in params if name not in frozen}
+    ruled = rules.Rules(decay=decay, frozen=frozenset(frozen))
+    optimizer = optimizers.build("sophia(weight_decay=0.5)", optax.constant_schedule(0.125), 0.0, ruled)
+    obj_fn = lambda params: optax.tree.norm(params, squared=True)  # noqa: E731
+    updates, _ = jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p, obj_fn=obj_fn), params)
+    assert {name: x.shape for name, x in updates.items()} == {"a": (2,), "b": (3,)}
 
 
 @pytest.mark.parametrize(("text", "message"), [

@@ -1,5 +1,6 @@
 """Steps whose loss is not finite or spikes: skipped or rolled back, with the same bits however the run is resumed."""
 
+import itertools
 import json
 import shutil
 
@@ -20,7 +21,7 @@ from imgclf_jax.data import sources, stream
 from imgclf_jax.losses import softmax
 from imgclf_jax.models.classifier import Classifier
 from imgclf_jax.optim import optimizers, weight_averages
-from imgclf_jax.run import skipped
+from imgclf_jax.run import goodput, skipped
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
@@ -115,6 +116,25 @@ def test_a_bad_step_is_skipped(bad, poisoned, tmp_path, one_device):
     assert json.loads((tmp_path / "a" / "result.json").read_text())["skipped"] == 2
 
 
+def root_loss(logits, labels):
+    """A finite loss without a finite gradient: the root of 0."""
+    return softmax(logits, labels) + jnp.sqrt(logits[:, 0] - logits[:, 0])
+
+
+def test_a_gradient_that_is_not_finite_is_no_spike(tmp_path, caplog):
+    model, optimizer, skip = Classifier(Flat(), 2), optax.sgd(0.1), bad_steps.Policy("skip")
+    step = steps.make_train_step(
+        model, root_loss, optimizer, optax.constant_schedule(0.1), poisoned_where_255, policy=skip
+    )
+    batch = {"image": np.zeros((4, 2, 2, 1), np.uint8), "label": np.zeros(4, np.int32)}
+    guard = jax.jit(lambda: step(steps.init_state(model, optimizer, (2, 2, 1), 0, policy=skip), batch)[0].guard)()
+    record = skipped.Skipped(tmp_path, 0, skip.init(), seed=0)
+    assert record.note(guard, 1) is None
+    record.close()
+    assert skipped.read(tmp_path) == [{"step": 0, "seed": 0, "loss": None, "reason": "not finite"}]
+    assert "step 0 skipped: its loss, gradient or parameters are not finite (seed 0)" in caplog.text
+
+
 @pytest.mark.thorough
 def test_a_run_that_skips_resumes_to_the_same_bits(poisoned, tmp_path, one_device):
     config = poisoned
@@ -126,7 +146,10 @@ def test_a_run_that_skips_resumes_to_the_same_bits(poisoned, tmp_path, one_devic
 
 @pytest.mark.thorough
 def test_a_run_rolls_back(poisoned, tmp_path, one_device, caplog):
-    """It leaves out the steps before the bad one, whatever checkpoints there are; and nothing nonfinite is recorded."""
+    """It leaves out the steps before the bad one, whatever checkpoints there are; and nothing nonfinite is recorded.
+
+    Each attempt records its own time up to the step that it reached.
+    """
     config = poisoned
     config.on_bad_step, config.checkpoint.keep = "rollback(steps=3)", 9
     assert train.main(config, Workdir(tmp_path / "a")) == 0
@@ -137,6 +160,12 @@ def test_a_run_rolls_back(poisoned, tmp_path, one_device, caplog):
     assert_close(last_parameters(tmp_path / "a"), train_without(config, left_out))
     assert np.isfinite([value for line in lines for value in line.values()]).all()
     assert json.loads((tmp_path / "a" / "result.json").read_text())["skipped"] == len(left_out)
+    attempts = goodput.last_of_each(read_metrics(tmp_path / "a" / goodput.NAME))
+    assert [one["first"] for one in attempts] == [0, *(max(s for s in range(0, first + 1, 4)) for first, _ in expected)]
+    assert all(one["step"] > bad for one, bad in zip(attempts, [*BAD, TOTAL - 1], strict=True))
+    assert [one["seconds"]["import"] == 0.0 for one in attempts] == [False, True, True]
+    assert all(sum(one["seconds"].values()) == pytest.approx(one["at"] - one["began"], abs=0.01) for one in attempts)
+    assert all(before["at"] <= after["began"] for before, after in itertools.pairwise(attempts))
 
 
 @pytest.mark.thorough
