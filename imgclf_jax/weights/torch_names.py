@@ -1,8 +1,9 @@
 """The parameter names and layouts of PyTorch models: one table per backbone and library, read in both directions.
 
 A row pairs one of our modules with PyTorch's, as in `("backbone.layer{i}_{j}.{m}", "layer{i}.{j}.{m}")`. The letters i,
-j and k stand for numbers, m for the rest of the name. A row also covers the parameters directly in that module. Export
-uses the first row that matches, so later rows of the same module are aliases, which only import reads.
+j and k stand for numbers, m for the rest of the name. A row also covers the parameters directly in that module. A table
+has a row for every parameter of the library's model, and none for others. Export uses the first row that matches, so
+later rows of the same module are aliases, which only import reads.
 """
 
 import functools
@@ -23,12 +24,16 @@ _PLACEHOLDERS = {"i": r"\d+", "j": r"\d+", "k": r"\d+", "m": ".+"}
 _RESNET: Rows = (
     ("head", "fc"),
     ("head", "linear"),
+    ("backbone.conv1", "conv1"),
+    ("backbone.bn1", "bn1"),
     ("backbone.layer{i}_{j}.downsample_conv", "layer{i}.{j}.downsample.0"),
     ("backbone.layer{i}_{j}.downsample_bn", "layer{i}.{j}.downsample.1"),
     ("backbone.layer{i}_{j}.{m}", "layer{i}.{j}.{m}"),
 )
 _WIDE_RESNET: Rows = (
     ("head", "fc"),
+    ("backbone.conv1", "conv1"),
+    ("backbone.bn1", "bn1"),
     ("backbone.layer{i}_{j}.shortcut", "block{i}.layer.{j}.convShortcut"),
     ("backbone.layer{i}_{j}.{m}", "block{i}.layer.{j}.{m}"),
 )
@@ -71,7 +76,7 @@ _LAYER = "encoder.layers.encoder_layer_{i}"
 _VIT_TORCHVISION: Rows = (
     ("head", "heads.head"),
     ("backbone.class_token", "class_token"),
-    ("backbone", "encoder"),
+    ("backbone.pos_embedding", "encoder.pos_embedding"),
     ("backbone.patch", "conv_proj"),
     ("backbone.norm", "encoder.ln"),
     ("backbone.block{i}.norm{k}", f"{_LAYER}.ln_{{k}}"),
@@ -84,8 +89,21 @@ _VIT_TORCHVISION: Rows = (
     ("backbone.block{i}.mlp.fc1", f"{_LAYER}.mlp.linear_1"),
     ("backbone.block{i}.mlp.fc2", f"{_LAYER}.mlp.linear_2"),
 )
-_BLOCKS_TIMM = ("backbone.block{i}.{m}", "blocks.{i}.{m}")
-_OWN: Rows = (("head", "head"), ("backbone.{m}", "{m}"))  # ends every table: names that are equal in both
+_MIXER_TIMM: Rows = (
+    ("head", "head"),
+    ("backbone.patch", "stem.proj"),
+    ("backbone.norm", "norm"),
+    ("backbone.block{i}.{m}", "blocks.{i}.{m}"),
+)
+_VIT_TIMM: Rows = (
+    ("head", "head"),
+    ("backbone.patch", "patch_embed.proj"),
+    ("backbone.cls_token", "cls_token"),
+    ("backbone.pos_embed", "pos_embed"),
+    ("backbone.norm", "norm"),
+    ("backbone.block{i}.{m}", "blocks.{i}.{m}"),
+)
+_OWN: Rows = (("head", "head"), ("backbone.{m}", "{m}"))  # names that are equal in both, which import tries last
 
 # The libraries whose names a backbone's weights can have; the first is the default of export.
 TABLES: dict[type, dict[str, Rows]] = {
@@ -93,8 +111,8 @@ TABLES: dict[type, dict[str, Rows]] = {
     ResNetCIFAR: {"akamaster": (("head", "linear"), *_RESNET)},
     WideResNet: {"xternalz": _WIDE_RESNET},
     ConvNeXt: {"torchvision": _CONVNEXT_TORCHVISION, "timm": _CONVNEXT_TIMM},
-    ViT: {"timm": (("backbone.patch", "patch_embed.proj"), _BLOCKS_TIMM), "torchvision": _VIT_TORCHVISION},
-    Mixer: {"timm": (("backbone.patch", "stem.proj"), _BLOCKS_TIMM)},
+    ViT: {"timm": _VIT_TIMM, "torchvision": _VIT_TORCHVISION},
+    Mixer: {"timm": _MIXER_TIMM},
 }
 
 # The last parts of names, ours to PyTorch's.
@@ -106,17 +124,19 @@ _LIBRARY_LEAVES = {
 _STATISTICS = ("mean", "var")  # in the collection "batch_stats"; all other leaves are in "params"
 
 
-def torch_name(backbone: nn.Module, name: str, library: str) -> str:
+def torch_name(backbone: nn.Module, name: str, library: str) -> str | None:
     """PyTorch's name of our parameter or statistic `name`, such as "params/backbone/conv1/kernel".
 
-    `library` is a key of the backbone's entry in TABLES. Any other one, such as "own", keeps the names of modules.
+    `library` is a key of the backbone's entry in TABLES; the result is None if the library's model lacks the parameter.
+    Any other `library`, such as "own", keeps the names of modules.
     """
     module, _, leaf = name.partition("/")[2].rpartition("/")
     leaf = {**_LEAVES, **_LIBRARY_LEAVES.get(library, {})}.get(leaf, leaf)
     own = f"{module}/{leaf}".replace("/", ".")
-    rows = (*TABLES.get(type(backbone), {}).get(library, ()), *_OWN)
-    patterns = _patterns(tuple(rows))
-    return next((match.expand(new) for pattern, new in patterns if (match := re.fullmatch(pattern, own))), own)
+    rows = TABLES.get(type(backbone), {}).get(library)
+    if rows is None:
+        return own.removeprefix("backbone.")
+    return next((match.expand(new) for pattern, new in _patterns(rows) if (match := re.fullmatch(pattern, own))), None)
 
 
 def own_name(backbone: nn.Module, name: str, own: Collection[str]) -> str | None:

@@ -4,8 +4,9 @@ Each returns a map of the importance of image regions. Flax's method interceptor
 network works unchanged.
 """
 
+import collections
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.core import tracers
+from jax.extend.core import Jaxpr
 
 from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.jaxprs import INLINED, Atom
 from imgclf_jax.core.typing import Arguments, Function, ModelState, Params, PyTree, Variables
 from imgclf_jax.models.classifier import Classifier
 from imgclf_jax.models.layers import widen
@@ -23,31 +26,31 @@ from imgclf_jax.models.layers import widen
 type Explain = Callable[[Params, ModelState, jax.Array, jax.Array], jax.Array]
 
 _MAPS = "attention"  # the name under which attention layers sow f32[b, heads, queries, keys] into `intermediates`
+_INSPECTIONS = itertools.count()
 
 
 class Layer(NamedTuple):
     """A call of a backbone layer: its name such as "layer4_1/conv2", its output shape, and the number of the call.
 
-    `call` counts all calls of modules, in the order in which they return. `inside` is True within a transformation
-    such as a scan or remat, where the output is out of reach.
+    `call` counts the calls of this name from 0. It is None within a transformation such as a scan, remat or jit, where
+    the output is out of reach.
     """
 
     name: str
     shape: tuple[int, ...]
-    call: int
-    inside: bool = False
+    call: int | None
 
 
 class Structure(NamedTuple):
-    """The backbone's layer calls, and the shapes of its attention maps, both in order."""
+    """The backbone's layer calls, and the shapes of its attention maps by `_attention_maps`'s names, both in order."""
 
     layers: list[Layer]
-    attention: list[tuple[int, ...]]
+    attention: dict[str, tuple[int, ...]]
 
     @property
     def spatial(self) -> list[Layer]:
         """The layers with feature maps [b, h, w, c] larger than 1 x 1."""
-        return [x for x in self.layers if len(x.shape) == 4 and x.shape[1] * x.shape[2] > 1 and not x.inside]
+        return [x for x in self.layers if len(x.shape) == 4 and x.shape[1] * x.shape[2] > 1 and x.call is not None]
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -62,7 +65,7 @@ class Structure(NamedTuple):
         the patches.
         """
         outputs = [layer for layer in self.layers if len(layer.shape) > 2 and np.prod(layer.shape[1:-1]) > 1]
-        if outputs and len(outputs[-1].shape) == 4 and not outputs[-1].inside:
+        if outputs and len(outputs[-1].shape) == 4 and outputs[-1].call is not None:
             return "gradcam"
         return "rollout" if self.attention and _tokens_fit(self) else "occlusion"
 
@@ -80,22 +83,23 @@ def without_remat(model: Classifier) -> Classifier:
 def inspect(model: nn.Module, variables: Variables, image_shape: Sequence[int]) -> Structure:
     """Traces the classifier on an image [h, w, c], without computing, and returns its structure."""
     layers: list[Layer] = []
-    attention: dict[str, tuple[int, ...]] = {}
+    # A collection of a new name makes `nn.jit` miss JAX's trace cache, whose hits do not call the interceptor.
+    fresh = f"inspection {next(_INSPECTIONS)}"
 
-    def run(variables: Variables, images: jax.Array) -> None:
-        outside = tracers.current_trace()
-
-        def record(index: int, path: tuple[str, ...], y: PyTree) -> PyTree:
-            if path[:1] == ("backbone",) and len(path) > 1 and isinstance(y, jax.Array):
-                layers.append(Layer("/".join(path[1:]), y.shape, index, tracers.current_trace() != outside))
+    def run(variables: Variables, images: jax.Array) -> dict[str, jax.Array]:
+        def record(name: str, call: int | None, y: PyTree) -> PyTree:
+            if name.startswith("backbone/") and isinstance(y, jax.Array):
+                layers.append(Layer(name.removeprefix("backbone/"), y.shape, call))
             return y
 
         with nn.intercept_methods(_on_outputs(record)):
-            _, state = model.apply(variables, images, train=False, mutable=["intermediates"])
-        attention.update((name, x.shape) for name, x in _attention_maps(state).items())
+            _, state = model.apply(variables, images, train=False, mutable=["intermediates", fresh])
+        return _attention_maps(state)
 
-    jax.eval_shape(run, variables, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
-    return Structure(layers, [attention[name] for name in _sort_calls(attention, layers)])
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    closed, maps = jax.make_jaxpr(run, return_shape=True)(variables, image)
+    positions = {name: _position(closed.jaxpr, x) for name, x in zip(sorted(maps), closed.jaxpr.outvars, strict=True)}
+    return Structure(layers, {name: maps[name].shape for name in sorted(maps, key=positions.__getitem__)})
 
 
 def choose_layer(structure: Structure, name: str = "") -> Layer:
@@ -124,8 +128,8 @@ def make_gradcam(model: nn.Module, augment: Callable[..., jax.Array], layer: Lay
             """Returns the sum of the labels' logits, with `delta` added to the feature maps, and these maps."""
             outputs: list[jax.Array] = []
 
-            def shift(index: int, path: tuple[str, ...], y: PyTree) -> PyTree:
-                if index != layer.call:
+            def shift(name: str, call: int | None, y: PyTree) -> PyTree:
+                if (name, call) != (f"backbone/{layer.name}", layer.call):
                     return y
                 outputs.append(y)
                 return y if delta is None else y + delta.astype(y.dtype)
@@ -160,7 +164,7 @@ def make_rollout(
         variables = {"params": params, **model_state}
         _, state = model.apply(variables, augment(None, images), train=False, mutable=["intermediates"])
         maps = _attention_maps(state)
-        flow = rollout([maps[name] for name in _sort_calls(maps, structure.layers)])  # [b, n, n]
+        flow = rollout([maps[name] for name in structure.attention])  # [b, n, n]
         class_tokens = flow.shape[-1] - rows * columns  # they come first
         relevance = flow[:, 0] if class_tokens else jnp.mean(flow, 1)  # [b, n]
         return relevance[:, class_tokens:].reshape(-1, rows, columns)
@@ -236,15 +240,24 @@ def _mean_over_seeds(explain: Explain, num_seeds: int) -> Explain:
     return lambda *args: jnp.mean(jax.vmap(explain, (0, 0, None, None))(*args), 0)
 
 
-def _on_outputs(replace: Callable[[int, tuple[str, ...], PyTree], PyTree]) -> Function:
-    """Returns an interceptor that replaces the output of each module call by `replace(index, path, output)`."""
-    indices: Iterator[int] = itertools.count()
+def _on_outputs(replace: Callable[[str, int | None, PyTree], PyTree]) -> Function:
+    """Returns an interceptor that replaces the output of each module call by `replace(name, call, output)`.
+
+    `call` is as in `Layer`; within a transformation JAX may take a module from its cache, without calling it.
+    """
+    outside = tracers.current_trace()
+    calls: collections.Counter[str] = collections.Counter()
 
     def intercept(
         call: Function, args: tuple[Any, ...], kwargs: Arguments, context: nn.module.InterceptorContext
     ) -> PyTree:
-        y = call(*args, **kwargs)
-        return replace(next(indices), context.module.path, y) if context.method_name == "__call__" else y
+        y, name = call(*args, **kwargs), "/".join(context.module.path)
+        if context.method_name != "__call__":
+            return y
+        if tracers.current_trace() != outside:
+            return replace(name, None, y)
+        calls[name] += 1
+        return replace(name, calls[name] - 1, y)
 
     return intercept
 
@@ -259,17 +272,18 @@ def _attention_maps(state: Variables) -> dict[str, jax.Array]:
     return maps
 
 
-def _sort_calls(names: Iterable[str], layers: list[Layer]) -> list[str]:
-    """Sorts the names of `_attention_maps` by the order of calls."""
-    counts: dict[str, int] = {}
-    indices: dict[str, int] = {}
-    for layer in layers:
-        counts[layer.name] = counts.get(layer.name, -1) + 1
-        indices[f"{layer.name}/{counts[layer.name]}"] = layer.call
-    return sorted(names, key=lambda name: indices.get(name, len(layers)))
+def _position(jaxpr: Jaxpr, variable: Atom) -> tuple[int, ...]:
+    """Returns where a variable is computed: the equation's index, then the position inside it if it is a call."""
+    for index, equation in enumerate(jaxpr.eqns):
+        if variable in equation.outvars:
+            if not (body := INLINED.get(equation.primitive.name)):
+                return (index,)
+            inner = equation.params[body].jaxpr
+            return index, *_position(inner, inner.outvars[equation.outvars.index(variable)])
+    return ()
 
 
 def _tokens_fit(structure: Structure) -> bool:
     """Whether all attention maps are over the patches, with or without a class token."""
     n = structure.grid[0] * structure.grid[1]
-    return n > 1 and all(shape[-1] == shape[-2] and shape[-1] - n in (0, 1) for shape in structure.attention)
+    return n > 1 and all(shape[-1] == shape[-2] and shape[-1] - n in (0, 1) for shape in structure.attention.values())

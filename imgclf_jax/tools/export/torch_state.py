@@ -31,8 +31,8 @@ def state_dict(
 
     `names` is a result of `naming`. Modules that a method adds to the backbone and the head, such as a projector, are
     dropped. Fixed positions, which are no parameters here, are added if the PyTorch model stores them. With "own"
-    names, dense layers after flattening expect [h, w, c], as here. Raises UserError for a weight that the library's
-    model does not have.
+    names, dense layers after flattening expect [h, w, c], as here. Raises UserError if the library's model lacks one of
+    the weights, or needs another one.
     """
     own = {name: x for name, x in tree.named_leaves(variables) if name.split("/")[1] in ("backbone", "head")}
     if isinstance(backbone, ViT) and backbone.positions == "sincos" and names != "own":
@@ -40,12 +40,14 @@ def state_dict(
     out: dict[str, np.ndarray] = {}
     for name, value in own.items():
         label = torch_names.torch_name(backbone, name, names)
+        if label is None:
+            raise UserError(f"the weight {name} of {type(backbone).__name__} has no name in {names}'s model; "
+                            "pass --names=own")  # fmt: skip
         out[label] = torch_names.torch_layout(np.asarray(value), name, names)
         if label.endswith(".running_mean"):  # a counter that PyTorch stores, and uses only without a momentum
             out[f"{label.removesuffix('running_mean')}num_batches_tracked"] = np.zeros((), np.int64)
-        if names != "own" and torch_names.own_name(backbone, label, own) != name:
-            raise UserError(f"the weight {name} of {type(backbone).__name__} has no name in {names}'s model; "
-                            "pass --names=own")  # fmt: skip
+    if isinstance(backbone, ViT) and names == "torchvision" and "class_token" not in out:
+        raise UserError(f"torchvision's ViT needs a class token, which pool={backbone.pool!r} lacks; pass --names=timm")
     return out
 
 

@@ -146,6 +146,86 @@ def test_the_last_call_of_a_layer_is_taken():
     assert not np.allclose(first, last)
 
 
+def jitted_network():
+    """A user's own network with a jitted block in the middle, and nothing yet in its trace cache."""
+
+    @nn.jit
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return jnp.tanh(nn.Conv(2, (3, 3), name="inner")(x))
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            x = Block(name="block")(x)
+            for name in ("a", "b"):
+                x = jnp.tanh(nn.Conv(2, (3, 3), name=name)(x))
+            return mean_pool(x)
+
+    return Network()
+
+
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_gradcam_behind_a_jitted_block_is_its_definition(names):
+    """JAX traces the block once and then takes it from its cache, so its inner layers are seen at times only."""
+    model, variables = made(jitted_network())
+    params = variables["params"]["backbone"]
+    params = {**params, "block": params["block"]["inner"]}
+
+    def conv(name, x):
+        return nn.Conv(2, (3, 3)).apply({"params": params[name]}, x)
+
+    def from_a(maps):
+        return from_b(conv("b", jnp.tanh(maps)))
+
+    def from_b(maps):
+        return (jnp.tanh(maps).mean((1, 2)) @ variables["params"]["head"]["kernel"])[:, 2].sum()
+
+    @jax.jit
+    def by_definition(x):
+        a = conv("a", jnp.tanh(conv("block", scaled(None, x))))
+        features = {"a": (a, from_a), "b": (conv("b", jnp.tanh(a)), from_b)}
+        return {name: nn.relu(maps @ jax.grad(logit)(maps).mean((1, 2))[0]) for name, (maps, logit) in features.items()}
+
+    x = images(1)
+    for name in names:
+        layer = attribution.choose_layer(attribution.inspect(model, variables, SHAPE), name)
+        found = jax.jit(attribution.make_gradcam(model, scaled, layer))(*split(variables), x, LABELS[:1])
+        np.testing.assert_allclose(found, by_definition(x)[name], atol=1e-6)
+        assert found.max() > 1e-4  # so that being equal says something
+
+
+def test_inspecting_a_network_again_shows_the_same():
+    """With a jitted block too, which JAX need not trace again."""
+    model, variables = made(jitted_network())
+    first, second = (attribution.inspect(model, variables, SHAPE) for _ in range(2))
+    assert first == second
+    assert "block/inner" in [layer.name for layer in first.layers]
+
+
+def test_rollout_takes_jitted_layers_in_the_order_of_calls():
+    """JAX traces only the first of equal ones, and the others come in the order of their names otherwise."""
+
+    def network(layer):
+        class Network(nn.Module):
+            @nn.compact
+            def __call__(self, x, train=False):
+                x = Conv(8, 4, 4, "VALID", name="patch")(x).reshape(x.shape[0], 4, 8)
+                for name in ("a", "c", "b"):
+                    x = x + layer(2, name=name)(x)
+                return mean_pool(x)
+
+        return Network()
+
+    maps = []
+    for layer in (Attention, nn.jit(Attention)):
+        model, variables = made(network(layer))
+        structure = attribution.inspect(model, variables, SHAPE)
+        maps.append(jax.jit(attribution.make_rollout(model, scaled, structure))(*split(variables), images(), LABELS))
+    np.testing.assert_allclose(*maps, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("backbone", "method", "layer"), [
     (CNN(widths=(4,)), "gradcam", "block0"),
     (ResNetCIFAR(depth=8), "gradcam", "layer3_0"),

@@ -62,15 +62,41 @@ def test_it_is_the_inverse_of_what_is_imported(name, monkeypatch):
         assert written[label].flags.c_contiguous
 
 
-def test_fixed_positions_are_written_and_odd_layers_are_refused():
-    """timm's ViT has positions as parameters; it has no layer like our `representation`."""
-    model = classifier.build("vit('Ti', patch=8, positions='sincos', pool='mean')", 5, "float32")
+def zeros_of(spec):
+    """A backbone and variables of its classifier."""
+    model = classifier.build(spec, 5, "float32")
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 16, 24, 3))))
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables)
-    written = torch_state.state_dict(model.backbone, zeros, "timm", (16, 24, 3))
+    return model.backbone, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables)
+
+
+@pytest.mark.parametrize("names", ["timm", "torchvision"])
+def test_a_layer_that_the_library_lacks_is_refused(names, shallow):
+    """Neither library's ViT has a dense layer and tanh before the head, as in the recipe of `imagenet_vit_s16.py`."""
+    backbone, zeros = zeros_of("vit('Ti', patch=8, representation=True)")
+    message = rf"params/backbone/representation/\w+ of ViT has no name in {names}'s model; pass --names=own"
+    with pytest.raises(UserError, match=message):
+        torch_state.state_dict(backbone, zeros, names, (16, 24, 3))
+    assert "representation.weight" in torch_state.state_dict(backbone, zeros, "own", (16, 24, 3))
+
+
+def test_torchvisions_vit_needs_a_class_token(shallow):
+    """It stores `class_token` and classifies by it, whereas timm's can average the tokens instead."""
+    backbone, zeros = zeros_of("vit('Ti', patch=8, pool='mean')")
+    with pytest.raises(UserError, match=r"torchvision's ViT needs a class token.*pool='mean'.*--names=timm"):
+        torch_state.state_dict(backbone, zeros, "torchvision", (16, 24, 3))
+
+
+def test_fixed_positions_are_written():
+    """timm's ViT has positions as parameters."""
+    backbone, zeros = zeros_of("vit('Ti', patch=8, positions='sincos', pool='mean')")
+    written = torch_state.state_dict(backbone, zeros, "timm", (16, 24, 3))
     np.testing.assert_array_equal(written["pos_embed"], vit.sincos_positions(2, 3, 192)[None])
+
+
+def test_names_that_a_backbone_does_not_have_are_refused():
+    vit_backbone = classifier.build("vit('Ti', patch=8)", 5, "float32").backbone
     with pytest.raises(UserError, match="allowed: own, timm, torchvision"):
-        torch_state.naming(model.backbone, "akamaster")
+        torch_state.naming(vit_backbone, "akamaster")
     assert torch_state.naming(classifier.build("mlp", 5, "float32").backbone) == "own"
 
 
