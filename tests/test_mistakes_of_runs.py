@@ -15,12 +15,14 @@ from test_mistakes import FAKE, ROOT, _log_as_it_was, has, mistake, snapshot, wh
 
 import launch
 from imgclf_jax.config import RESERVED
+from imgclf_jax.core import signals
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import stream
 from imgclf_jax.methods import Method
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.provenance import DataInfo
+from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.train import extension
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -314,6 +316,48 @@ def test_a_method_that_follows_total_cannot_be_extended(fake_config, method, sai
     with pytest.raises(UserError) if said else contextlib.nullcontext() as error:
         extension.check(old, new, 1, Path("X"))
     assert not said or has(str(error.value), f"method={method!r} follows total: {said}", "--config.init_from=X")
+
+
+@pytest.mark.parametrize(("every", "stop", "said"), [
+    ("10%", "test/loss, patience 50%", "other steps, from step 4 on"),
+    ("10%", "", ""),
+    ("4 steps", "test/loss, patience 50%", ""),
+    ("7 steps", "test/loss, patience 5 steps", ""),  # the run has evaluated at its end too
+])  # fmt: skip
+def test_evaluations_that_follow_total_and_end_a_run_cannot_be_extended(fake_config, every, stop, said):
+    """The sentence was that metrics.jsonl lacks an evaluation of the longer run, and is to be restored."""
+    fake_config.update({"eval_every": every, "stop": stop, "schedule": "constant(1e-3)", "total": "40 steps"})
+    longer = fake_config.copy_and_resolve_references()
+    longer.total = "60 steps"
+    old, new = (Recipe(one, DataInfo(64, (12, 12, 1), tuple("abcd"), "")) for one in (fake_config, longer))
+    extension.check(old, new, 4, Path("X"))
+    with pytest.raises(UserError) if said else contextlib.nullcontext() as error:
+        extension.check(old, new, 40, Path("X"))
+    assert not said or has(str(error.value), "eval_every='10%' follows total", said)
+
+
+def test_an_extension_that_is_interrupted_before_its_first_step_changes_nothing(copy, monkeypatch):
+    workdir, argv = copy
+    kept = ("config.json", "provenance.json", "result.json", "metrics.jsonl")
+    before = {name: (workdir / name).read_bytes() for name in kept}
+
+    def interrupt(*args):
+        raise signals.Stopped("SIGINT")
+
+    monkeypatch.setattr("imgclf_jax.train.loop.signals.wait_for", interrupt)  # while the train step compiles
+    assert launch.main(["train", *argv, "--config.total=20 steps", "--extend"]) == 130
+    assert {name: (workdir / name).read_bytes() for name in kept} == before
+
+
+@pytest.mark.thorough
+def test_an_extension_that_has_trained_nothing_is_taken_back(copy):
+    """It was killed before its first checkpoint. The run was done, and config.json kept the longer total."""
+    workdir, argv = Workdir(copy[0]), copy[1]
+    longer = workdir.load_config()
+    longer.total = "20 steps"
+    workdir.update_config(longer, 12)
+    assert launch.main(["train", *argv, "--extend"]) == 0
+    assert (workdir.load_config().total, workdir.is_done(12)) == ("12 steps", True)
 
 
 def counting(problem):

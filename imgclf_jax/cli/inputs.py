@@ -1,6 +1,7 @@
 """Images named on the command line: files, directories, glob patterns, or names on standard input."""
 
 import glob
+import io
 import logging
 import os
 import sys
@@ -111,6 +112,8 @@ def _list_folder(folder: str, log_strays: bool) -> Iterator[Input]:
 
 
 def _read_stdin(command: str) -> Iterator[Input]:
+    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors != "surrogateescape":
+        sys.stdin.reconfigure(errors="surrogateescape")  # as Python decodes the names on the command line
     for line in sys.stdin:
         if "\0" in line:
             raise UserError(f"{command}: '-' reads one file name per line from standard input, but got binary data; "

@@ -101,7 +101,7 @@ def _run(argv: list[str], program: str, program_command: list[str]) -> int:
         hint = configs.flag_for(key).replace("VALUE", value) if equals else ""
         raise UsageError(f"unknown command {name!r}: {hint}" if hint else unknown("command", name, COMMANDS))
     command = COMMANDS[name]
-    values, rest = words.take_flags(name, argv)
+    values, rest = words.take_flags(name, words.join_booleans(argv))
     options = {flag: values[flag].value for flag in command.flags}
     environment.prepare()  # reading a config or work directory below may import JAX
     if not command.files:

@@ -41,6 +41,31 @@ def take_flags(command: str, argv: list[str]) -> tuple[flags.FlagValues, list[st
     return values, rest
 
 
+def join_booleans(words: list[str]) -> list[str]:
+    """Writes `--config.KEY False` as `--config.KEY=False` for keys that are true or false: absl would set True."""
+    joined: list[str] = []
+    for i, word in enumerate(words):
+        if word == "--":
+            return [*joined, *words[i:]]
+        if joined and _is_boolean(joined[-1]) and word.lower() in ("true", "false"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _is_boolean(word: str) -> bool:
+    """Whether a word is --config.KEY, without a value, of a key that is true or false."""
+    key = re.sub(r"^--?config\.", "", word)
+    return key != word and isinstance(configs.KEYS.get(key, ("", ""))[0], bool)
+
+
+def _values(words: list[str]) -> set[int]:
+    """The indices of words that are the values of the keys before them, as in `--config.seed 3`."""
+    return {i + 1 for i, word in enumerate(words)
+            if re.fullmatch(r"--?config\.[^=]+", word) and not _is_boolean(word)}  # fmt: skip
+
+
 def only_files(command: str, words: list[str]) -> list[str]:
     """Returns the files among `words`, for a command that takes files and no config."""
     if not words:
@@ -63,7 +88,7 @@ def _unknown_flag(flag: str, command: str) -> UsageError:
 
 def check_no_files(command: str, words: list[str]) -> None:
     """Raises UsageError for a file among the `words` of a command that takes none."""
-    values = {i + 1 for i, word in enumerate(words) if re.fullmatch(r"--?config\.[^=]+", word)}
+    values = _values(words)
     for i, word in enumerate(words):
         if word == "--" or (i not in values and not word.startswith("-")):
             break
@@ -72,6 +97,8 @@ def check_no_files(command: str, words: list[str]) -> None:
     files = [word for word in words[i:] if word != "--"]
     if not files:
         return
+    if i and word != "--" and _is_boolean(words[i - 1]):
+        raise UsageError(f"{words[i - 1]} {word}: must be true or false")
     key, equals, value = files[0].partition("=")
     if equals and (hint := configs.flag_for(key)):
         raise UsageError(f"{command} takes no files, but got {files[0]!r}: {hint.replace('VALUE', value)}")
@@ -175,10 +202,11 @@ def take_config(argv: list[str]) -> tuple[str, list[str]]:
 
 def take_record(command: str, rest: list[str]) -> tuple[Any, ConfigDict]:
     """Removes the first file from `rest`, and returns the Record that it names and its config."""
-    file = next((word for word in rest if not word.startswith("-")), "")
-    if not file:
+    values = _values(rest)
+    index = next((i for i, word in enumerate(rest) if i not in values and not word.startswith("-")), None)
+    if index is None:
         raise UsageError(f"{command} needs {COMMANDS[command].files}")
-    rest.remove(file)
+    file = rest.pop(index)
     from imgclf_jax.run.record import Record
 
     record = Record.load(file)

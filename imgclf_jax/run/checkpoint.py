@@ -163,12 +163,26 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step of the best checkpoint; None without a metric or without a finite value of it."""
+        """The step of the best checkpoint; None without a metric or without a finite value of it.
+
+        Warns about checkpoints whose metrics are damaged, which are not ranked.
+        """
         if not self.best:
             return None
-        values = [(self._value(self._manager.metrics(step) or {}), step) for step in self.steps()]
+        steps = self.steps()
+        unranked = dict(self._find_unranked(steps))
+        for sentence in unranked.values():
+            log.warning("%s", sentence)
+        values = [(self._value(self._manager.metrics(step) or {}), step) for step in steps if step not in unranked]
         value, step = max(values, default=(_WORST, None))
         return None if value == _WORST else step
+
+    def _find_unranked(self, steps: Sequence[int]) -> list[tuple[int, str]]:
+        """The checkpoints among `steps` whose metrics are damaged: pairs of a step and a sentence."""
+        folders = {step: self.directory / str(step) for step in steps if self.best}
+        faults = {step: manifest.find_fault(folder, "metrics/") for step, folder in folders.items()}
+        return [(step, f"checkpoint {folders[step]} cannot be ranked by {self.best}: {fault}")
+                for step, fault in faults.items() if fault not in ("", manifest.ABSENT)]  # fmt: skip
 
     def has_score(self, step: int) -> bool:
         """Whether the checkpoint of `step` has a value of the metric `best`, finite or not."""
@@ -355,10 +369,11 @@ class Checkpoints:
         """Restores the latest checkpoint that can be read: (step, state); None if there is no checkpoint.
 
         See `restore` for the state. A checkpoint that is damaged, or that lacks a manifest while an older one has it,
-        is reported and, unless this object is read-only, moved to `damaged/` next to the checkpoints. Raises UserError
-        if there are checkpoints but none can be read, most likely since they are another model's.
+        is reported and, unless this object is read-only, moved to `damaged/` next to the checkpoints; so is an earlier
+        one whose metrics are damaged. Raises UserError if there are checkpoints but none can be read, most likely since
+        they are another model's.
         """
-        steps, sealed = processes.broadcast_from_process_0("looking for checkpoints", self._found)
+        steps, sealed, unranked = processes.broadcast_from_process_0("looking for checkpoints", self._found)
         errors: dict[int, UserError] = {}
         for step in sorted(steps, key=lambda step: (step in sealed, step), reverse=True):
             try:
@@ -373,16 +388,20 @@ class Checkpoints:
                 self._set_aside(
                     later, errors.get(later) or f"checkpoint {folder} cannot be verified: {manifest.ABSENT}", step
                 )
+            for earlier, sentence in unranked:  # the next save would remove it, even if it is the best
+                if earlier < step:
+                    self._set_aside(earlier, sentence, step)
             return step, state
         if errors:
             fix = "" if self._read_only else "; remove or rename that directory to train from the start"
             raise UserError(f"no checkpoint of {steps} in {self.directory} can be read: {errors[steps[-1]]}{fix}")
         return None
 
-    def _found(self) -> tuple[list[int], list[int]]:
-        """The steps with a checkpoint, and those among them with a manifest."""
+    def _found(self) -> tuple[list[int], list[int], list[tuple[int, str]]]:
+        """The steps with a checkpoint, those among them with a manifest, and `_find_unranked` unless read-only."""
         steps = self.steps()
-        return steps, [step for step in steps if manifest.is_in(self.directory / str(step))]
+        sealed = [step for step in steps if manifest.is_in(self.directory / str(step))]
+        return steps, sealed, [] if self._read_only else self._find_unranked(steps)
 
     def intact(self, instead_of: int) -> int | None:
         """The latest step with an intact checkpoint, other than `instead_of`."""

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ class EarlyStopping:
 
     metric: str  # for example "val/loss"
     sign: float
-    patience: Fraction  # in steps
+    patience: int  # in steps
     text: str  # of the config
 
     def reason(self, values: Sequence[tuple[int, float]]) -> str:
@@ -92,7 +91,7 @@ def _read(early: EarlyStopping, folder: Path, due: Sequence[int], start: int) ->
     return [(step, _number(found[step])) for step in due if step in found]
 
 
-def build(config: ConfigDict, patience: Fraction | None) -> EarlyStopping | None:
+def build(config: ConfigDict, patience: int | None) -> EarlyStopping | None:
     """Builds the early stopping of a config, if any. Raises UserError for a metric of unknown direction."""
     if patience is None:
         return None

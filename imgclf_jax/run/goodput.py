@@ -1,8 +1,8 @@
-"""time.jsonl: where the time of a run went, over all the processes that trained it.
+"""time.jsonl: where the time of a run went, over all the attempts to train it.
 
-A line is {"step": 900, "first": 450, "began": …, "at": …, "seconds": {"steps": 31.2, "input": 0.4, …}}: a process that
-began at the Unix time `began` with step `first`, and what it had done by the time `at`. The last line of a process is
-what counts.
+A line is {"step": 900, "first": 450, "began": …, "at": …, "seconds": {"steps": 31.2, "input": 0.4, …}}: an attempt that
+began at the Unix time `began` with step `first`, and what it had done by the time `at`. A process is one attempt, or
+several if it rolls back. The last line of an attempt is what counts.
 """
 
 import math
@@ -20,7 +20,7 @@ _EVERY = 10.0  # seconds between two lines at least, but for checkpoints and the
 
 
 class TimeRecord:
-    """Writes time.jsonl in `folder` for a process that trains from step `first`. Process 0 alone writes."""
+    """Writes time.jsonl in `folder` for an attempt that trains from step `first`. Process 0 alone writes."""
 
     def __init__(self, folder: Path, first: int, phases: Phases):
         self._first, self._phases, self._written = first, phases, 0.0
@@ -28,13 +28,18 @@ class TimeRecord:
         self._file: writers.RecordFile | None = None
         if not processes.index():
             self._file = writers.RecordFile(self._path, last_of_each(writers.read_metrics(self._path)))
+            self._write(first, self._file)
 
     def update(self, step: int, now: bool = False) -> None:
         """Appends a line, `now` or if the last one is some seconds old."""
         if self._file is not None and (now or time.monotonic() - self._written > _EVERY):
-            seconds, began, self._written = self._phases.totals(), self._phases.began, time.monotonic()
-            at = round(began + sum(seconds.values()), 3)
-            self._file.write({"step": step, "first": self._first, "began": began, "at": at, "seconds": seconds})
+            self._written = time.monotonic()
+            self._write(step, self._file)
+
+    def _write(self, step: int, file: writers.RecordFile) -> None:
+        seconds, began = self._phases.totals(), self._phases.began
+        at = round(began + sum(seconds.values()), 3)
+        file.write({"step": step, "first": self._first, "began": began, "at": at, "seconds": seconds})
 
     def summary(self) -> JsonObject:
         """`goodput` and `time`, the seconds of the run by phase, for result.json; {} except in process 0."""
@@ -49,7 +54,7 @@ class TimeRecord:
 
 
 def last_of_each(lines: Sequence[JsonMapping]) -> list[JsonMapping]:
-    """The last well-formed line of each process, in the order in which they began."""
+    """The last well-formed line of each attempt, in the order in which they began."""
     found = {line["began"]: line for line in lines if _is_well_formed(line)}
     return [found[began] for began in sorted(found)]
 
@@ -61,9 +66,9 @@ def _is_well_formed(line: JsonMapping) -> bool:
 
 
 def sum_up(lines: Sequence[JsonMapping]) -> dict[str, float]:
-    """The seconds of a run by phase, from the first process's start to the last line; they add up to this time.
+    """The seconds of a run by phase, from the first attempt's start to the last line; they add up to this time.
 
-    `recomputed` are steps that were done again after a kill, `idle` is the time between processes, with what a killed
+    `recomputed` are steps that a kill or a rollback lost, `idle` is the time between attempts, with what a killed
     process did after its last line.
     """
     runs = last_of_each(lines)

@@ -5,6 +5,7 @@ import datetime
 import fcntl
 import json
 import logging
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -52,6 +53,14 @@ def holder(file: Path) -> str:
             return content.read(_MOST)
     except OSError:
         return ""
+
+
+def taken_at(file: Path) -> float:
+    """The Unix time at which the holder of the lock `file` took it; infinity without the file."""
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return math.inf
 
 
 def is_held(file: Path) -> bool:

@@ -34,6 +34,7 @@ class Monitor:
         self, start: int, total: int, images_a_step: int, profile: tuple[int, int] | None, folder: Path, phases: Phases
     ):
         self.phases = phases
+        phases.step = start
         self.throughput = Throughput(images_a_step, phases)
         self.edges: tuple[int, ...] = ()  # the first and last step of the trace, where a call must end
         self._folder = folder / "profile"

@@ -17,7 +17,8 @@ class Phases:
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.seconds["import"] = seconds_since_start()
-        self.began = round(time.time() - self.seconds["import"], 3)  # Unix time
+        self.began = round(time.time() - self.seconds["import"], 3)  # Unix time of the attempt that `totals` counts
+        self._before = dict.fromkeys(PHASES, 0.0)  # the seconds of earlier attempts
         self.phase, self.step = "setup", 0
         self.alive = self._since = self._made = time.monotonic()  # `alive`: when the thread was last heard of
 
@@ -37,10 +38,16 @@ class Phases:
         """The seconds since this object was made, at the start of the command."""
         return time.monotonic() - self._made
 
+    def begin_attempt(self) -> None:
+        """Begins the set-up of another attempt of this process to train: `totals` counts from here on."""
+        self.began = round(self.began + sum(self.totals().values()), 3)
+        self._before = dict(self.seconds)
+        self.enter("setup")
+
     def totals(self) -> dict[str, float]:
-        """The seconds by phase until now, rounded to milliseconds."""
+        """The seconds of this attempt by phase until now, rounded to milliseconds."""
         self.enter(self.phase)
-        return {name: round(seconds, 3) for name, seconds in self.seconds.items()}
+        return {name: round(seconds - self._before[name], 3) for name, seconds in self.seconds.items()}
 
 
 def seconds_since_start() -> float:

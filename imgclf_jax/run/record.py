@@ -17,7 +17,7 @@ from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
 from imgclf_jax.run import bundle, writers
 from imgclf_jax.run.digests import find_changed_metrics
 from imgclf_jax.run.provenance import MOST_BYTES_OF_JSON, find_edits, parse_json, well_formed
-from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.run.workdir import Workdir, has_ended
 
 log = logging.getLogger(__name__)
 
@@ -178,8 +178,8 @@ class Record:
             return None
         if type(self.result.get("step")) is not int:
             raise UserError(f"{self.path / 'result.json'} is damaged: it holds no result")
-        ended = self.total in (None, self.result["step"]) or self.result.get("stopped_early")
-        return self.result if ended else None
+        records = (line for lines in (self.metrics, self.digests) for line in lines)
+        return self.result if has_ended(self.result, self.total, records) else None
 
     @cached_property
     def evals(self) -> dict[str, str]:

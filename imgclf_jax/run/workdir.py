@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax.core import places, processes, spec
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.run import lock
+from imgclf_jax.core.typing import JsonMapping, JsonObject
+from imgclf_jax.run import lock, writers
 from imgclf_jax.run.provenance import (
     DataInfo,
     collect,
@@ -172,8 +172,8 @@ class Workdir:
         if old.total != config.total:
             entry: JsonObject = {"step": start, "from": old.total, "to": config.total, "command": sys.argv}
             provenance["extended"] = [*provenance.get("extended", []), entry]
-            log.warning("the run is extended from total=%r to %r, as config.json now says: the steps from %d on are "
-                        "those of the longer run", old.total, config.total, start)  # fmt: skip
+            log.warning("the run goes on with total=%r instead of %r, as config.json now says: the steps from %d on "
+                        "are those of a run with this total", config.total, old.total, start)  # fmt: skip
         a, b = configs.flatten(old), configs.flatten(config)
         if keys := {key: [a[key], b[key]] for key in configs.FREE_KEYS if a[key] != b[key]}:
             entry = {"step": start, "keys": keys, "command": sys.argv}
@@ -227,15 +227,15 @@ class Workdir:
         return pin_groups(config, mesh, self.read_provenance())
 
     def drop_later_result(self, start: int) -> None:
-        """Removes result.json if it is from a later step than `start`, where the run resumes."""
-        if self.last_step() > start:
-            log.warning("the run resumes at step %d: removed %s, which was from a later step", start, self.result)
+        """Removes result.json if it is from step `start`, from which the run trains on, or from a later one."""
+        if (last := self.last_step()) >= max(start, 1):
+            log.warning("the run resumes at step %d: removed %s, which was from step %d", start, self.result, last)
             self.result.unlink()
 
     def is_done(self, total: int) -> bool:
-        """Whether the run has ended: result.json is readable and from step `total` or from an early stop."""
-        result = self.read_result()
-        return "step" in result and bool(result["step"] == total or result.get("stopped_early"))
+        """Whether the run has ended: result.json is readable, and `has_ended` by it and the records."""
+        records = (line for file in (self.metrics, self.digests) for line in writers.read_metrics(file))
+        return has_ended(self.read_result(), total, records)
 
     def last_step(self) -> int:
         """The step of result.json, at which the run ended; 0 without one that is readable."""
@@ -289,6 +289,17 @@ class Workdir:
             write_json(self.provenance, whole | {"facts_sha256": facts_digest(whole)})
         if not self.config.is_file():
             write_atomically(self.config, configs.to_json(config))
+
+
+def has_ended(result: JsonMapping, total: int | None, records: Iterable[JsonMapping]) -> bool:
+    """Whether a run ended with `result`: at step `total`, if that is known, or early, with no later one of `records`.
+
+    A run that stopped early and is extended may train on beyond its result.
+    """
+    step = result.get("step")
+    if type(step) is not int or total in (None, step):
+        return type(step) is int
+    return bool(result.get("stopped_early")) and all(record["step"] <= step for record in records)
 
 
 @functools.cache

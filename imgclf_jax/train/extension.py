@@ -11,6 +11,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.optim.optimizers import promoting
 from imgclf_jax.optim.weight_averages import evaluated_by
 from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.cadences import Cadences
 
 _PIECE = 100_000  # steps compared at once
 
@@ -19,7 +20,8 @@ def check(old: Recipe, new: Recipe, start: int, folder: Path) -> None:
     """Raises UserError unless both recipes, which differ in `total` alone, agree on the first `start` steps.
 
     A schedule that ends at `total`, such as cosine, would give past steps other learning rates, and so would a
-    lookahead or a method that follows it: no single config would describe such a run.
+    lookahead or a method that follows it; evaluations that follow it may have stopped the run early: no single config
+    would describe such a run.
     """
     fix = f"Start another run from its weights instead: --workdir NEW --config.init_from={folder}"
     if new.total < start:
@@ -42,6 +44,16 @@ def check(old: Recipe, new: Recipe, start: int, folder: Path) -> None:
             raise UserError(f"method={new.config.method!r} follows total: {duration} of it were {shorter} steps in the "
                             f"run in {folder}, and with total={new.config.total!r} they would have been {longer}; a "
                             f"run can be extended if its method counts steps or epochs. {fix}")  # fmt: skip
+    if new.config.stop and (others := _evaluations(old, start) ^ _evaluations(new, start)):
+        raise UserError(f"eval_every={new.config.eval_every!r} follows total: with total={new.config.total!r} the run "
+                        f"in {folder} would have evaluated at other steps, from step {min(others)} on, and "
+                        f"stop={new.config.stop!r} depends on them; a run can be extended if its eval_every counts "
+                        f"steps or epochs. {fix}")  # fmt: skip
+
+
+def _evaluations(recipe: Recipe, start: int) -> set[int]:
+    """The steps before `start` after which a run evaluates."""
+    return set(Cadences(recipe.total, None, recipe.period("eval_every"), None).evaluations(start - 1))
 
 
 def _rate(recipe: Recipe) -> Callable[[jax.Array], jax.Array]:

@@ -70,7 +70,7 @@ def main(
                 log.warning("%s: steps %d to %d are left out, and the run continues from step %d or before", e, e.first,
                             e.until - 1, e.first)  # fmt: skip
             signals.obey_noted()
-            phases.enter("setup")
+            phases.begin_attempt()
 
 
 def _train_from_latest(
@@ -88,10 +88,13 @@ def _train_from_latest(
     replays.attach(run)
     total, stopper = run.cadences.total, Stopper(run.early_stopping, run.cadences, workdir.path, run.start)
     ended = run.start == total or bool(stopper.reason(run.start))
+    if ended and run.changed:
+        processes.broadcast_from_process_0("writing config.json", lambda: workdir.update_config(config, run.start))
     if ended and processes.broadcast_from_process_0("reading the result", lambda: workdir.is_done(total)):
         log.info("this run is done; its result is in %s", workdir.result)
         return 0
-    processes.broadcast_from_process_0("looking at the result", lambda: workdir.drop_later_result(run.start))
+    if ended or not run.changed:
+        processes.broadcast_from_process_0("looking at the result", lambda: workdir.drop_later_result(run.start))
     monitor = Monitor(run.start, total, config.batch_size * config.num_seeds, profile, workdir.path, phases)
     with _open_records(run, noted, phases) as records:
         records.digests.record(run.start, run.state.params)
@@ -105,6 +108,9 @@ def _train_from_latest(
         except signals.Stopped as e:
             log.warning("%s: stopped before the first step, nothing is lost; run the same command again", e)
             return 128 + signals.number(str(e))
+        except (Again, Rollback):
+            records.times.update(phases.step, now=True)
+            raise
         if trained is None and not stop():
             return STOPPED  # at the end that was asked for
         if trained is None:
@@ -332,10 +338,17 @@ def _when_compiled(
             stop.wait_for_all("compiled")  # on CPU, collectives time out after half a minute
             monitor.phases.enter("input")
             signals.check(stop)  # also a point before the first step, which another process may be in
+            if run.changed:  # not before: an extension that fails or is interrupted until here changes nothing
+                processes.broadcast_from_process_0("writing config.json", lambda: _record_change(run))
             log.info("compiled in %.2f s; the first step begins %.2f s after the command", seconds,
                      monitor.phases.since_main)  # fmt: skip
             log.info("%s", run.rows.header())
         yield one
+
+
+def _record_change(run: Run) -> None:
+    run.workdir.update_config(run.config, run.start)
+    run.workdir.drop_later_result(run.start)
 
 
 def _means(window: dict[str, np.ndarray], task: Task) -> dict[str, float]:

@@ -24,6 +24,7 @@ from imgclf_jax.step import TrainState
 from imgclf_jax.train import display, extension
 from imgclf_jax.train.evaluation import check_targets, open_evals
 from imgclf_jax.train.leakage import initial_warnings, overlap_warnings, selection_warnings
+from imgclf_jax.train.unseen_classes import unseen_class_warnings
 from imgclf_jax.trained import load_teacher
 from imgclf_jax.weights import pretrained
 
@@ -46,6 +47,7 @@ class Run:
     early_stopping: EarlyStopping | None
     rows: display.Rows  # of the log
     start: int
+    changed: bool  # whether config.json is to get this config, once a step is trained by it
     state: TrainState  # at step `start`
     window: metrics.Sums  # since the last log
 
@@ -99,17 +101,19 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
             log.info("rules:\n%s", recipe.rules.table(recipe.parameters))
     else:
         log.info("resuming at step %d of %d", start, recipe.total)
+    old = configs.from_json(before, str(workdir.config)) if before else config
+    if old.total != config.total:
+        extension.check(Recipe(old, recipe.data), recipe, start, workdir.path)
+    # A run that is done keeps its config, unless that has the total of an extension that has trained no step.
+    changed = bool(before) and (start < recipe.total or old.total != config.total)
     if start < recipe.total:
         processes.broadcast_from_process_0("comparing the code", lambda: workdir.record_code(start))
-    if before:
-        old = configs.from_json(before, str(workdir.config))
-        if old.total != config.total:
-            extension.check(Recipe(old, recipe.data), recipe, start, workdir.path)
-        if start < recipe.total:  # else the run is done, by the config that it has recorded
-            processes.broadcast_from_process_0("writing config.json", lambda: workdir.update_config(config, start))
     if not processes.index():
         overlaps = [*overlap_warnings(config, config.data, base), *initial_warnings(config, base)]
-        for sentence in (*overlaps, *selection_warnings(config)):
+        unseen = (
+            unseen_class_warnings(images, evals, recipe.total * config.batch_size) if recipe.method.predicts else []
+        )
+        for sentence in (*overlaps, *unseen, *selection_warnings(config)):
             log.warning("%s", sentence)
     even = spec.parse_one(config.data.sampling).name in ("permutation", "repeated")  # each example equally often
     if losses.needs_class_counts(config.loss) and not even and not processes.index():
@@ -129,7 +133,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     if not processes.index():
         log.info("the run:\n%s", display.head(compiling, images, base, workdir, fresh=not start))
     return Run(config, workdir, images, evals, compiling, compiled, eval_compiled, checkpoints, cadences, early, rows,
-               start, state, window)  # fmt: skip
+               start, changed, state, window)  # fmt: skip
 
 
 def _pinned(config: ConfigDict, workdir: Workdir) -> ConfigDict:

@@ -69,6 +69,24 @@ def test_values_after_their_keys_are_no_files(says):
     assert (status, said) == (1, "batch_size=0: must be 1 or more")
 
 
+@pytest.mark.parametrize(("words", "shown"), [
+    (["--config.deterministic", "False"], False), (["--config.deterministic", "true"], True),
+    (["--config.deterministic"], True), (["--config.deterministic=false"], False),
+])  # fmt: skip
+def test_a_value_of_true_or_false_after_its_key(capsys, words, shown):
+    assert launch.main(["config", "--config.deterministic=True", *words, "--config.seed", "3"]) == 0
+    assert {f"deterministic = {shown}", "seed = 3"} <= set(capsys.readouterr().out.splitlines())
+
+
+def test_another_word_after_a_key_that_is_true_or_false(says):
+    """It was swallowed, and the key was True."""
+    said = "--config.deterministic no: must be true or false"
+    assert says("config", "--config.seed", "3", "--config.deterministic", "no") == (2, said)
+    said = "config takes no files, but got 'junk'; did you forget '--'?"
+    assert says("config", "--config.deterministic", "False", "junk") == (2, said)
+    assert says("reproduce", "--config.deterministic", "False", "--config.seed", "3", "runs/a")[1].startswith("runs/a ")
+
+
 @pytest.mark.parametrize("argv", [["predict", "cat.jpg"], ["evaluate"], ["report"], ["serve"]])
 def test_no_run_is_named_and_there_is_none(says, tmp_path, argv):
     status, said = says(*argv)

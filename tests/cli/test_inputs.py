@@ -114,6 +114,13 @@ def test_an_image_on_standard_input_is_no_list_of_names(monkeypatch, kind):
         list(inputs.find("explain", ["-"]))
 
 
+def test_a_name_on_standard_input_that_is_not_utf8(tmp_path, monkeypatch):
+    """Names the same file as on the command line."""
+    name = os.fsdecode(b"caf\xe9.png")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a.png\n" + os.fsencode(name) + b"\n"), "utf-8"))
+    assert [image.path for image in inputs.find("predict", ["-", "-"])] == ["a.png", name]
+
+
 def test_a_long_table_is_printed_in_parts(capsys):
     """With one header, and columns that fit the widest row so far."""
     printed = [[name, "x"] for name in ("a", "bb", "ccc", "dddddddd")]

@@ -8,9 +8,11 @@ import pytest
 
 from imgclf_jax import config as configs
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.recipe import Recipe
 from imgclf_jax.run import early_stopping, writers
 from imgclf_jax.run.cadences import Cadences
 from imgclf_jax.run.early_stopping import EarlyStopping, Stopper
+from imgclf_jax.run.provenance import DataInfo
 
 NAN, INF = math.nan, math.inf
 
@@ -33,6 +35,19 @@ def test_when_a_run_stops(sign, values, patience, stops):
     reasons = [stopping.reason(history[:n]) for n in range(1, len(history) + 1)]
     first = next((n for n, reason in enumerate(reasons, 1) if reason), None)
     assert first == stops
+
+
+@pytest.mark.parametrize("examples", [64, 150, 1437, 50_000])
+@pytest.mark.parametrize(("patience", "waits"), [("1 epochs", 1), ("5 epochs", 5), ("1.3 epochs", 2), ("0.5%", 1)])
+def test_a_patience_in_epochs_counts_evaluations_of_epochs(examples, patience, waits):
+    """However many steps an epoch has, and whichever evaluation was the best one."""
+    keys = {"stop": f"test/loss, patience {patience}", "eval_every": "1 epochs", "total": "200 epochs"}
+    recipe = Recipe(config(batch_size=64, **keys), DataInfo(examples, (12, 12, 1), tuple("abcd"), ""))
+    stopping = early_stopping.build(recipe.config, recipe.patience)
+    steps = Cadences(recipe.total, None, recipe.period("eval_every"), None).evaluations(recipe.total)
+    for best in range(8):
+        history = [(step, float(i != best)) for i, step in enumerate(steps)]
+        assert next(n for n in range(1, 99) if stopping.reason(history[: best + n + 1])) == waits
 
 
 def test_why_it_stopped():

@@ -5,6 +5,8 @@ import math
 import pytest
 
 from imgclf_jax.run import goodput
+from imgclf_jax.run.phases import Phases
+from imgclf_jax.run.writers import read_metrics
 
 
 def line(began, at, first, step, **seconds):
@@ -33,6 +35,28 @@ def test_a_run_that_goes_back_behind_an_earlier_attempt():
     ]  # fmt: skip
     total = goodput.sum_up(lines)
     assert {name: seconds for name, seconds in total.items() if seconds} == {"steps": 100.0, "recomputed": 55.0}
+
+
+def test_a_process_that_rolls_back_adds_up(tmp_path):
+    """A second apiece: 10,000 steps, a rollback to step 9,000 in the same process, and 100 steps more."""
+    phases = Phases()
+    first = goodput.TimeRecord(tmp_path, 0, phases)
+    phases.seconds["steps"] += 10_000.0
+    first.update(10_000, now=True)
+    first.close()
+    phases.begin_attempt()
+    second = goodput.TimeRecord(tmp_path, 9000, phases)
+    phases.seconds["steps"] += 100.0
+    second.update(9100, now=True)
+    second.close()
+    lines = goodput.last_of_each(read_metrics(tmp_path / goodput.NAME))
+    assert [(one["first"], one["step"], one["seconds"]["steps"]) for one in lines] == [
+        (0, 10_000, 10_000.0), (9000, 9100, 100.0),
+    ]  # fmt: skip
+    assert lines[0]["at"] <= lines[1]["began"]
+    total = goodput.sum_up(lines)
+    assert (total["steps"], total["recomputed"]) == (9100.0, 1000.0)
+    assert sum(total.values()) == pytest.approx(lines[1]["at"] - lines[0]["began"], abs=0.01)
 
 
 def test_no_lines_and_damaged_ones():

@@ -92,6 +92,26 @@ def test_damaged_metrics(scored, tmp_path, caplog, content):
     assert Checkpoints(directory, best="test/accuracy").best_step() == 30
 
 
+@pytest.mark.parametrize("content", [b"", b'{"test/accuracy": 0.1}', None])
+def test_damaged_metrics_of_the_best(tmp_path, caplog, content):
+    """Another one was the best silently, and the next save deleted the checkpoint for good."""
+    directory = tmp_path / "checkpoints"
+    scores = {step: {"test/accuracy": value} for step, value in ((10, 0.9), (20, 0.5), (30, 0.7))}
+    assert save(directory, scores, best="test/accuracy", keep=1).steps() == [10, 30]
+    file = directory / "10" / "metrics" / "metrics"
+    file.unlink() if content is None else file.write_bytes(content)
+    said = f"checkpoint {directory}/10 cannot be ranked by test/accuracy: the file metrics/metrics "
+    assert Checkpoints(directory, best="test/accuracy", read_only=True).best_step() == 30
+    assert said in caplog.text
+    caplog.clear()
+    checkpoints = Checkpoints(directory, keep=1, best="test/accuracy")
+    assert checkpoints.restore_latest(like())[0] == 30
+    assert said in caplog.text
+    checkpoints.save(40, make_state(40), {"test/accuracy": 0.6})
+    checkpoints.close()
+    assert (names(directory), names(tmp_path / "damaged")) == (["30", "40"], ["10"])
+
+
 SAVES = """
 import gc, pathlib, sys
 import jax.numpy as jnp

@@ -16,7 +16,7 @@ from imgclf_jax.core import places, processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.run.provenance import pin_groups
+from imgclf_jax.run.provenance import code_changes, find_changes, pin_groups
 from imgclf_jax.run.record import Record
 from imgclf_jax.run.terminal import print_json, print_table, print_text
 from imgclf_jax.run.workdir import Workdir
@@ -58,9 +58,14 @@ def main(
         if (total := run.cadences.total) < end:
             raise UserError(f"total={config.total!r} is {total} steps, but the run in {record.path} recorded {end}; "
                             f"pass --steps={total}, or a longer total")  # fmt: skip
-        found.extend(differences(record.provenance, Record.load(str(run.workdir.path)).provenance))
+        provenance = Record.load(str(run.workdir.path)).provenance
+        processes.broadcast_from_process_0("comparing the code", lambda: _check_code(provenance, output, run.start))
+        found.extend(differences(record.provenance, provenance))
         for difference in found[:_SHOWN]:
             log.warning("%s differs: %s was %s, here it is %s", difference.kind, *difference[1:])
+        if run.start >= end:
+            log.warning("--output=%s has been trained up to step %d before, by the present code: it is compared "
+                        "without training; to train, delete it", output, run.start)  # fmt: skip
         return dataclasses.replace(run, cadences=dataclasses.replace(run.cadences, end=end))
 
     recorded, warned = {line["step"]: line.get("params_sha256") for line in record.digests}, False
@@ -140,6 +145,16 @@ def _folder(record: Record, output: str) -> str:
     if not places.in_bucket(path) and path.resolve() == Path(record.path).resolve():
         raise UserError(f"--output={output} is the run itself; name another directory")
     return output
+
+
+def _check_code(provenance: JsonObject, output: str, start: int) -> None:
+    """Raises UserError if other code or another environment trained the steps up to `start` in the output."""
+    changes = [*code_changes(provenance), find_changes(provenance)]
+    names = {name: None for one in changes for kind in ("files", "environment") for name in one.get(kind, {})}
+    if names:
+        shown = ", ".join("code of imgclf_jax" if name == "imgclf_jax" else name for name in names)
+        raise UserError(f"--output={output} has been trained up to step {start} with another {shown}; delete it, or "
+                        "name another directory")  # fmt: skip
 
 
 def _compare_configs(old: ConfigDict, new: ConfigDict) -> list[Difference]:

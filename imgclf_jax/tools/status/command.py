@@ -1,12 +1,14 @@
 """The command `status`: how far runs are, how they fare, and where their time goes. It reads records and starts no JAX
 backend."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.run import goodput, lock, record, skipped, terminal, writers
+from imgclf_jax.run import goodput, lock, provenance, record, skipped, terminal, writers
 from imgclf_jax.run.progress import duration
 from imgclf_jax.run.record import Record
 
@@ -62,25 +64,31 @@ def read(run: Record) -> Status:
     step = max([run.step, *(line["step"] for line in lines[-1:])])
     state = "done" if run.final else "running" if running else "stopped" if step or steps else "not begun"
     left = None
-    if running and lines and total:
-        line = lines[-1]
-        done, spent = line["step"] - line["first"], line["at"] - line["began"] - _fixed(line["seconds"])
+    if running and lines and total and (line := lines[-1])["at"] >= lock.taken_at(folder / "lock"):
+        trained = _count_trained(skipped.read(folder))
+        done, spent = trained(line["first"], line["step"]), line["at"] - line["began"] - _fixed(line["seconds"])
         if done > 0:
-            left = max(0.0, (total - line["step"]) * spent / done - (time.time() - line["at"]))
+            left = max(0.0, trained(line["step"], total) * spent / done - (time.time() - line["at"]))
     seconds = goodput.sum_up(lines)
     return Status(
         run.name, state, step, total, max(steps, default=None), latest.get("train/images_per_second"), left,
         goodput.goodput(seconds) if any(seconds.values()) else None,
-        {name: round(value, 3) for name, value in seconds.items()}, _health(run),
+        {name: round(value, 3) for name, value in seconds.items()}, _health(run, running, step),
     )  # fmt: skip
 
 
 def _fixed(seconds: JsonObject) -> float:
-    """The seconds of a process that do not grow with its steps."""
+    """The seconds of an attempt that do not grow with its steps."""
     return float(sum(seconds.get(name, 0.0) for name in ("import", "setup", "compile")))
 
 
-def _health(run: Record) -> list[str]:
+def _count_trained(lines: Sequence[JsonObject]) -> Callable[[int, int], int]:
+    """A function that counts the steps from `first` to `last` without those that, by skipped.jsonl, were left out."""
+    ranges = [(line["step"], line["until"]) for line in lines if "until" in line]
+    return lambda first, last: last - first - sum(max(0, min(last, b) - max(first, a)) for a, b in ranges)
+
+
+def _health(run: Record, running: bool, step: int) -> list[str]:
     folder, found = run.path, []
     lines = skipped.read(folder)
     alone = [line for line in lines if "until" not in line]
@@ -97,9 +105,16 @@ def _health(run: Record) -> list[str]:
                      f"({run.workdir.corruption.name}): test the devices")  # fmt: skip
     if hung := sorted(path.name for path in folder.glob("hang-*.txt")):
         found.append(f"a process hung: see {', '.join(hung)}")
-    if (folder / "nonfinite.json").is_file() and not run.final:
+    if not (running or run.final) and step <= _bad_step(folder / "nonfinite.json"):
         found.append("a bad step stopped the run: see nonfinite.json")
     return found
+
+
+def _bad_step(file: Path) -> float:
+    """The step in nonfinite.json; -1 without the file."""
+    found = provenance.read_json(file) if file.is_file() else {"step": -1}
+    step = found.get("step") if isinstance(found, dict) else None
+    return step if type(step) is int else math.inf
 
 
 def _or_dash[T](value: T | None, form: Callable[[T], str] = str) -> str:

@@ -174,6 +174,28 @@ def test_a_signal(reproduce, trained, tmp_path, monkeypatch, capsys):
     assert (status, found["verdict"], found["compared"]["digests"]) == (0, "same", [0, 1, 2, 4, 8, 10])
 
 
+def test_an_output_that_is_done(trained, copy, capsys):
+    """As for another --tolerance; the log says that nothing is trained."""
+    assert launch.main(["reproduce", str(trained), f"--output={copy}"]) == 0
+    said = f"--output={copy} has been trained up to step {STEPS} before, by the present code: it is compared without"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("key", "what", "done"), [
+    ("code", "code of imgclf_jax", True),
+    ("processor", "processor", True),
+    ("code", "code of imgclf_jax", False),
+])  # fmt: skip
+def test_an_output_that_other_code_has_trained(trained, copy, capsys, key, what, done):
+    """The verdict was "same", bit for bit, without training, whatever had changed since."""
+    if not done:
+        (copy / "result.json").unlink()
+    edit(copy / "provenance.json", lambda p: p.update({key: "another"}))
+    assert launch.main(["reproduce", str(trained), f"--output={copy}"]) == 1
+    said = f"error: --output={copy} has been trained up to step {STEPS} with another {what}; delete it, or name another"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.thorough
 def test_a_run_from_before_there_were_digests(reproduce, copy):
     """The digest in result.json and the metrics are compared, and the output says so."""

@@ -8,10 +8,86 @@ import pytest
 import resume_check
 
 import launch
-from imgclf_jax.run import goodput
+from imgclf_jax import config as configs
+from imgclf_jax.run import goodput, lock, record
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
+from imgclf_jax.tools.status import command
 from imgclf_jax.train import loop as train
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes the files of a run of 20,000 steps: its last record, its result if any, and lines of time.jsonl."""
+
+    def run(step, result=None, times=()):
+        config = configs.default_config()
+        config.total = "20000 steps"
+        data = {"train_examples": 64, "image_shape": [12, 12, 1], "class_names": ["a", "b"], "fingerprint": "x"}
+        (tmp_path / "config.json").write_text(configs.to_json(config))
+        (tmp_path / "provenance.json").write_text(json.dumps({"data": data}))
+        (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": step, "train/loss": 1.0}) + "\n")
+        (tmp_path / goodput.NAME).write_text("".join(json.dumps(line) + "\n" for line in times))
+        if result:
+            (tmp_path / "result.json").write_text(json.dumps(result))
+        return record.read(tmp_path)
+
+    return run
+
+
+def attempt(first, step, began, at, **seconds):
+    return {"step": step, "first": first, "began": began, "at": at, "seconds": seconds}
+
+
+def test_the_time_left_of_a_resumed_run_is_by_its_own_pace(write, tmp_path):
+    """A day after a kill, the run that sets itself up again had 0 s left."""
+    now = time.time()
+    killed = attempt(0, 5000, now - 91_400, now - 86_400, steps=5000.0)
+    run = write(4950, times=[killed])
+    with lock.held(tmp_path / "lock"):
+        found = command.read(run)
+        assert (found.state, found.seconds_left) == ("running", None)
+        now = time.time()
+        write(6000, times=[killed, attempt(5000, 6000, now - 1900, now + 100, setup=0.0, steps=2000.0)])
+        assert command.read(run).seconds_left == pytest.approx(28_100, abs=5)
+
+
+def test_the_time_left_after_a_rollback_counts_no_step_that_was_left_out(write, tmp_path):
+    """At 1 s a step, from step 9000: steps 9000 to 9999 are left out, and 100 are done since."""
+    rollback = {"step": 9000, "until": 10_000, "bad_step": 9999, "reason": "not finite"}
+    (tmp_path / "skipped.jsonl").write_text(json.dumps(rollback) + "\n")
+    now = time.time()
+    with lock.held(tmp_path / "lock"):
+        run = write(10_100, times=[attempt(9000, 10_100, now, now + 100, steps=100.0)])
+        assert command.read(run).seconds_left == pytest.approx(10_000, abs=5)
+
+
+def test_a_run_that_stopped_early_and_was_extended_is_not_done(write):
+    """Its result is that of the shorter run, as soon as a later step has a record."""
+    result = {"step": 12, "stopped_early": "test/loss has not improved"}
+    run = write(12, result)
+    assert (command.read(run).state, run.workdir.is_done(20_000)) == ("done", True)
+    run = write(14, result)
+    assert (command.read(run).state, run.workdir.is_done(20_000)) == ("stopped", False)
+
+
+def test_a_result_is_removed_once_its_run_trains_on(write):
+    run = write(12, {"step": 12})
+    run.workdir.drop_later_result(13)
+    assert run.workdir.last_step() == 12
+    for _ in range(2):
+        run.workdir.drop_later_result(12)
+        assert not run.workdir.result.exists()
+        run.workdir.drop_later_result(0)
+
+
+def test_a_bad_step_is_told_until_the_run_trains_on(write, tmp_path):
+    (tmp_path / "nonfinite.json").write_text('{"step": 100}')
+    run = write(100)
+    assert command.read(run).health == ["a bad step stopped the run: see nonfinite.json"]
+    with lock.held(tmp_path / "lock"):
+        assert command.read(run).health == []
+    assert command.read(write(101)).health == []
 
 
 def test_status_of_a_run(fake_config, tmp_path, capsys, one_device):
