@@ -33,7 +33,7 @@ def bind(
     primitive = equation.primitive
     # `get_bind_params` is for primitives that bind a function, such as `shard_map`.
     out = primitive.bind(*operands, **primitive.get_bind_params(equation.params if params is None else params))
-    return list(out) if equation.primitive.multiple_results else [out]
+    return list(out) if primitive.multiple_results else [out]
 
 
 def aval_of(atom: Atom) -> jax.core.ShapedArray:

@@ -83,10 +83,10 @@ def mean_teacher(problem: Problem, decay: float = 0.999, weight: float = 100.0, 
     The consistency is the mean squared difference between the softmax of student and teacher, over classes and over all
     images: labeled ones, and those of the stream `data.extra.unlabeled` if there is one, whose labels are not read.
     Student and teacher see different draws of dropout and of random ops, and the same of by-example ops, such as
-    `flip_alternating`. The teacher averages the student's parameters
-    with the decay min(1 - 1 / (step + 1), decay), updated once per step before it is used, as in the authors' code. The
-    weight ramps up to `weight` over the duration `ramp` as exp(-5 (1 - step / ramp)²). Its default is the authors' for
-    CIFAR-10; with few labels a smaller one may be better.
+    `flip_alternating`. The teacher averages the student's parameters with the decay min(1 - 1 / (step + 1), decay),
+    updated once per step before it is used, as in the authors' code. The weight ramps up to `weight` over the duration
+    `ramp` as exp(-5 (1 - step / ramp)²). Its default is the authors' for CIFAR-10; with few labels a smaller one may be
+    better.
 
     Evaluation, prediction and export use the student; evaluation also reports `teacher_accuracy`. To use averaged
     weights everywhere, set the key `ema`. Raises UserError for numbers out of range, for a loss other than softmax, and

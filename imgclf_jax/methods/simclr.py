@@ -18,10 +18,10 @@ def simclr(problem: Problem, temperature: float = 0.5, width: int = 128, hidden:
     """Pretrains the backbone with NT-Xent, equation 1 of Chen et al. 2020 (arXiv:2002.05709); labels are not read.
 
     Each image is augmented twice by the key `augment`, with different draws of random ops and the same of by-example
-    ops, such as `flip_alternating`. A projector of two dense layers, with `hidden` units (0: the
-    backbone's number of features) and `width` outputs, is used in training only; no head is trained. Negatives come
-    from the global batch on any number of devices, but from one microbatch with `accumulate`. `contrastive_accuracy` is
-    the fraction of views whose most similar view in the batch is of the same image.
+    ops, such as `flip_alternating`. A projector of two dense layers, with `hidden` units (0: the backbone's number of
+    features) and `width` outputs, is used in training only; no head is trained. Negatives come from the global batch on
+    any number of devices, but from one microbatch with `accumulate`. `contrastive_accuracy` is the fraction of views
+    whose most similar view in the batch is of the same image.
     """
 
     def classes(batch: Batch) -> jax.Array:

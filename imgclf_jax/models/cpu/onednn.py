@@ -21,6 +21,7 @@ from jax.extend.core import JaxprEqn
 from jax.typing import DTypeLike
 
 from imgclf_jax.core.jaxprs import aval_of, bind
+from imgclf_jax.core.typing import Function
 from imgclf_jax.models.cpu.layout import accumulator
 from imgclf_jax.models.cpu.matmuls import Pads, Shaped
 from imgclf_jax.models.cpu.multilinear import multilinear
@@ -132,11 +133,18 @@ def _conv_kernel(
         return lax.optimization_barrier(product).astype(wide).reshape(like.shape)
     if _has_large_images(x, like):
         return _large_images_kernel(x, gradient, like, strides, around)
-    count = _parts(x, like)
-    x, gradient = (y.reshape(-1, count, *y.shape[1:]) for y in (x, gradient))  # keeps the batch sharded
-    permuted = ("CHWN", "IHWO", "NHWC")  # oneDNN takes no results with the batch elsewhere
-    parts = [_convolve(x[:, i], gradient[:, i], (1, 1), around, strides, permuted) for i in range(count)]
-    return functools.reduce(jnp.add, [part.astype(wide) for part in parts]).transpose(1, 2, 0, 3)
+
+    def of_part(x: jax.Array, gradient: jax.Array) -> jax.Array:
+        permuted = ("CHWN", "IHWO", "NHWC")  # oneDNN takes no results with the batch elsewhere
+        return _convolve(x, gradient, (1, 1), around, strides, permuted).astype(wide)
+
+    return _sum_over_parts(of_part, _parts(x, like), x, gradient).transpose(1, 2, 0, 3)
+
+
+def _sum_over_parts(of_part: Function, count: int, x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """The sum of `of_part(x, gradient)` over `count` parts of the batch, which stay sharded as the batch is."""
+    x, gradient = (y.reshape(-1, count, *y.shape[1:]) for y in (x, gradient))
+    return functools.reduce(jnp.add, [of_part(x[:, i], gradient[:, i]) for i in range(count)])
 
 
 def _large_images_kernel(
@@ -148,15 +156,14 @@ def _large_images_kernel(
     once. In the other form, with channels as the batch, it reads them once for each channel.
     """
     c, b, (rows, (left, right)) = x.shape[3], len(x), around
+
+    def of_part(x: jax.Array, gradient: jax.Array) -> jax.Array:
+        images, windows = lax.optimization_barrier((x.transpose(1, 2, 0)[None], gradient.transpose(1, 2, 0, 3)))
+        return _convolve(images, windows, (1, 1), (rows, (c * left, c * right)), (strides[0], c * strides[1]))
+
     count = _divisor(b, max(1, 2 * b // _BLOCK))  # of 8 images
-    x = x.reshape(b, x.shape[1], -1)
-    images, windows = (y.reshape(-1, count, *y.shape[1:]) for y in (x, gradient))  # keeps the batch sharded
-    parts = []
-    for i in range(count):
-        part, window = images[:, i].transpose(1, 2, 0)[None], windows[:, i].transpose(1, 2, 0, 3)
-        part, window = lax.optimization_barrier((part, window))
-        parts.append(_convolve(part, window, (1, 1), (rows, (c * left, c * right)), (strides[0], c * strides[1])))
-    return functools.reduce(jnp.add, parts).reshape(like.shape)  # from [1, kh, kw * c, f]
+    # From [1, kh, kw * c, f].
+    return _sum_over_parts(of_part, count, x.reshape(b, x.shape[1], -1), gradient).reshape(like.shape)
 
 
 def _has_large_images(x: jax.Array, kernel: Shaped) -> bool:
@@ -190,15 +197,15 @@ def _depthwise_kernel(x: jax.Array, gradient: jax.Array, strides: _Pair, around:
     are side by side as channels, [1, h, w, b * c], and their results are added.
     """
     b, c = len(x), x.shape[3]
-    count = _divisor(b, max(1, 4 * b // _BLOCK))  # of 4 images
-    x, gradient = (y.reshape(-1, count, *y.shape[1:]) for y in (x, gradient))  # keeps the batch sharded
-    parts = []
-    for i in range(count):
-        pair = (y[:, i].transpose(1, 2, 0, 3).reshape(*y.shape[2:4], -1) for y in (x, gradient))
+
+    def of_part(x: jax.Array, gradient: jax.Array) -> jax.Array:
+        pair = (y.transpose(1, 2, 0, 3).reshape(*y.shape[1:3], -1) for y in (x, gradient))
         images, windows = lax.optimization_barrier(tuple(pair))
-        part = _convolve(images[None], windows[:, :, None], (1, 1), around, strides, groups=images.shape[2])
-        parts.append(part.reshape(*part.shape[1:3], -1, c).astype(accumulator(x.dtype)).sum(2))
-    return functools.reduce(jnp.add, parts)[:, :, None]  # [kh, kw, c] → [kh, kw, 1, c]
+        y = _convolve(images[None], windows[:, :, None], (1, 1), around, strides, groups=images.shape[2])
+        return y.reshape(*y.shape[1:3], -1, c).astype(accumulator(x.dtype)).sum(2)
+
+    count = _divisor(b, max(1, 4 * b // _BLOCK))  # of 4 images
+    return _sum_over_parts(of_part, count, x, gradient)[:, :, None]  # [kh, kw, c] → [kh, kw, 1, c]
 
 
 def bind_matmul(equation: JaxprEqn, operands: Sequence[jax.Array]) -> list[jax.Array]:
@@ -257,14 +264,13 @@ def _dense_kernel(x: jax.Array, gradient: jax.Array) -> jax.Array:
 
     Rows are the channels of a convolution of k pixels.
     """
-    count = _parts_of_rows(x, gradient)
-    x, gradient = (y.reshape(-1, count, *y.shape[1:]) for y in (x, gradient))  # keeps the batch sharded
-    parts = []
-    for i in range(count):
-        pixels, windows = (y[:, i].reshape(-1, y.shape[-1]) for y in (x, gradient))
-        pixels, windows = lax.optimization_barrier((pixels.T, windows))
-        parts.append(_convolve(pixels[None, None], windows[None, None], (1, 1), ((0, 0), (0, 0)))[0, 0])
-    return functools.reduce(jnp.add, parts)
+
+    def of_part(x: jax.Array, gradient: jax.Array) -> jax.Array:
+        x, gradient = (y.reshape(-1, y.shape[-1]) for y in (x, gradient))
+        pixels, kernel = lax.optimization_barrier((x.T, gradient))
+        return _convolve(pixels[None, None], kernel[None, None], (1, 1), ((0, 0), (0, 0)))[0, 0]
+
+    return _sum_over_parts(of_part, _parts_of_rows(x, gradient), x, gradient)
 
 
 _conv_product = multilinear("onednn_conv", _conv, _conv_images, _conv_kernel)
