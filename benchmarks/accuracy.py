@@ -3,10 +3,10 @@
     uv run --group peers benchmarks/accuracy.py [--manual_dir=FOLDER with the four original .gz files]
 
 Each run is a separate process, including imports, compilation and evaluation: the Keras example (keras_example.py), its
-network and recipe here in float32 and in bfloat16 (configs/fashion_mnist.py), and configs/fashion_mnist_fast.py. For
-each seed they run in turn, in reverse order for odd seeds; ratios are taken within a seed. The runs share an initially
-empty cache folder, which one more run of each config fills before the seeds: the cold time. The TFDS data set is
-prepared before any measurement.
+network and recipe here (configs/fashion_mnist.py) and configs/fashion_mnist_fast.py, in float32 and in bfloat16. For
+each seed they run in turn, in reverse order for odd seeds; ratios are taken within a seed. Each config has its own
+cache folder, which one more run fills before the seeds: the cold time. The TFDS data set is prepared before any
+measurement.
 
 Writes accuracy.json and accuracy.png.
 """
@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KERAS, FAST = "Keras example", "fashion_mnist_fast.py"
 CONFIGS = {
     FAST: ["--config=configs/fashion_mnist_fast.py"],
+    f"{FAST} float32": ["--config=configs/fashion_mnist_fast.py", "--config.precision=float32"],
     "fashion_mnist.py": ["--config=configs/fashion_mnist.py"],
     "fashion_mnist.py bfloat16": ["--config=configs/fashion_mnist.py", "--config.precision=bfloat16"],
 }
@@ -89,16 +90,14 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         console.print(f"{name}, seed {seed}: {result['seconds']:.1f} s, accuracy {result['accuracy']:.4f}")
         return result
 
-    with tempfile.TemporaryDirectory() as elsewhere:
-        if FAST in args.runs:
-            run(FAST, 0, args.manual_dir, elsewhere)  # prepares the data set if needed
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as caches:
+        run(FAST, 0, args.manual_dir, f"{caches}/preparation")  # prepares the data set if needed
         for name in args.runs:
             if name != KERAS:
-                results["cold"][name] = one(name, 0, cache)
+                results["cold"][name] = one(name, 0, f"{caches}/{name}")
         for seed in range(args.seeds):
             for name in args.runs if seed % 2 == 0 else args.runs[::-1]:
-                results["warm"].setdefault(name, []).append(one(name, seed, cache))
+                results["warm"].setdefault(name, []).append(one(name, seed, f"{caches}/{name}"))
     return results
 
 
