@@ -8,7 +8,7 @@
 These runs used two cores of an AMD EPYC (AVX-512), 6.5 to 7.6 s of training and 17 s in the first one, which compiles
 and decodes; `docs/results/fashion_mnist_fast-SEED.zip` are their bundles. From start to exit, beside the Keras example
 in turns, a run takes 6.5 to 7.5 s, the first one 18 s, and the Keras example 74 to 95 s: `benchmarks/accuracy.py`
-measures this. A CPU without bfloat16 instructions takes 0.8 of the time with `--config.precision=float32`, whose mean is
+measures this. A CPU without bfloat16 instructions takes 0.8 of the time with `--config.precision=float32`; the mean is
 0.9034. Offline, add `--config.data.manual_dir=FOLDER` with the four original .gz files in FOLDER.
 
 It is fast because of a narrower network with bfloat16 matmuls, a data set that stays on the device, and one steep
