@@ -45,9 +45,13 @@ class Predictions(NamedTuple):
 
     def losses(self) -> np.ndarray:
         """The negative log-likelihood f64[n] of each label, on the host; nan without a label or a prediction."""
-        own = np.take_along_axis(np.asarray(self.probabilities, np.float64), np.asarray(self.labels)[:, None], 1)[:, 0]
-        with np.errstate(divide="ignore"):
-            losses = np.maximum(-np.log(own), 0.0)
+        of_labels = self.probabilities if self.log_odds is None else self.log_odds
+        own = np.take_along_axis(np.asarray(of_labels, np.float64), np.asarray(self.labels)[:, None], 1)[:, 0]
+        if self.log_odds is None:
+            with np.errstate(divide="ignore"):
+                losses = np.maximum(-np.log(own), 0.0)
+        else:
+            losses = np.logaddexp(0.0, -own)  # float32 rounds small probabilities to 0
         return np.where((self.labels >= 0) & (self.predicted >= 0), losses, np.nan)
 
     def highest_losses(self, most: int) -> np.ndarray:

@@ -30,6 +30,7 @@ type Augment = Callable[..., jax.Array]  # (key, images uint8[b, h, w, c]) → f
 Outputs = Literal["predict", "ranked", "logits", "features"]
 type Inference = Callable[[Params, ModelState, jax.Array], jax.Array]  # images uint8[b, h, w, c] → f32[b, …]
 SOWN = ("losses", "metrics")  # collections that a step reads, and that are not part of the state
+OPTIMIZER = "optimizer"  # the name scope of the optimizer's update
 
 
 class TrainState(struct.PyTreeNode):
@@ -180,10 +181,11 @@ def make_train_step(
         key = rng.key(state.seed, "dropout", state.step)
         (mean_loss, (model_state, (logits, named))), grads = take_gradient(state.params, state.model_state, whole, key)
         _check_fits(grads, state.params, "a gradient function returns gradients")
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params,
-            **take_gradient.extra_arguments(mean_loss, grads, state.model_state, whole, key),
-        )  # fmt: skip
+        with jax.named_scope(OPTIMIZER):
+            updates, opt_state = optimizer.update(
+                grads, state.opt_state, state.params,
+                **take_gradient.extra_arguments(mean_loss, grads, state.model_state, whole, key),
+            )  # fmt: skip
         _check_fits(updates, state.params, "the optimizer returns updates")
         params = optax.apply_updates(state.params, updates)
         (params, model_state), ema = average.update(state.ema, (params, model_state), _updates(state), opt_state)

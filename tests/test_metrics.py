@@ -134,6 +134,18 @@ def test_exclusive_classes_are_ordered_by_their_log_odds(seeds, classes):
     assert metrics.auc(own.labels, own.probabilities) < 1
 
 
+@pytest.mark.parametrize("link", [losses.SOFTMAX, losses.SIGMOID])
+def test_the_highest_losses_are_of_the_logits(link):
+    """Float32 probabilities are 0 from a gap of about 90 on: losses of 110, 90 and 250 were all inf, in set order."""
+    logits = jnp.float32([[0, 110], [0, 90], [0, 250], [3, 1], [40, 0]])
+    labels = jnp.zeros(5, jnp.int32)
+    found = metrics.concatenate([jax.device_get(metrics.predict(logits, labels, link, jnp.ones(5, bool)))])
+    gaps = np.float64([110, 90, 250, -2, -40]) if link is losses.SOFTMAX else np.float64([0, 0, 0, -3, -40])
+    np.testing.assert_allclose(found.losses(), np.log1p(np.exp(-abs(gaps))) + np.maximum(gaps, 0), rtol=1e-6)
+    if link is losses.SOFTMAX:
+        assert found.highest_losses(4).tolist() == [2, 0, 1, 3]
+
+
 @pytest.mark.parametrize("value", [None, "0.5", [0.5], np.ones(1), True, 1j])
 def test_an_own_metric_returns_one_number(value, monkeypatch):
     """result.json accepted anything, and a complex number ended the run in a traceback after training."""

@@ -272,11 +272,15 @@ def tell(kind: str, text: str, status: int = 0) -> None:
 
 def _watch(client: Any) -> None:
     """Receives, in a thread, the events that other processes `tell`."""
-    for number in itertools.count():
+    number = 0
+    while True:
         try:
             event = json.loads(client.blocking_key_value_get(f"imgclf_jax/event/{number}", int(PREPARING * 1000)))
-        except Exception:  # the service has ended
-            return
+        except Exception as e:
+            if "DEADLINE_EXCEEDED" in str(e):  # no event for a day
+                continue
+            return  # the service has ended
+        number += 1
         if event["process"] == index():
             continue
         if event["kind"] == "end":

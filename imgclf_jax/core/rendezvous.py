@@ -137,7 +137,7 @@ def _report(where: tuple[str, int], number: int, process: int, patience: float) 
                 _await_outcome(stream, name)
                 _await_service(where)
                 return
-        strange = (strange or called) if answered else strange
+        strange = (strange or called) if answered else None
         if strange and time.monotonic() > strange + _PATIENT:
             raise UserError(f"{name} answers, but not as process 0 of a run that is starting: another program has the "
                             "port, or the run began without this process; start all processes together, with a free "

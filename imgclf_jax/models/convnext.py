@@ -20,7 +20,7 @@ _VARIANTS = {
     "B": ((3, 3, 27, 3), (128, 256, 512, 1024)),
 }
 _BLOCK_PARTS = {"norm": parts.NORM, "activation": parts.ACTIVATION}
-_init = nn.initializers.truncated_normal(0.02)
+_init = nn.initializers.normal(0.02)
 
 
 class ConvNeXtBlock(nn.Module):

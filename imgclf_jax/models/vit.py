@@ -20,7 +20,7 @@ from imgclf_jax.models.remat import remat
 _VIT = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # width, layers, heads
 _MIXER = {"S": (512, 8, 256, 2048), "B": (768, 12, 384, 3072)}  # width, layers, hidden widths over tokens, channels
 _ACTIVATION = {"activation": parts.ACTIVATION}
-_init = nn.initializers.truncated_normal(0.02)
+_init = nn.initializers.normal(0.02)
 
 
 def _patches(x: jax.Array, patch: int, width: int, dtype: DTypeLike, kind: str) -> jax.Array:

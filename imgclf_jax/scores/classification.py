@@ -301,7 +301,7 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     z2 = float(special.ndtri(0.975)) ** 2
     share, centre = successes / n, successes / n + z2 / (2 * n)
     half = (z2 * (share * (1 - share) / n + z2 / (4 * n * n))) ** 0.5
-    return (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
+    return max(0.0, (centre - half) / (1 + z2 / n)), min(1.0, (centre + half) / (1 + z2 / n))
 
 
 def calibration_interval(scores: Scores) -> tuple[float, float]:

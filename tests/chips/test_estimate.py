@@ -40,6 +40,17 @@ def test_between_hosts_a_collective_is_done_by_parts(kind, size, seconds):
     assert found.network == pytest.approx(seconds)
 
 
+@pytest.mark.parametrize(("chips", "seconds"), [
+    ("h100:8", 2 * 80e6 * 7 / 8 / 450e9), ("h100:4", 2 * 80e6 * 3 / 4 / 450e9), ("h100:8x1", 2 * 80e6 * 7 / 8 / 50e9),
+    ("h100:2x4", 2 * 80e6 * 3 / 4 / 450e9 + 2 * 20e6 * 1 / 2 / 50e9),
+])  # fmt: skip
+def test_the_shape_says_how_many_gpus_a_host_has(chips, seconds):
+    """`h100:2x4` used to be one host with eight GPUs, whose NVLink is nine times as fast as the network."""
+    parsed = topology.parse(chips)
+    found = estimate.bound(estimate.chip_figures(parsed), parsed.count, 1.0, 0, 0, {"all-reduce": (1, int(80e6))})
+    assert found.network == pytest.approx(seconds)
+
+
 def test_one_chip_needs_no_network():
     assert estimate.bound(table.CHIPS["v5e"], 1, 1.0, 1, 1, {"all-reduce": (1, 100)}).network == 0
 
@@ -59,7 +70,8 @@ def test_arrangements(text, count, platform):
     assert (str(chips), chips.count, chips.platform) == (text, count, platform)
 
 
-@pytest.mark.parametrize("text", ["", "v5e", "v5e:8", "v5e:0x4", "v5p:4x4", "h100:2x2x2", "cpu:2x2", "v9:4", "h100:-1"])
+@pytest.mark.parametrize("text", ["", "v5e", "v5e:8", "v5e:0x4", "v5p:4x4", "h100:2x2x2", "cpu:2x2", "v9:4", "h100:-1",
+                                  "h100:16", "a100:2x9"])  # fmt: skip
 def test_other_arrangements_are_refused(text):
     with pytest.raises(UserError, match=r"allowed: v5e:4x4, .* cpu:8"):
         topology.parse(text)

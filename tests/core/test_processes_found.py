@@ -1,5 +1,7 @@
 """The processes that a cluster started, by the environment variables, and how they end together."""
 
+import types
+
 import jax
 import pytest
 
@@ -51,6 +53,23 @@ def test_the_only_process_of_a_host_takes_all_its_devices(monkeypatch, tasks, al
     if tasks:
         monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", tasks)
     assert processes.started_one_here() == alone
+
+
+def test_a_day_without_an_event_is_not_the_end_of_events(monkeypatch):
+    """The watching thread used to end, so that a signal to one process was never heard of by the others."""
+    event = '{"kind": "stop", "process": 1, "text": "SIGTERM", "status": 0}'
+    answers = [RuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out"), event, RuntimeError("UNAVAILABLE: gone")]
+
+    def get(key, milliseconds):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(processes, "stops", [])
+    processes._watch(types.SimpleNamespace(blocking_key_value_get=get))
+    assert processes.stops == [("SIGTERM", 1)]
+    assert not answers
 
 
 def test_processes_that_cannot_join_are_told_how(monkeypatch):

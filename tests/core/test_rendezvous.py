@@ -111,6 +111,19 @@ def test_a_port_of_another_program(port, says):
     assert f"localhost:{port} answers, but not as process 0 of a run that is starting" in told[1]
 
 
+def test_who_reached_the_run_before_waits_for_the_next(port, monkeypatch):
+    """In a restart, the old process 0 may still have answered. One answer used to end the wait 20 s later."""
+    result = []
+    with socket.create_server(("", port)) as old:
+        waiting = threading.Thread(target=lambda: result.extend(meet(port, (1, 2))))
+        waiting.start()
+        old.accept()[0].close()
+    time.sleep(1.5)
+    assert meet(port, (0, 2)) == [""]
+    waiting.join()
+    assert result == [""]
+
+
 def test_a_health_check_is_no_process(port):
     """It connects and sends nothing, or something else."""
 

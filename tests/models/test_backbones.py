@@ -16,6 +16,7 @@ from imgclf_jax.core import sharding, tree
 from imgclf_jax.models import classifier, vit
 from imgclf_jax.models.airbench import AirBench
 from imgclf_jax.models.backbones import BACKBONES
+from imgclf_jax.models.convnext import ConvNeXtBlock
 from imgclf_jax.models.vit import sincos_positions
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
@@ -58,6 +59,15 @@ def variables_shape(spec, size, classes, channels=3):
 @pytest.mark.parametrize(("spec", "size", "classes", "count"), [*COUNTS, *thorough(*MORE_COUNTS)])
 def test_published_parameter_counts(spec, size, classes, count):
     assert sum(x.size for x in jax.tree.leaves(variables_shape(spec, size, classes)["params"])) == count
+
+
+def test_published_standard_deviations():
+    """Of 0.02 (torchvision, timm), which a normal distribution truncated at two of them does not have: 0.0176."""
+    block = ConvNeXtBlock().init(jax.random.key(0), jnp.zeros((1, 7, 7, 96)))["params"]
+    vit = classifier.build("vit('Ti', patch=4)", 10, "float32").init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    kernels = [x for x in jax.tree.leaves(block) if x.ndim > 1]
+    positions = vit["params"]["backbone"]["positions_embedding"]
+    assert [float(x.std()) for x in (*kernels, positions)] == pytest.approx([0.02] * 4, rel=0.03)
 
 
 def test_airbench_parameter_count():

@@ -69,7 +69,8 @@ def difference(first: np.ndarray, second: np.ndarray) -> Difference:
     - for each model, the variance of its seeds' accuracies divided by their number (Welch 1947). It includes the noise
       of seeds being correct on different examples.
     - for the examples, the variance of their mean gain divided by n, minus that noise, which the first component
-      already counts (variance components of a crossed design); at least 0.
+      already counts (variance components of a crossed design); at least 0. If the seeds of both models happen to be
+      equally accurate, the first component is 0 and nothing is subtracted.
 
     Because few seeds estimate the first component poorly, the interval is Student's with the degrees of freedom of
     Satterthwaite (1946), from s - 1, t - 1 and n - 1, so two seeds make it wide. A model with one seed has no first
@@ -83,13 +84,15 @@ def difference(first: np.ndarray, second: np.ndarray) -> Difference:
     variances, noise = [], 0.0
     for correct in (first, second):
         if (seeds := len(correct)) > 1:
-            variances.append((float(correct.mean(1).var(ddof=1)) / seeds, seeds - 1))
+            of_seeds = float(correct.sum(1).var(ddof=1)) / n**2  # exactly 0 if all are equal
+            variances.append((of_seeds / seeds, seeds - 1))
             noise += _noise(correct) / seeds
     gains = first.mean(0) - second.mean(0)
     example_variance = float(gains.var(ddof=1)) / n
     if not example_variance:  # all examples agree; half an example more of each outcome (Agresti and Min 2005)
         example_variance = (abs(gains).sum() + 1 - gains.sum() ** 2 / (n + 2)) / (n + 2) ** 2
-    variances.append((max(0.0, example_variance - noise), n - 1))
+    counted = noise if any(variance for variance, _ in variances) else 0.0
+    variances.append((max(0.0, example_variance - counted), n - 1))
     half = _half_width(variances)
     return Difference(value, max(-1.0, value - half), min(1.0, value + half))
 

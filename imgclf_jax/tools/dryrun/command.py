@@ -19,6 +19,7 @@ from imgclf_jax.recipe import Recipe, check_names
 from imgclf_jax.run import terminal
 from imgclf_jax.run.provenance import write_json
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.step import OPTIMIZER
 from imgclf_jax.tools.dryrun import counts, described, estimate, topology
 from imgclf_jax.trained import load_teacher
 
@@ -64,7 +65,7 @@ def report(programs: Programs, chips: topology.Chips) -> JsonObject:
         "averages": counts.bytes_per_device((state.ema, sums)),
         "batch": counts.bytes_per_device(programs.chunk_shape(programs.steps_per_call)),
     }
-    flops = jaxprs.matmul_flops(_for_tpu(programs).train_step.jaxpr) / n
+    flops = _matmul_flops_per_chip(programs)
     result: JsonObject = {
         "chips": str(chips), "source": chip.source, "model": config.model, "batch_size": config.batch_size,
         "accumulate": config.accumulate, "precision": config.precision, "steps": recipe.total,
@@ -109,6 +110,19 @@ def report(programs: Programs, chips: topology.Chips) -> JsonObject:
         "run_seconds": seconds,
         "chip_hours": seconds * n / 3600,
     }
+
+
+def _matmul_flops_per_chip(programs: Programs) -> float:
+    """Counts a chip's matmul FLOPs in a step: its share of the batch's, and the optimizer's, such as Muon's.
+
+    Every chip updates all parameters of its seeds, but for those that `fsdp` shards. An optimizer that evaluates the
+    model, as L-BFGS does, evaluates it on the batch.
+    """
+    by_scope, mesh = jaxprs.matmul_flops_by_scope(_for_tpu(programs).train_step.jaxpr), programs.mesh
+    model = type(programs.recipe.model).__name__
+    update = sum(flops for scope, flops in by_scope.items() if OPTIMIZER in scope and model not in scope)
+    repeats = mesh.size / (mesh.shape.get("fsdp", 1) * mesh.shape.get("seeds", 1))
+    return (sum(by_scope.values()) + update * (repeats - 1)) / mesh.size
 
 
 def _for_tpu(programs: Programs) -> Programs:

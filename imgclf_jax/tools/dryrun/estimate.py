@@ -1,5 +1,6 @@
 """A roofline estimate: the shortest time of a step on a chip, and its bottleneck."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +13,14 @@ from imgclf_jax.tools.dryrun.topology import Chips
 
 
 def chip_figures(chips: Chips) -> Chip:
-    """Returns the published figures of a chip, or measures those of this machine for `cpu`."""
-    return CHIPS[chips.kind] if chips.kind != "cpu" else _this_cpu(chips.count)
+    """Returns the published figures of a chip, or measures those of this machine for `cpu`.
+
+    For GPUs `a_host` is that of the topology.
+    """
+    if chips.kind == "cpu":
+        return _this_cpu(chips.count)
+    chip = CHIPS[chips.kind]
+    return dataclasses.replace(chip, a_host=chips.shape[-1]) if chips.platform == "gpu" else chip
 
 
 def _this_cpu(devices: int) -> Chip:

@@ -50,7 +50,10 @@ def parse(text: str) -> Chips:
     ranks = {"v5e": (2,), "v6e": (2,), "v5p": (3,), "h100": (1, 2), "a100": (1, 2), "cpu": (1,)}[kind]
     if len(shape) not in ranks or 0 in shape:
         raise UserError(f"--chips={text}: {ALLOWED}")
-    return Chips(kind, shape)
+    chips = Chips(kind, shape)
+    if chips.platform == "gpu" and shape[-1] > (most := table.CHIPS[kind].a_host):
+        raise UserError(f"--chips={text}: a host has at most {most} of these GPUs; {ALLOWED}")
+    return chips
 
 
 def parse_shape(text: str) -> tuple[int, int, int] | None:

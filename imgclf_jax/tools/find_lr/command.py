@@ -90,7 +90,7 @@ def main(
     Nothing is written but the page `html`. Raises UserError if the loss diverges at once or never falls.
     """
     del workdir  # a trial leaves no run
-    steps = steps or _STEPS
+    steps = _STEPS if steps is None else steps
     if not 0 < low < high < math.inf:
         raise UserError(f"--low={low:g} --high={high:g}: give two learning rates, 0 < low < high")
     if steps < _FEWEST:

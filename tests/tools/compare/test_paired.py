@@ -56,7 +56,7 @@ def looped(first, second):
     """The interval by its definition, number by number."""
     n = len(first[0])
     gains = [sum(row[i] for row in first) / len(first) - sum(row[i] for row in second) / len(second) for i in range(n)]
-    examples, parts = statistics.variance(gains) / n, []
+    examples, noise, parts = statistics.variance(gains) / n, 0, []
     for rows in (first, second):
         s = len(rows)
         if s == 1:
@@ -65,9 +65,9 @@ def looped(first, second):
         whole = sum(accuracies) / s
         left = sum((rows[k][i] - accuracies[k] - sum(row[i] for row in rows) / s + whole) ** 2
                    for k in range(s) for i in range(n))  # fmt: skip
-        examples -= left / (s - 1) / (n - 1) / n / s
+        noise += left / (s - 1) / (n - 1) / n / s
         parts.append((statistics.variance(accuracies) / s, s - 1))
-    parts.append((max(examples, 0), n - 1))
+    parts.append((max(examples - (noise if any(v for v, _ in parts) else 0), 0), n - 1))
     total = sum(v for v, _ in parts)
     freedom = total**2 / sum(v**2 / own for v, own in parts)
     middle, half = sum(gains) / n, stats.t.ppf(0.975, freedom) * math.sqrt(total)
@@ -96,6 +96,17 @@ def test_edges_of_the_interval():
     first, second = np.stack([same[0], np.ones(30, bool)]), rng.random((2, 30)) < 0.5
     _, low, high = paired.difference(first, second)
     assert (low, high) == (-1, 1)  # of two seeds, which are far apart
+
+
+def test_seeds_of_equal_accuracy_leave_the_examples_uncertainty():
+    """Two models, two seeds each, all of them wrong on other examples: the interval of the examples alone remains."""
+    wrong = iter(range(14))
+    first, second = (np.array([~np.isin(np.arange(360), [next(wrong) for _ in range(k)]) for _ in range(2)])
+                     for k in (3, 4))  # fmt: skip
+    value, low, high = paired.difference(first, second)
+    gains = first.mean(0) - second.mean(0)
+    examples = stats.ttest_1samp(gains, 0).confidence_interval()
+    assert (value, low, high) == pytest.approx((1 / 360, examples.low, examples.high))
 
 
 def coverage(seeds, between, examples, times):

@@ -83,6 +83,17 @@ def test_what_does_not_fit(programs, monkeypatch):
         memory = found["memory"]["peak"] - 1
 
 
+def test_every_chip_repeats_the_update_of_a_replicated_parameter(fake_config):
+    """Eight chips each run Muon's five Newton-Schulz iterations in full (Jordan 2024): an eighth was counted."""
+    data = DataInfo(640, (12, 12, 1), ("a", "b", "c"), "")
+    fake_config.update(model="mlp(widths=(16,))", batch_size=64, optimizer="muon")
+    batch = 2 * 8 * (2 * 144 * 16 + 3 * 16 * 3)  # 8 images a chip; the first layer's input has no gradient
+    muon = 5 * (2 * 2 * 16 * 16 * 144 + 2 * 16**3)  # of the first kernel; Adam updates the head
+    for mesh, shards in (("data=8", 1), ("data=2, fsdp=4", 4)):
+        programs = Programs(Recipe(fake_config, data), sharding.make_mesh(text=mesh))
+        assert dryrun._matmul_flops_per_chip(programs) == pytest.approx(batch + muon / shards)
+
+
 @pytest.mark.parametrize(("model", "memory", "advice", "not_advised"), [
     ("vit('Ti', patch=6)", 70_000, ["take 120 kB of each chip: mesh='data=-1, fsdp=4' (sharded)"], "remat"),
     ("vit('Ti', patch=6)", 1_000_000, ["remat='block'", "mesh='data=-1, fsdp=2'"], None),
