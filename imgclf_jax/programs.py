@@ -197,16 +197,16 @@ class Programs:
         partition.check_mode(config.shard)
         return partition.build(config.rules.shard, self.recipe.parameters, parts) if parts > 1 else {}
 
-    def gather_at_use(self, function: Function, of_seeds: bool = False) -> Function:
+    def gather_at_use(self, function: Function) -> Function:
         """Wraps `function(params, model_state, batch)` to all-gather each sharded parameter where it is used.
 
-        See `core.fsdp`. With `of_seeds` the parameters are [num_seeds, …].
+        See `core.fsdp`.
         """
         if not self._is_sharded:
             return lambda params, model_state, *args: function(
                 self._replicated(params), self._replicated(model_state), *args
             )
-        leading, what = int(of_seeds and self.recipe.num_seeds > 1), self.recipe.config.shard
+        leading, what = int(self.recipe.num_seeds > 1), self.recipe.config.shard
         return fsdp.gather_at_use(
             function, lambda x: partition.state_shardings(x, self._axes, self.mesh, what, leading)
         )
@@ -438,7 +438,7 @@ class Programs:
             recipe.model, recipe.loss, recipe.augment(train=False), recipe.views, recipe.num_seeds,
             self.predicting or bool(recipe.whole_set_metrics), recipe.task, recipe.method,
         )  # fmt: skip
-        pure = self._with_layout_pass(self.gather_at_use(pure, of_seeds=True), self._evaluates_forward)
+        pure = self._with_layout_pass(self.gather_at_use(pure), self._evaluates_forward)
         fixed = self._fixed_shape_of_evaluation
         with self.tracing(self._evaluates_forward):
             batch = jax.eval_shape(lambda chunk: self._batch_at(chunk, 0), self._eval_chunk_shape(1))
@@ -564,7 +564,7 @@ class Programs:
         The batch [b, …] is sharded over the devices, and the results are replicated.
         """
         shape = self.state_shape.params, self.state_shape.model_state
-        pure = narrow.accept_narrow(self._with_layout_pass(self.gather_at_use(pure, of_seeds=True), forward), shape)
+        pure = narrow.accept_narrow(self._with_layout_pass(self.gather_at_use(pure), forward), shape)
 
         def infer(*args: PyTree) -> jax.Array:
             with self.tracing(forward):

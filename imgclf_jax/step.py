@@ -31,6 +31,10 @@ Outputs = Literal["predict", "ranked", "logits", "features"]
 type Inference = Callable[[Params, ModelState, jax.Array], jax.Array]  # images uint8[b, h, w, c] → f32[b, …]
 SOWN = ("losses", "metrics")  # collections that a step reads, and that are not part of the state
 OPTIMIZER = "optimizer"  # the name scope of the optimizer's update
+PER_STEP = ("grad_norm", "param_norm", "learning_rate")  # summed over steps; all others over examples
+FIRST_STEPS = ("nonfinite_step", "spike_step")  # the number of the first such step, not a sum
+_OWN_METRICS = (*PER_STEP, *FIRST_STEPS, "steps", "examples", "correct", "loss", "skipped", "accuracy",
+                "exact_match", "images_per_second", "input_wait")  # fmt: skip
 
 
 class TrainState(struct.PyTreeNode):
@@ -294,12 +298,6 @@ def _count_correct(logits: jax.Array | None, batch: Batch, link: Link, task: Tas
         wanted = mixing.main_labels(wanted, batch["weight"])
     correct = metrics.correct(logits, wanted, link, task)
     return {} if correct is None else {"correct": jnp.sum(correct, dtype=jnp.int32)}
-
-
-PER_STEP = ("grad_norm", "param_norm", "learning_rate")  # summed over steps; all others over examples
-FIRST_STEPS = ("nonfinite_step", "spike_step")  # the number of the first such step, not a sum
-_OWN_METRICS = (*PER_STEP, *FIRST_STEPS, "steps", "examples", "correct", "loss", "skipped", "accuracy",
-                "exact_match", "images_per_second", "input_wait")  # fmt: skip
 
 
 def zero_sums(like: metrics.Sums) -> metrics.Sums:

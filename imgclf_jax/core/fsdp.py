@@ -24,7 +24,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 from jax.sharding import NamedSharding, PartitionSpec
 
-from imgclf_jax.core.jaxprs import INLINED, Atom, aval_of, bind, inner
+from imgclf_jax.core.jaxprs import INLINED, Atom, aval_of, bind, inner, named
 from imgclf_jax.core.typing import Function, Params, PyTree
 
 type Shardings = Callable[[PyTree], PyTree]  # a pytree of arrays → a pytree of NamedSharding
@@ -138,7 +138,7 @@ class _Evaluation:
             return _Known(atom.val) if isinstance(atom, Literal) else values[atom]
 
         for equation in jaxpr.eqns:
-            with equation.ctx.manager, jax.named_scope(str(equation.source_info.name_stack)):
+            with equation.ctx.manager, named(equation):
                 results = self.apply(equation, [read(atom) for atom in equation.invars], gradients)
                 values.update(zip(equation.outvars, results, strict=True))
                 for variable in gradients.keys() & set(equation.outvars):

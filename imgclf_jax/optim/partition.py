@@ -67,8 +67,8 @@ def state_shardings(
     first = ("seeds",) if leading and "seeds" in mesh.shape else (None,) * leading
 
     def sharding(name: str, x: jax.ShapeDtypeStruct) -> NamedSharding:
-        matches = [path for path in axes if name == path or name.endswith("/" + path)]
-        axis = axes[max(matches, key=len)] if matches else None
+        parts = name.split("/")
+        axis = next((axes[end] for i in range(len(parts)) if (end := "/".join(parts[i:])) in axes), None)
         index = -1 if axis is None else len(x.shape) + axis
         if index < leading or x.shape[index] % mesh.shape["fsdp"]:
             return NamedSharding(mesh, PartitionSpec(*first))

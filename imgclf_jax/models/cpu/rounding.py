@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from imgclf_jax.core.jaxprs import INLINED, Atom, aval_of
+from imgclf_jax.core.jaxprs import INLINED, MATMULS, Atom, aval_of
 
 # What the readers of a value need, as bits: that it is rounded, and that it is computed from exact values.
 FREE, ROUNDED, FROM_EXACT, EXACT = range(4)
@@ -34,7 +34,6 @@ _CONTINUOUS = frozenset(
 _COMPARISONS = frozenset("eq ge gt le lt ne".split())  # noqa: SIM905
 _FLOATS = frozenset([jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)])
 _SUMS = frozenset(["reduce_sum", "reduce_prod"])  # continuous, and their accumulation order is free
-_MATMULS = frozenset(["conv_general_dilated", "dot_general"])  # and the primitives of `multilinear.py`
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def _operand_need(eqn: JaxprEqn, operand: Atom, result: int) -> int:
         return FREE
     if name == "optimization_barrier" or (name == "sort" and len(eqn.outvars) == 1):  # copies that run in bfloat16
         return result | ROUNDED if is_bfloat16 else result
-    if name.startswith("cpu_") or name in _MATMULS:
+    if name.startswith("cpu_") or name in MATMULS:  # or of `multilinear.py`
         return ROUNDED if is_bfloat16 else FREE
     if reads_sign(eqn):
         return FROM_EXACT

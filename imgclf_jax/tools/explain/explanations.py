@@ -60,8 +60,7 @@ def build(
     pure = programs.gather_at_use(
         attribution.make_gradcam(classifier, augment, attribution.choose_layer(structure, layer), seeds)
         if method == "gradcam"
-        else attribution.make_rollout(classifier, augment, structure, seeds),
-        of_seeds=True,
+        else attribution.make_rollout(classifier, augment, structure, seeds)
     )
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(programs.mesh))

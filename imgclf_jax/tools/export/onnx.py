@@ -20,14 +20,14 @@ from jax.typing import ArrayLike
 
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.jaxprs import Atom
-from imgclf_jax.core.text import escape_surrogates
+from imgclf_jax.core.jaxprs import INLINED, Atom, bind
+from imgclf_jax.core.text import one_per_line
 from imgclf_jax.core.typing import Function, PyTree
 from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared
 from imgclf_jax.trained import Trained
 
-_CALLS = ("jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint")
+_CALLS = {**INLINED, "remat2": "jaxpr", "checkpoint": "jaxpr"}
 
 
 def check() -> None:
@@ -61,7 +61,7 @@ def archive(model: Trained, what: Outputs) -> tuple[bytes, float]:
             raise UserError(f"export: jax2onnx cannot translate model={model.config.model!r}: {e}") from e
     facts = {
         "task": model.task.value,
-        "class_names": escape_surrogates("\n".join(model.class_names)),
+        "class_names": one_per_line(model.class_names),
         "host_ops": programs.preprocess_eval,
     }
     for key, value in facts.items():
@@ -101,13 +101,12 @@ def _run(
     for equation in jaxpr.eqns:
         name, operands = equation.primitive.name, [read(v) for v in equation.invars]
         if name in _CALLS:
-            inner: Any = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+            inner: Any = equation.params[_CALLS[name]]
             out = _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), operands, replacements)
         elif name in replacements:
             out = [replacements[name](*operands, **equation.params)]
         else:
-            out = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(equation.params))
-            out = out if equation.primitive.multiple_results else [out]
+            out = bind(equation, operands)
         values.update(zip(equation.outvars, out, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
