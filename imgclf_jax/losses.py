@@ -195,16 +195,20 @@ def _check_for_targets(text: str, task: Task) -> None:
                         "positive_weights, one number per class")  # fmt: skip
 
 
-def check_targets(text: str, task: Task, targets: np.ndarray) -> None:
-    """Raises UserError for finite targets f32[n, k] that do not fit the task of the loss spec `text`."""
+def check_targets(text: str, task: Task, targets: np.ndarray, name: Callable[[int], str] = "example {}".format) -> None:
+    """Raises UserError for finite targets f32[n, k] that do not fit the task of the loss spec `text`.
+
+    `name` names the example of a row.
+    """
     outside = np.flatnonzero(((targets < 0) | (targets > 1)).any(1))
     if task in (Task.SOFT, Task.MULTILABEL) and outside.size:
-        raise UserError(f"loss={text!r}: example {outside[0]} has the target {_row(targets[outside[0]])}, outside of "
-                        "[0, 1]; for numbers use 'mse', 'mae' or 'huber'")  # fmt: skip
+        i = int(outside[0])
+        raise UserError(f"loss={text!r}: {name(i)} has the target {_row(targets[i])}, outside of [0, 1]; for numbers "
+                        "use 'mse', 'mae' or 'huber'")  # fmt: skip
     sums = targets.sum(1, dtype=np.float64)
     wrong = np.flatnonzero(np.abs(sums - 1) > _SUM_TOLERANCE)
     if task is Task.SOFT and wrong.size:
-        problem = f"loss={text!r}: the target of example {wrong[0]} sums to {sums[wrong[0]]:g}, not to 1"
+        problem = f"loss={text!r}: the target of {name(int(wrong[0]))} sums to {sums[wrong[0]]:g}, not to 1"
         if np.isin(targets, (0, 1)).all():
             raise UserError(f"{problem}; for independent columns of 0 and 1 use 'sigmoid'")
         raise UserError(f"{problem}; divide each row by its sum, or use 'sigmoid' for independent probabilities")
@@ -262,8 +266,8 @@ def focal(
     Lin et al. 2017 (arXiv:1708.02002), equation 5, for mutually exclusive classes. The paper's alpha of a class is
     `alpha` times its class weight. `gamma` is 0 or more; 0 is the cross-entropy. A soft target gets the expected loss.
     """
-    if gamma < 0:
-        raise UserError(f"focal(gamma={gamma}): must be 0 or more")
+    if gamma < 0 or alpha <= 0:
+        raise UserError(f"focal(gamma={gamma}, alpha={alpha}): gamma must be 0 or more, alpha above 0")
     log_p = jax.nn.log_softmax(logits)  # [b, classes]
     below_one = jnp.minimum(log_p, -jnp.finfo(log_p.dtype).tiny)  # for gamma < 1 the gradient at p = 1 is infinite
     targets = _targets(logits, _reweighted(labels, logits, class_weights))
@@ -304,11 +308,12 @@ def _weighted(losses: jax.Array, logits: jax.Array, labels: jax.Array, weights: 
 
 
 def _check_weights(name: str, weights: Sequence[float], logits: jax.Array) -> jax.Array:
-    """f32[classes]: the class weights. Raises UserError unless there is one of 0 or more per class."""
+    """f32[classes]: the weights. Raises UserError unless there is one of 0 or more per class, and one above 0."""
     classes = logits.shape[-1]
-    if isinstance(weights, str) or len(weights) != classes or min(weights) < 0:
+    if isinstance(weights, str) or len(weights) != classes or min(weights) < 0 or not any(weights):
         allowed = "'balanced', or " if name == "class_weights" else ""
-        raise UserError(f"{name}={weights!r}: allowed are {allowed}{classes} numbers of 0 or more, one per class")
+        raise UserError(f"{name}={weights!r}: allowed are {allowed}{classes} numbers of 0 or more, one per class, "
+                        "not all 0")  # fmt: skip
     return jnp.asarray(weights, logits.dtype)
 
 

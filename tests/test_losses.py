@@ -158,7 +158,7 @@ def test_balanced_weights_are_those_of_scikit_learn():
     assert not losses.needs_class_counts("softmax(class_weights=(1, 2))")
 
 
-@pytest.mark.parametrize("weights", ["'balance'", "(1, 2)", "(1, -1, 1)"])
+@pytest.mark.parametrize("weights", ["'balance'", "(1, 2)", "(1, -1, 1)", "(0, 0, 0)"])
 def test_wrong_class_weights_are_told(weights):
     loss = losses.build(f"softmax(class_weights={weights})")
     with pytest.raises(

@@ -64,6 +64,8 @@ def cutout(key: jax.Array, images: jax.Array, size: int = 8, fill: float = 0.0) 
     Its centre is uniform over the image, and the border clips it. It covers rows centre - size // 2 to
     centre - size // 2 + size - 1. `fill` is in the units of the images: after `normalize`, 0 is the mean.
     """
+    if type(size) is not int or size < 1:
+        raise UserError(f"cutout(size={size!r}): must be a whole number of 1 or more")
     if images.dtype == jnp.uint8 and fill not in range(256):
         raise UserError(f"cutout(fill={fill}) of uint8 images: allowed are 0 to 255; or put it after normalize")
     b, h, w, _ = images.shape
@@ -196,7 +198,10 @@ _LEADING = {
 
 
 def _bind(text: str) -> list[functools.partial[Any]]:
-    return [kinds.bind(call, DEVICE_OPS, "device op", _LEADING) for call in spec.parse(text)]
+    calls = spec.parse(text)
+    if [call.name for call in calls].count("normalize") > 1:
+        raise UserError(f"augment={text!r}: normalize occurs twice, and each divides by 255; keep one of them")
+    return [kinds.bind(call, DEVICE_OPS, "device op", _LEADING) for call in calls]
 
 
 def wants_ids(text: str) -> bool:

@@ -11,25 +11,24 @@ _ROUNDING = 1e-3  # how far rounding takes values out of [0, 1], and less than o
 
 
 def denormalize(images: np.ndarray, text: str) -> tuple[np.ndarray, tuple[float, float], str]:
-    """Undoes each `normalize` in the images f32[b, h, w, c] that the device ops of the spec `text` return.
+    """Undoes the `normalize` in the images f32[b, h, w, c] that the device ops of the spec `text` return.
 
     Returns f32[b, h, w, c], the values to show black and white, and the formula. The values are 0 and 1, or the
     smallest and the largest if a user's own op, whose range is unknown, leaves 0 to 1. The formula is "" if nothing
     changes.
     """
-    calls = spec.parse(text)
-    normalizations, formulas = [call for call in calls if call.name == "normalize"], []
-    for call in reversed(normalizations):
+    calls, formula = spec.parse(text), ""
+    for call in (call for call in calls if call.name == "normalize"):  # at most one
         known = inspect.signature(ops.normalize).bind(None, *call.args, **call.kwargs)
         known.apply_defaults()
         mean, std = (np.asarray(known.arguments[name], np.float32) for name in ("mean", "std"))
-        images = (images * std + mean) * (1 if call is normalizations[0] else 255)
-        formulas += [f"x * {std.tolist()} + {mean.tolist()}"] if call.args or call.kwargs else []
+        images = images * std + mean
+        formula = f"x * {std.tolist()} + {mean.tolist()}" if call.args or call.kwargs else ""
     finite = images[np.isfinite(images)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     if not any(":" in call.name for call in calls) or (low >= -_ROUNDING and high <= 1 + _ROUNDING):
         low, high = 0.0, 1.0
-    return images, (low, high if high > low else low + 1), ", times 255, ".join(formulas)
+    return images, (low, high if high > low else low + 1), formula
 
 
 def to_pixels(images: np.ndarray, text: str) -> tuple[np.ndarray, bool]:

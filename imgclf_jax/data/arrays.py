@@ -11,12 +11,13 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from imgclf_jax.core import archive, memory, places
 from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.core.once import once
 from imgclf_jax.core.typing import Examples
 from imgclf_jax.run import cache
 
@@ -35,6 +36,7 @@ class ArraySource:
     class_names: tuple[str, ...]  # or the names of the targets
     targets: np.ndarray | None = None
     weights: np.ndarray | None = None  # real numbers [n], for data.sampling='weighted'
+    thread_safe: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.images)
@@ -51,6 +53,10 @@ class ArraySource:
 
     def fingerprint(self) -> str:
         """The SHA-256 of all images, labels or targets, and their names."""
+        return self._fingerprint
+
+    @once
+    def _fingerprint(self) -> str:
         kind = () if self.targets is None else ("targets",)
         digest = hashlib.sha256(str((self.images.shape, self.class_names, *kind)).encode())
         for array in (self.images, self.labels, self.targets, self.weights):
@@ -86,8 +92,7 @@ def arrays(path: str) -> dict[str, ArraySource]:
     file = places.expand_user(path)
     try:
         file = _local_copy(file) if places.in_bucket(file) else file
-        if not file.is_file():
-            raise OSError("it is not a regular file" if file.exists() else f"no such file (in {Path.cwd()})")
+        _check_regular(file)
         with archive.open_checked(file) as content:
             return _read(content, path, file.stat().st_size)
     except UserError:
@@ -103,6 +108,7 @@ def load_array(path: str, names: tuple[str, ...]) -> np.ndarray:
     """
     file = places.expand_user(path)
     try:
+        _check_regular(file)
         memory.require(places.size(file), path)
         if file.suffix == ".npy":
             return np.asarray(np.load(io.BytesIO(file.read_bytes()), allow_pickle=False))
@@ -117,6 +123,12 @@ def load_array(path: str, names: tuple[str, ...]) -> np.ndarray:
         raise
     except Exception as e:  # zipfile, zlib and NumPy raise many types for damaged files
         raise UserError(f"cannot read {path!r} as a .npy or .npz file: {reason(e)}") from e
+
+
+def _check_regular(file: Path) -> None:
+    """Raises OSError for a missing file, and for a pipe or device, which may never end."""
+    if not file.is_file():
+        raise OSError("it is not a regular file" if file.exists() else f"no such file (in {Path.cwd()})")
 
 
 def _local_copy(file: Path) -> Path:
@@ -280,7 +292,11 @@ def _class_names(
             raise UserError(f"arrays: in {path}, the greatest of {examples} labels is {classes - 1}; number the "
                             "classes 0, 1, 2, …, or name all of them in class_names")  # fmt: skip
         return tuple(map(str, range(classes)))
-    return _text(content, member, path, "class_names", "class")
+    names = _text(content, member, path, "class_names", "class")
+    if len(set(names)) < len(names):
+        raise UserError(f"arrays: in {path}, class_names holds {len(names)} names, {len(set(names))} of them distinct; "
+                        "name each class once")  # fmt: skip
+    return names
 
 
 def _target_names(

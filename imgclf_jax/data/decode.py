@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from imgclf_jax.core import kinds, rng, spec
 from imgclf_jax.core.errors import UserError, reason, unknown
@@ -31,6 +31,15 @@ _TILE = (322, 323)  # TIFF tags of a tile's width and height
 _MAX_TILE = 2**24  # pixels; usual tiles have 2**16
 _TOO_MANY = f"the image has more than {MOST_PIXELS:,} pixels; make it smaller"
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_TURNS = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode(
@@ -66,7 +75,7 @@ def _decode(image: bytes | Picture, channels: int = 3, formats: tuple[str, ...] 
             return image
         picture = pictures.to_pillow(image)
     elif isinstance(image, Image.Image):
-        picture = ImageOps.exif_transpose(image)
+        picture = _upright(image)
     else:
         picture = _open(image, formats)
         with decode_cost.memory_slot(picture):
@@ -116,13 +125,21 @@ def _load(picture: Image.Image, draft: int) -> Image.Image:
     try:
         if draft:
             picture.draft(None, (draft, draft))  # affects only JPEG
-        ImageOps.exif_transpose(picture, in_place=True)
-        picture.load()
+        upright = _upright(picture)
     except UserError:
         raise
     except Exception as e:
         raise _undecodable(e) from e
-    return picture
+    if upright is not picture:
+        picture.close()  # frees its pixels
+    return upright
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Applies the EXIF orientation. `ImageOps.exif_transpose` also rewrites the EXIF, and fails on odd values."""
+    picture.load()  # which turns TIFF images, and forgets their orientation
+    turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _undecodable(error: Exception) -> UserError:
@@ -198,6 +215,16 @@ def _bind(call: spec.Call) -> functools.partial[Any]:
     return kinds.bind(call, HOST_OPS, "host op", _LEADING)
 
 
+def _bind_all(calls: list[spec.Call], where: str) -> list[functools.partial[Any]]:
+    """Binds host ops. Raises UserError, naming `where`, unless the first is `decode` with allowed channels."""
+    if not calls or calls[0].name != "decode":
+        raise UserError(f"{where}: the first op must be decode(channels)")
+    ops = [_bind(call) for call in calls]
+    if (channels := ops[0].keywords.get("channels", 3)) not in list(_MODES):
+        raise UserError(f"{where}: decode(channels={channels!r}): allowed are 1, 3 and 4")
+    return ops
+
+
 def build(text: str) -> tuple[HostOps, bool]:
     """Returns the function (image, seed, position) → uint8[h, w, c] of a spec of host ops, and whether it is random.
 
@@ -205,9 +232,7 @@ def build(text: str) -> tuple[HostOps, bool]:
     and the number of earlier ops of that name, so adding another op does not change them.
     """
     calls = spec.parse(text)
-    if not calls or calls[0].name != "decode":
-        raise UserError(f"preprocess={text!r}: the first op must be decode(channels)")
-    ops = [_bind(call) for call in calls]
+    ops = _bind_all(calls, f"preprocess={text!r}")
     ops[0] = functools.partial(_decode, *ops[0].args, **ops[0].keywords)
     streams = [f"preprocess/{call.name}/{i}" for call, i in zip(calls, spec.occurrences(calls), strict=True)]
     is_random = [kinds.kind_of(op) == kinds.RANDOM for op in ops]
@@ -216,13 +241,25 @@ def build(text: str) -> tuple[HostOps, bool]:
         image: Any = undecoded
         try:
             for call, op, random, stream in zip(calls, ops, is_random, streams, strict=True):  # noqa: B007  named below
-                image = image if op.func in _PICTURE_OPS else pictures.to_array(image)
+                image = image if op.func in _PICTURE_OPS else _read_only(pictures.to_array(image))
                 image = op(rng.generator(seed, stream, position), image) if random else op(image)
         except MemoryError as e:
             raise UserError(f"{call.name} runs out of memory; make the image smaller") from e
+        except ValueError as e:
+            if isinstance(e, UserError) or "read-only" not in str(e):
+                raise
+            raise UserError(f"{call.name} writes to a read-only array; an op must not change its image, so return a "
+                            "new array, for example by changing image.copy()") from e  # fmt: skip
         return np.asarray(pictures.to_array(image))
 
     return apply, any(is_random)
+
+
+def _read_only(image: np.ndarray) -> np.ndarray:
+    """A view that an op cannot change; the array may be the source's own."""
+    view = np.asarray(image).view()
+    view.flags.writeable = False
+    return view
 
 
 def only_decodes(preprocess: str) -> bool:
@@ -301,9 +338,9 @@ def evaluation_spec(preprocess_eval: str, preprocess: str) -> str:
     resize_small(256)|central_crop(224). Raises UserError if there is none, and for a random `preprocess_eval`.
     """
     explicit = bool(preprocess_eval.strip())
-    text = preprocess_eval if explicit else preprocess
+    key, text = ("preprocess_eval", preprocess_eval) if explicit else ("preprocess", preprocess)
     calls = spec.parse(text)
-    ops = [_bind(call) for call in calls]
+    ops = _bind_all(calls, f"{key}={text!r}")
     if all(kinds.kind_of(op) == kinds.PLAIN for op in ops):
         return text
     replaced: list[spec.Call] = []
@@ -313,7 +350,7 @@ def evaluation_spec(preprocess_eval: str, preprocess: str) -> str:
             continue
         replacement = _resized_centre(**op.keywords) if call.name == "random_resized_crop" else []
         if explicit or not replacement:
-            key, words = ("preprocess_eval" if explicit else "preprocess"), "|".join(map(str, replacement))
+            words = "|".join(map(str, replacement))
             fix = f"write {words} instead" if replacement else "set preprocess_eval to deterministic host ops"
             raise UserError(f"{key}={text!r}: {call.name} is random, but evaluation must be deterministic; {fix}")
         replaced += replacement

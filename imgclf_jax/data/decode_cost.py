@@ -1,6 +1,7 @@
 """Limits on the cost of decoding an image, by its bytes and header: a small file can take minutes or a gigabyte."""
 
 import contextlib
+import re
 import threading
 from collections.abc import Iterator
 
@@ -13,9 +14,14 @@ from imgclf_jax.core.errors import UserError
 # pixels, so large images may have fewer: 16 at 8192 by 8192 pixels, some 4 seconds.
 MOST_SCANS = 500
 MOST_WORK = 2**30  # pixels times scans
+_MAX_SEGMENTS = 2**16  # of a JPEG image, which has some hundred; each takes Python a microsecond
 _MAX_IN_PYTHON = 2**24  # values of a PPM image that Pillow decodes in Python, some 4 seconds
 _MAX_PROFILES = 16  # of a PNG image, which has one; each may unpack to a megabyte
 _MAX_COMMENTS = 1000  # of a PPM image; Pillow copies the rest of the file for each
+
+# A JPEG marker that begins a segment or ends the image: no stuffed byte, restart marker or reserved one, as in libjpeg.
+_MARKER = re.compile(rb"\xff[^\x00-\xbf\xd0-\xd8\xff]")
+_SOS, _EOI = b"\xff\xda", b"\xff\xd9"
 
 # Pixels of a WebP or AVIF image: the decoders and Pillow hold up to five copies with four channels.
 MOST_COPIED = 2**25
@@ -88,12 +94,11 @@ def check_bytes(data: bytes) -> None:
 def check(data: bytes, picture: Image.Image) -> None:
     """Raises UserError if decoding would take far longer than usual for an image of this size.
 
-    `picture` is opened by Pillow but not yet decoded. The work is pixels times scans, counted as SOS markers, which
-    JPEG's compressed data cannot contain.
+    `picture` is opened by Pillow but not yet decoded. The work is pixels times scans.
     """
     pixels, scans = picture.width * picture.height, 1
     if picture.format in ("JPEG", "MPO"):
-        scans = max(1, data.count(b"\xff\xda"))
+        scans = max(1, _count_scans(data))
         if scans > MOST_SCANS or scans * pixels > MOST_WORK:
             most = min(MOST_SCANS, MOST_WORK // pixels)
             raise UserError(f"the JPEG image has {scans:,} scans, but one of {pixels:,} pixels may have {most}; save "
@@ -103,6 +108,23 @@ def check(data: bytes, picture: Image.Image) -> None:
         if values > _MAX_IN_PYTHON:
             raise UserError(f"the PPM image has {values:,} values in a form that is slow to read; save it as PNG")
     check_pixels(scans * pixels)
+
+
+def _count_scans(data: bytes) -> int:
+    """The number of scans of a JPEG image, or of the first image of MPO, which alone is decoded.
+
+    Segments are skipped by their lengths, since a thumbnail or a comment may contain any marker. Whatever follows the
+    image, such as the video of a phone's photograph, is not read.
+    """
+    scans, position = 0, 2
+    for _ in range(_MAX_SEGMENTS):
+        marker = _MARKER.search(data, position)
+        if not marker or marker[0] == _EOI:
+            return scans
+        scans += marker[0] == _SOS
+        length = int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+        position = marker.end() + max(2, length)
+    raise UserError(f"the JPEG image has more than {_MAX_SEGMENTS:,} segments; save it again")
 
 
 def check_pixels(pixels: int) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -37,6 +38,7 @@ class FileSource:
     table: str = ""  # SHA-256 of the table that lists the files
     columns: Mapping[str, Sequence[Value]] = field(default_factory=dict)  # of the table, n values each
     weight: str = ""  # the column of weights
+    thread_safe: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.files)
@@ -101,7 +103,12 @@ class FileSource:
 
 
 def numbers(column: str, values: Sequence[Value], fail: Callable[[int, str], UserError]) -> np.ndarray:
-    """Converts a column of a table to f64[n]. Raises `fail(row, message)` for the first value that is not a number."""
+    """Converts a column of a table to f64[n]. Raises `fail(row, message)` for the first value that is not a number.
+
+    In a column of True and False, as pandas writes booleans, these are 1 and 0.
+    """
+    if set(values) <= {"True", "False"}:
+        return np.array([value == "True" for value in values], np.float64)
     out = np.empty(len(values), np.float64)
     for i, value in enumerate(values):
         try:

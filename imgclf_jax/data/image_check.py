@@ -28,7 +28,7 @@ _SMALL = 256 << 20  # bytes of a folder whose images are always decoded, in some
 _HASHED_WHOLE = 16 << 30  # bytes of a folder beyond which only the ends of files are hashed, to start faster
 _END = 4096  # bytes
 _SAVE_SECONDS = 60.0  # the work that a killed process may lose
-_FORM = 4  # increase it when `decode` refuses other files than before, or the cache changes
+_FORM = 5  # increase it when `decode` refuses other files than before, or the cache changes
 _ENDS_CHECKED, _DECODED = 1, 2  # the depth of a check: header and end, or all pixels
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}  # of complete files; other formats are decoded
 
@@ -108,8 +108,9 @@ def _refused(root: Path, sizes: Mapping[str, tuple[int, int]], host_ops: tuple[s
 def _refusal(file: Path, host_ops: tuple[str, ...], size_of: Callable[[str, bytes], tuple[int, int]]) -> str:
     """Why one of the specs refuses the image for its size, `size_of(spec, data)` after `decode`; "" if none does."""
     try:
+        data = read_file(file)
         for text in host_ops:
-            decode_ops.size_check(text)(*size_of(text, read_file(file)))
+            decode_ops.size_check(text)(*size_of(text, data))
     except OSError as e:
         return e.strerror or str(e)
     except UserError as e:

@@ -38,6 +38,7 @@ class TfdsSource:
     class_names: tuple[str, ...]
     stamp: str = ""  # changes with the files, even if the metadata of TFDS do not
     immutable: ClassVar[bool] = True  # the identity changes with the version and the number of bytes, the stamp always
+    thread_safe: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return self.examples

@@ -250,7 +250,7 @@ def subset(context: Context, ids: str) -> Sampler:
     chosen, n = load_array(ids, ("ids",)), context.n
     if chosen.ndim != 1 or not chosen.size or chosen.dtype.kind not in "iu":
         raise UserError(f"{ids} holds {chosen.dtype}{list(chosen.shape)}; expected whole numbers [m], m above 0")
-    if wrong := [int(i) for i in chosen if not 0 <= i < n]:
+    if (wrong := chosen[(chosen < 0) | (chosen >= n)]).size:
         raise UserError(f"{ids} has the id {wrong[0]}, but the split has {n} examples, 0 to {n - 1}")
     chosen = chosen.astype(np.int64)
     if len(np.unique(chosen)) < len(chosen):

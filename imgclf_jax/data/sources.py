@@ -10,27 +10,34 @@ import hashlib
 import itertools
 import math
 import re
+import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax.core import processes, spec
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import Array, Examples, Value
+from imgclf_jax.core.typing import Array, Examples, Function, Value
 from imgclf_jax.data import decode, splits
 from imgclf_jax.data.arrays import MOST_CLASSES, ArraySource, arrays
 from imgclf_jax.data.folder import folder
 from imgclf_jax.data.prepare import TfdsSource, open_tfds
 from imgclf_jax.data.table import table
 
+_reading = threading.RLock()  # around `read` of sources that are not thread-safe; one, as splits may share a file
+
 
 class Source(Protocol):
-    """The interface of a source. One with k targets also has their `target_names`, which are its class names too."""
+    """The interface of a source. One with k targets also has their `target_names`, which are its class names too.
+
+    The stream reads ahead in several threads. It calls `read` in one at a time, unless the source is `thread_safe`.
+    """
 
     @property
     def class_names(self) -> tuple[str, ...]: ...
@@ -52,6 +59,7 @@ class FakeSource:
     shape: tuple[int, ...]
     class_names: tuple[str, ...]
     offset: int
+    thread_safe: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return self.n
@@ -75,6 +83,7 @@ class SplitSource:
     """Concatenated parts of base splits as one source."""
 
     parts: tuple[tuple[Source, int, int], ...]  # (source, start, stop)
+    thread_safe: ClassVar[bool] = True  # it reads its parts by `read_examples`
 
     @property
     def immutable(self) -> bool:
@@ -97,10 +106,29 @@ class SplitSource:
         return target_names(self.parts[0][0])
 
     @property
+    def labels(self) -> np.ndarray | None:
+        return known_labels(self)
+
+    @property
     def targets(self) -> np.ndarray | None:
-        found = [(getattr(source, "targets", None), start, stop) for source, start, stop in self.parts]
-        parts = [targets[start:stop] for targets, start, stop in found if targets is not None]
-        return np.concatenate(parts) if len(parts) == len(found) else None
+        return self._join("targets", np.concatenate)
+
+    @property
+    def weights(self) -> np.ndarray | None:
+        return self._join("weights", np.concatenate)
+
+    @property
+    def files(self) -> tuple[str, ...] | None:
+        return self._join("files", lambda parts: tuple(itertools.chain(*parts)))
+
+    def _join(self, name: str, concatenate: Callable[[list[Any]], Any]) -> Any:
+        """An attribute with a value per example; None if a part lacks it."""
+        found = [(getattr(source, name, None), start, stop) for source, start, stop in self.parts]
+        parts = [values[start:stop] for values, start, stop in found if values is not None]
+        return concatenate(parts) if len(parts) == len(found) else None
+
+    def column(self, name: str = "") -> np.ndarray:
+        return read_column(self, name)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -108,7 +136,7 @@ class SplitSource:
     def read(self, ids: np.ndarray) -> Examples:
         if len(self.parts) == 1:
             source, start, _ = self.parts[0]
-            return source.read(ids + start)
+            return read_examples(source, ids + start)
         which = np.searchsorted(self.starts, ids, side="right") - 1
         images: list[Array] = [None] * len(ids)
         name, k = ("target", (len(self.target_names),)) if self.target_names else ("label", ())
@@ -116,8 +144,8 @@ class SplitSource:
         for p, (source, start, _) in enumerate(self.parts):
             rows = np.flatnonzero(which == p)
             if rows.size:
-                examples = source.read(ids[rows] - self.starts[p] + start)
-                y[rows] = check_y(source, examples)[name]
+                examples = read_examples(source, ids[rows] - self.starts[p] + start)
+                y[rows] = examples[name]
                 for row, image in zip(rows, examples["image"], strict=True):
                     images[row] = image
         return {"image": images, name: y}
@@ -140,10 +168,24 @@ class SplitSource:
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def example_name(source: Source, i: int) -> str:
-    """The name of an example in error messages: its file, if it has one."""
-    name: str = getattr(source, "name", "example {}".format)(i)
-    return name
+def read_examples(source: Source, ids: np.ndarray) -> Examples:
+    """Reads the examples with these ids, int64[n], in one thread at a time unless the source is `thread_safe`.
+
+    Raises UserError unless there is one image per id, with its label or targets.
+    """
+    with contextlib.nullcontext() if getattr(source, "thread_safe", False) else _reading:
+        examples = source.read(ids)
+    check_y(source, examples)
+    if (images := len(examples["image"])) != len(ids):
+        raise UserError(f"{type(source).__name__}.read returns {images} images for {len(ids)} ids; return one per id, "
+                        "in their order")  # fmt: skip
+    return examples
+
+
+def example_name(source: Source, i: int, unnamed: Callable[[int], str] = "example {}".format) -> str:
+    """The name of an example: what the method `name` of its source returns, such as its file, or else `unnamed(i)`."""
+    name = getattr(source, "name", None)
+    return str(name(i)) if callable(name) else unnamed(i)
 
 
 def listing_fingerprint(source: Source) -> str:
@@ -157,8 +199,8 @@ def target_names(source: Source) -> tuple[str, ...]:
     return tuple(getattr(source, "target_names", ()))
 
 
-def check_y(source: Source, examples: Examples) -> Examples:
-    """Returns the examples. Raises UserError unless they have labels, or the targets that the source names."""
+def check_y(source: Source, examples: Examples) -> None:
+    """Raises UserError unless the examples have labels, or the targets that the source names."""
     kind = type(source).__name__
     if not isinstance(examples, Mapping):
         raise UserError(
@@ -174,22 +216,25 @@ def check_y(source: Source, examples: Examples) -> Examples:
         raise UserError(f"{kind}.read returns 'target', so {kind} needs target_names, a name per target, and "
                         "class_names equal to them")  # fmt: skip
     if not names:
-        _check_labels(kind, np.asarray(examples["label"]), len(examples["image"]), len(source.class_names))
+        labels = np.asarray(examples["label"])
+        _check_labels(f"{kind}.read returns", "label", labels, len(examples["image"]), len(source.class_names))
     if names and np.shape(examples["target"]) != (len(examples["image"]), len(names)):
         raise UserError(f"{kind}.read returns 'target' {list(np.shape(examples['target']))} for "
                         f"{len(examples['image'])} images and {len(names)} target_names; return "
                         f"[{len(examples['image'])}, {len(names)}]")  # fmt: skip
-    return examples
 
 
-def _check_labels(kind: str, labels: np.ndarray, images: int, classes: int) -> None:
-    """Raises UserError unless there is one integer label per image, from 0 to the number of classes - 1."""
+def _check_labels(has: str, name: str, labels: np.ndarray, images: int, classes: int) -> None:
+    """Raises UserError unless there is one integer label per image, from 0 to the number of classes - 1.
+
+    The message begins with `has`, such as "Stripes.read returns", and calls the array `name`.
+    """
     if labels.shape != (images,) or not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(f"{kind}.read returns 'label' {labels.dtype}{list(labels.shape)} for {images} images; return "
-                        f"integers [{images}]")  # fmt: skip
+        raise UserError(f"{has} {name!r} {labels.dtype}{list(labels.shape)} for {images} images; return integers "
+                        f"[{images}]")  # fmt: skip
     if images and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise UserError(f"{kind}.read returns labels from {labels.min()} to {labels.max()} for {classes} class_names; "
-                        f"number the classes from 0 to {classes - 1}")  # fmt: skip
+        raise UserError(f"{has} labels from {labels.min()} to {labels.max()} for {classes} class_names; number the "
+                        f"classes from 0 to {classes - 1}")  # fmt: skip
 
 
 def digits() -> dict[str, Source]:
@@ -241,7 +286,8 @@ def tfds(name: str, data_dir: str = "", manual_dir: str = "") -> dict[str, TfdsS
     return open_tfds(name, data_dir, manual_dir)
 
 
-SOURCES = {"digits": digits, "tfds": tfds, "folder": folder, "table": table, "arrays": arrays, "fake": fake}
+SOURCES: dict[str, Function] = {"digits": digits, "tfds": tfds, "folder": folder, "table": table, "arrays": arrays,
+                                "fake": fake}  # fmt: skip
 
 
 def open_splits(
@@ -249,8 +295,14 @@ def open_splits(
     formats: tuple[str, ...] = decode.FORMATS, host_ops: tuple[str, ...] = (),
 ) -> dict[str, Source]:  # fmt: skip
     """Opens the base splits of the source that a spec names. Raises UserError if the data are missing."""
-    call = spec.parse_one(text)
-    make = spec.bind(call, SOURCES, "source")
+    try:
+        call = spec.parse_one(text)
+        make = spec.bind(call, SOURCES, "source")
+    except UserError as e:
+        if text in SOURCES or not re.fullmatch(r"[\w./~-]+", text):
+            raise
+        raise UserError(f"data.source={text!r}: {e}; for a folder of images write folder({text!r}), for a data set of "
+                        f"TensorFlow Datasets tfds({text!r})") from e  # fmt: skip
     if make.func is tfds:
         make = functools.partial(make, **{"data_dir": data_dir, "manual_dir": manual_dir} | make.keywords)
     elif make.func in (folder, table):
@@ -278,10 +330,12 @@ def _check_splits(where: str, opened: Any) -> None:
         if lacking := [name for name in ("__len__", "read", "class_names", "fingerprint") if not hasattr(source, name)]:
             raise UserError(f"{kind} without {lacking[0]}; a source has __len__, read, class_names and fingerprint")
         length, names, fingerprint = source.__len__(), source.class_names, source.fingerprint()
-        if type(length) is not int or length < 1:
+        if not isinstance(length, int | np.integer) or length < 1:
             raise UserError(f"{kind} of {length!r} examples; its __len__ must return 1 or more")
         if not isinstance(names, list | tuple) or not all(type(name) is str for name in names):
             raise UserError(f"{kind} whose class_names are {names!r:.80}; they must be a tuple of strings")
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise UserError(f"{kind} whose class_names have {twice[0]!r} twice; give each class its own name")
         if not isinstance(fingerprint, str):
             raise UserError(f"{kind} whose fingerprint() is {fingerprint!r:.80}; it must be a string")
 
@@ -344,12 +398,18 @@ def _parts(source: Source) -> tuple[tuple[Source, int, int], ...]:
 
 
 def _labels_of(source: Source) -> np.ndarray | None:
-    """The attribute `labels` of a base source, if it has one. Raises UserError unless it has one per example."""
-    labels = getattr(source, "labels", None)
-    if labels is not None and np.shape(labels) != (len(source),):
-        raise UserError(f"{type(source).__name__} has labels {list(np.shape(labels))} for {len(source)} examples; it "
-                        "must have one per example")  # fmt: skip
-    return labels
+    """The attribute `labels` i32[n] of a base source; None without it, and for targets.
+
+    Raises UserError unless it has one per example, as `read` would return them.
+    """
+    labels, has = getattr(source, "labels", None), f"{type(source).__name__} has"
+    if labels is None or target_names(source):
+        return None
+    labels = np.asarray(labels)
+    if labels.shape != (len(source),):
+        raise UserError(f"{has} labels {list(labels.shape)} for {len(source)} examples; it must have one per example")
+    _check_labels(has, "labels", labels, len(source), len(source.class_names))
+    return labels.astype(np.int32, copy=False)
 
 
 def known_labels(source: Source) -> np.ndarray | None:
@@ -364,7 +424,7 @@ def read_labels(source: Source) -> np.ndarray:
     if (labels := known_labels(source)) is not None:
         return labels
     chunks = (np.array(ids, np.int64) for ids in itertools.batched(range(len(source)), 1000))
-    return np.concatenate([np.asarray(source.read(ids)["label"], np.int32) for ids in chunks])
+    return np.concatenate([np.asarray(read_examples(source, ids)["label"], np.int32) for ids in chunks])
 
 
 def read_column(source: Source, name: str = "") -> np.ndarray:

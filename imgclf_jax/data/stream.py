@@ -6,10 +6,9 @@ threads, and after any restart.
 
 import concurrent.futures
 import functools
-import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -28,24 +27,25 @@ from imgclf_jax.data.sampling import example_ids as example_ids
 from imgclf_jax.data.sampling import position_ids as position_ids
 from imgclf_jax.data.sources import (
     Source,
-    check_y,
     class_counts,
     example_name,
     left_out,
     listing_fingerprint,
     open_data,
+    read_examples,
     take_split,
     target_names,
 )  # fmt: skip
 from imgclf_jax.run.provenance import DataInfo
-
-log = logging.getLogger(__name__)
 
 _SKIP = "; repair or remove the file, or skip all such files by --config.data.unreadable=skip in a new --workdir"
 _CACHE_BYTES = 1 << 30  # the largest decoded set to cache in memory
 # Mean bytes of encoded images below which one thread decodes them. Python takes most of the time, and threads hand over
 # the GIL for each image: two take 1.4 times as long as one for PNG images of 28 x 28 pixels, half as long for 64 x 64.
 _SMALL = 4096
+_FIRST_TARGETS = 64  # checked at the start in a source that reads targets together with images
+
+type _TargetCheck = Callable[[np.ndarray, Callable[[int], str]], None]  # (targets f32[n, k], name of a row)
 
 
 class Images:
@@ -73,6 +73,7 @@ class Images:
         self._cache: np.ndarray | None = None
         self._lock = threading.Lock()
         self._name = functools.partial(example_name, source)  # of an example, by its id
+        self._check_target: _TargetCheck = lambda targets, name: None
         self.target_names = target_names(source)
         self.y_name = "target" if self.target_names else "label"  # the batches' other array
         if self.target_names and (known := getattr(source, "targets", None)) is not None:
@@ -91,6 +92,26 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def check_targets(self, check: _TargetCheck) -> None:
+        """Applies `check(targets f32[n, k], name)` to targets, also to those of extra streams with the same names.
+
+        All are checked now if the source has them in memory, else the first ones, and the others as they are read.
+        """
+        for images in (self, *self.extra.values()):
+            if images.target_names == self.target_names:
+                images._check_all(check)
+
+    def _check_all(self, check: _TargetCheck) -> None:
+        self._check_target = check
+        if (known := getattr(self.source, "targets", None)) is not None:
+            check(known, self._name)
+            return
+        first = np.arange(min(_FIRST_TARGETS, len(self)))
+        self.read(first, first)
+        if self.kept:  # since before
+            ids = np.flatnonzero(self._cached)
+            check(self._y[ids], lambda i: self._name(int(ids[i])))
 
     def describe(self, count_classes: bool = False) -> DataInfo:
         """The facts of these training images for the run's record; with `count_classes`, also the class counts."""
@@ -141,11 +162,12 @@ class Images:
         return {"image": self._cache.take(ids, 0), self.y_name: self._y[ids]}  # twice as fast as indexing
 
     def _decode(self, ids: np.ndarray, positions: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        examples = check_y(self.source, self.source.read(ids))
+        examples = read_examples(self.source, ids)
         encoded = examples["image"]
         y = np.asarray(examples[self.y_name], np.float32 if self.target_names else np.int32)  # [b, k] or [b]
         if self.target_names:
             check_finite(y, lambda i: self._name(int(ids[i])))
+            self._check_target(y, lambda i: self._name(int(ids[i])))
 
         def decode_share(rows: np.ndarray) -> list[np.ndarray]:
             return [self._decode_one(encoded[i], int(ids[i]), int(positions[i]), seed) for i in rows]
@@ -181,6 +203,8 @@ class Images:
 
 
 def _are_small(encoded: Sequence[bytes | np.ndarray]) -> bool:
+    if not all(isinstance(x, bytes | np.ndarray) for x in encoded):  # such as Pillow images
+        return False
     return sum(x.nbytes if isinstance(x, np.ndarray) else len(x) for x in encoded) < _SMALL * len(encoded)
 
 

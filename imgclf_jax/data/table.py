@@ -135,7 +135,9 @@ def table(
         out = {name: _without(split_source, name, bad, file_path, () if classes or targets else class_names)
                for name, split_source in out.items()}  # fmt: skip
     _warn_of_duplicates(file_path, out)
-    used = [f"{kind} {name!r}" for kind, name in kinds.items() if name] + [f"target {name!r}" for name in targets]
+    note = {"weight": " (only for data.sampling='weighted')"}
+    used = [f"{kind} {name!r}{note.get(kind, '')}" for kind, name in kinds.items() if name]
+    used += [f"target {name!r}" for name in targets]
     log.info("%s: %s; columns used: %s", file_path, ", ".join(f"{len(one)} in {name}" for name, one in out.items()),
              ", ".join(used))  # fmt: skip
     return out

@@ -1,9 +1,10 @@
 """Exact evaluation: every example counts once, on any number of devices and for any batch size."""
 
 import contextlib
+import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,8 +26,6 @@ from imgclf_jax.train.leakage import overlap_warnings
 from imgclf_jax.trained import report_host_ops
 
 log = logging.getLogger(__name__)
-
-_FIRST_TARGETS = 64  # checked in a source that reads targets together with images
 
 
 def evaluate(
@@ -113,11 +112,14 @@ def open_set(programs: Programs, base: dict[str, sources.Source], text: str, key
     config = programs.recipe.config
     spec, slash, split = text.rpartition("/") if ")" in text else ("", "", text)
     own = sources.open_data(config, spec) if slash else base
-    splits.check_disjoint(split, {name: len(source) for name, source in own.items()})
-    source = sources.take_split(own, split)
+    try:
+        splits.check_disjoint(split, {name: len(source) for name, source in own.items()})
+        source = sources.take_split(own, split)
+    except UserError as e:
+        raise UserError(f"{key}: {e}") from e
     if tuple(source.class_names) != programs.recipe.data.class_names:
-        raise UserError(f"{key}={text!r} has the classes {list(source.class_names)[:5]}…, "
-                        f"the model {list(programs.recipe.data.class_names)[:5]}…")  # fmt: skip
+        raise UserError(f"{key}={text!r} has the classes "
+                        + _compare_names(source.class_names, programs.recipe.data.class_names))  # fmt: skip
     if sources.target_names(source) != programs.recipe.data.target_names:
         has = ("labels", "targets")
         kinds = [has[bool(names)] for names in (sources.target_names(source), programs.recipe.data.target_names)]
@@ -131,18 +133,21 @@ def open_set(programs: Programs, base: dict[str, sources.Source], text: str, key
     return images
 
 
-def check_targets(programs: Programs, images: stream.Images) -> None:
-    """Raises UserError for targets that the run's loss does not take, see `losses.check_targets`.
+def _compare_names(here: Sequence[str], trained: Sequence[str]) -> str:
+    """The first names and the number of the classes of an evaluation set and of a model, and the first that differ."""
 
-    If the source does not hold its targets in memory, only the first ones are checked.
-    """
-    if programs.recipe.task is losses.Task.CLASSES:
-        return
-    targets = getattr(images.source, "targets", None)
-    if targets is None:
-        first = np.arange(min(_FIRST_TARGETS, len(images)))
-        targets = images.read(first, first)["target"]
-    losses.check_targets(programs.recipe.config.loss, programs.recipe.task, targets)
+    def some(names: Sequence[str]) -> str:
+        return f"{list(names[:5])}{'…' * (len(names) > 5)} ({len(names)})"
+
+    i, (a, b) = next((i, pair) for i, pair in enumerate(itertools.zip_longest(here, trained)) if pair[0] != pair[1])
+    shown = ["missing" if name is None else repr(name) for name in (a, b)]
+    return f"{some(here)}, the model {some(trained)}: class {i} is {shown[0]} here and {shown[1]} in the model"
+
+
+def check_targets(programs: Programs, images: stream.Images) -> None:
+    """Raises UserError for targets that the run's loss does not take: see `stream.Images.check_targets`."""
+    if programs.recipe.task is not losses.Task.CLASSES:
+        images.check_targets(functools.partial(losses.check_targets, programs.recipe.config.loss, programs.recipe.task))
 
 
 def changed(programs: Programs, trained: ConfigDict, base: dict[str, sources.Source]) -> bool:

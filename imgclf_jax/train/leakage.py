@@ -1,19 +1,22 @@
 """Scores that are not those of new data: sets that share examples with training, or that a run selects by."""
 
+import inspect
+import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax.config import selecting_metrics
 from imgclf_jax.core import places, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.split_folders import role_of
-from imgclf_jax.data import extra, sources, splits
+from imgclf_jax.data import extra, sampling, sources, splits
 from imgclf_jax.run.workdir import Workdir
 
 _MANY = 10**12  # examples that a split of unknown size is taken to have
-_OF_ALL_EXAMPLES = {"permutation", "balanced", "weighted", "repeated", "curriculum"}  # of `data.sampling`
+_MAY_LEAVE_OUT = ("weighted", "subset")  # samplings that may never draw an example
 
 
 def selecting_sets(config: ConfigDict) -> dict[str, str]:
@@ -39,10 +42,11 @@ def overlap_warnings(trained: ConfigDict, data: ConfigDict, base: Mapping[str, s
     """A sentence for each evaluation set that shares examples with what a run reads: `data.train` and `data.extra`.
 
     `trained` is the config of the run, `data` the keys `data` of the evaluation, and `base` the splits of its
-    `data.source`. A stream is skipped if its sampling may leave out examples. The sizes of another source's splits are
-    unknown, so sets and streams of one are compared as if it had any number of examples.
+    `data.source`. Examples that `weighted` or `subset` never draws are not shared; a user's own sampling is taken to
+    draw all. The sizes of another source's splits are unknown, so sets and streams of one are compared as if it had any
+    number of examples, all of which are read.
     """
-    source, found = _same_text(data.source), []
+    source, found = _identity(data.source), []
     evals = {name: _source_and_split(text, source) for name, text in data.eval.items()}
     for stream in _streams(trained):
         texts = {name: split for name, (other, split) in evals.items() if other == stream.source}
@@ -54,7 +58,11 @@ def overlap_warnings(trained: ConfigDict, data: ConfigDict, base: Mapping[str, s
             sizes = dict.fromkeys(splits.base_splits("+".join([read, *texts.values()])), _MANY)
         try:
             shared = splits.count_shared(read, texts, sizes)
-        except UserError:  # the training split is gone, and only evaluation sets are needed
+            overlapping = {name: texts[name] for name, (count, _) in shared.items() if count}
+            selects = spec.parse_one(stream.sampling).name in _MAY_LEAVE_OUT
+            if overlapping and selects and stream.source == source:
+                shared = _count_drawn(read, stream.sampling, overlapping, base)
+        except UserError:  # the training split or its weights are gone, and only evaluation sets are needed
             continue
         for name, (count, size) in shared.items():
             many = f"{count:,} of its {size:,} examples" if stream.source == source else "examples"
@@ -62,6 +70,24 @@ def overlap_warnings(trained: ConfigDict, data: ConfigDict, base: Mapping[str, s
                 found.append(f"the evaluation set {name} shares {many} with {stream.name} {read!r}: {stream.then} "
                              f"{texts[name]!r}")  # fmt: skip
     return found
+
+
+def _count_drawn(
+    read: str, sampled: str, texts: Mapping[str, str], base: Mapping[str, sources.Source]
+) -> dict[str, tuple[int, int]]:
+    """`splits.count_shared` of the examples of the split `read` that the sampling draws."""
+    sampler = sampling.build(sampled, sampling.Context(sources.take_split(dict(base), read), 1))
+    assert sampler.expected is not None
+    left, sizes = sampler.expected(_MANY) > 0, {name: len(split) for name, split in base.items()}
+    drawn = {name: np.zeros(size, bool) for name, size in sizes.items()}
+    for part in splits.resolve(read, sizes):
+        own, left = np.split(left, [part.stop - part.start])
+        drawn[part.name][part.start : part.stop] |= own
+    counts = {}
+    for name, text in texts.items():
+        ranges = [drawn[part.name][part.start : part.stop] for part in splits.resolve(text, sizes)]
+        counts[name] = sum(int(one.sum()) for one in ranges), sum(map(len, ranges))
+    return counts
 
 
 def initial_warnings(config: ConfigDict, base: Mapping[str, sources.Source]) -> list[str]:
@@ -83,35 +109,43 @@ class _Stream(NamedTuple):
     name: str
     source: str
     split: str  # "" for `train` or the only split
+    sampling: str
     then: str
 
 
 def _streams(trained: ConfigDict) -> list[_Stream]:
-    """What a run reads whole."""
-    source, found = _same_text(trained.data.source), []
-    if _reads_all(trained.data.sampling):
-        then = "its scores are not those of new data; train on a split without"
-        found.append(_Stream("the training split", source, trained.data.train, then))
+    """What a run reads."""
+    source, then = _identity(trained.data.source), "its scores are not those of new data; train on a split without"
+    found = [_Stream("the training split", source, trained.data.train, trained.data.sampling, then)]
     if spec.parse_one(trained.method).name == "supervised":  # which reads no further stream
         return found
     for name, stream in extra.parse_all(trained).items():
         then = ("if the method learns from these images, its scores are transductive, not those of new data; else give "
                 "the stream a split without")  # fmt: skip
-        if _reads_all(stream.sampling):
-            found.append(_Stream(f"data.extra.{name},", _same_text(stream.source) or source, stream.split, then))
+        own = _identity(stream.source) or source
+        found.append(_Stream(f"data.extra.{name},", own, stream.split, stream.sampling, then))
     return found
-
-
-def _reads_all(text: str) -> bool:
-    return not {call.name for call in spec.parse(text)} - _OF_ALL_EXAMPLES
 
 
 def _source_and_split(text: str, source: str) -> tuple[str, str]:
     """The source and the split of a value of `data.eval`; one without a source is of `source`."""
     own, _, split = text.rpartition("/") if ")" in text else ("", "", text)
-    return _same_text(own) or source, split
+    return _identity(own) or source, split
 
 
-def _same_text(source: str) -> str:
-    """A source's spec as one text, however it is written."""
-    return "|".join(map(str, spec.parse(source)))
+def _identity(source: str) -> str:
+    """A source's spec as one text, however it is written: with the names of all arguments, and with whole paths."""
+    return "|".join(str(_complete(call)) for call in spec.parse(source))
+
+
+def _complete(call: spec.Call) -> spec.Call:
+    """The call with its defaults; unchanged if it is of a user's function, which is not imported, or does not fit."""
+    try:
+        bound = inspect.signature(sources.SOURCES[call.name]).bind(*call.args, **call.kwargs)
+    except (KeyError, TypeError):
+        return call
+    bound.apply_defaults()
+    for name, value in bound.arguments.items():
+        if name in ("path", "root") and value and isinstance(value, str):
+            bound.arguments[name] = os.path.realpath(os.path.expanduser(value))
+    return spec.Call(call.name, (), bound.arguments)

@@ -93,6 +93,12 @@ def test_cutout_fills_a_square_cut_off_at_the_border(size, fill):
     assert (areas.min() < areas.max()) == (1 < size < 40)
 
 
+@pytest.mark.parametrize("size", [0, -2, 2.5])
+def test_cutout_refuses_a_square_without_pixels(size):
+    with pytest.raises(UserError, match=rf"cutout\(size={size}\): must be a whole number of 1 or more"):
+        cutout(KEY, jnp.zeros((1, 4, 4, 1), jnp.uint8), size)
+
+
 @pytest.mark.parametrize("fill", [-1.0, 0.5, 256.0])
 def test_cutout_refuses_a_fill_that_uint8_cannot_hold(fill):
     with pytest.raises(UserError, match=r"fill=.*0 to 255"):
@@ -207,6 +213,12 @@ def test_normalize_refuses_statistics_of_another_scale(text, message):
     """Those of 0 to 255 made nearly constant images, silently, and a standard deviation of 0 made NaN."""
     with pytest.raises(UserError, match=message):
         ops.build(text, train=True)(KEY, jnp.zeros((2, 8, 8, 3), jnp.uint8))
+
+
+def test_a_second_normalize_is_refused():
+    """It divided images of [0, 1] by 255 once more, silently."""
+    with pytest.raises(UserError, match=r"^augment='normalize\|flip_lr\|normalize\(0.5\)': normalize occurs twice"):
+        ops.build("normalize|flip_lr|normalize(0.5)", train=True)
 
 
 def test_build_applies_the_ops_in_order_each_with_a_key_of_its_name():

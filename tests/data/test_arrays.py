@@ -10,6 +10,7 @@ import pytest
 from imgclf_jax.core import memory
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
+from imgclf_jax.data.arrays import load_array
 
 pytestmark = pytest.mark.usefixtures("a_gigabyte")
 
@@ -56,6 +57,7 @@ def test_arrays_take_class_names_and_the_home_directory(tmp_path, monkeypatch):
     ({"x_train": X, "y_train": np.array(list("abcabc"))}, "for 6 labels, <U1; expected"),
     ({"x_train": X, "y_train": Y - 1}, "y_train has labels outside the 2 classes"),
     ({"x_train": X, "y_train": Y, "class_names": ["a", "b"]}, "y_train has labels outside the 2 classes"),
+    ({"x_train": X, "y_train": Y, "class_names": ["a", "b", "a"]}, "class_names holds 3 names, 2 of them distinct"),
     ({"x_train": X, "y_train": Y, "x_test": X, "y_test": Y.astype(float)}, "x_test is uint8[6, 4, 5] for 6 labels"),
 ])  # fmt: skip
 def test_arrays_of_another_kind_are_refused(tmp_path, data, message):
@@ -219,3 +221,6 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path):
     for path in (tmp_path / "data.npz", "/dev/zero"):
         with pytest.raises(UserError, match="it is not a regular file"):
             sources.open_splits(f"arrays({str(path)!r})")
+    os.mkfifo(tmp_path / "weights.npy")
+    with pytest.raises(UserError, match="it is not a regular file"):
+        load_array(str(tmp_path / "weights.npy"), ())

@@ -1,10 +1,11 @@
 """The batches of a stream are the same wherever it starts and whichever host reads them."""
 
+import contextlib
 import io
 import itertools
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -30,6 +31,8 @@ def test_streaming_from_step_ten_million_reads_those_examples_alone():
 
 class Recorder:
     """A source that records the requested ids, and delays so that threads overtake each other."""
+
+    thread_safe = True
 
     def __init__(self, source, dawdle=()):
         self.source, self.dawdle, self.ids, self.calls = source, list(dawdle), [], 0
@@ -119,6 +122,45 @@ class Files:
 
     def fingerprint(self):
         return "files"
+
+
+@pytest.mark.parametrize("thread_safe", [False, True])
+def test_a_source_of_the_users_reads_in_one_thread_at_a_time(thread_safe):
+    """Splits too, which may share a file handle: its seek in one thread moved the read of another."""
+    met, meeting = [], None
+
+    class Handle(Files):
+        def read(self, ids):
+            if meeting:
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    meeting.wait()  # for a second thread in `read`
+                    met.append(True)
+            return super().read(ids)
+
+    if thread_safe:
+        Handle.thread_safe = True
+    base = {name: Handle(np.zeros((4, 5, 5, 1), np.uint8)) for name in ("train", "test")}
+    splits = [stream.Images(sources.take_split(base, text), "decode(1)") for text in ("train", "test[:50%]")]
+    meeting = threading.Barrier(2, timeout=30 if thread_safe else 0.3)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda images: images.read(np.arange(2), np.arange(2)), splits))
+    assert bool(met) == thread_safe
+
+
+@pytest.mark.parametrize(("rows", "split"), [(-1, "train"), (1, "train"), (1, "train[:50%]+train[50%:]")])
+def test_a_source_that_returns_more_or_fewer_rows_than_ids_is_named(rows, split):
+    class Ragged(Files):
+        def read(self, ids):
+            return super().read(ids[:rows] if rows < 0 else np.append(ids, ids[:rows]))
+
+    base = {"train": Ragged(np.zeros((4, 5, 5, 1), np.uint8))}
+    with pytest.raises(UserError, match=r"Ragged.read returns . images for 1 ids; return one per id, in their order"):
+        stream.Images(sources.take_split(base, split), "decode(1)")
+
+
+def test_a_source_may_return_pillow_images():
+    images = stream.Images(Files([Image.new("L", (6, 5), i) for i in range(3)]), "decode(1)")
+    assert images.read(np.arange(3), np.arange(3))["image"][:, 4, 5, 0].tolist() == [0, 1, 2]
 
 
 def without_tensorflow(monkeypatch):
@@ -229,6 +271,29 @@ def test_evaluation_sees_every_example_once(n, batch_size, processes):
     np.testing.assert_array_equal(joined["mask"], np.arange(steps * batch_size) < n)  # the padding stands last
     np.testing.assert_array_equal(joined["image"][joined["mask"]].ravel(), np.arange(n))
     np.testing.assert_array_equal(joined["label"][joined["mask"]], np.arange(n) * 3)
+
+
+def cut_out(image):
+    image[1:3, 1:3] = 0
+    return image
+
+
+def of_no_size(image):
+    return np.zeros((2, 3)).reshape(5)
+
+
+@pytest.mark.parametrize("form", ["array", "png"])
+def test_a_users_host_op_cannot_change_the_source(form):
+    """It changed an example for all later epochs, if `read` returns views of an array."""
+    image = np.full((5, 5, 1), 7, np.uint8)
+    if form == "png":
+        Image.fromarray(image[..., 0]).save(file := io.BytesIO(), "PNG")
+    given = image if form == "array" else file.getvalue()
+    with pytest.raises(UserError, match=r"example 0: .*:cut_out writes to a read-only array.*return a new array"):
+        stream.Images(Files([given]), f"decode(1)|{__name__}:cut_out")
+    assert (image == 7).all()
+    with pytest.raises(ValueError, match="cannot reshape"):  # the op's own error, with its traceback
+        stream.Images(Files([given]), f"decode(1)|{__name__}:of_no_size")
 
 
 def to_float(image):

@@ -149,6 +149,28 @@ def test_decode_applies_the_exif_orientation(orientation, form):
     assert worst(decode(file, 1), seen) <= (0 if form == "PNG" else 2)
 
 
+def test_exif_that_cannot_be_written_again_is_read():
+    """Text where the camera's EXIF should have a number, as in files of some phones."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0128] = 6, 2  # the orientation, and the unit of the resolution
+    text = exif.tobytes().replace(struct.pack(">HH", 0x128, 3), struct.pack(">HH", 0x128, 2))
+    assert text != exif.tobytes()
+    picture = Image.fromarray(noise(8, 16, 3))
+    for data in (encode(picture, "JPEG", exif=text), Image.open(io.BytesIO(encode(picture, "PNG", exif=text)))):
+        assert decode(data).shape == (16, 8, 3)
+
+
+@pytest.mark.parametrize("orientation", SIDES)
+@pytest.mark.parametrize("form", ["TIFF", "WEBP", "AVIF"])
+def test_other_formats_with_an_orientation_are_turned_once(form, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    grey = Image.fromarray(np.kron(np.uint8([[0, 50, 100], [150, 200, 250]]), np.ones((16, 16), np.uint8)))
+    upright = decode(encode(grey, "PNG", exif=exif.tobytes()), 1)
+    options = {"tiffinfo": {0x0112: orientation}} if form == "TIFF" else {"exif": exif.tobytes(), "quality": 100}
+    assert worst(decode(encode(grey.convert("RGB"), form, **options), 1), upright) < 25
+
+
 def test_decode_refuses_what_is_no_image():
     jpeg = encode(noise(40, 40, 3), "JPEG")
     for data in (b"", b"hello, world\n" * 9, jpeg[:2]):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_decode_cost import jpeg
 from test_folder import flat, write  # noqa: F401  a fixture
 
 from imgclf_jax.config import default_config
@@ -156,8 +157,7 @@ def test_of_a_big_folder_scans_are_counted(tmp_path, big):
     """A JPEG image of 501 scans is named at the start, not at the step that decodes it."""
     for i in range(3):
         write(tmp_path / f"cat/{i}.jpg", i, (50, 60))
-    data = (tmp_path / "cat/1.jpg").read_bytes()
-    (tmp_path / "cat/1.jpg").write_bytes(data[:-2] + b"\xff\xda" * 500 + data[-2:])
+    (tmp_path / "cat/1.jpg").write_bytes(jpeg(501, 50))
     [(name, reason)] = unreadable(tmp_path, image_files.find(tmp_path).images).items()
     assert (name, reason.partition(",")[0]) == ("cat/1.jpg", "the JPEG image has 501 scans")
     assert len(big) == 1

@@ -391,8 +391,10 @@ def test_the_log_says_how_often_each_class_is_expected():
     assert sampling.describe(build("balanced"), source(), 400) == (
         "an epoch of the stream has 120 examples; expected in the run, by class: a 100, b 100, c 100, e 100, d 0"
     )
-    drawn = sampling.describe(build(f"{__name__}:make_own(of_class=1)"), source(), 400)
-    assert drawn.endswith("b 400, a 0, c 0, d 0, e 0")
+    part = sources.take_split({"train": source()}, "train[:50]")
+    for data in (source(), part):
+        drawn = sampling.describe(build(f"{__name__}:make_own(of_class=1)", given=data), data, 400)
+        assert drawn.endswith("b 400, a 0, c 0, d 0, e 0")
 
 
 FLAGS = ["--config.data.source=fake(64, (6, 6, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=",

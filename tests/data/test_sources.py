@@ -1,5 +1,9 @@
 """Sources: random access to examples as stored, and an error for every missing file."""
 
+import dataclasses
+import types
+from pathlib import Path
+
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
@@ -7,6 +11,7 @@ from sklearn.model_selection import train_test_split
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
+from imgclf_jax.data.file_source import FileSource
 
 
 def everything(source):
@@ -105,6 +110,41 @@ def test_labels_of_other_examples_are_refused(labels):
     for read in (sources.known_labels, sources.read_labels, sources.class_counts):
         with pytest.raises(UserError, match=rf"ArraySource has labels \[{labels}\] for 4 examples"):
             read(own(4, labels=labels))
+
+
+@pytest.mark.parametrize(("labels", "message"), [
+    ([1, 2, 1, 2], r"ArraySource has labels from 1 to 2 for 2 class_names; number the classes from 0 to 1"),
+    (["a", "b", "a", "b"], r"ArraySource has 'labels' <U1\[4\] for 4 images; return integers \[4\]"),
+])  # fmt: skip
+def test_known_labels_are_checked_like_those_that_are_read(labels, message):
+    """Labels from 1 on gave classes of 0, 2 and 2 examples, and text a traceback."""
+    source = dataclasses.replace(own(4), labels=labels)
+    for part in (source, sources.take_split({"train": source}, "train[1:]")):
+        with pytest.raises(UserError, match=message):
+            sources.class_counts(part)
+    assert sources.class_counts(dataclasses.replace(source, labels=[1, 0, 1, 1])).tolist() == [1, 3]
+
+
+def test_a_slice_has_the_attributes_of_its_source():
+    """A factory of a sampling that reads `source.labels` failed on `train[:90%]`."""
+    pixels, numbers = np.zeros((4, 2, 2, 1), np.uint8), np.arange(4)
+    array = sources.ArraySource(pixels, numbers % 2, ("a", "b"), weights=numbers)
+    files = FileSource(Path("x"), tuple("abcd"), numbers % 2, (1,) * 4, ("a", "b"), columns={"age": numbers})
+    base = {"train": array, "extra": array, "files": files}
+    part = sources.take_split(base, "train[1:3]+extra[:1]")
+    assert (part.labels.tolist(), part.weights.tolist(), part.column().tolist()) == ([1, 0, 0], [1, 2, 0], [1, 2, 0])
+    part = sources.take_split(base, "files[1:3]")
+    assert (part.labels.tolist(), part.files, part.column("age").tolist()) == ([1, 0], ("b", "c"), [1.0, 2.0])
+    part = sources.take_split({"train": sources.fake(4, (2, 2, 1), 2)["train"]}, "train[1:]")
+    assert [part.labels, part.weights, part.files] == [None, None, None]
+
+
+def test_an_attribute_called_name_need_not_be_a_function():
+    """A text there broke `evaluate --predictions`, `show-batch` and `report` after the training."""
+    source = types.SimpleNamespace(name="stripes")
+    assert [sources.example_name(source, 3), sources.example_name(source, 3, str)] == ["example 3", "3"]
+    source.name = "cats/{}.jpg".format
+    assert sources.example_name(source, 3, str) == "cats/3.jpg"
 
 
 def test_fingerprints_differ_by_examples_and_order():

@@ -93,6 +93,11 @@ def test_split_mistakes_are_told(text, message):
     assert message in str(e.value)
 
 
+def test_data_with_one_split_are_told_how_to_hold_out_a_part():
+    with pytest.raises(UserError, match=r"--config.data.train='all\[:90%\]' --config.data.eval.test='all\[90%:\]'"):
+        splits.resolve("test", {"all": 10})
+
+
 @pytest.mark.parametrize(("train", "evals", "said"), [
     ("train", {"test": "test"}, "training on train (80); evaluating on test = test (20)"),
     ("train[:90%]", {"test": "train[90%:]"}, "training on train[:90%] (72); evaluating on test = train[90%:] (8); "

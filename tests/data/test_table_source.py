@@ -70,6 +70,10 @@ def test_targets_are_columns_of_numbers(images):
     assert base["train"].target_names == base["train"].class_names == ("age", "tall")
     assert seen(base["train"], "target") == {i: [i / 4, i % 2] for i in range(9)}
     assert table(write_csv(images / "t.csv"), targets="age")["test"].target_names == ("age",)
+    rows = [row | {"tall": i % 2 == 1} for i, row in enumerate(ROWS)]  # as pandas writes booleans
+    assert seen(table(write_csv(images / "t.csv", rows), targets="tall")["train"], "target") == {
+        i: [i % 2] for i in range(9)
+    }
 
 
 def test_what_is_asked_for_goes_before_what_is_found(images, tmp_path_factory):
@@ -140,6 +144,7 @@ def test_the_fingerprint_covers_the_table_and_the_files(images):
     (ROWS, {"targets": ("age", "age")}, "names a column twice"),
     (ROWS, {"targets": ("age",), "label": "label"}, "label and targets are both set"),
     (ROWS, {"targets": ("label",)}, "line 2: the column 'label' holds 'cat', not a number"),
+    ([ROWS[0], ROWS[1] | {"tall": "True"}], {"targets": ("tall",)}, "line 3: the column 'tall' holds 'True', not a"),
     ([ROWS[0], ROWS[1] | {"age": ""}], {"targets": ("age",)}, "line 3: the column 'age' holds nothing, not a num"),
     ([ROWS[0], ROWS[1] | {"age": "nan"}], {"targets": ("tall", "age")}, "line 3: target 1 is nan; targets must"),
     ([ROWS[0], ROWS[1] | {"age": "1e39"}], {"targets": ("age",)}, "line 3: target 0 is inf; targets must"),
@@ -226,6 +231,12 @@ def test_skipping_leaves_no_class_and_no_split_without_images(images):
     (images / ROWS[11]["path"]).unlink()
     with pytest.raises(UserError, match=r"the split 'test' of .* has no readable image"):
         table(file, unreadable="skip", targets="age")
+
+
+def test_the_log_says_when_the_weights_are_used(images, caplog):
+    with caplog.at_level(logging.INFO):
+        table(write_csv(images / "t.csv"))
+    assert "split 'split', weight 'weight' (only for data.sampling='weighted')" in caplog.text
 
 
 def test_a_file_of_two_splits_is_warned_of(images, caplog):

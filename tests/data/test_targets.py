@@ -1,6 +1,7 @@
 """Targets f32[n, k] instead of labels, from files and the user's own sources, in every batch."""
 
 import dataclasses
+import functools
 import json
 import sys
 import types
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from test_arrays import npz
 
+from imgclf_jax import losses
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import placement, sources, stream
@@ -206,6 +208,7 @@ def test_labels_that_are_none_are_said_and_not_rounded_or_wrapped(labels, messag
     ({"train": Regression(n=3.5)}, "is a Regression of 3.5 examples"),
     ({"train": Regression(names="abc")}, "class_names are 'abc'; they must be a tuple of strings"),
     ({"train": Regression(names=(1, 2, 3))}, "class_names are (1, 2, 3); they must be"),
+    ({"train": Regression(names=list("aba"))}, "whose class_names have 'a' twice; give each class its own name"),
 ])  # fmt: skip
 def test_what_the_function_of_a_source_must_return(opened, message, monkeypatch):
     monkeypatch.setitem(sys.modules, "own", types.SimpleNamespace(data=lambda: opened))
@@ -213,6 +216,39 @@ def test_what_the_function_of_a_source_must_return(opened, message, monkeypatch)
         sources.open_splits("own:data()")
     assert str(e.value).startswith("data.source='own:data()'")
     assert message in str(e.value)
+
+
+def test_a_length_may_be_a_number_of_numpy(monkeypatch):
+    opened = {"train": Regression(n=np.int64(N))}
+    monkeypatch.setitem(sys.modules, "own", types.SimpleNamespace(data=lambda: opened))
+    assert sources.open_splits("own:data()") is opened
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_targets_that_are_read_later_fit_the_loss_too(cached, monkeypatch):
+    """Those from the 64th example on were trained by, to a negative cross-entropy."""
+    if not cached:
+        monkeypatch.setattr(stream, "_CACHE_BYTES", 0)
+    soft = np.eye(3, dtype=np.float32)[np.arange(80) % 3]
+    soft[70] = 40 * soft[70] - 3
+
+    def opened():
+        gives = lambda ids: {"image": X[ids % N], "target": soft[ids]}  # noqa: E731
+        return stream.Images(Own(gives, n=80, name="cats/{}.jpg".format), "decode(1)")
+
+    check = functools.partial(losses.check_targets, "sigmoid", losses.Task.MULTILABEL)
+    images, ids = opened(), np.arange(60, 80)
+    images.extra["more"] = opened()
+    images.check_targets(check)
+    for one in (images, images.extra["more"]):
+        one.read(ids[:10], ids[:10])
+        with pytest.raises(UserError, match=r"^loss='sigmoid': cats/70.jpg has the target \[-3, 37, -3\], outside of"):
+            one.read(ids, ids)
+    early = opened()
+    early.read(ids, ids)
+    if cached:
+        with pytest.raises(UserError, match=r"cats/70.jpg has the target"):
+            early.check_targets(check)
 
 
 def test_a_target_that_is_read_later_is_named_too():

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from imgclf_jax import config as configs
@@ -73,6 +74,28 @@ def test_the_warning_of_an_overlap():
     assert overlap_warnings(config, data, base) == []
 
 
+@pytest.mark.parametrize(("sampling", "train", "said"), [
+    ("subset('F/all.npy')", "train", "10 of its 10"),
+    ("subset('F/first.npy')", "train", ""),
+    ("subset('F/first.npy')", "train[50%:]+train[:50%]", "4 of its 10"),  # the ids are those of the joined parts
+    ("weighted('F/weights.npy')", "train", ""),
+    ("weighted('F/weights.npy')", "train[10:]+train[:10]", "10 of its 10"),
+    ("my_pkg.my_module:own", "train", "10 of its 10"),  # which may read everything
+    ("curriculum('F/weights.npy')", "train", "10 of its 10"),
+])  # fmt: skip
+def test_only_examples_that_the_sampling_draws_are_shared(sampling, train, said, tmp_path):
+    """`subset` of all examples passed as a holdout, and `weighted` with weights of 0 did not."""
+    np.save(tmp_path / "all.npy", np.arange(100))
+    np.save(tmp_path / "first.npy", np.arange(44))
+    np.save(tmp_path / "weights.npy", np.arange(100) < 90)
+    base, config = sources.fake(100, (2, 2, 1), 2), configs.default_config()
+    config.data.eval, config.data.train = {"val": "train[90%:]", "test": "test"}, train
+    config.data.sampling = sampling.replace("F", str(tmp_path))
+    found = overlap_warnings(config, config.data, base)
+    assert len(found) == bool(said)
+    assert not said or found[0].startswith(f"the evaluation set val shares {said} examples with the training split ")
+
+
 def test_the_overlap_of_a_further_stream():
     """An unlabeled stream of test images is transductive learning: it was not said."""
     base, config = sources.fake(100, (2, 2, 1), 2), configs.default_config()
@@ -100,6 +123,11 @@ def test_the_overlap_of_a_further_stream():
     ("folder('x')", "folder('y')", "folder('y')/train[-9:]", "examples"),
     ("folder('x')", "folder('y')/train[:50%]", "folder('y')/train[50%:]", ""),
     ("folder('x')", "folder('y')/test", "folder('x')/test", ""),
+    ("folder('x')", "test", "folder('x/')/test[:4]", "4 of its 4 examples"),
+    ("folder('x')", "test", "folder(path='./x', draw=0)/test[:4]", "4 of its 4 examples"),
+    ("folder('x')", "test", "folder('x', 5)/test[:4]", ""),
+    ("fake(64, (8, 8, 1))", "test", "fake(n=64, shape=(8, 8, 1))/test", "100 of its 100 examples"),
+    ("my_pkg:own(3)", "test", "my_pkg:own( 3 )/test", "100 of its 100 examples"),  # imports nothing
 ])  # fmt: skip
 def test_streams_and_sets_are_compared_by_their_source(source, stream, text, said):
     base, config = sources.fake(100, (2, 2, 1), 2), configs.default_config()
