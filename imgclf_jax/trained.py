@@ -352,10 +352,11 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
     steps, best = processes.broadcast_from_process_0(
         "choosing a checkpoint", lambda: (checkpoints.steps(), checkpoints.best_step())
     )
+    wanted = {"state": programs.state_shape}
     names = {"latest": steps[-1] if steps else None, "best": best, "": best}
     step = names.get(which, int(which) if which.isdecimal() else None)
     if step is None and which == "":
-        found = checkpoints.restore_latest({"state": programs.state_shape}, optimizer=False)
+        found = checkpoints.restore_latest(wanted, optimizer=False)
         if found is None:
             raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
         step, run = found
@@ -366,12 +367,12 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
                            else "; 'best' needs checkpoint.best to be set"))  # fmt: skip
     else:
         try:
-            run = checkpoints.restore(step, {"state": programs.state_shape}, optimizer=False)
+            run = checkpoints.restore(step, wanted, optimizer=False)
         except Gone:
             raise
         except UserError as e:
             intact = processes.broadcast_from_process_0(
-                "looking for another checkpoint", lambda: checkpoints.intact(step)
+                "looking for another checkpoint", lambda: checkpoints.intact(step, wanted)
             )
             if not intact:
                 raise

@@ -37,14 +37,14 @@ def find_port() -> int:
 def start(
     workdir: Path,
     processes: int,
-    devices: int,
+    devices: int | tuple[int, ...],
     overrides: tuple[str, ...],
     last: tuple[str, ...] = (),
     heartbeat: int = 10,
 ) -> list[subprocess.Popen]:
     """The processes of a run, on so many virtual CPU devices each; what they say goes to `workdir`.log.NUMBER.
 
-    The flags in `last` are given to the last process alone.
+    `devices` is one number for every process, or one for each. The flags in `last` are given to the last process alone.
     """
     workdir.parent.mkdir(parents=True, exist_ok=True)
     started, port = [], find_port()
@@ -55,7 +55,8 @@ def start(
                       f"--heartbeat={heartbeat}"]  # fmt: skip
         words += last if number == processes - 1 else ()
         with open(f"{workdir}.log.{number}", "a") as log:
-            environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu",
+            here = devices if isinstance(devices, int) else devices[number]
+            environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(here), "JAX_PLATFORMS": "cpu",
                            "PYTHONPATH": os.pathsep.join(PATHS)}  # fmt: skip
             started.append(subprocess.Popen(words, stdout=log, stderr=log, cwd=ROOT, env=environment))
     return started
@@ -78,7 +79,7 @@ def end(started: list[subprocess.Popen]) -> list[int]:
             process.kill()
 
 
-def run(workdir: Path, processes: int, devices: int, overrides: tuple[str, ...]) -> None:
+def run(workdir: Path, processes: int, devices: int | tuple[int, ...], overrides: tuple[str, ...]) -> None:
     """Lets a run go to its end."""
     statuses = end(start(workdir, processes, devices, overrides))
     assert set(statuses) == {0}, f"exit statuses {statuses}; see {workdir}.log.*"

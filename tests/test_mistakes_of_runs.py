@@ -14,12 +14,14 @@ import pytest
 from test_mistakes import FAKE, ROOT, _log_as_it_was, has, mistake, snapshot, whole  # noqa: F401  fixtures
 
 import launch
+from imgclf_jax import config as configs
 from imgclf_jax.config import RESERVED
 from imgclf_jax.core import signals
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import stream
 from imgclf_jax.methods import Method
 from imgclf_jax.recipe import Recipe
+from imgclf_jax.run import record, writers
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
@@ -130,8 +132,11 @@ def test_a_provenance_that_is_missing_is_written_anew(mistake, copy, capsys):
 
 @pytest.mark.parametrize("which", ["latest", "12"])
 def test_a_damaged_checkpoint_that_is_named(mistake, copy, which):
-    """The sentence names an intact one and the flag for it, if there is one."""
+    """The sentence names an intact one and the flag for it, if there is one; another model's is no better."""
     workdir, _ = copy
+    sentence = mistake("evaluate", f"--workdir={workdir}", f"--checkpoint={which}", "--config.ema=0.5")
+    assert has(sentence, f"checkpoint {workdir}/checkpoints/12 is of another model or optimizer: state/ema/0/")
+    assert "is intact" not in sentence
     for step, more in ((12, "; --checkpoint=8 is intact"), (8, " has changed")):
         file = max((workdir / "checkpoints" / str(step)).rglob("*"), key=lambda f: f.is_file() and f.stat().st_size)
         *most, last = file.read_bytes()
@@ -181,7 +186,7 @@ def test_a_metric_that_is_text_in_a_run_that_is_not_done(copy, capsys):
 
 
 def test_a_result_cut_short_is_written_again(copy, capsys):
-    """By a process that trains no step: it has no training speed, and says so."""
+    """By a process that trains no step: it has no training speed, and says so. Its evaluation counts as one."""
     workdir, argv = copy
     before = json.loads((workdir / "result.json").read_text())
     (workdir / "result.json").write_text("{")
@@ -192,6 +197,7 @@ def test_a_result_cut_short_is_written_again(copy, capsys):
     }
     assert (after["epochs"], after["images_per_second"]) == (before["epochs"], None)
     assert f"trained the last 0 of {after['step']} steps" in capsys.readouterr().out
+    assert writers.read_metrics(workdir / "time.jsonl")[-1]["seconds"]["evaluation"] > 0
 
 
 def test_a_result_that_is_written_later_has_no_metrics_of_another_run(copy, capsys):
@@ -247,9 +253,14 @@ def test_metrics_that_are_missing(copy, capsys):
     assert "metrics.jsonl is missing: it will hold no record of the steps before" in capsys.readouterr().err
 
 
-def test_a_config_that_is_missing(copy, capsys):
+def test_a_config_that_is_missing(mistake, copy, capsys):
+    """With a smaller total than the run has done, `train` removed its result and exited with status 75."""
     workdir, argv = copy
     (workdir / "config.json").unlink()
+    before = snapshot(workdir)
+    sentence = mistake("train", *argv, "--config.total=8 steps", log=r"^\d\d:\d\d:\d\d")
+    assert has(sentence, "total='8 steps' is 8 steps", f"the run in {workdir} has done 12", "another --workdir")
+    assert snapshot(workdir) == before
     assert launch.main(["train", *argv]) == 0
     assert "config.json is missing: assuming that the run" in capsys.readouterr().err
 
@@ -358,6 +369,43 @@ def test_an_extension_that_has_trained_nothing_is_taken_back(copy):
     workdir.update_config(longer, 12)
     assert launch.main(["train", *argv, "--extend"]) == 0
     assert (workdir.load_config().total, workdir.is_done(12)) == ("12 steps", True)
+
+
+def kill(*args):
+    raise SystemExit
+
+
+def test_a_first_config_that_a_kill_keeps_from_being_written(fake_config, tmp_path, monkeypatch):
+    """No run has begun: one with another config, or other data, may begin there."""
+    workdir, other = Workdir(tmp_path), fake_config.copy_and_resolve_references()
+    other.seed = 5
+    with monkeypatch.context() as patch:
+        patch.setattr("imgclf_jax.run.workdir.write_atomically", kill)
+        with pytest.raises(SystemExit):
+            workdir.record(fake_config, DataInfo(64, (12, 12, 1), tuple("abcd"), "x"))
+    assert workdir.provenance.is_file()
+    workdir.record(other, DataInfo(64, (12, 12, 1), tuple("abcd"), "y"))
+    assert (record.read(tmp_path).contradictions, workdir.load_config().seed) == ([], 5)
+
+
+@pytest.mark.parametrize("change", ["total=20 steps", "log_every=2 steps"])
+def test_a_new_config_that_a_kill_keeps_from_being_written(copy, monkeypatch, change):
+    """`reproduce`, `compare` and `status` called the run contradictory, and the old command did not repair it."""
+    workdir, argv = Workdir(copy[0]), copy[1]
+    before, key = workdir.provenance.read_bytes(), change.partition("=")[0]
+    old, new = workdir.load_config(), workdir.load_config()
+    new[key] = change.partition("=")[2]
+    with monkeypatch.context() as patch:
+        patch.setattr("imgclf_jax.run.workdir.write_atomically", kill)
+        with pytest.raises(SystemExit):
+            workdir.update_config(new, 12)
+    assert (record.read(workdir.path).contradictions, workdir.load_config()) == ([], old)
+    assert launch.main(["train", *argv]) == 0
+    assert json.loads(workdir.provenance.read_bytes()) == json.loads(before)
+    workdir.update_config(new, 12)
+    assert record.read(workdir.path).contradictions == []
+    workdir.config.write_text(configs.to_json(old))  # by hand
+    assert record.read(workdir.path).contradictions == ["config.json has been changed since the run wrote it"]
 
 
 def counting(problem):

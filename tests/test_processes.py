@@ -53,12 +53,16 @@ processes.end(0)
 """
 
 
-def test_each_process_gets_the_rows_of_its_devices(tmp_path):
+@pytest.mark.parametrize(("devices", "rows", "other"), [
+    ((2, 2), [[2, 3, 4, 5], [0, 1, 6, 7]], [[0, 1, 4, 5], [2, 3, 6, 7]]),
+    ((1, 3), [[4, 5], [0, 1, 2, 3, 6, 7]], [[0, 1], [2, 3, 4, 5, 6, 7]]),
+])  # fmt: skip
+def test_each_process_gets_the_rows_of_its_devices(devices, rows, other):
     """In the order of the mesh; an array on both is fetched whole."""
-    started = start_two(ARRAYS)
+    started = start_two(ARRAYS, devices=devices)
     found = [json.loads(process.communicate(timeout=120)[0]) for process in started]
-    assert [f.pop("rows") for f in found] == [[2, 3, 4, 5], [0, 1, 6, 7]]
-    assert [f.pop("other") for f in found] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert [f.pop("rows") for f in found] == rows
+    assert [f.pop("other") for f in found] == other
     assert found == [{"same": True, "fetched": True, "copied": True, "digest": True, "hosts": 2}] * 2
 
 
@@ -179,12 +183,13 @@ def test_two_processes_roll_back_together(tmp_path):
     assert len(left_out[0]) == 2
 
 
-def start_two(program: str, *words: str, **streams: int) -> list[subprocess.Popen]:
+def start_two(program: str, *words: str, devices: tuple[int, int] = (2, 2)) -> list[subprocess.Popen]:
     """Starts two processes of a Python program, which gets its process index, a port, and these arguments."""
-    port, environment = str(check.find_port()), {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
+    port, environment = str(check.find_port()), {**os.environ, "JAX_PLATFORMS": "cpu"}
     return [
         subprocess.Popen([sys.executable, "-c", program, str(number), port, *words], cwd=ROOT,
-                         env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **streams)
+                         env=environment | {"JAX_NUM_CPU_DEVICES": str(devices[number])},
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for number in range(2)
     ]  # fmt: skip
 
@@ -195,7 +200,7 @@ import launch
 from imgclf_jax.core import processes
 process, port, run, out = int(sys.argv[1]), *sys.argv[2:]
 processes.start(f"localhost:{port}", 2, process, heartbeat=30)
-flags = [f"--workdir={run}"]
+flags = [f"--workdir={run}", "--local_devices=all"]
 for words in (
     ["train", *flags, "--config.data.source=fake(96, (8, 8, 3), 4)", "--config.preprocess=decode(3)",
      "--config.augment=", "--config.batch_size=32", "--config.model=cnn(widths=(8,), hidden=256)",
@@ -206,7 +211,7 @@ for words in (
     ["features", *flags, f"--output={out}/f.npz"], ["probe", *flags], ["report", *flags, f"--html={out}/r.html"],
     ["explain", f"{out}/a.png", *flags, f"--output={out}/x"],
     ["export", f"{out}/m.stablehlo", f"{out}/m.savedmodel", *flags],
-    ["compare", run, "--test", "--format=csv"],
+    ["compare", run, "--test", "--format=csv", "--local_devices=all"],
 ):
     assert launch.main(words) == 0, words
 processes.end(0)
@@ -214,12 +219,13 @@ processes.end(0)
 
 
 @pytest.mark.thorough
-def test_every_command_runs_in_the_processes_of_its_run(tmp_path, capfd):
+@pytest.mark.parametrize("devices", [(2, 2), (3, 1)])
+def test_every_command_runs_in_the_processes_of_its_run(tmp_path, capfd, devices):
     """On a sharded model: the output equals that of one process, and only process 0 prints."""
     run, out = tmp_path / "run", tmp_path / "out"
     out.mkdir()
     Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(out / "a.png")
-    started = start_two(TOOLS, str(run), str(out))
+    started = start_two(TOOLS, str(run), str(out), devices=devices)
     printed = [process.communicate(timeout=400)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0]
     assert printed[1] == ""
@@ -235,6 +241,20 @@ def test_every_command_runs_in_the_processes_of_its_run(tmp_path, capfd):
     with np.load(out / "f.npz") as both, np.load(tmp_path / "alone.npz") as alone:
         np.testing.assert_allclose(both["features"], alone["features"], rtol=1e-4, atol=1e-5)
         assert np.array_equal(both["labels"], alone["labels"])
+
+
+@pytest.mark.thorough
+def test_hosts_with_different_numbers_of_devices(tmp_path):
+    """Three devices and one give the losses of four in one process, before and after a checkpoint."""
+    words = (*SHORT, "--config.schedule=constant(1e-3)", "--local_devices=all", "--extend")
+    for total in (20, 40):
+        check.run(tmp_path / "uneven", 2, (3, 1), (*words, f"--config.total={total} steps"))
+    check.run(tmp_path / "even", 1, 4, (*words, "--config.total=40 steps"))
+    for key, count in (("train/loss", 40), ("test/loss", 2), ("test/examples", 2)):
+        found, expected = (check.records(tmp_path / name, key) for name in ("uneven", "even"))
+        assert found.keys() == expected.keys()
+        assert len(found) == count
+        np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
 
 
 @pytest.mark.thorough

@@ -5,8 +5,10 @@ objects cannot be appended to: each is written in one go.
 """
 
 import contextlib
+import fcntl
 import importlib.util
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -83,19 +85,23 @@ def files(folder: Path) -> Iterator[tuple[str, Path]]:
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary file next to `path` to write to, and atomically renames it to `path` at the end.
 
-    A reader sees the old content or the new one, even after a crash. On an error, `path` keeps its content and the
-    temporary file is removed; the OSError of a full disk names `path`.
+    A reader sees the old content or the new one, even after a crash, or if several processes write it at once. On an
+    error, `path` keeps its content and the temporary file is removed; the OSError of a full disk names `path`.
     """
     if in_bucket(path):
         with tempfile.TemporaryDirectory() as directory:
             yield (local := Path(directory) / path.name)
             path.write_bytes(local.read_bytes())
         return
-    temporary = path.with_name(f".{path.name}.tmp")
+    # A fixed name, so that what a killed process left is overwritten, unless another process is writing to it.
+    temporary, file = path.with_name(f".{path.name}.tmp"), -1
     try:
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o666)
+        if not _lock(file, temporary):
+            temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
         os.replace(temporary, path)
         parent = os.open(path.parent, os.O_RDONLY)
         os.fsync(parent)  # persists the new name too
@@ -107,6 +113,20 @@ def replacing(path: Path) -> Iterator[Path]:
             why = os.strerror(e.errno) if e.errno else reason(e)
             raise OSError(e.errno, why, str(path)) from e
         raise
+    finally:
+        if file >= 0:
+            os.close(file)  # and with it the lock
+
+
+def _lock(file: int, path: Path) -> bool:
+    """Locks the open file `path`; returns False if another process has it or has just renamed it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError:  # a file system without locks
+        return True
 
 
 def remove(folder: Path) -> None:

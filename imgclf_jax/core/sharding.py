@@ -170,7 +170,14 @@ def put_batch(batch: Batch, mesh: Mesh, axis: int = 0) -> Batch:
     `batch` holds arrays, or dicts of arrays with another number of rows.
     """
     split = sharded(mesh, axis)
-    placed: Batch = jax.tree.map(lambda rows: jax.make_array_from_process_local_data(split, rows), batch)
+
+    def place(rows: np.ndarray) -> jax.Array:
+        # Without a shape JAX refuses processes with different numbers of devices.
+        size = rows.shape[axis] * mesh.size // len(split.addressable_devices)
+        shape = (*rows.shape[:axis], size, *rows.shape[axis + 1 :])
+        return jax.make_array_from_process_local_data(split, rows, shape)
+
+    placed: Batch = jax.tree.map(place, batch)
     return placed
 
 

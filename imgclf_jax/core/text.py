@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from collections.abc import Iterable
 
 
 def printable(text: str) -> str:
@@ -22,6 +23,11 @@ def escape_surrogates(text: str) -> str:
     Other characters, also unprintable ones, are unchanged.
     """
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def one_per_line(names: Iterable[str]) -> str:
+    r"""Joins names by line breaks, and escapes those in a name, such as `\n`, and bytes that are not UTF-8."""
+    return escape_surrogates("\n".join(name.replace("\n", r"\n").replace("\r", r"\r") for name in names))
 
 
 def decimals(value: float) -> str:

@@ -3,8 +3,8 @@
 A checkpoint holds the train state and the metric accumulator since the last log line, so a resumed run logs the same
 numbers as an uninterrupted one. To `ocp.CheckpointManager` it adds (tests/run/test_checkpoint.py and test_verified.py):
 checksums of all files, since Orbax restores flipped bits; falling back to an older checkpoint; NaN as the worst
-score, since BestN sorts it anywhere; a symlink for names that Orbax takes for glob patterns; saving a step again with
-the scores of an evaluation that a signal cut short.
+score; removing old checkpoints only once the new one is verified; a symlink for names that Orbax takes for glob
+patterns; saving a step again with the scores of an evaluation that a signal cut short.
 """
 
 import concurrent.futures
@@ -17,7 +17,7 @@ import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +81,6 @@ def _quiet_absl() -> Iterator[None]:
         logger.setLevel(level)
 
 
-class _LatestConfirmed(policies.PreservationPolicy):
-    """Keeps the latest checkpoint at or before `step`; none by default."""
-
-    step = -1
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        latest = max((one.step for one in checkpoints if one.step <= self.step), default=None)
-        return [one.step == latest for one in checkpoints]
-
-
 type Leaf = Any  # an array or a jax.ShapeDtypeStruct
 
 
@@ -106,16 +96,14 @@ class Checkpoints:
         self._read_only = read_only
         if not read_only:
             processes.broadcast_from_process_0("making the folder of checkpoints", self._prepare)
-        self._confirmed = _LatestConfirmed()
-        policy: list[Any] = [policies.LatestN(keep), self._confirmed]
-        if best:
-            keep_best = policies.BestN(get_metric_fn=self._value, n=1, keep_checkpoints_without_metrics=False)
-            policy.append(keep_best)
+        self._keep, self._confirmed = keep, -1
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(policy),
+            preservation_policy=policies.LatestN(None),  # all: Orbax would remove some before the new one is verified
             best_fn=self._value if best else None,
             cleanup_tmp_directories=not read_only,
-            create=not read_only,
+            create=False,
+            # By default Orbax waits in a device collective, which needs as many devices in every process.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=set(range(processes.count()))),
             save_interval_steps=0 if read_only else 1,
             read_only=read_only,
             # A folder in a bucket cannot be renamed atomically, so a file marks it as complete.
@@ -136,12 +124,12 @@ class Checkpoints:
         self._put_back()
 
     def _for_orbax(self) -> Path:
-        """The directory under a name without *, ? and [, since Orbax globs with the name."""
-        if glob.escape(str(self.directory)) == str(self.directory):
+        """The directory under a name without *, ? and [, which Orbax globs with, and \\, which TensorStore refuses."""
+        if glob.escape(str(self.directory)) == str(self.directory) and "\\" not in str(self.directory):
             return self.directory
         if places.in_bucket(self.directory):
-            raise UserError(f"{self.directory}: in a bucket, the name of a work directory may not contain *, ? or [; "
-                            "pass another --workdir")  # fmt: skip
+            raise UserError(f"{self.directory}: in a bucket, the name of a work directory may not contain *, ? or [, "
+                            "nor a backslash; pass another --workdir")  # fmt: skip
         # The same name in all processes, since Orbax uses it in barriers.
         alias = processes.broadcast_from_process_0(
             "naming the folder of checkpoints", lambda: tempfile.mkdtemp(prefix="imgclf_jax")
@@ -173,7 +161,10 @@ class Checkpoints:
         unranked = dict(self._find_unranked(steps))
         for sentence in unranked.values():
             log.warning("%s", sentence)
-        values = [(self._value(self._manager.metrics(step) or {}), step) for step in steps if step not in unranked]
+        return self._find_best(step for step in steps if step not in unranked)
+
+    def _find_best(self, steps: Iterable[int]) -> int | None:
+        values = [(self._value(self._manager.metrics(step) or {}), step) for step in steps]
         value, step = max(values, default=(_WORST, None))
         return None if value == _WORST else step
 
@@ -208,11 +199,25 @@ class Checkpoints:
         self._saving = self._thread.submit(self._finish, step, jax.eval_shape(lambda: state))
 
     def _finish(self, step: int, like: PyTree) -> None:
-        """Waits, in the thread, until a checkpoint is on disk; verifies it and writes its manifest."""
+        """Waits, in the thread, until a checkpoint is on disk; verifies it, and removes those that it replaces."""
         self._manager.wait_until_finished()
         if not processes.index():
             self._verify(step, like)
         self.latest = step
+        if not processes.index():
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        """Removes all checkpoints but the latest, the latest confirmed, the best, and those that cannot be ranked."""
+        steps = self.steps()
+        confirmed = [step for step in steps if step <= self._confirmed]
+        unranked = [step for step, _ in self._find_unranked(steps)]
+        best = self._find_best(step for step in steps if step not in unranked)
+        kept = {*steps[-self._keep :], *confirmed[-1:], *unranked, best}
+        if old := [step for step in steps if step not in kept]:
+            for step in old:
+                places.remove(self.directory / str(step))
+            self._manager.reload()
 
     def _verify(self, step: int, like: PyTree) -> None:
         folder = self.directory / str(step)
@@ -238,7 +243,7 @@ class Checkpoints:
 
     def confirm(self, step: int) -> None:
         """Keeps the latest checkpoint at or before `step`, beside the others, until a later step is confirmed."""
-        self._confirmed.step = step
+        self._confirmed = step
 
     def drop_after(self, step: int) -> None:
         """Removes the checkpoints of steps after `step`. All processes call this."""
@@ -403,10 +408,13 @@ class Checkpoints:
         sealed = [step for step in steps if manifest.is_in(self.directory / str(step))]
         return steps, sealed, [] if self._read_only else self._find_unranked(steps)
 
-    def intact(self, instead_of: int) -> int | None:
-        """The latest step with an intact checkpoint, other than `instead_of`."""
+    def intact(self, instead_of: int, like: PyTree) -> int | None:
+        """The latest step, other than `instead_of`, with an intact checkpoint of the structure of `like`."""
         steps = (step for step in reversed(self.steps()) if step != instead_of)
-        return next((step for step in steps if not manifest.find_fault(self.directory / str(step))), None)
+        return next(
+            (step for step in steps if not manifest.find_fault(self.directory / str(step))
+             and not self._find_error(step, like, optimizer=False)), None
+        )  # fmt: skip
 
     def _set_aside(self, step: int, error: UserError | str, used: int) -> None:
         if self._read_only:

@@ -1,6 +1,7 @@
 """TensorBoard's event file in its own record format, without TensorFlow, which CLU's SummaryWriter imports."""
 
 import io
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -28,8 +29,10 @@ class EventFile:
         bucket = places.in_bucket(directory)
         if not bucket:
             directory.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads the files of a directory in order of their names.
-        self._path = directory / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
+        # TensorBoard reads the files of a directory in order of their names, and the clock may have been set back.
+        earlier = [re.match(r"events\.out\.tfevents\.(\d{1,12})\b", file.name) for file in directory.glob("events.*")]
+        began = max([time.time(), *(int(found[1]) + 1 for found in earlier if found)])
+        self._path = directory / f"events.out.tfevents.{began:.6f}.{socket.gethostname()}"
         self._file: IO[bytes] = io.BytesIO() if bucket else self._path.open("wb")
         self._records = RecordWriter(self._file)
         self._add(file_version="brain.Event:2")

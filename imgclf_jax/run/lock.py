@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from imgclf_jax.core.errors import UserError
 log = logging.getLogger(__name__)
 
 _MOST = 10_000  # characters of a lock that are read
+_LOOK = 0.05  # seconds, in which a process that called `is_held` has let go of the lock
 
 
 @contextlib.contextmanager
@@ -66,11 +68,11 @@ def taken_at(file: Path) -> float:
 def is_held(file: Path) -> bool:
     """Whether a process holds the lock `file` now; False if that is unknown."""
     try:
-        handle = os.open(file, os.O_RDWR)
+        handle = os.open(file, os.O_RDONLY)  # also another user's
     except OSError:  # no such file
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared with others that look
     except BlockingIOError:
         return True
     except OSError:
@@ -81,11 +83,16 @@ def is_held(file: Path) -> bool:
 
 
 def _take(file: Path) -> int:
+    tries = 2
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
+            if tries := tries - 1:
+                os.close(handle)
+                time.sleep(_LOOK)
+                continue
             with os.fdopen(handle, encoding="utf-8", errors="replace") as holder:
                 who = holder.read()
             raise UserError(f"{file.parent} is in use by another training run ({_describe(who)}); wait until it ends, "

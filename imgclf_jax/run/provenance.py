@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,8 +33,8 @@ _VECTORS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with bfloat16", "avx512f"
 _OF_ONE_PROCESS = "cache|device|debug|_log_|logging|dump|traceback|profil|timeout|address|mtls|pprint"
 # The types of entries that commands read; the others are only shown.
 _TYPES: dict[str, type] = {
-    **dict.fromkeys(("compiler_options", "data", "evals", "git", "init_from", "jax_options", "modules", "packages",
-                     "unreadable", "versions"), dict),
+    **dict.fromkeys(("before_update", "compiler_options", "data", "evals", "git", "init_from", "jax_options", "modules",
+                     "packages", "unreadable", "versions"), dict),
     **dict.fromkeys(("changed", "command", "devices", "extended"), list),
 }  # fmt: skip
 # The entries that determine class names, losses and statistics.
@@ -104,6 +105,12 @@ def device_facts(counted: bool) -> JsonObject:
 def module_digests() -> dict[str, str]:
     """The SHA-256 of each of the user's own modules, see `own_files`."""
     return {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in own_files().items()}
+
+
+def raised_in_own_code(error: BaseException) -> bool:
+    """Whether a frame of the error's traceback lies in a module of the user's, so that the traceback says where."""
+    files = set(own_files().values())
+    return any(frame.f_code.co_filename in files for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def own_files() -> dict[str, str]:
@@ -335,13 +342,16 @@ def find_edits(files: Mapping[str, bytes], provenance: Json) -> list[str]:
     """Sentences that name which of config.json, provenance.json and result.json have changed since the run wrote them.
 
     `files` has the contents of config.json and result.json, if they exist. A file without a recorded digest, as in runs
-    of older versions, is not checked.
+    of older versions, is not checked. A kill within `Workdir.update_config` may leave the config before it.
     """
     recorded = provenance if isinstance(provenance, dict) else {}
+    before = recorded.get("before_update")
+    earlier = before if isinstance(before, dict) else {}
     found = []
     for name, key in (("config.json", "config_sha256"), ("result.json", "result_sha256")):
         with contextlib.suppress(ValueError, RecursionError):  # not JSON, which its reader reports
-            if name in files and key in recorded and json_digest(files[name]) != recorded[key]:
+            known = (recorded.get(key), earlier.get(key))
+            if name in files and key in recorded and json_digest(files[name]) not in known:
                 found.append(name)
     if "facts_sha256" in recorded and facts_digest(recorded) != recorded["facts_sha256"]:
         found.append("provenance.json")

@@ -22,7 +22,7 @@ from imgclf_jax.run.workdir import Workdir, has_ended
 log = logging.getLogger(__name__)
 
 MAIN_METRICS = ("accuracy", "mean_average_precision", "r2")  # one per task; the greatest value is the best
-_NOT_RUNS = {"checkpoints", "tb", "profile", "damaged"}  # folders of a run, which hold no other runs
+_OF_A_RUN = {"checkpoints", "tb", "profile", "damaged"}  # folders in that of a run, which hold no other runs
 
 
 def contradictions(result: JsonMapping, digests: Sequence[JsonMapping], metrics: Sequence[JsonMapping]) -> list[str]:
@@ -257,7 +257,9 @@ def _runs_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
         return
     seen.add(real)
     # A folder with a result alone has lost its config, which reading it reports.
-    if any((folder / name).is_file() for name in ("config.json", "result.json")):
+    is_run = any((folder / name).is_file() for name in ("config.json", "result.json"))
+    if is_run:
         yield folder
-    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in _NOT_RUNS):
+    passed = _OF_A_RUN if is_run else set[str]()
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in passed):
         yield from _runs_below(inner, seen)

@@ -39,6 +39,7 @@ from imgclf_jax.run.provenance import (
 log = logging.getLogger(__name__)
 
 _SEEN = 10.0  # seconds until all hosts see a new file on a shared disk
+_UPDATED = ("config_sha256", "extended", "changed")  # the entries of provenance.json that follow config.json
 
 
 class Workdir:
@@ -144,7 +145,12 @@ class Workdir:
 
     def has_checkpoints(self) -> bool:
         """Whether the directory has any checkpoint, readable or not."""
-        return self.checkpoints.is_dir() and any(folder.name.isdigit() for folder in self.checkpoints.iterdir())
+        return self._last_checkpoint() >= 0
+
+    def _last_checkpoint(self) -> int:
+        """The step of the last checkpoint, readable or not; -1 without one."""
+        folders = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        return max((int(folder.name) for folder in folders if folder.name.isdecimal()), default=-1)
 
     def check_config(self, config: ConfigDict, may_differ: Sequence[str] = ()) -> str:
         """Raises UserError, naming the keys that differ, if the directory holds a run with another config.
@@ -167,8 +173,13 @@ class Workdir:
                         "or pass another --workdir")  # fmt: skip
 
     def update_config(self, config: ConfigDict, start: int) -> None:
-        """Records that the run continues from step `start` with another `total`, or other values of FREE_KEYS."""
+        """Records that the run continues from step `start` with another `total`, or other values of FREE_KEYS.
+
+        This is in effect once config.json is replaced: see `_settle_update` for a process that is killed before.
+        """
         old, provenance = self.load_config(), read_json(self.provenance)
+        before = {"config_sha256": json_digest(places.read(self.config, configs.MAX_BYTES))}
+        before |= {name: provenance[name] for name in _UPDATED if name in provenance}
         if old.total != config.total:
             entry: JsonObject = {"step": start, "from": old.total, "to": config.total, "command": sys.argv}
             provenance["extended"] = [*provenance.get("extended", []), entry]
@@ -181,8 +192,19 @@ class Workdir:
             log.info("from step %d on the run has other keys, which change no bit: %s; config.json has them now",
                      start, ", ".join(f"{key}={new!r}" for key, (_, new) in keys.items()))  # fmt: skip
         content = configs.to_json(config)
-        write_json(self.provenance, provenance | {"config_sha256": json_digest(content)})
+        new = {"config_sha256": json_digest(content), "before_update": before}
+        write_json(self.provenance, provenance | new)
         write_atomically(self.config, content)
+        self._settle_update()
+
+    def _settle_update(self) -> None:
+        """Ends an update: restores the entries of provenance.json from before it if config.json is not the new one."""
+        provenance = read_json(self.provenance)
+        if isinstance(before := provenance.pop("before_update", None), dict) and self.config.is_file():
+            content = places.read(self.config, configs.MAX_BYTES)
+            if json_digest(content) != provenance.get("config_sha256"):
+                provenance = {name: value for name, value in provenance.items() if name not in _UPDATED} | before
+            write_json(self.provenance, provenance)
 
     def write_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Lists every parameter by path with its shape in parameters.txt: `rules` match these paths. Needs CLU."""
@@ -254,9 +276,11 @@ class Workdir:
         - `groups` is the number of groups of BatchNorm statistics with 'per_device', else 0.
         - `fixed` is the digest of the method's fixed arrays.
 
-        Raises UserError if the run in the directory began with other data, weights or fixed arrays.
+        Raises UserError if the run in the directory began with other data, weights or fixed arrays, or has done more
+        steps than the config's `total`.
         """
-        if self.provenance.is_file():
+        begun = self.has_checkpoints() or self.config.is_file()  # a kill may leave a provenance.json alone
+        if known := begun and self.provenance.is_file():
             old = load_data_info(self.provenance)
             if old != data and data.matches(old.fingerprint) and replace(old, fingerprint=data.fingerprint) == data:
                 log.warning("an older version began the run in %s and recorded only the names and sizes of its images: "
@@ -277,7 +301,12 @@ class Workdir:
                 raise UserError(f"method={config.method!r}: its fixed arrays have changed since the run in {self.path} "
                                 f"began (digest {fixed[:12] or 'none'}, recorded {old_fixed[:12] or 'none'}); restore "
                                 "what it loads, or pass another --workdir")  # fmt: skip
-        else:
+            self._settle_update()
+        total = configs.steps(config.total, "total", data.train_examples, config.batch_size)
+        if (last := self._last_checkpoint()) > total:
+            raise UserError(f"total={config.total!r} is {total} steps, but the run in {self.path} has done {last}; "
+                            "pass its own total, extend it to more, or pass another --workdir")  # fmt: skip
+        if not known:
             whole = (
                 collect(data)
                 | {"config_sha256": json_digest(configs.to_json(config)), "evals": dict(evals)}

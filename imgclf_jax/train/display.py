@@ -213,8 +213,8 @@ def _cut(name: str, width: int) -> str:
     return name if len(name) <= width else f"{name[: width - 1]}…"
 
 
-def make_rows(recipe: Recipe, images: stream.Images, workdir: Workdir) -> Rows:
-    """The rows of a run's log, which know in process 0 what the run has recorded so far."""
+def make_rows(recipe: Recipe, images: stream.Images, workdir: Workdir, start: int) -> Rows:
+    """The rows of the log of a run that trains from step `start`, which know in process 0 its records up to there."""
     config = recipe.config
     metric = {Task.MULTILABEL: "mean_average_precision", Task.REGRESSION: "r2"}.get(recipe.task, "accuracy")
     metric = metric if recipe.method.predicts else ""
@@ -223,7 +223,8 @@ def make_rows(recipe: Recipe, images: stream.Images, workdir: Workdir) -> Rows:
         marked = {f"{name}/{metric or 'loss'}": 1.0 if metric else -1.0 for name in config.data.eval}
     rows = Rows(recipe.total, len(images) / config.batch_size, tuple(config.data.eval), metric, marked)
     for record in writers.read_metrics(workdir.metrics) if not processes.index() else ():
-        rows.note(record)
+        if record["step"] <= start:  # the later ones are written again
+            rows.note(record)
     return rows
 
 

@@ -1,6 +1,7 @@
 """Images of a run for TensorBoard: an augmented training batch, and the examples with the highest loss."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -42,24 +43,30 @@ def augment_rows(programs: Programs, images: Images, ids: np.ndarray, step: int,
 
 
 def first_batch(programs: Programs, images: Images) -> Batch:
-    """The first images that a run trains on, after augmentation and before normalization: {name: f32[n, h, w, c]}."""
+    """The first images that a run trains on, after augmentation and before normalization: {name: f32[n, h, w, c]}.
+
+    A method with `inputs` uses keys of its own, so it trains on other draws.
+    """
     size = int(programs.recipe.config.batch_size)
     ids = images.ids(programs.recipe.config.seed, np.arange(min(_AUGMENTED, size), dtype=np.int64))
     augmented = augment_rows(programs, images, ids, 0, size)
     return {"train/augmented": to_pixels(augmented, programs.recipe.config.augment)[0]}
 
 
-def highest_losses(programs: Programs, state: TrainState, evals: dict[str, Images]) -> Batch:
+def highest_losses(
+    programs: Programs, state: TrainState, evals: dict[str, Images], stop: Callable[[], str] = str
+) -> Batch:
     """The examples of each evaluation set with the highest loss, {name: uint8[h, w, c]}; {} unless they have classes.
 
-    A name says the set, the rank, the class, the predicted class and the loss. Evaluates the sets again.
+    A name says the set, the rank, the class, the predicted class and the loss. Evaluates the sets again; `stop`
+    is as in `evaluate`.
     """
     found: Batch = {}
     names = programs.recipe.data.class_names
     if not programs.recipe.method.predicts or len(names) > metrics.CONFUSION_CLASSES:
         return found
     for name, images in evals.items():
-        _, predictions = evaluate(dataclasses.replace(programs, predicting=True), state, images)
+        _, predictions = evaluate(dataclasses.replace(programs, predicting=True), state, images, stop)
         if not isinstance(predictions, metrics.Predictions):
             return found
         own = predictions.for_seed(-1) if programs.recipe.num_seeds > 1 else predictions

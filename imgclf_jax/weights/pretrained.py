@@ -15,7 +15,7 @@ import numpy as np
 from imgclf_jax import config as configs
 from imgclf_jax.core import places, processes, tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.text import escape_surrogates
+from imgclf_jax.core.text import one_per_line
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.methods import lora
 from imgclf_jax.programs import Programs
@@ -120,7 +120,7 @@ def load(programs: Programs, whole: bool = False) -> Weights:
         lacking = f"the head ({weights.head})" if weights.head else _some(weights.missing + weights.misfits)
         raise UserError(f"{what} is not a complete model: it lacks {lacking}; train it on these data first")
     here = programs.recipe.data.class_names
-    if whole and (theirs := _recorded_classes(path)) not in ("", escape_surrogates("\n".join(here))):
+    if whole and (theirs := _recorded_classes(path)) not in ("", one_per_line(here)):
         raise UserError(f"{what} has the classes {theirs.split('\n')[:5]}…, and data.source={config.data.source!r} has "
                         f"{list(here)[:5]}…: its predictions would have wrong names; name the source of its classes"
                         + (f", or pass --workdir={config.init_from} instead" if path.is_dir() else ""))  # fmt: skip
@@ -262,7 +262,7 @@ def _recorded_classes(path: Path) -> str:
     if path.is_dir():
         workdir = Workdir(path)
         recorded = workdir.load_data_info().class_names if workdir.provenance.is_file() else ()
-        return escape_surrogates("\n".join(recorded))
+        return one_per_line(recorded)
     names = files.read_metadata(path).get("class_names")
     return names if isinstance(names, str) else ""
 

@@ -8,7 +8,8 @@ later rows of the same module are aliases, which only import reads.
 
 import functools
 import re
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from flax import linen as nn
@@ -103,7 +104,6 @@ _VIT_TIMM: Rows = (
     ("backbone.norm", "norm"),
     ("backbone.block{i}.{m}", "blocks.{i}.{m}"),
 )
-_OWN: Rows = (("head", "head"), ("backbone.{m}", "{m}"))  # names that are equal in both, which import tries last
 
 # The libraries whose names a backbone's weights can have; the first is the default of export.
 TABLES: dict[type, dict[str, Rows]] = {
@@ -124,19 +124,20 @@ _LIBRARY_LEAVES = {
 _STATISTICS = ("mean", "var")  # in the collection "batch_stats"; all other leaves are in "params"
 
 
-def torch_name(backbone: nn.Module, name: str, library: str) -> str | None:
-    """PyTorch's name of our parameter or statistic `name`, such as "params/backbone/conv1/kernel".
+def torch_names(backbone: nn.Module, names: Collection[str], library: str) -> dict[str, str | None]:
+    """PyTorch's names of our parameters and statistics `names`, such as "params/backbone/conv1/kernel".
 
-    `library` is a key of the backbone's entry in TABLES; the result is None if the library's model lacks the parameter.
-    Any other `library`, such as "own", keeps the names of modules.
+    `library` is a key of the backbone's entry in TABLES; a name is None if the library's model lacks the parameter.
+    Any other `library`, such as "own", keeps the names of modules: see `_own_labels`.
     """
-    module, _, leaf = name.partition("/")[2].rpartition("/")
-    leaf = {**_LEAVES, **_LIBRARY_LEAVES.get(library, {})}.get(leaf, leaf)
-    own = f"{module}/{leaf}".replace("/", ".")
     rows = TABLES.get(type(backbone), {}).get(library)
     if rows is None:
-        return own.removeprefix("backbone.")
-    return next((match.expand(new) for pattern, new in _patterns(rows) if (match := re.fullmatch(pattern, own))), None)
+        return {**_own_labels(names)}
+    leaves, out = {**_LEAVES, **_LIBRARY_LEAVES.get(library, {})}, dict[str, str | None]()
+    for name in names:
+        own = _dotted(name, leaves)
+        out[name] = next((match.expand(new) for old, new in _patterns(rows) if (match := re.fullmatch(old, own))), None)
+    return out
 
 
 def own_name(backbone: nn.Module, name: str, own: Collection[str]) -> str | None:
@@ -149,14 +150,42 @@ def own_name(backbone: nn.Module, name: str, own: Collection[str]) -> str | None
     tables = TABLES.get(type(backbone))
     rows = tuple((theirs, ours) for table in (tables or {}).values() for ours, theirs in table)
     given = () if tables else tuple(_with_leaf(*pair) for pair in getattr(backbone, "torch_names", ()))
-    for pattern, new in (*given, *_patterns((*rows, *((theirs, ours) for ours, theirs in _OWN)))):
+    for pattern, new in (*given, *_patterns(rows)):
         if match := re.fullmatch(pattern, name):
             module, _, leaf = match.expand(new).rpartition(".")
-            for own_leaf in _own_leaves().get(leaf, [leaf]):
+            for own_leaf in (*_own_leaves().get(leaf, ()), leaf):
                 collection = "batch_stats" if own_leaf in _STATISTICS else "params"
                 if (found := f"{collection}/{module.replace('.', '/')}/{own_leaf}") in own:
                     return found
-    return None
+    return _own_names(frozenset(own)).get(name)
+
+
+def _own_labels(names: Collection[str]) -> dict[str, str]:
+    """{name: label} of the backbone's and the head's parameters and statistics, with names of modules as here.
+
+    A label is the path below the backbone with PyTorch's last part, such as "conv1.weight" of the convolution `conv1`.
+    Where several would share it, such as the `kernel` and the `scale` of one module, their last parts are ours; where
+    they still would, as in two collections, the label is the name itself.
+    """
+    labels: dict[str, str] = {}
+    for label_of in (lambda name: _dotted(name, _LEAVES), lambda name: _dotted(name, {}), str):
+        found = {name: re.sub(r"^backbone\.(?!head\b)", "", label_of(name)) for name in names if name not in labels}
+        counts = Counter([*labels.values(), *found.values()])
+        labels |= {name: label for name, label in found.items() if counts[label] == 1}
+    return labels
+
+
+@functools.lru_cache(maxsize=1)
+def _own_names(names: frozenset[str]) -> dict[str, str]:
+    """The inverse of `_own_labels` for a model that may have other modules too, such as a projector."""
+    labels = _own_labels([name for name in names if name.split("/")[1] in ("backbone", "head")])
+    return {label: name for name, label in labels.items()}
+
+
+def _dotted(name: str, leaves: Mapping[str, str]) -> str:
+    """The path below the collection, joined by dots, with its last part replaced by that in `leaves`."""
+    module, _, leaf = name.partition("/")[2].rpartition("/")
+    return f"{module}/{leaves.get(leaf, leaf)}".replace("/", ".")
 
 
 @functools.cache

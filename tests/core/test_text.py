@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from imgclf_jax.core.text import decimals, escape_surrogates, printable
+from imgclf_jax.core.text import decimals, escape_surrogates, one_per_line, printable
 
 ROOT = Path(__file__).parents[2]
 # What Python makes of the C locale by itself is UTF-8, unless it is told not to.
@@ -48,6 +48,11 @@ def test_escaped_names_encode_and_others_are_unchanged(name):
     assert shown.encode("utf-8") == name.encode("utf-8", "backslashreplace")
     assert escape_surrogates(shown) == shown
     assert escape_surrogates(os.fsdecode(b"a\xff.png")) == r"a\udcff.png"
+
+
+def test_names_on_a_line_each():
+    """A name with a line break was two lines, so every later name was another class's."""
+    assert one_per_line(["a\nb", "c\r\n", "\udcff", "é"]) == "a\\nb\nc\\r\\n\n\\udcff\né"
 
 
 def shell(command, **environment):

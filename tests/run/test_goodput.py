@@ -27,6 +27,13 @@ def test_a_killed_run_adds_up():
     assert goodput.goodput(total) == pytest.approx(50 / 85)
 
 
+def test_a_clock_that_is_set_back_between_attempts():
+    """By an hour: the attempts are those of a killed run, in the order of their lines."""
+    lines = [line(9000.0, 9040.0, 0, 80, steps=40.0), line(5400.0, 5420.0, 60, 100, steps=20.0)]
+    total = goodput.sum_up(lines)
+    assert {name: seconds for name, seconds in total.items() if seconds} == {"steps": 50.0, "recomputed": 10.0}
+
+
 def test_a_run_that_goes_back_behind_an_earlier_attempt():
     """A second apiece: 100 steps, from 90 on to 95, and from 50 on to 100, since a checkpoint was damaged."""
     lines = [

@@ -38,22 +38,29 @@ def test_without_any_manifest(saved, tmp_path, caplog):
     assert names(directory) == ["10", "20"]
 
 
-@pytest.mark.parametrize("name", ["lr=[0.1]", "a*b?", "[!x]"])
+@pytest.mark.parametrize("name", ["lr=[0.1]", "a*b?", "[!x]", r"a\n"])
 def test_names_that_orbax_would_take_for_patterns(tmp_path, name):
+    """And a backslash, which TensorStore refuses."""
     checkpoints = save(tmp_path / name / "checkpoints", {10: {}, 20: {}})
     assert checkpoints.restore_latest(like())[0] == 20
     assert Checkpoints(tmp_path / name / "checkpoints", read_only=True).restore_latest(like())[0] == 20
     assert names(tmp_path / name / "checkpoints") == ["10", "20"]
 
 
-def test_what_cannot_be_read_back_is_no_checkpoint(tmp_path, monkeypatch):
-    """As where a library wrote to another place than it reads from."""
-    checkpoints = Checkpoints(tmp_path)
+@pytest.mark.parametrize("best", ["", "test/accuracy"])
+def test_what_cannot_be_read_back_is_no_checkpoint(tmp_path, monkeypatch, best):
+    """As where a library wrote to another place than it reads from. The earlier ones, and the best, stay."""
+    directory = tmp_path / "checkpoints"
+    kept = save(directory, {2: {"test/accuracy": 0.7}, 4: {"test/accuracy": 0.5}}, keep=1, best=best).steps()
+    assert kept == ([2, 4] if best else [4])
+    checkpoints = Checkpoints(directory, keep=1, best=best)
     monkeypatch.setattr(checkpoints._manager, "item_metadata", lambda step: {"params": {}})
-    checkpoints.save(5, make_state(5))
-    with pytest.raises(UserError, match=r"the checkpoint cannot be read back: .* is absent in it"):
+    checkpoints.save(5, make_state(5), {"test/accuracy": 0.9})
+    with pytest.raises(UserError, match=r"the checkpoint cannot be read back: .* is absent in it, .* from step 4; "):
         checkpoints.wait()
-    assert not (tmp_path / "5" / "manifest.json").exists()
+    assert not (directory / "5" / "manifest.json").exists()
+    assert Checkpoints(directory, keep=1).restore_latest(like())[0] == 4
+    assert names(directory) == [str(step) for step in kept]
 
 
 def test_a_reader_beside_the_run(saved, tmp_path):

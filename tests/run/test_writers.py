@@ -160,9 +160,11 @@ def test_images_of_a_run_change_none_of_its_bits(fake_config, tmp_path):
     assert set(read_events(place / "tb").Tags()["tensors"]) == {*begin, *end, "_hparams_/session_start_info"}
 
 
-def test_tensorboard_after_resuming(tmp_path):
-    """TensorBoard drops the values that a resumed run drops, and has none twice."""
-    for start, value in ((0, 0.5), (10, 0.25)):
+@pytest.mark.parametrize("now", [2e9, 1e9])
+def test_tensorboard_after_resuming(tmp_path, monkeypatch, now):
+    """TensorBoard drops the values that a resumed run drops, and has none twice, even if the clock was set back."""
+    for start, value, clock in ((0, 0.5, 1.5e9), (10, 0.25, now)):
+        monkeypatch.setattr("imgclf_jax.run.event_file.time.time", lambda clock=clock: clock)
         writer = open_writer(tmp_path, start)
         for step in range(start + 5, 21, 5):
             writer.write_scalars(step, {"a": value})

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from imgclf_jax.core import cpuinfo, sharding
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.provenance import DataInfo
+from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.train import display
 from imgclf_jax.train.display import Rows
 
@@ -90,6 +93,15 @@ def test_the_best_so_far_is_that_of_the_whole_run():
              for step, loss in enumerate((2.0, float("nan"), 1.5, 1.7, float("-inf"), 1.0))]  # fmt: skip
     assert marks == [False, False, True, False, False, True]
     assert "best" not in log.evaluation(9, "test", {"loss": 0.0, "accuracy": 1.0})
+
+
+def test_the_best_so_far_is_none_that_a_kill_lost(tmp_path, fake_config):
+    """A run that resumes at step 4 evaluates at step 8 again, and the mark was missing."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "test/accuracy": 0.5}\n{"step": 8, "test/accuracy": 0.7}\n')
+    recipe = Recipe(fake_config, DataInfo(64, (12, 12, 1), tuple("abcd"), ""))
+    log = display.make_rows(recipe, range(64), Workdir(tmp_path), start=4)
+    marks = ["best" in log.evaluation(step, "test", {"accuracy": value}) for step, value in ((8, 0.7), (12, 0.6))]
+    assert marks == [True, False]
 
 
 @pytest.mark.parametrize(("names", "labels", "said"), [

@@ -1,5 +1,6 @@
 """`init_from`: what fits is loaded and the rest is reported; training, evaluation and prediction with the weights."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -18,6 +19,7 @@ from torch_fixtures import draw
 from imgclf_jax.config import default_config
 from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.text import one_per_line
 from imgclf_jax.models import vit
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
@@ -38,11 +40,12 @@ def file(tmp_path) -> Path:
     return torch_format.save(tmp_path / "resnet8.pth", resnet8())
 
 
-def programs(init_from: Path, model: str = "resnet_cifar(8)", shape: tuple = (32, 32, 3), classes: int = 10, **more):
+def programs(init_from: Path, model: str = "resnet_cifar(8)", shape: tuple = (32, 32, 3), classes: int = 10, names=(),
+             **more):  # fmt: skip
     config = default_config()
     config.init_from, config.model = str(init_from), model
     config.update(more)
-    names = tuple(str(i) for i in range(classes))
+    names = names or tuple(str(i) for i in range(classes))
     return Programs(Recipe(config, DataInfo(64, shape, names, "")))
 
 
@@ -153,6 +156,10 @@ def test_a_complete_model_has_the_classes_of_its_source(tmp_path):
     for metadata in ({"class_names": "0\n1"}, None):
         save_file(arrays, file, metadata)
         assert len(pretrained.load(of_two, whole=True).taken) == 4
+    save_file(arrays, file, {"class_names": one_per_line(["a\nb", "c"])})
+    for names, fits in ((("a\nb", "c"), True), (("a", "b\nc"), False)):
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="has the classes"):
+            pretrained.load(programs(file, "mlp(widths=(4,))", (3, 3, 1), 2, names), whole=True)
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), of_two.state_shape.params)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(0, {"state": {"params": params, "model_state": {}}})

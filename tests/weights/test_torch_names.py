@@ -83,7 +83,7 @@ def test_every_table_reads_back_what_it_writes(spec, library):
     """The name and the layout of each parameter and statistic."""
     model = classifier.build(spec, 5, "float32")
     own = dict(tree.named_leaves(jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))))
-    labels = {name: torch_names.torch_name(model.backbone, name, library) for name in own}
+    labels = torch_names.torch_names(model.backbone, own, library)
     assert len({*labels.values()}) == len(own)
     assert {torch_names.own_name(model.backbone, label, own): label for label in labels.values()} == labels
     for name, x in own.items():

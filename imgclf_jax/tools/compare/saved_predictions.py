@@ -222,7 +222,7 @@ def make(run: Record, trust: bool) -> dict[str, Saved]:
         for name, images in evals.items():
             caption = f"evaluating {run.name} on {name}"
             _, predictions = evaluate(programs, state, images, caption=caption)
-            example_name, names = getattr(images.source, "name", str), programs.recipe.data.class_names
+            names = programs.recipe.data.class_names
             arrays: tuple[np.ndarray, ...] = ()
             if isinstance(predictions, Predictions):
                 correct = np.atleast_2d(predictions.ranks == 0)  # [seeds, n], then the ensemble's if there are several
@@ -236,7 +236,7 @@ def make(run: Record, trust: bool) -> dict[str, Saved]:
                 correct = np.array(exact, bool).reshape(-1, len(predictions.targets))
                 labels = tuple(map(_format_target, predictions.targets))
                 arrays = predictions.targets, outputs if regression else ranking
-            examples = _escaped(example_name(i) for i in range(len(labels)))
+            examples = _escaped(sources.example_name(images.source, i, str) for i in range(len(labels)))
             made[name] = Saved(examples, labels, correct[:seeds], *arrays)
     try:
         # Without a recorded fingerprint, a later load could not tell whether the data are still the same.

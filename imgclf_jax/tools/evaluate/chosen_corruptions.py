@@ -12,14 +12,14 @@ WITHOUT_FROST = ("The fifteenth corruption, frost, is missing: it overlays photo
 
 
 def parse(text: str, folder: str) -> tuple[list[str], tuple[np.ndarray, ...]]:
-    """Returns the corruptions named by `text`, "all" or comma-separated names, and the photographs in `folder`.
+    """Returns the corruptions named by `text`, comma-separated names or "all", and the photographs in `folder`.
 
     "all" includes `frost` only with a folder. Raises UserError for an unknown name, for `frost` without a folder or a
     folder without `frost`, and for missing or broken photographs.
     """
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if text == "all":
-        names = [name for name in corruptions.CORRUPTIONS if folder or name != "frost"]
+    every = [name for name in corruptions.CORRUPTIONS if folder or name != "frost"]
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    names = list(dict.fromkeys(name for word in words for name in (every if word == "all" else [word])))
     if not names:
         raise UserError("--corruptions must be 'all', or names separated by commas, such as fog,contrast")
     for name in names:

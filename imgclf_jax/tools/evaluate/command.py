@@ -104,9 +104,9 @@ def main(
         if predicted is None or processes.index():
             continue
         predicted = predicted.for_seed(-1) if programs.recipe.num_seeds > 1 else predicted
-        example_name, origin = getattr(images.source, "name", str), ""
-        examples = [example_name(i) for i in range(len(images))] if listing_file else []
+        examples, origin = [], ""
         if listing_file:
+            examples = [sources.example_name(images.source, i, str) for i in range(len(images))]
             origin = listing.origin(config, step, digest, name, images.source.fingerprint())
         if isinstance(predicted, metrics.TargetPredictions):
             target_scores[name] = own = metrics.target_scores(programs.recipe.task, predicted, names)

@@ -3,7 +3,7 @@
 import re
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -39,6 +39,9 @@ def main(
     """
     images = inputs.find("explain", paths)
     wanted = others["class"]
+    folder = Path(output or "explained")
+    if folder.is_file():
+        raise UserError(f"explain: --output={folder} is a file; name a folder for the heatmaps")
     model = load_trained(config, workdir, checkpoint)
     model.programs.check_predicts()
     report_host_ops(model.programs)
@@ -51,7 +54,6 @@ def main(
                             f"such as --class={model.class_names[0]!r}")  # fmt: skip
         wanted = model.class_names[0]
     method, explain = build(model, method, layer, window, bool(wanted))
-    folder = Path(output or "explained")
     folder.mkdir(parents=True, exist_ok=True)
     counts = {"all": 0, "failed": 0}
     errors: list[Exception] = []  # an error that ends the iteration early
@@ -73,7 +75,7 @@ def main(
             value = f"{'value' if regression else 'probability'} {_shown(probability, regression)}"
             title = f"{utf8(Path(file).name)}: {name}, {value}"
             picture, values = draw(method, explain, model.prepare(file), label, title, regression)
-            target = _name_picture(folder, file, method, wanted, taken)
+            target = _name_picture(folder, file, method, wanted and name_class(wanted, model.class_names), taken)
             if not processes.index():
                 write_atomically(target, picture)
             prediction = {"target": name, "value": float(f"{probability:.7g}")} if regression else {
@@ -103,10 +105,20 @@ def _shown(value: float, regression: bool) -> str:
     return f"{value:.5g}" if regression else decimals(value)
 
 
+def name_class(name: str, class_names: Sequence[str]) -> str:
+    """A class as part of a file name, with its index if another class would have the same."""
+    safe = _safe(name)
+    alone = [*map(_safe, class_names)].count(safe) == 1
+    return safe if alone else f"{safe}.{class_names.index(name)}"
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^\w.+-]", "_", name)
+
+
 def _name_picture(folder: Path, file: str, method: str, wanted: str, taken: set[Path]) -> Path:
     """Names an image's heatmap `STEM.METHOD.png`, with a number if another image of this call has that name."""
-    stem = Path(utf8(file)).stem + (f".{wanted}" if wanted else "")
-    stem = re.sub(r"[^\w.+-]", "_", stem)
+    stem = _safe(Path(utf8(file)).stem) + (f".{wanted}" if wanted else "")
     for number in range(1, len(taken) + 2):
         target = folder / f"{stem}{f'-{number}' if number > 1 else ''}.{method}.png"
         if target not in taken:

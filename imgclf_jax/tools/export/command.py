@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.core import processes, sharding, tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.text import escape_surrogates
+from imgclf_jax.core.text import one_per_line
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run.provenance import write_atomically
 from imgclf_jax.run.workdir import Workdir
@@ -44,6 +44,11 @@ def main(config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoi
             raise UserError(f"export: {str(path)!r}: the suffix must select the format: {', '.join(KINDS)}")
         if not path.parent.is_dir():
             raise UserError(f"export: the folder {path.parent} does not exist; create it first")
+    if gives != "probabilities" and all(path.suffix == ".safetensors" for path in paths):
+        raise UserError(f"export: --gives={gives} is for the other formats, since .safetensors holds weights and no "
+                        "function; drop it")  # fmt: skip
+    if names and not any(path.suffix == ".safetensors" for path in paths):
+        raise UserError(f"export: --names={names} is for .safetensors, the weights of a PyTorch model; drop it")
     if any(path.suffix == ".onnx" for path in paths):
         onnx.check()
     for path in paths:
@@ -120,7 +125,7 @@ def _safetensors(model: Trained, path: Path, gives: str, names: str) -> list[str
     metadata = {"format": "pt", "model": recipe.config.model, "names": names, "augment": recipe.config.augment,
                 "host_ops": model.programs.preprocess_eval}  # fmt: skip
     metadata |= {"grid": "{}x{}".format(*grid)} if (grid := pretrained.patch_grid(model.programs)) else {}
-    metadata |= {"task": model.task.value, "class_names": escape_surrogates("\n".join(model.class_names))}
+    metadata |= {"task": model.task.value, "class_names": one_per_line(model.class_names)}
     lines = []
     for seed in range(recipe.num_seeds):
         own = variables if recipe.num_seeds == 1 else jax.tree.map(lambda x, seed=seed: np.asarray(x)[seed], variables)

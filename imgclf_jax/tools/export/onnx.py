@@ -106,7 +106,7 @@ def _run(
         elif name in replacements:
             out = [replacements[name](*operands, **equation.params)]
         else:
-            out = bind(equation, operands)
+            out = [*bind(equation, operands)]
         values.update(zip(equation.outvars, out, strict=True))
     return [read(v) for v in jaxpr.outvars]
 

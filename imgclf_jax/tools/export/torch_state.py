@@ -14,8 +14,8 @@ from imgclf_jax.weights import torch_names
 def naming(backbone: nn.Module, names: str = "") -> str:
     """The library whose names the weights get: `names`, or by default the first one that the backbone supports.
 
-    "own" are our names, joined by dots; a backbone with a swapped block, norm or activation supports no others. Raises
-    UserError for names that the backbone does not support.
+    "own" are our names of modules, joined by dots; a backbone with a swapped block, norm or activation supports no
+    others. Raises UserError for names that the backbone does not support.
     """
     tables = {} if parts.has_swapped(backbone) else torch_names.TABLES.get(type(backbone), {})
     known = [*tables, "own"]
@@ -37,10 +37,10 @@ def state_dict(
     own = {name: x for name, x in tree.named_leaves(variables) if name.split("/")[1] in ("backbone", "head")}
     if isinstance(backbone, ViT) and backbone.positions == "sincos" and names != "own":
         own["params/backbone/positions_embedding"] = _fixed_positions(backbone, own, image_shape)
+    labels = torch_names.torch_names(backbone, own, names)
     out: dict[str, np.ndarray] = {}
     for name, value in own.items():
-        label = torch_names.torch_name(backbone, name, names)
-        if label is None:
+        if (label := labels[name]) is None:
             raise UserError(f"the weight {name} of {type(backbone).__name__} has no name in {names}'s model; "
                             "pass --names=own")  # fmt: skip
         out[label] = torch_names.torch_layout(np.asarray(value), name, names)

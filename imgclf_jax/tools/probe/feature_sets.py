@@ -8,6 +8,7 @@ import numpy as np
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import stream
+from imgclf_jax.data.sources import example_name
 from imgclf_jax.trained import Trained
 
 
@@ -25,7 +26,7 @@ def compute_batches(model: Trained, images: stream.Images) -> Iterator[tuple[np.
         features = np.asarray(jax.device_get(out))
         features = (features if programs.recipe.num_seeds > 1 else features[None])[:, batch["mask"]]
         if (broken := np.flatnonzero(~np.isfinite(features).all((0, 2)))).size:
-            name = getattr(images.source, "name", "example {}".format)(done + int(broken[0]))
+            name = example_name(images.source, done + int(broken[0]))
             raise UserError(f"{name}: the features are NaN or infinite; the weights may have NaN, so try another "
                             "--checkpoint")  # fmt: skip
         done += features.shape[1]

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -21,8 +20,6 @@ from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.probe import embeddings, feature_sets
 from imgclf_jax.train.evaluation import compare_with_record, open_evals, open_set
 from imgclf_jax.trained import Trained, load_converted, report_host_ops, restore, until_error
-
-log = logging.getLogger(__name__)
 
 _ROWS = 1024  # images per write
 
@@ -80,10 +77,10 @@ def _add_sets(
     if workdir:
         compare_with_record(model.programs, workdir, base, {} if split else sets)
     for name, images in sets.items():
-        example_name, done = getattr(images.source, "name", str), 0
-        batches = -(-len(images) // model.programs.eval_batch_size)
+        done, batches = 0, -(-len(images) // model.programs.eval_batch_size)
         for features, labels in progress.track(feature_sets.compute_batches(model, images), batches, name):
-            add(name, [utf8(example_name(i)) for i in range(done, done + len(labels))], labels, features)
+            ids = range(done, done + len(labels))
+            add(name, [utf8(sources.example_name(images.source, i, str)) for i in ids], labels, features)
             done += len(labels)
     return sum(map(len, sets.values()))
 

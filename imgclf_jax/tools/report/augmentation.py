@@ -1,4 +1,4 @@
-"""Augmented training images for a report, drawn with the run's own keys."""
+"""Augmented training images for a report, drawn with the keys of the run's steps."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ import numpy as np
 
 from imgclf_jax.augment import ops
 from imgclf_jax.augment.pixels import to_pixels
-from imgclf_jax.data.sources import Source
+from imgclf_jax.data.sources import Source, example_name
 from imgclf_jax.data.stream import train_images
 from imgclf_jax.programs import Programs
 from imgclf_jax.train.pictures import augment_rows
@@ -24,7 +24,7 @@ class Augmented:
     images: np.ndarray  # uint8[n, h, w, c], after the host ops of evaluation
     draws: np.ndarray  # f32[n, draws, h, w, c] in [0, 1]
     steps: tuple[int, ...]  # the step of each draw
-    full_batch: bool  # whether these are the run's own draws; its batch may be too large
+    differs: str  # why the draws are not those of training; "" if the first is what step 0 trains on
     stretched: bool  # see `to_pixels`
 
 
@@ -32,7 +32,8 @@ def draw(programs: Programs, source: Source) -> Augmented | None:
     """Augments the first images of the run's first batch several times; None if augmentation draws nothing.
 
     Each draw has the keys of a step: host ops those of its stream positions, device ops that of the step. The first
-    draw is what step 0 trains on; the others have the keys of the first steps of the following epochs.
+    draw is what step 0 trains on, unless the method uses keys of its own or the batch is too large; the others have the
+    keys of the first steps of the following epochs.
     """
     config = programs.recipe.config
     n, b = len(source), int(config.batch_size)
@@ -43,10 +44,13 @@ def draw(programs: Programs, source: Source) -> Augmented | None:
     rows = min(b, max(count, _MOST_BYTES // math.prod(images.shape)))
     ids = images.ids(config.seed, np.arange(count, dtype=np.int64))
     steps = tuple(-(-epoch * images.sampler.epoch // b) for epoch in range(_DRAWS))
+    differs = (
+        f"method={config.method!r} uses keys of its own" if programs.recipe.method.inputs
+        else "to save memory, their batch is smaller" if rows < b else ""
+    )  # fmt: skip
     draws = [augment_rows(programs, images, ids, step, rows) for step in steps]
     pixels, stretched = to_pixels(np.stack(draws, 1), config.augment)
-    example_name = getattr(source, "name", "example {}".format)
     return Augmented(
-        tuple(example_name(int(i)) for i in ids), programs.eval_images(source).read(ids, ids)["image"], pixels, steps,
-        rows == b, stretched,
+        tuple(example_name(source, int(i)) for i in ids), programs.eval_images(source).read(ids, ids)["image"], pixels,
+        steps, differs, stretched,
     )  # fmt: skip

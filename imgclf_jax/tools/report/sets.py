@@ -228,12 +228,12 @@ def _top_loss(example: TopLoss, names: Sequence[str], method: str) -> str:
 
 def augmentation_section(augmented: Augmented, ops: str, mix: str) -> str:
     """Returns a table with a row for each training image: the original, and several draws."""
-    note = f"Training images before and after augmentation with the run's own keys: {ops}."
-    if augmented.full_batch:
+    note = f"Training images before and after augmentation: {ops}."
+    if augmented.differs:
+        note += f" They differ from the draws of training: {augmented.differs}."
+    else:
         note += " The first draw is what the run, or its first seed, trains on at step 0; the others have the keys of "
         note += "later steps."
-    else:
-        note += " To save memory, the batch is smaller than the run's, so the draws may differ."
     if augmented.stretched:
         note += " The draws are stretched from their smallest to their largest value, because an op may have any range."
     if mix:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from imgclf_jax.augment.pixels import to_pixels
+from imgclf_jax.data.sources import example_name
 from imgclf_jax.data.stream import Images
 from imgclf_jax.metrics import Predictions
 from imgclf_jax.programs import Programs
@@ -44,13 +45,12 @@ def describe(
     with programs.tracing():
         augmented = np.asarray(jax.jit(lambda x: augment(None, x))(pixels))
     shown, _ = to_pixels(augmented, programs.recipe.config.augment)
-    name = getattr(images.source, "name", "example {}".format)
     rows = zip(
         indices, predictions.losses()[indices], shown, explain(pixels, predictions.predicted[indices]), strict=True
     )
     found = []
     for i, loss, image, heat in rows:
         label, predicted, p = int(predictions.labels[i]), int(predictions.predicted[i]), predictions.probabilities[i]
-        found.append(TopLoss(name(int(i)), label, predicted, float(p[predicted]), float(p[label]), float(loss), image,
-                             heat))  # fmt: skip
+        found.append(TopLoss(example_name(images.source, int(i)), label, predicted, float(p[predicted]),
+                             float(p[label]), float(loss), image, heat))  # fmt: skip
     return tuple(found)

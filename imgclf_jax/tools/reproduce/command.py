@@ -81,9 +81,10 @@ def main(
     try:
         with contextlib.redirect_stdout(sys.stderr):
             status = train.main(config, Workdir(folder), adjusted=adjusted, noted=noted)
-    except UserError:
+    except UserError as e:
         with contextlib.suppress(OSError):
             folder.rmdir()  # if it is empty
+        e.args = (str(e).replace("--workdir", "--output"),)  # the flag of `train`
         raise
     processes.barrier("comparing")  # process 0 has written everything
     here = Record.load(str(folder))

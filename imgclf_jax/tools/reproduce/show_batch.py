@@ -16,6 +16,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import stream
+from imgclf_jax.data.sources import example_name
 from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs, programs_for_images
 from imgclf_jax.recipe import check_names
@@ -89,8 +90,7 @@ def batch_at(programs: Programs, images: stream.Images, step: int, raw: bool = F
     batch = jax.tree.map(lambda values: values[0], chunk)
     at = stream.positions(range(step, step + 1), only.batch_size, np.arange(only.batch_size, dtype=np.int64))
     ids = images.ids(only.seed, at)
-    name = getattr(images.source, "name", lambda i: "")
-    names = [path if "/" in (path := name(int(i))) else "" for i in ids]  # other names repeat the id
+    names = [name if "/" in (name := example_name(images.source, int(i))) else "" for i in ids]  # others repeat the id
     if not raw:
         with programs.tracing():
             inputs = jax.jit(make_inputs(recipe.augment(train=True), recipe.mix, recipe.method))

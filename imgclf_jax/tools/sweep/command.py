@@ -133,6 +133,7 @@ class _Sweep:
         self._runs = runs
         self._width = max(len(run.name) for run in runs)
         self._active: list[_Job] = []
+        self._elsewhere: list[Run] = []  # that another process trains, for example one that a killed sweep left behind
         self._line: Line | None = None
         self._began, self._parts = 0.0, dict[str, float]()  # of the runs that do not train now, what is done, 0 to 1
         self._parts_before: dict[str, float] = {}  # the same when the sweep began
@@ -148,26 +149,24 @@ class _Sweep:
                 self._report(run, "failed" if wrong else "done before", error=error)
             else:
                 todo.append(run)
-        # Waits for the processes that a killed sweep has left behind, instead of failing on their locks.
-        elsewhere = [run for run in todo if lock.is_held(self._workdir(run).path / "lock")]
-        for run in elsewhere:
+        for run in [run for run in todo if self._is_held(run)]:
             todo.remove(run)
-            log.warning("another process is training %s: waiting for it", run.name)
+            self._wait_for(run)
         self._began = time.monotonic()
         self._parts = {run.name: 1.0 if run.name in self._outcomes else status.read_progress(
             run.config, self._workdir(run)).part for run in self._runs}  # fmt: skip
         self._parts_before = dict(self._parts)
         with signals.noted(self._at_stake) as stop, self._kill_at_exit(), Line(self._describe) as self._line:
             sent = ""  # the signal passed on to the runs
-            while self._active or (not stop() and (todo or elsewhere)):
+            while self._active or (not stop() and (todo or self._elsewhere)):
                 if stop() and not sent:
                     sent = stop()
                     for job in self._active:
                         job.process.send_signal(signals.number(sent))
-                for run in [run for run in elsewhere if not lock.is_held(self._workdir(run).path / "lock")]:
-                    elsewhere.remove(run)
+                for run in [run for run in self._elsewhere if not self._is_held(run)]:
+                    self._elsewhere.remove(run)
                     todo.appendleft(run)
-                while todo and not stop() and len(self._active) + len(elsewhere) < self._jobs:
+                while todo and not stop() and len(self._active) + len(self._elsewhere) < self._jobs:
                     run = todo.popleft()
                     if self._is_done(run):  # by another process
                         self._report(run, "done")
@@ -198,6 +197,14 @@ class _Sweep:
     def _log(self, run: Run) -> Path:
         return self._folder / f"{run.name}.log"
 
+    def _is_held(self, run: Run) -> bool:
+        return lock.is_held(self._workdir(run).path / "lock")
+
+    def _wait_for(self, run: Run) -> None:
+        """Starts the run once the process that trains it has ended, instead of failing on its lock."""
+        self._elsewhere.append(run)
+        log.warning("another process is training %s: waiting for it", run.name)
+
     def _is_done(self, run: Run) -> bool:
         """Whether the run's files show that it has finished with this config."""
         workdir = self._workdir(run)
@@ -224,6 +231,8 @@ class _Sweep:
             self._report(job.run, "done", seconds)
         elif status == STOPPED or status in _BY_SIGNAL:
             self._report(job.run, "stopped", seconds)
+        elif self._is_held(job.run):  # by a process that was still importing when the sweep began
+            self._wait_for(job.run)
         else:
             self._report(job.run, "failed", seconds, _find_error(status, self._log(job.run)))
 

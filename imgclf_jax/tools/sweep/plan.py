@@ -13,7 +13,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Value
 from imgclf_jax.run.provenance import read_json, write_json
 
@@ -80,7 +80,7 @@ def parse(text: str) -> tuple[str, list[str]]:
         raise UserError(f"--sweep={text!r} must name a key and its values; {_FORMS}")
     key = key.removeprefix("config.")
     if not can_set(key):
-        raise UserError(f"--sweep={text!r}: " + unknown("config key", key, configs.KEYS))
+        raise UserError(f"--sweep={text!r}: {configs.explain_unknown(key)}")
     if rest.startswith("["):
         try:
             values = ast.literal_eval(rest)
@@ -150,7 +150,7 @@ def combine(planned: Sequence[dict[str, Value]] | None, sweeps: Iterable[str]) -
         grid[key] = values
     runs = [{key: _text(value, "get_sweep()") for key, value in run.items()} for run in planned or [{}]]
     if wrong := [key for run in runs for key in run if not can_set(key)]:
-        raise UserError("get_sweep(): " + unknown("config key", wrong[0], configs.KEYS))
+        raise UserError(f"get_sweep(): {configs.explain_unknown(wrong[0])}")
     if planned is None and not grid:
         raise UserError("a sweep needs values: --sweep 'schedule=constant(1e-3); constant(3e-3)' or --sweep seed=0..2, "
                         "or a function get_sweep() in the config file")  # fmt: skip

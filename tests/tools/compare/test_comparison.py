@@ -124,6 +124,13 @@ def test_a_run_that_is_there_twice_ungroups_no_others(tmp_path, write):
     assert compare_tables.results(found)[1][0][:3] == ["1.0", "", "0, 1, 2"]
 
 
+def test_runs_that_are_called_like_a_folder_of_a_run(tmp_path, write):
+    """They were left out silently."""
+    for name in ("checkpoints", "damaged", "profile", "tb"):
+        write(name)
+    assert [run.path.name for run in record.find([str(tmp_path)])[0]] == ["checkpoints", "damaged", "profile", "tb"]
+
+
 def test_what_is_not_done_or_damaged(tmp_path, write):
     write("a/done", seed=0)
     write("a/extended", seed=1, steps=7)  # its result is that of the shorter run

@@ -148,6 +148,9 @@ def test_mistakes(run, capsys, words, message):
 
 def test_all_are_all():
     assert parse("all", "") == ([name for name in corruptions.CORRUPTIONS if name != "frost"], ())
+    assert parse("fog, all", "")[0] == sorted(parse("all", "")[0], key=lambda name: name != "fog")
+    with pytest.raises(UserError, match="frost overlays photographs"):
+        parse("all,frost", "")
     assert parse("fog, snow,fog", "") == (["fog", "snow"], ())
     with pytest.raises(UserError, match="allowed: all, brightness"):
         parse("noise", "")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 from test_stablehlo import made
 
 import imgclf_jax
@@ -67,6 +68,31 @@ def zeros_of(spec):
     model = classifier.build(spec, 5, "float32")
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 16, 24, 3))))
     return model.backbone, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables)
+
+
+SHARED = {
+    "params/backbone/dense/kernel": (3, 2), "params/backbone/dense/scale": (2,),  # weight normalization
+    "params/backbone/own/kernel": (4, 3), "params/backbone/own/weight": (3, 4),
+    "params/backbone/norm/mean": (2,), "batch_stats/backbone/norm/mean": (2,), "batch_stats/backbone/norm/var": (2,),
+    "params/backbone/head/kernel": (2, 5), "params/head/kernel": (2, 5), "memory/backbone/dense/bias": (5, 2),
+    "params/backbone/dense/bias": (2,),
+    "params/backbone/attn/weight": (2,), "params/backbone/cls": (2,), "params/backbone/cls_token": (3,),
+    "params/backbone/conv/mean": (2,), "params/backbone/a.b/kernel": (2, 2), "params/backbone/a/b/kernel": (2, 2),
+    "params/projector/dense/kernel": (3, 2),
+}  # fmt: skip
+
+
+def test_variables_that_would_share_a_name_are_all_written_and_read_back():
+    """The `kernel` and the `scale` of one module were both called `weight`, and the file held only the last one."""
+    backbone, own = classifier.build("mlp", 5, "float32").backbone, {n: drawn(n, shape) for n, shape in SHARED.items()}
+    written = torch_state.state_dict(backbone, traverse_util.unflatten_dict(own, sep="/"), "own", (2, 2, 3))
+    del own["params/projector/dense/kernel"]  # no classifier has it
+    found = {label: torch_names.own_name(backbone, label, SHARED) for label in written if "num_batches" not in label}
+    assert sorted(found.values()) == sorted(own)
+    for label, name in found.items():
+        np.testing.assert_array_equal(torch_names.own_layout(written[label], name, SHARED[name]), own[name])
+    assert {"dense.kernel", "dense.scale", "own.weight", "norm.running_var", "head.weight"} <= written.keys()
+    assert written["dense.kernel"].shape == (2, 3)
 
 
 @pytest.mark.parametrize("names", ["timm", "torchvision"])

@@ -320,6 +320,7 @@ def test_a_result_of_the_readme(tmp_path):
     (["{run}", "--steps=11"], 1, "--steps=11: must be at most 10, the steps that the run in {run} recorded"),
     (["{run}", "--output={run}"], 1, "--output={run} is the run itself"),
     (["{run}", "--config.total=5 steps"], 1, "total='5 steps' is 5 steps, but the run in {run} recorded 10"),
+    (["{run}", "--output={run}/config.json"], 1, "it is a file; pass another --output"),
     (["missing"], 1, "missing holds no run"),
     (["{run}/config.json"], 1, "config.json is not a readable bundle"),
 ])  # fmt: skip

@@ -31,6 +31,8 @@ with (place.parent / "order").open("a") as file:
 if behave == "fail":
     print("error: no luck\\nmore", flush=True)
     sys.exit(1)
+if behave == "meet an orphan" and (place.parent / "order").read_text().count("begin 0") == 1:
+    sys.exit("error: in use")
 if behave == "die":
     os.kill(os.getpid(), signal.SIGKILL)
 if behave == "ask":
@@ -165,6 +167,18 @@ def test_a_run_that_another_process_trains_is_waited_for(run):
     assert "another process is training seed=0: waiting for it" in run.err
     assert (run.folder / "order").read_text().splitlines()[0] == "begin 0"
     assert len(lines) == 8
+
+
+def test_a_run_that_another_process_turns_out_to_train_is_waited_for(run, monkeypatch):
+    """The orphan of a killed sweep, which takes the lock only after this sweep has looked: seed=0 counted as failed."""
+    held, order = [True, True], run.folder / "order"
+    monkeypatch.setattr(
+        lock, "is_held", lambda file: "seed=0" in str(file) and order.exists() and bool(held) and held.pop()
+    )
+    status, lines = run("--sweep=seed=0..1", s0="meet an orphan")
+    assert status == 0
+    assert "another process is training seed=0: waiting for it" in run.err
+    assert [line.split(" N s")[0] for line in lines[:2]] == ["seed=0 done", "seed=1 done"]
 
 
 def test_print(run, monkeypatch):
