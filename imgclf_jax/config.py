@@ -3,13 +3,16 @@
 A config file imports only this module: `get_config()` starts from `default_config()` and overrides keys.
 """
 
+import contextlib
 import difflib
 import importlib.util
+import inspect
 import json
 import logging
 import math
 import re
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -153,6 +156,9 @@ def flag_for(name: str) -> str:
     return explain_unknown(name).partition(": ")[2] if name in _ELSEWHERE else ""
 
 
+# Keys that name exactly one thing.
+_NEEDED = ("data.source", "data.train", "data.sampling", "model", "loss", "method", "schedule")
+
 # The smallest value of a key, and the values that a key may have.
 _LEAST = {"batch_size": 1, "checkpoint.keep": 1, "data.threads": 0, "steps_per_call": 0, "accumulate": 1,
           "num_seeds": 1, "clip": 0}  # fmt: skip
@@ -233,16 +239,49 @@ def call(path: str, function: str, arg: str) -> Any:
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"config file {path!r} is not a Python file (.py)")
     module = importlib.util.module_from_spec(module_spec)
-    try:
+    with _naming_the_line(path, module_spec.origin):
         module_spec.loader.exec_module(module)
-        if function != "get_config" and not hasattr(module, function):
-            return ABSENT
-        called = getattr(module, function)
-        return called(arg) if arg else called()
+    called = getattr(module, function, None)
+    if called is None and function != "get_config":
+        return ABSENT
+    if not callable(called):
+        raise UserError(f"config file {path} has no function {function}(); write one" + (
+            " that changes default_config() and returns it" if function == "get_config" else ""))  # fmt: skip
+    args = (arg,) if arg else ()
+    taken = inspect.signature(called)
+    try:
+        taken.bind(*args)
+    except TypeError as e:
+        example = "" if arg else f":{next(iter(taken.parameters)).upper()}"
+        raise UserError(f"config file {path}: {function} takes ({', '.join(taken.parameters)}): pass "
+                        f"--config={path}{example}") from e  # fmt: skip
+    with _naming_the_line(path, module_spec.origin):
+        return called(*args)
+
+
+@contextlib.contextmanager
+def _naming_the_line(path: str, file: str | None) -> Iterator[None]:
+    """Raises UserError for any error inside, with its last line in the config file."""
+    try:
+        yield
     except Exception as e:  # the user's code may raise anything
-        if match := re.search(r'Key "(\w+)" does not exist', str(e)):  # ConfigDict's own message has many lines
-            raise UserError(f"config file {path}: " + explain_unknown(match[1])) from e
-        raise UserError(f"config file {path}: {type(e).__name__}: {next(iter(str(e).splitlines()), '')}") from e
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == file]
+        where = f"config file {path}" + (f", line {lines[-1]}" if lines else "")
+        raise UserError(f"{where}: {_explain(e)}") from e
+
+
+def _explain(error: Exception) -> str:
+    """An error of a config file in one line; ConfigDict's own messages have many, or name its types."""
+    text = str(error)
+    if match := re.search(r'Key "(\w+)" does not exist', text):
+        return explain_unknown(match[1])
+    if match := re.search(r"override field '(\w+)' .*<class '([\w.]+)'> and cannot be casted", text, re.DOTALL):
+        for key, (default, _) in KEYS.items():
+            if key.rpartition(".")[2] == match[1]:
+                return _wants_type(key, default) + f", not {match[2]}"
+        if any(key.startswith(f"{match[1]}.") for key in KEYS):
+            return explain_unknown(match[1])
+    return f"{type(error).__name__}: {next(iter(text.splitlines()), '')}"
 
 
 def flatten(config: ConfigDict) -> dict[str, Value]:
@@ -261,6 +300,10 @@ def flatten(config: ConfigDict) -> dict[str, Value]:
     return flat
 
 
+def _wants_type(key: str, default: Value) -> str:
+    return f"{key} must have the type {type(default).__name__}, such as {default!r}"
+
+
 def check_keys(config: ConfigDict, where: str) -> None:
     """Raises UserError for an unknown key, a missing one, or a value of the wrong type."""
     flat = flatten(config)
@@ -271,8 +314,7 @@ def check_keys(config: ConfigDict, where: str) -> None:
         raise UserError(f"{where}: missing config keys {', '.join(missing)}; start from default_config()")
     for key, (default, _) in KEYS.items():
         if type(flat[key]) is not type(default):
-            raise UserError(f"{where}: {key}={flat[key]!r} must have the type {type(default).__name__}, such as "
-                            f"{default!r}")  # fmt: skip
+            raise UserError(f"{where}: {_wants_type(f'{key}={flat[key]!r}', default)}")
     for key, example in (("data.eval", "'test'"), ("data.extra", "'train[10%:]'")):
         for name, split in flat[key].items():
             if not isinstance(split, str):
@@ -284,6 +326,10 @@ def validate(config: ConfigDict) -> None:
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed}: allowed are 0 to 2**32 - 1")
     flat = flatten(config)
+    splits = {f"data.eval.{name}": split for name, split in config.data.eval.items()}
+    for key, text in {**{key: flat[key] for key in _NEEDED}, **splits}.items():
+        if not text.strip():
+            raise UserError(f"{key} is empty; write a value, such as {KEYS[key][0] if key in KEYS else 'test'!r}")
     for key, least in _LEAST.items():
         if not flat[key] >= least:  # nor is NaN
             raise UserError(f"{key}={flat[key]}: must be {least} or more")

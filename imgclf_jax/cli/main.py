@@ -68,6 +68,9 @@ def main(argv: list[str], program: str = "launch.py", command: Sequence[str] = (
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python complains at exit
         return 1
     except OSError as e:
+        provenance = sys.modules.get("imgclf_jax.run.provenance")  # imported by now if the user's own code has run
+        if provenance and provenance.raised_in_own_code(e):
+            raise  # the user needs the traceback into their own code
         message = f"{e.filename or _guess_file(e)}: {e.strerror or reason(e)}"
         print(f"error: {printable(message)}; fix the cause and run the same command again", file=sys.stderr)
         return 1
@@ -76,7 +79,8 @@ def main(argv: list[str], program: str = "launch.py", command: Sequence[str] = (
 def _guess_file(error: OSError) -> str:
     """Names the cause of an error without a file name: standard output, if writing there fails the same way."""
     try:
-        os.write(sys.stdout.fileno(), b"\n")
+        sys.stdout.flush()
+        os.write(sys.stdout.fileno(), b"")
     except OSError as e:
         if e.errno == error.errno:
             return "standard output"

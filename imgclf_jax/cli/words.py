@@ -34,7 +34,9 @@ def take_flags(command: str, argv: list[str]) -> tuple[flags.FlagValues, list[st
         rest = values(["launch.py", *argv], known_only=True)[1:]
     except flags.Error as e:
         raise UsageError(str(e)) from e
-    for word in itertools.takewhile(lambda word: word != "--", rest):
+    for before, word in itertools.pairwise(["", *itertools.takewhile(lambda word: word != "--", rest)]):
+        if re.fullmatch(r"--?config\.[^=]+", before) and re.match(r"-\.?\d", word):
+            raise UsageError(f"{before} {word}: write {before}={word}")
         flag = word.lstrip("-").partition("=")[0]
         if word.startswith("-") and flag and flag != "config" and not flag.startswith("config."):
             raise _unknown_flag(flag, command)
@@ -99,6 +101,9 @@ def check_no_files(command: str, words: list[str]) -> None:
         return
     if i and word != "--" and _is_boolean(words[i - 1]):
         raise UsageError(f"{words[i - 1]} {word}: must be true or false")
+    if files[0] in COMMANDS:
+        raise UsageError(f"{command} takes no files, but got {files[0]!r}, which is a command: give one command, "
+                         "before all flags")  # fmt: skip
     key, equals, value = files[0].partition("=")
     if equals and (hint := configs.flag_for(key)):
         raise UsageError(f"{command} takes no files, but got {files[0]!r}: {hint.replace('VALUE', value)}")

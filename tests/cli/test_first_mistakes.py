@@ -44,6 +44,13 @@ def says(capsys, monkeypatch, tmp_path):
     (["--config.epochs=3"], "unknown config key 'epochs': write --config.total='20 epochs'"),
     (["--config.num_classes=3"], "unknown config key 'num_classes': the data say which ones there are, see "
      "data.source"),
+    (["--workdir=metric", "evaluate"], "train takes no files, but got 'evaluate', which is a command: give one "
+     "command, before all flags"),
+    (["--config.seed=1", "predict", "a.png"], "train takes no files, but got 'predict', which is a command: give one "
+     "command, before all flags"),
+    (["train", "evaluate"], "train takes no files, but got 'evaluate', which is a command: give one command, before "
+     "all flags"),
+    (["--config.seed", "-1"], "--config.seed -1: write --config.seed=-1"),
     (["--num_classes=3"], "unknown flag --num_classes: the data say which ones there are, see data.source"),
 ])  # fmt: skip
 def test_a_name_or_a_place_that_is_another_one_here(says, argv, said):
@@ -61,6 +68,21 @@ def test_what_other_libraries_call_a_key_leads_to_a_value_that_it_takes():
             value = example.strip("'\"") if isinstance(configs.KEYS[key][0], str) else ast.literal_eval(example)
             setattr(config[parent] if parent else config, leaf, value)
             configs.validate(config)
+
+
+def test_an_error_in_own_code_keeps_its_place(monkeypatch, tmp_path, capfd):
+    """It ended with "a file or the output: …", and a blank line on standard output."""
+    (tmp_path / "broken_h5.py").write_text("def source():\n    raise OSError('Unable to open my.h5')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    argv = ["show-batch", "--config.data.source=broken_h5:source", "--format=json"]
+    with pytest.raises(OSError, match=r"my\.h5") as e:
+        launch.main(argv)
+    assert e.traceback[-1].path.name == "broken_h5.py"
+    monkeypatch.setattr("imgclf_jax.run.provenance.own_files", dict)  # as if it were a library's
+    assert launch.main(argv) == 1
+    out, err = capfd.readouterr()
+    assert (out, "error: a file or the output: Unable to open my.h5" in err) == ("", True)
 
 
 def test_values_after_their_keys_are_no_files(says):
@@ -98,6 +120,13 @@ def test_no_run_is_named_and_the_usual_one_is_used(says, tmp_path):
     (tmp_path / "runs" / "digits").mkdir(parents=True)
     (tmp_path / "runs" / "digits" / "config.json").write_text("{}")
     assert says("predict", "cat.jpg")[1].split(" ", 1)[1] == "without --workdir: using the run in runs/digits"
+
+
+def test_heatmaps_go_to_a_folder(says, tmp_path):
+    (tmp_path / "config.json").write_text(configs.to_json(configs.default_config()))
+    (tmp_path / "cat.jpg").touch()
+    said = says("explain", "cat.jpg", "--workdir=.", "--output=cat.jpg")
+    assert said == (1, "explain: --output=cat.jpg is a file; name a folder for the heatmaps")
 
 
 def test_a_folder_without_a_run_is_named_in_full(says, tmp_path):

@@ -180,6 +180,7 @@ def test_an_import_path_is_looked_up_without_registration(tmp_path, monkeypatch)
         "LEVEL = 3\ndef brighten(image, by=1):\n    return image + by\n\nclass Net:\n    def __init__(self, width):\n"
         "        self.width = width\n"
     )
+    (tmp_path / "my_own_ops_7" / "torn.py").write_text("\nclass Net(:\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert bind("my_own_ops_7.light:brighten(by=5)", leading=("image",))(1) == 6
     assert spec.bind(spec.parse_one("my_own_ops_7.light:Net(width=3)"), {}, "model")().width == 3
@@ -189,11 +190,18 @@ def test_an_import_path_is_looked_up_without_registration(tmp_path, monkeypatch)
         "my_own_ops_7.dark:f": "cannot import 'my_own_ops_7.dark' for op",
         "my_own_ops_8:f": "cannot import 'my_own_ops_8' for op",
         "my_own_ops_7..light:f": "cannot import",
+        "my_own_ops_7.torn:f": r"cannot import 'my_own_ops_7.torn' for op .*: invalid syntax \(torn.py, line 2\)",
     }.items():
         with pytest.raises(UserError, match=expected):
             bind(text)
     for name in [n for n in sys.modules if n.startswith("my_own_ops_7")]:
         del sys.modules[name]
+
+
+@pytest.mark.parametrize("path", ["my_nets_7.py", "./my_nets_7.py", "/full/my path/my_nets_7.py", "models/my_nets_7"])
+def test_the_path_of_a_file_is_no_import_path(path):
+    with pytest.raises(UserError, match=r"write my_nets_7:Net: the module's name, without folder and \.py"):
+        bind(f"{path}:Net(width=3)")
 
 
 def test_linen_modules_do_not_offer_the_fields_that_flax_adds():
