@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-import traceback
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -18,12 +18,13 @@ from imgclf_jax.core import memory, processes, rng, spec, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Function, PyTree
 from imgclf_jax.data import stream
+from imgclf_jax.data.sources import example_name
 from imgclf_jax.methods.gradients import Gradient
 from imgclf_jax.models import classifier
 from imgclf_jax.optim import optimizers
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
-from imgclf_jax.run.provenance import own_files, write_json
+from imgclf_jax.run.provenance import raised_in_own_code, write_json
 
 _TRACED_KEYS = ("method", "gradient", "model", "augment", "mix", "tta", "loss", "optimizer", "schedule")
 
@@ -36,21 +37,18 @@ def naming_the_key(recipe: Recipe) -> Iterator[None]:
     except UserError:
         raise
     except Exception as e:  # JAX, Flax and Optax raise many types
-        if isinstance(e, ScopeParamNotFoundError | ScopeCollectionNotFound) and not recipe.method.predicts:
+        missing = isinstance(e, ScopeParamNotFoundError | ScopeCollectionNotFound) and re.search(
+            'parameter.* in scope "/head[/"]|collection "params" in "/head[/"]', str(e)
+        )
+        if missing and not recipe.method.predicts:
             raise UserError(f"method={recipe.config.method!r} calls the head, but predicts=False gives its model none; "
                             "drop predicts=False, or use another module") from e  # fmt: skip
         trace_each_key(recipe)
         config = recipe.config
         own = [f"{key}={config[key]!r}" for key in _TRACED_KEYS if spec.names_code(config[key])]
-        if own and not _raised_in_own_code(e):
+        if own and not raised_in_own_code(e):
             raise UserError(f"{' or '.join(own)} returns something that the step cannot use: {reason(e)}") from e
         raise
-
-
-def _raised_in_own_code(error: BaseException) -> bool:
-    """Whether a frame of the error's traceback lies in a module of the user's, so that the traceback says where."""
-    files = set(own_files().values())
-    return any(frame.f_code.co_filename in files for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def trace_each_key(recipe: Recipe) -> None:
@@ -85,17 +83,17 @@ def trace_each_key(recipe: Recipe) -> None:
         except UserError:
             raise
         except Exception as e:
-            if spec.names_code(config[key]) and _raised_in_own_code(e):
+            if spec.names_code(config[key]) and raised_in_own_code(e):
                 raise  # the user needs the traceback into their own code
             where = f" on images {list(image_shape)}" if key in ("augment", "mix", "model", "method") else ""
             raise UserError(f"{key}={config[key]!r} fails{where}: {reason(e)}") from e
 
-    zeros = jnp.zeros((1, *image_shape), jnp.float32)
+    one = jax.ShapeDtypeStruct((1, *image_shape), "float32")  # an argument: a constant would have values for NumPy
     trace("schedule", lambda step: optimizers.promoting(recipe.schedule)(step), jax.ShapeDtypeStruct((), "int32"))
     trace("augment", draw, images, labels)
     trace("mix", mix, images, labels)
-    trace("model", lambda: recipe.plain_model.init(rng.init_streams(rng.key(0, "init")), zeros, train=False))
-    trace("method", lambda: recipe.model.init(rng.init_streams(rng.key(0, "init")), zeros, train=False))
+    trace("model", lambda x: recipe.plain_model.init(rng.init_streams(rng.key(0, "init")), x, train=False), one)
+    trace("method", lambda x: recipe.model.init(rng.init_streams(rng.key(0, "init")), x, train=False), one)
     trace("loss", lambda logits, labels: recipe.loss(logits, labels), logits, wanted)
     trace("optimizer", init_and_update)
 
@@ -127,8 +125,7 @@ def refuse_bad_step(
     rows = np.arange(config.batch_size, dtype=np.int64)
     ids = images.ids(seed, stream.positions(range(step, step + 1), config.batch_size, rows)).tolist()
     file = folder / "nonfinite.json"
-    name = getattr(images.source, "name", None)
-    names = [name(i) for i in ids] if name else None
+    names = [example_name(images.source, i) for i in ids]
     record = {"step": step, "seed": seed, "reason": why, "example_ids": ids, "examples": names}
     processes.broadcast_from_process_0("writing nonfinite.json", lambda: write_json(file, record))
     good = checkpoints.steps()

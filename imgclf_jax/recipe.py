@@ -33,6 +33,14 @@ from imgclf_jax.run.provenance import DataInfo
 _MOST_COPIES = 8  # of a train step on oneDNN, one for each seed: each takes seconds to compile
 
 
+class _built[T](cached_property[T]):
+    """A cached property whose arrays are never tracers, also if a trace is the first to ask for it."""
+
+    def __get__(self, instance: object, owner: type | None = None) -> T:  # type: ignore[override]
+        with jax.ensure_compile_time_eval():
+            return super().__get__(instance, owner)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that training, evaluation and prediction build from a config and the facts of its data.
@@ -75,17 +83,17 @@ class Recipe:
     def _steps_for(self, key: str) -> Callable[[str], int]:
         return lambda duration: self.steps(key, str(duration), self.total)
 
-    @cached_property
+    @_built
     def schedule(self) -> optax.Schedule:
         """The learning rate as a function of the step."""
         return schedules.build(self.config.schedule, self._steps_for("schedule"), self.total)
 
-    @cached_property
+    @_built
     def optimizer(self) -> optax.GradientTransformation:
         """The optimizer, with its schedule, clipping and parameter rules."""
         return optimizers.build(self.config.optimizer, self.schedule, self.config.clip, self.rules)
 
-    @cached_property
+    @_built
     def average(self) -> weight_averages.Average:
         """The weight average that evaluation uses: an EMA, or what the optimizer maintains."""
         lookahead = optimizers.split_lookahead(self.config.optimizer)[1]
@@ -122,14 +130,14 @@ class Recipe:
             jax.eval_shape(init)
         return shapes
 
-    @cached_property
+    @_built
     def model(self) -> Any:
         """The linen module to train: the backbone and its head, or the method's own model."""
         if self.method.model is None:
             return self.plain_model
         return self.method.model(self.plain_model.backbone, self._problem)
 
-    @cached_property
+    @_built
     def plain_model(self) -> classifier.Classifier:
         """The backbone that the key `model` names, and its head, without any additions of the method."""
         return classifier.build(self.config.model, len(self.data.class_names), self.config.precision)
@@ -139,7 +147,7 @@ class Recipe:
         """The backbone that the key `model` names, without any additions of the method."""
         return self.plain_model.backbone
 
-    @cached_property
+    @_built
     def method(self) -> Method:
         """What the run learns from a batch. Raises UserError for a config key that the method would ignore."""
         method = methods.build(self.config.method, self._problem)
@@ -166,12 +174,12 @@ class Recipe:
             mix=lambda key, batch: mixing.mix_batch(self.mix, key, batch), examples=self.data.train_examples,
         )  # fmt: skip
 
-    @cached_property
+    @_built
     def gradient(self) -> Callable[[gradients.Gradient], gradients.Gradient]:
         """The gradient transforms, composed."""
         return methods.build_gradient(self.config.gradient, self.pixel_range)
 
-    @cached_property
+    @_built
     def loss(self) -> losses.Loss:
         """The loss: see `losses`."""
         return losses.build(self.config.loss, self.data.class_counts, self.data.class_names)
@@ -204,7 +212,7 @@ class Recipe:
         """Whether batches carry example ids and epochs, for a method or an op that reads them."""
         return not self.supervised or ops.wants_ids(self.config.augment)
 
-    @cached_property
+    @_built
     def mix(self) -> mixing.Mix | None:
         """The mixing op on batches, or None."""
         return mixing.build(self.config.mix, self.task)
@@ -217,7 +225,7 @@ class Recipe:
             jax.eval_shape(view, images)
         return views
 
-    @cached_property
+    @_built
     def whole_set_metrics(self) -> dict[str, metrics.WholeSetMetric]:
         """The metrics computed from the predictions of a whole evaluation set, by name."""
         return metrics.build_whole_set(self.config.metrics, self.task, self.data.class_names)

@@ -162,9 +162,10 @@ def make_train_step(
         rngs = {"dropout": key, **rng.init_streams(rng.fold(key, "params"))}  # other streams are drawn from these
         out, changed = apply({"params": params, **model_state}, part, fixed, rngs=rngs)
         losses, sown = (changed.get(name, {}) for name in SOWN)
-        model_state = {name: value for name, value in changed.items() if name not in SOWN}
+        updated = {name: value for name, value in changed.items() if name not in SOWN}
+        _check_state(updated, model_state)
         loss = functools.reduce(jnp.add, map(jnp.mean, jax.tree.leaves(losses)), _mean_loss(out))
-        return loss, (model_state, (out.logits, _named_metrics(out.metrics, sown)))
+        return loss, (updated, (out.logits, _named_metrics(out.metrics, sown)))
 
     def image_gradient(
         params: Params, model_state: ModelState, part: Batch, key: jax.Array, fixed: PyTree
@@ -177,6 +178,8 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, fixed: PyTree = None) -> tuple[TrainState, metrics.Sums]:
         examples = batch["image"].shape[0]
         whole = inputs(state.seed, state.step, batch)
+        if accumulate > 1:
+            gradients.check_examples(whole, batch, accumulate)
         grad_fn = shard(jax.value_and_grad(loss_fn, has_aux=True), returns_gradients=True)
         take_gradient = gradient(Gradient(
             gradients.accumulate(lambda *args: grad_fn(*args, fixed), accumulate),
@@ -256,6 +259,15 @@ def _check_fits(given: PyTree, params: Params, what: str) -> None:
     if wrong := [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]:
         has, needs = (list(one[wrong[0]]) if wrong[0] in one else "nothing" for one in (found, wanted))
         raise UserError(f"{what} that do not fit the parameters: {wrong[0]} is {has}, and the parameter is {needs}")
+
+
+def _check_state(new: ModelState, old: ModelState) -> None:
+    """Raises UserError unless a step keeps the names, dtypes and shapes of the state: the next step could not run."""
+    found, wanted = ({name: jax.typeof(x).str_short() for name, x in tree.named_leaves(one)} for one in (new, old))
+    if wrong := [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]:
+        has, had = (one.get(wrong[0], "nothing") for one in (found, wanted))
+        raise UserError(f"a step changes the state of the model: {wrong[0]} is {has}, and at first it is {had}; keep "
+                        "its dtype and shape")  # fmt: skip
 
 
 def _mean_loss(out: Any) -> jax.Array:

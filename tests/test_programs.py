@@ -3,14 +3,18 @@
 import dataclasses
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cases import thorough, trained_for
+from flax import linen as nn
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from imgclf_jax import recipe, step
+from imgclf_jax import methods, recipe, step
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import stream
@@ -103,6 +107,53 @@ def test_a_part_that_cannot_be_traced_is_named_with_its_key(rules, fake_config):
     fake_config.rules.update(rules)
     with pytest.raises(UserError, match=r"^model=\"mlp\(widths=\('wide',\)\)\" fails on images \[12, 12, 1\]: "):
         _ = Programs(Recipe(fake_config, DATA)).traced_train
+
+
+def table(steps, total, peak=0.1):
+    values = jnp.linspace(peak, 0.0, total)
+    return lambda step: values[step]
+
+
+def noisy(learning_rate):
+    return optax.chain(optax.add_noise(0.01, 0.55, jax.random.key(0)), optax.sgd(learning_rate))
+
+
+def adjusted(problem):
+    """Logit adjustment, whose prior is an array of the factory."""
+    prior = jnp.log(jnp.full(problem.classes, 1 / problem.classes))
+
+    def loss(model, batch, fixed):
+        logits = model(batch["image"], train=True)
+        return methods.Loss(problem.supervised(logits + prior, batch), logits)
+
+    return methods.Method(loss)
+
+
+class Fixed(nn.Module):
+    """Features by a random projection of the factory."""
+
+    kernel: Any
+
+    def __call__(self, x, train=False):
+        return x.reshape(len(x), -1) @ self.kernel
+
+
+def projection():
+    return Fixed(jax.random.normal(jax.random.key(0), (144, 4)))
+
+
+@pytest.mark.parametrize(("key", "function"), [
+    ("schedule", "table"), ("optimizer", "noisy"), ("method", "adjusted"), ("model", "projection"),
+])  # fmt: skip
+@pytest.mark.parametrize("lr", ["", "head/.*=2"])  # rules read the names of the parameters before all else
+def test_factories_run_outside_of_any_trace(key, function, lr, fake_config):
+    """Their arrays and keys were tracers of the first trace that needed them, and failed in the next one."""
+    fake_config.model, fake_config.rules.lr = "mlp(widths=(4,))", lr
+    fake_config[key] = f"{__name__}:{function}"
+    programs = Programs(Recipe(fake_config, DATA))
+    programs.check_size()
+    programs.traced_train.lower()
+    programs.init(0)
 
 
 @pytest.mark.parametrize(

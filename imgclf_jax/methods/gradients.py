@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from imgclf_jax.core import platform
+from imgclf_jax.core import platform, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Arguments, Batch, ModelState, Params
 
@@ -79,6 +79,22 @@ class Gradient:
             "obj_fn": value_fn,
             "grad_fn": lambda params, *_: self(params, model_state, batch, key)[1],
         }
+
+
+def check_examples(batch: Batch, given: Batch, parts: int) -> None:
+    """Raises UserError for an array of `batch`, made of the batch `given`, that microbatches cannot share by example.
+
+    Its first axis must have the length of `given` or of a stream of `data.extra` in it, or a multiple, such as two
+    views of each example.
+    """
+    lengths = [len(stream["image"]) for stream in (given, *given.values()) if isinstance(stream, dict)]
+    for name, x in tree.named_leaves(batch):
+        if not any(jnp.ndim(x) and len(x) and len(x) % n == 0 for n in lengths):
+            raise UserError(
+                f"accumulate={parts} splits what the method's inputs return by example, but {name!r} has the shape "
+                f"{list(jnp.shape(x))}, and a batch has {lengths[0]} examples; compute it in the method's loss, or set "
+                "accumulate=1"
+            )
 
 
 def _split(batch: Batch, parts: int) -> Batch:

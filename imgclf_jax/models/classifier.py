@@ -6,7 +6,7 @@ import inspect
 import math
 import sys
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import jax
 import jax.numpy as jnp
@@ -60,9 +60,14 @@ class Classifier(nn.Module):
         """Initializes further modules of a subclass, by calling them on features [b, d]; does nothing here."""
 
     def features(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """The backbone's features [b, d]."""
-        features: jax.Array = self.backbone(images, train=train)
-        return features
+        """The backbone's features [b, d]. Raises ValueError if it returns anything else."""
+        features: Any = self.backbone(images, train=train)
+        b, is_array = images.shape[0], hasattr(features, "shape")
+        if not is_array or features.ndim != 2 or (isinstance(b, int) and features.shape[0] != b):
+            found = f"{features.dtype}{list(features.shape)}" if is_array else f"a {type(features).__name__}"
+            raise ValueError(f"the backbone returns {found}; it must return features [b, d], here [{b}, d], such as "
+                             "the mean over the pixels of each image")  # fmt: skip
+        return cast(jax.Array, features)
 
 
 def build(text: str, num_classes: int, precision: str) -> Classifier:
@@ -84,20 +89,33 @@ def build(text: str, num_classes: int, precision: str) -> Classifier:
 
 
 def _build_backbone(call: spec.Call, text: str, dtype: DTypeLike) -> nn.Module:
-    if _is_nnx(made := spec.lookup(call, BACKBONES, "model")):
+    made = spec.lookup(call, BACKBONES, "model")
+    if _is_nnx(made):
         from imgclf_jax.models.from_nnx import constructor
 
         named = spec.Call(made.__name__, call.args, call.kwargs)
         make = spec.bind(named, {named.name: constructor(made)}, "model")
         fields: Collection[str] = inspect.signature(make.func).parameters
     else:
-        make = parts.bind(call, parts.Part(BACKBONES), "model")
+        try:
+            make = parts.bind(call, parts.Part(BACKBONES), "model")
+        except UserError as e:
+            if inspect.isclass(made):
+                raise
+            raise UserError(f"{_no_module(call.name, made)}: {e}") from e
         fields = getattr(make.func, "__dataclass_fields__", ())
     if call.name in BACKBONES:
-        _check_sizes(text, make)
+        _check_values(text, make)
     settings = {"dtype": dtype} if "dtype" in fields and "dtype" not in make.keywords else {}
-    backbone: nn.Module = make(**settings)
+    backbone = make(**settings)
+    if not isinstance(backbone, nn.Module):
+        raise UserError(_no_module(call.name, made))
     return backbone
+
+
+def _no_module(name: str, made: object) -> str:
+    kind = f"a {type(made).__name__}" if not inspect.isclass(made) else "another class"
+    return f"model {name!r} is {kind}; name a class, a flax.linen.Module or an nnx.Module"
 
 
 def _is_nnx(made: object) -> TypeGuard[type[Any]]:
@@ -106,10 +124,15 @@ def _is_nnx(made: object) -> TypeGuard[type[Any]]:
     return nnx is not None and inspect.isclass(made) and issubclass(made, nnx.Module)
 
 
-def _check_sizes(text: str, make: functools.partial[Any]) -> None:
-    """Raises UserError if an integer argument of a built-in backbone, such as a width or the patch size, is below 1."""
+def _check_values(text: str, make: functools.partial[Any]) -> None:
+    """Raises UserError for arguments of a built-in backbone that are out of range.
+
+    Integers, such as a width or the patch size, are 1 or more; `dropout` and `drop_path` are in [0, 1).
+    """
     arguments = inspect.signature(make.func).bind(*make.args, **make.keywords).arguments
     for name, value in arguments.items():
+        if name in ("dropout", "drop_path") and not (isinstance(value, int | float) and 0 <= value < 1):
+            raise UserError(f"model={text!r}: {name}={value!r} must be a number from 0 to below 1")
         if make.func.__dataclass_fields__[name].type not in (int, tuple[int, ...]):  # type: ignore[attr-defined]
             continue
         if any(isinstance(size, int) and size < 1 for size in (value if isinstance(value, tuple | list) else [value])):

@@ -73,6 +73,9 @@ class ConvNeXt(nn.Module):
         if self.variant not in _VARIANTS:
             raise UserError(unknown("convnext variant", self.variant, _VARIANTS))
         depths, dims = _VARIANTS[self.variant]
+        (h, w), least = x.shape[1:3], 4 * 2 ** (len(dims) - 1)  # one pixel after the stem and the downsamplings
+        if min(h, w) < least:
+            raise UserError(f"convnext: images of {h} by {w} are too small; resize them to {least} by {least} or more")
         settings: Arguments = {"dtype": self.dtype, "kernel_init": _init}
         rates = iter(self.drop_path * i / (sum(depths) - 1) for i in range(sum(depths)))
         block, norm = remat(self.block, self.remat), parts.norms(self.norm, dtype=self.dtype)

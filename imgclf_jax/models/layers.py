@@ -22,6 +22,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from imgclf_jax.core import platform
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Initializer
 from imgclf_jax.models.cpu import matmuls, onednn, pool
 from imgclf_jax.models.cpu.layout import features_first, features_last, wants_features_first
@@ -272,8 +273,11 @@ def _gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[ja
 def drop_path(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Array:
     """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): in training, zeros x [b, …] for random examples.
 
-    Each example is dropped with probability `rate`; those kept are scaled by 1 / (1 - rate).
+    Each example is dropped with probability `rate`; those kept are scaled by 1 / (1 - rate). Raises UserError for a
+    rate outside [0, 1).
     """
+    if not 0 <= rate < 1:
+        raise UserError(f"drop_path={rate}: allowed are 0 to below 1")
     if not train or rate == 0:
         return x
     kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, (x.shape[0], *[1] * (x.ndim - 1)))

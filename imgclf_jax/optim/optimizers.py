@@ -76,6 +76,17 @@ _NO_RULES = Rules()
 _DECAYS = ("weight_decay", "weight_decay_rate", "adam_weight_decay")
 
 
+# The ranges of numeric arguments in optax, which takes any number: (whether a number is allowed, in words).
+_BELOW_1 = (lambda x: 0 <= x < 1, "0 to below 1")
+_NOT_NEGATIVE = (lambda x: x >= 0, "0 or more")
+_POSITIVE = (lambda x: x > 0, "above 0")
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(("b1", "b2", "b3", "decay", "momentum"), _BELOW_1),
+    **dict.fromkeys(("eps", "eps_root", *_DECAYS), _NOT_NEGATIVE),
+    **dict.fromkeys(("clipping", "max_delta", "max_norm", "threshold"), _POSITIVE),
+}
+
+
 def _muon_dimensions(params: Params) -> PyTree:
     """Muon's dimension numbers: the row and column axes of each kernel; None for parameters that Adam updates.
 
@@ -224,6 +235,9 @@ def _transforms(
             f"optimizer={text!r}: name the arguments, as in {last.name}(...={last.args[-1]!r}); "
             "set the learning rate by the key schedule"
         )
+    for call, make in zip(calls, [*(make for make, _ in makers), optimizer], strict=True):
+        if ":" not in call.name:
+            _check_ranges(text, make)
     if around:
         made = optimizer(*args)
     else:
@@ -251,6 +265,13 @@ def _transforms(
     parts += [_scale_by_name(rules)] if rules.lr and not around else []
     parts += [spec.bind(after, _AFTER, "transform after the optimizer")()] if after else []
     return parts, decays or any(_bound(make, args)[1] for make, args in makers)
+
+
+def _check_ranges(text: str, make: functools.partial[Any]) -> None:
+    given = inspect.signature(make.func).bind_partial(*make.args, **make.keywords).arguments
+    for name, value in given.items():
+        if name in _RANGES and isinstance(value, int | float) and not _RANGES[name][0](value):
+            raise UserError(f"optimizer={text!r}: {name}={value} must be {_RANGES[name][1]}")
 
 
 def _without_module(call: spec.Call) -> spec.Call:
@@ -322,7 +343,7 @@ def _where_masked(like: PyTree, masked: PyTree, unmasked: PyTree) -> PyTree:
 
 def _with_checks(text: str, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """Runs an optimizer under standard dtype promotion; UserError if a nested transform cannot be used."""
-    evaluated = evaluated_by(optimizer)
+    evaluated, extended = evaluated_by(optimizer), optax.with_extra_args_support(optimizer)
     unfit = _UNFIT_STATES if evaluated else {**_UNFIT_STATES, optax.contrib.ScheduleFreeState: _SCHEDULE_FREE}
 
     @promoting
@@ -343,7 +364,7 @@ def _with_checks(text: str, optimizer: optax.GradientTransformation) -> optax.Gr
     @promoting
     def update(updates: Params, state: OptState, params: Params = None, **extra: Any) -> tuple[Params, OptState]:
         try:
-            return optimizer.update(updates, state, params, **extra)
+            return extended.update(updates, state, params, **extra)
         except TypeError as e:
             missing = re.search(r"missing \d+ required keyword-only arguments?: (.+)", str(e))  # Python's wording
             if not missing:

@@ -3,7 +3,9 @@
 `warmup` prepends a linear warmup. It and the boundaries of `step` are durations ('5%', '2 epochs', '500 steps').
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import optax
 
@@ -60,8 +62,9 @@ def step(
     offset = steps(warmup)
     after_warmup = [steps(t) - offset for t in at]
     boundaries = {n: factor ** after_warmup.count(n) for n in after_warmup}  # durations may round to the same step
-    if any(n <= 0 for n in after_warmup):
-        raise UserError(f"schedule step: every duration in at={at} must lie after warmup={warmup!r}")
+    if any(not 0 < n <= total - offset for n in after_warmup):
+        raise UserError(f"schedule step: every duration in at={at} must lie after warmup={warmup!r} and within the run "
+                        f"of {total} steps")  # fmt: skip
     return _warm_up(optax.piecewise_constant_schedule(peak, boundaries), peak, offset, total)
 
 
@@ -100,7 +103,7 @@ def build(text: str, steps: Steps, total: int) -> optax.Schedule:
 
     `steps` converts a duration to whole steps; it raises UserError for text that is no duration.
     """
-    schedule = spec.bind(spec.parse_one(text), SCHEDULES, "schedule", leading=("steps", "total"))(steps, total)
+    schedule = _bind(text)(steps, total)
     if not callable(schedule):
         kind = "an optimizer, whose key is optimizer" if isinstance(schedule, optax.GradientTransformation) else (
             f"a {type(schedule).__name__}")  # fmt: skip
@@ -111,5 +114,14 @@ def build(text: str, steps: Steps, total: int) -> optax.Schedule:
 
 
 def check_name(text: str) -> None:
-    """Raises UserError unless the spec names a schedule and valid arguments; `build` checks their values."""
-    spec.bind(spec.parse_one(text), SCHEDULES, "schedule", leading=("steps", "total"))
+    """Raises UserError unless the spec names a schedule and valid arguments; `build` checks their durations."""
+    _bind(text)
+
+
+def _bind(text: str) -> functools.partial[Any]:
+    call = spec.parse_one(text)
+    schedule = spec.bind(call, SCHEDULES, "schedule", leading=("steps", "total"))
+    for name, value in schedule.keywords.items() if call.name in SCHEDULES else ():
+        if isinstance(value, int | float) and value < 0:
+            raise UserError(f"schedule={text!r}: {name}={value} must be 0 or more")
+    return schedule

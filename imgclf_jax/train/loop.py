@@ -118,12 +118,13 @@ def _train_from_latest(
                         run.checkpoints.latest)  # fmt: skip
             return STOPPED
         last, state, results, stopped = trained
-        results = results or _last_results(run, last, state)
+        results = results or _last_results(run, last, state, phases)
         records.times.update(last, now=True)
         further = {"skipped": count_skipped(state.guard), "stopped_early": stopped, **records.times.summary()}
         _report(run, records.digests.sha256(), results, monitor, last, further)
         if shows:
-            records.metrics.write_images(last, pictures.highest_losses(run.programs, state, run.evals))
+            highest = pictures.highest_losses(run.programs, state, run.evals, _beating(phases))
+            records.metrics.write_images(last, highest)
         return 0
 
 
@@ -194,13 +195,12 @@ def train(
                 log.info("%s", run.rows.training(step, means))
                 window = programs.zero_sums()
             if due.eval:
-                results = _evaluate(run, state, step, records, monitor, stopper, stop)
+                with _saved_if_it_fails(run, records, monitor, replays, step, state, window):
+                    results = _evaluate(run, state, step, records, monitor, stopper, stop)
                 signal = signal or (stop() if results is None else "")
                 stopped = stopper.reason(step)
             if due.checkpoint or signal or stopped or (due.eval and config.checkpoint.best):
-                monitor.phases.enter("checkpoint", step)
-                replays.check_replicas(state, step)
-                _save(run, records, step, state, window, results if due.eval else None)
+                _save(run, records, monitor, replays, step, state, window, results if due.eval else None)
             records.times.update(step, now=bool(due.checkpoint or signal or stopped))
             if stopped:
                 break
@@ -212,7 +212,27 @@ def train(
     return (step, state, results or {}, stopped) if stopped or step == cadences.total else None
 
 
-def _save(run: Run, records: Records, step: int, state: TrainState, window: PyTree, results: Results | None) -> None:
+@contextlib.contextmanager
+def _saved_if_it_fails(
+    run: Run, records: Records, monitor: Monitor, replays: Replays, step: int, state: TrainState, window: PyTree
+) -> Iterator[None]:
+    """If the evaluation inside raises, saves the state first. The resumed run repeats the evaluation."""
+    try:
+        yield
+    except Exception:
+        if processes.count() == 1:  # all processes save together, and others may still evaluate
+            _save(run, records, monitor, replays, step, state, window, None)
+            run.checkpoints.close()
+            log.warning("the evaluation failed; a checkpoint of step %d is saved", step)
+        raise
+
+
+def _save(
+    run: Run, records: Records, monitor: Monitor, replays: Replays, step: int, state: TrainState, window: PyTree,
+    results: Results | None,
+) -> None:  # fmt: skip
+    monitor.phases.enter("checkpoint", step)
+    replays.check_replicas(state, step)
     records.metrics.flush()  # so that no checkpoint on disk is ahead of its metrics
     records.digests.record(step, state.params)
     run.checkpoints.save(step, {"state": state, "sums": window}, _scores(results) if results else {})
@@ -252,18 +272,13 @@ def _evaluate(
 ) -> Results | None:
     """Evaluates, logs and writes the metrics; None if a signal cut it short: then the resumed run repeats it."""
     phases = monitor.phases
-
-    def stop_or_beat() -> str:
-        phases.beat()
-        return stop()
-
     try:
         phases.enter("compile", step)
         signals.wait_for(run.eval_compiled, stop.waiting)
         phases.enter("processes")
         stop.wait_for_all("compiled-eval")
         phases.enter("evaluation")
-        results = evaluate_all(run.programs, state, run.evals, stop_or_beat)
+        results = evaluate_all(run.programs, state, run.evals, _beating(phases, stop))
     except signals.Stopped:
         return None
     finally:
@@ -275,17 +290,30 @@ def _evaluate(
     return results
 
 
+def _beating(phases: Phases, stop: Callable[[], str] = str) -> Callable[[], str]:
+    """`stop`, which also tells the watchdog that an evaluation goes on."""
+
+    def beat_and_ask() -> str:
+        phases.beat()
+        return stop()
+
+    return beat_and_ask
+
+
 def _scores(results: Results) -> dict[str, float]:
     return {f"{name}/{key}": value for name, values in results.items() for key, value in values.items()}
 
 
-def _last_results(run: Run, last: int, state: TrainState) -> Results:
+def _last_results(run: Run, last: int, state: TrainState, phases: Phases) -> Results:
     """The final results of a run whose last evaluation was in an earlier process.
 
     They are those in metrics.jsonl, since an evaluation on other devices differs by rounding. But an evaluation of the
     last state decides whether they are this run's.
     """
-    found = evaluate_all(run.programs, state, run.evals)
+    phases.enter("compile")
+    run.eval_compiled.result()
+    phases.enter("evaluation")
+    found = evaluate_all(run.programs, state, run.evals, _beating(phases))
     recorded: Results | None = processes.broadcast_from_process_0("reading metrics.jsonl", lambda: _recorded(run, last))
     if not recorded:
         return found

@@ -6,11 +6,13 @@ import math
 import time
 from dataclasses import dataclass
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax import losses, metrics, programs
 from imgclf_jax.core import processes, spec, tree
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Function
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
@@ -29,6 +31,8 @@ from imgclf_jax.trained import load_teacher
 from imgclf_jax.weights import pretrained
 
 log = logging.getLogger(__name__)
+
+_MOST_TRIED = 2**22  # probabilities of random predictions, which metrics are called with before the run
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     cadences = Cadences(recipe.total, *map(recipe.period, configs.CADENCES), check=recipe.period("check_every"))
 
     tracing = _trace(compiling)
+    _try_metrics(recipe, evals)
     fresh = not processes.broadcast_from_process_0("looking for checkpoints", workdir.has_checkpoints)
     weights = pretrained.load(compiling) if config.init_from and fresh else None
     compiled, eval_compiled = _compile_in_background(compiling, tracing)
@@ -127,9 +132,13 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     if parts > 1 and set(compiling.mesh.axis_names) == {"data"}:
         log.info("each device trains all %d seeds; with --config.mesh='seeds=%d, data=-1' it trains %d",
                  recipe.num_seeds, parts, recipe.num_seeds // parts)  # fmt: skip
+    if recipe.method.freeze and not config.init_from:
+        log.warning("method=%r freezes weights that are random without init_from; name the run or file to load them "
+                    "from", config.method)  # fmt: skip
+    _ = compiling.eval_step  # traced while the train step compiles: what fails in evaluation ends the run here
     state, window = run["state"], run["sums"]
     early = early_stopping.build(config, recipe.patience)
-    rows = display.make_rows(recipe, images, workdir)
+    rows = display.make_rows(recipe, images, workdir, start)
     if not processes.index():
         log.info("the run:\n%s", display.head(compiling, images, base, workdir, fresh=not start))
     return Run(config, workdir, images, evals, compiling, compiled, eval_compiled, checkpoints, cadences, early, rows,
@@ -151,6 +160,29 @@ def _trace(compiling: Programs) -> float:
     began = time.perf_counter()
     _ = compiling.traced_train, compiling.recipe.views, compiling.recipe.whole_set_metrics
     return time.perf_counter() - began
+
+
+def _try_metrics(recipe: Recipe, evals: dict[str, stream.Images]) -> None:
+    """Calls the user's metrics on random predictions of each evaluation set, so that a wrong one fails at once.
+
+    Of a set that would take too long they get a part, and may fail for lack of the rest.
+    """
+    calls = [call.name for call in spec.parse(recipe.config.metrics) if ":" in call.name]
+    own = [recipe.whole_set_metrics[name.rpartition(":")[2]] for name in calls]
+    classes, draw = len(recipe.data.class_names), np.random.default_rng(0)
+    for images in evals.values() if own else ():
+        n = min(len(images), _MOST_TRIED // classes)
+        outputs = draw.random((n, classes), np.float32)
+        wanted = draw.integers(2, size=outputs.shape).astype(np.float32)
+        if recipe.task in (losses.Task.CLASSES, losses.Task.SOFT):
+            outputs /= outputs.sum(1, keepdims=True)
+            wanted = (draw.permutation(n) % classes).astype(np.int32)
+        for metric in own:
+            try:
+                metric((wanted, outputs))
+            except Exception as e:
+                if isinstance(e, UserError) or n == len(images):
+                    raise
 
 
 def _compile_in_background(

@@ -13,6 +13,7 @@ import pytest
 import test_semi_supervised as semi_supervised
 from cases import thorough
 from flax import linen as nn
+from flax.errors import ScopeCollectionNotFound
 from PIL import Image
 from safetensors import numpy as safetensors
 from test_semi_supervised import PROBLEM, augment
@@ -340,7 +341,17 @@ def test_evaluate_shows_what_a_method_without_a_head_evaluates(tmp_path, capsys)
     assert HEADLESS in capsys.readouterr().err
 
 
-def test_a_method_without_a_head_that_calls_it_gets_a_sentence(fake_config):
-    fake_config.method = f"{__name__}:spreading(uses_head=True)"
-    with pytest.raises(UserError, match="calls the head, but predicts=False gives its model none"):
+def unfilled(problem):
+    """Forgets the running statistics of a batch norm."""
+    return Method(lambda model, batch, fixed: Loss(nn.BatchNorm(True, use_scale=False, use_bias=False).apply(
+        {}, model.features(batch["image"]))[:, 0]), predicts=False)  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "error", "said"), [
+    ("spreading(uses_head=True)", UserError, "calls the head, but predicts=False gives its model none"),
+    ("unfilled", ScopeCollectionNotFound, 'access "mean" from collection "batch_stats"'),  # was blamed on the head
+])  # fmt: skip
+def test_a_method_without_a_head_that_calls_it_gets_a_sentence(method, error, said, fake_config):
+    fake_config.method = f"{__name__}:{method}"
+    with pytest.raises(error, match=said):
         _ = Programs(Recipe(fake_config, DataInfo(64, (12, 12, 1), ("a", "b"), ""))).train_step

@@ -174,6 +174,12 @@ def test_adapters_that_are_not_merged_are_not_dropped(tmp_path):
     assert not any("/lora/" in name for name in flat(load_converted(c).state.params))
 
 
+def test_adapters_of_random_weights_are_warned_of(fake_config, tmp_path, caplog):
+    fake_config.method = "lora(rank=1)"
+    train_setup.set_up(fake_config, Workdir(tmp_path))
+    assert "method='lora(rank=1)' freezes weights that are random without init_from" in caplog.text
+
+
 def test_mistakes_get_a_sentence(tmp_path, capsys):
     for method, said in (
         ("lora(rank=0)", "rank must be 1 or more"),

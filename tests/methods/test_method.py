@@ -221,6 +221,51 @@ def test_metrics_of_training_have_names_of_their_own(names, said):
         jax.eval_shape(train_step, step.init_state(model, optimizer, SHAPE, 0), batch())
 
 
+@pytest.mark.parametrize(("extra", "said"), [
+    ({"again": np.zeros((64, 3))}, None),  # such as two views of each example
+    ({"centers": np.zeros(10)}, r"accumulate=2 .* 'centers' has the shape \[10\]"),  # was cut to its even entries
+    ({"nested": {"weight": np.float32(1)}}, r"'nested/weight' has the shape \[\]"),
+])  # fmt: skip
+def test_accumulation_splits_only_arrays_of_examples(extra, said):
+    def loss(model, batch, fixed):
+        logits = model(batch["image"], train=True)
+        return Loss(losses.softmax(logits, batch["label"]), logits)
+
+    method = Method(loss, lambda key, batch, augment: {**batch, "image": scale(key, batch["image"]), **extra})
+    with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+        one_step(Sowing(), method, accumulate=2)
+    one_step(Sowing(), method)
+
+
+class Remembering(Classifier):
+    def setup(self):
+        super().setup()
+        self.memory = self.variable("memory", "queue", jnp.zeros, (3,))
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda x: x + 1, None),
+    (lambda x: x.astype(jnp.bfloat16), r"memory/queue is bfloat16\[3\], and at first it is float32\[3\]"),
+    (lambda x: jnp.concatenate([x, x]), r"memory/queue is float32\[6\], and at first it is float32\[3\]"),
+    (lambda x: {}, r"memory/queue is nothing, and at first it is float32\[3\]"),
+    (lambda x: {"new": x}, r"memory/queue is nothing"),
+])  # fmt: skip
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_state_of_a_method_keeps_its_shapes_and_dtypes(change, said, accumulate):
+    """JAX refused the second call of the step, or the loop around it, naming no variable."""
+
+    def loss(model, batch, fixed):
+        model.memory.value = change(model.memory.value)
+        logits = model(batch["image"], train=True)
+        return Loss(losses.softmax(logits, batch["label"]), logits)
+
+    model, optimizer = Remembering(Sowing(), CLASSES), optax.sgd(1.0)
+    train_step = step.make_train_step(model, Method(loss), optimizer, optax.constant_schedule(1.0), scale,
+                                      accumulate=accumulate)  # fmt: skip
+    with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+        jax.eval_shape(train_step, step.init_state(model, optimizer, SHAPE, 0), batch())
+
+
 def no_loss(problem):
     return Method(loss="softmax")
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.models import classifier, vit
@@ -42,6 +43,51 @@ def test_how_the_head_begins(head_init, deviation, most):
 def test_another_beginning_is_refused(head_init, message):
     with pytest.raises(UserError, match=message):
         classifier.build(f"mlp(head_init={head_init})", 3, "float32")
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("mlp(dropout=1.5)", r"model='mlp\(dropout=1.5\)': dropout=1.5 must be a number from 0 to below 1"),
+    ("mlp(dropout=-0.1)", "dropout=-0.1 must be a number"),
+    ("mlp(dropout='0.1')", "dropout='0.1' must be a number"),
+    ("vit('Ti', patch=4, drop_path=1)", "drop_path=1 must be a number"),
+    ("test_classifier:no_class", "model 'test_classifier:no_class' is a function; name a class, a flax"),
+    ("test_classifier:AN_INSTANCE", "model 'test_classifier:AN_INSTANCE' is a Returns; name a class"),
+])  # fmt: skip
+def test_a_backbone_that_cannot_be_is_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        classifier.build(text, 3, "float32")
+
+
+class Returns(nn.Module):
+    """Calls `function` on the images; has no parameters."""
+
+    function: object = None
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return self.function(x)
+
+
+def no_class(x, train=False):
+    return x
+
+
+AN_INSTANCE = Returns()
+
+
+@pytest.mark.parametrize(("function", "returned"), [
+    (lambda x: x, r"float32\[2, 16, 16, 3\]"),
+    (lambda x: x.mean((1, 2, 3)), r"float32\[2\]"),
+    (lambda x: x.mean((0, 1)), r"float32\[16, 3\]"),
+    (lambda x: (x, x), "a tuple"),
+    (lambda x: None, "a NoneType"),
+    (lambda x: {"features": x}, "a dict"),
+])  # fmt: skip
+def test_what_a_backbone_returns_instead_of_features_is_said(function, returned):
+    model = classifier.Classifier(Returns(function), 3)
+    says = rf"^the backbone returns {returned}; it must return features \[b, d\], here \[2, d\]"
+    with pytest.raises(ValueError, match=says):
+        jax.eval_shape(model.init, jax.random.key(0), IMAGES)
 
 
 @pytest.mark.thorough

@@ -60,6 +60,14 @@ class Broken(nn.Module):
         return x.no_such_attribute
 
 
+class WithNumPy(nn.Module):
+    """A backbone that needs the values of its images."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(3)(np.asarray(x).reshape(len(x), -1))
+
+
 class Numbers(nn.Module):
     """A backbone that returns one number per batch."""
 
@@ -237,12 +245,20 @@ def test_a_part_that_does_not_fit(spec, says):
     ("vit('Ti', patch=5)", "do not divide into patches of 5"),
     ("convnext('X')", "allowed: B, S, T"),
     ("mixer('L')", "allowed: B, S"),
+    ("vit('Ti', block='encoder_block(drop_path=1)')", "drop_path=1: allowed are 0 to below 1"),
 ])  # fmt: skip
 def test_values_that_a_network_cannot_have(spec, says):
     model = classifier.build(spec, 4, "float32")
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     with pytest.raises(UserError) as error:
-        jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
+        jax.eval_shape(lambda: model.init(rngs, jnp.zeros((1, 32, 32, 3)), train=True))
     assert says in str(error.value)
+
+
+def test_an_image_that_vanishes_on_the_way_through_a_network():
+    model = classifier.build("convnext('T')", 4, "float32")
+    with pytest.raises(UserError, match="convnext: images of 28 by 40 are too small; resize them to 32 by 32 or more"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 28, 40, 1)))
 
 
 def test_weights_of_swapped_parts_have_no_published_names():
@@ -269,17 +285,15 @@ def test_a_mistake_in_a_strangers_block_is_shown_where_it_is():
 
 def test_what_a_strangers_function_returns_and_cannot_be_used_is_said_of_its_key(monkeypatch):
     """A traceback would end in this package, where nothing is wrong."""
-    monkeypatch.setattr(diagnose, "own_files", dict)  # the test itself is in the traceback
+    monkeypatch.setattr("imgclf_jax.run.provenance.own_files", dict)  # the test itself is in the traceback
     config = default_config()
     config.model, config.loss = "mlp", "test_parts:two_values"
     recipe = Recipe(config, DataInfo(64, (8, 8, 1), ("a", "b"), ""))
     says = r"^loss='test_parts:two_values' returns something that the step cannot use: "
     with pytest.raises(UserError, match=says), diagnose.naming_the_key(recipe):
         jax.eval_shape(lambda x: recipe.loss(x, x).sum(), jnp.zeros(3))
-    config.model = "test_parts:Numbers"
-    recipe = Recipe(config, DataInfo(64, (8, 8, 1), ("a", "b"), ""))
-    with (
-        pytest.raises(UserError, match=r"^model='test_parts:Numbers' fails on images"),
-        diagnose.naming_the_key(recipe),
-    ):
-        jax.eval_shape(lambda: recipe.model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))
+    for model in ("test_parts:Numbers", "test_parts:WithNumPy"):  # the optimizer was blamed for NumPy in the model
+        config.model = model
+        recipe = Recipe(config, DataInfo(64, (8, 8, 1), ("a", "b"), ""))
+        with pytest.raises(UserError, match=f"^model='{model}' fails on images"), diagnose.naming_the_key(recipe):
+            jax.eval_shape(recipe.model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))

@@ -140,10 +140,32 @@ def test_clipping_comes_before_the_weight_decay():
     ("adam(0.1)", r"name the arguments, as in adam\(\.\.\.=0\.1\); set the learning rate by the key schedule"),
     ("adam(beta1=0.9)", "unknown argument 'beta1': did you mean 'b1'"),
     ("adamw(learning_rate=0.1)", "unknown argument 'learning_rate'"),
+    ("adamw(weight_decay=-1)", r"optimizer='adamw\(weight_decay=-1\)': weight_decay=-1 must be 0 or more"),
+    ("sgd(momentum=2)", "momentum=2 must be 0 to below 1"),
+    ("schedule_free('adam(b1=-0.5)')", "b1=-0.5 must be 0 to below 1"),
+    ("adam(eps=-1)", "eps=-1 must be 0 or more"),
+    ("adaptive_grad_clip(-1)|sgd", "clipping=-1 must be above 0"),
+    ("add_decayed_weights(-5e-4)|sgd", "weight_decay=-0.0005 must be 0 or more"),
 ])  # fmt: skip
 def test_wrong_chains_are_told(text, message):
     with pytest.raises(UserError, match=message):
         optimizers.build(text, optax.constant_schedule(0.1), 0.0)
+
+
+def plain_sgd(learning_rate):
+    """An optax.GradientTransformation without extra arguments."""
+
+    def update(updates, count, params=None):
+        return jax.tree.map(lambda g: -learning_rate(count) * g, updates), count + 1
+
+    return optax.GradientTransformation(lambda params: jnp.int32(0), update)
+
+
+def test_a_plain_transformation_needs_no_chain():
+    """The train step passes the loss by name, which it does not take."""
+    optimizer, params = optimizers.build(f"{__name__}:plain_sgd", optax.constant_schedule(0.5), 0.0), jnp.ones(2)
+    updates, _ = optimizer.update(params, optimizer.init(params), params, value=jnp.float32(1))
+    np.testing.assert_array_equal(updates, -0.5)
 
 
 class Net(nn.Module):

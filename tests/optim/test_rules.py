@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from imgclf_jax import config as configs
 from imgclf_jax.core import sharding, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
+from imgclf_jax.models.frozen import Frozen
 from imgclf_jax.optim import optimizers, rules
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
@@ -255,6 +257,75 @@ def test_the_gradient_that_is_logged_and_clipped_is_that_of_what_is_trained(fake
     for name, g in grads.items():
         moved = after.params["head"][name] - before.params["head"][name]
         np.testing.assert_allclose(moved, -g * 0.01 / norm, rtol=1e-3, atol=1e-6)
+
+
+class Running(nn.Module):
+    """A norm of your own with linen's argument."""
+
+    @nn.compact
+    def __call__(self, x, use_running_average):
+        mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[1:])
+        if not (use_running_average or self.is_initializing()):
+            mean.value = jnp.mean(x, 0)
+        return (x - mean.value) * self.param("scale", nn.initializers.ones, x.shape[1:])
+
+
+class Deterministic(nn.Module):
+    @nn.compact
+    def __call__(self, x, deterministic):
+        return nn.Dropout(0.5)(nn.Dense(4)(x), deterministic=deterministic)
+
+
+class Training(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, training=False):
+        return nn.Dropout(0.5)(nn.Dense(4)(x), deterministic=not training)
+
+
+class Spectral(nn.Module):
+    @nn.compact
+    def __call__(self, x, update_stats):
+        return nn.SpectralNorm(nn.Dense(4))(x, update_stats=update_stats)
+
+
+class InAField(nn.Module):
+    """The mode in a field, from which only linen's own modules get it."""
+
+    train: bool
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(not self.train, momentum=0.5)(nn.Dense(4)(x))
+        return nn.Dropout(0.5, deterministic=not self.train)(x)
+
+
+class Partly(nn.Module):
+    part: Any  # a function of train to a function of the input
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(2, name="head")(self.part(train)(x))
+
+
+@pytest.mark.parametrize("part", [
+    lambda train: lambda x: Running(name="part")(x, not train),
+    lambda train: lambda x: Deterministic(name="part")(x, not train),
+    lambda train: lambda x: Training(name="part")(x, training=train),
+    lambda train: lambda x: Spectral(name="part")(x, train),
+    lambda train: lambda x: InAField(train, name="part")(x),
+    lambda train: lambda x: nn.MultiHeadDotProductAttention(
+        2, dropout_rate=0.5, deterministic=not train, name="part")(x[:, None])[:, 0],
+])  # fmt: skip
+def test_frozen_modules_run_as_in_evaluation_whatever_they_call_the_mode(part):
+    """Running statistics drifted and dropout stayed on, unless the argument was called `train`."""
+    model, x = Partly(part), jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)), jnp.float32)
+    variables = model.init(jax.random.key(0), x)
+    names = tuple(name for name, _ in tree.named_leaves(variables["params"]))
+    frozen = Frozen(model, frozenset(name for name in names if name.startswith("part")), names)
+    apply = frozen.apply_function(lambda model, x: model(x, train=True), ["batch_stats"])
+    y, changed = apply(variables, x, rngs={"dropout": jax.random.key(1), "params": jax.random.key(2)})
+    np.testing.assert_array_equal(y, model.apply(variables, x))
+    jax.tree.map(np.testing.assert_array_equal, dict(changed.get("batch_stats", {})), variables.get("batch_stats", {}))
 
 
 def test_decay_multiplies_the_weight_decay():

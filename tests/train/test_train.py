@@ -1,5 +1,6 @@
 """The loop on fake data: it learns, and starts quickly."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -7,13 +8,16 @@ import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
+from flax import linen as nn
 
 from imgclf_jax import step
 from imgclf_jax.run import manifest, writers
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.train import loop as train
+from imgclf_jax.train import setup
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -33,6 +37,51 @@ def test_it_learns(fake_config, tmp_path, precision):
     assert run(fake_config, tmp_path)["test"]["accuracy"] > 0.9
     losses = [r["train/loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in r]
     assert losses[-1] < losses[0]
+
+
+def test_an_evaluation_that_fails_loses_no_step(fake_config, tmp_path, monkeypatch):
+    """A run that evaluates and saves only at its end lost all of it to a damaged image or a lack of memory."""
+    fake_config.eval_every = fake_config.checkpoint_every = ""
+
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    evaluate_all = train.evaluate_all
+    monkeypatch.setattr(train, "evaluate_all", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(fake_config, tmp_path)
+    monkeypatch.setattr(train, "evaluate_all", evaluate_all)
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["12"]
+    assert "accuracy" in run(fake_config, tmp_path)["test"]
+
+
+class Noisy(nn.Module):
+    """Draws in evaluation, which has no random numbers."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dropout(0.5, deterministic=False)(nn.Dense(8)(x.reshape(len(x), -1)))
+
+
+def of_each(labels, probabilities):
+    """Returns an array by mistake."""
+    return probabilities.argmax(1) == labels
+
+
+def of_groups(labels, probabilities):
+    """A metric with a table of its own for the 64 examples of the set, whatever their classes."""
+    return np.mean(np.arange(64) % 2 * (probabilities.argmax(1) == labels)) * len(np.unique(labels))
+
+
+@pytest.mark.parametrize(("key", "value", "error"), [
+    ("model", Noisy, "needs PRNG for \"dropout\""),
+    ("metrics", of_each, "the metric .*:of_each returns array"),
+    ("metrics", of_groups, None),
+])  # fmt: skip
+def test_what_only_evaluation_would_meet_is_met_before_the_first_step(fake_config, tmp_path, key, value, error):
+    fake_config[key] = f"{__name__}:{value.__name__}"
+    with pytest.raises(Exception, match=error) if error else contextlib.nullcontext():
+        setup.set_up(fake_config, Workdir(tmp_path))
 
 
 @pytest.mark.thorough
