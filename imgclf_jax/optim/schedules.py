@@ -62,9 +62,10 @@ def step(
     offset = steps(warmup)
     after_warmup = [steps(t) - offset for t in at]
     boundaries = {n: factor ** after_warmup.count(n) for n in after_warmup}  # durations may round to the same step
-    if any(not 0 < n <= total - offset for n in after_warmup):
-        raise UserError(f"schedule step: every duration in at={at} must lie after warmup={warmup!r} and within the run "
-                        f"of {total} steps")  # fmt: skip
+    if any(n <= 0 for n in after_warmup):
+        raise UserError(f"schedule step: every duration in at={at} must lie after warmup={warmup!r}")
+    if any(str(t).strip().endswith("%") and steps(t) > total for t in at):  # steps or epochs may lie beyond a short trial run
+        raise UserError(f"schedule step: at={at} must lie within the run, at 100% or less")
     return _warm_up(optax.piecewise_constant_schedule(peak, boundaries), peak, offset, total)
 
 

@@ -85,7 +85,7 @@ def test_a_schedule_is_its_definition_at_every_step(text):
     ("step(0.1, at=('5 min',))", "schedule='5 min' is not a duration"),
     ("step(0.1, at=('5%',), warmup='10%')", "every duration in at=.* must lie after warmup='10%'"),
     ("step(0.1, at=('',))", "must lie after warmup"),
-    ("step(0.1, at=('50%', '150%'))", r"at=\('50%', '150%'\) must lie .* within the run of 100 steps"),
+    ("step(0.1, at=('50%', '150%'))", r"at=\('50%', '150%'\) must lie within the run, at 100% or less"),
     ("constant(-1)", r"schedule='constant\(-1\)': peak=-1 must be 0 or more"),
     ("linear(0.1, end=-1)", "end=-1 must be 0 or more"),
     ("step(0.1, factor=-1)", "factor=-1 must be 0 or more"),
