@@ -64,7 +64,8 @@ def step(
     boundaries = {n: factor ** after_warmup.count(n) for n in after_warmup}  # durations may round to the same step
     if any(n <= 0 for n in after_warmup):
         raise UserError(f"schedule step: every duration in at={at} must lie after warmup={warmup!r}")
-    if any(str(t).strip().endswith("%") and steps(t) > total for t in at):  # steps or epochs may lie beyond a short trial run
+    # Steps and epochs may lie beyond the end, as in a short trial of a recipe.
+    if any(str(t).strip().endswith("%") and steps(t) > total for t in at):
         raise UserError(f"schedule step: at={at} must lie within the run, at 100% or less")
     return _warm_up(optax.piecewise_constant_schedule(peak, boundaries), peak, offset, total)
 
