@@ -255,19 +255,24 @@ def _guarded(
 
 def _check_fits(given: PyTree, params: Params, what: str) -> None:
     """Raises UserError unless `given` has the paths and shapes of the parameters: other shapes would be broadcast."""
-    found, wanted = ({name: jnp.shape(x) for name, x in tree.named_leaves(one)} for one in (given, params))
-    if wrong := [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]:
-        has, needs = (list(one[wrong[0]]) if wrong[0] in one else "nothing" for one in (found, wanted))
-        raise UserError(f"{what} that do not fit the parameters: {wrong[0]} is {has}, and the parameter is {needs}")
+    if wrong := _find_difference(given, params, lambda x: str(list(jnp.shape(x)))):
+        name, has, needs = wrong
+        raise UserError(f"{what} that do not fit the parameters: {name} is {has}, and the parameter is {needs}")
 
 
 def _check_state(new: ModelState, old: ModelState) -> None:
     """Raises UserError unless a step keeps the names, dtypes and shapes of the state: the next step could not run."""
-    found, wanted = ({name: jax.typeof(x).str_short() for name, x in tree.named_leaves(one)} for one in (new, old))
-    if wrong := [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]:
-        has, had = (one.get(wrong[0], "nothing") for one in (found, wanted))
-        raise UserError(f"a step changes the state of the model: {wrong[0]} is {has}, and at first it is {had}; keep "
-                        "its dtype and shape")  # fmt: skip
+    if wrong := _find_difference(new, old, lambda x: jax.typeof(x).str_short()):
+        name, has, had = wrong
+        raise UserError(f"a step changes the state of the model: {name} is {has}, and at first it is {had}; keep its "
+                        "dtype and shape")  # fmt: skip
+
+
+def _find_difference(given: PyTree, wanted: PyTree, describe: Callable[[Any], str]) -> tuple[str, str, str] | None:
+    """The first leaf whose description differs: its path, and both descriptions, "nothing" where it is absent."""
+    found, needed = ({name: describe(x) for name, x in tree.named_leaves(one)} for one in (given, wanted))
+    pairs = ((name, found.get(name, "nothing"), needed.get(name, "nothing")) for name in {**needed, **found})
+    return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
 
 def _mean_loss(out: Any) -> jax.Array:

@@ -155,8 +155,6 @@ class Checkpoints:
 
         Warns about checkpoints whose metrics are damaged, which are not ranked.
         """
-        if not self.best:
-            return None
         steps = self.steps()
         unranked = dict(self._find_unranked(steps))
         for sentence in unranked.values():
@@ -164,6 +162,8 @@ class Checkpoints:
         return self._find_best(step for step in steps if step not in unranked)
 
     def _find_best(self, steps: Iterable[int]) -> int | None:
+        if not self.best:
+            return None
         values = [(self._value(self._manager.metrics(step) or {}), step) for step in steps]
         value, step = max(values, default=(_WORST, None))
         return None if value == _WORST else step

@@ -1,9 +1,8 @@
 """A roofline estimate: the shortest time of a step on a chip, and its bottleneck."""
 
-import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,7 +19,7 @@ def chip_figures(chips: Chips) -> Chip:
     if chips.kind == "cpu":
         return _this_cpu(chips.count)
     chip = CHIPS[chips.kind]
-    return dataclasses.replace(chip, a_host=chips.shape[-1]) if chips.platform == "gpu" else chip
+    return replace(chip, a_host=chips.shape[-1]) if chips.platform == "gpu" else chip
 
 
 def _this_cpu(devices: int) -> Chip:
