@@ -71,13 +71,11 @@ def reads(jaxpr: Jaxpr, names: Mapping[Var, str]) -> Iterator[str]:
 
 
 def map_bodies(change: Function, param: Any) -> Any:
-    """Changes a parameter of `BODIES` that is a jaxpr or a tuple of them; returns any other parameter unchanged."""
-    if isinstance(param, tuple) and param and hasattr(param[0], "eqns"):
-        return tuple(map_bodies(change, x) for x in param)
-    if not hasattr(param, "eqns"):
-        return param
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in param.in_avals]
-    return jax.make_jaxpr(change(jaxpr_as_fun(param)))(*shapes)
+    """Changes a parameter of an equation that is a jaxpr or a tuple of them; returns any other one unchanged."""
+    if isinstance(param, tuple) and any(hasattr(x, "eqns") for x in param):
+        bodies = [map_bodies(change, x) for x in param]
+        return type(param)(*bodies) if hasattr(param, "_fields") else tuple(bodies)
+    return jax.make_jaxpr(change(jaxpr_as_fun(param)))(*param.in_avals) if hasattr(param, "eqns") else param
 
 
 def named(equation: JaxprEqn) -> contextlib.AbstractContextManager[object]:
@@ -92,8 +90,9 @@ def isolate_matmuls(
 ) -> Function:  # fmt: skip
     """Returns `function`, of pytrees, with a `barrier` behind each matmul and convolution of `wanted` operands.
 
-    So XLA fuses none of them into their readers, inside loops either. The gradients of dense layers' kernels have one
-    before them too. `matmul(equation, operands)` computes each `dot_general`. Apply it after differentiation.
+    So XLA fuses none of them into their readers, inside loops and other primitives either. The gradients of dense
+    layers' kernels have one before them too. `matmul(equation, operands)` computes each `dot_general`. Apply it after
+    differentiation.
     """
 
     def evaluate(closed: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
@@ -108,9 +107,12 @@ def isolate_matmuls(
                     results = evaluate(params[INLINED[name]], operands)
                 elif name == "dot_general":
                     results = matmul(equation, operands)
+                elif not any(holds(one, product) for one in inner(equation) for product in MATMULS):
+                    results = bind(equation, operands)
+                elif name == "shard_map":
+                    results = _shard_map(functools.partial(evaluate, params["jaxpr"]), params, operands)
                 else:
-                    inside = {k: map_bodies(isolate, v) for k, v in params.items()} if name in BODIES else None
-                    results = bind(equation, operands, inside)
+                    results = bind(equation, operands, {k: map_bodies(isolate, v) for k, v in params.items()})
                 if name in MATMULS and wanted(operands):
                     results = [barrier(y) for y in results]
             values.update(zip(equation.outvars, results, strict=True))
@@ -124,6 +126,17 @@ def isolate_matmuls(
         return jax.tree.unflatten(jax.tree.structure(shape), evaluate(jaxpr, jax.tree.leaves(args)))
 
     return isolated
+
+
+def _shard_map(
+    body: Callable[[Sequence[Any]], list[Any]], params: Mapping[str, Any], operands: Sequence[Any]
+) -> list[Any]:
+    """Applies another `body` with the parameters of a `shard_map` equation; it sees the axes of the mesh."""
+    mapped = jax.shard_map(
+        lambda *args: tuple(body(args)), mesh=params["mesh"], in_specs=params["in_specs"],
+        out_specs=params["out_specs"], axis_names=params["newly_manual_axes"], check_vma=params["check_vma"],
+    )  # fmt: skip
+    return list(mapped(*operands))
 
 
 def _sums_over_positions(equation: JaxprEqn) -> bool:

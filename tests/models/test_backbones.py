@@ -63,10 +63,10 @@ def test_published_parameter_counts(spec, size, classes, count):
 
 def test_published_standard_deviations(monkeypatch):
     """Of 0.02 (torchvision, timm), which a normal distribution truncated at two of them does not have: 0.0176."""
-    block = ConvNeXtBlock().init(jax.random.key(0), jnp.zeros((1, 7, 7, 96)))["params"]
+    block = jax.jit(ConvNeXtBlock().init)(jax.random.key(0), jnp.zeros((1, 7, 7, 96)))["params"]
     monkeypatch.setitem(vit._VIT, "Ti", (192, 2, 3))  # two layers are enough
     model = classifier.build("vit('Ti', patch=4)", 10, "float32")
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
     kernels = [x for x in jax.tree.leaves(block) if x.ndim > 1]
     positions = variables["params"]["backbone"]["positions_embedding"]
     assert [float(x.std()) for x in (*kernels, positions)] == pytest.approx([0.02] * 4, rel=0.03)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cases import thorough
 from flax import linen as nn
+from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from test_forms import SMALL, random_variables
 
@@ -72,6 +73,55 @@ def test_the_gradient_of_a_dense_layer_computes_no_activation_again():
         return total - jaxprs.matmul_flops(jax.make_jaxpr(function)(*arguments))
 
     assert elementwise(jax.grad(mlp, (0, 1, 2))) < 2 * elementwise(mlp)
+
+
+def with_own_batching(function):
+    own = jax.custom_batching.custom_vmap(function)
+    own.def_vmap(lambda size, batched, *args: (jax.vmap(function, batched)(*args), True))
+    return own
+
+
+def sharded(function):
+    mesh, rows = Mesh(jax.devices()[:2], "d"), PartitionSpec("d")
+    return jax.shard_map(function, mesh=mesh, in_specs=(rows, PartitionSpec()), out_specs=rows)
+
+
+def in_a_loop_with_a_reference(function):
+    def written(x, w):
+        reference = jax.new_ref(jnp.zeros_like(x))
+
+        def body(i, y):
+            reference[...] = function(y, w)
+            return y
+
+        lax.fori_loop(0, 2, body, x)
+        return reference[...]
+
+    return written
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        *(jax.checkpoint, with_own_batching, sharded, in_a_loop_with_a_reference),
+        lambda function: lax.composite(function, "my.block"),
+        lambda function: functools.partial(jax.custom_derivatives.linear_call, function, lambda x, t: t),
+    ],
+)
+def test_a_matmul_with_two_readers_inside_of_any_primitive(wrap):
+    """jaxlib 0.12 fuses the sigmoid into the matmul, and the sum gets it too: an error of half the values."""
+
+    def silu_and_itself(x, w):
+        y = x @ w
+        return jax.nn.silu(y) + y
+
+    x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(512, 384), (384, 384)]))
+    expected = jax.jit(silu_and_itself)(x, w)
+    for onednn, options in ((True, platform.ONEDNN_OPTIONS), (False, None)):
+        with platform.tracing_for("cpu", onednn=onednn), internals.not_cached():
+            found = jax.jit(optimize_for_cpu(wrap(silu_and_itself), onednn), compiler_options=options)(x, w)
+        np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 AVX2, AVX512 = {"flags": "fpu avx2"}, {"flags": "fpu avx2 avx512f"}
@@ -145,6 +195,19 @@ def test_any_product_of_arrays_in_a_block(monkeypatch, function, onednn):
     x, y = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 5), (3, 5)))
     found = jax.jit(optimize_for_cpu(function, onednn=onednn))(x, y)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, function(x, y))
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [("bnk,bn->k", ()), ("bnk,bnj->jk", (384,)), ("bnk,bnhd->khd", (2, 384)), ("bnk,bnhk->bnh", (2, 384))],
+)
+def test_any_product_of_wide_arrays(monkeypatch, spec, shape):
+    """Such as the gradient of a projection to attention heads."""
+    monkeypatch.setattr(cpuinfo, "facts", lambda: AVX2)
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=s).astype(np.float32) for s in ((2, 392, 384), (2, 392, *shape)))
+    found = jax.jit(optimize_for_cpu(functools.partial(jnp.einsum, spec), onednn=True))(x, y)
+    np.testing.assert_allclose(found, np.einsum(spec, x, y, optimize=True), atol=1e-3)
 
 
 @pytest.mark.optimized

@@ -213,12 +213,9 @@ def test_each_of_several_seeds_trains_as_it_does_alone(fake_config):
     programs, *_, states = trained_for(fake_config, 1)
     assert "feature_group_count = 1" in (lowered := programs.traced_train.lower().as_text())
     assert "feature_group_count = 2" not in lowered
-    fake_config.num_seeds = 1
-    for i in range(2):
-        fake_config.seed = 5 + i
-        *_, alone = trained_for(fake_config, 1)
-        for found, expected in zip(*map(jax.tree.leaves, (states.evaluated, alone.evaluated)), strict=True):
-            np.testing.assert_array_equal(found[i], expected)
+    fake_config.num_seeds, fake_config.seed = 1, 6
+    *_, alone = trained_for(fake_config, 1)
+    jax.tree.map(lambda found, one: np.testing.assert_array_equal(found[1], one), states.evaluated, alone.evaluated)
 
 
 def test_which_networks_train_on_onednn(fake_config):

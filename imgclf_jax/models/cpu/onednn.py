@@ -221,7 +221,7 @@ def bind_matmul(equation: JaxprEqn, operands: Sequence[jax.Array]) -> list[jax.A
         return bind(equation, operands)
     if y.ndim == 2 and contracted == (x.ndim - 1,) and _is_wide(x.shape[-1], y.shape[1 - others[0]], x.dtype):
         return [_dense(x, y, others[0])]
-    if contracted == others == tuple(range(x.ndim - 1)) and _parts_of_rows(x, y):
+    if contracted == others == tuple(range(x.ndim - 1)) and y.ndim == x.ndim and _parts_of_rows(x, y):
         return [_dense_kernel(x, y)]
     return bind(equation, operands)
 
