@@ -121,6 +121,8 @@ def probe(
     if labels.min() == labels.max():
         raise UserError(f"all {len(labels)} training images are of one class, which leaves a probe nothing to learn; "
                         "name a split with several classes by --config.data.train")  # fmt: skip
+    if most := [str(k) for k in ks if k > len(labels)]:
+        log.info("skipping %s neighbors, because there are only %d training images", ", ".join(most), len(labels))
     ks = [k for k in ks if k <= len(labels)] or [len(labels)]
     counts = np.bincount(labels, minlength=classes)
     fewest = int(counts[counts > 0].min())

@@ -119,7 +119,8 @@ def test_mistakes_of_features(run, photos, tmp_path, capsys, flags, message):
 def probed(flags, capsys):
     capsys.readouterr()
     assert launch.main(["probe", "--format=json", "--draws=2", *flags]) == 0
-    out = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    out = json.loads(printed.out) | {"log": printed.err}
     return out, {(r["method"], r.get("k", r.get("shots"))): r for r in out["results"]}
 
 
@@ -156,7 +157,8 @@ def test_probe_of_weights_for_other_classes_and_of_several_seeds(run, seeds, cap
     assert set(found) == {("nearest neighbors", k) for k in (1, 5, 20)} | {
         ("linear probe", None), ("few images", 1), ("few images", 5)}  # fmt: skip
     assert found["linear probe", None]["mean"] > 0.5
-    out, found = probed([f"--workdir={seeds}", "--k=2", "--config.data.train=train[:200]"], capsys)
+    out, found = probed([f"--workdir={seeds}", "--k=2,201", "--config.data.train=train[:200]"], capsys)
+    assert "skipping 201 neighbors, because there are only 200 training images" in out["log"]
     assert len(found["own head", None]["accuracies"]) == len(found["nearest neighbors", 2]["accuracies"]) == 2
     assert len(found["few images", 1]["accuracies"]) == 4
     assert out["train_examples"] == 200
@@ -207,6 +209,11 @@ def test_explain(run, photos, capsys):
     values = pure(*model.state.evaluated, model.prepare(records[0]["file"])[None], label)
     assert records[0]["greatest"] == pytest.approx(float(values.max()), rel=1e-4)
     assert len({r["picture"] for r in records}) == len(records) == 6
+    Image.new("L", (8, 8)).save("heat/mine.png")
+    for output in ("heat", "./heat/"):  # its figures of before are no images to explain
+        status, records = explained([".", "heat", f"--workdir={run}", f"--output={output}"], capsys)
+        assert status == 0
+        assert [r["file"] for r in records if "heat/" in r["file"]] == ["./heat/mine.png", "heat/mine.png"]
 
 
 @pytest.mark.thorough
