@@ -1,6 +1,7 @@
 """The train state, and the pure functions of training, evaluation and inference."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -163,7 +164,9 @@ def make_train_step(
         out, changed = apply({"params": params, **model_state}, part, fixed, rngs=rngs)
         losses, sown = (changed.get(name, {}) for name in SOWN)
         updated = {name: value for name, value in changed.items() if name not in SOWN}
+        updated = _keep_float32(updated, model_state)
         _check_state(updated, model_state)
+        _check_sown(losses, part)
         loss = functools.reduce(jnp.add, map(jnp.mean, jax.tree.leaves(losses)), _mean_loss(out))
         return loss, (updated, (out.logits, _named_metrics(out.metrics, sown)))
 
@@ -260,6 +263,18 @@ def _check_fits(given: PyTree, params: Params, what: str) -> None:
         raise UserError(f"{what} that do not fit the parameters: {name} is {has}, and the parameter is {needs}")
 
 
+def _keep_float32(new: ModelState, old: ModelState) -> ModelState:
+    """Casts float64 values of float32 state back: under x64 linen's BatchNorm creates float32 and stores float64."""
+    dtypes = {name: jax.typeof(x).dtype for name, x in tree.named_leaves(old)}
+
+    def cast(name: str, x: Any) -> Any:
+        widened = jax.typeof(x).dtype == jnp.float64 and dtypes.get(name) == jnp.float32
+        return jnp.asarray(x, jnp.float32) if widened else x
+
+    kept: ModelState = tree.map_named(cast, new)
+    return kept
+
+
 def _check_state(new: ModelState, old: ModelState) -> None:
     """Raises UserError unless a step keeps the names, dtypes and shapes of the state: the next step could not run."""
     if wrong := _find_difference(new, old, lambda x: jax.typeof(x).str_short()):
@@ -273,6 +288,19 @@ def _find_difference(given: PyTree, wanted: PyTree, describe: Callable[[Any], st
     found, needed = ({name: describe(x) for name, x in tree.named_leaves(one)} for one in (given, wanted))
     pairs = ((name, found.get(name, "nothing"), needed.get(name, "nothing")) for name in {**needed, **found})
     return next((pair for pair in pairs if pair[1] != pair[2]), None)
+
+
+def _check_sown(losses: PyTree, part: Batch) -> None:
+    """Raises UserError unless a sown loss is one number, or one per example.
+
+    A model may get several views of the examples, or several streams at once: multiples of the lengths' gcd.
+    """
+    examples = math.gcd(*(len(x) for x in jax.tree.leaves(part) if jnp.ndim(x)))
+    for name, x in tree.named_leaves(losses):
+        if jnp.size(x) != 1 and (jnp.ndim(x) > 1 or len(x) % examples):
+            raise UserError(f"the sown loss {name!r} has the shape {list(jnp.shape(x))}; sow f32[] or one number per "
+                            "example, f32[b]; nn.scan and nn.vmap stack what their layers sow: return such losses from "
+                            "the layer, and sow their sum outside")  # fmt: skip
 
 
 def _mean_loss(out: Any) -> jax.Array:

@@ -85,6 +85,11 @@ def one_step(backbone, learned=losses.softmax, **more):
     return state, *jax.jit(train_step)(state, batch())
 
 
+def train_step_shape(backbone, learned=losses.softmax, **more):
+    """Traces a step, and computes nothing."""
+    return jax.eval_shape(lambda: one_step(backbone, learned, **more)[1:])
+
+
 def test_supervised_learning_as_a_method_is_the_default(fake_config):
     """The same bits after a step, also with mixing and accumulation."""
     fake_config.update({"mix": "mixup(0.2)", "model": f"{__name__}:Sowing"})
@@ -135,6 +140,82 @@ def test_sown_losses_are_added_and_sown_metrics_are_logged(accumulate):
     jax.tree.map(lambda p, g, q: np.testing.assert_allclose(p - g, q, atol=1e-6), before.params, grads, after.params)
     assert "losses" not in after.model_state
     assert "metrics" not in after.model_state
+
+
+class Layer(nn.Module):
+    """Returns its loss f32[b], and sows it if `sows`."""
+
+    sows: bool
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        x = nn.tanh(x)
+        activity = jnp.mean(x**2, -1)
+        if self.sows:
+            self.sow("losses", "activity", activity)
+        return x, activity
+
+
+class Layers(nn.Module):
+    """Four layers under `nn.scan` with a loss each, which they sow, or this module does."""
+
+    inside: bool
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x, activities = nn.scan(Layer, {"losses": 0}, length=4)(self.inside)(x.reshape(len(x), -1), None)
+        if not self.inside:
+            self.sow("losses", "activity", jnp.sum(activities, 0))
+        return x
+
+
+def test_losses_of_scanned_layers_add_up():
+    """Their mean over the layers was added."""
+
+    def nothing(model, batch, fixed):
+        return Loss(0 * model(batch["image"], train=True)[:, 0])
+
+    layers = [batch()["image"] / np.float32(255)]
+    for _ in range(4):
+        layers.append(np.tanh(layers[-1]))
+    _, _, sums = one_step(Layers(inside=False), Method(nothing))
+    assert float(sums["loss"]) / 32 == pytest.approx(sum(np.mean(x**2) for x in layers[1:]), rel=1e-5)
+    with pytest.raises(UserError, match=r"sown loss 'backbone/.*/activity/0' has the shape \[4, 32\].* sum outside"):
+        train_step_shape(Layers(inside=True))
+
+
+class Shaped(nn.Module):
+    """Sows a loss of a shape, or of the length of its images."""
+
+    shape: tuple[int, ...] | None
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        if not self.is_initializing():
+            self.sow("losses", "ones", jnp.ones((len(x),) if self.shape is None else self.shape))
+        return x.reshape(len(x), -1)
+
+
+@pytest.mark.parametrize(("shape", "accumulate", "allowed"), [
+    (None, 1, True), (None, 2, True), ((), 1, True), ((1,), 1, True), ((64,), 1, True),
+    ((3,), 1, False), ((32, 2), 1, False), ((4,), 2, False),
+])  # fmt: skip
+def test_a_sown_loss_is_a_number_or_one_for_each_example(shape, accumulate, allowed):
+    with contextlib.nullcontext() if allowed else pytest.raises(UserError, match="sown loss 'backbone/ones/0' has"):
+        train_step_shape(Shaped(shape), accumulate=accumulate)
+
+
+def test_a_sown_loss_may_cover_two_streams_at_once():
+    """32 and 20 images in one pass."""
+
+    def loss(model, batch, fixed):
+        images = jnp.concatenate([batch["image"], batch["more"]])
+        return Loss(losses.softmax(model(images, train=True)[:32], batch["label"]))
+
+    def inputs(key, batch, augment):
+        return {**batch, "image": scale(key, batch["image"]), "more": jnp.zeros((20, *SHAPE))}
+
+    train_step_shape(Shaped(None), Method(loss, inputs))
 
 
 @pytest.mark.parametrize("place", ["device", *thorough("host")])
@@ -264,6 +345,23 @@ def test_the_state_of_a_method_keeps_its_shapes_and_dtypes(change, said, accumul
                                       accumulate=accumulate)  # fmt: skip
     with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
         jax.eval_shape(train_step, step.init_state(model, optimizer, SHAPE, 0), batch())
+
+
+class Wide(nn.Module):
+    """BatchNorm in float64, whose statistics linen creates in float32."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = jnp.float64(x.reshape(len(x), -1))
+        return nn.BatchNorm(not train, dtype=jnp.float64, param_dtype=jnp.float64)(x)
+
+
+@pytest.mark.usefixtures("float64")
+def test_batch_norm_trains_in_float64():
+    """Its state was refused, since linen's BatchNorm stores float64."""
+    with jax.numpy_dtype_promotion("standard"):
+        after, _ = train_step_shape(Wide())
+    assert {x.dtype for x in jax.tree.leaves(after.model_state)} == {np.dtype(np.float32)}
 
 
 def no_loss(problem):
