@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ class Input(NamedTuple):
     found: bool = False
 
 
-def find(command: str, words: list[str]) -> Iterator[Input]:
+def find(command: str, words: list[str], skip: Callable[[str], bool] = lambda path: False) -> Iterator[Input]:
     """Iterates over the image files that `words` name, in order and lazily, so that their number is unlimited.
 
     A word is one of:
@@ -39,26 +39,27 @@ def find(command: str, words: list[str]) -> Iterator[Input]:
     - a pattern of Python's `glob`, with `**` for folders of any depth;
     - `-` for standard input, where each line names a file.
 
-    Raises UserError at once if a word names nothing or no regular file, or if a directory has no images; and during
-    iteration, if standard input is not text.
+    Files of directories and patterns are left out if `skip(path)` is true. Raises UserError at once if a word names
+    nothing or no regular file, or if a directory has no images; and during iteration, if standard input is not text.
     """
     if not words:
         raise UserError(f"{command}: name at least one image: {command} FILE|DIR|GLOB|- … --workdir DIR")
     for word in words:
         if word != "-":
             _check(command, word)
-    return (image for word in words for image in (_read_stdin(command) if word == "-" else _expand(word)))
+    images = (image for word in words for image in (_read_stdin(command) if word == "-" else _expand(word)))
+    return (image for image in images if not (image.found and skip(image.path)))
 
 
-def count(words: list[str], seconds: float = 1.0) -> int | None:
+def count(words: list[str], skip: Callable[[str], bool] = lambda path: False, seconds: float = 1.0) -> int | None:
     """The number of files that `find` iterates over; None with standard input, or if counting takes longer."""
     if "-" in words:
         return None
     end, number = time.monotonic() + seconds, 0
     try:
         for word in words:
-            for _ in _expand(word, log_strays=False):
-                number += 1
+            for image in _expand(word, log_strays=False):
+                number += not (image.found and skip(image.path))
                 if time.monotonic() > end:
                     return None
     except (OSError, UserError):  # such as a folder that cannot be read, which the iteration itself reports
@@ -81,16 +82,15 @@ def compute(
 
 
 def _check(command: str, word: str) -> None:
-    path = Path(word)
-    if path.is_dir():
-        if next(image_files.walk(path, Counter()), None) is None:
+    if os.path.isdir(word):
+        if next(image_files.walk(word, Counter()), None) is None:
             raise UserError(f"{command}: the directory {word!r} has no images")
-    elif not path.exists():
+    elif not os.path.exists(word):
         if not glob.has_magic(word):
             raise UserError(f"{command}: no file or directory {word!r} (working directory: {Path.cwd()})")
-        if next(glob.iglob(word, recursive=True), None) is None:
+        if not any(map(os.path.isfile, glob.iglob(word, recursive=True))):
             raise UserError(f"{command}: the pattern {word!r} matches no file (working directory: {Path.cwd()})")
-    elif not path.is_file():
+    elif not os.path.isfile(word):
         raise UserError(f"{command}: {word!r} is a pipe, socket or device; name image files or directories")
 
 

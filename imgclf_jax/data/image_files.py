@@ -78,7 +78,7 @@ def walk(folder: Path | str, strays: Counter[str], recursive: bool = True) -> It
             levels.pop()
         elif entry.name.startswith("."):
             strays["hidden"] += 1
-        elif entry.is_dir():
+        elif _is_folder(entry):
             if recursive:
                 levels.append(entries(f"{prefix}{entry.name}/", above))
         elif (stamp := _stamp(entry, strays)) is not None:
@@ -87,6 +87,13 @@ def walk(folder: Path | str, strays: Counter[str], recursive: bool = True) -> It
 
 # The prefix of names in a folder, its entries, and the inodes of the folder and its parents.
 _Level = tuple[str, Iterator[os.DirEntry[str]], frozenset[tuple[int, int]]]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # from a link to itself, or to a name that is too long
+        return False
 
 
 def _stamp(entry: os.DirEntry[str], strays: Counter[str]) -> Stamp | str | None:

@@ -1,5 +1,8 @@
 """Loads the weights of `init_from`, a file or another run: takes those that fit the model and reports the rest."""
 
+import contextlib
+import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -11,17 +14,23 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import errors, traverse_util
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import places, processes, tree
+from imgclf_jax import losses
+from imgclf_jax.core import places, processes, spec, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import one_per_line
 from imgclf_jax.core.typing import JsonObject
+from imgclf_jax.data import decode
 from imgclf_jax.methods import lora
+from imgclf_jax.models import classifier
 from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
 from imgclf_jax.run import digests
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.step import apply_backbone
 from imgclf_jax.weights import files, torch_names
 
 log = logging.getLogger(__name__)
@@ -78,7 +87,8 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     that the other run's method added to backbone and head; modules that this run's method adds stay random. Raises
     UserError for a file or work directory that cannot be read, and, unless `config.init_strict` is False, for LoRA
     adapters that are not merged and for any other difference. With `whole`, also raises UserError if any parameter,
-    including the head's, stays random, and if a run or an exported file says that the head is for other classes.
+    including the head's, stays random, and if a run or an exported file says that the head is for other classes or was
+    trained with another normalization, link or model (see `_compare_predictions`).
     """
     config = programs.recipe.config
     path = places.expand_user(config.init_from)
@@ -119,11 +129,17 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     if whole and (weights.head or weights.missing or weights.misfits):
         lacking = f"the head ({weights.head})" if weights.head else _some(weights.missing + weights.misfits)
         raise UserError(f"{what} is not a complete model: it lacks {lacking}; train it on these data first")
-    here = programs.recipe.data.class_names
-    if whole and (theirs := _recorded_classes(path)) not in ("", one_per_line(here)):
+    here, record = programs.recipe.data.class_names, _read_record(path) if whole else {}
+    instead = f", or pass --workdir={config.init_from} instead" if path.is_dir() else ""
+    if (theirs := record.pop("class_names", "")) not in ("", one_per_line(here)):
         raise UserError(f"{what} has the classes {theirs.split('\n')[:5]}…, and data.source={config.data.source!r} has "
                         f"{list(here)[:5]}…: its predictions would have wrong names; name the source of its classes"
-                        + (f", or pass --workdir={config.init_from} instead" if path.is_dir() else ""))  # fmt: skip
+                        f"{instead}")  # fmt: skip
+    wrong, unsure = _compare_predictions(programs, weights.taken, record)
+    if wrong:
+        raise UserError(f"{what} was trained with {wrong}: its predictions would be wrong; give both the same{instead}")
+    if unsure:
+        log.warning("%s was trained with %s: its predictions may be wrong", what, unsure)
     log.log(logging.WARNING if weights.faults or weights.assumed else logging.INFO, "%s: %s", what, weights.report())
     return weights
 
@@ -257,14 +273,68 @@ def _written_grid(path: Path) -> Grid | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
-def _recorded_classes(path: Path) -> str:
-    """The class names, one per line, that a run recorded or `export` wrote into a .safetensors file; "" for others."""
-    if path.is_dir():
-        workdir = Workdir(path)
-        recorded = workdir.load_data_info().class_names if workdir.provenance.is_file() else ()
-        return one_per_line(recorded)
-    names = files.read_metadata(path).get("class_names")
-    return names if isinstance(names, str) else ""
+def _read_record(path: Path) -> dict[str, str]:
+    """What a run recorded, or `export` wrote into a .safetensors file, about its predictions; {} for others.
+
+    These are keys of the config, `host_ops`, which evaluation applies, and `class_names`, one per line.
+    """
+    if not path.is_dir():
+        return {key: text for key, text in files.read_metadata(path).items() if isinstance(text, str)}
+    workdir = Workdir(path)
+    config = json.loads(places.read(workdir.config, configs.MAX_BYTES))
+    record = {key: text for key, text in config.items() if isinstance(text, str)}
+    record["class_names"] = one_per_line(workdir.load_data_info().class_names if workdir.provenance.is_file() else ())
+    if "preprocess" in record:
+        with contextlib.suppress(UserError), spec.untrusted(str(path)):
+            record["host_ops"] = decode.evaluation_spec(record.get("preprocess_eval", ""), record["preprocess"])
+    return record
+
+
+def _compare_predictions(
+    programs: Programs, taken: Mapping[str, np.ndarray], record: Mapping[str, str]
+) -> tuple[str, str]:
+    """The recorded keys with which predictions would be wrong here, and those with which they may be, with both values.
+
+    Unsure are keys that name code, which is not run, and host ops besides `decode`, since other data may need others.
+    """
+    recipe = programs.recipe
+    theirs = dataclasses.replace(recipe, config=recipe.config.copy_and_resolve_references())
+
+    def features(recipe: Recipe) -> np.ndarray:
+        images = np.random.default_rng(0).normal(size=(1, *recipe.data.image_shape)).astype(np.float32)
+        variables = traverse_util.unflatten_dict(dict(taken), sep="/")
+        with classifier.bounded():
+            return np.asarray(jax.jit(functools.partial(apply_backbone, recipe.plain_model))(variables, images))
+
+    def have_same_features() -> bool:  # unlike dropout or `remat`, an activation changes them
+        ours = features(recipe)
+        return np.allclose(features(theirs), ours, 1e-2, 1e-2 * float(np.abs(ours).max()), equal_nan=True)
+
+    checks = {
+        "augment": lambda: theirs.normalization == recipe.normalization,
+        "loss": lambda: losses.link_of(theirs.config.loss) == losses.link_of(recipe.config.loss),
+        "model": have_same_features,
+    }
+    wrong, unsure = {}, {}
+    for key, check in checks.items():
+        if (text := record.get(key, recipe.config[key])) != recipe.config[key]:
+            theirs.config[key] = text
+            try:
+                with spec.untrusted("its record"):
+                    if not check():
+                        wrong[key] = text, recipe.config[key]
+            except (UserError, errors.FlaxError):
+                unsure[key] = text, recipe.config[key]
+    ops = record.get("host_ops", programs.preprocess_eval), programs.preprocess_eval
+    resized, own = ([call for call in spec.parse(text) if call.name != "decode"] for text in ops)
+    if resized != own:
+        unsure["preprocess_eval"] = ops
+
+    def describe(keys: Mapping[str, tuple[str, str]]) -> str:
+        trained, here = (", ".join(f"{key}={pair[i]!r}" for key, pair in keys.items()) for i in (0, 1))
+        return f"{trained}, and this command has {here}" if keys else ""
+
+    return describe(wrong), describe(unsure)
 
 
 def _resize_positions(

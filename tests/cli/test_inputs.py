@@ -51,7 +51,8 @@ def test_files_directories_and_patterns(photos):
     assert found("*.png") == ["[d].png", "a.png", "b.png", "broken.png"]
     assert found("[d].png") == ["[d].png"]  # what is there is no pattern
     assert [image.found for image in inputs.find("predict", ["a.png", "b", "b/?.jpg"])] == [False] + [True] * 4
-    for word, message in [("x.png", "no file or directory"), ("x*.png", "matches no file"), ("empty", "has no images")]:
+    for word, message in [("x.png", "no file or directory"), ("x*.png", "matches no file"), ("b/*/", "matches no file"),
+                          ("empty", "has no images")]:  # fmt: skip
         (photos / "empty").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=message):
             inputs.find("predict", ["a.png", word])

@@ -99,6 +99,17 @@ def test_links_to_folders_are_followed_but_not_in_a_circle(flat, tmp_path):
     assert sorted(found) == ["0.png", "3.png", "6.png", "9.png", "more/a.png"]
 
 
+def test_a_link_that_leads_nowhere_is_one_unreadable_image(flat):
+    """Gone, to itself, or to a name that is too long for the disk."""
+    targets = {"gone.png": "no.png", "loop.png": "loop.png", "long.png": "x" * 300, "loop": "loop"}
+    for name, target in targets.items():
+        (flat / "cat" / name).symlink_to(target)
+    found = image_files.find(flat / "cat")
+    assert list(found.broken) == ["gone.png", "long.png", "loop.png"]
+    assert "symbolic links" in found.broken["loop.png"]
+    assert found.strays == {"broken link": 1}
+
+
 def test_a_folder_that_cannot_be_read_is_named(flat, monkeypatch):
     scandir = os.scandir
 

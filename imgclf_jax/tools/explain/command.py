@@ -1,5 +1,7 @@
 """The command `explain`: heatmaps of the image regions that a prediction depends on."""
 
+import functools
+import os
 import re
 import sys
 from collections import deque
@@ -17,7 +19,7 @@ from imgclf_jax.losses import Task
 from imgclf_jax.run import progress, terminal
 from imgclf_jax.run.provenance import write_atomically
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.tools.explain.explanations import build, draw
+from imgclf_jax.tools.explain.explanations import TITLES, build, draw
 from imgclf_jax.trained import load_trained, report_host_ops, until_error
 
 type Record = JsonObject
@@ -37,9 +39,10 @@ def main(
 
     Raises UserError for an unknown class or layer, and for a method that does not fit the network or the class.
     """
-    images = inputs.find("explain", paths)
     wanted = others["class"]
     folder = Path(output or "explained")
+    skip = functools.partial(_is_figure, os.path.realpath(folder))
+    images = inputs.find("explain", paths, skip)
     if folder.is_file():
         raise UserError(f"explain: --output={folder} is a file; name a folder for the heatmaps")
     model = load_trained(config, workdir, checkpoint)
@@ -57,7 +60,7 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     counts = {"all": 0, "failed": 0}
     errors: list[Exception] = []  # an error that ends the iteration early
-    total = inputs.count(paths)
+    total = inputs.count(paths, skip)
 
     def records() -> Iterator[Record]:
         taken: set[Path] = set()
@@ -99,6 +102,12 @@ def main(
     if errors:
         raise errors[0]
     return 1 if counts["failed"] else 0
+
+
+def _is_figure(folder: str, path: str) -> bool:
+    """Whether a file in the output folder is named like its figures, such as those of an earlier call."""
+    named = path.endswith(tuple(f".{method}.png" for method in TITLES))
+    return named and os.path.realpath(os.path.dirname(path)) == folder
 
 
 def _shown(value: float, regression: bool) -> str:

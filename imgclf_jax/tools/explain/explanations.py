@@ -14,7 +14,7 @@ from imgclf_jax.core.typing import PyTree
 from imgclf_jax.tools.explain import attribution, heatmap
 from imgclf_jax.trained import Trained
 
-_TITLES = {
+TITLES = {
     "gradcam": "Grad-CAM: evidence for the class",
     "rollout": "attention rollout: attention, for any class",
     "occlusion": "occlusion: drop of the probability",
@@ -88,7 +88,7 @@ def draw(
     `explain` come from `build`.
     """
     [values] = explain(pixels[None], np.array([label]))
-    method_title = _TITLES[method]
+    method_title = TITLES[method]
     if regression:
         method_title = method_title.replace("probability", "value").replace("for the class", "for a larger value")
     content = io.BytesIO()

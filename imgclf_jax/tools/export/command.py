@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import json
 import logging
 import tempfile
 from collections.abc import Callable
@@ -123,7 +124,7 @@ def _safetensors(model: Trained, path: Path, gives: str, names: str) -> list[str
     params, model_state = jax.tree.map(sharding.fetch, model.state.evaluated)
     variables = {"params": params, **(model_state or {})}
     metadata = {"format": "pt", "model": recipe.config.model, "names": names, "augment": recipe.config.augment,
-                "host_ops": model.programs.preprocess_eval}  # fmt: skip
+                "loss": recipe.config.loss, "host_ops": model.programs.preprocess_eval}  # fmt: skip
     metadata |= {"grid": "{}x{}".format(*grid)} if (grid := pretrained.patch_grid(model.programs)) else {}
     metadata |= {"task": model.task.value, "class_names": one_per_line(model.class_names)}
     lines = []
@@ -131,7 +132,7 @@ def _safetensors(model: Trained, path: Path, gives: str, names: str) -> list[str
         own = variables if recipe.num_seeds == 1 else jax.tree.map(lambda x, seed=seed: np.asarray(x)[seed], variables)
         file = path if recipe.num_seeds == 1 else path.with_suffix(f".seed{recipe.config.seed + seed}{path.suffix}")
         state = torch_state.state_dict(backbone, merge(own), names, recipe.data.image_shape)
-        write_atomically(file, save(state, metadata))
+        write_atomically(file, _with_sorted_metadata(save(state, metadata)))
         lines.append(f"{file}: {_size(file)}, {len(state)} arrays, named by the scheme {names}")
     if added := sorted({*params} - {"backbone", "head"}):
         lines.append(f"Not exported: {', '.join(added)} of method={recipe.config.method!r}, which no classifier has.")
@@ -140,6 +141,16 @@ def _safetensors(model: Trained, path: Path, gives: str, names: str) -> list[str
     if not recipe.method.predicts:
         lines.append(f"There is no head, because method={recipe.config.method!r} trains none.")
     return lines
+
+
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """A safetensors file whose metadata have a fixed order: the library writes another one each time."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    head = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)  # aligns the arrays, as the library does
+    return b"".join([len(head).to_bytes(8, "little"), head, memoryview(content)[end:]])
 
 
 def _size(path: Path) -> str:

@@ -70,12 +70,13 @@ def main(
             raise UserError(
                 f"serve: cannot listen on {host}:{port} ({reason(e)}); pass another --port or --host"
             ) from e
-        url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-        print(f"serving step {model.step} of {config.model} at {url}; press Ctrl-C to stop", flush=True)
-        if not local:
-            log.warning("anyone who can reach %s can use it: there is no authentication", url)
-        with listening:
-            Server(settings).run(sockets=listeners(listening))
+        url = f"http://{f'[{host}]' if ':' in host else host or '0.0.0.0'}:{listening.getsockname()[1]}"
+        server = Server(settings)
+        with listening, server.capture_signals():
+            print(f"serving step {model.step} of {config.model} at {url}; press Ctrl-C to stop", flush=True)
+            if not local:
+                log.warning("anyone who can reach %s can use it: there is no authentication", url)
+            server.run(sockets=listeners(listening))
     if not application.state.idle(_LAST_SECONDS):
         sys.stdout.flush()
         os._exit(0)  # a normal exit would wait for threads, which may decode an image for minutes

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+import httptools
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -143,17 +144,42 @@ def guarded(limits: ConnectionLimits) -> type[asyncio.Protocol]:
                     return
                 part = data if len(data) <= most else data[start : start + most]
                 self._unparsed += len(part)
-                super().data_received(part)
+                self._unset_keepalive_if_required()
+                self._parse(part)
                 if self._unparsed > most:
                     self._refuse(431, f"the request's headers are longer than {most:,} bytes")
 
+        def _parse(self, data: bytes) -> None:
+            """Parses data, ignoring any offer to upgrade the protocol (RFC 9110, 7.8), such as to HTTP/2.
+
+            httptools skips the body of a request with an offer and parses nothing after it. So another parser gets the
+            headers once more, without the offer.
+            """
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserError:
+                self._refuse(400, "this is not an HTTP request")
+            except httptools.HttpParserUpgrade as e:
+                if not self._offers_upgrade():
+                    return
+                start = [self.parser.get_method(), self.url, b"HTTP/" + self.parser.get_http_version().encode()]
+                headers = [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+                self._parse(b"\r\n".join([b" ".join(start), *headers, b"", data[e.args[0] :]]))
+
+        def _offers_upgrade(self) -> bool:
+            return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+
         # The parser's callbacks.
         def on_headers_complete(self) -> None:
+            if self._offers_upgrade():
+                return
             self._unparsed = self._lacking = 0
+            super().on_headers_complete()
             self._begun += 1
             if self._begun > _PIPELINED:
                 self.transport.abort()
-            super().on_headers_complete()
 
         def on_body(self, body: bytes) -> None:
             self._unparsed = 0
@@ -163,19 +189,17 @@ def guarded(limits: ConnectionLimits) -> type[asyncio.Protocol]:
             super().on_body(body)
 
         def on_message_complete(self) -> None:
+            if self._offers_upgrade():
+                return
             self._unparsed = 0
             super().on_message_complete()
             if not (self.pipeline or self._refused or self.transport.is_closing()):
                 self.flow.resume_reading()  # a large body paused it; without it nobody notices that the client has gone
 
-        def send_400_response(self, msg: str) -> None:
-            """Answers a request that does not parse."""
-            self._refuse(400, "this is not an HTTP request")
-
         def _refuse(self, status: int, message: str) -> None:
             if self._refused or self.transport.is_closing():
                 return
-            if self._answering:  # a refusal must not overtake the answer of the request before it
+            if self._begun:  # a refusal must not overtake the answer of the request before it
                 self.transport.abort()
                 return
             self._refused = True

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from safetensors import safe_open
 from test_stablehlo import made
 
 import imgclf_jax
@@ -156,6 +157,20 @@ def test_several_seeds_are_a_file_each(tmp_path):
     for seed, kernel in zip((5, 6), kernels, strict=True):
         read = files.read(tmp_path / f"a.seed{seed}.safetensors", lambda label, shape: True)
         np.testing.assert_array_equal(read["head.weight"], kernel.T)
+
+
+def test_a_model_is_written_in_the_same_bytes_each_time(tmp_path, monkeypatch):
+    """Or a run that started from the file would say that its weights have changed."""
+    file, (model, _), contents = tmp_path / "a.safetensors", made("mlp(widths=(8,))"), set()
+    monkeypatch.setattr(export, "load_trained", lambda *_: model)
+    (tmp_path / "config.json").write_text(configs.to_json(model.config))
+    for _ in range(3):
+        assert launch.main(["export", str(file), f"--workdir={tmp_path}"]) == 0
+        contents.add(file.read_bytes())
+    assert len(contents) == 1
+    with safe_open(file, "np") as found:
+        assert found.metadata()["model"] == "mlp(widths=(8,))"
+        np.testing.assert_array_equal(found.get_tensor("head.bias"), model.state.params["head"]["bias"])
 
 
 @pytest.mark.parametrize("averaged", [False, True])

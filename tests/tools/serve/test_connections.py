@@ -222,6 +222,28 @@ def test_many_requests_at_once(port):
         answer(client)  # it ends
 
 
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+
+
+@pytest.mark.parametrize("cut", [40, 150, 180])
+def test_an_offer_to_upgrade_is_ignored(patient_port, cut):
+    """`curl --http2` and Java's HttpClient make one. The body was dropped, and requests after it had no answer."""
+    post = GET.replace(b"GET", b"POST") + OFFER + b"Content-Length: 5\r\n\r\nabcde"
+    message = post + GET + OFFER + b"\r\n" + GET + b"Connection: close\r\n\r\n"
+    with connect(patient_port) as client:
+        client.sendall(message[:cut])
+        time.sleep(0.01)
+        client.sendall(message[cut:])
+        answers = answer(client).split(b"HTTP/1.1 ")[1:]
+    assert [(one[:3], one[-1:]) for one in answers] == [(b"200", b"5"), (b"200", b"0"), (b"200", b"0")]
+
+
+def test_a_refusal_does_not_overtake_the_answer_before_it(patient_port):
+    with connect(patient_port) as client:
+        client.sendall(GET + b"\r\ngarbage garbage\r\n\r\n")
+        assert b" 400 " not in answer(client)
+
+
 def test_many_connections(port):
     """So many of one client and no more: another is told so, and one that ends makes room."""
     with contextlib.ExitStack() as stack:

@@ -66,6 +66,22 @@ with TestClient(app.build(model, explain=explainer(model))) as client:
     assert done.returncode == 0, done.stderr.decode()
 
 
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("", "0.0.0.0")])
+def test_a_signal_right_after_the_line_that_it_serves(host, shown, model, tmp_path, monkeypatch):  # noqa: F811
+    """Ends it as any later one does; and the line names an address."""
+    lines = []
+
+    def interrupted(line, flush):
+        lines.append(line)
+        signal.raise_signal(signal.SIGINT)
+
+    (tmp_path / "config.json").write_text(configs.to_json(model.config))
+    monkeypatch.setattr(serve, "load_trained", lambda *_: model)
+    monkeypatch.setattr(serve, "print", interrupted, raising=False)
+    assert launch.main(["serve", f"--workdir={tmp_path}", "--port=0", f"--host={host}"]) == 0
+    assert f"at http://{shown}:" in lines[0]
+
+
 def test_mistakes(model, tmp_path, monkeypatch, capsys):  # noqa: F811
     (tmp_path / "config.json").write_text(configs.to_json(model.config))
     monkeypatch.setattr(serve, "load_trained", lambda *_: model)
