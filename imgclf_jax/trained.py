@@ -333,7 +333,7 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
         with contextlib.suppress(Gone):  # a run in progress saves and removes checkpoints
             state, step = _choose(config, workdir, which, programs)
             # Restoring may have imported more.
-            processes.agree("comparing modules", provenance.module_digests, in_both=True)
+            processes.agree("comparing modules", provenance.module_facts, in_both=True)
             _ = programs.host_ops, programs.recipe.views, programs.recipe.whole_set_metrics  # import what they name
             workdir.warn_of_changed_modules()
             return Trained(programs, state, step)
@@ -368,11 +368,11 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
     else:
         try:
             run = checkpoints.restore(step, wanted, optimizer=False)
-        except Gone:
+        except (Gone, processes.Apart):
             raise
         except UserError as e:
             intact = processes.broadcast_from_process_0(
-                "looking for another checkpoint", lambda: checkpoints.intact(step, wanted)
+                "looking for another checkpoint", lambda: checkpoints.intact(step, wanted), processes.PREPARING
             )
             if not intact:
                 raise

@@ -408,6 +408,24 @@ def test_a_new_config_that_a_kill_keeps_from_being_written(copy, monkeypatch, ch
     assert record.read(workdir.path).contradictions == ["config.json has been changed since the run wrote it"]
 
 
+def test_an_edited_config_gets_no_new_digest(copy, mistake):
+    """A resumed run with other keys wrote a digest of the edited config, which no command then warned of."""
+    workdir, argv = Workdir(copy[0]), copy[1]
+    workdir.config.write_text(workdir.config.read_text().replace('"seed": 0', '"seed": 5'))
+    sentence = mistake(*argv, "--config.seed=5", "--config.log_every=2 steps", log="it may not say")
+    assert has(sentence, "config.json has been changed since the run wrote it", "log_every: ", "restore it")
+    assert record.read(workdir.path).contradictions == ["config.json has been changed since the run wrote it"]
+
+
+def test_another_metric_for_the_best_checkpoint(copy, caplog):
+    """Checkpoints that were better by it may have been removed, silently."""
+    workdir = Workdir(copy[0])
+    config = workdir.load_config()
+    config.checkpoint.best = "test/loss"
+    workdir.update_config(config, 8)
+    assert "checkpoint.best='test/loss' chooses among the checkpoints that are left and later ones" in caplog.text
+
+
 def counting(problem):
     assert problem.total in (40, 60)
     return Method(lambda model, batch, fixed: None)

@@ -144,13 +144,14 @@ def test_processes_that_were_given_something_else(tmp_path, last, sentence):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("watchdog", "heartbeat", "sentence"), [
+@pytest.mark.parametrize(("stopped", "watchdog", "heartbeat", "sentence"), [
     # The watchdog, in a few seconds, before any heartbeat is missed.
-    (5, 100, r"nothing has happened for \d+ s \(watchdog\) .*; process 1 gives no sign of life"),
+    (1, 5, 100, r"nothing has happened for \d+ s \(watchdog\) .*; process 1 gives no sign of life"),
+    (0, 5, 100, r"nothing has happened for \d+ s \(watchdog\) .*; process 0 gives no sign of life"),
     # JAX's heartbeat, while the watchdog is still patient, as it is in a save.
-    (20, 12, r"process 0 \(.*\): process 1 \(.*\) of this run has died or cannot be reached"),
+    (1, 20, 12, r"process 0 \(.*\): process 1 \(.*\) of this run has died or cannot be reached"),
 ])  # fmt: skip
-def test_a_process_that_is_stopped_is_named(tmp_path, watchdog, heartbeat, sentence):
+def test_a_process_that_is_stopped_is_named(tmp_path, stopped, watchdog, heartbeat, sentence):
     """SIGSTOP of one of two: the other ends, and names it."""
     words = (*check.LONG, f"--config.watchdog={watchdog} s")
     started = check.start(tmp_path / "run", 2, 1, words, heartbeat=heartbeat)
@@ -158,13 +159,13 @@ def test_a_process_that_is_stopped_is_named(tmp_path, watchdog, heartbeat, sente
         end = time.monotonic() + 180
         while not list((tmp_path / "run").glob("checkpoints/[0-9]*")) and time.monotonic() < end:
             time.sleep(0.2)
-        started[1].send_signal(signal.SIGSTOP)
-        assert started[0].wait(60) == 1
+        started[stopped].send_signal(signal.SIGSTOP)
+        assert started[1 - stopped].wait(60) == 1
     finally:
         for process in started:
             process.kill()
             process.wait()
-    assert re.search(sentence, Path(f"{tmp_path}/run.log.0").read_text())
+    assert re.search(sentence, logs(tmp_path / "run")[1 - stopped])
 
 
 @pytest.mark.thorough

@@ -25,9 +25,9 @@ def join(
     with processes.ending_together():
         check_platforms()
         processes.agree("comparing commands", lambda: command | provenance.process_facts(), processes.QUICK)
-        processes.agree("comparing modules", provenance.module_digests, in_both=True)
-        processes.agree("comparing devices", lambda: provenance.device_facts(counted=not devices),
-                        fix="--local_devices says which devices each process takes", in_both=True)  # fmt: skip
+        processes.agree("comparing modules", provenance.module_facts, in_both=True)
+        processes.agree("comparing devices", lambda: provenance.device_facts(counted=not devices), in_both=True,
+                        fix="--local_devices says which devices, all of one kind, each process takes")  # fmt: skip
         yield
 
 

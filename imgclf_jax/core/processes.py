@@ -37,7 +37,7 @@ _SIGNS = ("JOB_COMPLETION_INDEX", "TPU_WORKER_ID", "MEGASCALE_COORDINATOR_ADDRES
 
 WAIT = 600.0  # seconds that processes wait for each other
 QUICK = 20.0  # for calls that take no time
-PREPARING = 86400.0  # while a process may download a data set
+PREPARING = 86400.0  # while a process may download a data set, or read a large checkpoint
 ALIKE = "start all processes with the same command, code, versions and environment"
 _LOST_PEER = re.compile("Gloo .* failed|remote process exited")  # by Gloo and by NCCL
 _count, _index = 1, 0
@@ -48,6 +48,10 @@ _failure = ""  # the error that ends this process
 stops: list[tuple[str, int]] = []  # (signal name, process) of the signals that other processes received
 listeners: list[Callable[[str, int], None]] = []  # called with each of these as it arrives
 silent: list[int] = []  # the processes that give no sign of life, as far as this one knows
+
+
+class Apart(UserError):
+    """The processes of a run differ, or one of them is missing."""
 
 
 def has_started_several() -> bool:
@@ -152,7 +156,7 @@ def named(process: int) -> str:
 def broadcast_from_process_0[T: Json](what: str, function: Callable[[], T], wait: float = WAIT) -> T:
     """Calls `function` in process 0 and returns its result, a JSON value, in all processes.
 
-    All processes call this, in the same order. Raises UserError if process 0 takes more than `wait` seconds. An error
+    All processes call this, in the same order. Raises Apart if process 0 takes more than `wait` seconds. An error
     in `function` ends process 0, and with it all others.
     """
     if _count == 1:
@@ -171,15 +175,15 @@ def gather(what: str, value: Json, wait: float = WAIT) -> list[Json]:
 
 
 def refuse(what: str, fault: str, fix: str = ALIKE, wait: float = WAIT) -> None:
-    """Raises the same UserError in all processes if any of them has a `fault`, a sentence or ""."""
+    """Raises the same Apart in all processes if any of them has a `fault`, a sentence or ""."""
     if faults := [one for one in gather(what, fault, wait) if one]:
-        raise UserError(f"{faults[0]}{f' (and {len(faults) - 1} more)' * (len(faults) > 1)}; {fix}")
+        raise Apart(f"{faults[0]}{f' (and {len(faults) - 1} more)' * (len(faults) > 1)}; {fix}")
 
 
 def agree(
     what: str, facts: Callable[[], JsonObject], wait: float = WAIT, fix: str = ALIKE, in_both: bool = False
 ) -> None:
-    """Raises the same UserError in all processes unless all have equal facts; it names the process and the fact.
+    """Raises the same Apart in all processes unless all have equal facts; it names the process and the fact.
 
     `facts` returns JSON values by name; a single process does not call it. With `in_both`, names that one of two
     processes lacks are ignored.
@@ -196,7 +200,7 @@ def agree(
 
 
 def barrier(what: str, wait: float = WAIT) -> None:
-    """Waits for all processes. Raises UserError, naming the first one missing, after `wait` seconds."""
+    """Waits for all processes. Raises Apart, naming the first one missing, after `wait` seconds."""
     gather(what, None, wait)
 
 
@@ -235,12 +239,12 @@ def _get(call: int, what: str, process: int, wait: float) -> Json:
     except Exception as e:
         if "DEADLINE_EXCEEDED" not in str(e):
             raise
-        raise UserError(f"{named(process)} has not reached the same point ({what}) within {wait:g} s; see its log, end "
-                        "all processes, and run the same command again") from e  # fmt: skip
+        raise Apart(f"{named(process)} has not reached the same point ({what}) within {wait:g} s; see its log, end all "
+                    "processes, and run the same command again") from e  # fmt: skip
     theirs, value = json.loads(message)
     if theirs != what:
-        raise UserError(f"{named(process)} is at another point ({theirs}) than {named(index())} ({what}), so they were "
-                        f"started differently; {ALIKE}")  # fmt: skip
+        raise Apart(f"{named(process)} is at another point ({theirs}) than {named(index())} ({what}), so they were "
+                    f"started differently; {ALIKE}")  # fmt: skip
     return value
 
 

@@ -125,6 +125,7 @@ def stopping(losing: Callable[[], str], grace: float = 0.0) -> Iterator[Stopping
             stop.hear(name, process)
         try:
             yield stop
-            processes.barrier("the end of training")  # until then, others may wait for the count of this one
+            # Until then, others may wait for the count of this one. Process 0 may still verify a checkpoint.
+            processes.barrier("the end of training", processes.PREPARING)
         finally:
             processes.listeners.remove(stop.hear)

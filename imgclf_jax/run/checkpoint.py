@@ -40,6 +40,7 @@ _WORST = -math.inf
 _UNPACKED, _RATIO = 1 << 28, 100  # a checkpoint of any model may unpack to this many bytes, or times its files' length
 _OPTIMIZER = "state/opt_state/"  # how the names of the optimizer's arrays begin
 _REPLACED = "replaced-"  # the first checkpoint of a step that is saved again, while the second one is written
+_REMOVED = "removed-"  # a checkpoint while its files are removed
 
 _COMMIT_FILE = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
 
@@ -121,6 +122,8 @@ class Checkpoints:
 
     def _prepare(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
+        for left in self.directory.glob(f"{_REMOVED}*"):
+            places.remove(left)
         self._put_back()
 
     def _for_orbax(self) -> Path:
@@ -185,7 +188,7 @@ class Checkpoints:
         The caller may donate the state's buffers right away. Raises UserError if this save or the previous one fails. A
         step that has a checkpoint is saved again only if `again`; the new checkpoint then replaces it.
         """
-        self.wait()  # for the previous save
+        self._wait_for_all()  # for the previous save
         if step in self._manager.all_steps():
             if not again:
                 return
@@ -216,8 +219,18 @@ class Checkpoints:
         kept = {*steps[-self._keep :], *confirmed[-1:], *unranked, best}
         if old := [step for step in steps if step not in kept]:
             for step in old:
-                places.remove(self.directory / str(step))
+                self._remove(step)
             self._manager.reload()
+
+    def _remove(self, step: int) -> None:
+        """Removes a checkpoint. On a disk it is no step from the first moment on, for readers and after a kill."""
+        folder, aside = self.directory / str(step), self.directory / f"{_REMOVED}{step}"
+        if places.in_bucket(folder):
+            places.remove(folder)
+            return
+        with contextlib.suppress(OSError):  # it is gone, or the disk is read-only
+            folder.rename(aside)
+        places.remove(aside)
 
     def _verify(self, step: int, like: PyTree) -> None:
         folder = self.directory / str(step)
@@ -247,27 +260,34 @@ class Checkpoints:
 
     def drop_after(self, step: int) -> None:
         """Removes the checkpoints of steps after `step`. All processes call this."""
-        self.wait()
+        self._wait_for_all()
         later = [one for one in self.steps() if one > step]
 
         def remove() -> None:
             for one in reversed(later):
-                places.remove(self.directory / str(one))
+                self._remove(one)
 
         processes.broadcast_from_process_0("removing checkpoints", remove)
         self._manager.reload()
         self.latest = max(self.steps(), default=0)
 
     def wait(self) -> None:
-        """Waits until every save is on disk and verified. Raises UserError if one failed."""
+        """Waits until every save of this process is on disk, in process 0 also verified. Raises UserError if not."""
         saving, self._saving = self._saving, None
         if saving:
             self._attempt(saving.result)
 
     def poll(self) -> None:
         """Raises UserError if the last save has failed, without waiting for it."""
-        if self._saving and self._saving.done():
+        if self._saving and self._saving.done() and self._saving.exception():
             self.wait()
+
+    def _wait_for_all(self) -> None:
+        """Waits for every save and for process 0 to verify it. All processes call this."""
+        saving = self._saving
+        self.wait()
+        if saving:
+            processes.barrier("verifying a checkpoint", processes.PREPARING)
 
     def unsaved(self) -> str:
         """Describes what ending at once would lose."""
@@ -288,7 +308,7 @@ class Checkpoints:
         """
         folder = self.directory / str(step)
         if error := processes.broadcast_from_process_0(
-            "verifying a checkpoint", lambda: self._find_error(step, like, optimizer)
+            "verifying a checkpoint", lambda: self._find_error(step, like, optimizer), processes.PREPARING
         ):
             raise self._gone(folder) or UserError(error)
         processes.agree("comparing checkpoints", lambda: {f"checkpoint {folder}": manifest.digest(folder)},
@@ -327,7 +347,7 @@ class Checkpoints:
         """A sentence on why the checkpoint of `step` cannot be used; "" if it can."""
         folder = self.directory / str(step)
         fault = manifest.find_fault(folder)
-        if fault == manifest.ABSENT:
+        if fault == manifest.ABSENT and folder.is_dir():
             log.warning("checkpoint %s is used without verification: %s", folder, fault)
         elif fault:
             return f"checkpoint {folder} is damaged: {fault}"
@@ -361,7 +381,7 @@ class Checkpoints:
             length = sum(places.size(file) for _, file in places.files(folder))
             total = sum(leaf.size * leaf.dtype.itemsize for leaf in named)
         except Exception as e:  # of many types, as in `restore`
-            raise UserError(f"checkpoint {folder} cannot be read: {reason(e)}") from e
+            raise self._gone(folder) or UserError(f"checkpoint {folder} cannot be read: {reason(e)}") from e
         if total > max(_UNPACKED, _RATIO * length):
             raise UserError(
                 f"checkpoint {folder} would unpack from {memory.size(length)} to {memory.size(total)}; above "
@@ -383,7 +403,7 @@ class Checkpoints:
         for step in sorted(steps, key=lambda step: (step in sealed, step), reverse=True):
             try:
                 state = self.restore(step, like, optimizer)
-            except Gone:
+            except (Gone, processes.Apart):
                 raise
             except UserError as e:
                 errors[step] = e

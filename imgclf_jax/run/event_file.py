@@ -17,8 +17,8 @@ from imgclf_jax.core import places
 class EventFile:
     """A file of scalars, images and hyperparameters in `directory`, which TensorBoard and its `EventAccumulator` read.
 
-    TensorBoard then drops the records of steps after `step` in earlier files, since a resumed run writes them again.
-    Raises ImportError if TensorBoard is not installed, and OSError.
+    TensorBoard then drops the records of steps after `step` in earlier files, and all of them if `step` is 0, since a
+    resumed run writes them again. Raises ImportError if TensorBoard is not installed, and OSError.
     """
 
     def __init__(self, directory: Path, step: int):
@@ -36,7 +36,8 @@ class EventFile:
         self._file: IO[bytes] = io.BytesIO() if bucket else self._path.open("wb")
         self._records = RecordWriter(self._file)
         self._add(file_version="brain.Event:2")
-        self._add(session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START), step=step + 1)
+        first = step + 1 if step else 0  # the images of step 0 are written before the first step
+        self._add(session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START), step=first)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes the metrics of a step to the operating system; a bucket receives them at `flush`."""

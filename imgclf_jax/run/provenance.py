@@ -1,6 +1,7 @@
 """Provenance: the versions, devices, git commit and data of a run, written next to its checkpoints."""
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -67,16 +68,7 @@ class DataInfo:
 
 def collect(data: DataInfo) -> JsonObject:
     """The provenance of this process, as JSON values."""
-    return {
-        "command": sys.argv,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        **_computing(),
-        "packages": _installed(),
-        "git": _git(),
-        "data": asdict(data),
-    }
+    return {**_invocation(), **_computing(), "data": asdict(data)}
 
 
 def process_facts() -> JsonObject:
@@ -98,8 +90,20 @@ def device_facts(counted: bool) -> JsonObject:
         here = jax.local_devices()
     except RuntimeError as e:  # for example, hosts with different kinds of devices wait for each other
         raise UserError(f"JAX cannot use the devices of all processes: {reason(e)}") from e
-    kinds = sorted({f"{d.platform}: {d.device_kind}" for d in here})
+    # CPUs of unlike vector extensions compile unlike programs.
+    cpu = "".join(f" with {name}" for name in _vector_extensions()[:1])
+    kinds = sorted({f"{d.platform}: {d.device_kind}{cpu * (d.platform == 'cpu')}" for d in here})
     return {"devices of kind": ", ".join(kinds), **({"number of local devices": len(here)} if counted else {})}
+
+
+def module_facts() -> dict[str, str]:
+    """The digests of the user's own modules, and the versions of the installed packages imported so far.
+
+    Processes may have imported different ones, so they must share the facts that both have.
+    """
+    imported = [name for name, module in list(sys.modules.items()) if getattr(module, "__file__", None)]
+    packages = sorted({package for name in imported for package in _distributions().get(name, ()) if package})
+    return {**module_digests(), **{package: importlib.metadata.version(package) for package in packages}}
 
 
 def module_digests() -> dict[str, str]:
@@ -153,23 +157,37 @@ def with_changed_code(recorded: JsonMapping, step: int) -> JsonObject:
     """The provenance of a run that continues from `step`, with what has changed in `changed_code`."""
     earlier = [change for change in code_changes(recorded) if change["step"] < step]
     rest = {name: value for name, value in recorded.items() if name != "changed_code"}
-    if not step:
-        return {**rest, **_computing()}
+    if not step:  # nothing is left of the processes before
+        return {**rest, **_invocation(), **_computing()}
     changed = find_changes({**rest, "changed_code": earlier})
     if any(changed.values()):
-        earlier.append({"step": step, **{kind: names for kind, names in changed.items() if names}})
+        commit = {"git": _git()} if "imgclf_jax" in changed["files"] else {}
+        earlier.append({"step": step, **{kind: names for kind, names in {**changed, **commit}.items() if names}})
     return {**rest, "changed_code": earlier} if earlier else rest
 
 
 def code_changes(recorded: JsonMapping) -> list[JsonObject]:
     """The steps at which a run went on with other code or elsewhere, without damaged entries.
 
-    Each is {"step": n, "files": {name: digest}, "environment": {name: value}}, with one of the two or both.
+    Each is {"step": n, "files": {name: digest}, "environment": {name: value}}, with one of the two or both, and with
+    "git" if this package has changed.
     """
     found = recorded.get("changed_code")
     return [change for change in (found if isinstance(found, list) else []) if isinstance(change, dict)
             and type(change.get("step")) is int and {"files", "environment"} & change.keys()
             and all(isinstance(change.get(kind, {}), dict) for kind in ("files", "environment"))]  # fmt: skip
+
+
+def _invocation() -> JsonObject:
+    """The entries that say how and from which installation this process was called."""
+    return {
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": _installed(),
+        "git": _git(),
+    }
 
 
 def _computing() -> JsonObject:
@@ -223,6 +241,9 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+_distributions = functools.cache(importlib.metadata.packages_distributions)  # packages by the modules that they hold
+
+
 def _installed() -> dict[str, str]:
     """The version of each installed package, from its folder's name, which is faster than reading its metadata."""
     found: dict[str, str] = {}
@@ -249,18 +270,26 @@ def processor() -> str:
 
     The name alone is not enough: in clouds "AMD EPYC" is of several generations.
     """
-    facts, flags = cpuinfo.facts(), cpuinfo.flags()
+    facts = cpuinfo.facts()
     if "model name" not in facts:
         return platform.processor() or platform.machine()
     parts = [facts["model name"]]
     if facts.keys() >= {"cpu family", "model"}:
         parts.append(f"family {facts['cpu family']} model {facts['model']}")
-    parts += [name for flag, name in _VECTORS.items() if flag in flags][:1]
-    return ", ".join(parts)
+    return ", ".join(parts + _vector_extensions()[:1])
+
+
+def _vector_extensions() -> list[str]:
+    """The vector extensions of the processor, widest first; empty if unknown."""
+    flags = cpuinfo.flags()
+    return [name for flag, name in _VECTORS.items() if flag in flags]
 
 
 def _git() -> JsonObject:
-    """The git commit of this code, and whether the working tree differs from it; {} outside a checkout."""
+    """The git commit of this code, and whether the working tree differs from it; {} outside a checkout.
+
+    A repository that does not track this file is another one, such as that of a virtual environment's project.
+    """
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *args]
@@ -268,6 +297,7 @@ def _git() -> JsonObject:
         return done.stdout.decode(errors="replace").strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return {}

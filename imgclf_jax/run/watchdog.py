@@ -19,6 +19,7 @@ from imgclf_jax.run.phases import Phases
 log = logging.getLogger(__name__)
 
 _SAVING = 5.0  # seconds to write the stacks
+_ANSWER = 5.0  # seconds to wait for process 0 to answer
 PATIENCE = 6  # times the limit, in phases that may take long without a sign of life
 _PATIENT = ("import", "setup", "compile", "checkpoint", "processes")
 WAITS_FOR = {
@@ -47,7 +48,6 @@ class Watchdog:
         self._limit, self._folder, self._phases = limit, folder, phases
         self._poll = min(5.0, max(0.05, limit / 10)) if limit else 5.0
         self._ended = threading.Event()
-        self._published = 0
         # Of each process: the number that it published last, and for how many polls it has been the same.
         self._unchanged: dict[str, tuple[int, int]] = {}
         self._readings: dict[int, stragglers.Reading] = {}  # a minute ago
@@ -59,14 +59,20 @@ class Watchdog:
         if not self._limit and processes.count() == 1:
             yield
             return
-        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        # A separate thread publishes, since it hangs if process 0 does.
+        targets = {"watchdog": self._watch} if self._limit else {}
+        if processes.count() > 1:
+            targets["alive"] = self._publish
+        threads = [threading.Thread(target=target, name=name, daemon=True) for name, target in targets.items()]
         self._phases.beat()
-        thread.start()
+        for thread in threads:
+            thread.start()
         try:
             yield
         finally:
             self._ended.set()
-            thread.join()
+            for thread in threads:
+                thread.join(_ANSWER)
             faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
@@ -78,9 +84,6 @@ class Watchdog:
             if self._phases.alive != alive:
                 alive, silent = self._phases.alive, 0.0
             phase = self._phases.phase
-            self._publish()
-            if not self._limit:
-                continue
             limit = self._limit * (PATIENCE if phase in _PATIENT else 1)
             if sys.__stderr__ is not None and sys.__stderr__.fileno() == 2:
                 # If native code hangs with the GIL, this thread hangs too, and then a timer in C ends the process.
@@ -107,10 +110,12 @@ class Watchdog:
         signals.leave(1, f"error: {line}; {where}; run the same command again")
 
     def _publish(self) -> None:
-        if processes.count() > 1:
-            self._published += 1
+        """Publishes, in a thread, that this process lives and how far it is; process 0 also reads it of all."""
+        number = 0
+        while not self._ended.wait(self._poll):
+            number += 1
             seconds = self._phases.seconds
-            said = {"step": self._phases.step, "phase": self._phases.phase, "number": self._published,
+            said = {"step": self._phases.step, "phase": self._phases.phase, "number": number,
                     "host": seconds["input"] + seconds["other"], "steps": seconds["steps"]}  # fmt: skip
             with contextlib.suppress(Exception):  # the service may be what has ended
                 processes.publish(f"alive/{processes.index()}", said, again=True)
@@ -142,12 +147,20 @@ class Watchdog:
         """Which other processes are stopped, or behind this one, in words."""
         if processes.count() == 1:
             return ""
-        try:
-            before = processes.published("alive")
-            time.sleep(3 * self._poll)
-            now: JsonObject = processes.published("alive")
-        except Exception:
-            return ", and the coordination service does not answer"
+        found: list[JsonObject] = []
+
+        def ask() -> None:  # in a thread: process 0, which answers, may be what hangs
+            with contextlib.suppress(Exception):
+                before = processes.published("alive")
+                time.sleep(3 * self._poll)
+                found.extend([before, processes.published("alive")])
+
+        asking = threading.Thread(target=ask, name="hang", daemon=True)
+        asking.start()
+        asking.join(3 * self._poll + _ANSWER)
+        if not found:
+            return "; process 0 gives no sign of life"
+        before, now = found
         others = {name: said for name, said in now.items() if name != str(processes.index())}
         if stopped := [name for name, said in others.items() if said == before.get(name)]:
             return f"; process {', '.join(sorted(stopped, key=int))} gives no sign of life"

@@ -164,8 +164,15 @@ class Workdir:
             return ""
         old = self.load_config()
         lines = configs.difference(old, config, (*may_differ, *configs.free_keys(config)))
+        if not lines and (changes := configs.difference(old, config)):
+            # Else `update_config` would record a digest of the edited config, and no command would warn again.
+            content = places.read(self.config, configs.MAX_BYTES)
+            for wrong in find_edits({"config.json": content}, self.read_provenance()):
+                raise UserError(f"{self.path}: {wrong}, so the run keeps its keys ({'; '.join(changes)}); restore it, "
+                                "or pass another --workdir")  # fmt: skip
+            return configs.to_json(old)
         if not lines:
-            return configs.to_json(old) if configs.difference(old, config) else ""
+            return ""
         hint = ""
         if [line.partition(":")[0] for line in lines] == ["total"]:
             hint = " add --extend to train this run up to the new total, if its schedule allows it,"
@@ -191,6 +198,9 @@ class Workdir:
             provenance["changed"] = [*provenance.get("changed", []), entry]
             log.info("from step %d on the run has other keys, which change no bit: %s; config.json has them now",
                      start, ", ".join(f"{key}={new!r}" for key, (_, new) in keys.items()))  # fmt: skip
+        if config.checkpoint.best and "checkpoint.best" in keys:
+            log.warning("checkpoint.best=%r chooses among the checkpoints that are left and later ones: some that were "
+                        "better by it may have been removed", config.checkpoint.best)  # fmt: skip
         content = configs.to_json(config)
         new = {"config_sha256": json_digest(content), "before_update": before}
         write_json(self.provenance, provenance | new)

@@ -88,9 +88,11 @@ def _train_from_latest(
     replays.attach(run)
     total, stopper = run.cadences.total, Stopper(run.early_stopping, run.cadences, workdir.path, run.start)
     ended = run.start == total or bool(stopper.reason(run.start))
-    if ended and run.changed:
+    done = ended and processes.broadcast_from_process_0("reading the result", lambda: workdir.is_done(total))
+    # A run that is done keeps its config, unless that has the total of an extension that has trained no step.
+    if ended and run.changed and (run.extended or not done):
         processes.broadcast_from_process_0("writing config.json", lambda: workdir.update_config(config, run.start))
-    if ended and processes.broadcast_from_process_0("reading the result", lambda: workdir.is_done(total)):
+    if done:
         log.info("this run is done; its result is in %s", workdir.result)
         return 0
     if ended or not run.changed:

@@ -51,7 +51,8 @@ class Run:
     early_stopping: EarlyStopping | None
     rows: display.Rows  # of the log
     start: int
-    changed: bool  # whether config.json is to get this config, once a step is trained by it
+    changed: bool  # whether config.json has another config; it gets this one once a step is trained by it
+    extended: bool  # whether config.json has another total
     state: TrainState  # at step `start`
     window: metrics.Sums  # since the last log
 
@@ -109,8 +110,6 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     old = configs.from_json(before, str(workdir.config)) if before else config
     if old.total != config.total:
         extension.check(Recipe(old, recipe.data), recipe, start, workdir.path)
-    # A run that is done keeps its config, unless that has the total of an extension that has trained no step.
-    changed = bool(before) and (start < recipe.total or old.total != config.total)
     if start < recipe.total:
         processes.broadcast_from_process_0("comparing the code", lambda: workdir.record_code(start))
     if not processes.index():
@@ -142,7 +141,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     if not processes.index():
         log.info("the run:\n%s", display.head(compiling, images, base, workdir, fresh=not start))
     return Run(config, workdir, images, evals, compiling, compiled, eval_compiled, checkpoints, cadences, early, rows,
-               start, changed, state, window)  # fmt: skip
+               start, bool(before), old.total != config.total, state, window)  # fmt: skip
 
 
 def _pinned(config: ConfigDict, workdir: Workdir) -> ConfigDict:

@@ -1,8 +1,12 @@
 """Where processes stop, played by threads over a store that behaves like JAX's coordination service."""
 
+import contextlib
+import copy
 import re
 import threading
 import time
+import types
+from concurrent.futures import Future
 
 import pytest
 
@@ -10,9 +14,10 @@ from imgclf_jax.config import default_config
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.signals import Stopped
-from imgclf_jax.core.stopping import Stopping
+from imgclf_jax.core.stopping import Stopping, stopping
 from imgclf_jax.data import sources
 from imgclf_jax.run import workdir
+from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
 
 HERE = threading.local()
@@ -242,6 +247,66 @@ def test_work_directories_that_differ_are_told(three, tmp_path, monkeypatch):
         told = three(lambda number: (place if number < 2 else Workdir(tmp_path / "b")).check_shared())
     expected = f"process 2 does not see the files of process 0 in the work directory: {str(tmp_path)[:9]}"
     assert {str(error)[: len(expected)] for error in told.values()} == {expected}
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Checkpoints of step 3 alone, without Orbax."""
+    checkpoints = Checkpoints.__new__(Checkpoints)
+    checkpoints.directory, checkpoints._read_only, checkpoints._saving = tmp_path, False, None
+    checkpoints._manager = types.SimpleNamespace(all_steps=lambda: [3])
+    checkpoints._find_error = lambda *_: "checkpoint 3 is damaged"
+    return checkpoints
+
+
+def test_all_wait_until_process_0_has_verified_a_checkpoint(three, checkpoints):
+    """Before the next save, in which Orbax would wait for process 0 for five minutes only. A poll waits for nobody."""
+    verified, written = Future(), Future()
+    written.set_result(None)
+
+    def verify():  # ends once the last process waits for it
+        with contextlib.suppress(RuntimeError):
+            three.store.blocking_key_value_get("imgclf_jax/call/0/2", 2000)
+        verified.set_result(None)
+
+    def save(number):
+        own = copy.copy(checkpoints)
+        own._saving = written if number else verified
+        own.poll()
+        if not number:
+            threading.Thread(target=verify).start()
+        own.save(3, {})
+        return verified.done()
+
+    assert three(save) == dict.fromkeys(range(3), True)
+
+
+@pytest.mark.parametrize("reading", [True, False])
+def test_verifying_a_checkpoint_may_take_hours(three, checkpoints, monkeypatch, reading):
+    """The processes wait for process 0 when they restore it, and at the end of training."""
+    get, hour = three.store.blocking_key_value_get, 3_600_000
+
+    def get_late(key, milliseconds):
+        if key.endswith("/0") and milliseconds < hour:
+            raise RuntimeError("DEADLINE_EXCEEDED")
+        return get(key, milliseconds)
+
+    def end(_):
+        with stopping(str):
+            pass
+
+    monkeypatch.setattr(three.store, "blocking_key_value_get", get_late)
+    told = three((lambda _: checkpoints.restore(3, {})) if reading else end)
+    assert {str(error) for error in told.values()} == {"checkpoint 3 is damaged" if reading else "None"}
+
+
+def test_a_process_that_is_missing_makes_no_checkpoint_damaged(three, checkpoints):
+    """No older one is restored then, and nobody is told to remove them."""
+    checkpoints.restore = lambda *_: processes.barrier("verifying", 0.1)
+    three.store.key_value_set("imgclf_jax/call/0/0", '["looking for checkpoints", [[1, 3], [1, 3], []]]')
+    told = three(lambda _: checkpoints.restore_latest({}), numbers=(1, 2))
+    missing = "process 0 (host a) has not reached the same point (verifying) within 0.1 s"
+    assert {str(error).partition(";")[0] for error in told.values()} == {missing}
 
 
 def test_who_does_something_else_is_named(three):

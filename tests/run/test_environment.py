@@ -164,6 +164,35 @@ def test_modules_of_the_user_are_known_by_what_they_hold(tmp_path, monkeypatch):
     assert not {name for name in digests[0] if re.match(r"(json|numpy|jax|imgclf_jax|launch)\b", name)}
 
 
+def test_installed_packages_that_processes_import_are_known_by_their_version(tmp_path, monkeypatch):
+    """Also those that the config names. Of a package that is not imported, another version changes no result."""
+    own = tmp_path / "site-packages"
+    for name in ("mynets", "mytool"):
+        (own / name).mkdir(parents=True)
+        (own / name / "__init__.py").touch()
+        (own / f"my_{name}-2.1.dist-info").mkdir()
+        (own / f"my_{name}-2.1.dist-info" / "METADATA").write_text(f"Name: my-{name}\nVersion: 2.1\n")
+        (own / f"my_{name}-2.1.dist-info" / "RECORD").write_text(f"{name}/__init__.py,,\n")
+    monkeypatch.syspath_prepend(own)
+    provenance._distributions.cache_clear()
+    importlib.import_module("mynets")
+    found = provenance.module_facts()
+    sys.modules.pop("mynets")
+    provenance._distributions.cache_clear()
+    assert found["my-mynets"] == "2.1"
+    assert found["ml_dtypes"] == importlib.metadata.version("ml_dtypes")
+    assert "my-mytool" not in found
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [("fpu avx2 avx512f", "cpu: cpu with AVX-512"), ("fpu avx2", "cpu: cpu with AVX2"), ("asimd", "cpu: cpu")],
+)
+def test_processors_that_compile_other_programs_are_of_another_kind(flags, kind, monkeypatch):
+    monkeypatch.setattr("imgclf_jax.core.cpuinfo.flags", lambda: frozenset(flags.split()))
+    assert provenance.device_facts(counted=False) == {"devices of kind": kind}
+
+
 CPUINFO = """processor\t: 0
 vendor_id\t: AuthenticAMD
 cpu family\t: {family}
@@ -191,7 +220,8 @@ def test_code_that_changes_while_a_run_is_interrupted(monkeypatch):
     """Each change is recorded once, with its step, and dropped if the run resumes before that step."""
     now, here = {"my_nets.py": "a"}, {"versions": {"jax": "1"}, "processor": "EPYC", "devices": ["cpu: cpu"] * 2}
     monkeypatch.setattr(provenance, "_computing", lambda: {"code": "package", "modules": dict(now), **here})
-    began = {"code": "package", "modules": {"my_nets.py": "a"}, **here}
+    monkeypatch.setattr(provenance, "_invocation", lambda: {"git": {"commit": "B"}, "started": "later"})
+    began = {"code": "package", "modules": {"my_nets.py": "a"}, **here, "git": {"commit": "A"}, "started": "at first"}
     assert provenance.with_changed_code(began, 5) == began
     now["my_nets.py"] = "b"
     now["new.py"] = "n"  # which the run did not have
@@ -201,7 +231,8 @@ def test_code_that_changes_while_a_run_is_interrupted(monkeypatch):
     assert provenance.find_changes(from_5) == {"files": {}, "environment": {}}
     assert provenance.with_changed_code(from_5, 9) == from_5
     assert provenance.with_changed_code(from_5, 3)["changed_code"] == [{"step": 3, "files": {"my_nets.py": "b"}}]
-    assert provenance.with_changed_code(from_5, 0) == {"code": "package", "modules": now, **here}
+    assert provenance.with_changed_code(from_5, 0) == {
+        "code": "package", "modules": now, **here, "git": {"commit": "B"}, "started": "later"}  # fmt: skip
     now["my_nets.py"] = "a"
     assert provenance.with_changed_code(from_5, 9)["changed_code"] == [
         *from_5["changed_code"], {"step": 9, "files": {"my_nets.py": "a"}}]  # fmt: skip
@@ -209,8 +240,26 @@ def test_code_that_changes_while_a_run_is_interrupted(monkeypatch):
     on_xeon = provenance.with_changed_code(from_5, 9)
     assert on_xeon["changed_code"][-1] == {
         "step": 9, "files": {"my_nets.py": "a"}, "environment": {"processor": "Xeon"}}  # fmt: skip
+    monkeypatch.setattr(provenance, "_git", lambda: {"commit": "B"})
+    patched = provenance.with_changed_code(began | {"code": "unpatched"}, 9)["changed_code"][-1]
+    assert (patched["files"], patched["git"]) == ({"imgclf_jax": "package"}, {"commit": "B"})
     for unchanged in (on_xeon, {}):  # the other is of a version that recorded neither
         assert provenance.find_changes(unchanged) == {"files": {}, "environment": {}}
+
+
+def test_the_commit_of_another_repository_is_not_recorded(tmp_path, monkeypatch):
+    """A virtual environment often lies in the user's own repository, which ignores it."""
+    (tmp_path / "provenance.py").touch()
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+
+    def git(*words):
+        subprocess.run(["git", "-c", "user.email=a@b", "-c", "user.name=a", *words], cwd=tmp_path, check=True)
+
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "theirs")
+    assert provenance._git() == {}
+    git("add", ".")
+    assert provenance._git().keys() == {"commit", "changed"}
 
 
 def test_where_a_run_goes_on(monkeypatch):

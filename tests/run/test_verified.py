@@ -4,6 +4,7 @@ import itertools
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_checkpoint import like, make_state, names, save, saved  # noqa: F401  a fixture
@@ -73,6 +74,20 @@ def test_a_reader_beside_the_run(saved, tmp_path):
     shutil.rmtree(directory / "10")
     with pytest.raises(Gone, match="was removed while it was read, since its run still trains"):
         reader.restore_latest(like())
+
+
+def test_a_removal_is_never_half_done(saved, tmp_path, monkeypatch):
+    """Neither a reader nor, after a kill, the resumed run meets a checkpoint whose files are being removed."""
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    reader = Checkpoints(directory, read_only=True)
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda folder, **_: (Path(folder) / "manifest.json").unlink())
+        Checkpoints(directory).drop_after(10)
+    with pytest.raises(Gone):
+        reader.restore(20, like())
+    assert Checkpoints(directory).restore_latest(like())[0] == 10
+    assert (names(directory), (tmp_path / "damaged").exists()) == (["10"], False)
 
 
 @pytest.fixture(scope="module")

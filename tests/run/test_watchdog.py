@@ -6,12 +6,13 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 from resume_check import ROOT
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import signals
+from imgclf_jax.core import processes, signals
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run.phases import PHASES, Phases
 from imgclf_jax.run.watchdog import PATIENCE, Watchdog
@@ -23,6 +24,12 @@ def ended(monkeypatch):
     lines = []
     monkeypatch.setattr(signals, "leave", lambda status, line: lines.append((status, line)))
     return lines
+
+
+def wait_until(done, seconds):
+    end = time.monotonic() + seconds
+    while not done() and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
@@ -37,15 +44,29 @@ def test_a_phase_without_an_end(phase, waits_for, tmp_path, ended):
     phases = Phases()
     with Watchdog(0.3, tmp_path, phases).watching():
         phases.enter(phase, 41)
-        end = time.monotonic() + 20
-        while not ended and time.monotonic() < end:
-            time.sleep(0.05)
+        wait_until(lambda: ended, 20)
     status, line = ended[0]
     assert status == 1
     assert re.search(rf"nothing has happened for \d+ s \(watchdog\) after step 41: .* waits for {waits_for}", line)
     stacks = (tmp_path / "hang-0.txt").read_text()
     assert "thread MainThread:" in stacks
     assert "test_a_phase_without_an_end" in stacks
+
+
+def test_process_0_is_stopped(tmp_path, ended, monkeypatch):
+    """It serves the store through which processes hear of each other: the watchdog of another does not wait for it."""
+    continued = threading.Event()
+    service = dict.fromkeys(("key_value_set", "key_value_dir_get"), lambda *_, **__: continued.wait(20))
+    for name, value in (("_count", 2), ("_index", 1), ("_client", lambda: types.SimpleNamespace(**service))):
+        monkeypatch.setattr(processes, name, value)
+    monkeypatch.setattr("imgclf_jax.run.watchdog._ANSWER", 0.1)
+    phases = Phases()
+    with Watchdog(0.3, tmp_path, phases).watching():
+        phases.enter("steps", 41)
+        wait_until(lambda: ended, 10)
+        continued.set()
+    assert "the process waits for the devices to compute; process 0 gives no sign of life" in ended[0][1]
+    assert "thread MainThread:" in (tmp_path / "hang-1.txt").read_text()
 
 
 def test_signs_of_life_and_patience(tmp_path, ended):

@@ -160,6 +160,19 @@ def test_images_of_a_run_change_none_of_its_bits(fake_config, tmp_path):
     assert set(read_events(place / "tb").Tags()["tensors"]) == {*begin, *end, "_hparams_/session_start_info"}
 
 
+def test_tensorboard_shows_the_first_images_once(tmp_path):
+    """Also of a run that began again, after it was killed before its first checkpoint."""
+    from tensorboard.backend.event_processing import plugin_event_accumulator  # drops images too
+
+    for _ in range(2):
+        writer = open_writer(tmp_path, 0)
+        writer.write_images(0, {"a": np.zeros((1, 4, 4, 3), np.uint8)})
+        writer.close()
+    events = plugin_event_accumulator.EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert [event.step for event in events.Tensors("a")] == [0]
+
+
 @pytest.mark.parametrize("now", [2e9, 1e9])
 def test_tensorboard_after_resuming(tmp_path, monkeypatch, now):
     """TensorBoard drops the values that a resumed run drops, and has none twice, even if the clock was set back."""

@@ -60,6 +60,16 @@ def test_it_stops_at_the_same_step_when_resumed(stopped, tmp_path, capsys, gone)
     assert "this run is done" in capsys.readouterr().err
 
 
+def test_it_keeps_its_config_and_result_when_called_with_other_keys(stopped, tmp_path, capsys):
+    """As any run that is done. config.json named metrics that the result does not have."""
+    copy = tmp_path / "run"
+    shutil.copytree(stopped, copy)
+    assert launch.main([f"--workdir={copy}", *KEYS, "--config.metrics=auc", "--config.checkpoint.keep=1"]) == 0
+    assert "this run is done" in capsys.readouterr().err
+    for name in ("config.json", "result.json"):
+        assert (copy / name).read_bytes() == (stopped / name).read_bytes()
+
+
 def test_evaluations_that_are_not_recorded(stopped, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(stopped, copy, ignore=shutil.ignore_patterns("12", "metrics.jsonl", "result.json"))
