@@ -14,7 +14,7 @@ from flax.errors import ScopeCollectionNotFound, ScopeParamNotFoundError
 from ml_collections import ConfigDict
 
 from imgclf_jax import metrics, step
-from imgclf_jax.core import memory, processes, rng, spec, tree
+from imgclf_jax.core import json_files, memory, processes, rng, spec, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Function, PyTree
 from imgclf_jax.data import stream
@@ -24,7 +24,7 @@ from imgclf_jax.models import classifier
 from imgclf_jax.optim import optimizers
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
-from imgclf_jax.run.provenance import raised_in_own_code, write_json
+from imgclf_jax.run.provenance import raised_in_own_code
 
 _TRACED_KEYS = ("method", "gradient", "model", "augment", "mix", "tta", "loss", "optimizer", "schedule")
 
@@ -127,7 +127,7 @@ def refuse_bad_step(
     file = folder / "nonfinite.json"
     names = [example_name(images.source, i) for i in ids]
     record = {"step": step, "seed": seed, "reason": why, "example_ids": ids, "examples": names}
-    processes.broadcast_from_process_0("writing nonfinite.json", lambda: write_json(file, record))
+    processes.broadcast_from_process_0("writing nonfinite.json", lambda: json_files.write(file, record))
     good = checkpoints.steps()
     kept = f"the last good checkpoint is of step {good[-1]}" if good else "no checkpoint had been saved yet"
     what = "the loss, gradient or parameters are not finite" if why == "not finite" else (

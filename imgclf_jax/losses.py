@@ -39,11 +39,6 @@ class Task(enum.Enum):
     REGRESSION = "regression"  # numbers: targets f32[b, outputs]
 
 
-def at_least_float32(x: jax.Array) -> jax.Array:
-    """Casts to float32 for losses and probabilities; float64 stays."""
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-
-
 class Link(NamedTuple):
     """The map between logits and probabilities, as the link function of a generalized linear model.
 
@@ -227,12 +222,13 @@ def softmax(
     arXiv:1512.00567, section 7).
     """
     _check_smoothing("softmax", label_smoothing)
-    if label_smoothing == 0.0 and labels.ndim == 1:
-        losses = _softmax_nll(logits, labels)
-    else:
-        targets = _smoothed(_targets(logits, _reweighted(labels, logits, class_weights)), label_smoothing)
-        losses = optax.softmax_cross_entropy(logits, targets)
-    return _weighted(losses, logits, labels, class_weights)
+
+    def cross_entropy(labels: jax.Array) -> jax.Array:
+        if label_smoothing == 0.0 and labels.ndim == 1:
+            return _softmax_nll(logits, labels)
+        return optax.softmax_cross_entropy(logits, _smoothed(_targets(logits, labels), label_smoothing))
+
+    return _class_weighted(cross_entropy, logits, labels, class_weights)
 
 
 @with_link(SIGMOID)
@@ -249,13 +245,16 @@ def sigmoid(
     - `positive_weights`, one number per class, multiply the loss of true classes, as PyTorch's `pos_weight` does.
     """
     _check_smoothing("sigmoid", label_smoothing)
-    targets = _smoothed(_targets(logits, labels), label_smoothing)
-    entropies = optax.sigmoid_binary_cross_entropy(logits, targets)  # [b, classes]
-    if positive_weights is not None:
-        weights = _check_weights("positive_weights", positive_weights, logits)
-        entropies += (weights - 1) * targets * jax.nn.softplus(-logits)
-    losses = jnp.mean(entropies, -1) if mean else jnp.sum(entropies, -1)
-    return _weighted(losses, logits, labels, class_weights)
+
+    def cross_entropy(labels: jax.Array) -> jax.Array:
+        targets = _smoothed(_targets(logits, labels), label_smoothing)
+        entropies = optax.sigmoid_binary_cross_entropy(logits, targets)  # [b, classes]
+        if positive_weights is not None:
+            weights = _check_weights("positive_weights", positive_weights, logits)
+            entropies += (weights - 1) * targets * jax.nn.softplus(-logits)
+        return jnp.mean(entropies, -1) if mean else jnp.sum(entropies, -1)
+
+    return _class_weighted(cross_entropy, logits, labels, class_weights)
 
 
 def focal(
@@ -270,9 +269,10 @@ def focal(
         raise UserError(f"focal(gamma={gamma}, alpha={alpha}): gamma must be 0 or more, alpha above 0")
     log_p = jax.nn.log_softmax(logits)  # [b, classes]
     below_one = jnp.minimum(log_p, -jnp.finfo(log_p.dtype).tiny)  # for gamma < 1 the gradient at p = 1 is infinite
-    targets = _targets(logits, _reweighted(labels, logits, class_weights))
-    losses = -alpha * jnp.sum(targets * (-jnp.expm1(below_one)) ** gamma * log_p, -1)
-    return _weighted(losses, logits, labels, class_weights)
+    factor = (-jnp.expm1(below_one)) ** gamma  # [b, classes]
+    return _class_weighted(
+        lambda labels: -alpha * jnp.sum(_targets(logits, labels) * factor * log_p, -1), logits, labels, class_weights
+    )
 
 
 def _check_smoothing(name: str, value: float) -> None:
@@ -289,22 +289,18 @@ def _smoothed(targets: jax.Array, smoothing: float) -> jax.Array:
     return optax.smooth_labels(targets, smoothing) if smoothing else targets
 
 
-def _reweighted(labels: jax.Array, logits: jax.Array, weights: Weights) -> jax.Array:
-    """Targets f32[b, classes] times the class weights, divided by the expected weight, by which `_weighted` multiplies.
-
-    Labels i32[b] are returned unchanged.
-    """
-    if weights is None or labels.ndim == 1:
-        return labels
-    weighted = labels * _check_weights("class_weights", weights, logits)
-    return weighted / jnp.maximum(jnp.sum(weighted, -1, keepdims=True), jnp.finfo(weighted.dtype).tiny)
-
-
-def _weighted(losses: jax.Array, logits: jax.Array, labels: jax.Array, weights: Weights) -> jax.Array:
+def _class_weighted(
+    loss: Callable[[jax.Array], jax.Array], logits: jax.Array, labels: jax.Array, weights: Weights
+) -> jax.Array:
+    """`loss(labels)` times the weight of each label or, for targets f32[b, classes], the expected weighted loss."""
     if weights is None:
-        return losses
+        return loss(labels)
     table = _check_weights("class_weights", weights, logits)
-    return losses * (table[labels] if labels.ndim == 1 else labels @ table)
+    if labels.ndim == 1:
+        return loss(labels) * table[labels]
+    targets = labels * table
+    targets /= jnp.maximum(jnp.sum(targets, -1, keepdims=True), jnp.finfo(targets.dtype).tiny)
+    return loss(targets) * (labels @ table)
 
 
 def _check_weights(name: str, weights: Sequence[float], logits: jax.Array) -> jax.Array:

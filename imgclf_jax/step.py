@@ -15,10 +15,10 @@ from flax.core import DenyList
 
 from imgclf_jax import bad_steps, methods, metrics
 from imgclf_jax.augment import mixing, tta
-from imgclf_jax.core import platform, rng, tree
+from imgclf_jax.core import dtypes, platform, rng, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Batch, Function, ModelState, Params, PyTree, Variables
-from imgclf_jax.losses import SOFTMAX, Link, Loss, Task, at_least_float32, link_of
+from imgclf_jax.losses import SOFTMAX, Link, Loss, Task, link_of
 from imgclf_jax.methods import Method, gradients
 from imgclf_jax.methods.gradients import Gradient
 from imgclf_jax.methods.supervised import from_logits
@@ -310,7 +310,7 @@ def _mean_loss(out: Any) -> jax.Array:
     if jnp.ndim(out.values) != 1:
         raise UserError(f"the method's Loss has values of the shape {list(jnp.shape(out.values))}; return one number "
                         "per example, f32[b]")  # fmt: skip
-    return jnp.mean(at_least_float32(out.values))
+    return jnp.mean(dtypes.upcast(out.values))
 
 
 def _named_metrics(named: Mapping[str, jax.Array], sown: PyTree) -> metrics.Sums:
@@ -419,7 +419,7 @@ def make_logits(model: nn.Module, augment: Augment, views: tta.Views = tta.NONE)
     def logits(params: Params, model_state: ModelState, images: jax.Array) -> jax.Array:
         def forward(images: jax.Array) -> jax.Array:
             out: Any = model.apply({"params": params, **model_state}, images, train=False)
-            return at_least_float32(out)
+            return dtypes.upcast(out)
 
         return tta.mean_logits(views, forward, augment(None, images))
 
@@ -491,7 +491,7 @@ def make_eval_step(
         variables = {"params": params, **model_state}
         values = nn.apply(method.evaluate, model)(variables, given, *(fixed or (None,)))
         _check_evaluated(values, batch["mask"].shape, task, method.predicts)
-        return {metrics.OWN + name: jnp.sum(jnp.where(batch["mask"], at_least_float32(x), 0.0))
+        return {metrics.OWN + name: jnp.sum(jnp.where(batch["mask"], dtypes.upcast(x), 0.0))
                 for name, x in values.items()}  # fmt: skip
 
     def eval_step(

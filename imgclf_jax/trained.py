@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from imgclf_jax import losses
-from imgclf_jax.core import named_warnings, processes, sharding, tree
+from imgclf_jax.core import dtypes, named_warnings, processes, sharding, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import JsonObject, Variables
 from imgclf_jax.data import decode, sources, stream
@@ -191,7 +191,7 @@ class Trained(NamedTuple):
                     here[int(rows[place])] = str(image)
                 else:
                     batch[place] = image
-            out = program(*self.state.evaluated, sharding.put_batch({"image": batch}, mesh)["image"])
+            out = program(*self.state.evaluated, sharding.put_batch(batch, mesh))
             told = processes.gather("reading images", [[_name(image, row) for row, image in enumerate(some)], here])
             if any(names != told[0][0] for names, _ in told):
                 raise UserError("the processes found different images; give them all the same ones, on a shared disk")
@@ -306,10 +306,10 @@ def load_teacher(problem: Problem, run: str, checkpoint: str = "", trust: bool =
 
     def apply(variables: Variables, images: jax.Array) -> jax.Array:
         found.programs.check_predicts()
-        return losses.at_least_float32(recipe.model.apply(variables, images, train=False))
+        return dtypes.upcast(recipe.model.apply(variables, images, train=False))
 
     def features(variables: Variables, images: jax.Array) -> jax.Array:
-        return losses.at_least_float32(apply_backbone(recipe.model, variables, images))
+        return dtypes.upcast(apply_backbone(recipe.model, variables, images))
 
     return {"variables": {"params": params, **model_state}, "apply": apply, "features": features,
             "link": losses.link_of(recipe.config.loss), "class_names": recipe.data.class_names,

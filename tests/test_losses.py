@@ -114,8 +114,7 @@ def test_focal_of_a_sure_prediction_has_a_gradient(gamma):
 def test_class_weights_multiply_the_loss_of_an_example(text):
     """Like Keras's sample weights for hard labels.
 
-    For distributions the expected weighted loss, as PyTorch's CrossEntropyLoss documents it for probabilities; for
-    sigmoid, which trains on no distributions, the expected weight.
+    For distributions the expected weighted loss, as PyTorch's CrossEntropyLoss documents it for probabilities.
     """
     logits, labels = draw(40, 5)
     weights = (0.5, 1.0, 0.0, 2.0, 1.5)
@@ -127,8 +126,6 @@ def test_class_weights_multiply_the_loss_of_an_example(text):
     soft = np.random.default_rng(2).dirichlet(np.ones(5), 40).astype(np.float32)
     each = np.stack([plain(x, jnp.full(40, c)) for c in range(5)], 1)  # [40, classes]: the loss of each label
     expected = np.sum(soft * np.float32(weights) * each, 1)
-    if text == "sigmoid":
-        expected = np.asarray(plain(x, soft)) * (soft @ np.float32(weights))
     np.testing.assert_allclose(weighted(x, jnp.asarray(soft)), expected, rtol=1e-5)
     if text == "softmax":
         keras_loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")

@@ -16,7 +16,7 @@ from test_mistakes import FAKE, ROOT, _log_as_it_was, has, mistake, snapshot, wh
 import launch
 from imgclf_jax import config as configs
 from imgclf_jax.config import RESERVED
-from imgclf_jax.core import signals
+from imgclf_jax.core import places, signals
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import stream
 from imgclf_jax.methods import Method
@@ -371,8 +371,10 @@ def test_an_extension_that_has_trained_nothing_is_taken_back(copy):
     assert (workdir.load_config().total, workdir.is_done(12)) == ("12 steps", True)
 
 
-def kill(*args):
-    raise SystemExit
+def kill_at_config(path, content, write=places.write_atomically):
+    if path.name == "config.json":
+        raise SystemExit
+    write(path, content)
 
 
 def test_a_first_config_that_a_kill_keeps_from_being_written(fake_config, tmp_path, monkeypatch):
@@ -380,7 +382,7 @@ def test_a_first_config_that_a_kill_keeps_from_being_written(fake_config, tmp_pa
     workdir, other = Workdir(tmp_path), fake_config.copy_and_resolve_references()
     other.seed = 5
     with monkeypatch.context() as patch:
-        patch.setattr("imgclf_jax.run.workdir.write_atomically", kill)
+        patch.setattr("imgclf_jax.core.places.write_atomically", kill_at_config)
         with pytest.raises(SystemExit):
             workdir.record(fake_config, DataInfo(64, (12, 12, 1), tuple("abcd"), "x"))
     assert workdir.provenance.is_file()
@@ -396,7 +398,7 @@ def test_a_new_config_that_a_kill_keeps_from_being_written(copy, monkeypatch, ch
     old, new = workdir.load_config(), workdir.load_config()
     new[key] = change.partition("=")[2]
     with monkeypatch.context() as patch:
-        patch.setattr("imgclf_jax.run.workdir.write_atomically", kill)
+        patch.setattr("imgclf_jax.core.places.write_atomically", kill_at_config)
         with pytest.raises(SystemExit):
             workdir.update_config(new, 12)
     assert (record.read(workdir.path).contradictions, workdir.load_config()) == ([], old)

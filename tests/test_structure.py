@@ -54,6 +54,7 @@ LIGHT = {
     "core.memory",
     "run.environment",
     "config",
+    "core.cpuinfo",
     "core.errors",
     "core.places",
     "core.signals",

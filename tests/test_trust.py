@@ -241,7 +241,7 @@ def test_a_file_of_a_work_directory_that_is_too_long(tmp_path):
         (tmp_path / name / "config.json").write_text("{}")
         make(f"{name}/{name}", 33 << 20)
         refused(record.Record.from_workdir, tmp_path / name, name=name)
-    refused(record.read_contradictions, tmp_path / "result.json", name="result.json")
+    refused(record.read_contradictions, Workdir(tmp_path / "result.json"), name="result.json")
     assert manifest.find_fault(make("manifest.json").parent) == "manifest.json is longer than 32 MB"
     make("checkpoints/3/metrics/metrics")
     assert Checkpoints(tmp_path / "checkpoints", best="test/accuracy", read_only=True).best_step() is None

@@ -133,42 +133,33 @@ def _unmixed(key: jax.Array, images: jax.Array) -> Mixed:
     return images, jnp.ones(images.shape[0], jnp.float32)
 
 
-def mixed_loss(loss: Loss, logits: jax.Array, labels: jax.Array, others: jax.Array, weight: jax.Array) -> jax.Array:
-    """weight * loss(logits, own label) + (1 - weight) * loss(logits, the partner's label), f32[b].
-
-    For a loss that is linear in the target, such as cross-entropy, this is the loss against the mixed target.
-    """
-    return weight * loss(logits, labels) + (1 - weight) * loss(logits, others)
-
-
 def batch_loss(loss: Loss, logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
     """The loss f32[b] of logits against a batch's "target" f32[b, k], or its "label" i32[b].
 
-    A mixed batch with labels also has "other" and "weight"; targets are already mixed.
+    A mixed batch with labels also has "other" and "weight", of which the loss is weight * loss(logits, label) +
+    (1 - weight) * loss(logits, other). If it is linear in the target, such as cross-entropy, this is the loss against
+    the mixed target. Targets are already mixed.
     """
     if "target" in batch:
         return loss(logits, batch["target"])
     if "other" in batch:
-        return mixed_loss(loss, logits, batch["label"], batch["other"], batch["weight"])
+        weight = batch["weight"]
+        return weight * loss(logits, batch["label"]) + (1 - weight) * loss(logits, batch["other"])
     return loss(logits, batch["label"])
 
 
-def mixed_batch(batch: Mapping[str, jax.Array], images: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
-    """The batch with mixed `images`, and the mixed "target" or "label", "other" and "weight" for the loss."""
-    if "target" in batch:
-        return {**batch, "image": images, "target": mixed_targets(batch["target"], weight)}
-    return {**batch, "image": images, "other": partner(batch["label"]), "weight": weight}
-
-
 def mix_batch(mix: Mix | None, key: jax.Array, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Mixes a batch's "image" f32[b, h, w, c] and its labels or targets by `mix`; None changes nothing."""
-    return dict(batch) if mix is None else mixed_batch(batch, *mix(key, batch["image"]))
+    """Mixes a batch's "image" f32[b, h, w, c] and its "target" by `mix`; None changes nothing.
 
-
-def mixed_targets(targets: jax.Array, weight: jax.Array) -> jax.Array:
-    """f32[b, k]: weight * target + (1 - weight) * the partner's target."""
+    Without targets it adds "other" and "weight" to the "label", for the loss.
+    """
+    if mix is None:
+        return dict(batch)
+    images, weight = mix(key, batch["image"])
+    if "target" not in batch:
+        return {**batch, "image": images, "other": partner(batch["label"]), "weight": weight}
     own = weight[:, None]
-    return own * targets + (1 - own) * partner(targets)
+    return {**batch, "image": images, "target": own * batch["target"] + (1 - own) * partner(batch["target"])}
 
 
 def main_labels(labels: jax.Array, weight: jax.Array) -> jax.Array:

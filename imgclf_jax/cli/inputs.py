@@ -7,14 +7,17 @@ import os
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.text import printable
 from imgclf_jax.data import image_files
+from imgclf_jax.run import progress
 from imgclf_jax.step import Outputs
 from imgclf_jax.trained import Trained
 
@@ -79,6 +82,40 @@ def compute(
             yield image.path
 
     return ((waiting.popleft(), result) for result in model.stream(outputs, paths()))
+
+
+class Results:
+    """The images, `total` if known, each with the model's outputs or the error: see `compute`.
+
+    Iterating counts the images and prints the failures. An error for which `skips(image, error)` holds is no failure.
+    """
+
+    def __init__(
+        self, model: Trained, outputs: Outputs, images: Iterable[Input], total: int | None, doing: str,
+        skips: Callable[[Input, UserError], bool] = lambda image, error: False,
+    ):  # fmt: skip
+        self._results = progress.track(compute(model, outputs, images), total, doing, prints=True)
+        self._skips, self._all, self._failed = skips, 0, 0
+
+    def __iter__(self) -> Iterator[tuple[Input, np.ndarray | UserError]]:
+        for image, result in self._results:
+            self._all += 1
+            if isinstance(result, UserError) and not self._skips(image, result):
+                self._failed += 1
+                if not processes.index():
+                    print(f"error: {printable(str(result))}", file=sys.stderr)
+            yield image, result
+
+    def end(self, failure: str, errors: Sequence[Exception]) -> int:
+        """Prints how many images failed, as in "cannot classify 2 of 9 images", and returns the exit status.
+
+        Raises the first of the `errors` that ended the iteration early.
+        """
+        if self._failed and not processes.index():
+            print(f"error: {failure} {self._failed} of {self._all} images", file=sys.stderr)
+        if errors:
+            raise errors[0]
+        return 1 if self._failed else 0
 
 
 def _check(command: str, word: str) -> None:

@@ -178,8 +178,8 @@ def matmul_flops_by_scope(jaxpr: Jaxpr | ClosedJaxpr, scope: str = "") -> dict[s
         elif name.startswith("dot_product_attention"):
             b, queries, heads, width = aval_of(equation.invars[0]).shape
             keys = aval_of(equation.invars[1]).shape[1]
-            products = 5 if "bwd" in name else 2
-            total[here] += products * 2 * b * heads * queries * keys * width
+            matmuls = 5 if "bwd" in name else 2
+            total[here] += matmuls * 2 * b * heads * queries * keys * width
         else:
             bodies = [matmul_flops_by_scope(one, here) for one in inner(equation)]
             times = params.get("length", 1) if name == "scan" else 1

@@ -68,17 +68,18 @@ def trim() -> None:
 def require(nbytes: int, what: str) -> None:
     """Raises UserError if `what` needs more bytes than the machine has."""
     if nbytes > (most := physical()):
-        raise UserError(f"{what} needs {size(nbytes)} of memory, but this machine has {size(most)}")
+        raise UserError(f"{what} needs {format_bytes(nbytes)} of memory, but this machine has {format_bytes(most)}")
 
 
 def require_for_op(op: str, old: tuple[int, int], new: tuple[int, int], nbytes: int) -> None:
     """Raises UserError if a host op from image size `old` to `new`, (h, w), needs more than MAX_OP_BYTES."""
     if nbytes > MAX_OP_BYTES:
-        raise UserError(f"{op} from {old[0]:,} by {old[1]:,} to {new[0]:,} by {new[1]:,} pixels needs {size(nbytes)} "
-                        f"of memory, but a host op may take {size(MAX_OP_BYTES)}; crop the image first")  # fmt: skip
+        raise UserError(f"{op} from {old[0]:,} by {old[1]:,} to {new[0]:,} by {new[1]:,} pixels needs "
+                        f"{format_bytes(nbytes)} of memory, but a host op may take {format_bytes(MAX_OP_BYTES)}; crop "
+                        "the image first")  # fmt: skip
 
 
-def size(nbytes: int) -> str:
+def format_bytes(nbytes: int) -> str:
     """A human-readable number of bytes: '1.5 GB'."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if nbytes < 1000:

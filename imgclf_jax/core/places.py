@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 from urllib.parse import unquote
@@ -118,6 +118,12 @@ def replacing(path: Path) -> Iterator[Path]:
             os.close(file)  # and with it the lock
 
 
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file atomically, text as UTF-8: see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 def _lock(file: int, path: Path) -> bool:
     """Locks the open file `path`; returns False if another process has it or has just renamed it."""
     try:
@@ -150,6 +156,21 @@ def read(file: Path, most: int) -> bytes:
     if size(file) > most:
         raise UserError(f"{file} is longer than {most >> 20} MB; restore, shorten or remove it")
     return file.read_bytes()
+
+
+def check_output(file: Path, flag: str, suffixes: Sequence[str]) -> None:
+    """Raises UserError, naming the `flag`, unless a file with one of the `suffixes` can be written in its directory.
+
+    A .parquet file needs pyarrow.
+    """
+    if file.suffix not in suffixes:
+        names = " or ".join(filter(None, [", ".join(suffixes[:-1]), suffixes[-1]]))
+        raise UserError(f"{flag}={file}: the name must end in {names}")
+    if file.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
+        raise UserError(f"{flag}={file}: Parquet needs pyarrow, which is not installed; run `uv sync --extra parquet`, "
+                        "or name another format")  # fmt: skip
+    if not file.parent.is_dir():
+        raise UserError(f"{flag}={file}: the directory {str(file.parent)!r} does not exist; create it first")
 
 
 def move(folder: Path, target: Path) -> None:

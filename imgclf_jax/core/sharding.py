@@ -164,10 +164,10 @@ def rows_here(size: int, mesh: Mesh) -> np.ndarray:
     return np.concatenate([np.arange(*own, dtype=np.int64) for own in sorted(edges)])
 
 
-def put_batch(batch: Batch, mesh: Mesh, axis: int = 0) -> Batch:
+def put_batch(batch: PyTree, mesh: Mesh, axis: int = 0) -> PyTree:
     """Makes global arrays, sharded along `axis`, of the rows of this process; the copy is asynchronous.
 
-    `batch` holds arrays, or dicts of arrays with another number of rows.
+    `batch` is an array, or a pytree of arrays, whose numbers of rows may differ.
     """
     split = sharded(mesh, axis)
 
@@ -177,8 +177,7 @@ def put_batch(batch: Batch, mesh: Mesh, axis: int = 0) -> Batch:
         shape = (*rows.shape[:axis], size, *rows.shape[axis + 1 :])
         return jax.make_array_from_process_local_data(split, rows, shape)
 
-    placed: Batch = jax.tree.map(place, batch)
-    return placed
+    return jax.tree.map(place, batch)
 
 
 def put_replicated(tree: PyTree, mesh: Mesh) -> PyTree:

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 type Handler = Callable[[int, FrameType | None], object] | int | None
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STATUS_SAVED = 75  # EX_TEMPFAIL: stopped with a checkpoint saved; run the same command again
 SAME = 2.0  # seconds within which signals are one request: `uv run` repeats what the terminal sends to the whole group
 
 # Called, in any thread, with the exit status and message before a signal ends the process.

@@ -161,9 +161,9 @@ def _read(content: zipfile.ZipFile, path: str, length: int) -> dict[str, ArraySo
                         "all splits must have the same height, width and channels")  # fmt: skip
     total = sum(member.info.file_size for member in members.values())
     if total > max(_UNPACKED, _RATIO * length):
-        raise UserError(f"arrays: {path} would unpack from {memory.size(length)} to {memory.size(total)}; above "
-                        f"{memory.size(_UNPACKED)} the ratio must be at most {_RATIO}, so save it without compression, "
-                        "by np.savez")  # fmt: skip
+        raise UserError(f"arrays: {path} would unpack from {memory.format_bytes(length)} to "
+                        f"{memory.format_bytes(total)}; above {memory.format_bytes(_UNPACKED)} the ratio must be at "
+                        f"most {_RATIO}, so save it without compression, by np.savez")  # fmt: skip
     memory.require(total, f"arrays: {path}")
     ys = {split: _array(content, members[key]) for split, (_, key) in splits.items()}
     if with_targets:

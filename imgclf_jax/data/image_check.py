@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import PIL
 from PIL import Image
 
-from imgclf_jax.core import named_warnings
+from imgclf_jax.core import named_warnings, places
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.data import decode as decode_ops
@@ -22,7 +22,6 @@ from imgclf_jax.data import decode_cost
 from imgclf_jax.data.decode import FORMATS, decode, read_file
 from imgclf_jax.data.image_files import Stamp
 from imgclf_jax.run import cache, progress
-from imgclf_jax.run.provenance import write_atomically
 
 _SMALL = 256 << 20  # bytes of a folder whose images are always decoded, in some seconds
 _HASHED_WHOLE = 16 << 30  # bytes of a folder beyond which only the ends of files are hashed, to start faster
@@ -225,6 +224,6 @@ def _load(record: Path, formats: tuple[str, ...]) -> dict[str, _Entry]:
 def _save(record: Path, files: Mapping[str, _Entry], formats: tuple[str, ...]) -> None:
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(record, json.dumps({"decoder": _decoder(formats), "files": files}))
+        places.write_atomically(record, json.dumps({"decoder": _decoder(formats), "files": files}))
     except OSError:
         pass  # without this cache the next start checks again

@@ -16,11 +16,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from imgclf_jax.core import places, spec, tensorflow_import
+from imgclf_jax.core import json_files, places, spec, tensorflow_import
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.typing import Examples
 from imgclf_jax.run import cache
-from imgclf_jax.run.provenance import write_json
 
 # Of TFDS, which is imported late.
 type Builder = Any
@@ -89,7 +88,7 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> dict[str, TfdsSource
     with contextlib.suppress(OSError):
         facts["info"] = _digest(places.as_path(facts["directory"]))
         record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, facts)
+        json_files.write(record, facts)
     return _sources(facts, lambda: data_sources)
 
 

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from imgclf_jax.core import dtypes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import PyTree
-from imgclf_jax.losses import SIGMOID, SOFTMAX, at_least_float32
+from imgclf_jax.losses import SIGMOID, SOFTMAX
 from imgclf_jax.methods import Batch, Loss, Method, Problem, Teacher
 from imgclf_jax.models.classifier import Classifier
 
@@ -21,7 +22,7 @@ class Student(Classifier):
         self.regressor = nn.Dense(self.width)
 
     def init_more(self, features: jax.Array) -> None:
-        self.regressor(at_least_float32(features))
+        self.regressor(dtypes.upcast(features))
 
 
 def distill(
@@ -52,13 +53,13 @@ def distill(
 
     def loss(model: Student, batch: Batch, fixed: PyTree) -> Loss:
         student_features = model.features(batch["image"], train=True)  # [b, d]
-        logits = at_least_float32(model.head(student_features))  # [b, classes]
+        logits = dtypes.upcast(model.head(student_features))  # [b, classes]
         teacher_logits = trained.apply(fixed, batch["image"])
         kl = temperature**2 * divergence(teacher_logits / temperature, logits / temperature)  # [b]
         values, metrics = (1 - alpha) * problem.supervised(logits, batch) + alpha * kl, {"distillation": kl}
         if features:
             teacher_features = trained.features(fixed, batch["image"])  # [b, width]
-            gap = teacher_features - model.regressor(at_least_float32(student_features))
+            gap = teacher_features - model.regressor(dtypes.upcast(student_features))
             metrics["features"] = jnp.sum(gap**2, -1) / 2
             values = values + features * metrics["features"]
         return Loss(values, logits, metrics)

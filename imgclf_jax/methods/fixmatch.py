@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from imgclf_jax.core import spec
+from imgclf_jax.core import dtypes, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import PyTree
-from imgclf_jax.losses import SOFTMAX, Task, at_least_float32
+from imgclf_jax.losses import SOFTMAX, Task
 from imgclf_jax.methods import Batch, Loss, Method, Problem
 
 STREAM = "unlabeled"  # the key below `data.extra`
@@ -107,7 +107,7 @@ def forward_together(forward: Callable[[jax.Array], jax.Array], batches: Sequenc
     parts = math.gcd(*(len(images) for images in batches))
     split = [images.reshape(parts, -1, *images.shape[1:]) for images in batches]  # [parts, n_i / parts, h, w, c]
     together = jnp.concatenate(split, 1)
-    out = at_least_float32(forward(together.reshape(-1, *together.shape[2:])))
+    out = dtypes.upcast(forward(together.reshape(-1, *together.shape[2:])))
     by_part = out.reshape(parts, -1, *out.shape[1:])
     ends = [sum(x.shape[1] for x in split[:i]) for i in range(1, len(split))]
     return [x.reshape(-1, *x.shape[2:]) for x in jnp.split(by_part, ends, 1)]

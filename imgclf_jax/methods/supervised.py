@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
+from imgclf_jax.core import dtypes
 from imgclf_jax.core.typing import PyTree
-from imgclf_jax.losses import at_least_float32
 from imgclf_jax.methods import Batch, Loss, Method, Problem
 
 
@@ -19,7 +19,7 @@ def from_logits(losses: Callable[[jax.Array, Batch], jax.Array]) -> Method:
     """A method from `losses(logits f32[b, classes], batch) -> f32[b]`."""
 
     def loss(model: Any, batch: Batch, fixed: PyTree) -> Loss:
-        logits = at_least_float32(model(batch["image"], train=True))
+        logits = dtypes.upcast(model(batch["image"], train=True))
         return Loss(losses(logits, batch), logits)
 
     return Method(loss)

@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax import lax
 from jax.typing import DTypeLike
 
-from imgclf_jax.core import platform
+from imgclf_jax.core import dtypes, platform
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Initializer
 from imgclf_jax.models.cpu import matmuls, onednn, pool
@@ -30,11 +30,6 @@ from imgclf_jax.models.cpu.sums import broadcast_along
 
 _FEW_TAPS = 27  # up to this many multiply-adds per output, CPU convolves and pools in one pass over the images
 _FEW_CHANNELS_ON_TPU, _FEW_TAPS_ON_TPU = 4, 36  # up to these, TPU convolves in float32 by a matmul of patches
-
-
-def widen(x: jax.Array) -> jax.Array:
-    """Casts x to float32, the dtype of statistics, sums and losses; float64 stays float64."""
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
@@ -93,7 +88,7 @@ def _conv_as_matmul(
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     """x [..., f] + bias [f] in at least float32, so that the bias gradient accumulates in float32."""
-    x = widen(x)
+    x = dtypes.upcast(x)
     if wants_features_first():
         return features_last(broadcast_along(bias.astype(x.dtype), shape=features_first(x).shape, axis=0)) + x
     if platform.uses_onednn():
@@ -244,7 +239,7 @@ def _max_pool_jvp(
 
 def mean_pool(x: jax.Array) -> jax.Array:
     """Global average pooling over pixels [b, h, w, c] → [b, c] or tokens [b, n, d] → [b, d], in x's dtype."""
-    return jnp.mean(widen(x), range(1, x.ndim - 1)).astype(x.dtype)
+    return jnp.mean(dtypes.upcast(x), range(1, x.ndim - 1)).astype(x.dtype)
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
@@ -258,16 +253,16 @@ def gelu(x: jax.Array) -> jax.Array:
 
     Computed in float32 (or float64).
     """
-    wide = widen(x)
+    wide = dtypes.upcast(x)
     return (wide * _normal_cdf(wide)).astype(x.dtype)
 
 
 @gelu.defjvp
 def _gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     # Recomputing erf is faster than storing it; without the barrier XLA stores it.
-    x = widen(platform.cpu_barrier(primals[0]))
+    x = dtypes.upcast(platform.cpu_barrier(primals[0]))
     density = jnp.exp(-0.5 * lax.square(x)) * float(1 / (2 * np.pi) ** 0.5)
-    return gelu(*primals), (widen(tangents[0]) * (_normal_cdf(x) + x * density)).astype(tangents[0].dtype)
+    return gelu(*primals), (dtypes.upcast(tangents[0]) * (_normal_cdf(x) + x * density)).astype(tangents[0].dtype)
 
 
 def drop_path(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Array:

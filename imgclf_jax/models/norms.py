@@ -14,12 +14,11 @@ from flax import linen as nn
 from jax import lax
 from jax.typing import DTypeLike
 
-from imgclf_jax.core import platform
+from imgclf_jax.core import dtypes, platform
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Function, Initializer, PyTree
 from imgclf_jax.models.cpu import sums
 from imgclf_jax.models.cpu.layout import features_first, features_last, wants_features_first
-from imgclf_jax.models.layers import widen
 
 _groups = jax.make_user_context(1)
 
@@ -70,7 +69,7 @@ class BatchNorm(nn.Module):
         ]
         scale = self.param("scale", self.scale_init, shape) if self.use_scale else jnp.ones(shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
-        x = widen(x)
+        x = dtypes.upcast(x)
         if not train:
             mean, var = (v.value for v in running)
             factor = lax.rsqrt(var + self.epsilon) * scale
@@ -101,7 +100,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", self.scale_init, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        x = widen(x)
+        x = dtypes.upcast(x)
         normalize = functools.partial(_layer_norm, self.epsilon)
         return _features_first(normalize, x, scale.astype(x.dtype), bias.astype(x.dtype))[0].astype(self.dtype)
 
@@ -125,7 +124,7 @@ class GroupNorm(nn.Module):
                             f"{self.num_groups} groups; choose a divisor of every layer's channels")  # fmt: skip
         scale = self.param("scale", self.scale_init, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
-        x = widen(x)
+        x = dtypes.upcast(x)
         grouped = x.reshape(*x.shape[:-1], self.num_groups, -1)  # [b, …, groups, c / groups]
         axes = (*range(1, grouped.ndim - 2), grouped.ndim - 1)
         mean = jnp.mean(grouped, axes, keepdims=True)

@@ -9,9 +9,8 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from imgclf_jax.core import archive
+from imgclf_jax.core import archive, places
 from imgclf_jax.core.errors import UserError, reason
-from imgclf_jax.run.provenance import write_atomically
 
 NAMES = ("config.json", "provenance.json", "digests.jsonl", "metrics.jsonl", "result.json", "requirements.txt")
 _MOST = dict.fromkeys(NAMES, 32 << 20) | {"digests.jsonl": 128 << 20, "metrics.jsonl": 128 << 20}  # bytes of a member
@@ -28,7 +27,7 @@ def write(file: Path, contents: Mapping[str, bytes]) -> None:
                 member.create_system, member.external_attr = 3, 0o644 << 16  # the same on all systems
                 packed.writestr(member, contents[name])
     try:
-        write_atomically(file, buffer.getvalue())
+        places.write_atomically(file, buffer.getvalue())
     except OSError as e:
         raise UserError(f"the bundle {file} cannot be written: {reason(e)}; name another file by --bundle") from e
 

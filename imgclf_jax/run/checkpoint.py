@@ -28,11 +28,10 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from imgclf_jax import metrics
-from imgclf_jax.core import internals, memory, places, processes, sharding, tree
+from imgclf_jax.core import internals, json_files, memory, places, processes, sharding, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Array, PyTree
 from imgclf_jax.run import manifest
-from imgclf_jax.run.provenance import MOST_BYTES_OF_JSON
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ class _Manager(ocp.CheckpointManager):
         """The metrics of a checkpoint; None if it has none, or if they are damaged or too long."""
         try:
             file = self.directory / str(step) / "metrics" / "metrics"
-            found = json.loads(places.read(file, MOST_BYTES_OF_JSON))
+            found = json.loads(places.read(file, json_files.MOST_BYTES))
         except (OSError, ValueError, RecursionError):
             return None
         numbers = isinstance(found, dict) and all(isinstance(value, int | float) for value in found.values())
@@ -384,8 +383,8 @@ class Checkpoints:
             raise self._gone(folder) or UserError(f"checkpoint {folder} cannot be read: {reason(e)}") from e
         if total > max(_UNPACKED, _RATIO * length):
             raise UserError(
-                f"checkpoint {folder} would unpack from {memory.size(length)} to {memory.size(total)}; above "
-                f"{memory.size(_UNPACKED)} the ratio must be at most {_RATIO}; name another run"
+                f"checkpoint {folder} would unpack from {memory.format_bytes(length)} to {memory.format_bytes(total)}; "
+                f"above {memory.format_bytes(_UNPACKED)} the ratio must be at most {_RATIO}; name another run"
             )
         memory.require(total, f"checkpoint {folder}")
         return self.restore(step, like, optimizer=False)

@@ -4,9 +4,8 @@ import contextlib
 import os
 import platform
 import zlib
-from pathlib import Path
 
-from imgclf_jax.core import memory
+from imgclf_jax.core import cpuinfo, memory
 from imgclf_jax.run import cache
 
 
@@ -22,11 +21,7 @@ def prepare(deterministic: bool = False) -> None:
     added = [f"--{name}={value}" for name, value in flags.items() if name not in own]
     os.environ["XLA_FLAGS"] = " ".join([*own.split(), *added])
     # The compilation cache is per kind of processor, since machines may share a home folder.
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = [platform.processor()]
-    kind = "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    kind = " ".join([cpuinfo.facts().get("model name", platform.processor()), *sorted(cpuinfo.flags())])
     compiled = cache.folder(f"compiled-{zlib.crc32(kind.encode()):08x}")
     with contextlib.suppress(OSError):  # without a folder, nothing is cached
         compiled.mkdir(parents=True, exist_ok=True)

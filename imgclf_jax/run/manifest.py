@@ -6,9 +6,8 @@ import os
 import zlib
 from pathlib import Path
 
-from imgclf_jax.core import places
+from imgclf_jax.core import json_files, places
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.run.provenance import MOST_BYTES_OF_JSON, write_atomically
 
 NAME = "manifest.json"  # {file: [bytes, CRC-32]}
 ABSENT = f"it has no {NAME}; perhaps a process was killed while saving it"
@@ -22,7 +21,7 @@ def write(folder: Path) -> None:
     the bucket keeps its own checksums.
     """
     files = {name: _measure(file, sync=True) for name, file in sorted(places.files(folder))}
-    write_atomically(folder / NAME, json.dumps(files))
+    places.write_atomically(folder / NAME, json.dumps(files))
 
 
 def is_in(folder: Path) -> bool:
@@ -33,7 +32,7 @@ def is_in(folder: Path) -> bool:
 def digest(folder: Path) -> str:
     """A digest of the manifest in `folder`, and so of its files; "no manifest" without one."""
     try:
-        return hashlib.sha256(places.read(folder / NAME, MOST_BYTES_OF_JSON)).hexdigest()[:12]
+        return hashlib.sha256(places.read(folder / NAME, json_files.MOST_BYTES)).hexdigest()[:12]
     except OSError:
         return "no manifest"
 
@@ -44,11 +43,11 @@ def find_fault(folder: Path, within: str = "") -> str:
     `within` limits this to the files whose names begin with it, such as "metrics/".
     """
     try:
-        files = json.loads(places.read(folder / NAME, MOST_BYTES_OF_JSON))
+        files = json.loads(places.read(folder / NAME, json_files.MOST_BYTES))
     except FileNotFoundError:
         return ABSENT
     except UserError:
-        return f"{NAME} is longer than {MOST_BYTES_OF_JSON >> 20} MB"
+        return f"{NAME} is longer than {json_files.MOST_BYTES >> 20} MB"
     except (ValueError, RecursionError):
         return f"{NAME} is not JSON"
     if not isinstance(files, dict) or not files or not all(map(_is_entry, files.values())):

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 VARIABLE = "IMGCLF_NOTIFY"
 _WAITS = (0.0, 1.0, 4.0)  # seconds before each try
 _TIMEOUT = 5.0  # seconds that a try may take
-_WORDS = {0: "done", 75: "stopped, checkpoint saved", 1: "failed"}
+_WORDS = {0: "done", signals.STATUS_SAVED: "stopped, checkpoint saved", 1: "failed"}
 
 
 @contextlib.contextmanager

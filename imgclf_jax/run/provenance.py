@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from imgclf_jax.core import cpuinfo, places
+from imgclf_jax.core import cpuinfo, json_files
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
 
@@ -210,8 +210,7 @@ def environment(recorded: JsonMapping) -> dict[str, str]:
 
     The version of this package is in its code. Flags that change no result are left out.
     """
-    versions, devices = recorded.get("versions"), recorded.get("devices")
-    found = {**versions} if isinstance(versions, dict) else {}
+    devices, found = recorded.get("devices"), dict(json_files.as_object(recorded.get("versions")))
     found.pop("imgclf_jax", None)
     found["processor"] = recorded.get("processor")
     if isinstance(devices, list) and devices:
@@ -223,14 +222,13 @@ def environment(recorded: JsonMapping) -> dict[str, str]:
     if isinstance(options := recorded.get("jax_options"), dict):
         kept = (name for name in sorted(options) if not re.search(_OPTIONS_OF_NO_RESULT, name.lower()))
         found["JAX options"] = " ".join(f"{name}={options[name]}" for name in kept)
-    if isinstance(options := recorded.get("compiler_options"), dict):
-        found |= options
+    found |= json_files.as_object(recorded.get("compiler_options"))
     return {name: str(value) or "not set" for name, value in found.items() if value is not None}
 
 
 def _code_by_name(recorded: JsonMapping) -> dict[str, str]:
-    package, modules = recorded.get("code"), recorded.get("modules")
-    return {**({"imgclf_jax": package} if package else {}), **(modules if isinstance(modules, dict) else {})}
+    package = {"imgclf_jax": recorded["code"]} if recorded.get("code") else {}
+    return package | json_files.as_object(recorded.get("modules"))
 
 
 def _versions() -> dict[str, str]:
@@ -315,7 +313,7 @@ def _data_info(data: Json) -> DataInfo:
 def load_data_info(path: Path) -> DataInfo:
     """Loads the DataInfo from a `provenance.json`. Raises UserError if the file is missing or damaged."""
     try:
-        return _data_info(read_json(path)["data"])
+        return _data_info(json_files.read(path)["data"])
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as e:
         what = "is damaged; remove it" if path.is_file() else "is missing"
         raise UserError(f"{path} {what}, and run train again with the config and work directory of this run, which "
@@ -355,17 +353,9 @@ def pin_groups(config: ConfigDict, mesh: str, recorded: JsonMapping) -> ConfigDi
     return pinned
 
 
-def json_digest(content: str | bytes) -> str:
-    """The SHA-256 of the values in a JSON file, independent of its layout.
-
-    provenance.json keeps that of config.json as `config_sha256`, and at the end that of result.json as `result_sha256`.
-    """
-    return hashlib.sha256(json.dumps(json.loads(content), sort_keys=True).encode()).hexdigest()
-
-
 def facts_digest(provenance: JsonMapping) -> str:
     """The SHA-256 of the entries on data and weights in provenance.json, which keeps it as `facts_sha256`."""
-    return json_digest(json.dumps({name: provenance.get(name) for name in _FACTS}))
+    return json_files.digest(json.dumps({name: provenance.get(name) for name in _FACTS}))
 
 
 def find_edits(files: Mapping[str, bytes], provenance: Json) -> list[str]:
@@ -374,49 +364,14 @@ def find_edits(files: Mapping[str, bytes], provenance: Json) -> list[str]:
     `files` has the contents of config.json and result.json, if they exist. A file without a recorded digest, as in runs
     of older versions, is not checked. A kill within `Workdir.update_config` may leave the config before it.
     """
-    recorded = provenance if isinstance(provenance, dict) else {}
-    before = recorded.get("before_update")
-    earlier = before if isinstance(before, dict) else {}
+    recorded = json_files.as_object(provenance)
+    earlier = json_files.as_object(recorded.get("before_update"))
     found = []
     for name, key in (("config.json", "config_sha256"), ("result.json", "result_sha256")):
         with contextlib.suppress(ValueError, RecursionError):  # not JSON, which its reader reports
             known = (recorded.get(key), earlier.get(key))
-            if name in files and key in recorded and json_digest(files[name]) not in known:
+            if name in files and key in recorded and json_files.digest(files[name]) not in known:
                 found.append(name)
     if "facts_sha256" in recorded and facts_digest(recorded) != recorded["facts_sha256"]:
         found.append("provenance.json")
     return [f"{name} has been changed since the run wrote it" for name in found]
-
-
-def parse_json(content: str | bytes) -> Json:
-    """Parses JSON; integers of more than 300 digits become floats, since later arithmetic would overflow."""
-    return json.loads(content, parse_int=lambda digits: int(digits) if len(digits) <= 300 else float(digits))
-
-
-MOST_BYTES_OF_JSON = 32 << 20  # parsing takes about forty times as much memory
-
-
-def read_json(path: Path) -> Json:
-    """Reads a JSON file. Raises UserError if it is missing, unreadable or not JSON."""
-    try:
-        if not path.is_file() and path.exists():
-            raise UserError(f"{path} is not a regular file (a folder or a pipe?); remove it")
-        return parse_json(places.read(path, MOST_BYTES_OF_JSON))
-    except UserError:
-        raise
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror}") from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is damaged: it is not JSON") from e
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file atomically: a reader sees the old content or the new one, even after a crash."""
-    content = content.encode() if isinstance(content, str) else content
-    with places.replacing(path) as temporary:
-        temporary.write_bytes(content)
-
-
-def write_json(path: Path, value: Json) -> None:
-    """Writes indented JSON atomically."""
-    write_atomically(path, json.dumps(value, indent=2) + "\n")

@@ -11,12 +11,12 @@ from typing import Self
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import places
+from imgclf_jax.core import json_files, places
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
 from imgclf_jax.run import bundle, writers
 from imgclf_jax.run.digests import find_changed_metrics
-from imgclf_jax.run.provenance import MOST_BYTES_OF_JSON, find_edits, parse_json, well_formed
+from imgclf_jax.run.provenance import find_edits, well_formed
 from imgclf_jax.run.workdir import Workdir, has_ended
 
 log = logging.getLogger(__name__)
@@ -60,12 +60,11 @@ def contradictions(result: JsonMapping, digests: Sequence[JsonMapping], metrics:
     return found
 
 
-def read_contradictions(workdir: Path) -> list[str]:
+def read_contradictions(workdir: Workdir) -> list[str]:
     """The contradictions between the records of the run in a work directory; a damaged result.json is skipped."""
-    place = Workdir(workdir)
-    files = {"result.json": places.read(place.result, MOST_BYTES_OF_JSON)} if place.result.is_file() else {}
-    lines = (writers.read_metrics(file) for file in (place.digests, place.metrics))
-    return contradictions(place.read_result(), *lines) + find_edits(files, place.read_provenance())
+    files = {"result.json": places.read(workdir.result, json_files.MOST_BYTES)} if workdir.result.is_file() else {}
+    lines = (writers.read_metrics(file) for file in (workdir.digests, workdir.metrics))
+    return contradictions(workdir.read_result(), *lines) + find_edits(files, workdir.read_provenance())
 
 
 def _differ(a: Json, b: Json) -> bool:
@@ -95,7 +94,7 @@ class Record:
         files = {}
         for name in bundle.NAMES:
             if (path / name).is_file():
-                most = writers.MOST_BYTES if name.endswith(".jsonl") else MOST_BYTES_OF_JSON
+                most = writers.MOST_BYTES if name.endswith(".jsonl") else json_files.MOST_BYTES
                 files[name] = places.read(path / name, most)
         if "config.json" not in files:
             raise UserError(f"{path} holds no run: there is no {places.absolute(path / 'config.json')}; name the work "
@@ -146,7 +145,7 @@ class Record:
 
     def _json(self, name: str) -> JsonObject:
         try:
-            value = parse_json(self.files.get(name, b"{}"))
+            value = json_files.parse(self.files.get(name, b"{}"))
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):

@@ -22,6 +22,8 @@ from imgclf_jax.core import named_warnings, processes
 from imgclf_jax.core.text import decimals, printable
 from imgclf_jax.core.typing import Json
 
+_AT_ONCE = 1000  # rows of a streamed table; the first ones determine its column widths
+
 
 @functools.cache
 def console() -> Console:
@@ -123,15 +125,15 @@ def nonfinite_to_null(value: Json) -> Json:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], first: int | None = None) -> None:
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], streamed: bool = False) -> None:
     """Prints a table on standard output. Unless on a terminal, a row is one line of any length, for programs.
 
     On a terminal the widest cells go on in the next line until the table fits. Escapes characters that are unprintable
-    or missing from the output's encoding. With `first`, prints so many rows at a time, in columns as wide as the rows
-    so far need, and nothing without rows.
+    or missing from the output's encoding. If `streamed`, prints rows as they come, a thousand at a time, in columns as
+    wide as the rows so far need, and nothing without rows.
     """
     widths = [len(name) for name in columns]
-    for part, some in enumerate(itertools.batched(rows, first) if first else [tuple(rows)]):
+    for part, some in enumerate(itertools.batched(rows, _AT_ONCE) if streamed else [tuple(rows)]):
         cells = [[_cell(cell) for cell in row] for row in some]
         if cells:
             widths = [

@@ -16,7 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import places, processes, spec
+from imgclf_jax.core import json_files, places, processes, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import JsonMapping, JsonObject
 from imgclf_jax.run import lock, writers
@@ -26,14 +26,10 @@ from imgclf_jax.run.provenance import (
     facts_digest,
     find_changes,
     find_edits,
-    json_digest,
     load_data_info,
     pin_groups,
-    read_json,
     well_formed,
     with_changed_code,
-    write_atomically,
-    write_json,
 )
 
 log = logging.getLogger(__name__)
@@ -72,14 +68,13 @@ class Workdir:
 
     def read_provenance(self) -> JsonObject:
         """The content of provenance.json, see `well_formed`; {} without one. Raises UserError if it is not JSON."""
-        found = read_json(self.provenance) if self.provenance.is_file() else {}
-        return well_formed(found) if isinstance(found, dict) else {}
+        found = json_files.read(self.provenance) if self.provenance.is_file() else {}
+        return well_formed(json_files.as_object(found))
 
     def read_result(self) -> JsonObject:
         """The content of result.json; {} if the run has not ended, or if the file is damaged."""
         with contextlib.suppress(UserError):
-            found = read_json(self.result)
-            return found if isinstance(found, dict) else {}
+            return json_files.as_object(json_files.read(self.result))
         return {}
 
     def load_data_info(self) -> DataInfo:
@@ -145,12 +140,12 @@ class Workdir:
 
     def has_checkpoints(self) -> bool:
         """Whether the directory has any checkpoint, readable or not."""
-        return self._last_checkpoint() >= 0
+        return self.last_checkpoint() is not None
 
-    def _last_checkpoint(self) -> int:
-        """The step of the last checkpoint, readable or not; -1 without one."""
+    def last_checkpoint(self) -> int | None:
+        """The step of the last checkpoint, readable or not; None without one."""
         folders = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
-        return max((int(folder.name) for folder in folders if folder.name.isdecimal()), default=-1)
+        return max((int(folder.name) for folder in folders if folder.name.isdecimal()), default=None)
 
     def check_config(self, config: ConfigDict, may_differ: Sequence[str] = ()) -> str:
         """Raises UserError, naming the keys that differ, if the directory holds a run with another config.
@@ -184,8 +179,8 @@ class Workdir:
 
         This is in effect once config.json is replaced: see `_settle_update` for a process that is killed before.
         """
-        old, provenance = self.load_config(), read_json(self.provenance)
-        before = {"config_sha256": json_digest(places.read(self.config, configs.MAX_BYTES))}
+        old, provenance = self.load_config(), json_files.read(self.provenance)
+        before = {"config_sha256": json_files.digest(places.read(self.config, configs.MAX_BYTES))}
         before |= {name: provenance[name] for name in _UPDATED if name in provenance}
         if old.total != config.total:
             entry: JsonObject = {"step": start, "from": old.total, "to": config.total, "command": sys.argv}
@@ -202,19 +197,19 @@ class Workdir:
             log.warning("checkpoint.best=%r chooses among the checkpoints that are left and later ones: some that were "
                         "better by it may have been removed", config.checkpoint.best)  # fmt: skip
         content = configs.to_json(config)
-        new = {"config_sha256": json_digest(content), "before_update": before}
-        write_json(self.provenance, provenance | new)
-        write_atomically(self.config, content)
+        new = {"config_sha256": json_files.digest(content), "before_update": before}
+        json_files.write(self.provenance, provenance | new)
+        places.write_atomically(self.config, content)
         self._settle_update()
 
     def _settle_update(self) -> None:
         """Ends an update: restores the entries of provenance.json from before it if config.json is not the new one."""
-        provenance = read_json(self.provenance)
+        provenance = json_files.read(self.provenance)
         if isinstance(before := provenance.pop("before_update", None), dict) and self.config.is_file():
             content = places.read(self.config, configs.MAX_BYTES)
-            if json_digest(content) != provenance.get("config_sha256"):
+            if json_files.digest(content) != provenance.get("config_sha256"):
                 provenance = {name: value for name, value in provenance.items() if name not in _UPDATED} | before
-            write_json(self.provenance, provenance)
+            json_files.write(self.provenance, provenance)
 
     def write_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Lists every parameter by path with its shape in parameters.txt: `rules` match these paths. Needs CLU."""
@@ -223,16 +218,16 @@ class Workdir:
 
             params = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
             overview = parameter_overview.get_parameter_overview(params, include_stats=False)
-            write_atomically(self.path / "parameters.txt", f"{overview}\n")
+            places.write_atomically(self.path / "parameters.txt", f"{overview}\n")
 
     def record_code(self, start: int) -> None:
         """Records the code and environment in which the run continues from step `start`, and warns of changes."""
-        recorded = read_json(self.provenance)
+        recorded = json_files.read(self.provenance)
         changes = find_changes(recorded)
         names = [name if name != "imgclf_jax" else "the code of imgclf_jax" for name in changes["files"]]
         names += [f"{name} (now {value})" for name, value in changes["environment"].items()]
         if (now := with_changed_code(recorded, start)) != recorded:
-            write_json(self.provenance, now)
+            json_files.write(self.provenance, now)
         if names and start:
             log.warning("changed since the run began, in effect from step %d on: %s", start, ", ".join(names))
 
@@ -247,9 +242,9 @@ class Workdir:
 
     def write_result(self, result: JsonObject) -> None:
         """Writes result.json, and its digest to provenance.json: the run has ended."""
-        content = json.dumps(result, indent=2) + "\n"
-        write_json(self.provenance, read_json(self.provenance) | {"result_sha256": json_digest(content)})
-        write_atomically(self.result, content)
+        recorded = json_files.read(self.provenance) | {"result_sha256": json_files.digest(json.dumps(result))}
+        json_files.write(self.provenance, recorded)
+        json_files.write(self.result, result)
 
     def pin_groups(self, config: ConfigDict) -> ConfigDict:
         """The config that the run continues with, whose BatchNorm statistics keep the groups that it began with."""
@@ -313,21 +308,21 @@ class Workdir:
                                 "what it loads, or pass another --workdir")  # fmt: skip
             self._settle_update()
         total = configs.steps(config.total, "total", data.train_examples, config.batch_size)
-        if (last := self._last_checkpoint()) > total:
+        if (last := self.last_checkpoint() or 0) > total:
             raise UserError(f"total={config.total!r} is {total} steps, but the run in {self.path} has done {last}; "
                             "pass its own total, extend it to more, or pass another --workdir")  # fmt: skip
         if not known:
             whole = (
                 collect(data)
-                | {"config_sha256": json_digest(configs.to_json(config)), "evals": dict(evals)}
+                | {"config_sha256": json_files.digest(configs.to_json(config)), "evals": dict(evals)}
                 | ({"batch_norm_groups": groups} if groups else {})
                 | ({"init_from": init_from} if init_from else {})
                 | ({"fixed_sha256": fixed} if fixed else {})
                 | ({"unreadable": {"count": len(left_out), "files": list(left_out)}} if left_out else {})
             )
-            write_json(self.provenance, whole | {"facts_sha256": facts_digest(whole)})
+            json_files.write(self.provenance, whole | {"facts_sha256": facts_digest(whole)})
         if not self.config.is_file():
-            write_atomically(self.config, configs.to_json(config))
+            places.write_atomically(self.config, configs.to_json(config))
 
 
 def has_ended(result: JsonMapping, total: int | None, records: Iterable[JsonMapping]) -> bool:

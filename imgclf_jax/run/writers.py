@@ -15,11 +15,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import places, processes, spec
+from imgclf_jax.core import json_files, places, processes, spec
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import JsonMapping, JsonObject
 from imgclf_jax.run.event_file import EventFile
-from imgclf_jax.run.provenance import parse_json, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ class RecordFile:
     def __init__(self, path: Path, kept: Iterable[JsonMapping] = ()):
         content, self._path = "".join(map(_line, kept)), path
         with _naming_errors(path):
-            write_atomically(path, content)
+            places.write_atomically(path, content)
         self._object = path if places.in_bucket(path) else None
         self._file: IO[str] = io.StringIO() if self._object else path.open("a", encoding="utf-8")
         if self._object:
@@ -253,7 +252,7 @@ def parse_records(content: bytes, where: str, strict: bool = False) -> list[Json
         record = None
         if len(line) <= _MOST_BYTES_OF_A_LINE and not line.isspace():
             with contextlib.suppress(ValueError, RecursionError):
-                record = parse_json(line.decode("utf-8", "replace"))
+                record = json_files.parse(line.decode("utf-8", "replace"))
         if isinstance(record, dict) and type(record.get("step")) is int:
             records.append(record)
         else:

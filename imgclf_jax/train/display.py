@@ -19,7 +19,6 @@ from imgclf_jax.config import KEYS, selecting_metrics
 from imgclf_jax.core import cpuinfo, processes
 from imgclf_jax.core.text import decimals, printable
 from imgclf_jax.data import extra, sampling, sources, stream
-from imgclf_jax.losses import Task
 from imgclf_jax.models import summary
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
@@ -216,8 +215,7 @@ def _cut(name: str, width: int) -> str:
 def make_rows(recipe: Recipe, images: stream.Images, workdir: Workdir, start: int) -> Rows:
     """The rows of the log of a run that trains from step `start`, which know in process 0 its records up to there."""
     config = recipe.config
-    metric = {Task.MULTILABEL: "mean_average_precision", Task.REGRESSION: "r2"}.get(recipe.task, "accuracy")
-    metric = metric if recipe.method.predicts else ""
+    metric = metrics.REPORTED[recipe.task][0] if recipe.method.predicts else ""
     marked = dict(metrics.parse_best(text, key=key) for key, text in selecting_metrics(config).items())
     if not marked:
         marked = {f"{name}/{metric or 'loss'}": 1.0 if metric else -1.0 for name in config.data.eval}

@@ -163,7 +163,7 @@ def compare_with_record(
     programs: Programs, workdir: Workdir, base: dict[str, sources.Source], evals: Mapping[str, stream.Images]
 ) -> None:
     """Warns if the run's record contradicts itself, or if the data differ from the recorded ones."""
-    for sentence in read_contradictions(workdir.path):
+    for sentence in read_contradictions(workdir):
         log.warning("the record of the run contradicts itself: %s", sentence)
     workdir.warn_of_changed_modules()  # those of the data too, which are open by now
     trained = workdir.load_config()

@@ -36,8 +36,6 @@ from imgclf_jax.train.setup import Run, set_up
 
 log = logging.getLogger(__name__)
 
-STOPPED = 75  # EX_TEMPFAIL: stopped by a signal with a checkpoint saved; run the same command again
-
 Results = dict[str, dict[str, float]]  # the metrics of each evaluation set
 
 
@@ -81,9 +79,7 @@ def _train_from_latest(
     run = adjusted(set_up(config, workdir, extend))
     if run.start:
         digests.check(workdir, run.start, run.state.params)
-        for sentence in processes.broadcast_from_process_0(
-            "reading the record", lambda: read_contradictions(workdir.path)
-        ):
+        for sentence in processes.broadcast_from_process_0("reading the record", lambda: read_contradictions(workdir)):
             log.warning("the record of the run contradicts itself: %s", sentence)
     replays.attach(run)
     total, stopper = run.cadences.total, Stopper(run.early_stopping, run.cadences, workdir.path, run.start)
@@ -113,12 +109,11 @@ def _train_from_latest(
         except (Again, Rollback):
             records.times.update(phases.step, now=True)
             raise
-        if trained is None and not stop():
-            return STOPPED  # at the end that was asked for
         if trained is None:
-            log.warning("%s: stopped at step %d, checkpoint saved; run the same command to continue", stop(),
-                        run.checkpoints.latest)  # fmt: skip
-            return STOPPED
+            if name := stop():  # else it is the end that was asked for
+                log.warning("%s: stopped at step %d, checkpoint saved; run the same command to continue", name,
+                            run.checkpoints.latest)  # fmt: skip
+            return signals.STATUS_SAVED
         last, state, results, stopped = trained
         results = results or _last_results(run, last, state, phases)
         records.times.update(last, now=True)
@@ -161,7 +156,7 @@ def train(
     None if it ended before. Raises Rollback or Again at a bad step that the config wants left out or computed again.
     """
     config, programs, cadences, checkpoints = run.config, run.programs, run.cadences, run.checkpoints
-    state, window, step = run.state, run.window, run.start
+    state, sums, step = run.state, run.sums, run.start
     results: Results | None = None
     cut_short = run.start and cadences.due(run.start).eval and not records.metrics.evaluated
     if cut_short:  # by a signal, in this evaluation
@@ -170,7 +165,7 @@ def train(
             return None
     if run.start and config.checkpoint.best and (scores := _unsaved_scores(run, results)):
         records.metrics.flush()
-        checkpoints.save(run.start, {"state": state, "sums": window}, scores, again=True)
+        checkpoints.save(run.start, {"state": state, "sums": sums}, scores, again=True)
 
     edges, stopped = (*monitor.edges, *records.digests.edges), stopper.reason(run.start)
     ranges = () if stopped else cadences.ranges(run.start, programs.steps_per_call, edges, records.skipped.left_out)
@@ -178,8 +173,8 @@ def train(
     for steps, chunk in monitor.watch(chunks):
         if steps.start > step:
             state = jump(state, steps.start)
-        state, window = replays.train(state, window, chunk, steps)
-        monitor.called(steps, window["steps"])
+        state, sums = replays.train(state, sums, chunk, steps)
+        monitor.called(steps, sums["steps"])
         step, due = steps.stop, cadences.due(steps.stop)
         signal = stop()  # asked once: a signal from here on waits for the next call, or cuts the evaluation short
         if step in records.digests.edges:
@@ -187,7 +182,7 @@ def train(
         if not (any(due) or signal):
             continue
 
-        done = jax.device_get(window)  # waits for the device
+        done = jax.device_get(sums)  # waits for the device
         with monitor.paused():
             checkpoints.poll()
             _check_steps(run, done, state, step, records.skipped, replays)
@@ -195,14 +190,14 @@ def train(
                 means = _means(done, programs.recipe.task) | monitor.lap()
                 records.metrics.write_scalars(step, {f"train/{name}": value for name, value in means.items()})
                 log.info("%s", run.rows.training(step, means))
-                window = programs.zero_sums()
+                sums = programs.zero_sums()
             if due.eval:
-                with _saved_if_it_fails(run, records, monitor, replays, step, state, window):
+                with _saved_if_it_fails(run, records, monitor, replays, step, state, sums):
                     results = _evaluate(run, state, step, records, monitor, stopper, stop)
                 signal = signal or (stop() if results is None else "")
                 stopped = stopper.reason(step)
             if due.checkpoint or signal or stopped or (due.eval and config.checkpoint.best):
-                _save(run, records, monitor, replays, step, state, window, results if due.eval else None)
+                _save(run, records, monitor, replays, step, state, sums, results if due.eval else None)
             records.times.update(step, now=bool(due.checkpoint or signal or stopped))
             if stopped:
                 break
@@ -216,28 +211,28 @@ def train(
 
 @contextlib.contextmanager
 def _saved_if_it_fails(
-    run: Run, records: Records, monitor: Monitor, replays: Replays, step: int, state: TrainState, window: PyTree
+    run: Run, records: Records, monitor: Monitor, replays: Replays, step: int, state: TrainState, sums: PyTree
 ) -> Iterator[None]:
     """If the evaluation inside raises, saves the state first. The resumed run repeats the evaluation."""
     try:
         yield
     except Exception:
         if processes.count() == 1:  # all processes save together, and others may still evaluate
-            _save(run, records, monitor, replays, step, state, window, None)
+            _save(run, records, monitor, replays, step, state, sums, None)
             run.checkpoints.close()
             log.warning("the evaluation failed; a checkpoint of step %d is saved", step)
         raise
 
 
 def _save(
-    run: Run, records: Records, monitor: Monitor, replays: Replays, step: int, state: TrainState, window: PyTree,
+    run: Run, records: Records, monitor: Monitor, replays: Replays, step: int, state: TrainState, sums: PyTree,
     results: Results | None,
 ) -> None:  # fmt: skip
     monitor.phases.enter("checkpoint", step)
     replays.check_replicas(state, step)
     records.metrics.flush()  # so that no checkpoint on disk is ahead of its metrics
     records.digests.record(step, state.params)
-    run.checkpoints.save(step, {"state": state, "sums": window}, _scores(results) if results else {})
+    run.checkpoints.save(step, {"state": state, "sums": sums}, _scores(results) if results else {})
 
 
 def _check_steps(
@@ -381,13 +376,13 @@ def _record_change(run: Run) -> None:
     run.workdir.drop_later_result(run.start)
 
 
-def _means(window: dict[str, np.ndarray], task: Task) -> dict[str, float]:
+def _means(sums: dict[str, np.ndarray], task: Task) -> dict[str, float]:
     """The training metrics to log: means over the examples or steps since the last log line, over all seeds.
 
     With several seeds, metrics over examples also get their sample standard deviation over seeds, as in
     `metrics.summarize`. Multi-label accuracy is `exact_match`; regression has none.
     """
-    total = {name: np.sum(value).item() for name, value in window.items()}
+    total = {name: np.sum(value).item() for name, value in sums.items()}
     own = sorted(total.keys() - {"steps", "examples", "loss", "correct", "skipped", *FIRST_STEPS, *PER_STEP})
     right = {"exact_match" if task is Task.MULTILABEL else "accuracy": "correct"} if "correct" in total else {}
     of_examples = {"loss": "loss", **right, **{name: name for name in own}}
@@ -396,10 +391,10 @@ def _means(window: dict[str, np.ndarray], task: Task) -> dict[str, float]:
         return means
     means |= {name: total[summed] / total["examples"] for name, summed in of_examples.items()}
     means |= {name: total[name] / total["steps"] for name in PER_STEP}
-    trained = window["steps"] > 0  # [seeds], or []
+    trained = sums["steps"] > 0  # [seeds], or []
     if np.count_nonzero(trained) > 1:
         for name, summed in of_examples.items():
-            each = window[summed][trained] / window["examples"][trained]
+            each = sums[summed][trained] / sums["examples"][trained]
             means[f"{name}_std"] = np.std(each, ddof=1).item()
     return means
 

@@ -58,22 +58,22 @@ class Replays:
             self._copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=shardings)
 
     def train(
-        self, state: TrainState, window: metrics.Sums, chunk: Chunk, steps: range
+        self, state: TrainState, sums: metrics.Sums, chunk: Chunk, steps: range
     ) -> tuple[TrainState, metrics.Sums]:
         """Runs the train program for `steps`, (state, sums) → (state, sums), and replays a step that is due."""
         before = self._copy(state) if self._run.cadences.checks(steps) else None
-        state, sums = self._run.programs.train(state, window, chunk, np.int32(len(steps)))
+        state, new = self._run.programs.train(state, sums, chunk, np.int32(len(steps)))
         if before is not None:
-            self.check(steps, before, window, chunk, state)
-        return state, sums
+            self.check(steps, before, sums, chunk, state)
+        return state, new
 
-    def check(self, steps: range, before: TrainState, window: metrics.Sums, chunk: Chunk, state: TrainState) -> None:
+    def check(self, steps: range, before: TrainState, sums: metrics.Sums, chunk: Chunk, state: TrainState) -> None:
         """Computes the step again from `before`, whose buffers are donated, and compares the result with `state`.
 
         Raises UserError, or Again after a rollback, if a bit differs.
         """
         began = time.perf_counter()
-        again, _ = self._run.programs.train(before, window, chunk, np.int32(1))
+        again, _ = self._run.programs.train(before, sums, chunk, np.int32(1))
         first, second = self._checksums(state), self._checksums(again)
         differs, replicas = first != second, self._checksums.differing_replicas(first)
         if not (differs | replicas).any():

@@ -4,6 +4,7 @@ import concurrent.futures
 import logging
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +55,7 @@ class Run:
     changed: bool  # whether config.json has another config; it gets this one once a step is trained by it
     extended: bool  # whether config.json has another total
     state: TrainState  # at step `start`
-    window: metrics.Sums  # since the last log
+    sums: metrics.Sums  # since the last log
 
 
 def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
@@ -77,6 +78,9 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     evals = open_evals(compiling, base)
     compiling.check_size()
     cadences = Cadences(recipe.total, *map(recipe.period, configs.CADENCES), check=recipe.period("check_every"))
+    if min(cadences.total, cadences.log or math.inf) * config.batch_size >= 2**31:
+        raise UserError(f"log_every={config.log_every!r}: training metrics are sums over fewer than 2**31 examples; log "
+                        "more often")  # fmt: skip
 
     tracing = _trace(compiling)
     _try_metrics(recipe, evals)
@@ -112,36 +116,41 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
         extension.check(Recipe(old, recipe.data), recipe, start, workdir.path)
     if start < recipe.total:
         processes.broadcast_from_process_0("comparing the code", lambda: workdir.record_code(start))
-    if not processes.index():
-        overlaps = [*overlap_warnings(config, config.data, base), *initial_warnings(config, base)]
-        unseen = (
-            unseen_class_warnings(images, evals, recipe.total * config.batch_size) if recipe.method.predicts else []
-        )
-        for sentence in (*overlaps, *unseen, *selection_warnings(config)):
-            log.warning("%s", sentence)
-    even = spec.parse_one(config.data.sampling).name in ("permutation", "repeated")  # each example equally often
-    if losses.needs_class_counts(config.loss) and not even and not processes.index():
-        log.warning(
-            "loss=%r weights the classes by their numbers in data.train, but data.sampling=%r draws them in other "
-            "proportions: they are balanced twice; drop one of the two", config.loss, config.data.sampling
-        )  # fmt: skip
-    if config.data.extra and recipe.supervised:
-        log.warning("method=%r reads no stream of data.extra: %s", config.method, ", ".join(sorted(config.data.extra)))
+    for sentence in () if processes.index() else _warnings(recipe, images, evals, base):
+        log.warning("%s", sentence)
     parts = math.gcd(recipe.num_seeds, compiling.mesh.size)
     if parts > 1 and set(compiling.mesh.axis_names) == {"data"}:
         log.info("each device trains all %d seeds; with --config.mesh='seeds=%d, data=-1' it trains %d",
                  recipe.num_seeds, parts, recipe.num_seeds // parts)  # fmt: skip
-    if recipe.method.freeze and not config.init_from:
-        log.warning("method=%r freezes weights that are random without init_from; name the run or file to load them "
-                    "from", config.method)  # fmt: skip
     _ = compiling.eval_step  # traced while the train step compiles: what fails in evaluation ends the run here
-    state, window = run["state"], run["sums"]
     early = early_stopping.build(config, recipe.patience)
     rows = display.make_rows(recipe, images, workdir, start)
     if not processes.index():
         log.info("the run:\n%s", display.head(compiling, images, base, workdir, fresh=not start))
     return Run(config, workdir, images, evals, compiling, compiled, eval_compiled, checkpoints, cadences, early, rows,
-               start, bool(before), old.total != config.total, state, window)  # fmt: skip
+               start, bool(before), old.total != config.total, run["state"], run["sums"])  # fmt: skip
+
+
+def _warnings(
+    recipe: Recipe, images: stream.Images, evals: dict[str, stream.Images], base: dict[str, sources.Source]
+) -> Iterator[str]:
+    """Yields a sentence for each setting that is probably a mistake."""
+    config = recipe.config
+    yield from overlap_warnings(config, config.data, base)
+    yield from initial_warnings(config, base)
+    if recipe.method.predicts:
+        yield from unseen_class_warnings(images, evals, recipe.total * config.batch_size)
+    yield from selection_warnings(config)
+    even = spec.parse_one(config.data.sampling).name in ("permutation", "repeated")  # each example equally often
+    if losses.needs_class_counts(config.loss) and not even:
+        yield (f"loss={config.loss!r} weights the classes by their numbers in data.train, but "
+               f"data.sampling={config.data.sampling!r} draws them in other proportions: they are balanced twice; drop "
+               "one of the two")  # fmt: skip
+    if config.data.extra and recipe.supervised:
+        yield f"method={config.method!r} reads no stream of data.extra: {', '.join(sorted(config.data.extra))}"
+    if recipe.method.freeze and not config.init_from:
+        yield (f"method={config.method!r} freezes weights that are random without init_from; name the run or file to "
+               "load them from")  # fmt: skip
 
 
 def _pinned(config: ConfigDict, workdir: Workdir) -> ConfigDict:

@@ -109,7 +109,8 @@ def test_the_loss_is_that_of_the_mixed_target():
     logits, labels = rng_.normal(size=(16, 5)).astype(np.float32), rng_.integers(0, 5, 16)
     weight = rng_.random(16).astype(np.float32)
     loss = losses.build("softmax(label_smoothing=0.1)")
-    own = jax.jit(lambda *args: mixing.mixed_loss(loss, *args))(logits, labels, before(labels), weight)
+    batch = {"label": labels, "other": before(labels), "weight": weight}
+    own = jax.jit(lambda *args: mixing.batch_loss(loss, *args))(logits, batch)
     target = weight[:, None] * np.eye(5)[labels] + (1 - weight[:, None]) * np.eye(5)[before(labels)]
     target = 0.9 * target + 0.1 / 5
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -262,7 +263,7 @@ def test_targets_are_mixed_as_their_images_are():
     key = jax.random.key(3)
     images = jax.random.uniform(key, (6, 4, 4, 1))
     batch = {"image": images, "target": jnp.mean(images, (1, 2, 3))[:, None]}
-    mixed = mixing.mixed_batch(batch, *mixing.build("mixup(1.0)", Task.REGRESSION)(key, images))
+    mixed = mixing.mix_batch(mixing.build("mixup(1.0)", Task.REGRESSION), key, batch)
     assert set(mixed) == {"image", "target"}
     np.testing.assert_allclose(mixed["target"][:, 0], jnp.mean(mixed["image"], (1, 2, 3)), rtol=1e-5)
     assert np.abs(np.asarray(mixed["target"] - batch["target"])).max() > 0.01

@@ -12,7 +12,7 @@ from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.data.arrays import load_array
-from imgclf_jax.run import bundle, provenance
+from imgclf_jax.run import bundle
 from imgclf_jax.tools.evaluate import listing
 from imgclf_jax.tools.probe import accuracy_plot, embeddings
 
@@ -46,7 +46,7 @@ def plot(path):
 
 
 WRITERS = {
-    "atomically.bin": lambda path: provenance.write_atomically(path, bytes(100_000)),
+    "atomically.bin": lambda path: places.write_atomically(path, bytes(100_000)),
     "predictions.csv": lambda path: listing.write(path, rows()),
     "predictions.jsonl": lambda path: listing.write(path, rows()),
     "predictions.parquet": lambda path: listing.write(path, rows()),

@@ -12,11 +12,11 @@ from flax import nnx
 import launch
 from imgclf_jax import losses, recipe, step
 from imgclf_jax.config import default_config
-from imgclf_jax.core import rng, tree
+from imgclf_jax.core import json_files, rng, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods.mean_teacher import Averaged
 from imgclf_jax.models import classifier
-from imgclf_jax.run.provenance import DataInfo, parse_json
+from imgclf_jax.run.provenance import DataInfo
 
 SHAPE, WIDTH = (4, 4, 1), 3
 SPEC = f"{__name__}:Nnx(width={WIDTH})"
@@ -197,7 +197,7 @@ def test_a_run_goes_on_with_the_same_bits(flags, tmp_path):
 
     def run(name, total, *more):
         assert launch.main([*common, f"--workdir={tmp_path / name}", f"--config.total={total} steps", *more]) == 0
-        return parse_json((tmp_path / name / "result.json").read_text())["params_sha256"]
+        return json_files.read(tmp_path / name / "result.json")["params_sha256"]
 
     assert run("twice", 3) != run("once", 6) == run("twice", 6, "--extend")
     assert launch.main(["evaluate", f"--workdir={tmp_path / 'once'}", "--trust"]) == 0

@@ -90,7 +90,7 @@ def test_it_has_no_result_while_it_is_extended(fake_config, tmp_path):
     config.total = "80 steps"
     cut = train.main(config, workdir, extend=True, adjusted=lambda run: replace(
         run, cadences=replace(run.cadences, end=13)))  # fmt: skip
-    assert (cut, workdir.is_done(80), record.read(workdir.path).final) == (train.STOPPED, False, None)
+    assert (cut, workdir.is_done(80), record.read(workdir.path).final) == (75, False, None)
     assert train.main(config, workdir) == 0
     assert workdir.last_step() == 20
 

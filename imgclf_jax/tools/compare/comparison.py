@@ -11,6 +11,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
+from imgclf_jax.core.json_files import as_object
 from imgclf_jax.core.typing import Json, JsonObject, Value
 from imgclf_jax.run.record import MAIN_METRICS, Record
 from imgclf_jax.tools.compare.paired import Spread, spread
@@ -148,18 +149,18 @@ def differing_origins(groups: Sequence[Group]) -> list[str]:
 
 def _training_facts(run: Record) -> JsonObject:
     recorded = run.provenance
-    data = _dict(recorded.get("data"))
+    data = as_object(recorded.get("data"))
     facts: JsonObject = {
         "training data": data.get("fingerprint"),
-        **_dict(recorded.get("modules")),
-        "digest of init_from": _dict(recorded.get("init_from")).get("sha256"),
+        **as_object(recorded.get("modules")),
+        "digest of init_from": as_object(recorded.get("init_from")).get("sha256"),
         "digest of the method's fixed arrays": recorded.get("fixed_sha256"),
         "number of BatchNorm groups": recorded.get("batch_norm_groups"),
         "digest of data.sampling": data.get("sampling"),
     }
-    for name, stream in _dict(data.get("extra")).items():
-        facts[f"fingerprint of data.extra.{name}"] = _dict(stream).get("fingerprint")
-        facts[f"digest of the sampling of data.extra.{name}"] = _dict(stream).get("sampling")
+    for name, stream in as_object(data.get("extra")).items():
+        facts[f"fingerprint of data.extra.{name}"] = as_object(stream).get("fingerprint")
+        facts[f"digest of the sampling of data.extra.{name}"] = as_object(stream).get("sampling")
     return facts
 
 
@@ -177,10 +178,6 @@ def _note_differing(
             before = first.setdefault(name, (value, run)) if value is not None else (None, run)
             if before[0] != value:
                 found[f"{before[1].name} and {run.name} recorded a different {name}: {so}"] = None
-
-
-def _dict(value: Json) -> JsonObject:
-    return value if isinstance(value, dict) else {}
 
 
 def common(groups: Sequence[Group]) -> dict[str, Value]:

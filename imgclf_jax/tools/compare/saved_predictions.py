@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from imgclf_jax.core import places, processes
+from imgclf_jax.core import json_files, places, processes
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.text import escape_surrogates
 from imgclf_jax.core.typing import JsonMapping, JsonObject
@@ -113,8 +113,7 @@ def _without_wrong(saved: dict[str, Saved], run: Record, path: Path) -> dict[str
     """Drops the sets whose predictions do not score what the run's result says, with a warning."""
     kept = {}
     for name, own in saved.items():
-        recorded = (run.final or {}).get(name)
-        recorded = recorded if isinstance(recorded, dict) else {}
+        recorded = json_files.as_object((run.final or {}).get(name))
         wrong = [
             f"{kind} {value:.6g}, and result.json says {recorded[kind]}"
             for kind, value in own.totals.items()

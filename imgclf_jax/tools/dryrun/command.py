@@ -11,13 +11,12 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from imgclf_jax import losses
-from imgclf_jax.core import jaxprs, rng, sharding
-from imgclf_jax.core.memory import size
+from imgclf_jax.core import jaxprs, json_files, rng, sharding
+from imgclf_jax.core.memory import format_bytes
 from imgclf_jax.core.typing import JsonObject, PyTree
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe, check_names
 from imgclf_jax.run import terminal
-from imgclf_jax.run.provenance import write_json
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import OPTIMIZER
 from imgclf_jax.tools.dryrun import counts, described, estimate, topology
@@ -45,7 +44,7 @@ def main(config: ConfigDict, workdir: Workdir, chips: str, shape: str, format: s
     result = report(Programs(Recipe(config, data, load_teacher), mesh), parsed)
     path = workdir.path / f"dryrun-{str(parsed).replace(':', '-')}.json"
     workdir.path.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
+    json_files.write(path, result)
     if format == "json":
         terminal.print_json(result)
     else:
@@ -173,7 +172,7 @@ def _advice(result: JsonObject, programs: Programs) -> list[str]:
     fsdp = f"mesh='data=-1, fsdp={axes[0]}'" if axes else ""
     if state >= memory["capacity"]:
         less = ["a smaller model", "or an optimizer with less state, such as adamw(mu_dtype='bfloat16')"]
-        return [f"parameters, optimizer and averages alone take {size(state)} of each chip: "
+        return [f"parameters, optimizer and averages alone take {format_bytes(state)} of each chip: "
                 + ", ".join([f"{fsdp} (sharded)", *less] if fsdp else less)]  # fmt: skip
     per_chip = batch_size // chips
     if "temporaries" in memory:
@@ -197,9 +196,9 @@ def _advice(result: JsonObject, programs: Programs) -> list[str]:
 def _print(result: JsonObject) -> None:
     memory = result["memory"]
     print(f"{result['model']} on {result['chips']}, {result['batch_size']} images per step in {result['precision']}")
-    rows = [(name, size(memory[name])) for name in (*_PARTS, "temporaries", "program") if name in memory]
+    rows = [(name, format_bytes(memory[name])) for name in (*_PARTS, "temporaries", "program") if name in memory]
     if "peak" in memory:
-        rows.append(("peak memory", f"{size(memory['peak'])} of {size(memory['capacity'])}"))
+        rows.append(("peak memory", f"{format_bytes(memory['peak'])} of {format_bytes(memory['capacity'])}"))
     error = [result["compiler"]] if "compiler" in result else []
     rows.append(("fits", "yes" if result["fits"] else f"no; {'; or '.join([*error, *result['advice']])}"))
     if "seconds" in result:
@@ -220,9 +219,9 @@ def _rates(result: JsonObject) -> list[tuple[str, str]]:
     each = ", ".join(f"{name} {seconds[name] * 1e3:.3g} ms" for name in ("compute", "memory", "network"))
     return [
         ("matmul FLOPs", f"{result['flops']:.3g} per step and chip"),
-        ("memory traffic", f"{size(result['bytes'])} per step and chip"),
-        ("augmentation", f"{size(augment)} of memory traffic, {augment / result['bytes']:.1%} of the step's"),
-        *((kind, f"{of['count']} per step, {size(of['bytes'])}") for kind, of in result["collectives"].items()),
+        ("memory traffic", f"{format_bytes(result['bytes'])} per step and chip"),
+        ("augmentation", f"{format_bytes(augment)} of memory traffic, {augment / result['bytes']:.1%} of the step's"),
+        *((kind, f"{of['count']} per step, {format_bytes(of['bytes'])}") for kind, of in result["collectives"].items()),
         ("step", f"at least {seconds['step'] * 1e3:.3g} ms, bound by {result['bound_by']}: {each}"),
         ("images per second", f"at most {result['images_per_second']:,.0f}"),
         ("whole run", f"at least {_duration(result['run_seconds'])} for {result['steps']:,} steps, "

@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import importlib.util
 import io
 import json
 from collections.abc import Iterable, Sequence
@@ -13,26 +12,12 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax.core import places
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import escape_surrogates
 from imgclf_jax.core.typing import JsonMapping, JsonObject
 from imgclf_jax.run.terminal import nonfinite_to_null
 from imgclf_jax.scores.classification import FromLogits, Scores
 
-_KINDS = (".csv", ".jsonl", ".parquet")
-
-
-def check(path: Path) -> None:
-    """Raises UserError unless the file can be written: a .csv, .jsonl or .parquet file, the last with pyarrow.
-
-    Its directory must exist.
-    """
-    if path.suffix not in _KINDS:
-        raise UserError(f"--predictions={path}: the name must end in {', '.join(_KINDS[:-1])} or {_KINDS[-1]}")
-    if path.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
-        raise UserError(f"--predictions={path}: Parquet needs pyarrow, which is not installed; name a .csv or .jsonl")
-    if not path.parent.is_dir():
-        raise UserError(f"--predictions={path}: the directory {str(path.parent)!r} does not exist; create it first")
+SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 
 def origin(config: ConfigDict, step: int, params_sha256: str, name: str, fingerprint: str) -> str:
@@ -110,5 +95,4 @@ def write(path: Path, table: Sequence[JsonMapping]) -> None:
             writer.writerows(table)
         else:
             text.writelines(json.dumps(nonfinite_to_null(row), ensure_ascii=False) + "\n" for row in table)
-        with places.replacing(path) as temporary:
-            temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
+        places.write_atomically(path, text.getvalue())

@@ -16,11 +16,11 @@ from flax import linen as nn
 from flax.core import tracers
 from jax.extend.core import Jaxpr
 
+from imgclf_jax.core import dtypes
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.jaxprs import INLINED, Atom
 from imgclf_jax.core.typing import Arguments, Function, ModelState, Params, PyTree, Variables
 from imgclf_jax.models.classifier import Classifier
-from imgclf_jax.models.layers import widen
 
 # (params, model_state, images uint8[b, h, w, c], labels i32[b]) → f32[b, h', w']
 type Explain = Callable[[Params, ModelState, jax.Array, jax.Array], jax.Array]
@@ -136,7 +136,7 @@ def make_gradcam(model: nn.Module, augment: Callable[..., jax.Array], layer: Lay
 
             with nn.intercept_methods(_on_outputs(shift)):
                 logits: Any = model.apply(variables, images, train=False)
-            return widen(jnp.take_along_axis(logits, labels[:, None], 1)).sum(), widen(outputs[0])
+            return dtypes.upcast(jnp.take_along_axis(logits, labels[:, None], 1)).sum(), dtypes.upcast(outputs[0])
 
         maps = jax.eval_shape(logit, None)[1]
         gradients, features = jax.grad(logit, has_aux=True)(jnp.zeros(maps.shape, maps.dtype))

@@ -3,7 +3,6 @@
 import functools
 import os
 import re
-import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,20 +10,17 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from imgclf_jax.cli import inputs
-from imgclf_jax.core import processes
+from imgclf_jax.core import places, processes
 from imgclf_jax.core.errors import UserError, unknown
-from imgclf_jax.core.text import decimals, printable, utf8
+from imgclf_jax.core.text import decimals, utf8
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.losses import Task
-from imgclf_jax.run import progress, terminal
-from imgclf_jax.run.provenance import write_atomically
+from imgclf_jax.run import terminal
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.explain.explanations import TITLES, build, draw
 from imgclf_jax.trained import load_trained, report_host_ops, until_error
 
 type Record = JsonObject
-
-_FIRST_ROWS = 1000  # determine the column widths of the table
 
 
 def main(
@@ -58,19 +54,13 @@ def main(
         wanted = model.class_names[0]
     method, explain = build(model, method, layer, window, bool(wanted))
     folder.mkdir(parents=True, exist_ok=True)
-    counts = {"all": 0, "failed": 0}
+    results = inputs.Results(model, "ranked", images, inputs.count(paths, skip), "explaining")
     errors: list[Exception] = []  # an error that ends the iteration early
-    total = inputs.count(paths, skip)
 
     def records() -> Iterator[Record]:
         taken: set[Path] = set()
-        results = inputs.compute(model, "ranked", images)
-        for (file, _), result in progress.track(results, total, "explaining", prints=True):
-            counts["all"] += 1
+        for (file, _), result in results:
             if isinstance(result, UserError):
-                counts["failed"] += 1
-                if not processes.index():
-                    print(f"error: {printable(str(result))}", file=sys.stderr)
                 continue
             probabilities, ranking = result
             label = model.class_names.index(wanted) if wanted else int(ranking.argmax())
@@ -80,28 +70,23 @@ def main(
             picture, values = draw(method, explain, model.prepare(file), label, title, regression)
             target = _name_picture(folder, file, method, wanted and name_class(wanted, model.class_names), taken)
             if not processes.index():
-                write_atomically(target, picture)
+                places.write_atomically(target, picture)
             prediction = {"target": name, "value": float(f"{probability:.7g}")} if regression else {
                 "class": name, "probability": float(f"{probability:.7g}")}  # fmt: skip
             yield {"file": utf8(file), **prediction, "method": method,
                    "greatest": float(values.max()), "picture": str(target)}  # fmt: skip
 
     if processes.index():
-        deque(records(), maxlen=0)
-        return 1 if counts["failed"] else 0
-    if format == "json":
+        deque(until_error(records(), errors), maxlen=0)
+    elif format == "json":
         terminal.print_json(list(until_error(records(), errors)))
     else:
         names = ("target", "value") if regression else ("class", "probability")
         rows = ([r["file"], r[names[0]], _shown(r[names[1]], regression), r["method"], f"{r['greatest']:.3g}",
                  r["picture"]] for r in until_error(records(), errors))  # fmt: skip
         columns = ["file", *names, "method", "greatest value", "picture"]
-        terminal.print_table(columns, rows, _FIRST_ROWS)
-    if counts["failed"]:
-        print(f"error: cannot explain {counts['failed']} of {counts['all']} images", file=sys.stderr)
-    if errors:
-        raise errors[0]
-    return 1 if counts["failed"] else 0
+        terminal.print_table(columns, rows, streamed=True)
+    return results.end("cannot explain", errors)
 
 
 def _is_figure(folder: str, path: str) -> bool:

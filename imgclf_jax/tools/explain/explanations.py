@@ -108,5 +108,5 @@ def predict(model: Trained, images: np.ndarray, size: int = 1, ranked: bool = Fa
     batch = np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), np.uint8)])
     here = batch[sharding.rows_here(size, mesh)]
     program = model.programs.ranked if ranked else model.programs.predict
-    out = program(*model.state.evaluated, sharding.put_batch({"image": here}, mesh)["image"])
+    out = program(*model.state.evaluated, sharding.put_batch(here, mesh))
     return np.asarray(jax.device_get(out))[..., : len(images), :]

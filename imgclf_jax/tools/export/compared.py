@@ -35,7 +35,7 @@ def difference(run: Callable[[np.ndarray], np.ndarray], model: Trained, what: Ou
     images = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
     padded = np.zeros((sharding.round_up(_IMAGES, mesh), *shape[1:]), np.uint8)
     padded[:_IMAGES] = images
-    batch = sharding.put_batch({"image": padded[sharding.rows_here(len(padded), mesh)]}, mesh)["image"]
+    batch = sharding.put_batch(padded[sharding.rows_here(len(padded), mesh)], mesh)
     ours = np.asarray(jax.device_get(getattr(model.programs, what)(*model.state.evaluated, batch)))
     ours, theirs = ours[..., :_IMAGES, :], run(images)
     judged, a, b = ("outputs", theirs, ours)

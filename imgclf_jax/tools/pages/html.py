@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import escape_surrogates, printable
-from imgclf_jax.run.provenance import write_atomically
 
 _STYLE = Path(__file__).with_name("page.css")
 
@@ -28,7 +28,7 @@ def document(title: str, parts: Sequence[str]) -> str:
 def write(path: Path, page: str) -> None:
     """Writes a page atomically, with bytes that are not UTF-8 escaped. Raises UserError if that fails."""
     try:
-        write_atomically(path, escape_surrogates(page))
+        places.write_atomically(path, escape_surrogates(page))
     except OSError as e:
         raise UserError(f"--html={path} cannot be written: {e.strerror}; name another file") from e
 

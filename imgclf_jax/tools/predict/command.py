@@ -19,7 +19,7 @@ from imgclf_jax.core.text import decimals, printable, utf8
 from imgclf_jax.core.typing import Json, JsonObject
 from imgclf_jax.data import image_check
 from imgclf_jax.losses import Task
-from imgclf_jax.run import progress, terminal
+from imgclf_jax.run import terminal
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.trained import Trained, load_trained, report_host_ops, until_error
 
@@ -28,8 +28,6 @@ log = logging.getLogger(__name__)
 # {"file", "predictions": [{"class", "probability"}]}, {"file", "values": {target: number}} or {"file", "error"};
 # multi-label records also have "probabilities" f32[classes]
 type Record = JsonObject
-
-_FIRST_ROWS = 1000  # determine the column widths of the table
 
 
 def main(
@@ -50,29 +48,26 @@ def main(
     report_host_ops(model.programs)
     top_k, thresholds = min(top_k, len(model.class_names)), _parse_thresholds(threshold, model)
     with_all = model.task is Task.MULTILABEL and format == "csv"
-    counts = {"all": 0, "failed": 0}
     skipped: dict[str, str] = {}
-    errors: list[Exception] = []  # an error that ends the iteration early, such as an unreadable folder
 
-    total = inputs.count(paths)
+    def skips(image: inputs.Input, error: UserError) -> bool:
+        may_skip = image.found and config.data.unreadable == "skip"
+        if not may_skip or image_check.readable(Path(image.path), model.programs.preprocess_eval):
+            return False
+        skipped[image.path] = str(error).removeprefix(f"{image.path}: ")
+        return True
+
+    results = inputs.Results(model, "ranked", images, inputs.count(paths), "predicting", skips)
 
     def records() -> Iterator[Record]:
-        results = inputs.compute(model, "ranked", images)
-        for (file, found), result in progress.track(results, total, "predicting", prints=True):
-            counts["all"] += 1
-            if not isinstance(result, UserError):
-                more = {"probabilities": result[0]} if with_all else {}
-                yield {"file": utf8(file), **model.describe(result, top_k, thresholds), **more}
+        for image, result in results:
+            if isinstance(result, UserError):
+                yield {"file": utf8(image.path), "error": str(result)}
                 continue
-            may_skip = found and config.data.unreadable == "skip"
-            if may_skip and not image_check.readable(Path(file), model.programs.preprocess_eval):
-                skipped[file] = str(result).removeprefix(f"{file}: ")
-            else:
-                counts["failed"] += 1
-                if not processes.index():
-                    print(f"error: {printable(str(result))}", file=sys.stderr)
-            yield {"file": utf8(file), "error": str(result)}
+            more = {"probabilities": result[0]} if with_all else {}
+            yield {"file": utf8(image.path), **model.describe(result, top_k, thresholds), **more}
 
+    errors: list[Exception] = []  # an error that ends the iteration early, such as an unreadable folder
     if processes.index():
         deque(until_error(records(), errors), maxlen=0)
     else:
@@ -81,12 +76,7 @@ def main(
             listed = image_check.write_list("predict", skipped)
             log.warning("unreadable files left out: %d; all are listed in %s", len(skipped),
                         listed or "no file, because the cache folder is not writable")  # fmt: skip
-        if counts["failed"]:
-            others = "; the others are above" if counts["failed"] < counts["all"] else ""
-            print(f"error: cannot classify {counts['failed']} of {counts['all']} images{others}", file=sys.stderr)
-    if errors:
-        raise errors[0]
-    return 1 if counts["failed"] else 0
+    return results.end("cannot classify", errors)
 
 
 def _parse_thresholds(text: str, model: Trained) -> np.ndarray:
@@ -146,7 +136,7 @@ def make_columns(model: Trained, top_k: int) -> Columns:
 
 def _print_table(records: Iterator[Record], columns: Columns) -> None:
     rows = ([r["file"], *columns.table_cells(r)] for r in records if "error" not in r)
-    terminal.print_table(["file", *columns.table], rows, _FIRST_ROWS)
+    terminal.print_table(["file", *columns.table], rows, streamed=True)
 
 
 def _print_json(records: Iterator[Record], columns: Columns) -> None:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax.core import memory, processes, sharding
+from imgclf_jax.core import memory, places, processes, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import decimals
 from imgclf_jax.core.typing import JsonObject
@@ -169,10 +169,7 @@ def _parse_ks(text: str) -> list[int]:
 
 
 def _check_plot(file: Path) -> None:
-    if file.suffix != ".png":
-        raise UserError(f"--plot={file}: the name must end in .png")
-    if not file.absolute().parent.is_dir():
-        raise UserError(f"--plot={file}: the directory {str(file.parent)!r} does not exist; create it first")
+    places.check_output(file, "--plot", (".png",))
     if not importlib.util.find_spec("matplotlib"):
         raise UserError(f"--plot={file}: plots need matplotlib, which is not installed; run the command with "
                         "`uv run --extra plot launch.py`, or install imgclf_jax[plot]")  # fmt: skip

@@ -1,7 +1,6 @@
 """Files of features: one vector per image, with its name and label, written incrementally."""
 
 import contextlib
-import importlib.util
 import json
 import shutil
 import tempfile
@@ -19,19 +18,9 @@ from imgclf_jax.core.text import escape_surrogates
 # Adds images to the file: (set, names, labels i32[b], features f32[seeds, b, d]); a label of -1 is unknown.
 Add = Callable[[str, Sequence[str], np.ndarray, np.ndarray], None]
 
-_KINDS = (".npz", ".parquet")
+SUFFIXES = (".npz", ".parquet")
 _CHUNK = 1 << 20  # bytes
 _ROWS = 4096  # of a row group in a Parquet file
-
-
-def check(path: Path) -> None:
-    """Raises UserError unless the file can be written: an .npz or .parquet file, the latter with pyarrow."""
-    if path.suffix not in _KINDS:
-        raise UserError(f"--output={path}: the name must end in {_KINDS[0]} or {_KINDS[1]}")
-    if path.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
-        raise UserError(f"--output={path}: Parquet needs pyarrow, which is not installed; name an .npz")
-    if not path.parent.is_dir():
-        raise UserError(f"--output={path}: the directory {str(path.parent)!r} does not exist; create it first")
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ def compute_batches(model: Trained, images: stream.Images) -> Iterator[tuple[np.
 
     pending: tuple[jax.Array, stream.Batch] | None = None
     for batch in stream.eval_batches(images, size):
-        placed = sharding.put_batch({"image": batch["image"][rows]}, programs.mesh)["image"]
+        placed = sharding.put_batch(batch["image"][rows], programs.mesh)
         out = programs.features(*model.state.evaluated, placed)
         if pending:
             yield finish(*pending)  # while the device computes the next batch

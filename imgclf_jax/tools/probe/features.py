@@ -3,17 +3,15 @@
 import contextlib
 import itertools
 import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax.cli import inputs
-from imgclf_jax.core import processes
+from imgclf_jax.core import places, processes
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.text import printable, utf8
+from imgclf_jax.core.text import utf8
 from imgclf_jax.data import sources
 from imgclf_jax.run import progress
 from imgclf_jax.run.workdir import Workdir
@@ -38,12 +36,13 @@ def main(
     if paths and split:
         raise UserError(f"features: name images either by --split={split} or as {paths[0]!r}; drop one")
     file = Path(output)
-    embeddings.check(file)
+    places.check_output(file, "--output", embeddings.SUFFIXES)
     images = inputs.find("features", paths) if paths else iter(())
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = {} if restored and paths else sources.open_data(config)
     model = restored or load_converted(config, base, whole=False)
     errors: list[Exception] = []  # an error that ends the iteration early
+    results: inputs.Results | None = None
     with contextlib.ExitStack() as stack:
         with_targets = bool(model.programs.recipe.data.target_names)
         writing = embeddings.writing(file, model.class_names, with_targets)
@@ -51,19 +50,16 @@ def main(
         add: embeddings.Add = stack.enter_context(writing) if not processes.index() else lambda *_: None
         if paths:
             report_host_ops(model.programs)
-            written, failed = _add_files(model, paths, until_error(images, errors), add)
+            total, listed = inputs.count(paths), until_error(images, errors)
+            results = inputs.Results(model, "features", listed, total, "computing features")
+            written = _add_files(model, results, paths, add)
             if errors and not written:
                 raise errors[0]
         else:
-            written, failed = _add_sets(model, workdir, base, split, add), 0
-    if processes.index():
-        return 1 if failed or errors else 0
-    print(f"{file}: features of {written} images")
-    if failed:
-        print(f"error: no features for {failed} of {written + failed} images", file=sys.stderr)
-    if errors:
-        raise errors[0]
-    return 1 if failed else 0
+            written = _add_sets(model, workdir, base, split, add)
+    if not processes.index():
+        print(f"{file}: features of {written} images")
+    return results.end("no features for", errors) if results else 0
 
 
 def _add_sets(
@@ -85,32 +81,19 @@ def _add_sets(
     return sum(map(len, sets.values()))
 
 
-def _add_files(
-    model: Trained, words: list[str], images: Iterator[inputs.Input], add: embeddings.Add
-) -> tuple[int, int]:
-    """Adds the images' features, prints each failure, and returns the counts (written, failed)."""
-    failed = written = 0
-
-    def succeeded() -> Iterator[tuple[inputs.Input, np.ndarray]]:
-        nonlocal failed
-        results = inputs.compute(model, "features", images)
-        for image, result in progress.track(results, inputs.count(words), "computing features", prints=True):
-            if isinstance(result, UserError):
-                failed += 1
-                if not processes.index():
-                    print(f"error: {printable(str(result))}", file=sys.stderr)
-            else:
-                yield image, np.atleast_2d(result)  # [seeds, d]
-
+def _add_files(model: Trained, results: inputs.Results, words: list[str], add: embeddings.Add) -> int:
+    """Adds the images' features, and returns their number."""
+    written = 0
+    succeeded = ((image, np.atleast_2d(row)) for image, row in results if not isinstance(row, UserError))  # [seeds, d]
     folders = [os.path.join(word, "") for word in words if os.path.isdir(word)]
-    for batch in itertools.batched(succeeded(), _ROWS):
+    for batch in itertools.batched(succeeded, _ROWS):
         if targets := model.programs.recipe.data.target_names:  # folder names cannot tell targets
             labels = np.full((len(batch), len(targets)), np.nan, np.float32)
         else:
             labels = np.array([label_of(image, folders, model.class_names) for image, _ in batch], np.int32)
         add("", [utf8(image.path) for image, _ in batch], labels, np.stack([row for _, row in batch], 1))
         written += len(batch)
-    return written, failed
+    return written
 
 
 def label_of(image: inputs.Input, folders: list[str], class_names: tuple[str, ...]) -> int:

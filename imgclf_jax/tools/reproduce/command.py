@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import places, processes
+from imgclf_jax.core import places, processes, signals
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
@@ -88,7 +88,7 @@ def main(
         raise
     processes.barrier("comparing")  # process 0 has written everything
     here = Record.load(str(folder))
-    if status not in (0, train.STOPPED) or max((line["step"] for line in here.digests), default=-1) < end:
+    if status not in (0, signals.STATUS_SAVED) or max((line["step"] for line in here.digests), default=-1) < end:
         log.warning("stopped before step %d without comparing; continue with --output=%s", end, folder)
         return status or 1
     extended = [one["step"] for one in record.provenance.get("extended", [])]

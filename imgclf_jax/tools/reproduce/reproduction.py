@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from imgclf_jax.core.json_files import as_object
 from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
 from imgclf_jax.run.provenance import OF_COMPILERS, code_changes, environment
 from imgclf_jax.run.writers import TIMES
@@ -106,8 +107,7 @@ def compare(
     wrong = next((i for i, s in enumerate(steps) if _other_parameters(old[s], new[s])), None)
     parameters = None
     if wrong is not None:
-        a, b = (line.get("params") for line in (old[steps[wrong]], new[steps[wrong]]))
-        a, b = (each if isinstance(each, dict) else {} for each in (a, b))
+        a, b = (as_object(line.get("params")) for line in (old[steps[wrong]], new[steps[wrong]]))
         names = sorted(name for name in {**a, **b} if a.get(name) != b.get(name)) if a and b else []
         pair = (a, b) if names else (old[steps[wrong]], new[steps[wrong]])
         was, now = (str(each.get(names[0] if names else "params_sha256", "absent"))[:8] for each in pair)
@@ -183,24 +183,24 @@ def differences(old: JsonMapping, new: JsonMapping) -> list[Difference]:
         if a is not None and b is not None and a != b:
             found.append(Difference(kind, what, _short(a), _short(b)))
 
-    a, b = (_dict(p.get("data")) for p in (old, new))
+    a, b = (as_object(p.get("data")) for p in (old, new))
     if a.get("fingerprint") and a["fingerprint"] == b.get("listing_fingerprint"):  # older versions ignored contents
         b = b | {"fingerprint": a["fingerprint"]}
     for key in ("fingerprint", "train_examples", "image_shape", "class_names", "class_counts", "target_names",
                 "sampling"):  # fmt: skip
         add("data", key, a.get(key), b.get(key))
-    a, b = (_dict(one.get("extra")) for one in (a, b))
+    a, b = (as_object(one.get("extra")) for one in (a, b))
     for name in sorted(a.keys() & b.keys()):
         for key in ("fingerprint", "train_examples", "image_shape", "sampling"):
-            add("data", f"{key} of the stream {name}", _dict(a[name]).get(key), _dict(b[name]).get(key))
-    a, b = (_dict(p.get("evals")) for p in (old, new))
+            add("data", f"{key} of the stream {name}", as_object(a[name]).get(key), as_object(b[name]).get(key))
+    a, b = (as_object(p.get("evals")) for p in (old, new))
     for name in sorted(a.keys() | b.keys()):
         add("data", f"fingerprint of the set {name}", a.get(name), b.get(name))
     if old and new:
-        add("data", "unreadable files left out", *(_dict(p.get("unreadable")).get("files", []) for p in (old, new)))
-        add("weights", "init_from", *(_dict(p.get("init_from")).get("sha256", "none") for p in (old, new)))
+        add("data", "unreadable files left out", *(as_object(p.get("unreadable")).get("files", []) for p in (old, new)))
+        add("weights", "init_from", *(as_object(p.get("init_from")).get("sha256", "none") for p in (old, new)))
     add("code", "files of imgclf_jax", old.get("code"), new.get("code"))
-    a, b = (_dict(p.get("modules")) for p in (old, new))
+    a, b = (as_object(p.get("modules")) for p in (old, new))
     for name in sorted(a.keys() & b.keys()):
         add("code", name, a[name], b[name])
     b = b | {"imgclf_jax": new.get("code")}
@@ -210,12 +210,12 @@ def differences(old: JsonMapping, new: JsonMapping) -> list[Difference]:
         here = environment(new)
         for name, value in change.get("environment", {}).items():
             add(_KINDS.get(name, "version"), f"{name} from step {change['step']} on", value, here.get(name))
-    git = [_dict(p.get("git")) for p in (old, new)]
+    git = [as_object(p.get("git")) for p in (old, new)]
     if any(d.kind == "code" for d in found) or not (old.get("code") and new.get("code")):
         add("code", "git commit", *(_commit(one) for one in git))
     add("version", "Python", old.get("python"), new.get("python"))
     key = "packages" if old.get("packages") and new.get("packages") else "versions"
-    a, b = (_dict(p.get(key)) for p in (old, new))
+    a, b = (as_object(p.get(key)) for p in (old, new))
     if a and b:
         shown = (a.keys() & b.keys()) | set(_COMPUTE) & {**a, **b}.keys()
         for name in sorted(shown, key=lambda name: (name not in _COMPUTE, name)):
@@ -226,17 +226,13 @@ def differences(old: JsonMapping, new: JsonMapping) -> list[Difference]:
     add("device", "processes", old.get("processes"), new.get("processes"))
     add("device", "system", old.get("platform"), new.get("platform"))
     if isinstance(old.get("xla_flags"), str) and isinstance(new.get("xla_flags"), str):
-        a, b = (_flags(p["xla_flags"]) | _dict(p.get("jax_options")) for p in (old, new))
+        a, b = (_flags(p["xla_flags"]) | as_object(p.get("jax_options")) for p in (old, new))
         for name in sorted({**a, **b}):
             add("flags", name, a.get(name, "not set"), b.get(name, "not set"))
-    a, b = (_dict(p.get("compiler_options")) for p in (old, new))
+    a, b = (as_object(p.get("compiler_options")) for p in (old, new))
     for name in sorted(a.keys() & b.keys()):
         add("flags", name, a[name] or "not set", b[name] or "not set")
     return found
-
-
-def _dict(value: Json) -> JsonObject:
-    return value if isinstance(value, dict) else {}
 
 
 def _names(packages: Iterable[str]) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from imgclf_jax.data.sources import example_name
 from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs, programs_for_images
 from imgclf_jax.recipe import check_names
-from imgclf_jax.run.provenance import write_atomically
+from imgclf_jax.run import terminal
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import make_inputs
 from imgclf_jax.tools.pages import contact_sheet
@@ -62,10 +61,9 @@ def main(
     content = io.BytesIO()
     picture.save(content, "PNG")
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, content.getvalue())
+    places.write_atomically(file, content.getvalue())
     if format == "json":
-        print(json.dumps({"step": step, "seed": config.seed, "file": str(file), "pixels": how, "examples": examples},
-                         indent=2))  # fmt: skip
+        terminal.print_json({"step": step, "seed": config.seed, "file": str(file), "pixels": how, "examples": examples})
         return 0
     first = f"the first {count} of " if count < len(batch.ids) else ""
     seeds = f", the first of {config.num_seeds} seeds" if config.num_seeds > 1 else ""

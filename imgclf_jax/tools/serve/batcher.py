@@ -21,6 +21,7 @@ from imgclf_jax.tools.serve.limits import Refused
 from imgclf_jax.trained import Trained, not_finite
 
 _AT_ONCE = 2  # batches: while one is on the device, the other is decoded
+_SIZES = 1, 8, 64  # images in a batch; each size is a compiled program
 _LOWER = 5  # in nice levels, a third of the CPU time; a thread that is preempted may hold the GIL, so not less
 _BYTES_A_THREAD = 100_000  # the least a decoding thread gets, a few milliseconds of work
 # Limits of an image in a batch, about 10 ms to decode: pixels times scans, and file size. Larger images, and those
@@ -134,11 +135,11 @@ class Batcher:
     batch, so that small ones do not wait for them. Clients take turns. For use from one event loop.
     """
 
-    def __init__(self, model: Trained, largest: int = 64, most_waiting: int = 512, seen: Callable[[int], Any] = int):
+    def __init__(self, model: Trained, most_waiting: int = 512, seen: Callable[[int], Any] = int):
         """`seen` is called with the number of images of each batch."""
         self._model, self._seen, self._most_waiting = model, seen, most_waiting
         mesh = model.programs.mesh
-        self._sizes = sorted({sharding.round_up(size, mesh) for size in (1, 8, largest)})
+        self._sizes = sorted({sharding.round_up(size, mesh) for size in _SIZES})
         self._waiting, self._some = ByClient[tuple[Image, asyncio.Future[np.ndarray]]](), asyncio.Event()
         self._name = f"batcher-{id(self):x}"  # the prefix of its threads' names
         self._workers = concurrent.futures.ThreadPoolExecutor(_AT_ONCE, thread_name_prefix=f"{self._name}-batch")

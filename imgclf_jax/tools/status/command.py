@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from imgclf_jax.core import json_files
 from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.run import goodput, lock, provenance, record, skipped, terminal, writers
+from imgclf_jax.run import goodput, lock, record, skipped, terminal, writers
 from imgclf_jax.run.progress import duration
 from imgclf_jax.run.record import Record
 
@@ -59,10 +60,9 @@ def read(run: Record) -> Status:
     """The status of a run. Raises UserError for a damaged file."""
     folder = run.path
     latest, lines = run.latest(), goodput.last_of_each(writers.read_metrics(folder / goodput.NAME))
-    steps = [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
-    running, total = lock.is_held(folder / "lock"), run.total
+    running, total, saved = lock.is_held(folder / "lock"), run.total, run.workdir.last_checkpoint()
     step = max([run.step, *(line["step"] for line in lines[-1:])])
-    state = "done" if run.final else "running" if running else "stopped" if step or steps else "not begun"
+    state = "done" if run.final else "running" if running else "stopped" if step or saved is not None else "not begun"
     left = None
     if running and lines and total and (line := lines[-1])["at"] >= lock.taken_at(folder / "lock"):
         trained = _count_trained(skipped.read(folder))
@@ -71,7 +71,7 @@ def read(run: Record) -> Status:
             left = max(0.0, trained(line["step"], total) * spent / done - (time.time() - line["at"]))
     seconds = goodput.sum_up(lines)
     return Status(
-        run.name, state, step, total, max(steps, default=None), latest.get("train/images_per_second"), left,
+        run.name, state, step, total, saved, latest.get("train/images_per_second"), left,
         goodput.goodput(seconds) if any(seconds.values()) else None,
         {name: round(value, 3) for name, value in seconds.items()}, _health(run, running, step),
     )  # fmt: skip
@@ -112,7 +112,7 @@ def _health(run: Record, running: bool, step: int) -> list[str]:
 
 def _bad_step(file: Path) -> float:
     """The step in nonfinite.json; -1 without the file."""
-    found = provenance.read_json(file) if file.is_file() else {"step": -1}
+    found = json_files.read(file) if file.is_file() else {"step": -1}
     step = found.get("step") if isinstance(found, dict) else None
     return step if type(step) is int else math.inf
 

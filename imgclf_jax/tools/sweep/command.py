@@ -33,7 +33,6 @@ from imgclf_jax.train.display import program
 
 log = logging.getLogger(__name__)
 
-STOPPED = 75  # exit status of a run stopped by a signal after saving a checkpoint, and of its sweep
 _BY_SIGNAL = {128 + number for number in signals.SIGNALS} | {-number for number in signals.SIGNALS}
 _PAUSE = 0.1  # seconds between polls of the processes
 
@@ -144,7 +143,7 @@ class _Sweep:
         todo = collections.deque[Run]()
         for run in self._runs:
             if self._is_done(run):
-                wrong = read_contradictions(self._workdir(run).path)
+                wrong = read_contradictions(self._workdir(run))
                 error = f"contradicts itself: {wrong[0]}" if wrong else ""
                 self._report(run, "failed" if wrong else "done before", error=error)
             else:
@@ -229,7 +228,7 @@ class _Sweep:
         status, seconds = job.process.returncode, time.monotonic() - job.began
         if status == 0:
             self._report(job.run, "done", seconds)
-        elif status == STOPPED or status in _BY_SIGNAL:
+        elif status == signals.STATUS_SAVED or status in _BY_SIGNAL:
             self._report(job.run, "stopped", seconds)
         elif self._is_held(job.run):  # by a process that was still importing when the sweep began
             self._wait_for(job.run)
@@ -285,7 +284,7 @@ class _Sweep:
         if signal_name:
             log.warning("%s: stopped; run the same command to continue", signal_name)
         if signal_name or (not failed and done < len(self._runs)):
-            return STOPPED
+            return signals.STATUS_SAVED
         return 1 if failed else 0
 
 

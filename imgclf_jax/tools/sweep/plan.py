@@ -13,9 +13,9 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
+from imgclf_jax.core import json_files
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Value
-from imgclf_jax.run.provenance import read_json, write_json
 
 FILE = "sweep.json"
 
@@ -234,7 +234,7 @@ def load(file: Path, base: ConfigDict, keys: set[str]) -> dict[str, dict[str, Va
     if not file.is_file():
         return {}
     try:
-        plan = read_json(file)
+        plan = json_files.read(file)
         old, runs = configs.from_json(json.dumps(plan["base"]), str(file)), dict(plan["runs"])
         old_keys = set(plan["keys"])
         if not all(isinstance(values, dict) and set(values) <= old_keys for values in runs.values()):
@@ -261,4 +261,4 @@ def save(
 ) -> None:  # fmt: skip
     """Writes the plan: the config, the keys, and the values of each run by name."""
     all_runs = recorded | {run.name: run.values for run in runs}
-    write_json(file, {"config": config_file, "keys": list(keys), "runs": all_runs, "base": base.to_dict()})
+    json_files.write(file, {"config": config_file, "keys": list(keys), "runs": all_runs, "base": base.to_dict()})

@@ -116,6 +116,7 @@ def result(workdir: Workdir) -> dict[str, float]:
 
 
 _DETAILS = 48  # columns for a run's outcome, time and metric
+_RANKED = 10  # most runs in a ranking
 
 
 def row(name: str, width: int, details: str, columns: int | None) -> list[str]:
@@ -125,9 +126,7 @@ def row(name: str, width: int, details: str, columns: int | None) -> list[str]:
     return [f"{name:<{width}}  {details}"]
 
 
-def ranking(
-    runs: Iterable[tuple[str, ConfigDict, Mapping[str, float]]], most: int = 10, columns: int | None = None
-) -> list[str]:
+def ranking(runs: Iterable[tuple[str, ConfigDict, Mapping[str, float]]], columns: int | None = None) -> list[str]:
     """Lines that rank finished runs by their main metric, the best first; [] unless two or more share a metric.
 
     On a terminal of `columns` that is too narrow for a name and its metric, the metric has a line of its own.
@@ -138,10 +137,10 @@ def ranking(
     if len(ranked) < 2:
         return []
     ranked.sort(key=lambda one: -one[0])
-    key, width = ranked[0][1], max(len(one[2]) for one in ranked[:most])
+    key, width = ranked[0][1], max(len(one[2]) for one in ranked[:_RANKED])
     lines = [f"ranking by {key}:"]
     between = "  " if columns is None or width + 26 <= columns else "\n      "
-    for place, (_, _, name, metrics) in enumerate(ranked[:most], 1):
+    for place, (_, _, name, metrics) in enumerate(ranked[:_RANKED], 1):
         row = f"{place:>4}  {name:<{width}}{between}{format_metric(metrics, key)}"
         lines += [line.rstrip() for line in row.split("\n")]
-    return lines + ([f"      and {len(ranked) - most} more"] if len(ranked) > most else [])
+    return lines + ([f"      and {len(ranked) - _RANKED} more"] if len(ranked) > _RANKED else [])

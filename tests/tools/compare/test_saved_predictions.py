@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import launch
+from imgclf_jax.core import json_files
 from imgclf_jax.run import record
-from imgclf_jax.run.provenance import json_digest, write_json
 from imgclf_jax.tools.compare import saved_predictions
 from imgclf_jax.tools.compare.saved_predictions import load
 
@@ -89,7 +89,7 @@ def test_they_are_made_once(tested, folder, tmp_path, monkeypatch, capsys):
     before, recorded = file.read_text(), provenance.read_text()
     another = json.dumps(json.loads(before) | {"params_sha256": "another"})
     file.write_text(another)
-    write_json(provenance, json.loads(recorded) | {"result_sha256": json_digest(another)})
+    json_files.write(provenance, json.loads(recorded) | {"result_sha256": json_files.digest(another)})
     tested["a"].workdir.digests.rename(tmp_path / "digests")
     assert launch.main(["compare", str(folder), "--test"]) == 0
     file.write_text(before)
@@ -106,7 +106,7 @@ def test_a_run_that_names_code_is_left_out(tested, folder, tmp_path, capsys):
     before, recorded = run.workdir.config.read_text(), run.workdir.provenance.read_text()
     names_code = before.replace("mlp(widths=(8,))", "my_nets:Tiny")
     run.workdir.config.write_text(names_code)
-    write_json(run.workdir.provenance, json.loads(recorded) | {"config_sha256": json_digest(names_code)})
+    json_files.write(run.workdir.provenance, json.loads(recorded) | {"config_sha256": json_files.digest(names_code)})
     kept.rename(tmp_path / "kept")
     assert launch.main(["compare", str(folder), "--test"]) == 0
     err = capsys.readouterr().err

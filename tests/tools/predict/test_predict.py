@@ -139,7 +139,7 @@ def test_a_broken_image(digits, pngs, predict, tmp_path):
     assert len(errors) == 3
     assert f"{tmp_path}/b.png: the image does not decode" in errors[0]
     assert f"{tmp_path}/c.jpg: the image is in none of the formats" in errors[1]
-    assert errors[2] == "error: cannot classify 2 of 4 images; the others are above"
+    assert errors[2] == "error: cannot classify 2 of 4 images"
     assert "Traceback" not in err
     status, out, err = predict(digits, tmp_path / "c.jpg")
     assert (status, out) == (1, "")
@@ -176,7 +176,7 @@ def test_what_fails_of_one_image_costs_no_other_its_row(digits, pngs, predict, m
     assert "b.png: the image has 1 by 1,100,000 pixels, but a side may have 1,048,576; crop it" in err
     assert "c.png: preprocess='decode(1)|resize(28)' fails: OverflowError: signed integer is greater" in err
     assert "d.png: the model gives NaN for this image" in err
-    assert err.splitlines()[-1] == "error: cannot classify 3 of 5 images; the others are above"
+    assert err.splitlines()[-1] == "error: cannot classify 3 of 5 images"
 
 
 @pytest.mark.parametrize("form", ["table", "json"])

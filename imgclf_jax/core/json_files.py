@@ -1,0 +1,45 @@
+"""JSON files: read within bounds, written atomically, and compared by digests of their values."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from imgclf_jax.core import places
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Json, JsonObject
+
+MOST_BYTES = 32 << 20  # parsing takes about forty times as much memory
+
+
+def digest(content: str | bytes) -> str:
+    """The SHA-256 of the values in a JSON file, independent of its layout."""
+    return hashlib.sha256(json.dumps(json.loads(content), sort_keys=True).encode()).hexdigest()
+
+
+def parse(content: str | bytes) -> Json:
+    """Parses JSON; integers of more than 300 digits become floats, since later arithmetic would overflow."""
+    return json.loads(content, parse_int=lambda digits: int(digits) if len(digits) <= 300 else float(digits))
+
+
+def as_object(value: Json) -> JsonObject:
+    """The value if it is a JSON object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def read(path: Path) -> Json:
+    """Reads a JSON file. Raises UserError if it is missing, unreadable or not JSON."""
+    try:
+        if not path.is_file() and path.exists():
+            raise UserError(f"{path} is not a regular file (a folder or a pipe?); remove it")
+        return parse(places.read(path, MOST_BYTES))
+    except UserError:
+        raise
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is damaged: it is not JSON") from e
+
+
+def write(path: Path, value: Json) -> None:
+    """Writes indented JSON atomically."""
+    places.write_atomically(path, json.dumps(value, indent=2) + "\n")
