@@ -13,6 +13,7 @@ import pytest
 from flax import linen as nn
 
 from imgclf_jax import step
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import manifest, writers
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
@@ -146,3 +147,10 @@ def test_a_kill_between_an_evaluation_and_its_scores_in_the_checkpoint(fake_conf
     (saved / "6" / manifest.NAME).unlink()
     manifest.write(saved / "6")
     assert train_on() == undisturbed
+
+
+def test_counts_of_a_log_line_do_not_overflow(fake_config, tmp_path):
+    """They are int32: with an empty key the line at the end is of the whole run."""
+    fake_config.total, fake_config.log_every = "2000M steps", ""
+    with pytest.raises(UserError, match="log_every='': training metrics are sums over fewer than"):
+        train.main(fake_config, Workdir(tmp_path / "run"))
