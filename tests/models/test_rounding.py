@@ -159,6 +159,7 @@ def test_random_programs_and_their_gradients_tell_the_same(dtype, steps, seed):
     check(steps, dtype, seed)
 
 
+@pytest.mark.thorough
 @DTYPES
 def test_every_primitive_that_is_rewritten_tells_the_same(dtype):
     """In some program, forward or in its gradient; each operation takes the two inputs."""

@@ -205,6 +205,7 @@ def test_both_forms_of_a_train_step_agree(model, fake_config, monkeypatch):
     assert 0 < errors[0] < 1.5 * errors[1]
 
 
+@pytest.mark.thorough
 @pytest.mark.optimized
 def test_each_of_several_seeds_trains_as_it_does_alone(fake_config):
     """Bit for bit: each has a copy of the step, since a `vmap` over kernels would make convolutions of groups."""

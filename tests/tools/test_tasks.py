@@ -131,7 +131,7 @@ def expected(name, targets, outputs):
     return {"accuracy": np.mean(targets.argmax(1) == outputs.argmax(1)), "nll": nll, "kl": nll - entropy}
 
 
-@pytest.mark.parametrize("name", ["ink", *thorough("pairs", "soft")])
+@pytest.mark.parametrize("name", thorough("ink", "pairs", "soft"))
 def test_training_records_the_metrics_of_the_task(runs, name):
     """The result, the log and the best checkpoint; the numbers are scikit-learn's, from the outputs of `predict`."""
     workdir = runs(name)
