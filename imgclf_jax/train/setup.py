@@ -79,8 +79,8 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     compiling.check_size()
     cadences = Cadences(recipe.total, *map(recipe.period, configs.CADENCES), check=recipe.period("check_every"))
     if min(cadences.total, cadences.log or math.inf) * config.batch_size >= 2**31:
-        raise UserError(f"log_every={config.log_every!r}: training metrics are sums over fewer than 2**31 examples; log "
-                        "more often")  # fmt: skip
+        raise UserError(f"log_every={config.log_every!r}: training metrics are sums over fewer than 2**31 examples; "
+                        "log more often")  # fmt: skip
 
     tracing = _trace(compiling)
     _try_metrics(recipe, evals)
