@@ -91,7 +91,7 @@ def device_facts(counted: bool) -> JsonObject:
     except RuntimeError as e:  # for example, hosts with different kinds of devices wait for each other
         raise UserError(f"JAX cannot use the devices of all processes: {reason(e)}") from e
     # CPUs of unlike vector extensions compile unlike programs.
-    cpu = "".join(f" with {name}" for name in _vector_extensions()[:1])
+    cpu = f" with {extension}" if (extension := _vector_extension()) else ""
     kinds = sorted({f"{d.platform}: {d.device_kind}{cpu * (d.platform == 'cpu')}" for d in here})
     return {"devices of kind": ", ".join(kinds), **({"number of local devices": len(here)} if counted else {})}
 
@@ -274,13 +274,13 @@ def processor() -> str:
     parts = [facts["model name"]]
     if facts.keys() >= {"cpu family", "model"}:
         parts.append(f"family {facts['cpu family']} model {facts['model']}")
-    return ", ".join(parts + _vector_extensions()[:1])
+    return ", ".join(filter(None, [*parts, _vector_extension()]))
 
 
-def _vector_extensions() -> list[str]:
-    """The vector extensions of the processor, widest first; empty if unknown."""
+def _vector_extension() -> str:
+    """The widest vector extension of the processor; "" if unknown."""
     flags = cpuinfo.flags()
-    return [name for flag, name in _VECTORS.items() if flag in flags]
+    return next((name for flag, name in _VECTORS.items() if flag in flags), "")
 
 
 def _git() -> JsonObject:
