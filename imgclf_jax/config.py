@@ -194,8 +194,6 @@ TARGET_METRICS: dict[str, Literal["min", "max"]] = {
     "r2": "max", "mae": "min", "rmse": "min",
 }  # fmt: skip
 
-MAX_BYTES = 1 << 20  # of a config as JSON
-
 
 def default_config() -> ConfigDict:
     """Returns a config with every key at its default, which refuses unknown keys and values of other types."""
@@ -472,8 +470,6 @@ def from_json(text: str | bytes, where: str) -> ConfigDict:
 
     Keys newer than the file get their defaults, which keep the behavior from before the key existed.
     """
-    if len(text) > MAX_BYTES:
-        raise UserError(f"{where} has {len(text):,} bytes; a config has at most {MAX_BYTES:,}")
     try:
         config = ConfigDict(json.loads(text))
     except (ValueError, TypeError, AttributeError, RecursionError) as e:

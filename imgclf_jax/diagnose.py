@@ -20,7 +20,6 @@ from imgclf_jax.core.typing import Function, PyTree
 from imgclf_jax.data import stream
 from imgclf_jax.data.sources import example_name
 from imgclf_jax.methods.gradients import Gradient
-from imgclf_jax.models import classifier
 from imgclf_jax.optim import optimizers
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
@@ -151,7 +150,6 @@ def check_size(recipe: Recipe, state: step.TrainState, in_memory: bool) -> None:
                             " 1 or more")  # fmt: skip
     if in_memory:
         nbytes = sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(state))
-        classifier.check_training_size(state=nbytes)
         memory.require(nbytes, f"the train state of model={config.model!r} with num_seeds={config.num_seeds}")
         images = config.batch_size * config.num_seeds * math.prod(recipe.data.image_shape)
         memory.require(5 * images, f"a batch of batch_size={config.batch_size}")  # as uint8 and as float32

@@ -126,8 +126,7 @@ class Recipe:
             shapes.update({name: shape for name, shape in leaves.items()
                            if self.method.predicts or not name.startswith("head/")})  # fmt: skip
 
-        with classifier.bounded():
-            jax.eval_shape(init)
+        jax.eval_shape(init)
         return shapes
 
     @_built

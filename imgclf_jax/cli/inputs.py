@@ -39,7 +39,7 @@ def find(command: str, words: list[str], skip: Callable[[str], bool] = lambda pa
     - a file;
     - a directory, for the images inside it in the order of their names (see `image_files.walk`); the log counts the
       other files;
-    - a pattern of Python's `glob`, with `**` for folders of any depth;
+    - a pattern of Python's `pathlib`, with `**` for folders of any depth;
     - `-` for standard input, where each line names a file.
 
     Files of directories and patterns are left out if `skip(path)` is true. Raises UserError at once if a word names
@@ -125,7 +125,7 @@ def _check(command: str, word: str) -> None:
     elif not os.path.exists(word):
         if not glob.has_magic(word):
             raise UserError(f"{command}: no file or directory {word!r} (working directory: {Path.cwd()})")
-        if not any(map(os.path.isfile, glob.iglob(word, recursive=True))):
+        if not _match(word):
             raise UserError(f"{command}: the pattern {word!r} matches no file (working directory: {Path.cwd()})")
     elif not os.path.isfile(word):
         raise UserError(f"{command}: {word!r} is a pipe, socket or device; name image files or directories")
@@ -136,8 +136,19 @@ def _expand(word: str, log_strays: bool = True) -> Iterable[Input]:
         return _list_folder(word, log_strays)
     if os.path.exists(word):
         return [Input(word)]
-    matches = sorted(glob.iglob(word, recursive=True), key=lambda name: name.split(os.sep))
-    return (Input(name, found=True) for name in matches if os.path.isfile(name))
+    return (Input(name, found=True) for name in _match(word))
+
+
+def _match(pattern: str) -> list[str]:
+    """The regular files that match a pattern, sorted by folder. `**` enters no link, and wildcards match no dotfile."""
+    if pattern.endswith(os.sep):  # which matches only folders
+        return []
+    root = Path(Path(pattern).anchor)
+    parts = Path(pattern).relative_to(root).parts
+    parts += ("*",) * (parts[-1] == "**")  # which matches only folders in Python 3.12
+    found = (path for path in root.glob("/".join(parts)) if path.is_file())
+    names = (str(path) for path in found if not any(part[0] == "." for part in set(path.parts) - set(parts)))
+    return sorted(names, key=lambda name: name.split(os.sep))
 
 
 def _list_folder(folder: str, log_strays: bool) -> Iterator[Input]:

@@ -33,7 +33,7 @@ def unknown(kind: str, name: str, allowed: Iterable[str], near: Iterable[str] = 
 
 def reason(error: BaseException) -> str:
     """The first line of a library's error, or "no space left on device" wherever it mentions that."""
-    text = str(error).strip()
+    text = (error.strerror if isinstance(error, OSError) and error.strerror else str(error)).strip()
     if "no space left" in text.lower():
         return "no space left on device"
     return (text.splitlines() or [type(error).__name__])[0][:300]

@@ -5,15 +5,17 @@ objects cannot be appended to: each is written in one go.
 """
 
 import contextlib
-import fcntl
+import errno
 import importlib.util
+import io
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
 
 from imgclf_jax.core import spec
@@ -22,6 +24,7 @@ from imgclf_jax.core.errors import UserError, reason
 # Otherwise epath uses TensorFlow's file systems if installed, which lack S3 and raise other errors.
 os.environ.setdefault("EPATH_USE_TF", "false")
 _DRIVERS = {"gs": "gcsfs", "s3": "s3fs"}
+_LINKED = "{} is a link, pipe or device, and a run holds only regular files and folders; move it away"
 
 
 def as_path(text: str) -> Path:
@@ -81,81 +84,144 @@ def files(folder: Path) -> Iterator[tuple[str, Path]]:
                 yield name, entry
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary file next to `path` to write to, and atomically renames it to `path` at the end.
+def open_regular(path: Path, mode: str = "rb", encoding: str | None = None, errors: str | None = None) -> Any:
+    """Opens a regular file in any mode of `open`. Raises OSError for a folder, pipe, socket or device, and never waits.
 
-    A reader sees the old content or the new one, even after a crash, or if several processes write it at once. On an
-    error, `path` keeps its content and the temporary file is removed; the OSError of a full disk names `path`.
+    Nothing is written through a link, symbolic or hard: it may lead to a file that is not ours.
     """
     if in_bucket(path):
-        with tempfile.TemporaryDirectory() as directory:
-            yield (local := Path(directory) / path.name)
-            path.write_bytes(local.read_bytes())
-        return
-    # A fixed name, so that what a killed process left is overwritten, unless another process is writing to it.
-    temporary, file = path.with_name(f".{path.name}.tmp"), -1
+        return path.open(mode, encoding=encoding, errors=errors)
+    return open(path, mode, encoding=encoding, errors=errors, opener=_open)
+
+
+def _open(path: str, flags: int) -> int:
+    if writes := flags & (os.O_WRONLY | os.O_RDWR):
+        flags |= os.O_NOFOLLOW
+    truncates, flags = flags & os.O_TRUNC, flags & ~os.O_TRUNC  # not before the check
+    with contextlib.suppress(FileNotFoundError):  # opening a device may already do something
+        _refuse_others(os.stat(path, follow_symlinks=not writes), writes, path)
+    handle = os.open(path, flags | os.O_NONBLOCK, 0o666)
     try:
-        file = os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o666)
-        if not _lock(file, temporary):
-            temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-        parent = os.open(path.parent, os.O_RDONLY)
-        os.fsync(parent)  # persists the new name too
-        os.close(parent)
+        _refuse_others(os.fstat(handle), writes, path)
+        if truncates:
+            os.ftruncate(handle, 0)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _refuse_others(found: os.stat_result, writes: int, path: str) -> None:
+    if not stat.S_ISREG(found.st_mode) or (writes and found.st_nlink > 1):
+        kinds = "link, folder, pipe or device" if writes else "folder, pipe or device"
+        raise OSError(errno.EINVAL, f"{os.path.basename(path)!r} is a {kinds}; move it away", path)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yields a temporary file next to `path` to write to, and atomically renames it to `path` at the end.
+
+    A reader sees the old content or the new one, even after a crash, or if several processes write it at once. What has
+    the name `path` is replaced, even a link or a pipe. On an error, it stays, and the temporary file is removed; the
+    OSError of a full disk names `path`.
+    """
+    if in_bucket(path):
+        yield (content := io.BytesIO())
+        path.write_bytes(content.getvalue())
+        return
+    folder, temporary = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY), f".{secrets.token_hex(8)}.tmp"
+    try:
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666, dir_fd=folder)
+        with open(handle, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(handle)
+        os.replace(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        os.fsync(folder)  # persists the new name too
     except BaseException as e:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(e, OSError) and (e.filename is None or temporary.name[:-3] in str(e.filename)):
+            os.unlink(temporary, dir_fd=folder)
+        if isinstance(e, OSError) and (e.filename is None or temporary in str(e.filename)):
             why = os.strerror(e.errno) if e.errno else reason(e)
             raise OSError(e.errno, why, str(path)) from e
         raise
     finally:
-        if file >= 0:
-            os.close(file)  # and with it the lock
+        os.close(folder)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file atomically, text as UTF-8: see `replacing`."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
-def _lock(file: int, path: Path) -> bool:
-    """Locks the open file `path`; returns False if another process has it or has just renamed it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(file), path.stat())
-    except (BlockingIOError, FileNotFoundError):
-        return False
-    except OSError:  # a file system without locks
-        return True
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Yields the path of a folder to make next to `folder`, and moves it there at the end, in place of an old one."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as made:
+        new, old = Path(made, "new"), Path(made, "old")
+        yield new
+        if os.path.lexists(folder):
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            if os.path.lexists(old):
+                old.rename(folder)
+            raise
 
 
-def remove(folder: Path) -> None:
-    """Removes a folder and its contents, if it exists."""
-    if in_bucket(folder):
-        if folder.exists():
-            folder.rmtree()  # type: ignore[attr-defined]
+def make_folder(folder: Path) -> None:
+    """Makes a folder and its parents. Raises UserError if it is a link, which may lead to a folder that is not ours."""
+    if not in_bucket(folder):
+        refuse_link(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_link(folder: Path) -> None:
+    """Raises UserError if a folder of a run is a link."""
+    if not in_bucket(folder) and folder.is_symlink():
+        raise UserError(_LINKED.format(folder))
+
+
+def check_plain(folder: Path) -> None:
+    """Raises UserError unless `folder`, if it exists, and all below it are regular files and folders.
+
+    Call it before a library opens, moves or removes them by their names.
+    """
+    todo = [] if in_bucket(folder) else [folder]
+    while todo:
+        path = todo.pop()
+        with contextlib.suppress(FileNotFoundError):  # another process may remove files meanwhile
+            mode = path.lstat().st_mode
+            if stat.S_ISDIR(mode):
+                todo += path.iterdir()
+            elif not stat.S_ISREG(mode):
+                raise UserError(_LINKED.format(path))
+
+
+def remove(path: Path) -> None:
+    """Removes a folder with its contents, or a file or a link, if it exists."""
+    if in_bucket(path):
+        if path.exists():
+            path.rmtree()  # type: ignore[attr-defined]
+    elif path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def size(file: Path) -> int:
     """The size of a file in bytes."""
-    stat = file.stat()
+    found = file.stat()
     # `etils.epath.Path` has a length, on a disk too.
-    return int(stat.length if hasattr(stat, "length") else stat.st_size)  # type: ignore[attr-defined]
+    return int(found.length if hasattr(found, "length") else found.st_size)  # type: ignore[attr-defined]
 
 
-def read(file: Path, most: int) -> bytes:
-    """The content of a file of at most `most` bytes. Raises UserError for a longer one, before it allocates memory."""
-    if size(file) > most:
-        raise UserError(f"{file} is longer than {most >> 20} MB; restore, shorten or remove it")
-    return file.read_bytes()
+def read(file: Path) -> bytes:
+    """The content of a regular file: see `open_regular`."""
+    with open_regular(file) as opened:
+        return bytes(opened.read())
 
 
 def check_output(file: Path, flag: str, suffixes: Sequence[str]) -> None:

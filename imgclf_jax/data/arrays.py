@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from imgclf_jax.core import archive, memory, places
+from imgclf_jax.core import memory, places
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.once import once
 from imgclf_jax.core.typing import Examples
@@ -24,7 +24,6 @@ from imgclf_jax.run import cache
 MOST_CLASSES = 1_000_000
 _UNNAMED_CLASSES = 1000  # up to which classes need neither names nor an example each
 _HEADER = 12_000  # bytes; NumPy itself refuses a longer array header
-_UNPACKED, _RATIO = 1 << 30, 100  # a file may unpack to this many bytes, or this many times its length
 
 
 @dataclass(frozen=True)
@@ -87,14 +86,13 @@ def arrays(path: str) -> dict[str, ArraySource]:
     - `NAME_weights` (`weights`) [n] are the weights of the sampling 'weighted'.
 
     A file in a bucket is first copied to the local disk. Raises UserError for a file that is damaged, of another kind,
-    too large for the machine, or that unpacks to more than 1 GiB and more than 100 times its length.
+    or too large for the machine.
     """
     file = places.expand_user(path)
     try:
         file = _local_copy(file) if places.in_bucket(file) else file
-        _check_regular(file)
-        with archive.open_checked(file) as content:
-            return _read(content, path, file.stat().st_size)
+        with places.open_regular(file) as opened, zipfile.ZipFile(opened) as content:
+            return _read(content, path)
     except UserError:
         raise
     except Exception as e:  # zipfile, zlib and NumPy raise many types for damaged files
@@ -108,11 +106,11 @@ def load_array(path: str, names: tuple[str, ...]) -> np.ndarray:
     """
     file = places.expand_user(path)
     try:
-        _check_regular(file)
+        file = _local_copy(file) if places.in_bucket(file) else file
         memory.require(places.size(file), path)
         if file.suffix == ".npy":
-            return np.asarray(np.load(io.BytesIO(file.read_bytes()), allow_pickle=False))
-        with archive.open_checked(_local_copy(file) if places.in_bucket(file) else file) as content:
+            return np.asarray(np.load(io.BytesIO(places.read(file)), allow_pickle=False))
+        with places.open_regular(file) as opened, zipfile.ZipFile(opened) as content:
             infos = {info.filename.removesuffix(".npy"): info for info in content.infolist()}
             chosen = [infos[name] for name in names if name in infos] or list(infos.values())[: len(infos) == 1]
             if not chosen:
@@ -125,12 +123,6 @@ def load_array(path: str, names: tuple[str, ...]) -> np.ndarray:
         raise UserError(f"cannot read {path!r} as a .npy or .npz file: {reason(e)}") from e
 
 
-def _check_regular(file: Path) -> None:
-    """Raises OSError for a missing file, and for a pipe or device, which may never end."""
-    if not file.is_file():
-        raise OSError("it is not a regular file" if file.exists() else f"no such file (in {Path.cwd()})")
-
-
 def _local_copy(file: Path) -> Path:
     """Copies a file in a bucket to the user's cache folder, unless a copy of the same size and time is there."""
     stat: Any = file.stat()  # of epath
@@ -138,12 +130,12 @@ def _local_copy(file: Path) -> Path:
     copy = cache.folder("buckets") / f"{identity}.npz"
     if not copy.is_file():
         copy.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("rb") as source, places.replacing(copy) as temporary, temporary.open("wb") as target:
+        with file.open("rb") as source, places.replacing(copy) as target:
             shutil.copyfileobj(source, target, 16 << 20)
     return copy
 
 
-def _read(content: zipfile.ZipFile, path: str, length: int) -> dict[str, ArraySource]:
+def _read(content: zipfile.ZipFile, path: str) -> dict[str, ArraySource]:
     infos = {info.filename.removesuffix(".npy"): info for info in content.infolist()}
     splits = _splits(infos, path)
     with_targets = _has_targets(splits, path)
@@ -160,10 +152,6 @@ def _read(content: zipfile.ZipFile, path: str, length: int) -> dict[str, ArraySo
         raise UserError(f"arrays: in {path}, the images of {first} are {list(a)} and those of {second} are {list(b)}; "
                         "all splits must have the same height, width and channels")  # fmt: skip
     total = sum(member.info.file_size for member in members.values())
-    if total > max(_UNPACKED, _RATIO * length):
-        raise UserError(f"arrays: {path} would unpack from {memory.format_bytes(length)} to "
-                        f"{memory.format_bytes(total)}; above {memory.format_bytes(_UNPACKED)} the ratio must be at "
-                        f"most {_RATIO}, so save it without compression, by np.savez")  # fmt: skip
     memory.require(total, f"arrays: {path}")
     ys = {split: _array(content, members[key]) for split, (_, key) in splits.items()}
     if with_targets:

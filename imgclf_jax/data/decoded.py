@@ -6,14 +6,13 @@ It serves only sources that declare `immutable`: any change of an example change
 import contextlib
 import hashlib
 import os
-import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL
 
+from imgclf_jax.core import places
 from imgclf_jax.data.sources import Source
 from imgclf_jax.run import cache
 
@@ -39,7 +38,7 @@ def load(source: Source, preprocess: str, y_name: str = "label") -> tuple[np.nda
         return None
     file = _file(source, preprocess)
     try:
-        with file.open("rb") as stream, np.load(stream) as content:  # which checks the CRC
+        with places.open_regular(file) as stream, np.load(stream) as content:  # which checks the CRC
             images, y = content["images"], content[f"{y_name}s"]
         os.utime(file)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
@@ -54,11 +53,8 @@ def save(source: Source, preprocess: str, images: np.ndarray, y_name: str, y: np
     file = _file(source, preprocess)
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as directory:
-            temporary = Path(directory) / file.name
-            arrays: dict[str, Any] = {"images": images, f"{y_name}s": y}
-            np.savez(temporary, **arrays)
-            os.replace(temporary, file)
+        with places.replacing(file) as out:
+            np.savez(out, allow_pickle=False, **{"images": images, f"{y_name}s": y})
         files = sorted(file.parent.glob("*.npz"), key=lambda f: f.stat().st_mtime)
         excess = sum(f.stat().st_size for f in files) - _KEEP_BYTES
         for old in files[:-1]:

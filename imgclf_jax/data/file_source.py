@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.text import printable, utf8
 from imgclf_jax.core.typing import Examples, Json, Value
@@ -51,7 +52,7 @@ class FileSource:
     def read(self, ids: np.ndarray) -> Examples:
         ys = {"label": self.labels, "target": self.targets}
         y = {name: values[ids] for name, values in ys.items() if values is not None}
-        return {"image": [(self.root / self.files[i]).read_bytes() for i in ids], **y}
+        return {"image": [places.read(self.root / self.files[i]) for i in ids], **y}
 
     def name(self, i: int) -> str:
         """The file of an example, for error messages."""

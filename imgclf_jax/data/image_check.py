@@ -133,7 +133,7 @@ def write_list(name: str, reasons: Mapping[str, str]) -> Path | None:
     lines = [f"{printable(path)}\t{printable(reason)}\n" for path, reason in sorted(reasons.items())]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(lines), encoding="utf-8")
+        places.write_atomically(file, "".join(lines))
     except OSError:
         return None
     return file
@@ -156,7 +156,7 @@ class _Entry(NamedTuple):
 
 def _check(file: Path, stamp: Stamp, depth: int, digest: Digest, formats: tuple[str, ...]) -> _Entry:
     try:
-        with file.open("rb") as stream:
+        with places.open_regular(file) as stream:
             size = _size_if_complete(stream, formats, digest is _digest) if depth == _ENDS_CHECKED else None
             if not size:
                 stream.seek(0)
@@ -212,7 +212,7 @@ def _decoder(formats: tuple[str, ...]) -> list[Any]:
 def _load(record: Path, formats: tuple[str, ...]) -> dict[str, _Entry]:
     """Loads what `_save` wrote for this decoder; {} if it is damaged."""
     try:
-        content = json.loads(record.read_text(encoding="utf-8"))
+        content = json.loads(places.read(record))
         if content["decoder"] != _decoder(formats):
             return {}
         return {name: _Entry(tuple(stamp), depth, reason, tuple(size), hashed, digest)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
 
 # Suffixes of images. `decode` does not read them all: files of the others are reported as unreadable images.
@@ -57,22 +58,26 @@ def walk(folder: Path | str, strays: Counter[str], recursive: bool = True) -> It
     They are sorted by name within each folder, which is listed when it is reached. Other files are counted in `strays`.
     Without `recursive`, sub-folders are skipped.
     An image is a regular file, or a link to one, with the suffix or the signature of an image format. Hidden files and
-    folders are skipped. Links to folders are followed, but not in a cycle. Raises UserError for an unreadable folder.
+    folders are skipped. Links to folders are followed, but each folder is entered once, and `folder`'s own parents are
+    not. Raises UserError for an unreadable folder.
     """
+    entered = {_identity(parent) for parent in Path(folder).resolve().parents}
 
-    def entries(prefix: str, above: frozenset[tuple[int, int]]) -> _Level:
+    def entries(prefix: str) -> tuple[str, Iterator[os.DirEntry[str]]]:
         directory = os.path.join(folder, prefix)
         try:
-            stat = os.stat(directory)
-            own = (stat.st_dev, stat.st_ino)
-            inside = [] if own in above else sorted(os.scandir(directory), key=lambda entry: entry.name)
+            own = _identity(directory)
+            inside = [] if own in entered else sorted(os.scandir(directory), key=lambda entry: entry.name)
         except OSError as e:
             raise UserError(f"cannot read the folder {directory}: {e.strerror}; make it readable or move it") from e
-        return prefix, iter(inside), above | {own}
+        if own in entered:
+            strays["link to a listed folder"] += 1
+        entered.add(own)
+        return prefix, iter(inside)
 
-    levels = [entries("", frozenset())]
+    levels = [entries("")]
     while levels:
-        prefix, inside, above = levels[-1]
+        prefix, inside = levels[-1]
         entry = next(inside, None)
         if entry is None:
             levels.pop()
@@ -80,13 +85,14 @@ def walk(folder: Path | str, strays: Counter[str], recursive: bool = True) -> It
             strays["hidden"] += 1
         elif _is_folder(entry):
             if recursive:
-                levels.append(entries(f"{prefix}{entry.name}/", above))
+                levels.append(entries(f"{prefix}{entry.name}/"))
         elif (stamp := _stamp(entry, strays)) is not None:
             yield prefix + entry.name, stamp
 
 
-# The prefix of names in a folder, its entries, and the inodes of the folder and its parents.
-_Level = tuple[str, Iterator[os.DirEntry[str]], frozenset[tuple[int, int]]]
+def _identity(directory: Path | str) -> tuple[int, int]:
+    stat = os.stat(directory)
+    return stat.st_dev, stat.st_ino
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -117,7 +123,7 @@ def _stamp(entry: os.DirEntry[str], strays: Counter[str]) -> Stamp | str | None:
 
 def _begins_as_image(path: str) -> bool:
     try:
-        with open(path, "rb") as file:
+        with places.open_regular(Path(path)) as file:
             return bool(_SIGNATURES.match(file.read(256)))
     except OSError:
         return False  # it has no image suffix either

@@ -72,7 +72,7 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> dict[str, TfdsSource
     identity = repr((name, str(places.expand_user(data_dir)), _version(name)))
     record = cache.folder("tfds") / (hashlib.sha256(identity.encode()).hexdigest()[:32] + ".json")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        known = json.loads(record.read_text(encoding="utf-8"))
+        known = json.loads(places.read(record))
         if known["info"] == _digest(places.as_path(known["directory"])):
             return _sources(known, functools.cache(lambda: prepare_tfds(name, data_dir, manual_dir)[1]))
 
@@ -109,7 +109,7 @@ def _version(name: str) -> str:
 
 def _digest(directory: Path) -> str:
     """The SHA-256 of the metadata in a prepared `directory`, and of its files' names, sizes and times."""
-    digest = hashlib.sha256((directory / "dataset_info.json").read_bytes())
+    digest = hashlib.sha256(places.read(directory / "dataset_info.json"))
     for file in sorted(directory.iterdir()):
         stat: Any = file.stat()
         digest.update(f"{file.name} {places.size(file)} {getattr(stat, 'st_mtime_ns', None) or stat.mtime}".encode())

@@ -3,6 +3,7 @@
 import concurrent.futures
 import csv
 import hashlib
+import io
 import itertools
 import logging
 import os
@@ -122,7 +123,7 @@ def table(
         base, tuple(files), labels, tuple(stamps.get(name, (0,))[0] for name in files), class_names,
         digests=tuple(checked.digests.get(name, "") for name in files),
         targets=_targets(content, targets) if targets else None,
-        table=hashlib.sha256(file_path.read_bytes()).hexdigest(), columns=content.columns, weight=kinds["weight"],
+        table=hashlib.sha256(places.read(file_path)).hexdigest(), columns=content.columns, weight=kinds["weight"],
     )  # fmt: skip
     order = sorted(range(len(files)), key=lambda i: (hashlib.sha256(os.fsencode(files[i])).digest(), i))
     out = {name: source.select(np.array([i for i in order if parts[i] == name], np.int64))
@@ -265,16 +266,16 @@ def _read(path: Path) -> _Table:
 def _read_csv(path: Path, delimiter: str) -> _Table:
     rows, lines = [], []
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, delimiter=delimiter, strict=True)
-            header = [name.strip() for name in next((row for row in reader if row), [])]
-            for row in reader:
-                if row and len(row) != len(header):
-                    raise UserError(f"table: {path}, line {reader.line_num} has {len(row)} fields, but the header has "
-                                    f"{len(header)}; separate them by {delimiter!r}")  # fmt: skip
-                if row:
-                    rows.append(row)
-                    lines.append(f"line {reader.line_num}")
+        text = io.StringIO(places.read(path).decode("utf-8-sig"), newline="")
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        header = [name.strip() for name in next((row for row in reader if row), [])]
+        for row in reader:
+            if row and len(row) != len(header):
+                raise UserError(f"table: {path}, line {reader.line_num} has {len(row)} fields, but the header has "
+                                f"{len(header)}; separate them by {delimiter!r}")  # fmt: skip
+            if row:
+                rows.append(row)
+                lines.append(f"line {reader.line_num}")
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"table: cannot read {path} as UTF-8 text with fields separated by {delimiter!r}: "
                         f"{reason(e)}") from e  # fmt: skip
@@ -291,7 +292,7 @@ def _read_parquet(path: Path) -> _Table:
         raise UserError(f"table: {path} needs pyarrow, which is not installed; run `uv sync --extra parquet`, or save "
                         "the table as .csv") from e  # fmt: skip
     try:
-        with parquet.ParquetFile(path) as content:
+        with places.open_regular(path) as file, parquet.ParquetFile(file) as content:
             groups = range(content.metadata.num_row_groups)
             nbytes = sum(content.metadata.row_group(i).total_byte_size for i in groups)  # before compression
             memory.require(_MEMORY_RATIO * nbytes, f"table: {path}")

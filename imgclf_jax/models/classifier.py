@@ -1,11 +1,9 @@
 """The Classifier, a backbone and a linear head, built from the config key `model`."""
 
-import contextlib
 import functools
 import inspect
-import math
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection
 from typing import Any, TypeGuard, cast
 
 import jax
@@ -15,16 +13,9 @@ from jax.typing import DTypeLike
 
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import Arguments, Function, Initializer, PyTree
+from imgclf_jax.core.typing import Function, Initializer
 from imgclf_jax.models import parts
 from imgclf_jax.models.backbones import BACKBONES
-
-# Limits for models from untrusted sources. ResNet-1202 calls 3,000 modules; tracing 4,000 takes some ten seconds.
-_MOST_CALLS = 4_000
-_MOST_PARAMETERS = 2**30
-_MOST_BATCH_BYTES = 2**30  # all seeds together
-_MOST_STATE_BYTES = 2**29  # of a train state
-_MOST_PROGRAM_BYTES = 2**30  # of all buffers of a compiled train step in the host's memory
 
 # Initializers of the head's kernel [d, num_classes]. Its bias starts at zero.
 HEAD_INITS: dict[str, Function] = {
@@ -137,35 +128,3 @@ def _check_values(text: str, make: functools.partial[Any]) -> None:
             continue
         if any(isinstance(size, int) and size < 1 for size in (value if isinstance(value, tuple | list) else [value])):
             raise UserError(f"model={text!r}: {name}={value!r} must be 1 or more")
-
-
-@contextlib.contextmanager
-def bounded() -> Iterator[None]:
-    """Inside, a model whose initialization calls too many modules raises UserError. See `spec.untrusted`."""
-    calls = 0
-
-    def counted(
-        call: Function, args: tuple[Any, ...], kwargs: Arguments, context: nn.module.InterceptorContext
-    ) -> PyTree:
-        nonlocal calls
-        calls += 1
-        spec.check_bound(calls, _MOST_CALLS, "calls of modules in its model")
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(counted):
-        yield
-
-
-def check_size(parameters: Iterable[tuple[int, ...]], batch: tuple[int, ...]) -> None:
-    """Raises UserError if parameters of these shapes, or a batch uint8[b, h, w, c], exceed the untrusted limits."""
-    spec.check_bound(sum(map(math.prod, parameters)), _MOST_PARAMETERS, "parameters")
-    spec.check_bound(math.prod(batch), _MOST_BATCH_BYTES, "bytes of images in a batch")
-
-
-def check_training_size(state: int = 0, program: int = 0) -> None:
-    """Raises UserError if training takes more bytes of host memory than an untrusted run may.
-
-    `state` is the size of the train state, `program` that of all buffers of the compiled train step; 0 is unknown.
-    """
-    spec.check_bound(state, _MOST_STATE_BYTES, "bytes of parameters and optimizer state to train")
-    spec.check_bound(program, _MOST_PROGRAM_BYTES, "bytes of buffers in its compiled train step")

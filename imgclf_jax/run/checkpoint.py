@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from imgclf_jax import metrics
-from imgclf_jax.core import internals, json_files, memory, places, processes, sharding, tree
+from imgclf_jax.core import internals, places, processes, sharding, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Array, PyTree
 from imgclf_jax.run import manifest
@@ -36,7 +36,6 @@ from imgclf_jax.run import manifest
 log = logging.getLogger(__name__)
 
 _WORST = -math.inf
-_UNPACKED, _RATIO = 1 << 28, 100  # a checkpoint of any model may unpack to this many bytes, or times its files' length
 _OPTIMIZER = "state/opt_state/"  # how the names of the optimizer's arrays begin
 _REPLACED = "replaced-"  # the first checkpoint of a step that is saved again, while the second one is written
 _REMOVED = "removed-"  # a checkpoint while its files are removed
@@ -63,7 +62,7 @@ class _Manager(ocp.CheckpointManager):
         """The metrics of a checkpoint; None if it has none, or if they are damaged or too long."""
         try:
             file = self.directory / str(step) / "metrics" / "metrics"
-            found = json.loads(places.read(file, json_files.MOST_BYTES))
+            found = json.loads(places.read(file))
         except (OSError, ValueError, RecursionError):
             return None
         numbers = isinstance(found, dict) and all(isinstance(value, int | float) for value in found.values())
@@ -91,11 +90,14 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, keep: int = 2, best: str = "", read_only: bool = False):
-        self.directory = directory if places.in_bucket(directory) else directory.resolve()
+        parent = directory.parent if places.in_bucket(directory) else directory.parent.resolve()
+        self.directory = parent / directory.name
         self.best, self._sign = metrics.parse_best(best) if best else ("", 1.0)
         self._read_only = read_only
         if not read_only:
             processes.broadcast_from_process_0("making the folder of checkpoints", self._prepare)
+        else:
+            places.check_plain(self.directory)
         self._keep, self._confirmed = keep, -1
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.LatestN(None),  # all: Orbax would remove some before the new one is verified
@@ -120,7 +122,8 @@ class Checkpoints:
         self.latest = max(self.steps(), default=0)  # the step of the latest verified checkpoint
 
     def _prepare(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
+        places.check_plain(self.directory)  # Orbax opens and removes files by their names
+        places.make_folder(self.directory)
         for left in self.directory.glob(f"{_REMOVED}*"):
             places.remove(left)
         self._put_back()
@@ -228,7 +231,7 @@ class Checkpoints:
             places.remove(folder)
             return
         with contextlib.suppress(OSError):  # it is gone, or the disk is read-only
-            folder.rename(aside)
+            places.move(folder, aside)
         places.remove(aside)
 
     def _verify(self, step: int, like: PyTree) -> None:
@@ -369,24 +372,14 @@ class Checkpoints:
     def restore_any(self, step: int) -> PyTree:
         """Restores `step` of any model as nested dicts of NumPy arrays, without the optimizer's state.
 
-        Raises UserError as `restore` does, and for arrays that would take more memory than weights in files of their
-        length can: the checkpoint itself says how large its arrays are.
+        Raises UserError as `restore` does.
         """
         folder = self.directory / str(step)
         try:
             saved = self._manager.item_metadata(step)
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
-            named = [leaf for name, leaf in tree.named_leaves(like) if not name.startswith(_OPTIMIZER)]
-            length = sum(places.size(file) for _, file in places.files(folder))
-            total = sum(leaf.size * leaf.dtype.itemsize for leaf in named)
         except Exception as e:  # of many types, as in `restore`
             raise self._gone(folder) or UserError(f"checkpoint {folder} cannot be read: {reason(e)}") from e
-        if total > max(_UNPACKED, _RATIO * length):
-            raise UserError(
-                f"checkpoint {folder} would unpack from {memory.format_bytes(length)} to {memory.format_bytes(total)}; "
-                f"above {memory.format_bytes(_UNPACKED)} the ratio must be at most {_RATIO}; name another run"
-            )
-        memory.require(total, f"checkpoint {folder}")
         return self.restore(step, like, optimizer=False)
 
     def restore_latest(self, like: PyTree, optimizer: bool = True) -> tuple[int, PyTree] | None:
@@ -442,8 +435,8 @@ class Checkpoints:
         target = self.directory.parent / "damaged" / str(step)
 
         def move() -> None:
+            places.make_folder(target.parent)
             places.remove(target)
-            target.parent.mkdir(exist_ok=True)
             places.move(self.directory / str(step), target)
 
         processes.broadcast_from_process_0("setting a checkpoint aside", move)
@@ -507,7 +500,7 @@ def _wrap_key(data: Array, like: Leaf) -> Array:
 
 def _saved_names(folder: Path) -> set[str]:
     """The names of the arrays in a checkpoint, from Orbax's own list."""
-    entries = json.loads((folder / "default" / "_METADATA").read_bytes())["tree_metadata"].values()
+    entries = json.loads(places.read(folder / "default" / "_METADATA"))["tree_metadata"].values()
     return {"/".join(str(key["key"]) for key in entry["key_metadata"]) for entry in entries}
 
 

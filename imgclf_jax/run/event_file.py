@@ -27,13 +27,12 @@ class EventFile:
 
         self._event, self._summary = event_pb2, summary_pb2
         bucket = places.in_bucket(directory)
-        if not bucket:
-            directory.mkdir(parents=True, exist_ok=True)
+        places.make_folder(directory)
         # TensorBoard reads the files of a directory in order of their names, and the clock may have been set back.
         earlier = [re.match(r"events\.out\.tfevents\.(\d{1,12})\b", file.name) for file in directory.glob("events.*")]
         began = max([time.time(), *(int(found[1]) + 1 for found in earlier if found)])
         self._path = directory / f"events.out.tfevents.{began:.6f}.{socket.gethostname()}"
-        self._file: IO[bytes] = io.BytesIO() if bucket else self._path.open("wb")
+        self._file: IO[bytes] = io.BytesIO() if bucket else places.open_regular(self._path, "xb")
         self._records = RecordWriter(self._file)
         self._add(file_version="brain.Event:2")
         first = step + 1 if step else 0  # the images of step 0 are written before the first step

@@ -11,13 +11,13 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-from imgclf_jax.core import signals
+from imgclf_jax.core import places, signals
 from imgclf_jax.core.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_MOST = 10_000  # characters of a lock that are read
 _LOOK = 0.05  # seconds, in which a process that called `is_held` has let go of the lock
 
 
@@ -35,7 +35,7 @@ def held(file: Path) -> Iterator[None]:
 
     def release(*_: object) -> None:
         file.unlink(missing_ok=True)  # while still locked, or it could remove the next holder's file
-        os.close(handle)
+        handle.close()
         with contextlib.suppress(OSError):  # not empty
             for folder in missing:
                 folder.rmdir()
@@ -51,8 +51,7 @@ def held(file: Path) -> Iterator[None]:
 def holder(file: Path) -> str:
     """The content of the lock `file`, which names its holder; "" if it cannot be read."""
     try:
-        with file.open(encoding="utf-8", errors="replace") as content:
-            return content.read(_MOST)
+        return places.read(file).decode(errors="replace")
     except OSError:
         return ""
 
@@ -68,45 +67,41 @@ def taken_at(file: Path) -> float:
 def is_held(file: Path) -> bool:
     """Whether a process holds the lock `file` now; False if that is unknown."""
     try:
-        handle = os.open(file, os.O_RDONLY)  # also another user's
-    except OSError:  # no such file
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared with others that look
+        with places.open_regular(file) as opened:  # also another user's
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared with others that look
     except BlockingIOError:
         return True
-    except OSError:
+    except OSError:  # no such file
         return False
-    finally:
-        os.close(handle)  # releases the lock
     return False
 
 
-def _take(file: Path) -> int:
+def _take(file: Path) -> IO[str]:
     tries = 2
     while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = places.open_regular(file, "a+", "utf-8", "replace")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
-            if tries := tries - 1:
-                os.close(handle)
-                time.sleep(_LOOK)
-                continue
-            with os.fdopen(handle, encoding="utf-8", errors="replace") as holder:
-                who = holder.read()
-            raise UserError(f"{file.parent} is in use by another training run ({_describe(who)}); wait until it ends, "
-                            "stop it, or pass another --workdir") from e  # fmt: skip
+            with handle:
+                if tries := tries - 1:
+                    time.sleep(_LOOK)
+                    continue
+                handle.seek(0)
+                who = _describe(handle.read())
+            raise UserError(f"{file.parent} is in use by another training run ({who}); wait until it ends, stop it, or "
+                            "pass another --workdir") from e  # fmt: skip
         except OSError as e:  # on some network file systems
             log.warning("%s cannot be locked (%s): start no second run in it while this one trains", file.parent, e)
             break
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), file.stat()):
+            if os.path.samestat(os.fstat(handle.fileno()), file.stat()):
                 break
-        os.close(handle)  # its last holder removed the file in between
-    os.ftruncate(handle, 0)
+        handle.close()  # its last holder removed the file in between
+    handle.truncate(0)
     now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    os.write(handle, json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now}).encode())
+    handle.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now}))
+    handle.flush()
     return handle
 
 

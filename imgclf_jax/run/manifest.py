@@ -6,8 +6,7 @@ import os
 import zlib
 from pathlib import Path
 
-from imgclf_jax.core import json_files, places
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core import places
 
 NAME = "manifest.json"  # {file: [bytes, CRC-32]}
 ABSENT = f"it has no {NAME}; perhaps a process was killed while saving it"
@@ -32,7 +31,7 @@ def is_in(folder: Path) -> bool:
 def digest(folder: Path) -> str:
     """A digest of the manifest in `folder`, and so of its files; "no manifest" without one."""
     try:
-        return hashlib.sha256(places.read(folder / NAME, json_files.MOST_BYTES)).hexdigest()[:12]
+        return hashlib.sha256(places.read(folder / NAME)).hexdigest()[:12]
     except OSError:
         return "no manifest"
 
@@ -43,11 +42,11 @@ def find_fault(folder: Path, within: str = "") -> str:
     `within` limits this to the files whose names begin with it, such as "metrics/".
     """
     try:
-        files = json.loads(places.read(folder / NAME, json_files.MOST_BYTES))
+        files = json.loads(places.read(folder / NAME))
     except FileNotFoundError:
         return ABSENT
-    except UserError:
-        return f"{NAME} is longer than {json_files.MOST_BYTES >> 20} MB"
+    except OSError as e:
+        return f"{NAME} cannot be read: {e.strerror}"
     except (ValueError, RecursionError):
         return f"{NAME} is not JSON"
     if not isinstance(files, dict) or not files or not all(map(_is_entry, files.values())):
@@ -74,7 +73,7 @@ def _measure(file: Path, sync: bool = False) -> list[int]:
     if places.in_bucket(file):
         return [places.size(file), -1]
     size, crc = 0, 0
-    with file.open("rb") as stream:
+    with places.open_regular(file) as stream:
         while piece := stream.read(_PIECE):
             size, crc = size + len(piece), zlib.crc32(piece, crc)
         if sync:

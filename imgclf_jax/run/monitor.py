@@ -45,6 +45,7 @@ class Monitor:
         if profile and places.in_bucket(folder):
             raise UserError(f"--profile writes to a disk, and {folder} is in a bucket; pass a --workdir on a disk")
         if profile:
+            places.check_plain(self._folder)  # JAX creates files there by their names
             first, stop = max(profile[0], start), min(profile[1], total)
             if first < stop:
                 self.edges = (first, stop)

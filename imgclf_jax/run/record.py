@@ -62,7 +62,7 @@ def contradictions(result: JsonMapping, digests: Sequence[JsonMapping], metrics:
 
 def read_contradictions(workdir: Workdir) -> list[str]:
     """The contradictions between the records of the run in a work directory; a damaged result.json is skipped."""
-    files = {"result.json": places.read(workdir.result, json_files.MOST_BYTES)} if workdir.result.is_file() else {}
+    files = {"result.json": places.read(workdir.result)} if workdir.result.is_file() else {}
     lines = (writers.read_metrics(file) for file in (workdir.digests, workdir.metrics))
     return contradictions(workdir.read_result(), *lines) + find_edits(files, workdir.read_provenance())
 
@@ -90,12 +90,11 @@ class Record:
 
     @classmethod
     def from_workdir(cls, path: Path) -> Self:
-        """Reads a work directory. Raises UserError if it holds no run, or a file that is too long to read."""
+        """Reads a work directory. Raises UserError if it holds no run."""
         files = {}
         for name in bundle.NAMES:
             if (path / name).is_file():
-                most = writers.MOST_BYTES if name.endswith(".jsonl") else json_files.MOST_BYTES
-                files[name] = places.read(path / name, most)
+                files[name] = places.read(path / name)
         if "config.json" not in files:
             raise UserError(f"{path} holds no run: there is no {places.absolute(path / 'config.json')}; name the work "
                             "directory of a run, or a bundle")  # fmt: skip
@@ -252,7 +251,7 @@ def find(folders: Sequence[str]) -> tuple[list[Record], list[str]]:
 
 
 def _runs_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    if (real := folder.resolve()) in seen:  # a symlink may form a cycle
+    if (real := folder.resolve()) in seen:
         return
     seen.add(real)
     # A folder with a result alone has lost its config, which reading it reports.
@@ -261,4 +260,7 @@ def _runs_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
         yield folder
     passed = _OF_A_RUN if is_run else set[str]()
     for inner in sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in passed):
-        yield from _runs_below(inner, seen)
+        if inner.is_symlink():  # what is written to a run must not land outside of what the person names
+            log.warning("skipped: %s is a link; name it itself to include the runs there", inner)
+        else:
+            yield from _runs_below(inner, seen)

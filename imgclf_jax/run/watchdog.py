@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from imgclf_jax.core import processes, signals
+from imgclf_jax.core import places, processes, signals
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import stragglers
@@ -99,7 +99,7 @@ class Watchdog:
         stacks = format_stacks()
 
         def save() -> None:  # in a thread: the disk may be what hangs
-            file.write_text(f"{line}\n\n{stacks}", encoding="utf-8")
+            places.write_atomically(file, f"{line}\n\n{stacks}")
             saved.set()
 
         threading.Thread(target=save, name="hang", daemon=True).start()

@@ -61,7 +61,7 @@ class Workdir:
         if not self.config.is_file():
             raise UserError(f"{self.path} holds no run: there is no {places.absolute(self.config)}; train first, or "
                             "pass the run's --workdir")  # fmt: skip
-        content = places.read(self.config, configs.MAX_BYTES)
+        content = places.read(self.config)
         for wrong in find_edits({"config.json": content}, self.read_provenance()):
             _warn_once(f"{self.path}: {wrong}: it may not say what the run was trained with")
         return configs.from_json(content, str(self.config))
@@ -161,7 +161,7 @@ class Workdir:
         lines = configs.difference(old, config, (*may_differ, *configs.free_keys(config)))
         if not lines and (changes := configs.difference(old, config)):
             # Else `update_config` would record a digest of the edited config, and no command would warn again.
-            content = places.read(self.config, configs.MAX_BYTES)
+            content = places.read(self.config)
             for wrong in find_edits({"config.json": content}, self.read_provenance()):
                 raise UserError(f"{self.path}: {wrong}, so the run keeps its keys ({'; '.join(changes)}); restore it, "
                                 "or pass another --workdir")  # fmt: skip
@@ -180,7 +180,7 @@ class Workdir:
         This is in effect once config.json is replaced: see `_settle_update` for a process that is killed before.
         """
         old, provenance = self.load_config(), json_files.read(self.provenance)
-        before = {"config_sha256": json_files.digest(places.read(self.config, configs.MAX_BYTES))}
+        before = {"config_sha256": json_files.digest(places.read(self.config))}
         before |= {name: provenance[name] for name in _UPDATED if name in provenance}
         if old.total != config.total:
             entry: JsonObject = {"step": start, "from": old.total, "to": config.total, "command": sys.argv}
@@ -206,7 +206,7 @@ class Workdir:
         """Ends an update: restores the entries of provenance.json from before it if config.json is not the new one."""
         provenance = json_files.read(self.provenance)
         if isinstance(before := provenance.pop("before_update", None), dict) and self.config.is_file():
-            content = places.read(self.config, configs.MAX_BYTES)
+            content = places.read(self.config)
             if json_files.digest(content) != provenance.get("config_sha256"):
                 provenance = {name: value for name, value in provenance.items() if name not in _UPDATED} | before
             json_files.write(self.provenance, provenance)

@@ -13,12 +13,12 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from imgclf_jax.core import archive
+from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.weights import unpickle
@@ -90,9 +90,9 @@ def read_metadata(path: Path) -> JsonObject:
     """The metadata of a safetensors file that `read` accepts; {} for other formats, and if it has none."""
     if path.suffix != ".safetensors":
         return {}
-    with path.open("rb") as file:
+    with places.open_regular(path) as file:
         try:
-            header = _read_header(file, path.stat().st_size)[1]
+            header = _read_header(file, places.size(path))[1]
         except (ValueError, RecursionError):  # a file of another format under this name
             return {}
     found = header.get("__metadata__") if isinstance(header, dict) else None
@@ -102,16 +102,16 @@ def read_metadata(path: Path) -> JsonObject:
 @contextmanager
 def _entries(path: Path) -> Iterator[dict[str, _Entry]]:
     """Opens a file of any format and yields its arrays, which can be read inside the context."""
-    with path.open("rb") as file:
+    with places.open_regular(path) as file:
         start = file.read(64)
         file.seek(0)
         if start.startswith(b"PK\3\4"):
-            with archive.open_checked(path) as content:
+            with zipfile.ZipFile(file) as content:
                 yield _find_weights(*_read_zip(content), path)
         elif start.startswith(pickle.dumps(_MAGIC, 2)):
             yield _find_weights(*_read_legacy(file), path)
         elif path.suffix == ".safetensors":
-            yield _read_safetensors(file, path.stat().st_size)
+            yield _read_safetensors(file, places.size(path))
         else:
             pointer = start.startswith(b"version https://git-lfs")
             problem = "is a Git LFS pointer, not the file itself; run git lfs pull" if pointer else (
@@ -137,7 +137,7 @@ def _read_zip(content: zipfile.ZipFile) -> tuple[Unpickled, _Storages]:
         info = content.getinfo(folder + name)
         if info.compress_type != zipfile.ZIP_STORED:
             raise ValueError("a compressed archive, which PyTorch does not write")
-        return archive.read(content, info)
+        return np.frombuffer(content.read(info), np.uint8)
 
     if (order := f"{folder}byteorder") in names:
         _check_order(content.getinfo(order).file_size == 6 and member("byteorder").tobytes() == b"little")
@@ -146,7 +146,7 @@ def _read_zip(content: zipfile.ZipFile) -> tuple[Unpickled, _Storages]:
     return tree, lambda storage: member(f"data/{storage.key}").view(storage.dtype)
 
 
-def _read_legacy(file: BinaryIO) -> tuple[Unpickled, _Storages]:
+def _read_legacy(file: IO[bytes]) -> tuple[Unpickled, _Storages]:
     """Reads the older format: five pickles (magic number, version, machine, content, storage keys), then storages."""
     stream = unpickle.Stream(file.read(unpickle.MOST_BYTES))
     file_size = file.seek(0, io.SEEK_END)
@@ -226,7 +226,7 @@ def _view(tensor: Tensor, storage: np.ndarray) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(storage[tensor.offset :], tensor.shape, strides)
 
 
-def _read_header(file: BinaryIO, length: int) -> tuple[int, JsonObject]:
+def _read_header(file: IO[bytes], length: int) -> tuple[int, JsonObject]:
     """The length of a safetensors header in bytes, and the header."""
     size = int.from_bytes(file.read(8), "little")
     if size > min(_MAX_HEADER, length - 8):
@@ -234,7 +234,7 @@ def _read_header(file: BinaryIO, length: int) -> tuple[int, JsonObject]:
     return size, json.loads(file.read(size))
 
 
-def _read_safetensors(file: BinaryIO, length: int) -> dict[str, _Entry]:
+def _read_safetensors(file: IO[bytes], length: int) -> dict[str, _Entry]:
     """Reads https://github.com/huggingface/safetensors: the length of the header, the JSON header, the arrays.
 
     The safetensors library would read the whole file into memory twice, and its NumPy interface has no bfloat16.

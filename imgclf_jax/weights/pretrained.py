@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from flax import errors, traverse_util
 
-from imgclf_jax import config as configs
 from imgclf_jax import losses
 from imgclf_jax.core import places, processes, spec, tree
 from imgclf_jax.core.errors import UserError
@@ -24,7 +23,6 @@ from imgclf_jax.core.text import one_per_line
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import decode
 from imgclf_jax.methods import lora
-from imgclf_jax.models import classifier
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run import digests
@@ -158,7 +156,7 @@ def _read_workdir(path: Path, programs: Programs) -> Named:
     """Reads the weights of a run's best checkpoint, else its latest; of several seeds, the first."""
     workdir = Workdir(path)
     try:
-        config = json.loads(places.read(workdir.config, configs.MAX_BYTES))
+        config = json.loads(places.read(workdir.config))
         metric, num_seeds = config["checkpoint"]["best"], config.get("num_seeds", 1)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"init_from={str(path)!r}: this directory holds no run (no readable config.json)") from e
@@ -207,7 +205,7 @@ def _read_file(path: Path, programs: Programs, own: Mapping[str, jax.ShapeDtypeS
         else:
             array = torch_names.own_layout(array, name, own[name].shape)
         named[name], labels[name] = array, label
-    with path.open("rb") as file:
+    with places.open_regular(path) as file:
         return named, labels, {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
@@ -281,7 +279,7 @@ def _read_record(path: Path) -> dict[str, str]:
     if not path.is_dir():
         return {key: text for key, text in files.read_metadata(path).items() if isinstance(text, str)}
     workdir = Workdir(path)
-    config = json.loads(places.read(workdir.config, configs.MAX_BYTES))
+    config = json.loads(places.read(workdir.config))
     record = {key: text for key, text in config.items() if isinstance(text, str)}
     record["class_names"] = one_per_line(workdir.load_data_info().class_names if workdir.provenance.is_file() else ())
     if "preprocess" in record:
@@ -303,8 +301,7 @@ def _compare_predictions(
     def features(recipe: Recipe) -> np.ndarray:
         images = np.random.default_rng(0).normal(size=(1, *recipe.data.image_shape)).astype(np.float32)
         variables = traverse_util.unflatten_dict(dict(taken), sep="/")
-        with classifier.bounded():
-            return np.asarray(jax.jit(functools.partial(apply_backbone, recipe.plain_model))(variables, images))
+        return np.asarray(jax.jit(functools.partial(apply_backbone, recipe.plain_model))(variables, images))
 
     def have_same_features() -> bool:  # unlike dropout or `remat`, an activation changes them
         ours = features(recipe)

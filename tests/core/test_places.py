@@ -85,22 +85,20 @@ def test_a_bundle_on_a_full_disk(tmp_path):
 def test_two_writers_of_one_file(tmp_path):
     """The second one truncated what the first one had written, and the first one renamed the file of the second."""
     path = tmp_path / "out"
-    (tmp_path / ".out.tmp").write_text("of a process that was killed")
     with places.replacing(path) as first:
-        first.write_text("the fir")
+        first.write(b"the fir")
         with places.replacing(path) as second:
-            second.write_text("the second")
+            second.write(b"the second")
         assert path.read_text() == "the second"
-        with first.open("a") as file:
-            file.write("st")
+        first.write(b"st")
     assert path.read_text() == "the first"
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
 def test_errors_of_other_files_keep_their_names(tmp_path):
     def write():
-        with places.replacing(tmp_path / "out") as temporary:
-            temporary.write_text("new")
+        with places.replacing(tmp_path / "out") as file:
+            file.write(b"new")
             (tmp_path / "gone").read_text()
 
     with pytest.raises(FileNotFoundError) as e:

@@ -171,21 +171,6 @@ def test_a_header_that_claims_what_the_file_does_not_hold(tmp_path, start):
     assert "\n" not in str(e.value)
 
 
-def test_what_unpacks_to_more_than_the_file_may_hold_is_refused(tmp_path, monkeypatch):
-    """A zip bomb: 2 GB of zeros in 2 MB. The test uses a lower limit and a smaller bomb."""
-    monkeypatch.setattr("imgclf_jax.data.arrays._UNPACKED", 1 << 20)
-    zeros = np.zeros((2000, 32, 32), np.uint8)
-    np.savez_compressed(tmp_path / "data.npz", x_train=zeros, y_train=np.zeros(2000, int))
-    with pytest.raises(
-        UserError, match=r"from .* kB to 2\.06 MB; above 1\.05 MB the ratio must be at most 100, .*np.savez"
-    ):
-        sources.open_splits(f"arrays({str(tmp_path / 'data.npz')!r})")
-    assert len(open_one(npz(tmp_path, x_train=zeros, y_train=np.zeros(2000, int)))) == 2000  # as it says
-    few = np.random.default_rng(0).integers(0, 2, zeros.shape, np.uint8)
-    np.savez_compressed(tmp_path / "data.npz", x_train=few, y_train=np.zeros(2000, int))
-    assert len(open_one(f"arrays({str(tmp_path / 'data.npz')!r})")) == 2000
-
-
 def test_what_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
     assert memory.physical() > 1 << 30
     monkeypatch.setattr(memory, "physical", lambda: 400)
@@ -195,32 +180,21 @@ def test_what_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
 
 def test_a_zip_that_lies_of_its_sizes_is_refused(tmp_path):
     path = tmp_path / "data.npz"
-    for method, fragment in (
-        (zipfile.ZIP_BZIP2, "neither stored nor deflated"),
-        (zipfile.ZIP_LZMA, "neither stored nor deflated"),
-    ):
-        raw(tmp_path, {"x_train": bytes(1000), "y_train": bytes(10)}, method)
-        with pytest.raises(UserError, match=fragment):
-            sources.open_splits(f"arrays({str(path)!r})")
     npz(tmp_path, x_train=X, y_train=Y)
     whole = path.read_bytes()
     entry = whole.index(b"PK\1\2")
     for place in (20, 24):  # the packed and the unpacked size in the directory
         path.write_bytes(whole[: entry + place] + b"\xf0\xff\xff\x7f" + whole[entry + place + 4 :])
-        with pytest.raises(UserError, match="longer than the archive can hold"):
+        with pytest.raises(UserError, match="cannot read"):
             sources.open_splits(f"arrays({str(path)!r})")
-    end = whole.index(b"PK\5\6")
-    path.write_bytes(bytes(20 << 20) + whole[: end + 12] + (17 << 20).to_bytes(4, "little") + whole[end + 16 :])
-    with pytest.raises(UserError, match="the directory of the archive is too long"):
-        sources.open_splits(f"arrays({str(path)!r})")
 
 
 def test_what_is_no_regular_file_is_not_opened(tmp_path):
     """Opening a named pipe would wait forever for a writer."""
     os.mkfifo(tmp_path / "data.npz")
     for path in (tmp_path / "data.npz", "/dev/zero"):
-        with pytest.raises(UserError, match="it is not a regular file"):
+        with pytest.raises(UserError, match="is a folder, pipe or device"):
             sources.open_splits(f"arrays({str(path)!r})")
     os.mkfifo(tmp_path / "weights.npy")
-    with pytest.raises(UserError, match="it is not a regular file"):
+    with pytest.raises(UserError, match="is a folder, pipe or device"):
         load_array(str(tmp_path / "weights.npy"), ())

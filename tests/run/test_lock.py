@@ -79,11 +79,11 @@ def test_to_look_at_a_lock_takes_none(tmp_path, monkeypatch):
         assert not lock.is_held(file)
     with lock.held(file), monkeypatch.context() as patch:
 
-        def refuse_to_write(path, flags):
+        def refuse_to_write(path, flags, mode=0o777):
             assert not flags & (os.O_RDWR | os.O_WRONLY)
-            return opened(path, flags)
+            return opened(path, flags, mode)
 
-        patch.setattr(lock.os, "open", refuse_to_write)
+        patch.setattr(os, "open", refuse_to_write)
         assert lock.is_held(file)
 
     def busy_once(*args):

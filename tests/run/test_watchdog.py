@@ -100,7 +100,7 @@ def test_a_suspended_process_does_not_hang(tmp_path, ended, monkeypatch):
 def test_a_disk_that_hangs_does_not_keep_the_process(tmp_path, ended, monkeypatch, caplog):
     """The stacks are logged where they cannot be written."""
     monkeypatch.setattr("imgclf_jax.run.watchdog._SAVING", 0.2)
-    monkeypatch.setattr("pathlib.Path.write_text", lambda *_, **__: time.sleep(3))
+    monkeypatch.setattr("imgclf_jax.core.places.write_atomically", lambda *_: time.sleep(3))
     phases = Phases()
     phases.enter("checkpoint")
     watchdog = threading.Thread(target=Watchdog(0.3, tmp_path, phases)._end, args=("checkpoint", 2.0))

@@ -58,11 +58,10 @@ def test_records_are_appended(tmp_path):
 
 
 def test_resuming_drops_what_comes_after(tmp_path, caplog):
-    """Records after the step, a line that a crash truncated, and a crash's temporary file are dropped."""
+    """Records after the step and a line that a crash truncated are dropped."""
     file = tmp_path / "metrics.jsonl"
     kept = ['{"step": 5, "a": 0.1}', '{"step": 10, "a": 0.2}', '{"step": 10, "b": 3}']
     file.write_text("\n".join([*kept, '{"step": 15, "a": 0.3}', '{"step": 20, "a"']))
-    (tmp_path / ".metrics.jsonl.tmp").write_text("junk")
     writer = open_writer(tmp_path, 10)
     writer.write_scalars(15, {"a": 0.25})
     writer.close()

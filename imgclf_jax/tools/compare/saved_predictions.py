@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import functools
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -138,7 +139,7 @@ def _read_npz(run: Record, origins: Mapping[str, str]) -> dict[str, Saved]:
     if not path.is_file():
         return {}
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        with places.open_regular(path) as stream, np.load(stream, allow_pickle=False) as file:
             facts = json.loads(str(file["facts"])).get("origins", {})
             saved = {name: Saved(_escaped(file[f"{i}/examples"].tolist()), _escaped(file[f"{i}/labels"].tolist()),
                                  file[f"{i}/right"].astype(bool), *(file.get(f"{i}/{x}") for x in _TARGET_ARRAYS))
@@ -157,10 +158,10 @@ def _read_rows(path: Path) -> Iterable[JsonMapping]:
             raise ValueError("Parquet needs pyarrow, which is not installed")
         from pyarrow import parquet
 
-        rows: list[JsonObject] = parquet.read_table(path).to_pylist()
+        rows: list[JsonObject] = parquet.read_table(io.BytesIO(places.read(path))).to_pylist()
         return rows
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file]
+    lines = io.StringIO(places.read(path).decode(), newline="")
+    return list(csv.DictReader(lines)) if path.suffix == ".csv" else [json.loads(line) for line in lines]
 
 
 def _parse_rows(rows: Iterable[JsonMapping], origins: Mapping[str, str]) -> dict[str, Saved]:
@@ -265,7 +266,7 @@ def _save(run: Record, predictions: Mapping[str, Saved]) -> None:
             **{f"{i}/{x}": getattr(own, x) for x in _TARGET_ARRAYS if getattr(own, x) is not None},
         }
     path = run.workdir.path / FILE
-    with places.replacing(path) as temporary, temporary.open("wb") as file:
+    with places.replacing(path) as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
 
 

@@ -85,8 +85,8 @@ def write(path: Path, table: Sequence[JsonMapping]) -> None:
         import pyarrow as pa
         from pyarrow import parquet
 
-        with places.replacing(path) as temporary:
-            parquet.write_table(pa.Table.from_pylist(table), temporary)
+        with places.replacing(path) as file:
+            parquet.write_table(pa.Table.from_pylist(table), file)
     else:
         text = io.StringIO(newline="")
         if path.suffix == ".csv":

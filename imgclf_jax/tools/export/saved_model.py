@@ -6,12 +6,9 @@ this module makes the operation with the oldest version of StableHLO. The weight
 which holds at most 2 GB.
 """
 
-import contextlib
 import datetime
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +20,7 @@ from jax.extend import mlir
 from jax.extend.mlir import passmanager
 from jax.extend.mlir.dialects import stablehlo as dialect
 
+from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.tensorflow_import import tensorflow
 from imgclf_jax.core.text import escape_surrogates
@@ -64,7 +62,7 @@ def write(model: Trained, what: Outputs, folder: Path, today: datetime.date) -> 
     exported, weights = stablehlo.program_of_weights(model, what)
     described = stablehlo.metadata(model, what, exported, today)
     gives = described["gives"]
-    with _replacing(folder) as temporary:
+    with places.replacing_folder(folder) as temporary:
         try:
             module = _module(tf, exported, weights, model, gives)
             tf.saved_model.save(module, str(temporary), {"serving_default": module.call, "class_names": module.names})
@@ -79,7 +77,7 @@ def write(model: Trained, what: Outputs, folder: Path, today: datetime.date) -> 
             raise OSError(None, reason(e), str(folder)) from e
         extra = temporary / "assets.extra"
         extra.mkdir()
-        (extra / "metadata.json").write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
+        places.write_atomically(extra / "metadata.json", json.dumps(described, indent=2, ensure_ascii=False))
     return described, difference
 
 
@@ -128,19 +126,3 @@ def portable(exported: export.Exported) -> bytes:
         operation = re.search(r"operation '(\S+)'", str(e))
         raise UserError(f"export: TensorFlow reads StableHLO {oldest}, but the model's operation "
                         f"{operation[1] if operation else ''} is newer; export it as .stablehlo") from e  # fmt: skip
-
-
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A context that yields a temporary folder, and moves it to `folder` at the end, replacing an existing one."""
-    temporary, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("tmp", "old"))
-    try:
-        for left in (temporary, old):
-            shutil.rmtree(left, ignore_errors=True)
-        yield temporary
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-    finally:
-        for left in (temporary, old):
-            shutil.rmtree(left, ignore_errors=True)

@@ -42,5 +42,5 @@ def draw(path: Path, records: Sequence[JsonMapping], title: str) -> None:
         panel.set(title=name, xlabel="images per class", ylabel="accuracy")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8, loc="lower right")
-    with places.replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    with places.replacing(path) as file:
+        figure.savefig(file, format="png")

@@ -7,7 +7,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -33,23 +33,18 @@ def writing(path: Path, class_names: Sequence[str], with_targets: bool = False) 
     k] and `target_names` replace labels and classes, as columns `target[NAME]` in a .parquet; NaN is unknown.
 
     Memory grows only with names and labels. The header of an .npz has the number of rows, so its features are first
-    written to a temporary folder next to it, which needs the same space again. Raises UserError if nothing is added.
+    written to a temporary file next to it, which needs the same space again. Raises UserError if nothing is added.
     """
     writer = _npz if path.suffix == ".npz" else _parquet
-    with (
-        places.replacing(path) as final,
-        tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder,
-    ):
-        temporary = Path(folder) / path.name
-        with writer(temporary, class_names, with_targets) as add:
+    with places.replacing(path) as file:
+        with writer(file, path.parent, class_names, with_targets) as add:
             yield add
-        if not temporary.is_file():
+        if not file.tell():
             raise UserError(f"cannot write {path}: no image has features")
-        temporary.replace(final)
 
 
 @contextlib.contextmanager
-def _npz(path: Path, class_names: Sequence[str], with_targets: bool) -> Iterator[Add]:
+def _npz(out: BinaryIO, folder: Path, class_names: Sequence[str], with_targets: bool) -> Iterator[Add]:
     names: list[str] = []
     sets: list[str] = []
     labels: list[np.ndarray] = []
@@ -58,7 +53,7 @@ def _npz(path: Path, class_names: Sequence[str], with_targets: bool) -> Iterator
 
         def add(name: str, examples: Sequence[str], own: np.ndarray, features: np.ndarray) -> None:
             if not files:
-                files.extend(stack.enter_context((path.parent / f"seed{i}").open("xb")) for i in range(len(features)))
+                files.extend(stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in features)
             for file, rows in zip(files, features, strict=True):
                 file.write(np.ascontiguousarray(rows, "<f4").data)
             names.extend(map(escape_surrogates, examples))
@@ -69,13 +64,12 @@ def _npz(path: Path, class_names: Sequence[str], with_targets: bool) -> Iterator
         if not files:
             return
         n, own = len(names), np.concatenate(labels)
-        with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
+        with zipfile.ZipFile(out, "w", allowZip64=True) as archive:
             rows = n, files[0].tell() // 4 // n
             with _member(archive, "features", "<f4", rows if len(files) == 1 else (len(files), *rows)) as member:
                 for file in files:
-                    file.close()
-                    with Path(file.name).open("rb") as written:
-                        shutil.copyfileobj(written, member, _CHUNK)
+                    file.seek(0)
+                    shutil.copyfileobj(file, member, _CHUNK)
             with _member(archive, "targets" if with_targets else "labels", own.dtype.str, own.shape) as member:
                 member.write(own.data)
             _write_text(archive, "names", names)
@@ -104,7 +98,7 @@ def _write_text(archive: zipfile.ZipFile, name: str, texts: Sequence[str]) -> No
 
 
 @contextlib.contextmanager
-def _parquet(path: Path, class_names: Sequence[str], with_targets: bool) -> Iterator[Add]:
+def _parquet(out: BinaryIO, folder: Path, class_names: Sequence[str], with_targets: bool) -> Iterator[Add]:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -142,7 +136,7 @@ def _parquet(path: Path, class_names: Sequence[str], with_targets: bool) -> Iter
                 }
             )
             if not writer:
-                writer.append(stack.enter_context(parquet.ParquetWriter(path, table.schema)))
+                writer.append(stack.enter_context(parquet.ParquetWriter(out, table.schema)))
             writer[0].write_table(table)
             waiting.clear()
 

@@ -216,7 +216,8 @@ class _Sweep:
 
     def _start(self, run: Run) -> _Job:
         command = _command(self._called, self._folder, run)
-        with self._log(run).open("a", encoding="utf-8") as file:
+        places.refuse_link(self._workdir(run).path)
+        with places.open_regular(self._log(run), "a", "utf-8") as file:
             file.write(f"$ {shlex.join(command)}\n")
             file.flush()
             process = subprocess.Popen(
@@ -293,7 +294,7 @@ def _find_error(status: int, file: Path) -> str:
     if status < 0:
         return f"killed by {signal.Signals(-status).name}; see {file.name}"
     with contextlib.suppress(OSError):
-        lines = file.read_bytes().decode(errors="replace").splitlines()
+        lines = places.read(file).decode(errors="replace").splitlines()
         begun = max((i for i, line in enumerate(lines) if line.startswith("$ ")), default=0)
         if errors := [line for line in lines[begun:] if line.startswith("error: ")]:
             return errors[-1]

@@ -1,0 +1,199 @@
+"""A stranger's run, bundle or folder: no command writes, moves, removes or waits for anything outside of it."""
+
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import thorough
+from PIL import Image
+from test_mistakes import FAKE, _log_as_it_was, has, mistake, snapshot  # noqa: F401  fixtures
+from test_trust import trained  # noqa: F401  a fixture
+
+import launch
+from imgclf_jax.cli import inputs
+from imgclf_jax.core import places
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import image_files
+from imgclf_jax.run.checkpoint import Checkpoints
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+FLAGS = FAKE  # of the run, which go on with it
+LOG = r"^\d\d:\d\d:\d\d"
+
+
+@pytest.fixture
+def home(tmp_path) -> Path:
+    """What belongs to the person."""
+    home = tmp_path / "home"
+    (home / "8").mkdir(parents=True)
+    (home / "notes.txt").write_text("mine\n")
+    (home / "8" / "photo.png").write_bytes(b"mine")
+    return home
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def link_to_a_file(path: Path, home: Path) -> None:
+    path.symlink_to(home / "notes.txt")
+
+
+def link_to_a_folder(path: Path, home: Path) -> None:
+    path.symlink_to(home)
+
+
+def link_to_nothing(path: Path, home: Path) -> None:
+    path.symlink_to(home / "made.txt")
+
+
+def hard_link(path: Path, home: Path) -> None:
+    os.link(home / "notes.txt", path)
+
+
+def pipe(path: Path, home: Path) -> None:
+    os.mkfifo(path)
+
+
+OBSTACLES = (link_to_a_file, link_to_a_folder, link_to_nothing, hard_link, pipe)
+
+
+def put(obstacle, path: Path, home: Path) -> None:
+    """In place of what has the name."""
+    places.remove(path)
+    path.parent.mkdir(exist_ok=True)
+    obstacle(path, home)
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_a_file_is_replaced_and_nothing_is_written_through_it(tmp_path, home, obstacle):
+    before, path = snapshot(home), tmp_path / "report.html"
+    for name in ("report.html", ".report.html.tmp"):
+        put(obstacle, tmp_path / name, home)
+    places.write_atomically(path, "new")
+    assert path.read_text() == "new"
+    assert not path.is_symlink()
+    assert snapshot(home) == before
+    put(obstacle, path, home)
+    for mode in ("a", "w"):
+        with pytest.raises(OSError, match=r"report.html' is a link, folder, pipe or device|exists"):
+            places.open_regular(path, mode, "utf-8")
+    assert snapshot(home) == before
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path):
+    pipe(tmp_path / "pipe", tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        for name in ("pipe", "link", "socket", ".", "/dev/zero"):
+            with pytest.raises(OSError, match="is a folder, pipe or device"):
+                places.read(tmp_path / name)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link to a file").symlink_to("file")
+    assert places.read(tmp_path / "link to a file") == b"x"
+
+
+COMMANDS = {
+    ".report.html.tmp": ("report",), "report.html": ("report",),
+    ".predictions.npz.tmp": ("compare", "--test"), "predictions.npz": ("compare", "--test"),
+    ".batch-0.png.tmp": ("show-batch",), "batch-0.png": ("show-batch",),
+    "lock": ("status",), "provenance.json": ("status",), "result.json": ("status",), "metrics.jsonl": ("status",),
+    "checkpoints/12/metrics/metrics": ("evaluate",), "checkpoints/12/manifest.json": ("evaluate",),
+    "checkpoints/12/_CHECKPOINT_METADATA": ("evaluate",), "checkpoints/12/default/manifest.ocdbt": ("evaluate",),
+    "checkpoints/12": ("evaluate",), "checkpoints": ("evaluate",), "config.json": ("evaluate",),
+    "digests.jsonl": ("reproduce",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("obstacle", [link_to_a_file, pipe, *thorough(link_to_a_folder, link_to_nothing, hard_link)])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_on_a_strangers_run(run, home, tmp_path, name, obstacle):
+    before = snapshot(home)
+    put(obstacle, run / name, home)
+    command, *flags = COMMANDS[name]
+    output = ["--output", str(tmp_path / "again")] if command == "reproduce" else []
+    files = [run] if command in ("compare", "status", "reproduce") else [f"--workdir={run}"]
+    launch.main([command, *flags, *map(str, files), *output])
+    assert snapshot(home) == before
+
+
+WRITTEN = ("config.json", "provenance.json", "metrics.jsonl", "digests.jsonl", "result.json", "parameters.txt",
+           "time.jsonl", "skipped.jsonl", "corruption.jsonl")  # fmt: skip
+FOLDERS = ("tb", "checkpoints", "damaged", "checkpoints/8", "checkpoints/removed-8", "checkpoints/replaced-8",
+           "checkpoints/16.orbax-checkpoint-tmp-0")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, *FOLDERS, "lock"])
+@pytest.mark.parametrize("obstacle", [link_to_a_folder, *thorough(link_to_a_file, link_to_nothing, hard_link, pipe)])
+def test_training_goes_on_in_a_strangers_run(run, home, name, obstacle):
+    """A flipped bit in the last checkpoint moves it to `damaged/`, and whatever lies there by its step is removed."""
+    before = snapshot(home)
+    shutil.copytree(run / "checkpoints" / "12", run / "checkpoints" / "8", dirs_exist_ok=True)
+    data = max((run / "checkpoints" / "12").rglob("d/*"), key=lambda file: file.stat().st_size)
+    data.write_bytes(bytes(100) + data.read_bytes()[100:])
+    put(obstacle, run / name, home)
+    config = [f"--config.{key}={value}" for key, value in (("total", "16 steps"),)]
+    launch.main([f"--workdir={run}", "--extend", *config, *FLAGS])
+    assert snapshot(home) == before
+
+
+def test_the_lock_is_no_link(mistake, run, home):
+    for obstacle in OBSTACLES:
+        put(obstacle, run / "lock", home)
+        sentence = mistake(f"--workdir={run}", *FLAGS, log=LOG)
+        assert has(sentence, f"work directory {run} cannot be written: 'lock' is a link, folder, pipe or device")
+
+
+def test_a_damaged_checkpoint_is_not_moved_through_a_link(tmp_path, home):
+    before = snapshot(home)
+    state = {"step": np.int32(8), "params": {"w": np.zeros(64, np.float32)}}
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    for step in (4, 8):
+        checkpoints.save(step, {"state": {**state, "step": np.int32(step)}})
+    checkpoints.close()
+    (tmp_path / "run" / "checkpoints" / "8" / "manifest.json").write_text("{}")
+    (tmp_path / "run" / "damaged").symlink_to(home)
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    like = {"state": {"step": np.int32(0), "params": {"w": np.zeros(64, np.float32)}}}
+    with pytest.raises(UserError, match=r"damaged is a link, pipe or device, and a run holds only regular files"):
+        checkpoints.restore_latest(_shapes(like))
+    assert snapshot(home) == before
+    assert (tmp_path / "run" / "checkpoints" / "8").is_dir()
+
+
+def _shapes(tree):
+    import jax
+
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def test_runs_behind_links_are_named_themselves(run, tmp_path, capsys):
+    """What `compare --test` writes would land in another folder than the one that the person names."""
+    (tmp_path / "theirs").mkdir()
+    shutil.copytree(run, tmp_path / "theirs" / "a")
+    (tmp_path / "theirs" / "b").symlink_to(run)
+    before = snapshot(run)
+    assert launch.main(["compare", "--test", str(tmp_path / "theirs")]) == 0
+    assert f"{tmp_path}/theirs/b is a link; name it itself" in capsys.readouterr().err
+    assert snapshot(run) == before
+
+
+def test_a_directory_is_entered_once(tmp_path):
+    """Eleven folders with links to each other, and to the root: 11! paths."""
+    for i in range(11):
+        (tmp_path / f"d{i}").mkdir()
+        Image.new("L", (2, 2)).save(tmp_path / f"d{i}" / "a.png")
+        for j in range(11):
+            (tmp_path / f"d{i}" / f"to{j}").symlink_to(tmp_path / f"d{j}")
+        (tmp_path / f"d{i}" / "root").symlink_to("/")
+    listing = image_files.find(tmp_path)
+    assert sorted(name.count("/") for name in listing.images) == list(range(1, 12))
+    assert listing.strays == {"link to a listed folder": 11 * 11 - 10 + 10 + 11}
+    assert len(inputs._match(f"{tmp_path}/**/*.png")) == 11
+    assert len(list(inputs.find("predict", [str(tmp_path)]))) == 11
