@@ -167,6 +167,15 @@ def test_a_damaged_checkpoint_is_not_moved_through_a_link(tmp_path, home):
     assert (tmp_path / "run" / "checkpoints" / "8").is_dir()
 
 
+def test_a_name_like_that_of_a_checkpoint_removes_no_other_folder(run):
+    """`replaced-..` was put back in place of the work directory."""
+    for name in ("replaced-..", "replaced-"):
+        (run / "checkpoints" / name).mkdir()
+    before = snapshot(run)
+    Checkpoints(run / "checkpoints").close()
+    assert snapshot(run) == before
+
+
 def _shapes(tree):
     import jax
 

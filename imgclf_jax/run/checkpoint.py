@@ -249,7 +249,9 @@ class Checkpoints:
     def _put_back(self) -> None:
         """Restores the first checkpoint of a step if a process was killed while saving the step again."""
         for old in self.directory.glob(f"{_REPLACED}*"):
-            new = self.directory / old.name.removeprefix(_REPLACED)
+            if not (step := old.name.removeprefix(_REPLACED)).isdecimal():  # not ours, such as "replaced-.."
+                continue
+            new = self.directory / step
             if manifest.find_fault(new):
                 places.remove(new)
                 places.move(old, new)
