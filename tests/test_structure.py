@@ -46,6 +46,7 @@ INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "tensorboar
 LIGHT = {
     "launch",
     "__main__",
+    "cli.early",
     "cli.flags",
     "cli.main",
     "cli.table",
@@ -56,12 +57,15 @@ LIGHT = {
     "config",
     "core.cpuinfo",
     "core.errors",
+    "core.extras",
     "core.places",
     "core.signals",
     "core.spec",
     "core.split_folders",
     "core.text",
     "core.typing",
+    "data.image_files",
+    "tools.export.formats",
 }
 
 
