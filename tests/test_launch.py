@@ -88,9 +88,12 @@ def test_the_compilation_cache_is_on_before_any_command_imports_jax(tmp_path):
     (tmp_path / "run" / "config.json").write_text("{}")
     (tmp_path / "config.py").write_text("import jax\n")
     commands = [name for name in table.COMMANDS if name not in ("config", "sweep")]
-    files = {"compare": ["a"], "status": ["a"], "find-lr": [], "reproduce": [str(tmp_path / "run")]}
-    chips = {"dryrun": ["--chips=cpu:1"]}
-    calls = [[name, *files.get(name, []), *chips.get(name, []), *([] if name in files else
+    run, image = str(tmp_path / "run"), str(tmp_path / "a.png")
+    Path(image).touch()
+    files = {"compare": [run], "status": [run], "find-lr": [], "reproduce": [run]}
+    more = {"dryrun": ["--chips=cpu:1"], "predict": [image], "explain": [image], "export": [f"{run}.stablehlo"],
+            "features": [f"--output={run}.npz"]}  # fmt: skip
+    calls = [[name, *files.get(name, []), *more.get(name, []), *([] if name in files else
               [f"--workdir={tmp_path / 'run'}"])] for name in commands]  # fmt: skip
     calls.append(["config", f"--config={tmp_path / 'config.py'}"])
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}

@@ -173,7 +173,7 @@ def test_a_config_file_that_raises(mistake, tmp_path):
     ("data.source=folder('~no-such-user/x')", ["'~no-such-user/x'", "no home directory '~no-such-user'"]),
     ("init_from=~no-such-user/run", ["'~no-such-user/run'", "no home directory '~no-such-user'"]),
     ("data.sampling=weighted(3)", ["data.sampling='weighted(3)': by=3 must be text"]),
-    ("data.source=arrays('nowhere.npz')", ["cannot read 'nowhere.npz'"]),
+    ("data.source=arrays('nowhere.npz')", ["arrays: there is no file 'nowhere.npz'"]),
     ("data.train=trian", ["unknown split 'trian'", "did you mean 'train'?", "allowed: test, train"]),
     ("data.train=train[5:5]", ["split 'train[5:5]' has no examples", "64"]),
     ("data.train=train[:99]", ["split 'train[:99]' reaches beyond the 64 examples"]),

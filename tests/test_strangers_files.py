@@ -204,5 +204,5 @@ def test_a_directory_is_entered_once(tmp_path):
     listing = image_files.find(tmp_path)
     assert sorted(name.count("/") for name in listing.images) == list(range(1, 12))
     assert listing.strays == {"link to a listed folder": 11 * 11 - 10 + 10 + 11}
-    assert len(inputs._match(f"{tmp_path}/**/*.png")) == 11
+    assert len(image_files.match(f"{tmp_path}/**/*.png")) == 11
     assert len(list(inputs.find("predict", [str(tmp_path)]))) == 11

@@ -94,7 +94,7 @@ FLAGS: Mapping[str, Flag] = {
     "window": Flag("the side of the occluding square, in pixels (default: a seventh of the image)", "N", 0, least=0),
     "k": Flag("how many neighbors, one number or several (default: 1,5,20,100)", "K,...", "1,5,20,100"),
     "draws": Flag("how many few-shot subsets to draw (default: 5)", "N", 5, least=2),
-    "plot": Flag("plot the accuracies to a .png file; needs matplotlib: uv run --extra plot", "FILE"),
+    "plot": Flag("plot the accuracies to a .png file; needs matplotlib", "FILE"),
     "steps": Flag("how many steps to train (default: all recorded steps; find-lr: 200)", "N", None, least=1),
     "low": Flag("the first learning rate (default: 1e-7)", "X", 1e-7),
     "high": Flag("the last learning rate (default: 10)", "X", 10.0),

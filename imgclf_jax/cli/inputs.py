@@ -1,6 +1,5 @@
 """Images named on the command line: files, directories, glob patterns, or names on standard input."""
 
-import glob
 import io
 import logging
 import os
@@ -8,7 +7,6 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -42,14 +40,9 @@ def find(command: str, words: list[str], skip: Callable[[str], bool] = lambda pa
     - a pattern of Python's `pathlib`, with `**` for folders of any depth;
     - `-` for standard input, where each line names a file.
 
-    Files of directories and patterns are left out if `skip(path)` is true. Raises UserError at once if a word names
-    nothing or no regular file, or if a directory has no images; and during iteration, if standard input is not text.
+    Files of directories and patterns are left out if `skip(path)` is true. Raises UserError during iteration if
+    standard input is not text; `early.check` has found the files of all words.
     """
-    if not words:
-        raise UserError(f"{command}: name at least one image: {command} FILE|DIR|GLOB|- … --workdir DIR")
-    for word in words:
-        if word != "-":
-            _check(command, word)
     images = (image for word in words for image in (_read_stdin(command) if word == "-" else _expand(word)))
     return (image for image in images if not (image.found and skip(image.path)))
 
@@ -118,37 +111,12 @@ class Results:
         return 1 if self._failed else 0
 
 
-def _check(command: str, word: str) -> None:
-    if os.path.isdir(word):
-        if next(image_files.walk(word, Counter()), None) is None:
-            raise UserError(f"{command}: the directory {word!r} has no images")
-    elif not os.path.exists(word):
-        if not glob.has_magic(word):
-            raise UserError(f"{command}: no file or directory {word!r} (working directory: {Path.cwd()})")
-        if not _match(word):
-            raise UserError(f"{command}: the pattern {word!r} matches no file (working directory: {Path.cwd()})")
-    elif not os.path.isfile(word):
-        raise UserError(f"{command}: {word!r} is a pipe, socket or device; name image files or directories")
-
-
 def _expand(word: str, log_strays: bool = True) -> Iterable[Input]:
     if os.path.isdir(word):
         return _list_folder(word, log_strays)
     if os.path.exists(word):
         return [Input(word)]
-    return (Input(name, found=True) for name in _match(word))
-
-
-def _match(pattern: str) -> list[str]:
-    """The regular files that match a pattern, sorted by folder. `**` enters no link, and wildcards match no dotfile."""
-    if pattern.endswith(os.sep):  # which matches only folders
-        return []
-    root = Path(Path(pattern).anchor)
-    parts = Path(pattern).relative_to(root).parts
-    parts += ("*",) * (parts[-1] == "**")  # which matches only folders in Python 3.12
-    found = (path for path in root.glob("/".join(parts)) if path.is_file())
-    names = (str(path) for path in found if not any(part[0] == "." for part in set(path.parts) - set(parts)))
-    return sorted(names, key=lambda name: name.split(os.sep))
+    return (Input(name, found=True) for name in image_files.match(word))
 
 
 def _list_folder(folder: str, log_strays: bool) -> Iterator[Input]:

@@ -7,7 +7,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -16,10 +16,10 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import __version__
 from imgclf_jax import config as configs
-from imgclf_jax.cli import table, words
+from imgclf_jax.cli import early, table, words
 from imgclf_jax.cli.table import COMMANDS
 from imgclf_jax.cli.words import CommandLine, UsageError
-from imgclf_jax.core import memory, signals
+from imgclf_jax.core import memory, places, signals
 from imgclf_jax.core.errors import UserError, reason, unknown
 from imgclf_jax.core.text import prepare_streams, printable
 from imgclf_jax.core.typing import JsonObject, Value
@@ -110,6 +110,17 @@ def _run(argv: list[str], program: str, program_command: list[str]) -> int:
     environment.prepare()  # reading a config or work directory below may import JAX
     if not command.files:
         words.check_no_files(name, rest)
+    workdir: Any = options.pop("workdir", "") or str(Path("runs", Path(config_path.partition(":")[0]).stem))
+    without_run = (command.config_from in ("file", "record", "none")
+                   or (command.config_from == "run or file" and not values.workdir)
+                   or (command.config_from == "run or weights"
+                       and any(re.match(r"--?config\.init_from(=|$)", word) for word in rest)))  # fmt: skip
+    if not without_run:
+        early.check_run(name, workdir, "train first, or pass the run's --workdir" if values.workdir else "")
+        if not values.workdir and not options.get("process_id"):
+            print(f"{time.strftime('%H:%M:%S')} without --workdir: using the run in {printable(workdir)}",
+                  file=sys.stderr)  # fmt: skip
+    early.check(name, words.find_files(rest), options)
     if command.config_from == "none":
         files = words.only_files(name, rest)
         if not command.distributed:
@@ -119,24 +130,17 @@ def _run(argv: list[str], program: str, program_command: list[str]) -> int:
         with _join(agreed, *process_flags):
             status: int = _module(name).main(files, **options)
         return status
-    workdir: Any = options.pop("workdir", "") or str(Path("runs", Path(config_path.partition(":")[0]).stem))
     config = of_file = configs.load_file(config_path)
-    without_run = command.config_from == "run or file" and not values.workdir
     if command.config_from == "record":
         workdir, config = words.take_record(name, rest)
-    elif command.config_from != "file" and not without_run:
+    elif not without_run:
         from imgclf_jax.run.workdir import Workdir
 
-        without_run = command.config_from == "run or weights" and any(
-            re.match(r"--?config\.init_from(=|$)", word) for word in rest
-        )
-        if not without_run and not values.workdir:
-            _tell_default(name, workdir, options)
-        if not without_run:
-            config = Workdir.from_text(workdir).load_config()  # a trained model keeps the config it was trained with
-        elif options["checkpoint"] or (values.workdir and Workdir.from_text(workdir).config.is_file()):
-            flag = "checkpoint" if options["checkpoint"] else "workdir"
-            raise UsageError(f"{name} loads a run (--{flag}) or weights (--config.init_from), not both; drop either")
+        config = Workdir.from_text(workdir).load_config()  # a trained model keeps the config it was trained with
+    elif command.config_from == "run or weights" and (options["checkpoint"] or (
+            values.workdir and (places.as_path(workdir) / "config.json").is_file())):  # fmt: skip
+        flag = "checkpoint" if options["checkpoint"] else "workdir"
+        raise UsageError(f"{name} loads a run (--{flag}) or weights (--config.init_from), not both; drop either")
     named = any(re.match(r"--?config(=|$)", word) for word in command_line)
     if config is not of_file and named and not options.get("process_id"):
         run = workdir if isinstance(workdir, str) else str(workdir.path)
@@ -145,18 +149,12 @@ def _run(argv: list[str], program: str, program_command: list[str]) -> int:
     if files and command.config_from == "record":
         raise UsageError(f"{name} takes one {command.files}, but got {files[0]!r} too")
     configs.validate(config)
+    if config is of_file and name not in ("config", "dryrun", "sweep"):
+        resumes = name == "train" and ("://" in workdir or Path(workdir, "checkpoints").is_dir())
+        early.check_config(config_path, config, starts=not resumes)
     called = CommandLine(program_command, config_path, command_line, [w for w in rest if w != "--"], environment_before)
-    return _dispatch(name, config, None if without_run else workdir, options, files, called)
-
-
-def _tell_default(name: str, workdir: str, options: Mapping[str, Value]) -> None:
-    """Says which run a command uses that was given none. Raises UserError if there is no such run."""
-    here = Path(workdir)
-    if not (here / "config.json").is_file():
-        raise UserError(f"{name} needs a run: pass --workdir=DIR; the default, "
-                        f"{here.absolute()}, holds no run")  # fmt: skip
-    if not options.get("process_id"):
-        print(f"{time.strftime('%H:%M:%S')} without --workdir: using the run in {printable(workdir)}", file=sys.stderr)
+    source = None if without_run and command.config_from.startswith("run") else workdir
+    return _dispatch(name, config, source, options, files, called)
 
 
 def _tell_unused(name: str, path: str, run: str, of_file: ConfigDict, config: ConfigDict, words: Sequence[str]) -> None:
@@ -191,9 +189,6 @@ def _dispatch(
     if name == "train" and "jax" not in sys.modules and not options["process_id"]:  # which takes seconds to import
         told = f"{time.strftime('%H:%M:%S')} training {Path(called.config_file).name} in {printable(workdir)}"
         print(told, file=sys.stderr, flush=True)
-    if command.before_jax:
-        module, _, function = command.before_jax.partition(":")
-        getattr(importlib.import_module(f"imgclf_jax.{module}"), function)(**options)
     from imgclf_jax.cli import together
     from imgclf_jax.run.workdir import Workdir
 

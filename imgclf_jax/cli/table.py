@@ -3,7 +3,7 @@
 import shutil
 import textwrap
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from imgclf_jax.cli.flags import FLAGS, PROCESSES, Flag
@@ -32,7 +32,9 @@ class Command:
     more: str = ""  # a paragraph for its help
     examples: tuple[str, ...] = ()  # each without "launch.py NAME"
     formats: tuple[str, ...] = ("table", "json")  # the values of --format, if it takes that; the first is the default
-    before_jax: str = ""  # "module:function", called with the flags before JAX is imported
+    extra: str = ""  # the extra that it needs
+    writes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # flags of output files → suffixes, () for any
+    before_jax: str = ""  # "module:function", called with files and flags before JAX is imported
     needs_command_line: bool = False  # `main` gets the CommandLine too
 
     def flag(self, name: str) -> Flag:
@@ -69,6 +71,7 @@ COMMANDS: Mapping[str, Command] = {
         examples=("--workdir runs/a", "--workdir runs/a --predictions all.csv", "--workdir runs/a --checkpoints=all",
                   "--workdir runs/a --corruptions=all", "--workdir runs/a --attack \"pgd(eps='8/255', steps=20)\"",
                   "--workdir runs/a --config.data.eval.new=\"folder('new')/train\""),
+        writes={"predictions": (".csv", ".jsonl", ".parquet")},
     ),
     "predict": Command(
         "classify new images with a trained run, or predict their regression targets", "run or weights",
@@ -85,6 +88,7 @@ COMMANDS: Mapping[str, Command] = {
         more="The page goes to WORKDIR/report.html, or to --html. --config.data.eval.NAME=SPLIT adds an evaluation "
              "set. If the data are gone, the page omits the sections that need them.",
         examples=("--workdir runs/a", "--workdir runs/a --checkpoint=best --html a.html"),
+        writes={"html": ()},
     ),
     "export": Command(
         "export a trained model for JAX, TensorFlow, ONNX or PyTorch", "run or weights",
@@ -94,6 +98,7 @@ COMMANDS: Mapping[str, Command] = {
              "the weights, under the parameter names of a PyTorch model.",
         examples=("digits.stablehlo --workdir runs/digits", "digits.savedmodel --workdir runs/digits",
                   "resnet.safetensors --workdir runs/a --names=torchvision"),
+        before_jax="tools.export.formats:check",
     ),
     "serve": Command(
         "serve a trained run as a web page and an HTTP API", "run or weights",
@@ -101,6 +106,7 @@ COMMANDS: Mapping[str, Command] = {
         more="Drop, paste, draw or photograph images on the page. Programs send images to POST /predict; "
              "/openapi.json describes the API.",
         examples=("--workdir runs/a", "--workdir runs/a --host 0.0.0.0 --port 80"),
+        extra="serve",
     ),
     "sweep": Command(
         "train a run for each combination of the values of several keys", "file",
@@ -120,7 +126,7 @@ COMMANDS: Mapping[str, Command] = {
              "need predictions: add --test, or have `evaluate --predictions` write predictions.csv into a run's "
              "directory.",
         examples=("runs/rates", "runs/rates --test --html rates.html", "runs/a runs/b --format csv > both.csv"),
-        formats=("table", "csv", "json"),
+        formats=("table", "csv", "json"), writes={"html": ()},
     ),
     "status": Command(
         "show how far runs are, what went wrong, and where their time went", "none", ("format",), "DIR",
@@ -135,6 +141,7 @@ COMMANDS: Mapping[str, Command] = {
              "or .parquet.",
         examples=("--workdir runs/a --output test.npz", "--workdir runs/a --split train --output train.parquet",
                   "photos --workdir runs/a --output photos.npz"),
+        writes={"output": (".npz", ".parquet")},
     ),
     "probe": Command(
         "measure the features: nearest neighbors, a linear probe, few-shot classification", "run or weights",
@@ -142,6 +149,7 @@ COMMANDS: Mapping[str, Command] = {
         more="Each probe is fitted to the features of the training set and scored on each evaluation set.",
         examples=("--workdir runs/a", "--workdir runs/a --plot curve.png",
                   "--config my_config.py --config.init_from=weights.safetensors"),
+        writes={"plot": (".png",)},
     ),
     "explain": Command(
         "draw heatmaps of the image regions that a trained run's predictions depend on", "run or weights",
@@ -185,7 +193,10 @@ COMMANDS: Mapping[str, Command] = {
 }  # fmt: skip
 
 _CONFIG = {
-    "--config=FILE.py[:ARG]": "a config file, or the name of one that ships (default: digits); its get_config gets ARG",
+    "--config=FILE.py[:ARG]": (
+        "a config file, or the name of one that ships (default: digits); its get_config gets ARG. mnist, fashion_mnist "
+        "and others whose data come from TFDS need the extra tfds and, the first time, a network"
+    ),
     "--config.KEY=VALUE": "override a key; `launch.py config` lists them all",
 }
 _WEIGHTS = {"--config.init_from=PATH": "use these weights and --config instead of a run"}

@@ -8,6 +8,7 @@ import jax
 
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.core.extras import how_to_install
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import provenance, terminal
 
@@ -48,5 +49,5 @@ def check_platforms() -> None:
             why = f" ({reason(e)})" if str(e) else ""
             raise UserError(
                 f"JAX_PLATFORMS={named!r}: JAX finds no such device here{why}; unset it to use the available devices, "
-                "or install JAX for yours: uv run --extra cuda13, or imgclf_jax[cuda13]"
+                f"or install JAX for a GPU: {how_to_install('cuda13')}"
             ) from e

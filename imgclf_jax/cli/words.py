@@ -4,6 +4,7 @@ import itertools
 import keyword
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,17 @@ def _is_boolean(word: str) -> bool:
     return key != word and isinstance(configs.KEYS.get(key, ("", ""))[0], bool)
 
 
-def _values(words: list[str]) -> set[int]:
+def _values(words: Sequence[str]) -> set[int]:
     """The indices of words that are the values of the keys before them, as in `--config.seed 3`."""
     return {i + 1 for i, word in enumerate(words)
             if re.fullmatch(r"--?config\.[^=]+", word) and not _is_boolean(word)}  # fmt: skip
+
+
+def find_files(words: Sequence[str]) -> list[str]:
+    """The files among `words`: what is no flag or key, no value of a key, and all after `--`."""
+    values, end = _values(words), words.index("--") if "--" in words else len(words)
+    return [word for i, word in enumerate(words) if word != "--" and (
+        i > end or (i not in values and (word == "-" or not word.startswith("-"))))]  # fmt: skip
 
 
 def only_files(command: str, words: list[str]) -> list[str]:

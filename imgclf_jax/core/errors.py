@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -13,6 +14,11 @@ class UserError(ValueError):
 
 class Untrusted(UserError):
     """A work directory names code, which runs only with --trust."""
+
+
+def no_such(what: str, kind: str, path: object) -> UserError:
+    """The error for `what` names a `kind`, such as "file", that does not exist."""
+    return UserError(f"{what}: there is no {kind} {str(path)!r} (working directory: {Path.cwd()})")
 
 
 _MAX_SHOWN = 200  # characters

@@ -282,5 +282,8 @@ def declared(function: Function, name: str, default: Any) -> Any:
 
 
 def takes(function: Function, first: str) -> bool:
-    """Whether the first parameter of a function has this name."""
-    return next(iter(inspect.signature(function).parameters), None) == first
+    """Whether the first parameter of a function has this name; False if Python does not know its parameters."""
+    try:
+        return next(iter(inspect.signature(function).parameters), None) == first
+    except ValueError:  # of builtins, and in Python 3.12.1 of type aliases such as `Callable[[int], int]`
+        return False

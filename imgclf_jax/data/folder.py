@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from imgclf_jax.core import places
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError, no_such, unknown
 from imgclf_jax.core.split_folders import class_folders, split_folders
 from imgclf_jax.core.text import utf8
 from imgclf_jax.data import image_check, image_files
@@ -48,7 +48,7 @@ def folder(
         raise UserError(f"folder: {path!r} is in a bucket, where many small files are slow to read; mount it as a "
                         "folder (gcsfuse, mountpoint-s3), or use arrays(…) or a TFDS data set there")  # fmt: skip
     if not root.is_dir():
-        raise UserError(f"folder: there is no directory {str(root)!r} (working directory: {Path.cwd()})")
+        raise no_such("folder", "directory", root)
     if (absolute := root.resolve()) == absolute.parent:
         raise UserError(f"folder: {path!r} is the root of a file system, and listing it would read every file name on "
                         "the disk; name the folder that holds the class folders")  # fmt: skip

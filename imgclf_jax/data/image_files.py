@@ -90,6 +90,18 @@ def walk(folder: Path | str, strays: Counter[str], recursive: bool = True) -> It
             yield prefix + entry.name, stamp
 
 
+def match(pattern: str) -> list[str]:
+    """The regular files that match a pattern, sorted by folder. `**` enters no link, and wildcards match no dotfile."""
+    if pattern.endswith(os.sep):  # which matches only folders
+        return []
+    root = Path(Path(pattern).anchor)
+    parts = Path(pattern).relative_to(root).parts
+    parts += ("*",) * (parts[-1] == "**")  # which matches only folders in Python 3.12
+    found = (path for path in root.glob("/".join(parts)) if path.is_file())
+    names = (str(path) for path in found if not any(part[0] == "." for part in set(path.parts) - set(parts)))
+    return sorted(names, key=lambda name: name.split(os.sep))
+
+
 def _identity(directory: Path | str) -> tuple[int, int]:
     stat = os.stat(directory)
     return stat.st_dev, stat.st_ino

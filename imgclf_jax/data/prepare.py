@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from imgclf_jax.core import json_files, places, spec, tensorflow_import
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core import extras, json_files, places, spec, tensorflow_import
+from imgclf_jax.core.errors import UserError, no_such, unknown
 from imgclf_jax.core.typing import Examples
 from imgclf_jax.run import cache
 
@@ -100,11 +100,8 @@ def _sources(facts: Mapping[str, Any], open: Callable[[], Mapping[str, DataSourc
 
 def _version(name: str) -> str:
     """The version of TFDS. Raises UserError if TFDS is not installed."""
-    try:
-        return importlib.metadata.version("tensorflow-datasets")
-    except importlib.metadata.PackageNotFoundError as e:
-        raise UserError(f"data.source=\"tfds({name!r})\" needs TensorFlow Datasets, which is not installed; run "
-                        "`uv sync` or `pip install 'imgclf_jax[tfds]'`, on Python before 3.14") from e  # fmt: skip
+    extras.require("tfds", f'data.source="tfds({name!r})"')
+    return importlib.metadata.version("tensorflow-datasets")
 
 
 def _digest(directory: Path) -> str:
@@ -182,7 +179,7 @@ def _builder(name: str, data_dir: str) -> Builder:
 def _check_files(builder: Builder, manual_dir: str) -> None:
     """Raises UserError if files are missing and there is no network, for which TFDS would retry for minutes."""
     if manual_dir and not Path(manual_dir).is_dir():
-        raise UserError(f"data.manual_dir: there is no directory {manual_dir!r} (working directory: {Path.cwd()})")
+        raise no_such("data.manual_dir", "directory", manual_dir)
     # {address: name in manual_dir}; empty for a data set whose files TFDS has not recorded
     files = {url: info.filename or url.rpartition("/")[2] for url, info in (builder.url_infos or {}).items()}
     missing = [url for url, name in files.items() if not (manual_dir and Path(manual_dir, name).exists())]

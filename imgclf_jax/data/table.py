@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from imgclf_jax.core import memory, places
-from imgclf_jax.core.errors import UserError, reason, unknown
+from imgclf_jax.core import extras, memory, places
+from imgclf_jax.core.errors import UserError, no_such, reason, unknown
 from imgclf_jax.core.split_folders import split_order
 from imgclf_jax.core.typing import Value
 from imgclf_jax.data import image_check
@@ -99,10 +99,10 @@ def table(
         raise UserError(f"table: {path!r} or its root is in a bucket, where many small files are slow to read; mount "
                         "it as a folder (gcsfuse, mountpoint-s3), or use a TFDS data set there")  # fmt: skip
     if not file_path.is_file():
-        raise UserError(f"table: there is no file {str(file_path)!r} (working directory: {Path.cwd()})")
+        raise no_such("table", "file", file_path)
     base = base if root else file_path.parent
     if not base.is_dir():
-        raise UserError(f"table: root={root!r} is not a directory (working directory: {Path.cwd()})")
+        raise no_such("table: root", "directory", root)
     if label and targets:
         raise UserError("table: label and targets are both set; set one of them")
     content = _read(file_path)
@@ -285,12 +285,10 @@ def _read_csv(path: Path, delimiter: str) -> _Table:
 
 
 def _read_parquet(path: Path) -> _Table:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as e:
-        raise UserError(f"table: {path} needs pyarrow, which is not installed; run `uv sync --extra parquet`, or save "
-                        "the table as .csv") from e  # fmt: skip
+    extras.require("parquet", f"table: {path}")
+    import pyarrow
+    from pyarrow import parquet
+
     try:
         with places.open_regular(path) as file, parquet.ParquetFile(file) as content:
             groups = range(content.metadata.num_row_groups)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from imgclf_jax import metrics
 from imgclf_jax.config import KEYS, selecting_metrics
-from imgclf_jax.core import cpuinfo, processes
+from imgclf_jax.core import cpuinfo, extras, processes
 from imgclf_jax.core.text import decimals, printable
 from imgclf_jax.data import extra, sampling, sources, stream
 from imgclf_jax.models import summary
@@ -238,6 +238,7 @@ def next_commands(workdir: str, predicts: bool) -> list[str]:
     commands = {f"report {place}": "curves, scores, mistakes"}
     if predicts:
         commands[f"predict FILE {place}"] = "new images"
+    if predicts and not extras.missing("serve"):
         commands[f"serve {place}"] = "a web page"
     width = max(map(len, commands))
     start = program()

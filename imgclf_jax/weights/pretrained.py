@@ -18,7 +18,7 @@ from flax import errors, traverse_util
 
 from imgclf_jax import losses
 from imgclf_jax.core import places, processes, spec, tree
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UserError, no_such
 from imgclf_jax.core.text import one_per_line
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import decode
@@ -100,10 +100,10 @@ def load(programs: Programs, whole: bool = False) -> Weights:
         their_grid = _recorded_grid(Workdir(path), named)
     elif path.is_file():
         (named, labels, source), their_grid = _read_file(path, programs, own), _written_grid(path)
+    elif path.exists():
+        raise UserError(f"init_from={config.init_from!r}: this is neither a regular file nor a work directory")
     else:
-        problem = "this is neither a regular file nor a work directory" if path.exists() else (
-            f"no such file or work directory (working directory: {Path.cwd()})")  # fmt: skip
-        raise UserError(f"init_from={config.init_from!r}: {problem}")
+        raise no_such("init_from", "file or work directory", path)
     processes.agree("comparing weights", lambda: source, fix=f"init_from={config.init_from!r} must be one file for all")
     weights = Weights({"path": config.init_from, **source})
     added = _added_by_method(own.keys() - named.keys()), _added_by_method(named.keys() - own.keys())

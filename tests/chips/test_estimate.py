@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from imgclf_jax.core import extras
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.tools.dryrun import estimate, table, topology
 
@@ -78,8 +79,8 @@ def test_other_arrangements_are_refused(text):
 
 
 def test_a_compiler_that_is_missing_is_named_with_its_command(monkeypatch):
-    monkeypatch.setattr(topology, "_installed", lambda module: False)
-    with pytest.raises(UserError, match=r"not installed; run it with: uv run --isolated --extra tpu launch.py dryrun"):
+    monkeypatch.setattr(extras, "_installed", lambda module: False)
+    with pytest.raises(UserError, match="needs libtpu, which is not installed; run it by `uv run --extra tpu"):
         topology.prepare(topology.parse("v5e:2x4"))
 
 

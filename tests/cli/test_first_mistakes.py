@@ -244,6 +244,7 @@ def test_a_config_that_the_command_does_not_use(words, said, tmp_path, monkeypat
         "tensorboard": False}.items())  # fmt: skip
     for name, keys in {"b.py": other, "same.py": ""}.items():
         (tmp_path / name).write_text(f"{body}{keys}    return config\n")
-    assert launch.main([*words, "--workdir=a"]) == (words[0] == "predict")  # there is no such image
+    (tmp_path / "cat.jpg").touch()
+    assert launch.main([*words, "--workdir=a"]) == (words[0] == "predict")  # there is no checkpoint
     first = capsys.readouterr().err.splitlines()[0]
     assert first.partition(" ")[2].startswith(said) if said else first.startswith("error: ")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import launch
-from imgclf_jax.cli import inputs
+from imgclf_jax.cli import early, inputs
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import terminal
 
@@ -55,9 +55,9 @@ def test_files_directories_and_patterns(photos):
                           ("empty", "has no images")]:  # fmt: skip
         (photos / "empty").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=message):
-            inputs.find("predict", ["a.png", word])
+            early.check("predict", ["a.png", word], {})
     with pytest.raises(UserError, match="name at least one image"):
-        inputs.find("predict", [])
+        early.check("predict", [], {})
 
 
 def output(capsys, run, *words):

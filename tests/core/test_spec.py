@@ -4,6 +4,7 @@ import concurrent.futures
 import keyword
 import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 from hypothesis import example, given, settings
@@ -11,6 +12,12 @@ from hypothesis import strategies as st
 
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import Untrusted, UserError
+from imgclf_jax.data.sources import SOURCES
+from imgclf_jax.losses import LOSSES
+from imgclf_jax.methods.table import METHODS
+from imgclf_jax.models.backbones import BACKBONES
+from imgclf_jax.optim import optimizers
+from imgclf_jax.optim.schedules import SCHEDULES
 
 IDENTIFIERS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True).filter(lambda s: not keyword.iskeyword(s))
 NAMES = st.one_of(
@@ -268,3 +275,19 @@ def test_untrusted_specs_are_refused_in_every_thread():
         assert (a.result(), refused(), pool.submit(refused).result()) == ("a", "b", "b")
         second.set()
         assert (b.result(), refused()) == ("b", "")
+
+
+def test_what_has_no_readable_signature_takes_nothing():
+    """optax has type aliases such as `Callable[[int], int]` next to its functions: Python 3.12.1 reads none."""
+    assert spec.takes(lambda learning_rate, b1=0.9: None, "learning_rate")
+    assert not spec.takes(Callable[[int], int], "learning_rate")
+    assert not spec.takes(min, "learning_rate")
+
+
+def test_this_python_reads_the_signature_of_all_that_ships():
+    tables = {"optimizer": optimizers._optimizers(), "transform": optimizers.TRANSFORMS, "source": SOURCES,
+              "schedule": SCHEDULES, "loss": LOSSES, "backbone": BACKBONES, "method": METHODS}  # fmt: skip
+    for kind, table in tables.items():
+        for name, function in table.items():
+            assert spec.parameters(function, spec.Call(name), kind) is not None
+    assert {"adam", "adamw", "sgd", "muon", "lion"} <= tables["optimizer"].keys()

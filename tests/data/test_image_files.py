@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_folder import flat, write  # noqa: F401  a fixture
 
-from imgclf_jax.cli import inputs
+from imgclf_jax.cli import early, inputs
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import image_files
 from imgclf_jax.data.folder import folder
@@ -128,7 +128,7 @@ def test_what_predict_is_told_to_read(flat):
     add_special_files(flat)
     for name in ("pipe.png", "socket.png"):
         with pytest.raises(UserError, match=f"{name}' is a pipe, socket or device; name image files"):
-            find_files([str(flat / name)])
+            early._check_images("predict", [str(flat / name)])
     (flat / "notes.txt").write_text("named, so it is tried")
     assert find_files([str(flat / "notes.txt")]) == [flat / "notes.txt"]
 

@@ -158,7 +158,7 @@ def test_the_fingerprint_covers_the_table_and_the_files(images):
     (ROWS[:1], {}, "has 1 classes"),
     (ROWS, {"classes": ("cat", "dog")}, "line 4: the label 'emu' is not among classes=('cat', 'dog')"),
     (ROWS, {"classes": ("cat", "dog", "emu", "cat")}, "has 3 classes, 4 with repetitions"),
-    (ROWS, {"root": "nowhere"}, "root='nowhere' is not a directory"),
+    (ROWS, {"root": "nowhere"}, "table: root: there is no directory 'nowhere'"),
     (ROWS, {"root": "/"}, "none of the 12 files that"),
     ([row | {"path": f"x{row['path']}"} for row in ROWS], {}, "such as 'xa/0.png'; name their folder"),
 ])  # fmt: skip
@@ -197,7 +197,7 @@ def test_no_file_a_bucket_and_no_pyarrow(tmp_path, monkeypatch):
         table("s3://bucket/t.csv")
     (tmp_path / "t.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"needs pyarrow, which is not installed; run `uv sync --extra"):
+    with pytest.raises(UserError, match=r"needs pyarrow, which is not installed; run it by `uv run --extra parquet"):
         table(str(tmp_path / "t.parquet"))
 
 

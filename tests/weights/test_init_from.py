@@ -69,7 +69,7 @@ def test_training_starts_from_the_weights_and_resumes_without_them(tmp_path, mlp
     assert run(tmp_path / "run", *flags) == 0
     assert "resuming at step 2" in capsys.readouterr().err
     assert run(tmp_path / "other", *flags) == 1
-    assert "no such file or work directory" in capsys.readouterr().err
+    assert "there is no file or work directory" in capsys.readouterr().err
     assert not (tmp_path / "other" / "config.json").exists()  # so that the mended command is no other run
 
 

@@ -120,7 +120,7 @@ def test_weights_of_another_model(file, tmp_path):
         with pytest.raises(UserError, match=r"nothing in it fits model='mlp\(widths=\(64,\)\)'") as e:
             pretrained.load(programs(file, "mlp(widths=(64,))", **more))
         assert len(str(e.value)) < 900
-    with pytest.raises(UserError, match="no such file or work directory"):
+    with pytest.raises(UserError, match="there is no file or work directory"):
         pretrained.load(programs(tmp_path / "nope.pth"))
     with pytest.raises(UserError, match="this directory holds no run"):
         pretrained.load(programs(tmp_path))

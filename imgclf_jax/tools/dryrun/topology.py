@@ -1,6 +1,5 @@
 """`--chips=v5e:4x4`, `h100:8`, `a100:8x8` or `cpu:8`: absent devices to compile for."""
 
-import importlib.util
 import math
 import os
 import re
@@ -8,14 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from imgclf_jax.cli.words import UsageError
+from imgclf_jax.core import extras
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.tools.dryrun import table
 
-# The compiler package of each platform, and the command that installs it.
-_COMPILERS = {
-    "tpu": ("libtpu", "uv run --isolated --extra tpu launch.py dryrun …"),
-    "gpu": ("jax_plugins.xla_cuda12", "uv run --isolated --extra cuda-compiler launch.py dryrun …"),
-}
+_COMPILERS = {"tpu": "tpu", "gpu": "cuda-compiler"}  # the extra with the compiler of each platform
 _NAMES = {"v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}  # accelerator types of the TPU runtime
 ALLOWED = "allowed: v5e:4x4, v6e:8x8 (rows x columns), v5p:4x4x4, h100:8 or a100:8x8 (hosts x GPUs), cpu:8"
 
@@ -82,9 +78,7 @@ def prepare(chips: Chips) -> None:
     Raises UserError, with the command to install it, if the compiler for these chips is missing.
     """
     if chips.platform in _COMPILERS:
-        module, command = _COMPILERS[chips.platform]
-        if not _installed(module):
-            raise UserError(f"--chips={chips}: the compiler for these chips is not installed; run it with: {command}")
+        extras.require(_COMPILERS[chips.platform], f"--chips={chips}")
     os.environ["JAX_PLATFORMS"] = "cpu"  # leaves this machine's chips alone
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # the report has compile times
     flags = os.environ.get("XLA_FLAGS", "").split()
@@ -97,13 +91,6 @@ def prepare(chips: Chips) -> None:
         flags += ["--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false"]
     os.environ["XLA_FLAGS"] = " ".join(flags)
     os.environ["JAX_NUM_CPU_DEVICES"] = str(chips.count if chips.kind == "cpu" else 1)
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the parent package is missing
-        return False
 
 
 def devices(chips: Chips) -> list[Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import metrics
-from imgclf_jax.core import places, processes
+from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import decimals, interval
 from imgclf_jax.core.typing import JsonObject
@@ -68,8 +68,6 @@ def main(
     perturb = build_attack(attack) if attack else None
     kinds, photographs = parse(corruptions, frost) if corruptions else ([], ())
     listing_file = Path(predictions) if predictions else None
-    if listing_file:
-        places.check_output(listing_file, "--predictions", listing.SUFFIXES)
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = sources.open_data(config)
     programs, state, step = model = restored or load_converted(config, base)

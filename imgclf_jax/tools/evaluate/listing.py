@@ -17,8 +17,6 @@ from imgclf_jax.core.typing import JsonMapping, JsonObject
 from imgclf_jax.run.terminal import nonfinite_to_null
 from imgclf_jax.scores.classification import FromLogits, Scores
 
-SUFFIXES = (".csv", ".jsonl", ".parquet")
-
 
 def origin(config: ConfigDict, step: int, params_sha256: str, name: str, fingerprint: str) -> str:
     """Returns 16 hex digits that identify the origin of predictions: the model, its config, and the set `name`.

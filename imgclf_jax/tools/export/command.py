@@ -19,6 +19,7 @@ from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared, onnx, saved_model, stablehlo, torch_state
+from imgclf_jax.tools.export.formats import SUFFIXES
 from imgclf_jax.trained import Trained, load_trained
 from imgclf_jax.weights import pretrained
 
@@ -34,26 +35,9 @@ def main(config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoi
     - `gives` is the output of the exported function: "probabilities", "logits" or "features".
     - `names` is the naming scheme of PyTorch weights (see `torch_state.naming`).
 
-    Raises UserError for an unknown suffix, before computing anything, and for parameters or statistics that hold NaN.
+    Raises UserError for parameters or statistics that hold NaN; `formats.check` has checked the flags.
     """
     paths = [Path(file) for file in files]
-    if not paths:
-        raise UserError(f"export: name the file to write; its suffix selects the format: {', '.join(KINDS)}")
-    for path in paths:
-        if path.suffix not in KINDS:
-            raise UserError(f"export: {str(path)!r}: the suffix must select the format: {', '.join(KINDS)}")
-        if not path.parent.is_dir():
-            raise UserError(f"export: the folder {path.parent} does not exist; create it first")
-    if gives != "probabilities" and all(path.suffix == ".safetensors" for path in paths):
-        raise UserError(f"export: --gives={gives} is for the other formats, since .safetensors holds weights and no "
-                        "function; drop it")  # fmt: skip
-    if names and not any(path.suffix == ".safetensors" for path in paths):
-        raise UserError(f"export: --names={names} is for .safetensors, the weights of a PyTorch model; drop it")
-    if any(path.suffix == ".onnx" for path in paths):
-        onnx.check()
-    for path in paths:
-        if path.suffix == ".savedmodel":
-            saved_model.check(path)
     model = load_trained(config, workdir, checkpoint)
     _refuse_nan(model)
     with contextlib.ExitStack() as stack:
@@ -159,6 +143,4 @@ def _size(path: Path) -> str:
 
 Writer = Callable[[Trained, Path, str, str], list[str]]
 
-KINDS: dict[str, Writer] = {
-    ".stablehlo": _stablehlo, ".savedmodel": _saved_model, ".onnx": _onnx, ".safetensors": _safetensors,
-}  # fmt: skip
+KINDS: dict[str, Writer] = dict(zip(SUFFIXES, (_stablehlo, _saved_model, _onnx, _safetensors), strict=True))

@@ -5,7 +5,6 @@ traced first, nested calls are inlined, and dead code is eliminated. Max pooling
 Flax and NumPy, the forms that jax2onnx translates well.
 """
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,14 +27,6 @@ from imgclf_jax.tools.export import compared
 from imgclf_jax.trained import Trained
 
 _CALLS = {**INLINED, "remat2": "jaxpr", "checkpoint": "jaxpr"}
-
-
-def check() -> None:
-    """Raises UserError unless jax2onnx and onnxruntime are installed."""
-    missing = [name for name in ("jax2onnx", "onnxruntime") if not importlib.util.find_spec(name)]
-    if missing:
-        raise UserError(f"export needs {' and '.join(missing)}; run it with `uv run --isolated --extra onnx launch.py "
-                        "export …`, or install imgclf_jax[onnx]")  # fmt: skip
 
 
 def archive(model: Trained, what: Outputs) -> tuple[bytes, float]:

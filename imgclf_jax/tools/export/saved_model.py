@@ -41,15 +41,6 @@ function = model.signatures["serving_default"]
 # {gives} = function(images=images)["{gives}"].numpy()   # {takes}"""
 
 
-def check(folder: Path) -> None:
-    """Raises UserError unless TensorFlow is installed and a SavedModel can be written to `folder`."""
-    if tensorflow().result() is None:
-        raise UserError("export: a .savedmodel needs TensorFlow, which is not installed; install it by `uv sync` or "
-                        "`pip install 'imgclf_jax[tfds]'`, on Python before 3.14")  # fmt: skip
-    if folder.exists() and not (folder / "saved_model.pb").is_file():
-        raise UserError(f"export: {folder} exists and is not a SavedModel; remove it, or name another folder")
-
-
 def write(model: Trained, what: Outputs, folder: Path, today: datetime.date) -> tuple[JsonObject, float]:
     """Writes the SavedModel; returns its metadata, and the largest difference of TensorFlow's outputs.
 

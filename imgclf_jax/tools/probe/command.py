@@ -1,6 +1,5 @@
 """The command `probe`: measures features with nearest neighbors, linear probes and few-shot probes."""
 
-import importlib.util
 import logging
 import re
 from collections.abc import Iterable
@@ -10,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax.core import memory, places, processes, sharding
+from imgclf_jax.core import memory, processes, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import decimals
 from imgclf_jax.core.typing import JsonObject
@@ -44,8 +43,6 @@ def main(
     - `plot` is a .png file for a plot, or "".
     """
     ks = _parse_ks(k)
-    if plot:
-        _check_plot(Path(plot))
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = sources.open_data(config)
     model = restored or load_converted(config, base, whole=False)
@@ -166,13 +163,6 @@ def _parse_ks(text: str) -> list[int]:
     if not re.fullmatch(r"\s*[1-9]\d{0,8}\s*(,\s*[1-9]\d{0,8}\s*)*", text):
         raise UserError(f"--k={text}: must be a number of neighbors, or several separated by commas, such as 1,5,20")
     return sorted({int(part) for part in text.split(",")})
-
-
-def _check_plot(file: Path) -> None:
-    places.check_output(file, "--plot", (".png",))
-    if not importlib.util.find_spec("matplotlib"):
-        raise UserError(f"--plot={file}: plots need matplotlib, which is not installed; run the command with "
-                        "`uv run --extra plot launch.py`, or install imgclf_jax[plot]")  # fmt: skip
 
 
 def _check_memory(model: Trained, examples: int) -> None:

@@ -18,7 +18,6 @@ from imgclf_jax.core.text import escape_surrogates
 # Adds images to the file: (set, names, labels i32[b], features f32[seeds, b, d]); a label of -1 is unknown.
 Add = Callable[[str, Sequence[str], np.ndarray, np.ndarray], None]
 
-SUFFIXES = (".npz", ".parquet")
 _CHUNK = 1 << 20  # bytes
 _ROWS = 4096  # of a row group in a Parquet file
 

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax.cli import inputs
-from imgclf_jax.core import places, processes
+from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import utf8
 from imgclf_jax.data import sources
@@ -31,12 +31,9 @@ def main(
     - `paths` are the images, or `split` is a split of the data; with neither, the evaluation sets are used.
     - `output` is the file; see `embeddings.writing` for its format.
     """
-    if not output:
-        raise UserError("features: name the file to write: --output FILE.npz or FILE.parquet")
     if paths and split:
         raise UserError(f"features: name images either by --split={split} or as {paths[0]!r}; drop one")
     file = Path(output)
-    places.check_output(file, "--output", embeddings.SUFFIXES)
     images = inputs.find("features", paths) if paths else iter(())
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = {} if restored and paths else sources.open_data(config)

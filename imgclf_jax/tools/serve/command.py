@@ -1,7 +1,6 @@
 """The command `serve`: a web page and an HTTP API for a trained model."""
 
 import base64
-import importlib.util
 import ipaddress
 import json
 import logging
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LAST_SECONDS = 4.0  # for threads to finish after the server has stopped
-_REQUIRED = ("starlette", "uvicorn", "httptools", "prometheus_client", "python_multipart")
 
 
 def main(
@@ -40,11 +38,8 @@ def main(
     - `cors` are the origins whose pages may send requests.
     - `request_log` is the file for the log of requests, "-" for standard error, "" for none.
 
-    Raises UserError if a package is missing, the port is taken, or the log cannot be written.
+    Raises UserError if the port is taken, or the log cannot be written.
     """
-    if missing := [name for name in _REQUIRED if not importlib.util.find_spec(name)]:
-        raise UserError(f"serve needs {', '.join(missing)}; run it with `uv run --extra serve launch.py serve …`, "
-                        "or install imgclf_jax[serve]")  # fmt: skip
     if port > 65535:
         raise UserError(f"serve: --port={port}: must be 0 to 65535")
     for origin in cors:

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from imgclf_jax.cli.table import COMMANDS
 from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.tools.evaluate import listing
@@ -52,7 +53,6 @@ def test_names_that_are_no_utf_8(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_what_is_written_is_read_back(tmp_path, table, kind):
     file = tmp_path / f"predictions.{kind}"
-    places.check_output(file, "--predictions", listing.SUFFIXES)
     listing.write(file, table)
     if kind == "csv":
         with file.open(newline="", encoding="utf-8") as stream:
@@ -75,9 +75,9 @@ def test_a_model_that_predicts_nan_is_written_as_json(tmp_path):
 
 def test_other_files_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--predictions=.*x.txt: the name must end in .csv, .jsonl or .parquet"):
-        places.check_output(tmp_path / "x.txt", "--predictions", listing.SUFFIXES)
+        places.check_output(tmp_path / "x.txt", "--predictions", COMMANDS["evaluate"].writes["predictions"])
     with pytest.raises(UserError, match=r"--predictions=.*x.csv: the directory '.*/no' does not exist; create it"):
-        places.check_output(tmp_path / "no" / "x.csv", "--predictions", listing.SUFFIXES)
+        places.check_output(tmp_path / "no" / "x.csv", "--predictions", COMMANDS["evaluate"].writes["predictions"])
     monkeypatch.setattr(places.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="Parquet needs pyarrow, which is not installed"):
-        places.check_output(tmp_path / "x.parquet", "--predictions", listing.SUFFIXES)
+        places.check_output(tmp_path / "x.parquet", "--predictions", COMMANDS["evaluate"].writes["predictions"])

@@ -12,7 +12,7 @@ from imgclf_jax import config as configs
 from imgclf_jax.tools.export import onnx
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("jax2onnx", "onnxruntime"))
-needs_onnx = pytest.mark.skipif(not INSTALLED, reason="jax2onnx and onnxruntime come with the extra `onnx`")
+needs_onnx = pytest.mark.skipif(not INSTALLED, reason="jax2onnx and onnxruntime come with the group `onnx`")
 
 
 @needs_onnx
@@ -36,8 +36,8 @@ def test_every_backbone(spec):
 def test_what_is_missing_is_said_before_anything_is_computed(tmp_path, capsys):
     (tmp_path / "config.json").write_text(configs.to_json(configs.default_config()))
     assert launch.main(["export", f"--workdir={tmp_path}", str(tmp_path / "a.onnx")]) == 1
-    assert (
-        "export needs jax2onnx and onnxruntime; run it with `uv run --isolated --extra onnx" in capsys.readouterr().err
+    assert "a.onnx needs jax2onnx, onnxruntime, which are not installed; run it by `uv run --group onnx" in (
+        capsys.readouterr().err
     )
 
 

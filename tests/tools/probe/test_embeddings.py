@@ -6,6 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from imgclf_jax.cli.table import COMMANDS
 from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.tools.probe import embeddings
@@ -100,7 +101,7 @@ def test_names_that_are_no_utf_8(tmp_path):
 def test_only_files_that_can_be_written(tmp_path, monkeypatch):
     for name, message in [("a.csv", "must end in .npz or .parquet"), ("no/a.npz", "does not exist")]:
         with pytest.raises(UserError, match=message):
-            places.check_output(tmp_path / name, "--output", embeddings.SUFFIXES)
+            places.check_output(tmp_path / name, "--output", COMMANDS["features"].writes["output"])
     monkeypatch.setattr(places.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"Parquet needs pyarrow, which is not installed; run .uv sync --extra parquet"):
-        places.check_output(tmp_path / "a.parquet", "--output", embeddings.SUFFIXES)
+        places.check_output(tmp_path / "a.parquet", "--output", COMMANDS["features"].writes["output"])

@@ -1,5 +1,6 @@
 """`launch.py features`, `probe` and `explain`: their files and output for a trained run and for weights."""
 
+import importlib.util
 import json
 import shutil
 
@@ -171,9 +172,9 @@ def test_the_table_and_the_plot_of_probe(run, tmp_path, capsys, monkeypatch):
         assert launch.main([*flags, f"--plot={plot}"]) == 1
         assert message in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(probe.importlib.util, "find_spec", lambda name: None)
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
         assert launch.main([*flags, f"--plot={tmp_path / 'a.png'}"]) == 1
-        assert "plots need matplotlib, which is not installed" in capsys.readouterr().err
+        assert "a.png needs matplotlib, which is not installed" in capsys.readouterr().err
     assert launch.main([*flags, "--k=3,x"]) == 1
     assert "--k=3,x: must be a number of neighbors" in capsys.readouterr().err
     pytest.importorskip("matplotlib", reason="it comes with the extra `plot`")
