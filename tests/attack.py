@@ -1,6 +1,7 @@
 """Opens strangers' files with every command under a seeded plan of attacks, and lets hostile clients loose on `serve`.
 
     uv run python tests/attack.py --seconds 3600                # runs, sweeps, bundles, weights and data
+    uv run python tests/attack.py --seconds 3600 --names        # each name in a run as a link, a pipe, …, in order
     uv run python tests/attack.py --seconds 3600 --serve        # clients of one server
     uv run python tests/attack.py --seed 17 --rounds 1 --keep   # round 17 again, whose files and log are kept
 
@@ -42,11 +43,11 @@ from typing import Any
 
 import numpy as np
 from attack_clients import attack_server
-from attacked import Attacked
+from attacked import OBSTACLES, READ, TOUCHED, Attacked
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-ASLEEP, CPU, MEMORY = 5.0, 60.0, 4 << 30  # seconds, seconds and bytes that make a fault
+ASLEEP, CPU, MEMORY = 5.0, 45.0, 4 << 30  # seconds, seconds and bytes that make a fault
 SHARED = ("--config.preprocess=decode(1)", "--config.augment=", "--config.model=mlp(widths=(32,))",
           "--config.schedule=constant(1e-2)", "--config.total=12 steps", "--config.batch_size=16",
           "--config.checkpoint_every=4 steps", "--config.eval_every=6 steps", "--config.log_every=4 steps",
@@ -57,9 +58,10 @@ USES = tuple((command, *words, "--workdir=ITEM") for command, *words in (
     ("predict", "IMAGES"), ("features", "--output=OUT/f.npz"), ("probe",), ("probe", "--plot=OUT/p.png"),
     ("explain", "IMAGES/a/0.png", "--output=OUT/explained"), ("report",), ("show-batch",), ("export", "OUT/x.onnx"),
     ("export", "OUT/x.stablehlo"), ("export", "OUT/x.safetensors"), ("export", "OUT/x.savedmodel"),
-    ("serve", "--port=0"), ("train", *TINY), ("train", *TINY), ("train", *TINY),
-    ("train", *TINY, "--config.total=16 steps", "--extend", "--profile=13:15"), ("dryrun", *TINY, "--chips=cpu:1"),
+    ("serve", "--port=0"), ("dryrun", *TINY, "--chips=cpu:1"),
 ))  # fmt: skip
+TRAINS = (("train", *TINY, "--workdir=ITEM"), ("train", *TINY, "--workdir=ITEM", "--config.total=16 steps", "--extend",
+          "--profile=13:15"))  # fmt: skip
 WEIGHTS = tuple((*words, *TINY, "--config.init_from=ITEM") for words in (
     ("evaluate",), ("predict", "IMAGES"), ("train", "--workdir=OUT/new"), ("find-lr", "--steps=4"), ("probe",),
     ("export", "OUT/x.safetensors"), ("features", "--output=OUT/f.npz"), ("serve", "--port=0"), ("config",),
@@ -69,7 +71,7 @@ DATA = tuple((*words, "--config.data.source=DATA", *SHARED, "--config.data.eval.
     ("sweep", "--workdir=OUT/sweep", "--sweep=seed=0..1", "--print"), ("dryrun", "--chips=cpu:1"),
 ))  # fmt: skip
 COMMANDS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "run": (*USES, *WEIGHTS, ("compare", "ITEM"), ("compare", "--test", "--html=OUT/c.html", "ITEM"),
+    "run": (*USES, *TRAINS, *WEIGHTS, ("compare", "ITEM"), ("compare", "--test", "--html=OUT/c.html", "ITEM"),
             ("status", "ITEM"), ("reproduce", "ITEM", "--output=OUT/again"),
             ("reproduce", "ITEM", "--bundle=OUT/b.zip"),
             ("train", "--workdir=OUT/new", *TINY, "--config.method=distill('ITEM')")),
@@ -85,6 +87,17 @@ COMMANDS: dict[str, tuple[tuple[str, ...], ...]] = {
                "--frost=ITEM")),
     "data.npz": DATA, "labels.csv": DATA,
 }  # fmt: skip
+# For --names: a kind, a command, a name in the copy, and what is there instead.
+CASES = [
+    (kind, command, name, obstacle)
+    for kind, command in (("cut", TRAINS[0]), *(("run", command) for command in (TRAINS[1], *USES)),
+                          *(("run", command) for command in COMMANDS["run"] if command[0] in ("compare", "status")),
+                          ("sweep", COMMANDS["sweep"][-1]))
+    if command[0] in TOUCHED or command == USES[0]
+    for touched in dict.fromkeys(TOUCHED.get(command[0], READ) + (READ if command == USES[0] else ()))
+    for name in ((touched, re.sub(r"([^/]+)$", r".\1.tmp", touched)) if "." in touched else (touched,))
+    for obstacle in OBSTACLES
+]  # fmt: skip
 FOREIGN = {"posix", "os", "nt", "subprocess", "shutil", "runpy", "sys", "builtins", "stranger"}  # modules in a pickle
 PROGRAMS = {"git", "fc-match", "nvidia-smi"}  # that the package starts
 OBSERVED = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "os.system", "os.exec",
@@ -92,19 +105,19 @@ OBSERVED = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "soc
 
 
 class Round:
-    """One attacked copy, and one command that opens it: `seed` decides both."""
+    """One attacked copy, and one command that opens it: `seed` decides both; it is a number of CASES if `names`."""
 
-    def __init__(self, seed: int, base: Path, folder: Path, trap: socket.socket):
-        rng = random.Random(seed)
-        kind = rng.choice(("run",) * 8 + ("images",) * 2 + tuple(COMMANDS))
-        self.command = rng.choice(COMMANDS[kind])
-        self.base, self.folder, self.trap, self.address = (
-            base,
-            folder,
-            trap,
-            f"127.0.0.1:{trap.getsockname()[1]}",
-        )
-        self.copy = Attacked(rng, kind, self.command[0], base, folder, trap.getsockname()[1])
+    def __init__(self, seed: int, names: bool, base: Path, folder: Path, trap: socket.socket):
+        rng, case = random.Random(seed), None
+        if names:
+            kind, self.command, *case = CASES[seed]
+        else:
+            kind = rng.choice(("run",) * 8 + ("images",) * 2 + tuple(COMMANDS))
+            self.command = rng.choice(TRAINS if kind == "run" and rng.random() < 0.25 else COMMANDS[kind])
+        self.base, self.folder, self.trap, port = base, folder, trap, trap.getsockname()[1]
+        task = self.command[0] if "ITEM" in self.command or "--workdir=ITEM" in self.command else ""
+        self.address = f"127.0.0.1:{port}"
+        self.copy = Attacked(rng, kind, task, base, folder, port, case)
 
     def argv(self) -> list[str]:
         item, out = str(self.copy.item), self.copy.item / "out" if self.copy.inside else self.folder / "out"
@@ -281,33 +294,36 @@ def prepare(base: Path, root: Path) -> None:
     shutil.rmtree(max((base / "cut" / "checkpoints").iterdir(), key=lambda path: int(path.name)))
 
 
-def work(first: int, step: int, until: float, last: int, base: Path, root: Path, keep: bool, results: Any) -> None:
-    """Plays every `step`-th round; puts (seed, command, attacks, faults) of each into `results`, at the end None."""
+def work(args: argparse.Namespace, first: int, until: float, base: Path, results: Any) -> None:
+    """Plays every `jobs`-th round; puts (seed, command, attacks, faults) of each into `results`, at the end None."""
     os.nice(5)
     with socket.create_server(("127.0.0.1", 0)) as trap:
         trap.setblocking(False)
+        last = min(args.seed + (args.rounds or sys.maxsize), len(CASES) if args.names else sys.maxsize)
         while time.monotonic() < until and first < last:
             folder = base.parent / f"round{first}"
-            one = Round(first, base, folder, trap)
+            one = Round(first, args.names, base, folder, trap)
             words = [word for word in one.command if word not in TINY]
-            results.put((first, f"{one.copy.kind}: {' '.join(words)}", one.copy.words, one.play(root)))
-            if not keep:
+            results.put((first, f"{one.copy.kind}: {' '.join(words)}", one.copy.words, one.play(args.root)))
+            if not args.keep:
                 shutil.rmtree(folder, ignore_errors=True)
-            first += step
+            first += args.jobs
     results.put(None)
 
 
-def attack(seconds: float, seed: int, rounds: int, jobs: int, root: Path, folder: Path, keep: bool) -> int:
+def attack(args: argparse.Namespace, folder: Path) -> int:
     """Plays rounds until the time is over; prints each fault; the number of faults."""
     base = folder / "base"
     base.mkdir()
-    load(root, folder / "cache")
-    prepare(base, root)
-    context = multiprocessing.get_context("fork")
-    results, began, last = context.SimpleQueue(), time.monotonic(), seed + rounds if rounds else sys.maxsize
+    load(args.root, folder / "cache")
+    prepare(base, args.root)
+    context, began, jobs = multiprocessing.get_context("fork"), time.monotonic(), args.jobs
+    results = context.SimpleQueue()
     print(f"prepared in {folder}", flush=True)
-    workers = [context.Process(target=work, args=(seed + i, jobs, began + seconds, last, base, root, keep, results))
-               for i in range(jobs)]  # fmt: skip
+    workers = [
+        context.Process(target=work, args=(args, args.seed + i, began + args.seconds, base, results))
+        for i in range(jobs)
+    ]
     for worker in workers:
         worker.start()
     count, played, running, told = collections.Counter[str](), collections.Counter[str](), jobs, began
@@ -336,15 +352,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0, help="of the first round")
     parser.add_argument("--rounds", type=int, default=0, help="how many at most")
+    parser.add_argument("--names", action="store_true", help="each name that commands touch with each obstacle instead")
     parser.add_argument("--jobs", type=int, default=2, help="rounds at once")
     parser.add_argument("--root", type=Path, default=ROOT, help="the clone whose code is attacked")
     parser.add_argument("--keep", action="store_true", help="keep the files of all rounds")
     parser.add_argument("--serve", action="store_true", help="attack a server as its clients")
     args = parser.parse_args()
-    folder, root = Path(tempfile.mkdtemp(prefix="attack")), args.root.resolve()
+    folder, args.root = Path(tempfile.mkdtemp(prefix="attack")), args.root.resolve()
     if args.serve:
-        return min(1, attack_server(args.seconds, args.seed, root, folder, TINY))
-    return min(1, attack(args.seconds, args.seed, args.rounds, args.jobs, root, folder, args.keep))
+        return min(1, attack_server(args.seconds, args.seed, args.root, folder, TINY))
+    return min(1, attack(args, folder))
 
 
 if __name__ == "__main__":

@@ -241,7 +241,7 @@ def attack_server(seconds: float, seed: int, root: Path, folder: Path, flags: tu
     ended = time.monotonic() - began
     text = (folder / "log").read_text(errors="replace")
     faults["traceback"] += text.count("Traceback (most recent call last)")
-    print(f"{count.total()} attacks and {answers} polite requests: the slowest answer took {slowest:.2f} s; the server, "
-          f"{most >> 20} MiB and {ended:.1f} s to end; faults: {dict(+faults)}; {dict(sorted(count.items()))}; its log is "
-          f"in {folder}")  # fmt: skip
+    print(f"{count.total()} attacks and {answers} polite requests: the slowest answer took {slowest:.2f} s, the server "
+          f"{most >> 20} MiB and {ended:.1f} s to end; faults: {dict(+faults)}; {dict(sorted(count.items()))}; log in "
+          f"{folder}")  # fmt: skip
     return faults.total()

@@ -20,22 +20,25 @@ import numpy as np
 
 _RECORDS = ("config.json", "provenance.json", "metrics.jsonl", "digests.jsonl", "time.jsonl", "result.json")
 # What a command reads, writes, replaces or removes in a run, from `strace` of all commands; N is the latest step.
-_READ = (*_RECORDS, "checkpoints", "checkpoints/N", "checkpoints/N/manifest.json", "checkpoints/N/metrics/metrics",
+READ = (*_RECORDS, "checkpoints", "checkpoints/N", "checkpoints/N/manifest.json", "checkpoints/N/metrics/metrics",
          "checkpoints/N/default", "checkpoints/N/default/_METADATA", "checkpoints/N/default/d", "requirements.txt",
          "checkpoints/N/_CHECKPOINT_METADATA", "checkpoints/N/default/manifest.ocdbt")  # fmt: skip
-_TOUCHED = {
+TOUCHED = {
     "train": (*_RECORDS, "lock", "lock", "lock", "parameters.txt", "skipped.jsonl", "corruption.jsonl", "tb", "profile",
               "profile/plugins", "profile/plugins/profile", "checkpoints", "checkpoints/8", "checkpoints/12",
               "checkpoints/16", "checkpoints/12.orbax-checkpoint-tmp", "checkpoints/12.orbax-checkpoint-tmp/default",
               "checkpoints/16.orbax-checkpoint-tmp-7", "checkpoints/removed-4", "checkpoints/removed-8", "damaged",
               "checkpoints/replaced-12", "checkpoints/replaced-8"),
     "report": ("report.html",), "show-batch": ("batch-0.png",), "dryrun": ("dryrun-cpu-1.json",),
-    "evaluate": ("predictions.csv",), "status": (*_READ, "lock", "hang-0.txt", "skipped.jsonl", "corruption.jsonl"),
+    "evaluate": ("predictions.csv",), "status": (*READ, "lock", "hang-0.txt", "skipped.jsonl", "corruption.jsonl"),
     "compare": ("predictions.npz", "predictions.csv", "predictions.jsonl", "predictions.parquet"),
     "sweep": ("lock", "sweep.json", "seed=0", "seed=0.log", "seed=1.log", "seed=1/lock", "seed=1/result.json"),
 }  # fmt: skip
+OBSTACLES = ("a link to its original", "a link to a file", "a link to a folder", "a hard link", "a dangling link",
+             "a pipe", "a pipe with a writer", "a link to a pipe", "a link to a device", "a folder")  # fmt: skip
+_MORE = ("a relative link", "a socket", "a file", "a link to itself", "a link to its parent")
 _ODD = ("a\nb", "'", '"', "*", "?[a]", "-rf", "--trust", "\x1b]0;x\x07", "\x1b[2J", "\udcff\udcfe", "\u202e", "~",
-        "$HOME", "$(touch MARK)", "`touch MARK`", "%s{}", " ", "..", "../../outside/victim", "\x7f", "é" * 60)  # fmt: skip
+        "$HOME", "$(touch MARK)", "`touch MARK`", "%s{}", " ", "..", "../../outside/photos", "é" * 60)  # fmt: skip
 _MODULES = ("stranger", "matplotlib", "torch", "onnx", "jax2onnx", "onnxruntime", "gcsfs", "sitecustomize", "jax",
             "optax", "usercustomize", "config", "digits", "pyarrow", "imgclf_jax", "keras", "numpy")  # fmt: skip
 
@@ -51,14 +54,18 @@ class Harm:
 
 
 class Attacked:
-    """A copy of `kind` from `base`, below `folder`, for `command` to open. `words` says how it was attacked.
+    """A copy of `kind` from `base`, below `folder`, for a command to open. `words` says how it was attacked.
 
-    `outside` is what no command may touch. `held` are the names and descriptors of pipes and terminals that nothing may
-    be written to. Code that runs makes the file `mark`. `inside`: the copy is the current directory.
+    `task` is the command if it works in the copy, else "". A `case`, a name and one of OBSTACLES, is the only attack.
+    `outside` is what no command may touch. `held` are the names and descriptors of pipes and terminals that
+    nothing may be written to. Code that runs makes the file `mark`. `inside`: the copy is the current directory.
     """
 
-    def __init__(self, rng: random.Random, kind: str, command: str, base: Path, folder: Path, port: int):
-        self.rng, self.kind, self.command, self.base, self.folder = rng, kind, command, base, folder
+    def __init__(
+        self, rng: random.Random, kind: str, task: str, base: Path, folder: Path, port: int,
+        case: tuple[str, str] | None = None,
+    ):  # fmt: skip
+        self.rng, self.kind, self.task, self.base, self.folder = rng, kind, task, base, folder
         self.outside, self.mark, self.victim = folder / "outside", folder / "outside/mark", folder / "outside/victim"
         self.words: list[str] = []
         self.held: list[tuple[str, int]] = []
@@ -81,17 +88,23 @@ class Attacked:
                        str(self.outside / "pipe"), str(self.outside / "photos"), "/dev/full", "~/.profile")  # fmt: skip
         name = rng.choice((kind,) * 8 + ("a b", "x*y?", "lr=[0.1]", "é漢")).removesuffix(Path(kind).suffix)
         self.item = folder / "place" / (name + Path(kind).suffix)
-        self._make()
+        self._make(case)
 
-    def _make(self) -> None:
+    def _make(self, case: tuple[str, str] | None) -> None:
         source = self.base / self.rng.choice({"run": ("run", "cut"), "bundle": ("run",)}.get(self.kind, (self.kind,)))
         target = self.item if self.kind != "bundle" else self.folder / "tmp" / "unpacked"
         (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
-        whole = (self.obstruct,) * 9 + (self.edit,) * 5 + (self.set_aside, self.damage) * 2
+        if case:
+            if case[0].startswith("damaged"):
+                self._break_latest(target)
+            self.obstruct(target, *case)
+            return
+        own = (self.set_aside,) * 2 if self.task == "train" else ()
+        whole = (self.obstruct,) * 9 + (self.edit,) * 5 + (self.damage,) * 2 + own
         attacks: dict[str, tuple[Any, ...]] = {
             "run": (*whole, self.rename, self.plant_modules, self.plant_pickle, self.list_elsewhere),
             "bundle": (self.edit, self.edit, self.edit, self.plant_pickle, lambda _: None),
-            "images": (self.obstruct, self.fill, self.link_folders, self.name_oddly),
+            "images": (self.obstruct, self.fill, self.name_oddly) * 3 + (self.link_folders,),
         }
         for _ in range(self.rng.choice((1, 1, 1, 2, 3))):
             at = target
@@ -118,17 +131,14 @@ class Attacked:
 
     # Attacks on names.
 
-    def obstruct(self, item: Path, name: str = "") -> None:
-        """Puts something else where a command reads, writes, replaces or removes."""
-        touched, rng = _TOUCHED.get(self.command, _READ), self.rng
-        steps = _steps(item)
-        name = name or rng.choice(touched if rng.random() < 0.75 else _READ).replace(
-            "N", steps[-1].name if steps else "8"
-        )
-        path = item / name if item.is_dir() and not item.is_symlink() else item
-        if item != path and (rng.random() < 0.1 or (self.kind == "images" and "/" not in name)):
+    def obstruct(self, item: Path, name: str = "", kind: str = "") -> None:
+        """Puts an obstacle where a command reads, writes, replaces or removes."""
+        rng, steps, given = self.rng, _steps(item), bool(kind)
+        name = name or rng.choice(TOUCHED.get(self.task, READ) if rng.random() < 0.75 else READ)
+        path = item / name.replace("N", steps[-1].name if steps else "8") if item.is_dir() else item
+        if not given and item != path and (rng.random() < 0.1 or (self.kind == "images" and "/" not in name)):
             path = rng.choice(_below(item))
-        if rng.random() < 0.25:
+        if not given and rng.random() < 0.25:
             path = path.with_name(f".{path.name}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,16 +168,20 @@ class Attacked:
             "a link to itself": lambda: path.symlink_to(path),
             "a link to its parent": lambda: path.symlink_to("."),
         }
-        kind = rng.choice(tuple(kinds))
+        kind = kind or rng.choice((*OBSTACLES, *_MORE))
         kinds[kind]()
         self.words.append(f"{path.relative_to(self.folder / 'place')} is {kind}")
 
     def set_aside(self, run: Path) -> None:
         """Damages the latest checkpoint, which `train` then moves to `damaged`, and obstructs that."""
+        if steps := self._break_latest(run):
+            self.obstruct(run, self.rng.choice(("damaged", f"damaged/{steps[-1].name}")))
+
+    def _break_latest(self, run: Path) -> list[Path]:
         if steps := _steps(run):
             _fresh(steps[-1] / "manifest.json").write_text("{}")
             self.words.append(f"checkpoint {steps[-1].name} is damaged")
-            self.obstruct(run, self.rng.choice(("damaged", f"damaged/{steps[-1].name}")))
+        return steps
 
     def rename(self, run: Path) -> None:
         """Gives a checkpoint or a file an odd name."""
@@ -298,7 +312,7 @@ class Attacked:
 
     def plant_pickle(self, run: Path) -> None:
         self._pickle(
-            run / self.rng.choice((*_TOUCHED.get(self.command, ()), *_RECORDS)), self.rng.choice(("npz", "zip", ""))
+            run / self.rng.choice((*TOUCHED.get(self.task, ()), *_RECORDS)), self.rng.choice(("npz", "zip", ""))
         )
 
     def _pickle(self, path: Path, form: str) -> None:
