@@ -15,6 +15,7 @@ with one command, without `--trust`. The verdict counts the faults, and the exit
 - endless: it computed for a minute, or took 4 GB, for a tiny run
 - crash: a signal ended it
 - traceback: it ended with a traceback. This breaks no promise on strangers' files, but is a bug
+- broken: an attack itself failed
 
 With `--serve` they are: slow, refused (for a polite client), memory, traceback, and an end that takes too long.
 """
@@ -25,6 +26,7 @@ import contextlib
 import gc
 import hashlib
 import importlib
+import itertools
 import multiprocessing
 import os
 import pkgutil
@@ -51,7 +53,7 @@ ASLEEP, CPU, MEMORY = 5.0, 45.0, 4 << 30  # seconds, seconds and bytes that make
 SHARED = ("--config.preprocess=decode(1)", "--config.augment=", "--config.model=mlp(widths=(32,))",
           "--config.schedule=constant(1e-2)", "--config.total=12 steps", "--config.batch_size=16",
           "--config.checkpoint_every=4 steps", "--config.eval_every=6 steps", "--config.log_every=4 steps",
-          "--config.checkpoint.best=test/accuracy")  # fmt: skip
+          "--config.checkpoint.best=test/accuracy", "--config.checkpoint.keep=3")  # fmt: skip
 TINY = ("--config.data.source=fake(64, (12, 12, 1), 4)", *SHARED)
 USES = tuple((command, *words, "--workdir=ITEM") for command, *words in (
     ("evaluate",), ("evaluate", "--predictions=ITEM/predictions.csv"), ("evaluate", "--checkpoints=all"),
@@ -160,8 +162,9 @@ class Round:
         faults = [(fault, f"status {status}")] if fault else []
         if not fault and os.WIFSIGNALED(status):
             faults.append(("crash", f"signal {os.WTERMSIG(status)}"))
-        for name in sorted(before.keys() | after.keys()):
-            if before.get(name) != after.get(name):
+        changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+        for name, following in itertools.pairwise([*changed, ""]):
+            if not following.startswith(f"{name}/"):  # a folder changes with what is in it
                 what = "appeared" if name not in before else "is gone" if name not in after else "has changed"
                 faults.append(("code" if name == "outside/mark" else "outside", f"{name} {what}"))
         for name, held in self.copy.held:
@@ -217,18 +220,16 @@ def run_command(argv: list[str], cwd: Path, environment: dict[str, str], log: Pa
 
 
 def usage(pid: int) -> tuple[float, int, bool]:
-    """CPU seconds and bytes of a process and its children, and whether one of them computes or waits for a disk."""
+    """CPU seconds and bytes of a process and its children, and whether a thread computes or waits for a disk."""
     todo, seconds, size, busy = [pid], 0, 0, False
     while todo:
         folder = Path("/proc", str(todo.pop()))
         with contextlib.suppress(OSError):
             values = (folder / "stat").read_text().rpartition(")")[2].split()
-            seconds, size, busy = (
-                seconds + sum(map(int, values[11:15])),
-                size + int(values[21]),
-                busy or values[0] in "RD",
-            )
-            todo += map(int, (folder / "task" / folder.name / "children").read_text().split())
+            seconds, size = seconds + sum(map(int, values[11:15])), size + int(values[21])
+            for task in (folder / "task").iterdir():
+                busy |= (task / "stat").read_text().rpartition(") ")[2][0] in "RD"
+                todo += map(int, (task / "children").read_text().split())
     return seconds / os.sysconf("SC_CLK_TCK"), size * os.sysconf("SC_PAGE_SIZE"), busy
 
 
@@ -236,7 +237,7 @@ def watch(pid: int, server_log: Path | None = None) -> tuple[str, int]:
     """Waits for a process until a fault, and asks a server to stop once it serves; the fault and the status."""
     fault, asked, seen, last = "", False, time.monotonic(), 0.0
     while not fault and not (done := os.waitpid(pid, os.WNOHANG))[0]:
-        time.sleep(0.05)
+        time.sleep(0.1)
         seconds, size, busy = usage(pid)
         if busy or seconds > last + 0.1:
             seen, last = time.monotonic(), seconds
@@ -297,18 +298,20 @@ def prepare(base: Path, root: Path) -> None:
 def work(args: argparse.Namespace, first: int, until: float, base: Path, results: Any) -> None:
     """Plays every `jobs`-th round; puts (seed, command, attacks, faults) of each into `results`, at the end None."""
     os.nice(5)
-    with socket.create_server(("127.0.0.1", 0)) as trap:
-        trap.setblocking(False)
-        last = min(args.seed + (args.rounds or sys.maxsize), len(CASES) if args.names else sys.maxsize)
-        while time.monotonic() < until and first < last:
-            folder = base.parent / f"round{first}"
-            one = Round(first, args.names, base, folder, trap)
-            words = [word for word in one.command if word not in TINY]
-            results.put((first, f"{one.copy.kind}: {' '.join(words)}", one.copy.words, one.play(args.root)))
-            if not args.keep:
-                shutil.rmtree(folder, ignore_errors=True)
-            first += args.jobs
-    results.put(None)
+    last = min(args.seed + (args.rounds or sys.maxsize), len(CASES) if args.names else sys.maxsize)
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as trap:
+            trap.setblocking(False)
+            while time.monotonic() < until and first < last:
+                folder = base.parent / f"round{first}"
+                one = Round(first, args.names, base, folder, trap)
+                words = [word for word in one.command if word not in TINY]
+                results.put((first, f"{one.copy.kind}: {' '.join(words)}", one.copy.words, one.play(args.root)))
+                if not args.keep:
+                    shutil.rmtree(folder, ignore_errors=True)
+                first += args.jobs
+    finally:
+        results.put(None)
 
 
 def attack(args: argparse.Namespace, folder: Path) -> int:
@@ -341,7 +344,8 @@ def attack(args: argparse.Namespace, folder: Path) -> int:
             print(f"{told - began:.0f} s: {played.total()} rounds, {dict(count)}", flush=True)
     for worker in workers:
         worker.join()
-    kinds = ("outside", "code", "network", "hang", "endless", "crash", "traceback")
+        count["broken"] += bool(worker.exitcode)
+    kinds = ("outside", "code", "network", "hang", "endless", "crash", "traceback", "broken")
     print(f"{played.total()} rounds in {time.monotonic() - began:.0f} s: "
           f"{', '.join(f'{count[kind]} {kind}' for kind in kinds)}; {dict(sorted(played.items()))}")  # fmt: skip
     return count.total()

@@ -111,7 +111,8 @@ class Attacked:
             if self.kind == "sweep" and self.rng.random() < 0.6:
                 at = self.rng.choice((target / "seed=0", target / "seed=1"))
             kind = "run" if self.kind == "sweep" else self.kind
-            self.rng.choice(attacks.get(kind, (self.craft, self.craft, self.damage, self.obstruct)))(at)
+            with contextlib.suppress(OSError):  # an earlier attack is in the way
+                self.rng.choice(attacks.get(kind, (self.craft, self.craft, self.damage, self.obstruct)))(at)
         if self.kind == "bundle":
             self._pack(target)
 
