@@ -21,6 +21,7 @@ With `--serve` they are: slow, refused (for a polite client), memory, traceback,
 """
 
 import argparse
+import atexit
 import collections
 import contextlib
 import gc
@@ -38,10 +39,11 @@ import socket
 import stat
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from attack_clients import attack_server
@@ -204,7 +206,9 @@ def observe(events: Path) -> None:
     sys.addaudithook(hook)
 
 
-def run_command(argv: list[str], cwd: Path, environment: dict[str, str], log: Path, events: Path, root: Path) -> None:
+def run_command(
+    argv: list[str], cwd: Path, environment: dict[str, str], log: Path, events: Path, root: Path
+) -> NoReturn:
     """Runs a command line in this process, a fork, and ends it."""
     os.setsid()
     os.chdir(cwd)
@@ -216,7 +220,16 @@ def run_command(argv: list[str], cwd: Path, environment: dict[str, str], log: Pa
     sys.argv = [str(root / "launch.py"), *argv]
     from imgclf_jax.cli.main import run_and_exit
 
-    run_and_exit("launch.py", [sys.executable, sys.argv[0]])
+    status: Any = 1
+    try:
+        run_and_exit("launch.py", [sys.executable, sys.argv[0]])
+    except SystemExit as end:
+        status = end.code
+    finally:  # what the interpreter does at its end, but for freeing memory; no caller's `finally` runs in the fork
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(status if isinstance(status, int) else 1)
 
 
 def usage(pid: int) -> tuple[float, int, bool]:
