@@ -165,10 +165,11 @@ class Round:
         if not fault and os.WIFSIGNALED(status):
             faults.append(("crash", f"signal {os.WTERMSIG(status)}"))
         changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-        for name, following in itertools.pairwise([*changed, ""]):
-            if not following.startswith(f"{name}/"):  # a folder changes with what is in it
-                what = "appeared" if name not in before else "is gone" if name not in after else "has changed"
-                faults.append(("code" if name == "outside/mark" else "outside", f"{name} {what}"))
+        inner = [a for a, b in itertools.pairwise([*changed, ""]) if not b.startswith(f"{a}/")]  # not their folders
+        for name in inner[:3]:
+            what = "appeared" if name not in before else "is gone" if name not in after else "has changed"
+            more = f", and {len(inner) - 3} more" if inner[3:] else ""
+            faults.append(("code" if name == "outside/mark" else "outside", f"{name} {what}{more}"))
         for name, held in self.copy.held:
             with contextlib.suppress(OSError):  # BlockingIOError: nothing was written
                 if name and (read := os.read(held, 1000)):
