@@ -91,7 +91,8 @@ class Attacked:
         self._make(case)
 
     def _make(self, case: tuple[str, str] | None) -> None:
-        source = self.base / self.rng.choice({"run": ("run", "cut"), "bundle": ("run",)}.get(self.kind, (self.kind,)))
+        sources = {"run": ("run",) if case else ("run", "cut"), "bundle": ("run",)}
+        source = self.base / self.rng.choice(sources.get(self.kind, (self.kind,)))
         target = self.item if self.kind != "bundle" else self.folder / "tmp" / "unpacked"
         (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
         if case:
