@@ -184,7 +184,7 @@ class Round:
             faults.append((kind, what))
         if "Traceback (most recent call last)" in text:
             faults.append(("traceback", text.strip().splitlines()[-1][:200]))
-        return faults
+        return list(dict.fromkeys(faults))
 
 
 def observe(events: Path) -> None:

@@ -101,10 +101,10 @@ class Attacked:
             self.obstruct(target, *case)
             return
         own = (self.set_aside,) * 2 if self.task == "train" else ()
-        whole = (self.obstruct,) * 9 + (self.edit,) * 5 + (self.damage,) * 2 + own
+        whole = (self.obstruct,) * 9 + (self.name_code,) * 5 + (self.edit,) * 3 + (self.damage,) * 2 + own
         attacks: dict[str, tuple[Any, ...]] = {
             "run": (*whole, self.rename, self.plant_modules, self.plant_pickle, self.list_elsewhere),
-            "bundle": (self.edit, self.edit, self.edit, self.plant_pickle, lambda _: None),
+            "bundle": (self.name_code, self.name_code, self.edit, self.plant_pickle, lambda _: None),
             "images": (self.obstruct, self.fill, self.name_oddly) * 3 + (self.link_folders,),
         }
         for _ in range(self.rng.choice((1, 1, 1, 2, 3))):
@@ -240,6 +240,36 @@ class Attacked:
             f"distill({where!r})", source, source, f"{source}/test", f"{call}/test", [call], {call: call}, odd, -1,
             None, True, 1e308, float("nan"), [[]] * 3, f"chain({call})", f"warmup({call!r})", f"test|{call}",
         ))  # fmt: skip
+
+    def name_code(self, run: Path) -> None:
+        """Has one key of config.json name code or a place, in a form that the key takes."""
+        if not _is_regular(file := run / "config.json"):
+            return
+        place = self.rng.choice((*self.places[:4], str(self.outside / "pipe")))
+        call = f"os:system('touch {self.mark}')"
+        if self.rng.random() < 0.3:
+            call = self.rng.choice(("stranger:run", f"subprocess:call(('touch', '{self.mark}'))", "stranger:Net()"))
+        source = self.rng.choice((call, f"arrays({place!r})", f"folder({place!r})", f"table({place!r})", "tfds('mnist')",
+                                  f"tfds('mnist', data_dir={place!r})", "tfds('someone:digits')"))  # fmt: skip
+        after, inside = f"decode(1)|{call}", f"activation={call!r}"
+        forms: dict[str, tuple[Any, ...]] = dict.fromkeys(
+            ("data.sampling", "mix", "tta", "augment", "loss", "schedule", "gradient", "writers", "metrics"), (call,)
+        ) | {
+            "model": (call, f"mlp({inside})", f"resnet_cifar({inside})", f"resnet(block='bottleneck(norm={call!r})')"),
+            "data.source": (source,), "data.eval": ({"test": f"{source}/test"}, {"test": call}),
+            "data.extra": ({"more": f"{source}/train"},), "preprocess": (after,), "preprocess_eval": (after,),
+            "optimizer": (call, f"sgd(momentum={call!r})"), "method": (call, f"distill({place!r})"),
+            "init_from": (place,),
+        }  # fmt: skip
+        key = self.rng.choice(tuple(forms))
+        value = self.rng.choice(forms[key])
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            config = json.loads(file.read_text())
+            container = config["data"] if key.startswith("data.") else config
+            container[key.removeprefix("data.")] = value
+            _fresh(file).write_text(json.dumps(config))
+            self.words.append(f"{key} = {value!r}")
+            self.seal(run)
 
     def edit(self, run: Path) -> None:
         """Sets values of a JSON file to hostile ones; often its digests are made to match."""
