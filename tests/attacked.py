@@ -255,7 +255,7 @@ class Attacked:
         forms: dict[str, tuple[Any, ...]] = dict.fromkeys(
             ("data.sampling", "mix", "tta", "augment", "loss", "schedule", "gradient", "writers", "metrics"), (call,)
         ) | {
-            "model": (call, f"mlp({inside})", f"resnet_cifar({inside})", f"resnet(block='bottleneck(norm={call!r})')"),
+            "model": (call, f"mlp({inside})", f"resnet_cifar({inside})", f"resnet(block='basic(norm={call!r})')"),
             "data.source": (source,), "data.eval": ({"test": f"{source}/test"}, {"test": call}),
             "data.extra": ({"more": f"{source}/train"},), "preprocess": (after,), "preprocess_eval": (after,),
             "optimizer": (call, f"sgd(momentum={call!r})"), "method": (call, f"distill({place!r})"),
