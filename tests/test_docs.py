@@ -132,7 +132,7 @@ def run_python(words: list[str]) -> None:
     elif Path(words[0]).is_file() and words[0].startswith("make_"):  # a file of the page, in the folder of the test
         subprocess.run([sys.executable, *words], check=True)
     else:
-        shortest = {"tests/stress.py": ("--seconds", "20")}
+        shortest = dict.fromkeys(("tests/stress.py", "tests/attack.py"), ("--seconds", "20"))
         assert words[1] == shortest[words[0]][0]
         in_root(sys.executable, words[0], *shortest[words[0]])
 
