@@ -249,7 +249,8 @@ class Attacked:
         call = f"os:system('touch {self.mark}')"
         if self.rng.random() < 0.3:
             call = self.rng.choice(("stranger:run", f"subprocess:call(('touch', '{self.mark}'))", "stranger:Net()"))
-        source = self.rng.choice((call, f"arrays({place!r})", f"folder({place!r})", f"table({place!r})", "tfds('mnist')",
+        source = self.rng.choice((call, f"arrays({place!r})", f"folder({place!r})", f"table({place!r})",
+                                  "tfds('mnist')",
                                   f"tfds('mnist', data_dir={place!r})", "tfds('someone:digits')"))  # fmt: skip
         after, inside = f"decode(1)|{call}", f"activation={call!r}"
         forms: dict[str, tuple[Any, ...]] = dict.fromkeys(

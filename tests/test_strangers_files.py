@@ -1,5 +1,6 @@
 """A stranger's run, bundle or folder: no command writes, moves, removes or waits for anything outside of it."""
 
+import json
 import os
 import shutil
 import socket
@@ -174,6 +175,14 @@ def test_a_name_like_that_of_a_checkpoint_removes_no_other_folder(run):
     before = snapshot(run)
     Checkpoints(run / "checkpoints").close()
     assert snapshot(run) == before
+
+
+def test_metadata_of_other_types(run):
+    """They were a traceback of Orbax's."""
+    file = run / "checkpoints" / "12" / "_CHECKPOINT_METADATA"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"commit_timestamp_nsecs": "soon"}))
+    with pytest.raises(UserError, match=r"a checkpoint in .*checkpoints has damaged metadata: Object must be of type"):
+        Checkpoints(run / "checkpoints", read_only=True)
 
 
 def _shapes(tree):

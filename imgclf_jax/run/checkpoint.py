@@ -114,8 +114,13 @@ class Checkpoints:
         if str(self.directory).startswith("s3://"):
             internals.teach_orbax_s3()
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_HANDLERS)
-        with _quiet_absl():  # Orbax warns that a read-only folder is read-only
-            self._manager = _Manager(self._for_orbax(), options=options, item_handlers=handler)
+        try:
+            with _quiet_absl():  # Orbax warns that a read-only folder is read-only
+                self._manager = _Manager(self._for_orbax(), options=options, item_handlers=handler)
+        except (ValueError, TypeError, KeyError) as e:  # from a _CHECKPOINT_METADATA with other values
+            if isinstance(e, UserError):
+                raise
+            raise UserError(f"a checkpoint in {self.directory} has damaged metadata: {reason(e)}; remove it") from e
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: concurrent.futures.Future[None] | None = None
         self._read_back = False  # whether this process has read a checkpoint back
