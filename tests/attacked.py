@@ -249,15 +249,14 @@ class Attacked:
         call = f"os:system('touch {self.mark}')"
         if self.rng.random() < 0.3:
             call = self.rng.choice(("stranger:run", f"subprocess:call(('touch', '{self.mark}'))", "stranger:Net()"))
-        source = self.rng.choice((call, f"arrays({place!r})", f"folder({place!r})", f"table({place!r})",
-                                  "tfds('mnist')",
-                                  f"tfds('mnist', data_dir={place!r})", "tfds('someone:digits')"))  # fmt: skip
+        source = self.rng.choice((call, f"arrays({place!r})", f"folder({place!r})", f"table({place!r})", "tfds('a:b')",
+                                  "tfds('mnist')", f"tfds('mnist', data_dir={place!r})"))  # fmt: skip
         after, inside = f"decode(1)|{call}", f"activation={call!r}"
         forms: dict[str, tuple[Any, ...]] = dict.fromkeys(
             ("data.sampling", "mix", "tta", "augment", "loss", "schedule", "gradient", "writers", "metrics"), (call,)
         ) | {
-            "model": (call, f"mlp({inside})", f"resnet_cifar({inside})", f"resnet(block='basic(norm={call!r})')"),
-            "data.source": (source,), "data.eval": ({"test": f"{source}/test"}, {"test": call}),
+            "model": (call, f"mlp({inside})", f"resnet_cifar({inside})", f"resnet(block={call!r})"),
+            "data.source": (source,), "data.eval": ({"test": f"{source}/test"},),
             "data.extra": ({"more": f"{source}/train"},), "preprocess": (after,), "preprocess_eval": (after,),
             "optimizer": (call, f"sgd(momentum={call!r})"), "method": (call, f"distill({place!r})"),
             "init_from": (place,),
