@@ -1,6 +1,7 @@
 """What reading a run may do: a work directory that someone else made runs none of their code."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -169,3 +170,19 @@ def test_a_file_that_is_called_like_a_library(tmp_path, place):
     command = [sys.executable, str(ROOT / "launch.py"), *config, f"--workdir={tmp_path}/run", "--config.model=none"]
     done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1].startswith("error: unknown model 'none'")
+
+
+@pytest.mark.parametrize(("program", "words"), [
+    ([str(ROOT / "launch.py")], ["probe", "--plot=p.png"]),
+    *thorough(([str(ROOT / "launch.py")], ["export", "x.onnx"])),
+    (["-m", "imgclf_jax"], ["evaluate"]),
+])  # fmt: skip
+def test_no_file_of_the_current_folder_stands_in_for_a_package(trained, tmp_path, program, words):
+    """Packages look for optional ones, and commands for extras: a missing one was found in a stranger's run."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    for name in ("matplotlib", "jax2onnx", "pandas", "jax_plugins/evil", "defusedxml", "jax"):
+        (run / name).mkdir(parents=True)
+        (run / name / "__init__.py").write_text(f"open({str(tmp_path / 'harm')!r}, 'w').close()\n")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, *program, *words, "--workdir=."], cwd=run, env=environment, check=False)
+    assert not (tmp_path / "harm").exists()

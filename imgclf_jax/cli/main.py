@@ -32,7 +32,7 @@ def console() -> NoReturn:
     """Runs the command line of the installed package, `imgclf` or `python -m imgclf_jax`, and exits."""
     memory.use_huge_pages()
     name = Path(sys.argv[0]).name
-    run_and_exit("python -m imgclf_jax" if name == "__main__.py" else name, [sys.executable, "-m", "imgclf_jax"])
+    run_and_exit("python -m imgclf_jax" if name == "__main__.py" else name, [sys.executable, "-P", "-m", "imgclf_jax"])
 
 
 def run_and_exit(program: str, command: Sequence[str]) -> NoReturn:

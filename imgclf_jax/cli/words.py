@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 from imgclf_jax import config as configs
 from imgclf_jax.cli.flags import FLAGS
 from imgclf_jax.cli.table import COMMANDS, commands_with
+from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError, unknown
 
 
@@ -179,8 +180,8 @@ def configs_folder() -> Path:
 def take_config(argv: list[str]) -> tuple[str, list[str]]:
     """Returns the file that --config names (default: digits) and the rest of the command line.
 
-    A plain name such as `digits` is a config that ships, unless there is a file of that name. Also makes the user's own
-    modules importable, from the config file's folder and the working directory.
+    A plain name such as `digits` is a config that ships, unless there is a file of that name. The user's own
+    modules are searched in the config file's folder and the working directory.
     """
     path = str(configs_folder() / "digits.py")
     rest = []
@@ -208,8 +209,10 @@ def take_config(argv: list[str]) -> tuple[str, list[str]]:
             raise UserError(
                 f"no config file {name!r}; the config that ships is --config={Path(name).stem}{colon}{argument}"
             )
-    # At the end of the path, so that they do not shadow installed packages.
-    sys.path += [str(Path(path.partition(":")[0]).resolve().parent), str(Path.cwd())]
+    folder = Path(path.partition(":")[0]).resolve().parent
+    spec.folders[:] = [str(folder), str(Path.cwd())]
+    if folder != configs_folder().resolve():  # for what the config imports; last, to shadow no installed package
+        sys.path.append(str(folder))
     return path, rest
 
 

@@ -28,7 +28,7 @@ def use_huge_pages(enabled: Path = _HUGE_PAGES) -> None:
     """
     name, setting = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
     own, words = os.environ.get(name, ""), sys.orig_argv
-    direct = words[1:2] == sys.argv[:1] or words[1:3] == ["-m", "imgclf_jax"]
+    direct = words[1:2] == sys.argv[:1] or ["-m", "imgclf_jax"] in (words[1:3], words[2:4])
     with contextlib.suppress(OSError, ValueError, AttributeError):
         libc, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
         known = libc == "glibc" and tuple(map(int, version.split("."))) >= (2, 35)

@@ -9,11 +9,12 @@ import ast
 import contextlib
 import contextvars
 import functools
-import importlib
+import importlib.util
 import inspect
 import io
 import itertools
 import re
+import sys
 import tokenize
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -201,7 +202,7 @@ def lookup(call: Call, table: Table, kind: str) -> Function:
     module_name, _, attribute = call.name.partition(":")
     check_trusted(f"{kind} {call.name!r}, which would import the module {module_name!r} and run its code")
     try:
-        module = importlib.import_module(module_name)
+        module = _import(module_name)
     except (ImportError, SyntaxError) as e:
         fix = _explain_path(call.name) if module_name.endswith(".py") else ""
         raise UserError(f"cannot import {module_name!r} for {kind} {call.name!r}: {e}{fix}") from e
@@ -209,6 +210,20 @@ def lookup(call: Call, table: Table, kind: str) -> Function:
         names = [n for n in dir(module) if callable(getattr(module, n)) and not n.startswith("_")]
         raise UserError(unknown(f"name in module {module_name}", attribute, names))
     return getattr(module, attribute)
+
+
+folders: list[str] = []  # where a user's own modules are
+
+
+def _import(name: str) -> Any:
+    """Imports a user's module. Only now their folders are searched, after the installed packages.
+
+    Before, a file there, which may be a stranger's, would stand in for an optional package that is not installed.
+    """
+    package = name.partition(".")[0]
+    if package not in sys.modules and not importlib.util.find_spec(package):
+        sys.path += [folder for folder in folders if folder not in sys.path]
+    return importlib.import_module(name)
 
 
 def bind(
