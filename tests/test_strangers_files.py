@@ -215,3 +215,12 @@ def test_a_directory_is_entered_once(tmp_path):
     assert listing.strays == {"link to a listed folder": 11 * 11 - 10 + 10 + 11}
     assert len(image_files.match(f"{tmp_path}/**/*.png")) == 11
     assert len(list(inputs.find("predict", [str(tmp_path)]))) == 11
+
+
+def test_a_trace_that_cannot_be_written_ends_no_run(run, capsys):
+    """A file in place of a folder: it was a traceback of JAX's."""
+    (run / "profile").mkdir()
+    (run / "profile" / "plugins").touch()
+    words = [f"--workdir={run}", *FLAGS, "--extend", "--config.total=16 steps", "--profile=13:15"]
+    assert launch.main(words) == 0
+    assert "the trace of steps 13 to 15 could not be written" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import jax
 from rich import progress
 
 from imgclf_jax.core import places, processes
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Chunk, PyTree
 from imgclf_jax.run import terminal
 from imgclf_jax.run.phases import Phases
@@ -95,8 +95,11 @@ class Monitor:
         self._bar.update(self._task, completed=steps.stop, note=self._note)  # it compiles no more
         if self.edges and steps.stop == self.edges[1] and not processes.index():
             self._wait()
-            jax.profiler.stop_trace()
-            log.info("steps %d to %d traced into %s", *self.edges, self._folder)
+            try:
+                jax.profiler.stop_trace()
+                log.info("steps %d to %d traced into %s", *self.edges, self._folder)
+            except (OSError, jax.errors.JaxRuntimeError) as e:  # the run is worth more than its trace
+                log.warning("the trace of steps %d to %d could not be written: %s", *self.edges, reason(e))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
