@@ -7,7 +7,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -202,19 +202,8 @@ def _dispatch(
             stack.enter_context(source.untrusted(called.argv))
         more: list[Any] = [files] if command.files and command.config_from != "record" else []
         more += [called] if command.needs_command_line else []
-        tell = stack.enter_context(_notifying(name, source))
         status: int = _module(name).main(config, source, *more, **options)
-        tell(status)
         return status
-
-
-def _notifying(name: str, source: Any) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-    """Tells a web hook of the end of `train`: see `run.notify`."""
-    if name != "train":
-        return contextlib.nullcontext(lambda status: None)
-    from imgclf_jax.run.notify import notifying
-
-    return notifying(source.path)
 
 
 def _join(

@@ -75,10 +75,6 @@ class FileSource:
         y_digest = hashlib.sha256(np.ascontiguousarray(y).data).hexdigest()
         return self._hash(self.table, self.class_names, self.digests, self.target_names, y_digest)
 
-    def listing_fingerprint(self) -> str:
-        """The SHA-256 of names, sizes and classes that older versions recorded; they had no tables."""
-        return "" if self.table else self._hash(self.sizes, self.class_names)
-
     def _hash(self, *parts: Json) -> str:
         text = json.dumps([[utf8(file) for file in self.files], *parts])
         return hashlib.sha256(text.encode()).hexdigest()

@@ -156,15 +156,7 @@ class SplitSource:
         return example_name(source, int(i - self.starts[p] + start))
 
     def fingerprint(self) -> str:
-        return self._hash(lambda source: source.fingerprint())
-
-    def listing_fingerprint(self) -> str:
-        """The fingerprint that older versions recorded; "" if it was the same."""
-        older = self._hash(lambda source: listing_fingerprint(source) or source.fingerprint())
-        return older if older != self.fingerprint() else ""
-
-    def _hash(self, fingerprint: Callable[[Source], str]) -> str:
-        parts = [(fingerprint(source), start, stop) for source, start, stop in self.parts]
+        parts = [(source.fingerprint(), start, stop) for source, start, stop in self.parts]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -186,12 +178,6 @@ def example_name(source: Source, i: int, unnamed: Callable[[int], str] = "exampl
     """The name of an example: what the method `name` of its source returns, such as its file, or else `unnamed(i)`."""
     name = getattr(source, "name", None)
     return str(name(i)) if callable(name) else unnamed(i)
-
-
-def listing_fingerprint(source: Source) -> str:
-    """The fingerprint without contents that older versions recorded; "" for a source that had none."""
-    older = getattr(source, "listing_fingerprint", None)
-    return older() if older else ""
 
 
 def target_names(source: Source) -> tuple[str, ...]:

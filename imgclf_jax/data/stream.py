@@ -30,7 +30,6 @@ from imgclf_jax.data.sources import (
     class_counts,
     example_name,
     left_out,
-    listing_fingerprint,
     open_data,
     read_examples,
     take_split,
@@ -116,10 +115,9 @@ class Images:
     def describe(self, count_classes: bool = False) -> DataInfo:
         """The facts of these training images for the run's record; with `count_classes`, also the class counts."""
         names, counts = tuple(self.source.class_names), class_counts(self.source).tolist() if count_classes else ()
-        older = listing_fingerprint(self.source)
         fingerprint = self.source.fingerprint()
         extra = {name: images.describe() for name, images in self.extra.items()}
-        return DataInfo(len(self), self.shape, names, fingerprint, tuple(counts), older, self.target_names,
+        return DataInfo(len(self), self.shape, names, fingerprint, tuple(counts), self.target_names,
                         self.sampler.digest, extra)  # fmt: skip
 
     def ids(self, seed: int, positions: np.ndarray) -> np.ndarray:

@@ -56,14 +56,9 @@ class DataInfo:
     class_names: tuple[str, ...]
     fingerprint: str
     class_counts: tuple[int, ...] = ()  # training examples of each class; empty unless the loss needs them
-    listing_fingerprint: str = field(default="", compare=False)  # without contents, as older versions recorded it
     target_names: tuple[str, ...] = ()  # equal to class_names if examples have targets f32[k]; empty with labels
     sampling: str = ""  # SHA-256 of the weights, scores or ids that data.sampling reads; empty if it reads none
     extra: dict[str, "DataInfo"] = field(default_factory=dict)  # the further streams of `data.extra`, by name
-
-    def matches(self, recorded: str) -> bool:
-        """Whether a recorded fingerprint, perhaps from an older version, matches these data."""
-        return recorded == self.fingerprint or (bool(recorded) and recorded == self.listing_fingerprint)
 
 
 def collect(data: DataInfo) -> JsonObject:
@@ -304,10 +299,11 @@ def _git() -> JsonObject:
 def _data_info(data: Json) -> DataInfo:
     h, w, c = map(int, data["image_shape"])
     names, counts = tuple(map(str, data["class_names"])), tuple(map(int, data.get("class_counts", ())))
-    prints = str(data["fingerprint"]), counts, str(data.get("listing_fingerprint", ""))
     targets, sampling = tuple(map(str, data.get("target_names", ()))), str(data.get("sampling", ""))
     extra = {str(name): _data_info(one) for name, one in data.get("extra", {}).items()}
-    return DataInfo(int(data["train_examples"]), (h, w, c), names, *prints, targets, sampling, extra)
+    return DataInfo(
+        int(data["train_examples"]), (h, w, c), names, str(data["fingerprint"]), counts, targets, sampling, extra
+    )
 
 
 def load_data_info(path: Path) -> DataInfo:

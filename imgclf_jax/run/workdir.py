@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Self
@@ -287,11 +287,8 @@ class Workdir:
         begun = self.has_checkpoints() or self.config.is_file()  # a kill may leave a provenance.json alone
         if known := begun and self.provenance.is_file():
             old = load_data_info(self.provenance)
-            if old != data and data.matches(old.fingerprint) and replace(old, fingerprint=data.fingerprint) == data:
-                log.warning("an older version began the run in %s and recorded only the names and sizes of its images: "
-                            "their contents may have changed since", self.path)  # fmt: skip
-            elif old != data:
-                names = [f.name for f in fields(data) if f.compare and getattr(old, f.name) != getattr(data, f.name)]
+            if old != data:
+                names = [f.name for f in fields(data) if getattr(old, f.name) != getattr(data, f.name)]
                 raise UserError(f"the data of the run in {self.path} have changed (another {', '.join(names)}); "
                                 "restore them, or pass another --workdir")  # fmt: skip
             recorded = self.read_provenance()

@@ -184,8 +184,6 @@ def differences(old: JsonMapping, new: JsonMapping) -> list[Difference]:
             found.append(Difference(kind, what, _short(a), _short(b)))
 
     a, b = (as_object(p.get("data")) for p in (old, new))
-    if a.get("fingerprint") and a["fingerprint"] == b.get("listing_fingerprint"):  # older versions ignored contents
-        b = b | {"fingerprint": a["fingerprint"]}
     for key in ("fingerprint", "train_examples", "image_shape", "class_names", "class_counts", "target_names",
                 "sampling"):  # fmt: skip
         add("data", key, a.get(key), b.get(key))
