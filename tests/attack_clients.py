@@ -188,16 +188,16 @@ def start(root: Path, folder: Path, flags: tuple[str, ...]) -> tuple[subprocess.
     return served, int(found[1])
 
 
-def ask(port: int) -> tuple[int, float]:
-    """Status and seconds of a polite request."""
+def ask(port: int) -> tuple[int | str, float]:
+    """Status, or why there is none, and seconds of a polite request."""
     began, connection = time.monotonic(), http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
         connection.request("POST", "/predict", png(), {"Content-Type": "image/png"})
         answer = connection.getresponse()
         answer.read()
         return answer.status, time.monotonic() - began
-    except OSError:
-        return 0, time.monotonic() - began
+    except OSError as e:
+        return str(e), time.monotonic() - began
     finally:
         connection.close()
 

@@ -32,8 +32,6 @@ def check(name: str, files: Sequence[str], options: dict[str, Value]) -> None:
         if name == "features" and not text:
             raise UserError("features: name the file to write: --output FILE.npz or FILE.parquet")
         if text and "://" not in text:
-            if file.suffix == ".parquet":
-                extras.require("parquet", f"--{flag}={file}")
             places.check_output(file, f"--{flag}", suffixes or (file.suffix,))
     if options.get("plot"):
         extras.require("plot", f"--plot={options['plot']}")

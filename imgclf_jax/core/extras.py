@@ -1,5 +1,6 @@
 """Packages that a plain install omits: which extra of this package brings them, and how to install it."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import shlex
@@ -43,11 +44,13 @@ def require(extra: str, what: str, *modules: str) -> None:
 
 def how_to_install(extra: str) -> str:
     """The command that installs an extra: uv's in a clone, else pip's with the packages that the metadata name."""
-    named = map(Requirement, importlib.metadata.requires("imgclf_jax") or ())
-    needed = [str(r).partition(";")[0] for r in named if r.marker and r.marker.evaluate({"extra": extra})]
-    if not needed:
+    needed = None  # of a clone that is not installed
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        named = map(Requirement, importlib.metadata.requires("imgclf_jax") or ())
+        needed = [str(r).partition(";")[0] for r in named if r.marker and r.marker.evaluate({"extra": extra})]
+    if needed == []:
         return f"its packages do not support Python {sys.version_info[0]}.{sys.version_info[1]} yet: use an older one"
-    if _CLONE.is_file():
+    if needed is None or _CLONE.is_file():
         return f"run it by `uv run --{'group' if extra == 'onnx' else 'extra'} {extra} launch.py …`"
     more = " && pip install --no-deps jax2onnx" if extra == "onnx" else ""  # pip refuses it, for its bound on Orbax
     return f"install it by `pip install {shlex.join(needed)}{more}`"

@@ -6,7 +6,6 @@ objects cannot be appended to: each is written in one go.
 
 import contextlib
 import errno
-import importlib.util
 import io
 import os
 import secrets
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
 
-from imgclf_jax.core import spec
+from imgclf_jax.core import extras, spec
 from imgclf_jax.core.errors import UserError, reason
 
 # Otherwise epath uses TensorFlow's file systems if installed, which lack S3 and raise other errors.
@@ -42,9 +41,7 @@ def as_path(text: str) -> Path:
         raise UserError(f"{text!r} is not a path; allowed are a path, file:///PATH, gs://BUCKET/PATH or "
                         "s3://BUCKET/PATH")  # fmt: skip
     spec.check_network(text)
-    if not importlib.util.find_spec(_DRIVERS[scheme]):
-        raise UserError(f"{text!r}: reading and writing this bucket needs {_DRIVERS[scheme]}, which is not installed; "
-                        "install it by `uv sync --extra buckets`")  # fmt: skip
+    extras.require("buckets", text, _DRIVERS[scheme])
     from etils import epath
 
     return cast(Path, epath.Path(text))
@@ -232,9 +229,8 @@ def check_output(file: Path, flag: str, suffixes: Sequence[str]) -> None:
     if file.suffix not in suffixes:
         names = " or ".join(filter(None, [", ".join(suffixes[:-1]), suffixes[-1]]))
         raise UserError(f"{flag}={file}: the name must end in {names}")
-    if file.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
-        raise UserError(f"{flag}={file}: Parquet needs pyarrow, which is not installed; run `uv sync --extra parquet`, "
-                        "or name another format")  # fmt: skip
+    if file.suffix == ".parquet":
+        extras.require("parquet", f"{flag}={file}")
     if not file.parent.is_dir():
         raise UserError(f"{flag}={file}: the directory {str(file.parent)!r} does not exist; create it first")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import launch
-from imgclf_jax.core import places
+from imgclf_jax.core import extras, places
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.run.checkpoint import Checkpoints
@@ -64,8 +64,8 @@ def test_other_addresses_are_refused(text):
 
 
 def test_a_driver_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(places.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"needs gcsfs, which is not installed.*uv sync --extra buckets"):
+    monkeypatch.setattr(extras, "_installed", lambda _: False)
+    with pytest.raises(UserError, match=r"needs gcsfs, which is not installed.*uv run --extra buckets"):
         places.as_path("gs://bucket/x")
 
 
