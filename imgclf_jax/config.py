@@ -46,8 +46,7 @@ KEYS: dict[str, tuple[Value, str]] = {
                               "fake(n, shape, classes)."),
     "data.train": ("train", "The split to train on, in TFDS syntax: 'train[:90%]', 'train[1000:]+extra'."),
     "data.sampling": ("permutation", "The order and frequency of training examples: permutation, balanced, "
-                                     "weighted('weights.npy'), repeated(3), curriculum('scores.npz'), "
-                                     "subset('ids.npy'), or an import path."),
+                                     "weighted('weights.npy'), subset('ids.npy'), or an import path."),
     "data.eval": ({"test": "test"}, 'Evaluation sets: a name and a split for each; "fake()/test" is a split of another '
                                     "source."),
     "data.extra": ({}, "Extra streams for the method: a name, and a split or \"folder('crops')/train|batch_size(448)\" "

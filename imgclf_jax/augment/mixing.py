@@ -2,7 +2,7 @@
 
 A mixing op takes `(key, images, …)`, or `(images, …)` if it is deterministic (see `core.kinds`), and returns (images,
 weight f32[b]). Image i is mixed with image i - 1, the first with the last, and keeps the share `weight`. As the order
-of a batch is random, the neighbour is a random example, with `data.sampling='repeated(m)'` too (see `data.sampling`).
+of a batch is random, the neighbour is a random example.
 The neighbours of all images but the first of each device are on the same device.
 """
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from imgclf_jax import config as configs
 from imgclf_jax.core import rng, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Function, Value
@@ -113,34 +112,21 @@ class Sampler:
     expected: Callable[[int], np.ndarray] | None = None
 
 
-@dataclass(frozen=True)
-class Context:
-    """The split and batch size that a sampling is built for."""
-
-    source: sources.Source
-    batch_size: int  # for durations in steps
-
-    @property
-    def n(self) -> int:
-        """The number of examples."""
-        return len(self.source)
-
-
-def permutation(context: Context) -> Sampler:
+def permutation(source: sources.Source) -> Sampler:
     """Every example once per epoch, in a new random order each time."""
-    n = context.n
+    n = len(source)
     return Sampler(lambda seed, positions: position_ids(seed, positions, n), n, "", lambda stop: np.full(n, stop / n))
 
 
-def balanced(context: Context) -> Sampler:
+def balanced(source: sources.Source) -> Sampler:
     """Every class equally often: positions k i to k i + k - 1 hold each of the k classes once.
 
     The examples of a class come in exact permutations. An epoch of the stream ends when the largest class has been seen
     once. Classes without examples are skipped. Raises UserError for targets.
     """
-    if sources.target_names(context.source):
+    if sources.target_names(source):
         raise UserError("balanced needs labels, but data.source has targets")
-    labels = sources.read_labels(context.source)
+    labels = sources.read_labels(source)
     counts = np.bincount(labels)
     present = np.flatnonzero(counts)
     order, starts, k = np.argsort(labels, kind="stable"), np.cumsum(counts) - counts, len(present)
@@ -154,16 +140,16 @@ def balanced(context: Context) -> Sampler:
     return Sampler(ids, k * int(counts.max()), "", lambda stop: stop / k / counts[labels])
 
 
-def weighted(context: Context, by: str = "") -> Sampler:
+def weighted(source: sources.Source, by: str = "") -> Sampler:
     """Draws the example at each position independently, with a probability proportional to its weight.
 
     `by` is a .npy or .npz file with a weight per example, or a column of the source; by default the source's weights.
     An epoch of the stream has as many positions as examples.
     """
-    weights, what = _numbers(context, by, "by")
+    weights, what = _numbers(source, by, "by")
     if (weights < 0).any():
         i = int(np.argmax(weights < 0))
-        name = sources.example_name(context.source, i)
+        name = sources.example_name(source, i)
         raise UserError(f"{what}: the weight of {name} is {weights[i]}; it must be 0 or more")
     with np.errstate(over="ignore"):
         total = np.cumsum(weights)
@@ -174,80 +160,13 @@ def weighted(context: Context, by: str = "") -> Sampler:
         bits = _keys(seed, "weighted", positions) >> np.uint64(11)
         return np.searchsorted(total, bits * (2.0**-53 * total[-1]), side="right")
 
-    return Sampler(ids, context.n, _digest(weights), lambda stop: stop * weights / total[-1])
+    return Sampler(ids, len(source), _digest(weights), lambda stop: stop * weights / total[-1])
 
 
-def repeated(context: Context, times: int) -> Sampler:
-    """Every example `times` times in a batch: repeated augmentation (Hoffer et al. 2019, "Augment your batch").
-
-    A batch has the examples that 'permutation' has at position // times; an epoch of the stream has times * n
-    positions. Since `augment.mixing` mixes neighbours, the examples of a batch come once each, then all again. Copies
-    are neighbours at most in a batch, or a part of it at the end of an epoch, of fewer than 3 * times positions. Raises
-    UserError for a batch of at most `times` positions.
-    """
-    if type(times) is not int or times < 1:
-        raise UserError(f"times={times!r} must be a whole number of 1 or more")
-    n, batch_size = context.n, context.batch_size
-    if 1 < times >= batch_size:
-        raise UserError(f"times={times} must be less than the batch size {batch_size}, or a batch has copies of a "
-                        "single example")  # fmt: skip
-    epoch = times * n
-
-    def ids(seed: int, positions: np.ndarray) -> np.ndarray:
-        start = np.maximum(positions // batch_size * batch_size, positions // epoch * epoch)
-        stop = np.minimum((positions // batch_size + 1) * batch_size, (positions // epoch + 1) * epoch)
-        # A transposition: the positions of a batch in one epoch, in rows of `times`, are read by columns, of which the
-        # first `longer` have one position more.
-        place, (length, longer) = positions - start, np.divmod(stop - start, times)
-        rest = place - longer * (length + 1)
-        row, column = place % (length + 1), place // (length + 1)
-        row = np.where(rest < 0, row, rest % np.maximum(length, 1))
-        column = np.where(rest < 0, column, longer + rest // np.maximum(length, 1))
-        return position_ids(seed, (start + row * times + column) // times, n)
-
-    return Sampler(ids, epoch, "", lambda stop: np.full(n, stop / n))
-
-
-def curriculum(
-    context: Context, scores: str, start: float = 0.04, increase: float = 1.9, every: str = "1 epochs"
-) -> Sampler:
-    """Easy examples first: the fixed exponential pacing of Hacohen and Weinshall (2019).
-
-    "On the power of curriculum learning", section 3. `scores`, a file or a column as in `weighted`, is the difficulty
-    of each example. Stage s = 0, 1, … draws from the ceil(start * increase**s * n) easiest examples, in exact
-    permutations, and lasts for the duration `every`. The first stage with all n examples is the last, and never ends.
-    """
-    if not (_is_number(start) and 0 < start <= 1 and _is_number(increase) and 1 < increase < np.inf):
-        raise UserError(f"start={start!r} must be above 0 and at most 1, and increase={increase!r} above 1")
-    values, _ = _numbers(context, scores, "scores")
-    order, n = np.argsort(values, kind="stable"), context.n
-    steps = configs.period(str(every), "every", n, context.batch_size)
-    if steps is None:
-        raise UserError("every='' must be a duration, such as '1 epochs' or '100 steps'")
-    length, stages = max(1, math.ceil(steps * context.batch_size)), [0]
-    while stages[-1] < n:
-        stages.append(math.ceil(min(n, start * increase ** (len(stages) - 1) * n)))  # which may be infinite
-    sizes = np.array(stages[1:])
-
-    def ids(seed: int, positions: np.ndarray) -> np.ndarray:
-        stage = np.minimum(positions // length, len(sizes) - 1)
-        passes, index = np.divmod(positions - stage * length, sizes[stage])
-        return order[shuffle(index, sizes[stage], _keys(seed, "curriculum", stage, passes))]
-
-    def expected(stop: int) -> np.ndarray:
-        drawn = np.zeros(n)
-        for s, size in enumerate(sizes):
-            left = max(0, stop - s * length)
-            drawn[order[:size]] += (left if s == len(sizes) - 1 else min(length, left)) / size
-        return drawn
-
-    return Sampler(ids, n, _digest(values), expected)
-
-
-def subset(context: Context, ids: str) -> Sampler:
+def subset(source: sources.Source, ids: str) -> Sampler:
     """The examples whose ids are in a .npy or .npz file, each exactly once per epoch of the stream."""
     _check_text("ids", ids, "a .npy or .npz file")
-    chosen, n = load_array(ids, ("ids",)), context.n
+    chosen, n = load_array(ids, ("ids",)), len(source)
     if chosen.ndim != 1 or not chosen.size or chosen.dtype.kind not in "iu":
         raise UserError(f"{ids} holds {chosen.dtype}{list(chosen.shape)}; expected whole numbers [m], m above 0")
     if (wrong := chosen[(chosen < 0) | (chosen >= n)]).size:
@@ -265,14 +184,13 @@ def subset(context: Context, ids: str) -> Sampler:
     return Sampler(ids_at, m, _digest(chosen), lambda stop: np.bincount(chosen, minlength=n) * (stop / m))
 
 
-SAMPLINGS = {"permutation": permutation, "balanced": balanced, "weighted": weighted, "repeated": repeated,
-             "curriculum": curriculum, "subset": subset}  # fmt: skip
+SAMPLINGS = {"permutation": permutation, "balanced": balanced, "weighted": weighted, "subset": subset}
 
 
 def _bind(text: str) -> tuple[spec.Call, functools.partial[Any]]:
     call = spec.parse_one(text)
     if ":" not in call.name:
-        return call, spec.bind(call, SAMPLINGS, "sampling", ("context",))
+        return call, spec.bind(call, SAMPLINGS, "sampling", ("source",))
     factory = spec.takes(spec.lookup(call, SAMPLINGS, "sampling"), "source")
     return call, spec.bind(call, SAMPLINGS, "sampling", ("source",) if factory else ("key", "positions", "n"))
 
@@ -282,7 +200,7 @@ def check_name(text: str) -> None:
     _bind(text)
 
 
-def build(text: str, context: Context, key: str = "data.sampling") -> Sampler:
+def build(text: str, source: sources.Source, key: str = "data.sampling") -> Sampler:
     """Returns the sampler that a spec names, for a split. Raises UserError naming the config key `key`.
 
     A user's own is a function `(key uint64, positions int64[b], n, …) -> ids int64[b]`, or a factory `(source, …)` that
@@ -293,11 +211,11 @@ def build(text: str, context: Context, key: str = "data.sampling") -> Sampler:
     where = f"{key}={text!r}"
     try:
         if ":" not in call.name:
-            return make(context)
-        function = make(context.source) if spec.takes(make.func, "source") else make
+            return make(source)
+        function = make(source) if spec.takes(make.func, "source") else make
     except UserError as e:
         raise UserError(f"{where}: {e}") from e
-    return _user_sampler(function, context.n, where)
+    return _user_sampler(function, len(source), where)
 
 
 def _user_sampler(function: Function, n: int, where: str) -> Sampler:
@@ -323,33 +241,29 @@ def _user_sampler(function: Function, n: int, where: str) -> Sampler:
     return Sampler(ids, int(epoch))
 
 
-def _is_number(value: Value) -> bool:
-    return isinstance(value, int | float)
-
-
 def _check_text(argument: str, value: Value, what: str) -> None:
     """Raises UserError unless an argument of a sampling is text, the name of `what`."""
     if not isinstance(value, str):
         raise UserError(f"{argument}={value!r} must be text, the name of {what}")
 
 
-def _numbers(context: Context, by: str, argument: str) -> tuple[np.ndarray, str]:
+def _numbers(source: sources.Source, by: str, argument: str) -> tuple[np.ndarray, str]:
     """Returns (f64[n], a number per example; their name in errors), of the `argument` with the value `by`.
 
     Raises UserError for NaN and infinity.
     """
     _check_text(argument, by, "a .npy or .npz file or of a column")
     if by.endswith((".npy", ".npz")):
-        values, what = load_array(by, ("weights", "scores")), by
+        values, what = load_array(by, ("weights",)), by
     else:
-        values, what = sources.read_column(context.source, by), f"the column {by!r}" if by else "the source's weights"
-    if values.shape != (context.n,) or values.dtype.kind not in "fiub":
+        values, what = sources.read_column(source, by), f"the column {by!r}" if by else "the source's weights"
+    if values.shape != (len(source),) or values.dtype.kind not in "fiub":
         raise UserError(f"{what} holds {values.dtype}{list(values.shape)}; expected a real number for each of the "
-                        f"{context.n} examples of the split")  # fmt: skip
+                        f"{len(source)} examples of the split")  # fmt: skip
     values = values.astype(np.float64)
     if not np.isfinite(values).all():
         i = int(np.argmin(np.isfinite(values)))
-        name = sources.example_name(context.source, i)
+        name = sources.example_name(source, i)
         raise UserError(f"{what}: the value of {name} is {values[i]}; it must be finite")
     return values, what
 

@@ -62,7 +62,7 @@ class Images:
         `sampler` orders the examples of the stream; by default in exact permutations.
         """
         self.source, self.preprocess, self.seed = source, preprocess, seed
-        self.sampler = sampler or sampling.permutation(sampling.Context(source, 1))
+        self.sampler = sampler or sampling.permutation(source)
         self.extra: dict[str, Images] = {}  # extra streams, by name
         self.left_out: list[str] = []  # unreadable files that the extra streams skip
         self._ops, self.random = decode.build(preprocess)
@@ -218,15 +218,15 @@ def train_images(source: Source, config: ConfigDict, base: Mapping[str, Source] 
     `base`, the splits of `data.source`, adds the streams of `data.extra`. All processes must call this; it raises
     UserError unless they sample by the same numbers.
     """
-    sampler = _sampler(config.data.sampling, source, config.batch_size, "data.sampling")
+    sampler = _sampler(config.data.sampling, source, "data.sampling")
     images = Images(source, config.preprocess, config.seed, config.data.threads, sampler)
     if base is not None:
         add_extra(images, config, base)
     return images
 
 
-def _sampler(text: str, source: Source, batch_size: int, key: str) -> sampling.Sampler:
-    sampler = sampling.build(text, sampling.Context(source, batch_size), key)
+def _sampler(text: str, source: Source, key: str) -> sampling.Sampler:
+    sampler = sampling.build(text, source, key)
     if text != "permutation":
         processes.agree(f"comparing {key}", lambda: {f"what {key} reads": sampler.digest[:12]},
                         fix="all processes must read the same files")  # fmt: skip
@@ -243,7 +243,7 @@ def add_extra(images: Images, config: ConfigDict, base: Mapping[str, Source]) ->
             default = "train" if len(opened) > 1 else next(iter(opened))
             source = take_split(opened, entry.split or default)
             images.left_out += left_out(opened) if entry.source else []
-            sampler = _sampler(entry.sampling, source, entry.batch_size, f"{key} sampling")
+            sampler = _sampler(entry.sampling, source, f"{key} sampling")
             images.extra[name] = Images(source, entry.preprocess, config.seed, config.data.threads, sampler)
         except UserError as e:
             raise UserError(str(e) if str(e).startswith(key) else f"{key}: {e}") from e

@@ -76,7 +76,7 @@ def _count_drawn(
     read: str, sampled: str, texts: Mapping[str, str], base: Mapping[str, sources.Source]
 ) -> dict[str, tuple[int, int]]:
     """`splits.count_shared` of the examples of the split `read` that the sampling draws."""
-    sampler = sampling.build(sampled, sampling.Context(sources.take_split(dict(base), read), 1))
+    sampler = sampling.build(sampled, sources.take_split(dict(base), read))
     assert sampler.expected is not None
     left, sizes = sampler.expected(_MANY) > 0, {name: len(split) for name, split in base.items()}
     drawn = {name: np.zeros(size, bool) for name, size in sizes.items()}

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import launch
-from imgclf_jax.augment import mixing
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import placement, sampling, sources, stream
@@ -36,7 +35,6 @@ def source(**more):
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("numbers")
     np.save(folder / "weights.npy", WEIGHTS)
-    np.savez(folder / "scores.npz", scores=np.arange(N)[::-1], other=np.zeros(2))
     np.save(folder / "ids.npy", np.array([5, 50, 7, 0]))
     return folder
 
@@ -68,14 +66,14 @@ def make_own(source, of_class):
     return ids
 
 
-SPECS = ["permutation", "balanced", "weighted", "weighted('F/weights.npy')", "repeated(3)", "subset('F/ids.npy')",
-         "curriculum('F/scores.npz', start=0.1, every='16 examples')", f"{__name__}:own(shift=3)",
+SPECS = ["permutation", "balanced", "weighted", "weighted('F/weights.npy')", "subset('F/ids.npy')",
+         f"{__name__}:own(shift=3)",
          f"{__name__}:make_own(of_class=1)"]  # fmt: skip
 
 
 def build(text, files=None, given=None, batch_size=8):
     given = given or source(weights=WEIGHTS)
-    return sampling.build(text.replace("F/", f"{files}/"), sampling.Context(given, batch_size))
+    return sampling.build(text.replace("F/", f"{files}/"), given)
 
 
 @pytest.mark.parametrize("text", SPECS)
@@ -161,55 +159,10 @@ def test_an_epoch_of_no_length_is_refused(epoch):
         build(f"{__name__}:make_partial(epoch={epoch})")
 
 
-@pytest.mark.parametrize(("times", "batch_size"), [(3, 30), (3, 20), (4, 24), (3, 8)])
-def test_repeated_gives_each_example_so_many_times(times, batch_size):
-    """A batch has the examples of a 'permutation' in which each is repeated, and so has an epoch."""
-    sampler, stop = build(f"repeated({times})", batch_size=batch_size), 2 * times * N
-    ids, rows = sampler.ids(5, np.arange(stop)), np.repeat(stream.position_ids(5, np.arange(2 * N), N), times)
-    for start in range(0, stop, batch_size):
-        batch = slice(start, start + batch_size)
-        np.testing.assert_array_equal(np.sort(ids[batch]), np.sort(rows[batch]))
-    np.testing.assert_array_equal(np.sort(ids.reshape(2, -1)), np.tile(np.repeat(np.arange(N), times), (2, 1)))
-    assert sampler.epoch == times * N
-
-
-@pytest.mark.parametrize(("times", "batch_size"), [(2, 4), (3, 6), (3, 20), (4, 24), (1, 4)])
-def test_no_copy_of_an_example_is_mixed_with_another(times, batch_size):
-    """Mixing pairs neighbours, and copies were neighbours: two thirds of a batch were mixed with themselves."""
-    images = stream.Images(source(), "decode(1)", sampler=build(f"repeated({times})", batch_size=batch_size))
-    for batch in stream.train_batches(images, 5, batch_size, 0, 2 * times * N // batch_size):
-        partners = np.asarray(mixing.partner(batch["image"]))
-        assert (partners != batch["image"]).all()
-
-
 def test_a_subset_is_permuted_alone(files):
     ids = build("subset('F/ids.npy')", files).ids(5, np.arange(4 * 500)).reshape(-1, 4)
     np.testing.assert_array_equal(np.sort(ids, 1), np.tile([0, 5, 7, 50], (500, 1)))
     assert stats.chisquare(np.bincount(ids[:, 0])[[0, 5, 7, 50]]).pvalue > 1e-3
-
-
-def test_the_curriculum_is_the_fixed_exponential_pacing(files):
-    """Hacohen and Weinshall 2019, equation 2: min(start * increase**floor(i / step), 1) * N of the easiest examples."""
-    length = 5 * 8  # `every` in steps of a batch of 8
-    text = "curriculum('F/scores.npz', start=0.1, increase=1.9, every='5 steps')"
-    sampler = build(text, files)
-    ids, scores = sampler.ids(2, np.arange(8 * length)), np.arange(N)[::-1]
-    for stage in range(6):
-        size = int(np.ceil(min(0.1 * 1.9**stage, 1) * N))
-        own = ids[stage * length : (stage + 1) * length]
-        assert scores[own].max() < size
-        for first in range(0, length - size + 1, size):
-            assert len(set(own[first : first + size])) == size
-    last = ids[4 * length :]  # 0.1 * 1.9**4 is above 1: exact epochs from here on
-    np.testing.assert_array_equal(np.sort(last[:N]), np.arange(N))
-    np.testing.assert_array_equal(np.sort(last[N : 2 * N]), np.arange(N))
-
-
-def test_a_curriculum_may_go_on_to_all_examples_at_once(files):
-    """Their product is infinite in float64, which ended in a traceback."""
-    ids = build("curriculum('F/scores.npz', start=0.1, increase=1e308, every='12 examples')", files).ids
-    np.testing.assert_array_equal(np.sort(ids(2, np.arange(12)).reshape(2, 6)), np.tile(np.arange(54, 60), (2, 1)))
-    np.testing.assert_array_equal(np.sort(ids(2, np.arange(12, 72))), np.arange(60))
 
 
 @pytest.mark.parametrize("text", [t for t in SPECS if ":" not in t])
@@ -293,8 +246,6 @@ def changed(i, value):
 
 @pytest.mark.parametrize(("text", "numbers", "message"), [
     ("balancd", None, "unknown sampling 'balancd': did you mean 'balanced'"),
-    ("repeated(0)", None, "times=0 must be a whole number of 1 or more"),
-    ("repeated(8)", None, "times=8 must be less than the batch size 8, or a batch has copies of a single example"),
     ("weighted", None, "data.source has no weights; name a file of numbers, such as 'weights.npy'"),
     ("weighted('age')", None, "data.source has no column 'age'; name a file of numbers"),
     ("weighted('none.npy')", None, "cannot read 'none.npy' as a .npy or .npz file"),
@@ -312,14 +263,6 @@ def changed(i, value):
     ("subset('F')", np.array([3, 4, 3]), "has the id 3 more than once; use weighted"),
     ("subset('F')", np.array([], int), "holds int64[0]; expected whole numbers [m], m above 0"),
     ("subset('F')", np.array([1.0]), "holds float64[1]; expected whole numbers [m]"),
-    ("curriculum('F')", changed(7, np.nan), "the value of example 7 is nan"),
-    ("curriculum('F', start=0)", WEIGHTS, "start=0 must be above 0 and at most 1"),
-    ("curriculum('F', increase=1)", WEIGHTS, "increase=1 above 1"),
-    ("curriculum('F', every='')", WEIGHTS, "every='' must be a duration"),
-    ("curriculum('F', every='10%')", WEIGHTS, "every='10%' is not a duration"),
-    ("curriculum('F', start='a')", WEIGHTS, "start='a' must be above 0 and at most 1"),
-    ("curriculum('F', increase=None)", WEIGHTS, "increase=None above 1"),
-    ("curriculum(3)", None, "scores=3 must be text, the name of a .npy or .npz file or of a column"),
     ("weighted(3)", None, "by=3 must be text, the name of a .npy or .npz file or of a column"),
     ("weighted(None)", None, "by=None must be text"),
     ("weighted(('a', 'b'))", None, "by=('a', 'b') must be text"),
@@ -336,7 +279,7 @@ def test_a_mistake_is_one_sentence(tmp_path, text, numbers, message):
         np.save(tmp_path / "numbers.npy", numbers)
     text = text.replace("'F'", repr(str(tmp_path / "numbers.npy")))
     with pytest.raises(UserError) as e:
-        sampling.build(text, sampling.Context(source(), 8), "data.extra.more")
+        sampling.build(text, source(), "data.extra.more")
     assert message in str(e.value)
     assert "\n" not in str(e.value)
     assert str(e.value).startswith(f"data.extra.more={text!r}") or "unknown" in message
@@ -419,7 +362,7 @@ def test_a_run_notices_that_its_weights_have_changed(tmp_path, capsys):
 
 
 def test_a_mistake_in_the_sampling_is_found_before_the_data_are_opened(tmp_path, capsys):
-    assert launch.main([f"--workdir={tmp_path / 'run'}", "--config.data.source=folder('nowhere')",
+    assert launch.main([f"--workdir={tmp_path / 'run'}", f"--config.data.source=folder('{tmp_path}')",
                         "--config.data.sampling=balance"]) == 1  # fmt: skip
     assert "unknown sampling 'balance': did you mean 'balanced'?" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

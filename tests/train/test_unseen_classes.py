@@ -13,7 +13,7 @@ from imgclf_jax.train.unseen_classes import unseen_class_warnings
 
 def images(names, labels, sampled="permutation", **more):
     source = sources.ArraySource(np.zeros((len(labels), 2, 2, 1), np.uint8), np.array(labels, np.int32), names, **more)
-    return stream.Images(source, "decode(1)", sampler=sampling.build(sampled, sampling.Context(source, 4)))
+    return stream.Images(source, "decode(1)", sampler=sampling.build(sampled, source))
 
 
 E = "Caf\u00e9"
