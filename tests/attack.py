@@ -258,7 +258,7 @@ def watch(pid: int, server_log: Path | None = None) -> tuple[str, int]:
         if busy or seconds > last + 0.1:
             seen, last = time.monotonic(), seconds
         fault = "hang" if time.monotonic() - seen > ASLEEP else "endless" if seconds > CPU or size > MEMORY else ""
-        if server_log and not asked and "at http://" in server_log.read_text(errors="replace"):
+        if server_log and server_log.exists() and not asked and "at http://" in server_log.read_text(errors="replace"):
             asked, seen = True, time.monotonic()
             os.kill(pid, signal.SIGTERM)
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -320,9 +320,13 @@ def work(args: argparse.Namespace, first: int, until: float, base: Path, results
             trap.setblocking(False)
             while time.monotonic() < until and first < last:
                 folder = base.parent / f"round{first}"
-                one = Round(first, args.names, base, folder, trap)
-                words = [word for word in one.command if word not in TINY]
-                results.put((first, f"{one.copy.kind}: {' '.join(words)}", one.copy.words, one.play(args.root)))
+                try:
+                    one = Round(first, args.names, base, folder, trap)
+                    words = [word for word in one.command if word not in TINY]
+                    played = (f"{one.copy.kind}: {' '.join(words)}", one.copy.words, one.play(args.root))
+                except Exception as e:  # of the attack's own; the next round goes on
+                    played = ("an attack", [], [("broken", f"{type(e).__name__}: {e}")])
+                results.put((first, *played))
                 if not args.keep:
                     shutil.rmtree(folder, ignore_errors=True)
                 first += args.jobs

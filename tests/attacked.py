@@ -31,7 +31,7 @@ TOUCHED = {
               "checkpoints/replaced-12", "checkpoints/replaced-8"),
     "report": ("report.html",), "show-batch": ("batch-0.png",), "dryrun": ("dryrun-cpu-1.json",),
     "evaluate": ("predictions.csv",), "status": (*READ, "lock", "hang-0.txt", "skipped.jsonl", "corruption.jsonl"),
-    "compare": ("predictions.npz", "predictions.csv", "predictions.jsonl", "predictions.parquet"),
+    "compare": ("predictions.npz", "predictions.csv", "predictions.jsonl"),
     "sweep": ("lock", "sweep.json", "seed=0", "seed=0.log", "seed=1.log", "seed=1/lock", "seed=1/result.json"),
 }  # fmt: skip
 OBSTACLES = ("a link to its original", "a link to a file", "a link to a folder", "a hard link", "a dangling link",
@@ -40,7 +40,7 @@ _MORE = ("a relative link", "a socket", "a file", "a link to itself", "a link to
 _ODD = ("a\nb", "'", '"', "*", "?[a]", "-rf", "--trust", "\x1b]0;x\x07", "\x1b[2J", "\udcff\udcfe", "\u202e", "~",
         "$HOME", "$(touch MARK)", "`touch MARK`", "%s{}", " ", "..", "../../outside/photos", "é" * 60)  # fmt: skip
 _MODULES = ("stranger", "matplotlib", "torch", "onnx", "jax2onnx", "onnxruntime", "gcsfs", "sitecustomize", "jax",
-            "optax", "usercustomize", "config", "digits", "pyarrow", "imgclf_jax", "keras", "numpy")  # fmt: skip
+            "optax", "usercustomize", "config", "digits", "imgclf_jax", "keras", "numpy")  # fmt: skip
 
 
 class Harm:
@@ -279,7 +279,8 @@ class Attacked:
         if not (files := [path for path in (*records, *own * 3, *configs * 12) if _is_regular(path)]):
             return
         file = self.rng.choice(files)
-        lines = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
+        text = file.read_text(errors="replace")
+        lines = text.splitlines() if file.suffix == ".jsonl" else [text]
         with contextlib.suppress(ValueError, IndexError):
             row = self.rng.randrange(len(lines))
             leaves = list(_walk(value := json.loads(lines[row])))
@@ -300,7 +301,7 @@ class Attacked:
 
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
             provenance = json.loads(
-                (run / "provenance.json").read_text() if _is_regular(run / "provenance.json") else ""
+                (run / "provenance.json").read_text(errors="replace") if _is_regular(run / "provenance.json") else ""
             )
             provenance["facts_sha256"] = facts_digest(provenance)
             for name in ("config", "result"):

@@ -38,10 +38,9 @@ HEAVY = {
     "tensorboard": {"run.event_file"},
     "sklearn": {"tools.probe.probing"},
     "matplotlib": {"tools.probe.accuracy_plot"},
-    "pyarrow": {"data.table", "tools.compare.saved_predictions", "tools.evaluate.listing", "tools.probe.embeddings"},
     "orbax": {"core.internals", "run.checkpoint"},
 }
-INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "tensorboard", "sklearn", "matplotlib", "pyarrow"}
+INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "tensorboard", "sklearn", "matplotlib"}
 # What prints help and configs, and so must not import JAX: these and all that they import.
 LIGHT = {
     "launch",

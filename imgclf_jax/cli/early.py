@@ -30,7 +30,7 @@ def check(name: str, files: Sequence[str], options: dict[str, Value]) -> None:
     for flag, suffixes in command.writes.items():
         text, file = str(options[flag]), Path(str(options[flag]))
         if name == "features" and not text:
-            raise UserError("features: name the file to write: --output FILE.npz or FILE.parquet")
+            raise UserError("features: name the file to write: --output FILE.npz")
         if text and "://" not in text:
             places.check_output(file, f"--{flag}", suffixes or (file.suffix,))
     if options.get("plot"):
@@ -77,8 +77,6 @@ def check_config(file: str, config: ConfigDict, starts: bool) -> None:
             check(call, "file", path, Path.is_file)
         else:
             check(call, "directory", path, Path.is_dir)
-        if call == "table" and path.endswith(".parquet"):
-            extras.require("parquet", f"table: {path}")
     if starts and config.init_from:
         check("init_from", "file or work directory", config.init_from, Path.exists)
 

@@ -46,7 +46,7 @@ FLAGS: Mapping[str, Flag] = {
     "attack": Flag("measure accuracy on adversarial examples: \"pgd(eps='8/255', steps=20)\", or an import path",
                    "SPEC"),
     "format": Flag("the output format", "FORMAT"),  # see `Command.flag`
-    "predictions": Flag("write the prediction for each example to a .csv, .jsonl or .parquet file", "FILE"),
+    "predictions": Flag("write the prediction for each example to a .csv or .jsonl file", "FILE"),
     "top_k": Flag("how many classes to show or write (default: 3)", "K", 3, least=1),
     "threshold": Flag("for multi-label models, predict classes of at least this probability (default: 0.5); give one "
                       "for all classes, or one per class, separated by commas", "P"),

@@ -71,7 +71,7 @@ COMMANDS: Mapping[str, Command] = {
         examples=("--workdir runs/a", "--workdir runs/a --predictions all.csv", "--workdir runs/a --checkpoints=all",
                   "--workdir runs/a --corruptions=all", "--workdir runs/a --attack \"pgd(eps='8/255', steps=20)\"",
                   "--workdir runs/a --config.data.eval.new=\"folder('new')/train\""),
-        writes={"predictions": (".csv", ".jsonl", ".parquet")},
+        writes={"predictions": (".csv", ".jsonl")},
     ),
     "predict": Command(
         "classify new images with a trained run, or predict their regression targets", "run or weights",
@@ -137,11 +137,10 @@ COMMANDS: Mapping[str, Command] = {
     "features": Command(
         "write the network's features for images: one vector each, with names and labels", "run or weights",
         ("workdir", "checkpoint", "output", "split", "trust", *PROCESSES), "[FILE|DIR|GLOB|-]",
-        more="Without images on the command line, the command uses those of --split. The name of --output ends in .npz "
-             "or .parquet.",
-        examples=("--workdir runs/a --output test.npz", "--workdir runs/a --split train --output train.parquet",
+        more="Without images on the command line, the command uses those of --split.",
+        examples=("--workdir runs/a --output test.npz", "--workdir runs/a --split train --output train.npz",
                   "photos --workdir runs/a --output photos.npz"),
-        writes={"output": (".npz", ".parquet")},
+        writes={"output": (".npz",)},
     ),
     "probe": Command(
         "measure the features: nearest neighbors, a linear probe, few-shot classification", "run or weights",

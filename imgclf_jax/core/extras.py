@@ -16,7 +16,6 @@ _MODULES = {
     "serve": ("starlette", "uvicorn", "httptools", "prometheus_client", "python_multipart"),
     "onnx": ("jax2onnx", "onnxruntime"),
     "plot": ("matplotlib",),
-    "parquet": ("pyarrow",),
     "tfds": ("tensorflow_datasets",),
     "tpu": ("libtpu",),
     "cuda-compiler": ("jax_plugins.xla_cuda12",),

@@ -222,15 +222,10 @@ def read(file: Path) -> bytes:
 
 
 def check_output(file: Path, flag: str, suffixes: Sequence[str]) -> None:
-    """Raises UserError, naming the `flag`, unless a file with one of the `suffixes` can be written in its directory.
-
-    A .parquet file needs pyarrow.
-    """
+    """Raises UserError, naming the `flag`, unless a file with one of the `suffixes` can be written in its directory."""
     if file.suffix not in suffixes:
         names = " or ".join(filter(None, [", ".join(suffixes[:-1]), suffixes[-1]]))
         raise UserError(f"{flag}={file}: the name must end in {names}")
-    if file.suffix == ".parquet":
-        extras.require("parquet", f"{flag}={file}")
     if not file.parent.is_dir():
         raise UserError(f"{flag}={file}: the directory {str(file.parent)!r} does not exist; create it first")
 

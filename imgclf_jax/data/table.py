@@ -1,4 +1,4 @@
-"""Images listed in a CSV or Parquet table: a row per example, with its file and its label or targets."""
+"""Images listed in a CSV table: a row per example, with its file and its label or targets."""
 
 import concurrent.futures
 import csv
@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from imgclf_jax.core import extras, memory, places
+from imgclf_jax.core import memory, places
 from imgclf_jax.core.errors import UserError, no_such, reason, unknown
 from imgclf_jax.core.split_folders import split_order
-from imgclf_jax.core.typing import Value
 from imgclf_jax.data import image_check
 from imgclf_jax.data.arrays import MOST_CLASSES, check_finite
 from imgclf_jax.data.decode import FORMATS
@@ -43,7 +42,7 @@ class _Table:
     """The columns of a table, and the names of its rows in errors."""
 
     path: Path
-    columns: Mapping[str, Sequence[Value]]
+    columns: Mapping[str, list[str]]
     rows: Sequence[str]
 
     def fail(self, row: int, message: str) -> UserError:
@@ -70,7 +69,7 @@ class _Table:
 
     def text(self, column: str, what: str) -> list[str]:
         """A column as text. Raises UserError naming its first empty row."""
-        values = [_as_text(value) for value in self.columns[column]]
+        values = self.columns[column]
         if "" in values:
             raise self.fail(values.index(""), f"the column {column!r} is empty; it must hold the {what}")
         return values
@@ -81,7 +80,7 @@ def table(
     file: str = "", root: str = "", classes: tuple[str, ...] = (), *, unreadable: str = "error",
     formats: tuple[str, ...] = FORMATS, host_ops: tuple[str, ...] = (),
 ) -> dict[str, FileSource]:  # fmt: skip
-    """Reads the splits of images listed in a .csv, .tsv or .parquet file, a row per example.
+    """Reads the splits of images listed in a .csv or .tsv file, a row per example.
 
     - `file`, `label`, `split` and `weight` name columns; by default those with a recognized name, see `_KNOWN`. Without
       a column `split`, or with split=None, all rows are the split `train`.
@@ -242,22 +241,13 @@ def _warn_of_duplicates(table: Path, splits: Mapping[str, FileSource]) -> None:
                         "test a model trained on the other", table, a, b, len(both), min(both))  # fmt: skip
 
 
-def _as_text(value: Value) -> str:
-    """A cell as stripped text. pandas writes whole numbers as floats in a column with empty cells."""
-    if value is None or value != value:
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value).strip()
-
-
 def _read(path: Path) -> _Table:
     """Reads a table. Raises UserError for another kind of file, and for one without rows."""
     suffix = path.suffix.lower()
-    if suffix not in (".csv", ".tsv", ".parquet"):
-        raise UserError(f"table: {path} must be a .csv, .tsv or .parquet file")
+    if suffix not in (".csv", ".tsv"):
+        raise UserError(f"table: {path} must be a .csv or .tsv file")
     memory.require(_MEMORY_RATIO * path.stat().st_size, f"table: {path}")
-    content = _read_parquet(path) if suffix == ".parquet" else _read_csv(path, "," if suffix == ".csv" else "\t")
+    content = _read_csv(path, "," if suffix == ".csv" else "\t")
     if not content.rows:
         raise UserError(f"table: {path} has no rows")
     return content
@@ -282,23 +272,3 @@ def _read_csv(path: Path, delimiter: str) -> _Table:
     if len(set(header)) < len(header):
         raise UserError(f"table: {path} has two columns with the same name among {header}; rename one")
     return _Table(path, {name: [row[i].strip() for row in rows] for i, name in enumerate(header)}, lines)
-
-
-def _read_parquet(path: Path) -> _Table:
-    extras.require("parquet", f"table: {path}")
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with places.open_regular(path) as file, parquet.ParquetFile(file) as content:
-            groups = range(content.metadata.num_row_groups)
-            nbytes = sum(content.metadata.row_group(i).total_byte_size for i in groups)  # before compression
-            memory.require(_MEMORY_RATIO * nbytes, f"table: {path}")
-            names = [field.name for field in content.schema_arrow if not pyarrow.types.is_nested(field.type)]
-            data = content.read(columns=names)
-        columns = {name: data.column(name).to_pylist() for name in names}
-    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as e:
-        if isinstance(e, UserError):
-            raise
-        raise UserError(f"table: cannot read {path} as Parquet: {reason(e)}") from e
-    return _Table(path, columns, [f"row {i}" for i in range(1, data.num_rows + 1)])

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 # What is missing here: JAX, which must not be imported, and what a plain install lacks.
 PROGRAM = """
 import contextlib, io, json, sys
-for name in ("jax", "starlette", "uvicorn", "matplotlib", "pyarrow", "jax2onnx", "tensorflow", "tensorflow_datasets"):
+for name in ("jax", "starlette", "uvicorn", "matplotlib", "jax2onnx", "tensorflow", "tensorflow_datasets"):
     sys.modules[name] = None
 sys.path.insert(0, sys.argv[1])
 import launch
@@ -38,8 +38,7 @@ REFUSED = {
     "predict --config.seed 3 --workdir=run -- -x.png": "predict: there is no file or directory '-x.png'",
     "explain no.jpg --workdir=run": "explain: there is no file or directory 'no.jpg'",
     "features no.jpg --workdir=run --output=a.npz": "features: there is no file or directory 'no.jpg'",
-    "features --workdir=run": "features: name the file to write: --output FILE.npz or FILE.parquet",
-    "features --workdir=run --output=a.parquet": "--output=a.parquet needs pyarrow, which is not installed; run it by",
+    "features --workdir=run": "features: name the file to write: --output FILE.npz",
     "evaluate --workdir=no": "no holds no run: there is no ",
     "evaluate": "evaluate needs a run: pass --workdir=DIR; the default, ",
     "evaluate --workdir=run --predictions=no/a.csv": "--predictions=no/a.csv: the directory 'no' does not exist",

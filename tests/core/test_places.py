@@ -49,9 +49,7 @@ WRITERS = {
     "atomically.bin": lambda path: places.write_atomically(path, bytes(100_000)),
     "predictions.csv": lambda path: listing.write(path, rows()),
     "predictions.jsonl": lambda path: listing.write(path, rows()),
-    "predictions.parquet": lambda path: listing.write(path, rows()),
     "features.npz": features,
-    "features.parquet": features,
     "plot.png": plot,
 }
 

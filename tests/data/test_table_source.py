@@ -1,9 +1,8 @@
-"""Images listed in a CSV or Parquet table: what is read, and what is refused in one sentence."""
+"""Images listed in a CSV table: what is read, and what is refused in one sentence."""
 
 import csv
 import logging
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -48,16 +47,10 @@ def seen(source, name="label"):
     return {int(image[0, 0, 0]): y.tolist() for image, y in zip(got["image"], got[name], strict=True)}
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
 def test_a_table_of_labels_and_splits(images, kind):
     file = images / f"labels.{kind}"
-    if kind == "parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        from pyarrow import parquet
-
-        parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
-    else:
-        write_csv(file, delimiter="\t" if kind == "tsv" else ",")
+    write_csv(file, delimiter="\t" if kind == "tsv" else ",")
     base = sources.open_splits(f"table({str(file)!r})")
     assert list(base) == ["train", "test"]
     assert base["train"].class_names == base["test"].class_names == ("cat", "dog", "emu")
@@ -178,9 +171,7 @@ def test_what_a_table_lacks_is_said_in_one_sentence(images, rows, options, messa
     ("t.csv", b"path,label\n\xff,cat\n", r"cannot read .* as UTF-8 text"),
     ("t.csv", b'path,label\n"a,cat\n', r"cannot read .* as UTF-8 text"),
     ("t.csv", b"path,label\n" + b"a" * 200_000 + b",cat\n", r"cannot read .* field larger than"),
-    ("t.xlsx", b"", r"must be a \.csv, \.tsv or \.parquet file"),
-    ("t.parquet", b"PAR1", r"cannot read .* as Parquet"),
-    ("t.parquet", b"path,label\n", r"cannot read .* as Parquet"),
+    ("t.xlsx", b"", r"must be a \.csv or \.tsv file"),
 ])  # fmt: skip
 def test_what_is_no_table_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -190,15 +181,11 @@ def test_what_is_no_table_is_refused(tmp_path, name, content, message):
     assert "\n" not in str(e.value)
 
 
-def test_no_file_a_bucket_and_no_pyarrow(tmp_path, monkeypatch):
+def test_no_file_and_a_bucket(tmp_path):
     with pytest.raises(UserError, match="there is no file"):
         table(str(tmp_path / "t.csv"))
     with pytest.raises(UserError, match="is in a bucket"):
         table("s3://bucket/t.csv")
-    (tmp_path / "t.parquet").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"needs pyarrow, which is not installed; run it by `uv run --extra parquet"):
-        table(str(tmp_path / "t.parquet"))
 
 
 def test_broken_and_missing_files_are_listed_at_the_start(images):

@@ -85,7 +85,7 @@ def test_classes_and_files_whose_names_are_no_utf_8(tmp_path, capsys):
     assert launch.main([*flags, f"--workdir={tmp_path / 'run'}"]) == 0
     evaluate = ["evaluate", f"--workdir={tmp_path / 'run'}", "--format=json"]
     capsys.readouterr()
-    for kind in ("csv", "jsonl", "parquet"):
+    for kind in ("csv", "jsonl"):
         assert launch.main([*evaluate, f"--predictions={tmp_path}/p.{kind}"]) == 0
     expected = json.loads(capsys.readouterr().out.split("\n}\n")[0] + "}")["test"]
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()]

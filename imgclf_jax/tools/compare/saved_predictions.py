@@ -4,7 +4,6 @@ import contextlib
 import csv
 import dataclasses
 import functools
-import importlib.util
 import io
 import json
 import logging
@@ -18,7 +17,7 @@ import numpy as np
 from imgclf_jax.core import json_files, places, processes
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.text import escape_surrogates
-from imgclf_jax.core.typing import JsonMapping, JsonObject
+from imgclf_jax.core.typing import JsonMapping
 from imgclf_jax.data import sources
 from imgclf_jax.losses import Task
 from imgclf_jax.metrics import Predictions
@@ -37,7 +36,7 @@ FILE = "predictions.npz"  # written by `compare --test`; `evaluate --predictions
 _TARGET_ARRAYS = ("targets", "outputs")
 _SAMPLES = 1000
 _MOST_NUMBERS = 2_000_000_000  # limit of predictions times bootstrap samples
-LISTINGS = ("predictions.csv", "predictions.jsonl", "predictions.parquet")
+LISTINGS = ("predictions.csv", "predictions.jsonl")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,13 +152,6 @@ def _read_npz(run: Record, origins: Mapping[str, str]) -> dict[str, Saved]:
 
 
 def _read_rows(path: Path) -> Iterable[JsonMapping]:
-    if path.suffix == ".parquet":
-        if not importlib.util.find_spec("pyarrow"):
-            raise ValueError("Parquet needs pyarrow, which is not installed")
-        from pyarrow import parquet
-
-        rows: list[JsonObject] = parquet.read_table(io.BytesIO(places.read(path))).to_pylist()
-        return rows
     lines = io.StringIO(places.read(path).decode(), newline="")
     return list(csv.DictReader(lines)) if path.suffix == ".csv" else [json.loads(line) for line in lines]
 

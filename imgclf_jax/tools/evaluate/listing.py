@@ -1,4 +1,4 @@
-"""Files of predictions, one row per example: CSV, JSON lines or Parquet."""
+"""Files of predictions, one row per example: CSV or JSON lines."""
 
 import csv
 import hashlib
@@ -73,24 +73,17 @@ def target_rows(
 
 
 def write(path: Path, table: Sequence[JsonMapping]) -> None:
-    """Writes rows with the same keys atomically, as CSV, JSON lines or Parquet by the file's suffix.
+    """Writes rows with the same keys atomically, as CSV or JSON lines by the file's suffix.
 
     Bytes of names that are not UTF-8 are escaped.
     """
     table = [{escape_surrogates(k): escape_surrogates(v) if isinstance(v, str) else v for k, v in row.items()}
              for row in table]  # fmt: skip
-    if path.suffix == ".parquet":
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        with places.replacing(path) as file:
-            parquet.write_table(pa.Table.from_pylist(table), file)
+    text = io.StringIO(newline="")
+    if path.suffix == ".csv":
+        writer = csv.DictWriter(text, list(table[0]) if table else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
     else:
-        text = io.StringIO(newline="")
-        if path.suffix == ".csv":
-            writer = csv.DictWriter(text, list(table[0]) if table else [], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table)
-        else:
-            text.writelines(json.dumps(nonfinite_to_null(row), ensure_ascii=False) + "\n" for row in table)
-        places.write_atomically(path, text.getvalue())
+        text.writelines(json.dumps(nonfinite_to_null(row), ensure_ascii=False) + "\n" for row in table)
+    places.write_atomically(path, text.getvalue())

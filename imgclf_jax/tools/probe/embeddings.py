@@ -1,7 +1,6 @@
 """Files of features: one vector per image, with its name and label, written incrementally."""
 
 import contextlib
-import json
 import shutil
 import tempfile
 import zipfile
@@ -19,7 +18,6 @@ from imgclf_jax.core.text import escape_surrogates
 Add = Callable[[str, Sequence[str], np.ndarray, np.ndarray], None]
 
 _CHUNK = 1 << 20  # bytes
-_ROWS = 4096  # of a row group in a Parquet file
 
 
 @contextlib.contextmanager
@@ -27,16 +25,14 @@ def writing(path: Path, class_names: Sequence[str], with_targets: bool = False) 
     """A context that yields a function to add images, and writes the file atomically at the end unless an error occurs.
 
     An .npz has `features` f32[n, d] ([seeds, n, d] for several seeds), `labels` i32[n], `names`, `sets` and
-    `class_names`. A .parquet has the columns `set`, `name`, `label`, `class` and `features` (`features_0`,
-    `features_1`, … for several seeds), and `class_names` as JSON in its metadata. With `with_targets`, `targets` f32[n,
-    k] and `target_names` replace labels and classes, as columns `target[NAME]` in a .parquet; NaN is unknown.
+    `class_names`. With `with_targets`, `targets` f32[n, k], NaN if unknown, and `target_names` replace labels and
+    classes.
 
     Memory grows only with names and labels. The header of an .npz has the number of rows, so its features are first
     written to a temporary file next to it, which needs the same space again. Raises UserError if nothing is added.
     """
-    writer = _npz if path.suffix == ".npz" else _parquet
     with places.replacing(path) as file:
-        with writer(file, path.parent, class_names, with_targets) as add:
+        with _npz(file, path.parent, class_names, with_targets) as add:
             yield add
         if not file.tell():
             raise UserError(f"cannot write {path}: no image has features")
@@ -94,51 +90,3 @@ def _write_text(archive: zipfile.ZipFile, name: str, texts: Sequence[str]) -> No
     with _member(archive, name, dtype, (len(texts),)) as member:
         for first in range(0, len(texts), rows):
             member.write(np.array(texts[first : first + rows], dtype).tobytes())
-
-
-@contextlib.contextmanager
-def _parquet(out: BinaryIO, folder: Path, class_names: Sequence[str], with_targets: bool) -> Iterator[Add]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    classes = [*map(escape_surrogates, class_names), None]  # index -1 is the unknown label
-    waiting: list[Any] = []
-    with contextlib.ExitStack() as stack:
-        writer: list[Any] = []
-
-        def add(name: str, examples: Sequence[str], own: np.ndarray, features: np.ndarray) -> None:
-            columns = {
-                "set": pa.array([name] * len(examples), pa.string()),
-                "name": pa.array(list(map(escape_surrogates, examples)), pa.string()),
-            }
-            if with_targets:
-                for target, values in zip(class_names, np.asarray(own, np.float32).T, strict=True):
-                    columns[f"target[{escape_surrogates(target)}]"] = pa.array(np.ascontiguousarray(values))
-            else:
-                columns["label"] = pa.array(np.asarray(own, np.int32))
-                columns["class"] = pa.array([classes[label] for label in own], pa.string())
-            for seed, rows in enumerate(features):
-                flat = pa.array(np.ascontiguousarray(rows, np.float32).ravel())
-                column = "features" if len(features) == 1 else f"features_{seed}"
-                columns[column] = pa.FixedSizeListArray.from_arrays(flat, rows.shape[1])
-            waiting.append(pa.table(columns))
-            if sum(len(table) for table in waiting) >= _ROWS:
-                flush()
-
-        def flush() -> None:
-            table = pa.concat_tables(waiting)
-            table = table.replace_schema_metadata(
-                {
-                    "target_names" if with_targets else "class_names": json.dumps(
-                        list(map(escape_surrogates, class_names))
-                    )
-                }
-            )
-            if not writer:
-                writer.append(stack.enter_context(parquet.ParquetWriter(out, table.schema)))
-            writer[0].write_table(table)
-            waiting.clear()
-
-        yield add
-        if waiting:
-            flush()

@@ -33,12 +33,10 @@ def read(file):
     if file.suffix == ".csv":
         with file.open(newline="", encoding="utf-8") as stream:
             return list(csv.DictReader(stream))
-    if file.suffix == ".jsonl":
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed").read_table(file).to_pylist()
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_names_that_are_no_utf_8(tmp_path, kind):
     """Their bytes are escaped as in the files of `features`; the evaluation was lost by a traceback."""
     file, name = tmp_path / f"predictions.{kind}", b"\xff".decode("utf-8", "surrogateescape")
@@ -50,18 +48,15 @@ def test_names_that_are_no_utf_8(tmp_path, kind):
     assert r"target[\udcff]" in read(file)[0]
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_what_is_written_is_read_back(tmp_path, table, kind):
     file = tmp_path / f"predictions.{kind}"
     listing.write(file, table)
     if kind == "csv":
         with file.open(newline="", encoding="utf-8") as stream:
             assert list(csv.DictReader(stream)) == [{k: str(v) for k, v in row.items()} for row in EXPECTED]
-    elif kind == "jsonl":
-        assert [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] == EXPECTED
     else:
-        parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
-        assert parquet.read_table(file).to_pylist() == EXPECTED
+        assert [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] == EXPECTED
     assert [f.name for f in tmp_path.iterdir()] == [file.name]
 
 
@@ -73,11 +68,8 @@ def test_a_model_that_predicts_nan_is_written_as_json(tmp_path):
     assert json.loads(line, parse_constant=pytest.fail)["probability_1"] is None
 
 
-def test_other_files_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"--predictions=.*x.txt: the name must end in .csv, .jsonl or .parquet"):
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--predictions=.*x.txt: the name must end in .csv or .jsonl"):
         places.check_output(tmp_path / "x.txt", "--predictions", COMMANDS["evaluate"].writes["predictions"])
     with pytest.raises(UserError, match=r"--predictions=.*x.csv: the directory '.*/no' does not exist; create it"):
         places.check_output(tmp_path / "no" / "x.csv", "--predictions", COMMANDS["evaluate"].writes["predictions"])
-    monkeypatch.setattr(places.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match="Parquet needs pyarrow, which is not installed"):
-        places.check_output(tmp_path / "x.parquet", "--predictions", COMMANDS["evaluate"].writes["predictions"])

@@ -1,6 +1,5 @@
 """Files of features: reading returns what was written, however it was split into parts."""
 
-import json
 import tracemalloc
 
 import numpy as np
@@ -38,25 +37,6 @@ def test_npz(tmp_path, monkeypatch, seeds):
         assert file["sets"].tolist() == ["test"] * 5 + ["other"] * 6
         assert tuple(file["class_names"].tolist()) == CLASSES
     assert [f.name for f in tmp_path.iterdir()] == ["a.npz"]
-
-
-@pytest.mark.parametrize("seeds", [1, 2])
-def test_parquet(tmp_path, monkeypatch, seeds):
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
-    monkeypatch.setattr(embeddings, "_ROWS", 5)  # so that there are two groups of rows
-    features = RNG.normal(size=(seeds, 11, 5)).astype(np.float32)
-    write(tmp_path / "a.parquet", features)
-    table = parquet.read_table(tmp_path / "a.parquet")
-    names = ["features"] if seeds == 1 else ["features_0", "features_1"]
-    assert table.column_names == ["set", "name", "label", "class", *names]
-    for name, expected in zip(names, features, strict=True):
-        np.testing.assert_array_equal(np.stack(table[name].to_pylist()).astype(np.float32), expected)
-    assert table["class"].to_pylist() == [None if label < 0 else CLASSES[label] for label in LABELS]
-    assert table["label"].to_pylist() == LABELS.tolist()
-    assert table["name"].to_pylist() == NAMES
-    assert table["set"].to_pylist() == ["test"] * 5 + ["other"] * 6
-    assert json.loads(table.schema.metadata[b"class_names"]) == list(CLASSES)
-    assert parquet.ParquetFile(tmp_path / "a.parquet").num_row_groups == 2
 
 
 def test_memory_does_not_grow_with_the_features(tmp_path):
@@ -98,10 +78,7 @@ def test_names_that_are_no_utf_8(tmp_path):
     assert np.load(tmp_path / "a.npz")["names"].tolist() == [r"\udcff.png"]
 
 
-def test_only_files_that_can_be_written(tmp_path, monkeypatch):
-    for name, message in [("a.csv", "must end in .npz or .parquet"), ("no/a.npz", "does not exist")]:
+def test_only_files_that_can_be_written(tmp_path):
+    for name, message in [("a.csv", "must end in .npz"), ("no/a.npz", "does not exist")]:
         with pytest.raises(UserError, match=message):
             places.check_output(tmp_path / name, "--output", COMMANDS["features"].writes["output"])
-    monkeypatch.setattr(places.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"Parquet needs pyarrow, which is not installed; run .uv sync --extra parquet"):
-        places.check_output(tmp_path / "a.parquet", "--output", COMMANDS["features"].writes["output"])

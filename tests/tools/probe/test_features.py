@@ -106,8 +106,8 @@ def test_features_of_several_seeds(seeds, photos, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    ([], "name the file to write: --output FILE.npz or FILE.parquet"),
-    (["--output=a.csv"], "must end in .npz or .parquet"),
+    ([], "name the file to write: --output FILE.npz"),
+    (["--output=a.csv"], "must end in .npz"),
     (["--output=a.npz", "--split=test", "photos"], "drop one"),
     (["--output=a.npz", "--split=tset"], "unknown split 'tset': did you mean 'test'"),
 ])  # fmt: skip
