@@ -144,6 +144,8 @@ def test_what_the_person_names_is_read():
         spec.check_download("mnist", "it")
         with pytest.raises(Untrusted, match="the run names it; if you trust both"):
             spec.check_download("cifar10", "it")
+    with spec.untrusted("the run", ["--config.data.source=tfds('cifar100')"]), pytest.raises(Untrusted):
+        spec.check_download("cifar10", "it")  # whose name is how the other one begins
     assert str(places.as_path("s3://other/runs")) == "s3://other/runs"
 
 
