@@ -295,19 +295,7 @@ class Attacked:
             self.seal(run)
 
     def seal(self, run: Path) -> None:
-        """Makes the digests of a run's records and the manifests of its checkpoints match its files."""
-        from imgclf_jax.core import json_files
-        from imgclf_jax.run.provenance import facts_digest
-
-        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-            provenance = json.loads(
-                (run / "provenance.json").read_text(errors="replace") if _is_regular(run / "provenance.json") else ""
-            )
-            provenance["facts_sha256"] = facts_digest(provenance)
-            for name in ("config", "result"):
-                if _is_regular(run / f"{name}.json"):
-                    provenance[f"{name}_sha256"] = json_files.digest((run / f"{name}.json").read_bytes())
-            _fresh(run / "provenance.json").write_text(json.dumps(provenance))
+        """Makes the manifests of a run's checkpoints match their files."""
         for step in _steps(run):
             files = [path for path in _below(step) if _is_regular(path) and path.name != "manifest.json"]
             entries = {str(p.relative_to(step)): [p.stat().st_size, zlib.crc32(p.read_bytes())] for p in files}

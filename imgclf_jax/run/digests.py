@@ -1,13 +1,12 @@
 """digests.jsonl: digests of the parameters at some steps, to compare other runs with this one.
 
-A line is {"step": 11, "params_sha256": "…", "metrics_sha256": "…", "params": {"backbone/…/kernel": "0f3a91c2", …}}. The
-first SHA-256 is computed as in `result.json`; the second is of the records in metrics.jsonl before this step. A CRC-32
-per parameter tells which ones differ. Lines outlive their checkpoints.
+A line is {"step": 11, "params_sha256": "…", "params": {"backbone/…/kernel": "0f3a91c2", …}}. The SHA-256 is computed as
+in `result.json`. A CRC-32 per parameter tells which ones differ. Lines outlive their checkpoints.
 """
 
 import concurrent.futures
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -15,7 +14,7 @@ import numpy as np
 
 from imgclf_jax.core import processes, sharding, tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import JsonMapping, Params
+from imgclf_jax.core.typing import Params
 from imgclf_jax.run import writers
 from imgclf_jax.run.workdir import Workdir
 
@@ -41,22 +40,6 @@ def check(workdir: Workdir, step: int, params: Params) -> None:
         )
 
 
-def find_changed_metrics(lines: Iterable[JsonMapping], metrics: Sequence[JsonMapping], until: int) -> str:
-    """Returns where, up to step `until`, metrics.jsonl differs from the records that the run wrote; "" if nowhere.
-
-    `lines` are those of digests.jsonl. An empty or missing metrics.jsonl is no difference, since users may remove it.
-    """
-    digest, before = writers.RecordsDigest(metrics), 0
-    for line in lines if metrics else ():
-        step, recorded = line["step"], line.get("metrics_sha256")
-        if step <= until and recorded is not None:
-            if digest.before(step) != recorded:
-                return (f"metrics.jsonl has other records from step {before} to {step} than digests.jsonl knows: they "
-                        "are another run's, or have been changed")  # fmt: skip
-            before = step
-    return ""
-
-
 def _recorded(workdir: Workdir, step: int) -> tuple[str, str] | None:
     """The name of the file that records the parameters of a step, and their SHA-256; None if none does.
 
@@ -76,26 +59,19 @@ class Digests:
 
     Lines from `start` on are dropped and written again. The training thread copies the parameters to the host; another
     thread hashes and writes them, then calls `noted` with the step and the SHA-256. All processes call the methods, and
-    process 0 writes. `metrics` is the digest of the records in metrics.jsonl.
+    process 0 writes.
     """
 
-    def __init__(
-        self, folder: Path, start: int, last: int, noted: Callable[[int, str], None] = lambda *_: None,
-        metrics: writers.RecordsDigest | None = None,
-    ):  # fmt: skip
+    def __init__(self, folder: Path, start: int, last: int, noted: Callable[[int, str], None] = lambda *_: None):
         # Powers of two locate the first differing step within a factor of two, however rare checkpoints are.
         self.edges = (*(1 << n for n in range(last.bit_length())), last)
-        self._path, self._noted, self._metrics = folder / "digests.jsonl", noted, metrics or writers.RecordsDigest()
+        self._path, self._noted = folder / "digests.jsonl", noted
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="digests")
         self._writing: concurrent.futures.Future[str] | None = None
         self._step = -1  # of the last line
         self._file: writers.RecordFile | None = None
         if not processes.index():
             lines = writers.read_metrics(self._path)
-            if self._metrics.before(start) == (nothing := writers.RecordsDigest().before(0)):
-                for line in lines:  # metrics.jsonl was removed
-                    if line.get("metrics_sha256") != nothing:
-                        line.pop("metrics_sha256", None)
             self._file = writers.RecordFile(self._path, (line for line in lines if line["step"] < start))
 
     def record(self, step: int, params: Params) -> None:
@@ -114,13 +90,11 @@ class Digests:
         if self._file:
             # On CPU a fetched array is a view of a buffer that the next step overwrites.
             named = [(name, array if array.flags.owndata else array.copy()) for name, array in fetched]
-            self._writing = self._thread.submit(self._write, step, self._metrics.before(step), named, self._file)
+            self._writing = self._thread.submit(self._write, step, named, self._file)
 
-    def _write(
-        self, step: int, metrics_sha256: str, named: list[tuple[str, np.ndarray]], file: writers.RecordFile
-    ) -> str:
+    def _write(self, step: int, named: list[tuple[str, np.ndarray]], file: writers.RecordFile) -> str:
         sha256, each = tree.digests(named)
-        file.write({"step": step, "params_sha256": sha256, "metrics_sha256": metrics_sha256, "params": each})
+        file.write({"step": step, "params_sha256": sha256, "params": each})
         file.flush()
         self._noted(step, sha256)
         return sha256

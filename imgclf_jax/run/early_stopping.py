@@ -14,7 +14,6 @@ from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import writers
 from imgclf_jax.run.cadences import Cadences
-from imgclf_jax.run.digests import find_changed_metrics
 from imgclf_jax.run.skipped import read_left_out
 
 
@@ -47,7 +46,7 @@ class EarlyStopping:
 class Stopper:
     """Early stopping for a run that continues from step `start` in `folder`. All processes call the methods.
 
-    Raises UserError if metrics.jsonl lacks an evaluation that the decision depends on, or is not the run's.
+    Raises UserError if metrics.jsonl lacks an evaluation that the decision depends on.
     """
 
     def __init__(self, early: EarlyStopping | None, cadences: Cadences, folder: Path, start: int):
@@ -81,9 +80,6 @@ def _read(early: EarlyStopping, folder: Path, due: Sequence[int], start: int) ->
     """
     file = folder / "metrics.jsonl"
     records = writers.read_metrics(file)
-    if changed := find_changed_metrics(writers.read_metrics(folder / "digests.jsonl"), records, start):
-        raise UserError(f"{folder}: {changed}, and stop={early.text!r} ends the run by them; restore the file, or pass "
-                        "another --workdir")  # fmt: skip
     found = {record["step"]: record[early.metric] for record in records if early.metric in record}
     if missing := [step for step in due if step not in found and step < start]:
         raise UserError(f"{file} has no {early.metric} of step {missing[0]}, by which stop={early.text!r} ends the "

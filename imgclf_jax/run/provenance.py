@@ -4,7 +4,6 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -14,7 +13,6 @@ import sys
 import sysconfig
 import time
 import traceback
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -34,12 +32,10 @@ _VECTORS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with bfloat16", "avx512f"
 _OF_ONE_PROCESS = "cache|device|debug|_log_|logging|dump|traceback|profil|timeout|address|mtls|pprint"
 # The types of entries that commands read; the others are only shown.
 _TYPES: dict[str, type] = {
-    **dict.fromkeys(("before_update", "compiler_options", "data", "evals", "git", "init_from", "jax_options", "modules",
+    **dict.fromkeys(("compiler_options", "data", "evals", "git", "init_from", "jax_options", "modules",
                      "packages", "unreadable", "versions"), dict),
     **dict.fromkeys(("changed", "command", "devices", "extended"), list),
 }  # fmt: skip
-# The entries that determine class names, losses and statistics.
-_FACTS = ("data", "evals", "batch_norm_groups", "init_from", "unreadable")
 OF_COMPILERS = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 _OPTIONS = "JAX_(?!COMPILATION_CACHE|PERSISTENT_CACHE)"  # JAX's environment variables, except those of its cache
 # The flags of XLA, and further options of JAX, that change no result or that the devices and processes show.
@@ -347,27 +343,3 @@ def pin_groups(config: ConfigDict, mesh: str, recorded: JsonMapping) -> ConfigDi
     pinned = config.copy_and_resolve_references()
     pinned.batch_norm = f"groups({images // groups})"
     return pinned
-
-
-def facts_digest(provenance: JsonMapping) -> str:
-    """The SHA-256 of the entries on data and weights in provenance.json, which keeps it as `facts_sha256`."""
-    return json_files.digest(json.dumps({name: provenance.get(name) for name in _FACTS}))
-
-
-def find_edits(files: Mapping[str, bytes], provenance: Json) -> list[str]:
-    """Sentences that name which of config.json, provenance.json and result.json have changed since the run wrote them.
-
-    `files` has the contents of config.json and result.json, if they exist. A file without a recorded digest, as in runs
-    of older versions, is not checked. A kill within `Workdir.update_config` may leave the config before it.
-    """
-    recorded = json_files.as_object(provenance)
-    earlier = json_files.as_object(recorded.get("before_update"))
-    found = []
-    for name, key in (("config.json", "config_sha256"), ("result.json", "result_sha256")):
-        with contextlib.suppress(ValueError, RecursionError):  # not JSON, which its reader reports
-            known = (recorded.get(key), earlier.get(key))
-            if name in files and key in recorded and json_files.digest(files[name]) not in known:
-                found.append(name)
-    if "facts_sha256" in recorded and facts_digest(recorded) != recorded["facts_sha256"]:
-        found.append("provenance.json")
-    return [f"{name} has been changed since the run wrote it" for name in found]

@@ -13,62 +13,15 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax.core import json_files, places
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
+from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import bundle, writers
-from imgclf_jax.run.digests import find_changed_metrics
-from imgclf_jax.run.provenance import find_edits, well_formed
+from imgclf_jax.run.provenance import well_formed
 from imgclf_jax.run.workdir import Workdir, has_ended
 
 log = logging.getLogger(__name__)
 
 MAIN_METRICS = ("accuracy", "mean_average_precision", "r2")  # one per task; the greatest value is the best
 _OF_A_RUN = {"checkpoints", "tb", "profile", "damaged"}  # folders in that of a run, which hold no other runs
-
-
-def contradictions(result: JsonMapping, digests: Sequence[JsonMapping], metrics: Sequence[JsonMapping]) -> list[str]:
-    """Sentences on where result.json, digests.jsonl and metrics.jsonl of a run contradict each other."""
-    found: list[str] = []
-    whole: dict[int, Json] = {}
-    for line in digests:
-        step, digest = line["step"], line.get("params_sha256")
-        if whole.setdefault(step, digest) != digest:
-            found += [f"digests.jsonl has two digests of step {step}"]
-    values: dict[int, JsonObject] = {}
-    for record in metrics:
-        step, known = record["step"], values.setdefault(record["step"], {})
-        for name, value in record.items():
-            if name not in writers.TIMES and _differ(known.setdefault(name, value), value):
-                found += [f"metrics.jsonl has two values of {name} at step {step}, {known[name]} and {value}"]
-    step = result.get("step")
-    # A run that trains may have written digests after its metrics were read.
-    ended = [step] if isinstance(step, int) else []
-    until = max([*ended, *(record["step"] for record in metrics[-1:])], default=0)
-    found += [changed] if (changed := find_changed_metrics(digests, metrics, until)) else []
-    if step is None:
-        return found
-    if type(step) is not int:
-        return [*found, f"result.json is from step {step!r:.80}, which is not a number of steps"]
-    if whole and step not in whole:
-        found.append(f"result.json is from step {step}, which digests.jsonl does not have")
-    elif _differ(whole.get(step, result.get("params_sha256")), result.get("params_sha256")):
-        found.append(f"result.json has another parameter digest for step {step} than digests.jsonl")
-    for name, group in result.items():
-        for key, value in group.items() if isinstance(group, dict) else ():
-            logged = values.get(step, {}).get(f"{name}/{key}", value)
-            if _differ(logged, value):
-                found.append(f"at step {step}, {name}/{key} is {value} in result.json but {logged} in metrics.jsonl")
-    return found
-
-
-def read_contradictions(workdir: Workdir) -> list[str]:
-    """The contradictions between the records of the run in a work directory; a damaged result.json is skipped."""
-    files = {"result.json": places.read(workdir.result)} if workdir.result.is_file() else {}
-    lines = (writers.read_metrics(file) for file in (workdir.digests, workdir.metrics))
-    return contradictions(workdir.read_result(), *lines) + find_edits(files, workdir.read_provenance())
-
-
-def _differ(a: Json, b: Json) -> bool:
-    return bool(a != b and not (a != a and b != b))  # NaN equals NaN
 
 
 @dataclass(frozen=True)
@@ -152,12 +105,6 @@ class Record:
         return value
 
     @cached_property
-    def contradictions(self) -> list[str]:
-        """Sentences on where its files contradict each other or have been edited: see `contradictions`."""
-        edits = find_edits(self.files, self._json("provenance.json"))
-        return contradictions(self.result, self.digests, self.metrics) + edits
-
-    @cached_property
     def total(self) -> int | None:
         """The number of steps by the config; None without provenance.json."""
         return self.workdir.total_steps(self.config) if "provenance.json" in self.files else None
@@ -219,7 +166,7 @@ class Record:
 def read(path: Path) -> Record:
     """Reads the record of the run in a work directory. Raises UserError if any of its files is damaged."""
     record = Record.from_workdir(path)
-    _ = record.config, record.final, record.contradictions, record.evals
+    _ = record.config, record.final, record.evals
     return record
 
 
@@ -237,10 +184,7 @@ def find(folders: Sequence[str]) -> tuple[list[Record], list[str]]:
             raise UserError(f"{text} is not a directory; name work directories, or a folder that holds some")
         for path in _runs_below(folder, seen):
             try:
-                run = read(path)
-                if run.contradictions:
-                    raise UserError(f"{path} contradicts itself: {'; '.join(run.contradictions[:3])}")
-                runs.append(run)
+                runs.append(read(path))
             except UserError as e:
                 damaged.append(str(e))
     for sentence in damaged:

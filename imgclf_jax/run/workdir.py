@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import logging
 import sys
 import time
@@ -23,9 +22,7 @@ from imgclf_jax.run import lock, writers
 from imgclf_jax.run.provenance import (
     DataInfo,
     collect,
-    facts_digest,
     find_changes,
-    find_edits,
     load_data_info,
     pin_groups,
     well_formed,
@@ -35,7 +32,6 @@ from imgclf_jax.run.provenance import (
 log = logging.getLogger(__name__)
 
 _SEEN = 10.0  # seconds until all hosts see a new file on a shared disk
-_UPDATED = ("config_sha256", "extended", "changed")  # the entries of provenance.json that follow config.json
 
 
 class Workdir:
@@ -62,8 +58,6 @@ class Workdir:
             raise UserError(f"{self.path} holds no run: there is no {places.absolute(self.config)}; train first, or "
                             "pass the run's --workdir")  # fmt: skip
         content = places.read(self.config)
-        for wrong in find_edits({"config.json": content}, self.read_provenance()):
-            _warn_once(f"{self.path}: {wrong}: it may not say what the run was trained with")
         return configs.from_json(content, str(self.config))
 
     def read_provenance(self) -> JsonObject:
@@ -159,15 +153,8 @@ class Workdir:
             return ""
         old = self.load_config()
         lines = configs.difference(old, config, (*may_differ, *configs.free_keys(config)))
-        if not lines and (changes := configs.difference(old, config)):
-            # Else `update_config` would record a digest of the edited config, and no command would warn again.
-            content = places.read(self.config)
-            for wrong in find_edits({"config.json": content}, self.read_provenance()):
-                raise UserError(f"{self.path}: {wrong}, so the run keeps its keys ({'; '.join(changes)}); restore it, "
-                                "or pass another --workdir")  # fmt: skip
-            return configs.to_json(old)
         if not lines:
-            return ""
+            return configs.to_json(old) if configs.difference(old, config) else ""
         hint = ""
         if [line.partition(":")[0] for line in lines] == ["total"]:
             hint = " add --extend to train this run up to the new total, if its schedule allows it,"
@@ -177,39 +164,26 @@ class Workdir:
     def update_config(self, config: ConfigDict, start: int) -> None:
         """Records that the run continues from step `start` with another `total`, or other values of FREE_KEYS.
 
-        This is in effect once config.json is replaced: see `_settle_update` for a process that is killed before.
+        This is in effect once config.json is replaced. A process that is killed before leaves an entry in
+        provenance.json, which the same command does not repeat.
         """
         old, provenance = self.load_config(), json_files.read(self.provenance)
-        before = {"config_sha256": json_files.digest(places.read(self.config))}
-        before |= {name: provenance[name] for name in _UPDATED if name in provenance}
         if old.total != config.total:
             entry: JsonObject = {"step": start, "from": old.total, "to": config.total, "command": sys.argv}
-            provenance["extended"] = [*provenance.get("extended", []), entry]
+            _note(provenance, "extended", entry)
             log.warning("the run goes on with total=%r instead of %r, as config.json now says: the steps from %d on "
                         "are those of a run with this total", config.total, old.total, start)  # fmt: skip
         a, b = configs.flatten(old), configs.flatten(config)
         if keys := {key: [a[key], b[key]] for key in configs.FREE_KEYS if a[key] != b[key]}:
             entry = {"step": start, "keys": keys, "command": sys.argv}
-            provenance["changed"] = [*provenance.get("changed", []), entry]
+            _note(provenance, "changed", entry)
             log.info("from step %d on the run has other keys, which change no bit: %s; config.json has them now",
                      start, ", ".join(f"{key}={new!r}" for key, (_, new) in keys.items()))  # fmt: skip
         if config.checkpoint.best and "checkpoint.best" in keys:
             log.warning("checkpoint.best=%r chooses among the checkpoints that are left and later ones: some that were "
                         "better by it may have been removed", config.checkpoint.best)  # fmt: skip
-        content = configs.to_json(config)
-        new = {"config_sha256": json_files.digest(content), "before_update": before}
-        json_files.write(self.provenance, provenance | new)
-        places.write_atomically(self.config, content)
-        self._settle_update()
-
-    def _settle_update(self) -> None:
-        """Ends an update: restores the entries of provenance.json from before it if config.json is not the new one."""
-        provenance = json_files.read(self.provenance)
-        if isinstance(before := provenance.pop("before_update", None), dict) and self.config.is_file():
-            content = places.read(self.config)
-            if json_files.digest(content) != provenance.get("config_sha256"):
-                provenance = {name: value for name, value in provenance.items() if name not in _UPDATED} | before
-            json_files.write(self.provenance, provenance)
+        json_files.write(self.provenance, provenance)
+        places.write_atomically(self.config, configs.to_json(config))
 
     def write_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Lists every parameter by path with its shape in parameters.txt: `rules` match these paths. Needs CLU."""
@@ -241,9 +215,7 @@ class Workdir:
             _warn_once(f"{name} has changed since the run in {self.path} was trained: its outputs may differ")
 
     def write_result(self, result: JsonObject) -> None:
-        """Writes result.json, and its digest to provenance.json: the run has ended."""
-        recorded = json_files.read(self.provenance) | {"result_sha256": json_files.digest(json.dumps(result))}
-        json_files.write(self.provenance, recorded)
+        """Writes result.json: the run has ended."""
         json_files.write(self.result, result)
 
     def pin_groups(self, config: ConfigDict) -> ConfigDict:
@@ -303,7 +275,6 @@ class Workdir:
                 raise UserError(f"method={config.method!r}: its fixed arrays have changed since the run in {self.path} "
                                 f"began (digest {fixed[:12] or 'none'}, recorded {old_fixed[:12] or 'none'}); restore "
                                 "what it loads, or pass another --workdir")  # fmt: skip
-            self._settle_update()
         total = configs.steps(config.total, "total", data.train_examples, config.batch_size)
         if (last := self.last_checkpoint() or 0) > total:
             raise UserError(f"total={config.total!r} is {total} steps, but the run in {self.path} has done {last}; "
@@ -311,15 +282,22 @@ class Workdir:
         if not known:
             whole = (
                 collect(data)
-                | {"config_sha256": json_files.digest(configs.to_json(config)), "evals": dict(evals)}
+                | {"evals": dict(evals)}
                 | ({"batch_norm_groups": groups} if groups else {})
                 | ({"init_from": init_from} if init_from else {})
                 | ({"fixed_sha256": fixed} if fixed else {})
                 | ({"unreadable": {"count": len(left_out), "files": list(left_out)}} if left_out else {})
             )
-            json_files.write(self.provenance, whole | {"facts_sha256": facts_digest(whole)})
+            json_files.write(self.provenance, whole)
         if not self.config.is_file():
             places.write_atomically(self.config, configs.to_json(config))
+
+
+def _note(provenance: JsonObject, name: str, entry: JsonObject) -> None:
+    """Appends an entry to a list in the provenance, unless it is the last one."""
+    entries = provenance.setdefault(name, [])
+    if entries[-1:] != [entry]:
+        entries.append(entry)
 
 
 def has_ended(result: JsonMapping, total: int | None, records: Iterable[JsonMapping]) -> bool:

@@ -1,8 +1,6 @@
 """Writes the metrics of a run to metrics.jsonl, to TensorBoard, and to the writers that `config.writers` names."""
 
-import collections
 import contextlib
-import hashlib
 import io
 import json
 import logging
@@ -43,28 +41,6 @@ class Writer(Protocol):
 
     def close(self) -> None:
         """Closes the writer, also after an error or a signal."""
-
-
-class RecordsDigest:
-    """The SHA-256 of the records before a step, without TIMES, so that equal runs have equal ones.
-
-    Records are in the order of their steps, and so are the calls.
-    """
-
-    def __init__(self, records: Iterable[JsonMapping] = ()) -> None:
-        self._sha256, self._waiting = hashlib.sha256(), collections.deque(records)
-
-    def add(self, record: JsonMapping) -> None:
-        """Appends a record. After it, `before` takes no earlier step."""
-        self.before(record["step"])
-        self._waiting.append(record)
-
-    def before(self, step: int) -> str:
-        """The digest of the records before `step`."""
-        while self._waiting and self._waiting[0]["step"] < step:
-            record = self._waiting.popleft()
-            self._sha256.update(_line({key: record[key] for key in record if key not in TIMES}).encode())
-        return self._sha256.hexdigest()
 
 
 def _line(record: JsonMapping) -> str:
@@ -125,7 +101,6 @@ class MetricsWriter:
     def __init__(self, workdir: Path, step: int, config: ConfigDict):
         self._directory, self._added = workdir, dict[str, Writer]()
         self._own: list[RecordFile | EventFile] = []
-        self.digest = RecordsDigest()  # of metrics.jsonl
         evaluated = False
         if not processes.index():
             try:
@@ -143,7 +118,6 @@ class MetricsWriter:
         if step and not path.exists():
             log.warning("%s is missing: it will hold no record of the steps before %d", path, step)
         kept = [record for record in read_metrics(path) if record["step"] <= step]
-        self.digest = RecordsDigest(kept)
         self._own.append(RecordFile(path, kept))
         with _naming_errors(self._directory / "tb"):
             if config.tensorboard and (events := _open_event_file(self._directory / "tb", step)):
@@ -159,8 +133,6 @@ class MetricsWriter:
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one record and hands it to the operating system, so a killed process does not lose it."""
-        if not processes.index():
-            self.digest.add({"step": step, **scalars})
         self._tell("write_scalars", step, scalars)
 
     def flush(self) -> None:

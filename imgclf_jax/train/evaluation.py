@@ -19,7 +19,6 @@ from imgclf_jax.data import sources, splits, stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.progress import track
 from imgclf_jax.run.provenance import module_facts
-from imgclf_jax.run.record import read_contradictions
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import TrainState
 from imgclf_jax.train.leakage import overlap_warnings
@@ -162,9 +161,7 @@ def changed(programs: Programs, trained: ConfigDict, base: dict[str, sources.Sou
 def compare_with_record(
     programs: Programs, workdir: Workdir, base: dict[str, sources.Source], evals: Mapping[str, stream.Images]
 ) -> None:
-    """Warns if the run's record contradicts itself, or if the data differ from the recorded ones."""
-    for sentence in read_contradictions(workdir):
-        log.warning("the record of the run contradicts itself: %s", sentence)
+    """Warns if the data differ from the recorded ones."""
     workdir.warn_of_changed_modules()  # those of the data too, which are open by now
     trained = workdir.load_config()
     if changed(programs, trained, base):

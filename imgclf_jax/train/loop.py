@@ -22,7 +22,6 @@ from imgclf_jax.run.early_stopping import Stopper
 from imgclf_jax.run.goodput import TimeRecord
 from imgclf_jax.run.monitor import Monitor
 from imgclf_jax.run.phases import Phases
-from imgclf_jax.run.record import read_contradictions
 from imgclf_jax.run.skipped import Impossible, Rollback, Skipped, count_skipped
 from imgclf_jax.run.terminal import format_metrics
 from imgclf_jax.run.watchdog import Watchdog
@@ -79,8 +78,6 @@ def _train_from_latest(
     run = adjusted(set_up(config, workdir, extend))
     if run.start:
         digests.check(workdir, run.start, run.state.params)
-        for sentence in processes.broadcast_from_process_0("reading the record", lambda: read_contradictions(workdir)):
-            log.warning("the record of the run contradicts itself: %s", sentence)
     replays.attach(run)
     total, stopper = run.cadences.total, Stopper(run.early_stopping, run.cadences, workdir.path, run.start)
     ended = run.start == total or bool(stopper.reason(run.start))
@@ -140,8 +137,8 @@ def _open_records(run: Run, noted: Callable[[int, str], None], phases: Phases) -
     folder, start = run.workdir.path, run.start
     with contextlib.ExitStack() as files:
         records = Records(
-            metrics := files.enter_context(contextlib.closing(MetricsWriter(folder, start, run.config))),
-            files.enter_context(contextlib.closing(Digests(folder, start, run.cadences.last, noted, metrics.digest))),
+            files.enter_context(contextlib.closing(MetricsWriter(folder, start, run.config))),
+            files.enter_context(contextlib.closing(Digests(folder, start, run.cadences.last, noted))),
             files.enter_context(contextlib.closing(Skipped(folder, start, run.state.guard, run.config.seed))),
             files.enter_context(contextlib.closing(TimeRecord(folder, start, phases))),
         )

@@ -14,7 +14,7 @@ import pytest
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import writers
-from imgclf_jax.run.digests import Digests, check, find_changed_metrics
+from imgclf_jax.run.digests import Digests, check
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.train import loop as train
 
@@ -34,8 +34,7 @@ def params() -> dict:
 
 def test_a_line(tmp_path):
     """By the definition: paths in order, dtypes, shapes and bytes; the buffers may be donated right away."""
-    metrics = [{"step": 2, "train/loss": 0.5, "train/images_per_second": 9.0}, {"step": 3, "train/loss": 0.25}]
-    digests, tree = Digests(tmp_path, 0, 5, metrics=writers.RecordsDigest(metrics)), params()
+    digests, tree = Digests(tmp_path, 0, 5), params()
     digests.record(3, tree)
     jax.jit(lambda t: jax.tree.map(lambda x: x * 0, t), donate_argnums=0)(tree)
     b = np.arange(6, dtype="<f4").reshape(2, 3)
@@ -43,10 +42,7 @@ def test_a_line(tmp_path):
     assert digests.sha256() == hashlib.sha256(b"".join(part for _, part in parts)).hexdigest()
     digests.close()
     each = {name: f"{zlib.crc32(part):08x}" for name, part in parts}
-    before = hashlib.sha256(b'{"step": 2, "train/loss": 0.5}\n').hexdigest()
-    assert lines(tmp_path) == {
-        3: {"step": 3, "params_sha256": digests.sha256(), "metrics_sha256": before, "params": each}
-    }
+    assert lines(tmp_path) == {3: {"step": 3, "params_sha256": digests.sha256(), "params": each}}
 
 
 @pytest.mark.parametrize(("last", "edges"), [(1, {1}), (12, {1, 2, 4, 8, 12}), (16, {1, 2, 4, 8, 16})])
@@ -125,33 +121,3 @@ def test_a_checkpoint_without_a_line(tmp_path, caplog):
     (tmp_path / "digests.jsonl").unlink()  # of an earlier version
     check(Workdir(tmp_path), 6, params())
     assert not caplog.records
-
-
-def test_metrics_that_are_not_the_runs(tmp_path):
-    """Every record before the last line counts; speeds do not, nor does a file that was removed."""
-    metrics, written = [{"step": step, "train/loss": 1 / step} for step in range(1, 9)], writers.RecordsDigest()
-    digests = Digests(tmp_path, 0, 8, metrics=written)
-    for record in metrics:
-        if record["step"] in (2, 4, 8):
-            digests.record(record["step"], params())
-        written.add(record | {"train/images_per_second": 7.0})
-        if record["step"] == 6:
-            digests.record(6, params())
-    digests.close()
-    known = [*lines(tmp_path).values()]
-    assert [line["step"] for line in known] == [2, 4, 6, 8]
-    assert find_changed_metrics(known, metrics, 8) == ""
-    assert find_changed_metrics(known, metrics[:4], 4) == ""  # read while the run went on
-    assert find_changed_metrics(known, [], 8) == ""
-    assert find_changed_metrics([{"step": 4}], metrics[1:], 8) == ""  # of an earlier version
-    for changed, where in (
-        ([*metrics[:4], {"step": 5, "train/loss": 0.21}, *metrics[5:]], "from step 4 to 6"),
-        ([{"step": 1, "train/loss": 9.0}, *metrics[1:]], "from step 0 to 2"),
-        ([*metrics[:2], *metrics[3:]], "from step 2 to 4"),
-        ([*metrics[:7], {"step": 7, "test/accuracy": 1.0}, metrics[7]], "from step 6 to 8"),
-    ):
-        assert f"metrics.jsonl has other records {where} than" in find_changed_metrics(known, changed, 8)
-    resumed = Digests(tmp_path, 6, 8, metrics=writers.RecordsDigest())
-    resumed.record(6, params())
-    resumed.close()
-    assert find_changed_metrics(lines(tmp_path).values(), metrics[6:], 8) == ""

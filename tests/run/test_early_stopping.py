@@ -9,7 +9,7 @@ import pytest
 from imgclf_jax import config as configs
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.recipe import Recipe
-from imgclf_jax.run import early_stopping, writers
+from imgclf_jax.run import early_stopping
 from imgclf_jax.run.cadences import Cadences
 from imgclf_jax.run.early_stopping import EarlyStopping, Stopper
 from imgclf_jax.run.provenance import DataInfo
@@ -88,23 +88,6 @@ def test_a_run_in_progress(tmp_path):
     stopper.note(60, {"val/loss": 2.5})
     assert stopper.reason(60) == ""  # its total
     assert Stopper(None, cadences, tmp_path, 45).reason(45) == ""
-
-
-def test_metrics_of_another_run_end_no_run(tmp_path):
-    """Another run's evaluations would end this one at another step, with its own parameters and status 0."""
-    stopping, cadences = EarlyStopping("val/loss", -1, Fraction(20), "…"), Cadences(60, None, Fraction(10), None)
-    lines = [{"step": step, "val/loss": loss} for step, loss in ((10, 3.0), (20, 2.0), (30, 1.0))]
-    digest = writers.RecordsDigest(lines).before(30)
-    (tmp_path / "digests.jsonl").write_text(json.dumps({"step": 30, "metrics_sha256": digest}) + "\n")
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert Stopper(stopping, cadences, tmp_path, 30).reason(30) == ""
-    lines[0]["val/loss"] = 0.5
-    assert stopping.reason([(line["step"], line["val/loss"]) for line in lines])
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(
-        UserError, match=r"metrics.jsonl has other records from step 0 to 30 than .*, and stop='…' ends"
-    ):
-        Stopper(stopping, cadences, tmp_path, 30)
 
 
 def test_evaluations_of_a_cadence():

@@ -50,8 +50,6 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
         doubts.append(
             f"Code has changed since the run trained ({', '.join(modules)}): the numbers need not be the run's."
         )
-    if run.contradictions:
-        doubts.append(f"The run's record contradicts itself: {'; '.join(run.contradictions)}.")
     if others := _other_values(run.config, config):
         doubts.append(
             f"This page has other values than the run: {'; '.join(others)}. Its scores need not be the run's."

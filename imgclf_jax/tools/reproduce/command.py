@@ -48,9 +48,6 @@ def main(
     folder = places.as_path(processes.broadcast_from_process_0("naming the output", lambda: _folder(record, output)))
     found = _compare_configs(record.config, config)
     config = pin_groups(config, record.config.mesh, record.provenance)
-    contradictions = record.contradictions
-    for sentence in contradictions:
-        log.warning("the record contradicts itself: %s", sentence)
     config.tensorboard, config.writers = False, ""
 
     def adjusted(run: train.Run) -> train.Run:
@@ -97,15 +94,12 @@ def main(
     compared = compare(recorded_files, (here.digests, here.metrics), extended, changed)
     if not (compared.digest_steps or compared.values):
         raise UserError(f"{record.path} has no digest or metric up to step {end} to compare; pass more --steps")
-    word = "contradictory" if contradictions else verdict(compared, found, tolerance)
+    word = verdict(compared, found, tolerance)
     kept = bool(output) or word != "same"
     if processes.index() == 0:
         if format == "json":
-            as_json = _as_json(word, end, compared, found, str(folder) if kept else None)
-            print_json(as_json | {"contradictions": contradictions})
+            print_json(_as_json(word, end, compared, found, str(folder) if kept else None))
         else:
-            for sentence in contradictions:
-                print_text(f"{sentence[0].upper()}{sentence[1:]}.")
             _print(word, end, compared, found, record, tolerance)
             if kept:
                 print(f"the new run is in {printable(str(folder))}")
@@ -173,7 +167,6 @@ _SENTENCES = {
     "tolerated": "The same within --tolerance={tolerance:g}, but not bit for bit",
     "rounding": "The same up to rounding: only versions, devices or flags differ, and no metric by more than {most:g}",
     "different": "Different from step {first} on",
-    "contradictory": "The record contradicts itself, so no run can match it",
 }
 
 

@@ -24,7 +24,6 @@ from imgclf_jax.core.text import printable
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run import lock, terminal
 from imgclf_jax.run.progress import Line
-from imgclf_jax.run.record import read_contradictions
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.sweep import plan as sweep_plan
 from imgclf_jax.tools.sweep import status
@@ -143,9 +142,7 @@ class _Sweep:
         todo = collections.deque[Run]()
         for run in self._runs:
             if self._is_done(run):
-                wrong = read_contradictions(self._workdir(run))
-                error = f"contradicts itself: {wrong[0]}" if wrong else ""
-                self._report(run, "failed" if wrong else "done before", error=error)
+                self._report(run, "done before")
             else:
                 todo.append(run)
         for run in [run for run in todo if self._is_held(run)]:

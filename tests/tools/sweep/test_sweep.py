@@ -99,19 +99,6 @@ def test_runs_that_are_done_are_skipped(run, monkeypatch):
     assert list(json.loads((run.folder / "sweep.json").read_text())["runs"]) == ["seed=0", "seed=1", "seed=2"]
 
 
-def test_a_run_whose_result_was_edited_is_not_done(run):
-    """Its line showed the accuracy of the edited result.json, with status 0."""
-    assert run("--sweep=seed=0..1")[0] == 0
-    step = json.loads((run.folder / "seed=0" / "result.json").read_text())["step"]
-    (run.folder / "seed=0" / "metrics.jsonl").write_text(json.dumps({"step": step, "test/accuracy": 0.25}) + "\n")
-    status, lines = run("--sweep=seed=0..1")
-    assert status == 1
-    assert lines[0] == (
-        "seed=0 failed contradicts itself: at step 12, test/accuracy is 0.5 in result.json but 0.25 in metrics.jsonl"
-    )
-    assert lines[1].startswith("seed=1 done before")
-
-
 def test_one_that_fails_stops_no_other(run):
     status, lines = run("--sweep=seed=0..2", s0="fail", s1="die")
     assert status == 1
