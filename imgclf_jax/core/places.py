@@ -198,14 +198,14 @@ def check_plain(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a folder with its contents, or a file or a link, if it exists."""
+    """Removes a folder with its contents, or a file, a link or a pipe, if it exists."""
     if in_bucket(path):
         if path.exists():
             path.rmtree()  # type: ignore[attr-defined]
-    elif path.is_symlink() or path.is_file():
-        path.unlink(missing_ok=True)
-    else:
+    elif path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def size(file: Path) -> int:
