@@ -217,6 +217,14 @@ def test_a_directory_is_entered_once(tmp_path):
     assert len(list(inputs.find("predict", [str(tmp_path)]))) == 11
 
 
+def test_a_config_of_other_types_as_weights(mistake, run):
+    """`num_seeds` as text ended in a traceback."""
+    config = json.loads((run / "config.json").read_text()) | {"num_seeds": "two"}
+    (run / "config.json").write_text(json.dumps(config))
+    sentence = mistake("evaluate", f"--config.init_from={run}", *FLAGS, log=LOG)
+    assert has(sentence, f"init_from='{run}': this directory holds no run (no readable config.json)")
+
+
 def test_a_trace_that_cannot_be_written_ends_no_run(run, capsys):
     """A file in place of a folder: it was a traceback of JAX's."""
     (run / "profile").mkdir()

@@ -157,7 +157,8 @@ def _read_workdir(path: Path, programs: Programs) -> Named:
     workdir = Workdir(path)
     try:
         config = json.loads(places.read(workdir.config))
-        metric, num_seeds = config["checkpoint"]["best"], config.get("num_seeds", 1)
+        metric, num_seeds = str(config["checkpoint"]["best"]), int(config.get("num_seeds", 1))
+        method = str(config.get("method", "supervised"))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"init_from={str(path)!r}: this directory holds no run (no readable config.json)") from e
     if not workdir.checkpoints.is_dir():
@@ -175,7 +176,7 @@ def _read_workdir(path: Path, programs: Programs) -> Named:
     if num_seeds > 1:
         log.info("init_from=%r: the run has %d seeds; the first one's weights are taken", str(path), num_seeds)
         variables = jax.tree.map(lambda x: x[0], variables)
-    digest, method = tree.sha256(variables), config.get("method", "supervised")
+    digest = tree.sha256(variables)
     if scale := lora.scale_of(method):
         log.info("init_from=%r: the run has method=%r; its merged weights are taken", str(path), method)
         variables = lora.merge(variables, scale)
