@@ -70,7 +70,12 @@ def test_classes_of_equal_probabilities_are_ordered_by_their_logits(model, pixel
     assert [sorted(each, reverse=True) for each in probabilities] == probabilities
     monkeypatch.setattr(command, "load_trained", lambda *_: sharp)
     Image.fromarray(pixels[0, ..., 0]).save(tmp_path / "0.png")
-    assert launch.main(["predict", str(tmp_path / "0.png"), "--config.init_from=x", "--top_k=9", "--format=jsonl"]) == 0
+    assert (
+        launch.main(
+            ["predict", str(tmp_path / "0.png"), f"--config.init_from={tmp_path}", "--top_k=9", "--format=jsonl"]
+        )
+        == 0
+    )
     [line] = capsys.readouterr().out.splitlines()
     assert [int(one["class"]) for one in json.loads(line)["predictions"]] == order[0, :9].tolist()
 

@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+from processes_check import find_port
 
 from imgclf_jax.core import rendezvous
 from imgclf_jax.core.errors import UserError
@@ -17,9 +18,7 @@ def port(monkeypatch):
     monkeypatch.setattr(rendezvous, "_BUSY", 0.3)
     monkeypatch.setattr(rendezvous, "_READ", 0.3)
     monkeypatch.setattr(rendezvous, "_await_service", lambda where: None)  # JAX's, which is not started here
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
+    return find_port()
 
 
 def meet(port, *processes, hosts=("localhost",), patience=10.0):
