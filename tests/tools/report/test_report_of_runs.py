@@ -189,4 +189,4 @@ def test_mistakes_of_who_asks(copy, tmp_path, capsys):
     assert "holds no run" in capsys.readouterr().err
     shutil.rmtree(copy / "checkpoints")
     assert launch.main(["report", f"--workdir={copy}", f"--html={tmp_path}/no/a.html"]) == 1
-    assert "a.html cannot be written: No such file or directory; name another file" in capsys.readouterr().err
+    assert f"--html={tmp_path}/no/a.html: the directory '{tmp_path}/no' does not exist" in capsys.readouterr().err
