@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from imgclf_jax.core import extras
 from imgclf_jax.tools.dryrun import topology
 
 ROOT = Path(__file__).parents[1]
@@ -35,10 +36,8 @@ from imgclf_jax.tools.dryrun import counts
 def skip_without(chips: str) -> None:
     """Skips the test where the compiler for these chips is not installed."""
     platform = topology.parse(chips).platform
-    if platform in topology._COMPILERS:
-        module, command = topology._COMPILERS[platform]
-        if not topology._installed(module):
-            pytest.skip(f"needs {module}: {command.replace('launch.py dryrun …', 'pytest -m chips')}")
+    if (extra := topology._COMPILERS.get(platform)) and extras.missing(extra):
+        pytest.skip(f"needs a compiler: uv run --isolated --extra {extra} pytest -m chips")
 
 
 def printed(program: str, chips: str, *arguments: str) -> Any:
