@@ -1,17 +1,11 @@
-"""JSON files: written atomically, and compared by digests of their values."""
+"""JSON files, written atomically."""
 
-import hashlib
 import json
 from pathlib import Path
 
 from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Json, JsonObject
-
-
-def digest(content: str | bytes) -> str:
-    """The SHA-256 of the values in a JSON file, independent of its layout."""
-    return hashlib.sha256(json.dumps(json.loads(content), sort_keys=True).encode()).hexdigest()
 
 
 def parse(content: str | bytes) -> Json:
