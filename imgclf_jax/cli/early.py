@@ -1,4 +1,4 @@
-"""Refuses before JAX is imported what a command cannot find: runs, files, folders and packages."""
+"""Refuses missing runs, files, folders and packages before JAX is imported."""
 
 import ast
 import glob
@@ -23,7 +23,7 @@ _TEXT = r"""(?<![\w.:])(folder|table|arrays|tfds|distill)\(\s*(?:path=)?((['"])(
 
 
 def check(name: str, files: Sequence[str], options: dict[str, Value]) -> None:
-    """Raises UserError unless the packages, files and folders are there that a command line names."""
+    """Raises UserError if a package, file or folder that a command line needs is missing."""
     command = COMMANDS[name]
     if command.extra:
         extras.require(command.extra, name)
@@ -57,9 +57,10 @@ def check_run(name: str, workdir: str, fix: str) -> None:
 
 
 def check_config(file: str, config: ConfigDict, starts: bool) -> None:
-    """Raises UserError unless the paths and packages exist that a config's sources name and, if it starts, its weights.
+    """Raises UserError if a path or package that a config's sources need is missing.
 
-    `file` is the config file, with its argument. Addresses in buckets are checked later.
+    So it does for `init_from` if the run `starts`. `file` is the config file, with its argument. Addresses in buckets
+    are checked later.
     """
 
     def check(what: str, kind: str, text: str, exists: Callable[[Path], bool]) -> None:
@@ -94,14 +95,14 @@ def _check_images(command: str, words: Sequence[str]) -> None:
     """Raises UserError if a word names nothing or no regular file, or if a directory has no images."""
     if not words and not COMMANDS[command].files.startswith("["):
         raise UserError(f"{command}: name at least one image: {command} FILE|DIR|GLOB|- … --workdir DIR")
-    for word in words:
+    for word in (word for word in words if word != "-"):
         if os.path.isdir(word):
             if next(image_files.walk(word, Counter()), None) is None:
                 raise UserError(f"{command}: the directory {word!r} has no images")
-        elif word != "-" and not os.path.exists(word):
+        elif not os.path.exists(word):
             if not glob.has_magic(word):
                 raise no_such(command, "file or directory", word)
             if not image_files.match(word):
                 raise UserError(f"{command}: the pattern {word!r} matches no file (working directory: {Path.cwd()})")
-        elif word != "-" and not os.path.isfile(word):
+        elif not os.path.isfile(word):
             raise UserError(f"{command}: {word!r} is a pipe, socket or device; name image files or directories")

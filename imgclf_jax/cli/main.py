@@ -202,8 +202,7 @@ def _dispatch(
             stack.enter_context(source.untrusted(called.argv))
         more: list[Any] = [files] if command.files and command.config_from != "record" else []
         more += [called] if command.needs_command_line else []
-        status: int = _module(name).main(config, source, *more, **options)
-        return status
+        return int(_module(name).main(config, source, *more, **options))
 
 
 def _join(

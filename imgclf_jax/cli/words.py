@@ -71,7 +71,7 @@ def _values(words: Sequence[str]) -> set[int]:
 
 
 def find_files(words: Sequence[str]) -> list[str]:
-    """The files among `words`: what is no flag or key, no value of a key, and all after `--`."""
+    """The files among `words`: those that are neither flags nor values of keys, and all that follow `--`."""
     values, end = _values(words), words.index("--") if "--" in words else len(words)
     return [word for i, word in enumerate(words) if word != "--" and (
         i > end or (i not in values and (word == "-" or not word.startswith("-"))))]  # fmt: skip

@@ -42,7 +42,7 @@ def require(extra: str, what: str, *modules: str) -> None:
 
 
 def how_to_install(extra: str) -> str:
-    """The command that installs an extra: uv's in a clone, else pip's with the packages that the metadata name."""
+    """The command that installs an extra: uv's in a clone, else pip's with names from this package's metadata."""
     needed = None  # of a clone that is not installed
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         named = map(Requirement, importlib.metadata.requires("imgclf_jax") or ())

@@ -141,7 +141,7 @@ def _warnings(
     if recipe.method.predicts:
         yield from unseen_class_warnings(images, evals, recipe.total * config.batch_size)
     yield from selection_warnings(config)
-    if losses.needs_class_counts(config.loss) and config.data.sampling != "permutation":
+    if losses.needs_class_counts(config.loss) and spec.parse_one(config.data.sampling).name != "permutation":
         yield (f"loss={config.loss!r} weights the classes by their numbers in data.train, but "
                f"data.sampling={config.data.sampling!r} draws them in other proportions: they are balanced twice; drop "
                "one of the two")  # fmt: skip
