@@ -26,13 +26,13 @@ from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.once import once
 from imgclf_jax.core.typing import Array, Batch, Chunk, Function, ModelState, Params, PyTree
 from imgclf_jax.data import decode, extra, placement
+from imgclf_jax.data.info import DataInfo
 from imgclf_jax.data.stream import Images, StreamSpec, eval_images
 from imgclf_jax.models import norms
 from imgclf_jax.models.cpu.rewrite import optimize_for_cpu
 from imgclf_jax.models.frozen import Frozen
 from imgclf_jax.optim import partition
 from imgclf_jax.recipe import Recipe, check_names
-from imgclf_jax.run.provenance import DataInfo
 
 log = logging.getLogger(__name__)
 

@@ -24,11 +24,11 @@ from imgclf_jax.core import rng, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Function
 from imgclf_jax.data import extra
+from imgclf_jax.data.info import DataInfo
 from imgclf_jax.methods import Method, Problem, gradients
 from imgclf_jax.methods import table as methods
 from imgclf_jax.models import classifier
 from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
-from imgclf_jax.run.provenance import DataInfo
 
 _MOST_COPIES = 8  # of a train step on oneDNN, one for each seed: each takes seconds to compile
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from imgclf_jax.core.errors import UserError
 
-MAX_OP_BYTES = 1 << 29  # for one host op on one image; several images are decoded at once
-
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 _keeps = False
@@ -69,14 +67,6 @@ def require(nbytes: int, what: str) -> None:
     """Raises UserError if `what` needs more bytes than the machine has."""
     if nbytes > (most := physical()):
         raise UserError(f"{what} needs {format_bytes(nbytes)} of memory, but this machine has {format_bytes(most)}")
-
-
-def require_for_op(op: str, old: tuple[int, int], new: tuple[int, int], nbytes: int) -> None:
-    """Raises UserError if a host op from image size `old` to `new`, (h, w), needs more than MAX_OP_BYTES."""
-    if nbytes > MAX_OP_BYTES:
-        raise UserError(f"{op} from {old[0]:,} by {old[1]:,} to {new[0]:,} by {new[1]:,} pixels needs "
-                        f"{format_bytes(nbytes)} of memory, but a host op may take {format_bytes(MAX_OP_BYTES)}; crop "
-                        "the image first")  # fmt: skip
 
 
 def format_bytes(nbytes: int) -> str:

@@ -15,11 +15,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from imgclf_jax.core import memory, places
+from imgclf_jax.core import cache, memory, places
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.once import once
 from imgclf_jax.core.typing import Examples
-from imgclf_jax.run import cache
 
 MOST_CLASSES = 1_000_000
 _UNNAMED_CLASSES = 1000  # up to which classes need neither names nor an example each

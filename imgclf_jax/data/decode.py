@@ -18,18 +18,15 @@ from PIL import ExifTags, Image
 from imgclf_jax.core import kinds, places, rng, spec
 from imgclf_jax.core.errors import UserError, reason, unknown
 from imgclf_jax.core.typing import Value
-from imgclf_jax.data import decode_cost, pictures, resizing, tf_image
+from imgclf_jax.data import pictures, tf_image
 from imgclf_jax.data.pictures import Picture
 from imgclf_jax.data.resizing import central_crop, random_resized_crop, resize, resize_small
 
 # The formats of photographs and data sets. Pillow tries some of its forty others on any bytes; EPS runs Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF")
-MOST_PIXELS = 2**26  # 8192 by 8192; Pillow itself warns from 89 million and refuses from twice that
-MOST_SIDE = 2**20  # 16 times that of JPEG; Pillow holds a pointer per row
-_MAX_BYTES = 8 * MOST_PIXELS  # four uncompressed channels of 16 bits
+_MAX_BYTES = 8 * pictures.MAX_PIXELS  # of a file: four uncompressed channels of 16 bits
 _TILE = (322, 323)  # TIFF tags of a tile's width and height
 _MAX_TILE = 2**24  # pixels; usual tiles have 2**16
-_TOO_MANY = f"the image has more than {MOST_PIXELS:,} pixels; make it smaller"
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -54,8 +51,7 @@ def decode(
 
     It applies the EXIF orientation, takes the first frame of an animation, drops alpha unless channels is 4, keeps the
     high byte of 16-bit grey, and converts color to grey by ITU-R 601 luma. Raises UserError for bytes that do not
-    decode, and for an image of more than 2**26 pixels (2**25 in WebP and AVIF), more than 2**20 in a row or column, or
-    one built to take minutes (see `decode_cost`).
+    decode, and for an image of more than 2**26 pixels, or 2**20 in a row or column.
     """
     return pictures.to_array(_decode(image, channels, formats, draft))
 
@@ -77,9 +73,7 @@ def _decode(image: bytes | Picture, channels: int = 3, formats: tuple[str, ...] 
     elif isinstance(image, Image.Image):
         picture = _upright(image)
     else:
-        picture = _open(image, formats)
-        with decode_cost.memory_slot(picture):
-            return _convert(_load(picture, draft), channels)
+        picture = _load(_open(image, formats), draft)
     return _convert(picture, channels)
 
 
@@ -105,13 +99,11 @@ def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     """Opens an image by its header and checks that it may be decoded."""
     if formats != FORMATS:
         formats = _check_formats(formats)
-    decode_cost.check_bytes(data)
     try:
         picture: Image.Image = Image.open(io.BytesIO(data), formats=formats)
-        check_size(picture)
-        decode_cost.check(data, picture)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise UserError(_TOO_MANY) from e
+        _check_size(picture)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:  # Pillow's limits are above ours
+        raise UserError(f"the image has more than {pictures.MAX_PIXELS:,} pixels; make it smaller") from e
     except UserError:
         raise
     except Exception as e:  # Pillow's plugins raise many types for damaged bytes
@@ -146,22 +138,19 @@ def _undecodable(error: Exception) -> UserError:
     return UserError(f"the image does not decode: {reason(error)}")
 
 
-def check_size(picture: Image.Image) -> None:
+def _check_size(picture: Image.Image) -> None:
     """Raises UserError if an image is too large to decode, by its header."""
-    if picture.width * picture.height > MOST_PIXELS:
-        raise UserError(_TOO_MANY)
-    if picture.width * picture.height > (most := decode_cost.most_pixels(picture.format, MOST_PIXELS)):
-        raise UserError(
-            f"the {picture.format} image has more than {most:,} pixels; make it smaller, or save it as JPEG"
-        )
-    if max(picture.size) > MOST_SIDE:
-        raise UserError(f"the image has {picture.height:,} by {picture.width:,} pixels, but a side may have "
-                        f"{MOST_SIDE:,}; crop it")  # fmt: skip
+    pictures.check_pixels("the image", picture.height, picture.width)
     tags = getattr(picture, "tag_v2", {}) if picture.format == "TIFF" else {}
     tile = [size for tag in _TILE if isinstance(size := tags.get(tag), int)]
     if math.prod(tile) > _MAX_TILE:  # libtiff allocates a whole tile, however small the image
         raise UserError(f"the image has tiles of {' by '.join(f'{size:,}' for size in tile)} pixels; save it again "
                         "without tiles")  # fmt: skip
+
+
+def check_header(data: bytes, formats: tuple[str, ...] = FORMATS) -> None:
+    """Raises UserError if the bytes do not begin as an image in one of the formats, or one that is too large."""
+    _open(data, formats)
 
 
 def formats_of(preprocess: str) -> tuple[str, ...]:
@@ -240,9 +229,10 @@ def build(text: str) -> tuple[HostOps, bool]:
     def apply(undecoded: Undecoded, seed: int, position: int) -> np.ndarray:
         image: Any = undecoded
         try:
-            for call, op, random, stream in zip(calls, ops, is_random, streams, strict=True):  # noqa: B007  named below
+            for call, op, random, stream in zip(calls, ops, is_random, streams, strict=True):
                 image = image if op.func in _PICTURE_OPS else _read_only(pictures.to_array(image))
                 image = op(rng.generator(seed, stream, position), image) if random else op(image)
+                pictures.check_pixels(f"the image after {call.name}", *pictures.size_of(image))
         except MemoryError as e:
             raise UserError(f"{call.name} runs out of memory; make the image smaller") from e
         except ValueError as e:
@@ -265,57 +255,6 @@ def _read_only(image: np.ndarray) -> np.ndarray:
 def only_decodes(preprocess: str) -> bool:
     """Whether a spec of host ops is `decode` alone."""
     return len(spec.parse(preprocess)) == 1
-
-
-def size_check(preprocess: str) -> Callable[[int, int], None]:
-    """Returns a function (height, width) that raises UserError if a host op would refuse an image of this size.
-
-    It checks up to the first op that `resizing.SIZES` does not know, such as a user's own.
-    """
-    known = []
-    for call in spec.parse(preprocess)[1:]:
-        if call.name not in resizing.SIZES:
-            break
-        known.append((resizing.SIZES[call.name], _bind(call).keywords))
-
-    def check(height: int, width: int) -> None:
-        size = height, width
-        for size_of, arguments in known:
-            try:
-                size = size_of(size, **arguments)
-            except UserError:
-                raise
-            except (TypeError, ValueError, ArithmeticError):
-                return  # a mistake in the spec, which the first image reveals
-
-    return check
-
-
-def possible_sizes(preprocess: str, height: int, width: int) -> set[resizing.Size]:
-    """The sizes in which `decode`, the first op of a spec, may return an image that has this one in its header.
-
-    EXIF may rotate it, and `draft` reduces JPEG images.
-    """
-    draft = _bind(spec.parse(preprocess)[0]).keywords.get("draft", 0)
-    scale = min(height, width) // draft if type(draft) is int and draft > 0 else 1
-    divisor = next((d for d in (8, 4, 2) if d <= scale), 1)
-    sizes = {(height, width), (-(-height // divisor), -(-width // divisor))}
-    return sizes | {size[::-1] for size in sizes}
-
-
-def decoded_size(preprocess: str, data: bytes) -> resizing.Size:
-    """The height and width in which `decode`, the first op of a spec, returns an image; of JPEG by the header alone."""
-    op = _bind(spec.parse(preprocess)[0])
-    picture, draft = _open(data, op.keywords.get("formats", FORMATS)), op.keywords.get("draft", 0)
-    if picture.format not in ("JPEG", "MPO"):
-        return np.asarray(op(data)).shape[:2]
-    try:
-        if draft:
-            picture.draft(None, (draft, draft))
-        rotated = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    except Exception as e:  # of damaged EXIF, of many types
-        raise _undecodable(e) from e
-    return picture.size if rotated else picture.size[::-1]
 
 
 def decoder(preprocess: str) -> Callable[[bytes], np.ndarray]:

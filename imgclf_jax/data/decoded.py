@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from imgclf_jax.core import places
+from imgclf_jax.core import cache, places
 from imgclf_jax.data.sources import Source
-from imgclf_jax.run import cache
 
 _KEEP_BYTES = 4 << 30  # of all sets; the least recently used are removed
 _FORM = 1  # increase it when `decode` returns other pixels than before

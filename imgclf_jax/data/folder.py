@@ -19,24 +19,21 @@ from imgclf_jax.data import image_check, image_files
 from imgclf_jax.data.decode import FORMATS
 from imgclf_jax.data.file_source import LISTING, FileSource, report_unreadable
 from imgclf_jax.data.image_files import Listing
-from imgclf_jax.run.progress import Line
 
 log = logging.getLogger(__name__)
-
-_LOGGED = 5.0, 10.0  # seconds until a long listing says how far it is, and between the next lines
 
 
 def folder(
     path: str, train_per_class: int = 0, draw: int = 0, *, unreadable: str = "error",
-    formats: tuple[str, ...] = FORMATS, host_ops: tuple[str, ...] = (),
+    formats: tuple[str, ...] = FORMATS,
 ) -> dict[str, FileSource]:  # fmt: skip
     """Finds the images of a folder: `path/CLASS/…` is the split `train`, `path/test/CLASS/…` the split `test`.
 
     - `core.split_folders` names the split folders.
     - `train_per_class` makes so many images of each class `train` and all others `test`, in a folder without splits.
       Which ones depends on their names and the number `draw`, so several runs can have different splits.
-    - `unreadable` "skip" drops the files that cannot be read, or that one of the specs `host_ops` refuses for their
-      size; "error" raises. They are found at the start (see `image_check`), and all listed in one file.
+    - `unreadable` "skip" drops the files that cannot be read, and "error" raises. They are found at the start (see
+      `image_check`), and all listed in one file.
 
     The log counts files that are not images (see `image_files`) and images outside the class folders. Raises UserError
     naming the folder or file at fault.
@@ -60,18 +57,17 @@ def folder(
     scans = {name: _scan(split_root, class_names) for name, split_root in split_roots.items()}
     sources, listings = zip(*scans.values(), strict=True)
     _log_unused(root, sources, sum((listing.strays for listing in listings), Counter()))
-    out = _check_readable(root, scans, unreadable, formats, host_ops)
+    out = _check_readable(root, scans, unreadable, formats)
     return _split_per_class(out, train_per_class, draw) if train_per_class else out
 
 
 def _check_readable(
-    root: Path, scans: dict[str, tuple[FileSource, Listing]], unreadable: str, formats: tuple[str, ...],
-    host_ops: tuple[str, ...],
-) -> dict[str, FileSource]:  # fmt: skip
+    root: Path, scans: dict[str, tuple[FileSource, Listing]], unreadable: str, formats: tuple[str, ...]
+) -> dict[str, FileSource]:
     """The sources without unreadable files. Raises UserError naming these unless `unreadable` is "skip"."""
     bad, sources = {}, {}
     for name, (source, listing) in scans.items():
-        checked = image_check.check(source.root, listing.images, unreadable == "skip", formats, host_ops)
+        checked = image_check.check(source.root, listing.images, unreadable == "skip", formats)
         bad[name] = listing.broken | checked.unreadable
         sources[name] = replace(source, digests=tuple(checked.digests.get(file, "") for file in source.files))
     reasons = {str(scans[name][0].root / file): reason for name in bad for file, reason in bad[name].items()}
@@ -117,13 +113,8 @@ def _scan(root: Path, class_names: tuple[str, ...]) -> tuple[FileSource, Listing
     """Lists the class folders of a split, without opening an image."""
     merged = Listing()
     folders = class_folders(root)
-    listings = [Listing() for _ in folders]
-
-    def progress() -> str:
-        return f"listing images in {str(root)!r}: {sum(listing.count() for listing in listings):,} files so far"
-
-    with Line(progress, _LOGGED), concurrent.futures.ThreadPoolExecutor(LISTING) as pool:
-        list(pool.map(image_files.find, folders, listings))
+    with concurrent.futures.ThreadPoolExecutor(LISTING) as pool:
+        listings = list(pool.map(image_files.find, folders))
     for class_folder, listing in zip(folders, listings, strict=True):
         if not listing.images and not listing.broken:
             raise UserError(f"folder: the class folder {class_folder} has no images; add some or remove it")

@@ -13,7 +13,17 @@ from imgclf_jax.core.errors import UserError
 
 type Picture = np.ndarray | Image.Image
 
+MAX_PIXELS = 2**26  # 8192 by 8192; Pillow itself warns from 89 million and refuses from twice that
+MAX_SIDE = 2**20  # 16 times that of JPEG; Pillow holds a pointer per row
 _STRIP = 2**20  # pixels that are copied from Pillow at once
+
+
+def check_pixels(what: str, height: int, width: int) -> None:
+    """Raises UserError if an image, or one between the passes of an op, would take too much memory."""
+    if height * width > MAX_PIXELS:
+        raise UserError(f"{what} has more than {MAX_PIXELS:,} pixels; make it smaller")
+    if max(height, width) > MAX_SIDE:
+        raise UserError(f"{what} has {height:,} by {width:,} pixels, but a side may have {MAX_SIDE:,}; crop it")
 
 
 def check_size(op: str, **sides: int) -> None:

@@ -16,10 +16,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from imgclf_jax.core import extras, json_files, places, spec, tensorflow_import
+from imgclf_jax.core import cache, extras, json_files, places, spec, tensorflow_import
 from imgclf_jax.core.errors import UserError, no_such, unknown
 from imgclf_jax.core.typing import Examples
-from imgclf_jax.run import cache
 
 # Of TFDS, which is imported late.
 type Builder = Any

@@ -1,18 +1,16 @@
 """Host ops that crop and resize uint8[h, w, c] to uint8[h', w', c] by Pillow.
 
-Each op computes its output size, and refuses an image that is too small for it, or a size that needs too much memory,
-before allocating it: see `memory`. `SIZES` can thus tell from an image's header what the ops would refuse.
+`pictures.check_pixels` refuses an image that would become too large before it is allocated.
 """
 
 import math
-from collections.abc import Callable, Mapping
 
 import numpy as np
 from PIL import Image
 
-from imgclf_jax.core import kinds, memory
+from imgclf_jax.core import kinds
 from imgclf_jax.core.errors import UserError, unknown
-from imgclf_jax.data import decode_cost, pictures, tf_image
+from imgclf_jax.data import pictures, tf_image
 from imgclf_jax.data.pictures import Picture
 
 _FILTERS = {
@@ -21,88 +19,62 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-_SUPPORT = 6  # the width of the widest filter, lanczos, in source pixels
 _LIKE = ("tensorflow", "torchvision")
-
-Size = tuple[int, int]  # height, width
 
 
 def resize(image: Picture, height: int, width: int = 0, method: str = "bilinear") -> Picture:
     """Resizes to (height, width), or (height, height), with antialiasing.
 
     `method` is nearest, bilinear, bicubic or lanczos as in Pillow, or area as in TensorFlow. In RGBA, Pillow weights
-    colors by alpha. Raises UserError if it needs more memory than an op may take.
+    colors by alpha. Raises UserError if the image would become too large.
     """
     if method not in (*_FILTERS, "area"):
         raise UserError(f"resize(method={method!r}): allowed are {', '.join(_FILTERS)} and area")
-    pictures.check_size("resize", height=height, width=width or height)
-    size = resized(pictures.size_of(image), height, width, method)
-    if pictures.size_of(image) == size:
+    width = width or height
+    pictures.check_size("resize", height=height, width=width)
+    h, w = pictures.size_of(image)
+    if (h, w) == (height, width):
         return image
+    what = f"the image of {h:,} by {w:,} pixels, on its way to {height:,} by {width:,},"
+    # `area` resizes the height first and Pillow the width, so a thin image may be larger in between.
+    pictures.check_pixels(what, max(h, height), max(w, width) if method == "area" else width)
     if method == "area":
-        return tf_image.area(pictures.to_array(image), *size)
-    out = pictures.to_pillow(image).resize(size[::-1], _FILTERS[method])
+        return tf_image.area(pictures.to_array(image), height, width)
+    out = pictures.to_pillow(image).resize((width, height), _FILTERS[method])
     return out if isinstance(image, Image.Image) else pictures.to_array(out)
-
-
-def resized(old: Size, height: int, width: int = 0, method: str = "bilinear", op: str = "resize") -> Size:
-    """The output size of `resize`. Raises UserError naming `op` if it needs too much memory."""
-    h, w = old
-    new = (height, width or height)
-    if old == new:
-        return new
-    nbytes = 8 * new[0] * new[1]
-    if method == "area":
-        nbytes += 8 * 4 * new[0] * w  # float64, after the first of two passes
-    else:
-        # Pillow holds 4 bytes per pixel, may resize the width first, and tabulates float64 weights.
-        nbytes += 4 * h * new[1] + 8 * _SUPPORT * (max(h, new[0]) + max(w, new[1]))
-    memory.require_for_op(op, old, new, nbytes)
-    decode_cost.check_pixels(max(h, new[0]) * new[1])
-    return new
 
 
 def resize_small(image: Picture, size: int, method: str = "bilinear", like: str = "tensorflow") -> Picture:
     """Resizes the shorter side to `size`, keeping the aspect ratio.
 
     The longer side is rounded to the nearest pixel, as in TensorFlow recipes, or truncated with `like="torchvision"`.
-    Raises UserError if it needs more memory than an op may take.
+    Raises UserError if the image would become too large.
     """
     pictures.check_size("resize_small", size=size)
-    return resize(image, *resized_small(pictures.size_of(image), size, method, like), method)
-
-
-def resized_small(old: Size, size: int, method: str = "bilinear", like: str = "tensorflow") -> Size:
-    """The output size of `resize_small`. Raises UserError if it needs too much memory."""
-    h, w = old
+    h, w = pictures.size_of(image)
     if _as_torchvision(like):
         new = (size, size * w // h) if h <= w else (size * h // w, size)
     else:
         scale = size / min(h, w)
         new = max(size, round(h * scale)), max(size, round(w * scale))
-    return resized(old, *new, method, "resize_small")
+    return resize(image, *new, method)
 
 
 def central_crop(image: Picture, height: int, width: int = 0, like: str = "tensorflow") -> Picture:
     """Crops the central (height, width), or (height, height).
 
     An odd margin has its smaller half above and left. With `like="torchvision"`, half the margin is rounded to even.
+    Raises UserError if the image is smaller.
     """
-    pictures.check_size("central_crop", height=height, width=width or height)
+    width = width or height
+    pictures.check_size("central_crop", height=height, width=width)
     h, w = pictures.size_of(image)
-    height, width = centrally_cropped((h, w), height, width)
+    if height > h or width > w:
+        raise UserError(f"central_crop({height}, {width}): the image has only {h} by {w} pixels; resize it first")
     top, left = (h - height) // 2, (w - width) // 2
     if _as_torchvision(like):
         top, left = round((h - height) / 2), round((w - width) / 2)
     return pictures.crop(image, top, left, height, width)
-
-
-def centrally_cropped(old: Size, height: int, width: int = 0, **_: object) -> Size:
-    """The output size of `central_crop`. Raises UserError if the image is smaller."""
-    (h, w), width = old, width or height
-    if height > h or width > w:
-        raise UserError(f"central_crop({height}, {width}): the image has only {h} by {w} pixels; resize it first")
-    return height, width
 
 
 def _as_torchvision(like: str) -> bool:
@@ -137,18 +109,3 @@ def random_resized_crop(
         crop_h = max(1, round(w / ratio[0])) if w / h < ratio[0] else h
         top, left = (h - crop_h) // 2, (w - crop_w) // 2
     return resize(pictures.crop(image, top, left, crop_h, crop_w), height, width or height, method)
-
-
-def _fixed(old: Size, height: int, width: int = 0, **_: object) -> Size:
-    """The output size of a random crop, which fits any image; its own memory depends on its draw."""
-    return height, width or height
-
-
-# (size of the image, **arguments of the op) → output size, of each op; raises UserError if the op would refuse.
-SIZES: Mapping[str, Callable[..., Size]] = {
-    "resize": resized,
-    "resize_small": resized_small,
-    "central_crop": centrally_cropped,
-    "random_resized_crop": _fixed,
-    "inception_crop": _fixed,
-}

@@ -278,7 +278,7 @@ SOURCES: dict[str, Function] = {"digits": digits, "tfds": tfds, "folder": folder
 
 def open_splits(
     text: str, data_dir: str = "", manual_dir: str = "", unreadable: str = "error",
-    formats: tuple[str, ...] = decode.FORMATS, host_ops: tuple[str, ...] = (),
+    formats: tuple[str, ...] = decode.FORMATS,
 ) -> dict[str, Source]:  # fmt: skip
     """Opens the base splits of the source that a spec names. Raises UserError if the data are missing."""
     try:
@@ -292,8 +292,7 @@ def open_splits(
     if make.func is tfds:
         make = functools.partial(make, **{"data_dir": data_dir, "manual_dir": manual_dir} | make.keywords)
     elif make.func in (folder, table):
-        make = functools.partial(make, **{"unreadable": unreadable, "formats": formats, "host_ops": host_ops}
-                                 | make.keywords)  # fmt: skip
+        make = functools.partial(make, **{"unreadable": unreadable, "formats": formats} | make.keywords)
     try:
         opened = make()
         if ":" in call.name:
@@ -336,7 +335,7 @@ def open_data(config: ConfigDict, text: str = "") -> dict[str, Source]:
         ops[1] = decode.evaluation_spec(config.preprocess_eval, config.preprocess)
     ops = [text for text in dict.fromkeys(ops) if text.strip()]
     formats = tuple(dict.fromkeys(name for text in ops for name in decode.formats_of(text)))
-    arguments = text or data.source, data.data_dir, data.manual_dir, data.unreadable, formats, tuple(ops)
+    arguments = text or data.source, data.data_dir, data.manual_dir, data.unreadable, formats
     opened: dict[str, Source] = processes.once_a_host("opening the data", lambda: open_splits(*arguments))
     processes.agree("comparing data", lambda: {f"the data of split {name}": source.fingerprint()[:12]
                                                for name, source in opened.items()},

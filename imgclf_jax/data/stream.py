@@ -22,6 +22,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Chunk
 from imgclf_jax.data import decode, decoded, extra, image_check, sampling
 from imgclf_jax.data.arrays import check_finite
+from imgclf_jax.data.info import DataInfo
 from imgclf_jax.data.read_ahead import Batch, read_ahead
 from imgclf_jax.data.sampling import example_ids as example_ids
 from imgclf_jax.data.sampling import position_ids as position_ids
@@ -35,7 +36,6 @@ from imgclf_jax.data.sources import (
     take_split,
     target_names,
 )  # fmt: skip
-from imgclf_jax.run.provenance import DataInfo
 
 _SKIP = "; repair or remove the file, or skip all such files by --config.data.unreadable=skip in a new --workdir"
 _CACHE_BYTES = 1 << 30  # the largest decoded set to cache in memory

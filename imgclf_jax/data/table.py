@@ -78,7 +78,7 @@ class _Table:
 def table(
     path: str, label: str = "", targets: str | tuple[str, ...] = (), split: str | None = "", weight: str | None = "",
     file: str = "", root: str = "", classes: tuple[str, ...] = (), *, unreadable: str = "error",
-    formats: tuple[str, ...] = FORMATS, host_ops: tuple[str, ...] = (),
+    formats: tuple[str, ...] = FORMATS,
 ) -> dict[str, FileSource]:  # fmt: skip
     """Reads the splits of images listed in a .csv or .tsv file, a row per example.
 
@@ -88,7 +88,7 @@ def table(
     - `root` is the folder of the files, by default the table's. A path may be absolute, but not leave the root by `..`.
     - `classes` names the classes in order; by default they are the sorted labels, whole numbers by value.
 
-    Files are checked at the start like those of `folder`, with the same `unreadable`, `formats` and `host_ops`. Raises
+    Files are checked at the start like those of `folder`, with the same `unreadable` and `formats`. Raises
     UserError naming the column, row or file at fault.
     """
     if unreadable not in ("error", "skip"):
@@ -116,7 +116,7 @@ def table(
     labels, class_names = (None, targets) if targets else _labels(content, kinds["label"], classes)
     parts = _splits(content, kinds["split"])
     stamps, bad = _stamps(base, set(files))
-    checked = image_check.check(base, stamps, unreadable == "skip", formats, host_ops, key=file_path)
+    checked = image_check.check(base, stamps, unreadable == "skip", formats, key=file_path)
     bad |= checked.unreadable
     source = FileSource(
         base, tuple(files), labels, tuple(stamps.get(name, (0,))[0] for name in files), class_names,

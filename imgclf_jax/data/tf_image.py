@@ -8,7 +8,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from imgclf_jax.core import kinds, memory
+from imgclf_jax.core import kinds
 from imgclf_jax.data import pictures
 from imgclf_jax.data.pictures import Picture
 
@@ -62,7 +62,7 @@ def _crop(
 
 def bilinear(image: Picture, height: int, width: int) -> Picture:
     """`tf.image.resize(method="bilinear", antialias=False)`: interpolates the four nearest pixels."""
-    memory.require_for_op("resize", pictures.size_of(image), (height, width), 8 * height * width)
+    pictures.check_pixels(f"the image resized to {height:,} by {width:,}", height, width)
     picture = pictures.to_pillow(image)
     box = (0, 0, picture.width, picture.height)
     # Channel by channel, since Pillow weights colors by alpha.

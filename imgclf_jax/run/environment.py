@@ -5,8 +5,7 @@ import os
 import platform
 import zlib
 
-from imgclf_jax.core import cpuinfo, memory
-from imgclf_jax.run import cache
+from imgclf_jax.core import cache, cpuinfo, memory
 
 
 def prepare(deterministic: bool = False) -> None:

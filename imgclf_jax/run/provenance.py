@@ -13,7 +13,7 @@ import sys
 import sysconfig
 import time
 import traceback
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from imgclf_jax.core import cpuinfo, json_files
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
+from imgclf_jax.data.info import DataInfo
 
 _PACKAGES = ("imgclf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "tensorflow",
              "tensorflow-cpu", "tensorflow-datasets", "scikit-learn")  # fmt: skip
@@ -41,20 +42,6 @@ _OPTIONS = "JAX_(?!COMPILATION_CACHE|PERSISTENT_CACHE)"  # JAX's environment var
 # The flags of XLA, and further options of JAX, that change no result or that the devices and processes show.
 _FLAGS_OF_NO_RESULT = "--xla_(dump|force_host_platform_device_count)"
 _OPTIONS_OF_NO_RESULT = f"{_OF_ONE_PROCESS}|platform|process|coordinat"
-
-
-@dataclass(frozen=True)
-class DataInfo:
-    """The facts about the data that a trained model needs after the data are gone."""
-
-    train_examples: int
-    image_shape: tuple[int, int, int]  # (h, w, c), after the host ops
-    class_names: tuple[str, ...]
-    fingerprint: str
-    class_counts: tuple[int, ...] = ()  # training examples of each class; empty unless the loss needs them
-    target_names: tuple[str, ...] = ()  # equal to class_names if examples have targets f32[k]; empty with labels
-    sampling: str = ""  # SHA-256 of the weights, scores or ids that data.sampling reads; empty if it reads none
-    extra: dict[str, "DataInfo"] = field(default_factory=dict)  # the further streams of `data.extra`, by name
 
 
 def collect(data: DataInfo) -> JsonObject:

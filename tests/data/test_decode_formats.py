@@ -76,20 +76,6 @@ def test_an_image_of_too_many_pixels(size, filters):
             decode.decode(bomb(*size))
 
 
-def webp(w, h):
-    """The header of a lossless WebP image of this size, and almost nothing else."""
-    content = b"\x2f" + struct.pack("<I", w - 1 | h - 1 << 14) + bytes(9)
-    return b"RIFF" + struct.pack("<I", 12 + len(content)) + b"WEBPVP8L" + struct.pack("<I", len(content)) + content
-
-
-def test_a_webp_image_takes_twice_the_memory(monkeypatch):
-    """Pillow and libwebp hold five copies of all pixels with four channels: 1.3 GB for 2**26 pixels."""
-    with pytest.raises(UserError, match=r"^the WEBP image has more than 33,554,432 pixels; make it smaller, or save"):
-        decode.decode(webp(4097, 8192))
-    with pytest.raises(UserError, match="does not decode"):  # its pixels are not there
-        decode.decode(webp(4096, 8192))
-
-
 @pytest.mark.parametrize("size", [(60_000_000, 1), (1, 60_000_000)])
 def test_an_image_of_too_long_a_side(size):
     """Pillow would allocate a pointer per row, and weights for each pixel of a side."""
@@ -108,35 +94,26 @@ def test_a_tiff_image_whose_tiles_fill_the_memory():
 
 
 @pytest.mark.parametrize(("size", "ops", "words"), [
-    ((1, 1_000_000), "resize_small(72)|central_crop(64)", "1 by 1,000,000 to 72 by 72,000,000 pixels needs 45.2 GB"),
-    ((1_000_000, 1), "resize_small(72, like='torchvision')|central_crop(64)", "to 72,000,000 by 72 pixels"),
-    ((1, 1_000_000), "resize_small(256, method='area')", "to 256 by 256,000,000 pixels"),
-    ((1_000_000, 1), "resize(4000, method='lanczos')", "1,000,000 by 1 to 4,000 by 4,000 pixels needs 16.2 GB"),
-    ((8, 8), "resize(100_000)", "to 100,000 by 100,000 pixels needs 80 GB"),
-    ((8, 8), "inception_crop(100_000)", "to 100,000 by 100,000 pixels needs 80 GB"),
-    ((8, 8), "random_resized_crop(100_000)", "to 100,000 by 100,000 pixels needs 80 GB"),
+    ((1, 1_000_000), "resize_small(72)|central_crop(64)", "1 by 1,000,000 pixels, on its way to 72 by 72,000,000,"),
+    ((1_000_000, 1), "resize_small(72, like='torchvision')|central_crop(64)", "to 72,000,000 by 72,"),
+    ((1, 1_000_000), "resize_small(256, method='area')", "to 256 by 256,000,000,"),
+    ((1, 1_000_000), "resize(256, method='area')", "to 256 by 256,"),
+    ((1_000_000, 1), "resize(4000, method='lanczos')", "1,000,000 by 1 pixels, on its way to 4,000 by 4,000,"),
+    ((8, 8), "resize(100_000)", "to 100,000 by 100,000,"),
+    ((8, 8), "inception_crop(100_000)", "to 100,000 by 100,000"),
+    ((8, 8), "random_resized_crop(100_000)", "to 100,000 by 100,000,"),
+    ((8, 8), f"{__name__}:tall", f"the image after {__name__}:tall"),
 ])  # fmt: skip
-def test_an_op_that_would_take_too_much_memory(size, ops, words):
+def test_an_image_that_an_op_makes_too_large(size, ops, words):
     """A file of 2 kB could fill any machine, so it is refused before memory is allocated."""
     apply, _ = decode.build(f"decode(1)|{ops}")
-    name = "resize_small" if "small" in ops else "resize"
-    with pytest.raises(
-        UserError, match=rf"^{name} from .*{words}.*, but a host op may take 537 MB; crop the image first$"
-    ):
+    with pytest.raises(UserError, match=rf"{words} has more than 67,108,864 pixels; make it smaller$"):
         apply(encode(np.zeros((*size, 1), np.uint8), "PNG"), 0, 0)
 
 
-def test_sizes_are_refused_by_the_header_alone():
-    """As by the ops themselves; the output size of a user's own op is unknown."""
-    check = decode.size_check("decode(3)|random_resized_crop(64)|resize_small(72)|central_crop(64)")
-    check(1, 1_000_000)
-    check = decode.size_check("decode(3)|resize_small(72)|central_crop(64)|resize_small(9999999)")
-    with pytest.raises(UserError, match="from 64 by 64 to 9,999,999 by 9,999,999 pixels"):
-        check(480, 640)
-    with pytest.raises(UserError, match="from 1 by 1,000,000 to 72 by 72,000,000 pixels"):
-        check(1, 1_000_000)
-    decode.size_check(f"decode(3)|{__name__}:noise|resize(100_000)")(480, 640)
-    decode.size_check("decode(3)|resize('a')")(480, 640)
+def tall(image):
+    """A user's own op, with a view that takes no memory."""
+    return np.broadcast_to(image[:1], (2**26, *image.shape[1:]))
 
 
 def test_the_mean_over_areas_takes_memory_for_a_part_at_a_time():

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imgclf_jax.core import cache
 from imgclf_jax.data import decoded, prepare, sources, stream
-from imgclf_jax.run import cache
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """The user's own images: layouts, order, and broken files named at the start instead of at step 40,000."""
 
 import os
-import time
 from collections import Counter
 
 import numpy as np
@@ -10,7 +9,7 @@ from PIL import Image
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import folder as folder_module
-from imgclf_jax.data import image_check, image_files
+from imgclf_jax.data import image_files
 from imgclf_jax.data.folder import folder
 
 
@@ -150,11 +149,9 @@ def test_fingerprint_tells_names_sizes_and_classes(flat):
     assert len(prints) == 4
 
 
-@pytest.mark.parametrize("parts", ["all bytes", "both ends"])
 @pytest.mark.parametrize("set_back", [False, True])
-def test_fingerprint_tells_contents(flat, monkeypatch, parts, set_back):
+def test_fingerprint_tells_contents(flat, set_back):
     """Images replaced by others with the same names and sizes, with the old or new times."""
-    monkeypatch.setattr(image_check, "_HASHED_WHOLE", 0 if parts == "both ends" else 2**40)
     for file in flat.rglob("*.png"):
         file.with_suffix(".bmp").write_bytes(b"")
         Image.open(file).save(file.with_suffix(".bmp"))
@@ -163,7 +160,7 @@ def test_fingerprint_tells_contents(flat, monkeypatch, parts, set_back):
     for name in ("cat", "dog"):
         file = flat / name / {"cat": "0.bmp", "dog": "1.bmp"}[name]
         stat, content = file.stat(), bytearray(file.read_bytes())
-        content[-1] ^= 1
+        content[len(content) // 2] ^= 1
         file.write_bytes(content)
         if set_back:
             os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -172,21 +169,6 @@ def test_fingerprint_tells_contents(flat, monkeypatch, parts, set_back):
     holds = {split: {"cat/0.bmp", "dog/1.bmp"} & set(source.files) for split, source in folder(str(flat), 2).items()}
     assert {split: after[split] != before[split] for split in after} == {split: bool(f) for split, f in holds.items()}
     assert any(holds.values())
-
-
-def test_of_a_huge_folder_the_first_and_last_4_kib_count(flat, monkeypatch):
-    monkeypatch.setattr(image_check, "_HASHED_WHOLE", 0)
-    file = flat / "cat" / "0.bmp"
-    Image.fromarray(np.zeros((100, 100, 3), np.uint8)).save(file)
-    content = file.read_bytes()
-
-    def with_byte(place):
-        file.write_bytes(content[:place] + b"\1" + content[place + 1 :])
-        return folder(str(flat))["train"].fingerprint()
-
-    places = [4000, 4095, 4096, 10_000, len(content) - 4097, len(content) - 4096, len(content) - 1]
-    prints = [with_byte(place) for place in places]
-    assert [prints.count(one) for one in prints] == [1, 1, 3, 3, 3, 1, 1]
 
 
 # --- mistakes ---
@@ -218,22 +200,6 @@ def test_the_root_of_a_file_system_is_refused(tmp_path, monkeypatch, path):
     monkeypatch.setattr(image_files, "walk", lambda *_, **__: pytest.fail("the disk is listed"))
     with pytest.raises(UserError, match="is the root of a file system"):
         folder(path)
-
-
-def test_a_long_listing_says_how_far_it_is(flat, monkeypatch, caplog):
-    caplog.set_level("INFO")
-    monkeypatch.setattr("imgclf_jax.data.folder._LOGGED", (0.01, 0.01))
-    walk, line = image_files.walk, f"listing images in {str(flat)!r}: 12 files so far"
-
-    def slow(*arguments, **options):
-        yield from walk(*arguments, **options)
-        until = time.monotonic() + 10
-        while line not in caplog.messages and time.monotonic() < until:
-            time.sleep(0.005)
-
-    monkeypatch.setattr(image_files, "walk", slow)
-    folder(str(flat))
-    assert line in caplog.messages
 
 
 def test_two_classes_at_least(tmp_path):

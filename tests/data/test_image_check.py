@@ -1,6 +1,5 @@
 """Images are checked once; unreadable ones are all found at the start, listed in one file, and skipped on request."""
 
-import concurrent.futures
 import os
 import re
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_decode_cost import jpeg
 from test_folder import flat, write  # noqa: F401  a fixture
 
 from imgclf_jax.config import default_config
@@ -38,8 +36,10 @@ def broken(flat):
 @pytest.fixture
 def decoded(monkeypatch):
     """The lengths of the files that the check decoded since it was last cleared."""
-    lengths, original = [], image_check.decode
-    monkeypatch.setattr(image_check, "decode", lambda data, **how: lengths.append(len(data)) or original(data, **how))
+    lengths, original = [], image_check.decode.decode
+    monkeypatch.setattr(
+        image_check.decode, "decode", lambda data, **how: lengths.append(len(data)) or original(data, **how)
+    )
     return lengths
 
 
@@ -125,52 +125,31 @@ def test_a_cache_folder_that_cannot_be_written_costs_the_memory_alone(flat, deco
     assert len(decoded) == 24
 
 
-# --- big folders: headers and ends, until pixels are wanted ---
+# --- big folders: headers, until pixels are wanted ---
 
 
 @pytest.fixture
 def big(monkeypatch, decoded):
-    monkeypatch.setattr(image_check, "_SMALL", 0)
+    monkeypatch.setattr(image_check, "_MAX_DECODED", 0)
     return decoded
 
 
-@pytest.mark.parametrize("kind", ["jpg", "png", "gif", "webp"])
-def test_of_a_big_folder_headers_and_ends_are_read(tmp_path, big, kind):
+def test_of_a_big_folder_headers_are_read(tmp_path, big):
     for i in range(8):
-        write(tmp_path / "cat" / f"{i}.{kind}", i, (50, 60))
+        write(tmp_path / "cat" / f"{i}.png", i, (50, 60))
     stamps = image_files.find(tmp_path).images
     assert unreadable(tmp_path, stamps) == {}
     assert big == []
-    shorten(tmp_path / f"cat/3.{kind}")
-    shorten(tmp_path / f"cat/5.{kind}", 0.95)
-    (tmp_path / f"cat/6.{kind}").write_bytes(b"<html>")
+    shorten(tmp_path / "cat/3.png")
+    (tmp_path / "cat/6.png").write_bytes(b"<html>")
     stamps = image_files.find(tmp_path).images
     for _ in range(2):  # the second time from memory
-        assert list(unreadable(tmp_path, stamps)) == [f"cat/{i}.{kind}" for i in (3, 5, 6)]
-    assert len(big) == 3  # only what looks wrong is decoded
-    assert list(unreadable(tmp_path, stamps, decode_all=True)) == [f"cat/{i}.{kind}" for i in (3, 5, 6)]
-    assert len(big) == 3 + 5  # and now the others
+        assert list(unreadable(tmp_path, stamps)) == ["cat/6.png"]
+    assert big == []
+    assert list(unreadable(tmp_path, stamps, decode_all=True)) == ["cat/3.png", "cat/6.png"]
+    assert len(big) == 7
     unreadable(tmp_path, stamps)
-    assert len(big) == 3 + 5
-
-
-def test_of_a_big_folder_scans_are_counted(tmp_path, big):
-    """A JPEG image of 501 scans is named at the start, not at the step that decodes it."""
-    for i in range(3):
-        write(tmp_path / f"cat/{i}.jpg", i, (50, 60))
-    (tmp_path / "cat/1.jpg").write_bytes(jpeg(501, 50))
-    [(name, reason)] = unreadable(tmp_path, image_files.find(tmp_path).images).items()
-    assert (name, reason.partition(",")[0]) == ("cat/1.jpg", "the JPEG image has 501 scans")
-    assert len(big) == 1
-
-
-def test_other_formats_and_modes_are_decoded(tmp_path, big):
-    write(tmp_path / "a.ppm")
-    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "b.tiff")
-    reasons = unreadable(tmp_path, image_files.find(tmp_path).images)
-    assert list(reasons) == ["b.tiff"]
-    assert "floating-point" in reasons["b.tiff"]
-    assert len(big) == 2
+    assert len(big) == 7
 
 
 def test_damage_in_the_middle_is_named_in_training_and_left_out_by_skip(flat, big):
@@ -194,31 +173,21 @@ def test_an_op_that_fails_on_a_good_file_is_not_the_file_s_fault(flat):
     assert "skip" not in str(e.value)
 
 
-@pytest.mark.parametrize("saving", ["at the end", "on the way"])
-def test_what_was_checked_before_an_interruption_is_remembered(flat, big, monkeypatch, saving):
-    """A signal or SIGKILL leaves no time at the end, so results are saved on the way."""
+def test_what_was_checked_before_an_interruption_is_remembered(flat, big, monkeypatch):
+    """A SIGKILL leaves no time at the end, so results are saved on the way."""
     stamps = image_files.find(flat).images
     with monkeypatch.context() as patch:
-        patch.setattr(image_check.progress, "track", lambda results, *_: stop_after(4, results))
-        if saving == "on the way":
-            patch.setattr(image_check, "_SAVE_SECONDS", -1.0)
-            patch.setattr(image_check.concurrent.futures, "ThreadPoolExecutor", Unending)
+        patch.setattr(image_check, "_SAVE_SECONDS", -1.0)
+        patch.setattr(image_check.itertools, "batched", interrupted_batches)
         with pytest.raises(KeyboardInterrupt):
             unreadable(flat, stamps, decode_all=True)
     big.clear()
     unreadable(flat, stamps, decode_all=True)
-    assert len(big) == (8 if saving == "at the end" else 9)  # that of the fourth came after the last saving
+    assert len(big) == 8
 
 
-class Unending(concurrent.futures.ThreadPoolExecutor):
-    def shutdown(self, **how):
-        super().shutdown(**how)
-        raise KeyboardInterrupt  # before the saving at the end
-
-
-def stop_after(count, results):
-    for _, result in zip(range(count), results, strict=False):
-        yield result
+def interrupted_batches(names, size):
+    yield names[:4]
     raise KeyboardInterrupt
 
 
@@ -244,72 +213,6 @@ def test_a_file_that_may_not_be_read_is_tried_again(flat, monkeypatch):
         patch.setattr(places, "read", refused)
         assert unreadable(flat, stamps) == {"cat/3.png": "Permission denied"}
     assert unreadable(flat, stamps) == {}
-
-
-@pytest.mark.parametrize("many", [False, True])
-def test_an_image_that_the_host_ops_refuse_for_its_size_is_named_at_the_start(flat, request, many):
-    """Also in a folder of which only headers are read, and whatever the cache has for other ops."""
-    decoded = request.getfixturevalue("big") if many else []
-    Image.fromarray(np.zeros((1, 1_000_000), np.uint8)).save(flat / "cat" / "long.png")
-    config = default_config()
-    config.data.source = f"folder({str(flat)!r})"
-    config.preprocess = "decode(3)|random_resized_crop(4)"
-    config.preprocess_eval = "decode(3)|resize(8)"
-    assert "cat/long.png" in sources.open_data(config)["train"].files
-    config.preprocess_eval = ""  # resize_small(5)|central_crop(4)
-    assert "cat/long.png" in sources.open_data(config)["train"].files
-    config.preprocess_eval = "decode(3)|resize_small(72)|central_crop(64)"
-    with pytest.raises(
-        UserError, match=r"cat/long\.png \(resize_small from 1 by 1,000,000 to .*\); repair, move or remove it"
-    ):
-        sources.open_data(config)
-    assert not many or not decoded
-    config.data.unreadable = "skip"
-    source = sources.open_data(config)["train"]
-    assert (len(source), source.left_out) == (12, (str(flat / "cat" / "long.png"),))
-
-
-@pytest.mark.parametrize("many", [False, True])
-def test_an_image_that_is_too_small_to_crop_is_named_at_the_start(flat, request, many):
-    """It ended a run midway, where `data.unreadable=skip` could not help. EXIF may turn an image."""
-    if many:
-        request.getfixturevalue("big")
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    tall = Image.fromarray(np.zeros((8, 5, 3), np.uint8))
-    tall.save(flat / "cat" / "tall.jpg")
-    tall.save(flat / "cat" / "turned.jpg", exif=turned)
-    tall.save(flat / "cat" / "turned.png", exif=turned)
-    write(flat / "dog" / "low.png", 0, (4, 6))
-    for ops, small in {
-        "central_crop(4, 5)": [],
-        "central_crop(5, 6)": ["cat/tall.jpg", "dog/low.png"],
-        "central_crop(6, 5)": ["cat/turned.jpg", "cat/turned.png", "dog/low.png"],
-        "resize_small(6)|central_crop(6)": [],
-    }.items():
-        if small:
-            with pytest.raises(UserError) as e:
-                folder(str(flat), host_ops=(f"decode(3)|{ops}",))
-            assert re.findall(r"(\w+/\w+\.\w+) \(central_crop", str(e.value)) == small
-        source = folder(str(flat), host_ops=(f"decode(3)|{ops}",), unreadable="skip")["train"]
-        assert list(source.left_out) == [str(flat / name) for name in small]
-    with pytest.raises(UserError, match=r"/0.png \(central_crop\(5, 5\): the image has only 4 by 6 pixels; resize it"):
-        folder(str(flat), host_ops=("decode(3)|central_crop(4, 6)|central_crop(5)",))
-
-
-@pytest.mark.parametrize("many", [False, True])
-def test_an_image_that_draft_makes_too_small_to_crop_is_named_at_the_start(tmp_path, request, many):
-    if many:
-        request.getfixturevalue("big")
-    write(tmp_path / "cat/to_8_by_6.jpg", 0, (16, 12))
-    write(tmp_path / "cat/to_9_by_12.jpg", 0, (18, 24))
-    write(tmp_path / "dog/as_it_is.png", 0, (16, 12))
-    folder(str(tmp_path), host_ops=("decode(3)|central_crop(9, 6)", "decode(3, draft=6)|central_crop(8, 6)"))
-    with pytest.raises(UserError) as e:
-        folder(str(tmp_path), host_ops=("decode(3, draft=6)|central_crop(9, 6)",))
-    assert re.findall(r"(\w+/\w+\.\w+) (\(.*?\))", str(e.value).replace("(9, 6)", "")) == [
-        ("cat/to_8_by_6.jpg", "(central_crop: the image has only 8 by 6 pixels; resize it first)")
-    ]
 
 
 def test_formats_that_the_host_ops_name(flat):

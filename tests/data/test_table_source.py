@@ -204,8 +204,6 @@ def test_broken_and_missing_files_are_listed_at_the_start(images):
     kept = table(file, unreadable="skip")
     assert seen(kept["train"]) == {i: i % 3 for i in range(4, 9)}
     assert sources.left_out(kept) == sorted(map(str, broken))
-    with pytest.raises(UserError, match=r"unreadable image"):
-        table(file, host_ops=("decode(3)",))
 
 
 def test_skipping_leaves_no_class_and_no_split_without_images(images):

@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, prepare, sources, splits
+from imgclf_jax.data.info import DataInfo
 from imgclf_jax.data.stream import Images, add_extra
-from imgclf_jax.run.provenance import DataInfo
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -15,8 +16,8 @@ import numpy as np
 
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import decode_cost
-from imgclf_jax.data.decode_cost import Costly
+from imgclf_jax.tools.serve import decode_cost
+from imgclf_jax.tools.serve.decode_cost import Costly
 from imgclf_jax.tools.serve.limits import Refused
 from imgclf_jax.trained import Trained, not_finite
 
@@ -28,17 +29,20 @@ _BYTES_A_THREAD = 100_000  # the least a decoding thread gets, a few millisecond
 # built to be slow, are decoded apart; beyond the second limit, where decoding may take a gigabyte, one at a time.
 _IN_A_BATCH = 2**20, 256_000
 _APART = 2**23, 4_000_000
+_ALONE = math.inf, math.inf
 _SECONDS = 0.2  # decoding time of a batch; the other files return to the queue, so that no client makes a batch slow
 
 type Image = bytes | np.ndarray  # the bytes of a file, or a prepared image
 
 
-def without_traceback[T](make: Callable[[bytes], T], image: bytes) -> T | UserError:
-    """Returns `make(image)` or its UserError, without the traceback, whose frames hold up to hundreds of megabytes.
+def make_within[T](limits: tuple[float, float], make: Callable[[bytes], T], image: bytes) -> T | UserError:
+    """Returns `make(image)` or its UserError, Costly if the image exceeds the limits of `decode_cost.check`.
 
-    A future with the traceback would keep them alive until the next garbage collection, which memory does not trigger.
+    The error has no traceback, whose frames hold up to hundreds of megabytes. A future would keep them alive until the
+    next garbage collection, which memory does not trigger.
     """
     try:
+        decode_cost.check(image, *limits)
         return make(image)
     except UserError as e:
         return type(e)(str(e))
@@ -188,13 +192,8 @@ class Batcher:
 
         Images that are too costly for a batch have turns of their own, so that others do not wait for them.
         """
-
-        def within_limit(image: bytes) -> T | UserError:
-            with decode_cost.at_most(*_IN_A_BATCH):
-                return without_traceback(make, image)
-
-        made = await self._small.call(client, within_limit, image)
-        return await self._largest.call(client, without_traceback, make, image) if isinstance(made, Costly) else made
+        made = await self._small.call(client, make_within, _IN_A_BATCH, make, image)
+        return await self._largest.call(client, make_within, _ALONE, make, image) if isinstance(made, Costly) else made
 
     async def run(self) -> None:
         """Processes waiting images, batch by batch, until cancelled."""
@@ -241,16 +240,15 @@ class Batcher:
         del image
         result.add_done_callback(lambda _: kept.clear())  # frees the image when the client disconnects, even queued
 
-        def prepare(limit: tuple[int, int] | None) -> np.ndarray | Exception | None:
-            for image in kept:
-                with decode_cost.at_most(*limit) if limit else contextlib.nullcontext():
-                    return without_traceback(self._model.prepare, image)
+        def prepare(limits: tuple[float, float]) -> np.ndarray | Exception | None:
+            for image in kept:  # empty once the client has disconnected
+                return make_within(limits, self._model.prepare, image)
             return None
 
         try:
             prepared = await self._apart.call(client, prepare, _APART)
             if isinstance(prepared, Costly):
-                prepared = await self._largest.call(client, prepare, None)
+                prepared = await self._largest.call(client, prepare, _ALONE)
         except Exception as e:
             prepared = e
         if isinstance(prepared, np.ndarray):
@@ -284,13 +282,12 @@ class Batcher:
 
     def _prepare(self, images: Sequence[Image]) -> list[np.ndarray | Exception]:
         out, until = list[np.ndarray | Exception](), time.monotonic() + _SECONDS
-        with decode_cost.at_most(*_IN_A_BATCH):
-            for image in images:
-                if isinstance(image, np.ndarray):
-                    out.append(image)
-                else:
-                    late = out and time.monotonic() > until
-                    out.append(Later() if late else without_traceback(self._model.prepare, image))
+        for image in images:
+            if isinstance(image, np.ndarray):
+                out.append(image)
+            else:
+                late = out and time.monotonic() > until
+                out.append(Later() if late else make_within(_IN_A_BATCH, self._model.prepare, image))
         return out
 
     def _compute(self, images: list[np.ndarray]) -> np.ndarray:

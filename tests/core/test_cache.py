@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from imgclf_jax.run import cache
+from imgclf_jax.core import cache
 
 
 def test_an_absolute_place_of_one_s_own(monkeypatch, tmp_path):
