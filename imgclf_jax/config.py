@@ -87,10 +87,7 @@ KEYS: dict[str, tuple[Value, str]] = {
     "clip": (0.0, "Global norm to clip the gradient to; 0 does not clip."),
     "accumulate": (1, "Number of gradient-accumulation microbatches per step; more take less memory."),
     "ema": (0.0, "Decay of the weights' exponential moving average, such as 0.999, which evaluation uses; 0: off."),
-    "on_bad_step": ("stop", "A step whose loss or gradient is not finite or spikes: 'stop' the run, 'skip' the step, "
-                            "or 'rollback(steps=200)' to leave out the steps before it."),
-    "spike": ("", "Which finite losses are bad: '6 sigma over 128', above the moving average of so many steps; empty: "
-                  "none."),
+    "on_bad_step": ("stop", "A step whose loss or gradient is not finite: 'stop' the run, or 'skip' the step."),
     "rules.lr": ("", "Learning-rate multipliers by parameter path: 'backbone/.*=0.1, head/.*=1'; the first full match "
                      "wins."),
     "rules.decay": ("", "Weight-decay multipliers by parameter path; '.*(bias|scale)=0' exempts biases and norms."),
@@ -111,8 +108,6 @@ KEYS: dict[str, tuple[Value, str]] = {
                      "it: '10 min'; empty: never."),
     "check_every": ("", "How often to compute a step twice and compare every bit, to find silent data corruption: "
                         "'1000 steps'; empty: never."),
-    "on_corruption": ("stop", "When the two computations differ: 'stop', or 'rollback' to the last checkpoint before a "
-                              "good comparison."),
     "checkpoint.keep": (2, "How many of the latest checkpoints to keep."),
     "checkpoint.best": ("", "Also keep the best checkpoint by a metric: 'val/accuracy', 'val/nll'; your own as "
                             "'min:val/my_error'."),
@@ -162,7 +157,7 @@ _NEEDED = ("data.source", "data.train", "data.sampling", "model", "loss", "metho
 _LEAST = {"batch_size": 1, "checkpoint.keep": 1, "data.threads": 0, "steps_per_call": 0, "accumulate": 1,
           "num_seeds": 1, "clip": 0}  # fmt: skip
 _CHOICES = {"precision": ("float32", "bfloat16"), "data.placement": ("host", "device"),
-            "data.unreadable": ("error", "skip"), "on_corruption": ("stop", "rollback")}  # fmt: skip
+            "data.unreadable": ("error", "skip"), "on_bad_step": ("stop", "skip")}  # fmt: skip
 
 # Keys of where and how a run computes: a resumed run may change them. `mesh` and `shard` are among them, although
 # another number of devices changes results by rounding.
@@ -172,7 +167,7 @@ LOCATION_KEYS = ("data.data_dir", "data.manual_dir", "data.placement", "data.thr
 CADENCES = ("log_every", "eval_every", "checkpoint_every")
 
 # Keys that no parameter depends on: a resumed run may change them, and its record then holds the new values.
-FREE_KEYS = (*CADENCES, "check_every", "on_corruption", "checkpoint.keep", "checkpoint.best", "metrics")
+FREE_KEYS = (*CADENCES, "check_every", "checkpoint.keep", "checkpoint.best", "metrics")
 
 
 def free_keys(config: ConfigDict) -> tuple[str, ...]:

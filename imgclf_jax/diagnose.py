@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from imgclf_jax.optim import optimizers
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.provenance import raised_in_own_code
+from imgclf_jax.step import NONFINITE_STEP
 
 _TRACED_KEYS = ("method", "gradient", "model", "augment", "mix", "tta", "loss", "optimizer", "schedule")
 
@@ -97,44 +97,26 @@ def trace_each_key(recipe: Recipe) -> None:
     trace("optimizer", init_and_update)
 
 
-def find_bad_step(sums: metrics.Sums) -> tuple[int, int, str] | None:
-    """(step, index of the seed, reason) of the first bad step that `sums`, on the host, record; None if there is none.
-
-    Of two at the same step, a nonfinite one comes first.
-    """
-    found = []
-    for name, why in (("nonfinite_step", "not finite"), ("spike_step", "a spike")):
-        by_seed = np.atleast_1d(sums.get(name, metrics.NO_STEP))
-        found.append((int(by_seed.min()), int(by_seed.argmin()), why))
-    first = min(found, key=lambda one: one[0])
-    return None if first[0] == metrics.NO_STEP else first
-
-
-def refuse_bad_step(
-    bad: tuple[int, int, str], config: ConfigDict, images: stream.Images, checkpoints: Checkpoints, folder: Path,
-    verdict: str = "",
-) -> NoReturn:  # fmt: skip
-    """Raises UserError for a bad step, as of `find_bad_step`, and writes its examples to `folder`/nonfinite.json.
-
-    `verdict` is what a second computation of the step says.
-    """
-    step, index, why = bad
+def refuse_nonfinite(
+    sums: metrics.Sums, config: ConfigDict, images: stream.Images, checkpoints: Checkpoints, folder: Path
+) -> None:
+    """Raises UserError if `sums`, on the host, record a nonfinite step; writes its examples to nonfinite.json."""
+    by_seed = np.atleast_1d(sums[NONFINITE_STEP])
+    step, seed = int(by_seed.min()), config.seed + int(by_seed.argmin())
+    if step == metrics.NO_STEP:
+        return
     checkpoints.wait()
-    seed = config.seed + index
     rows = np.arange(config.batch_size, dtype=np.int64)
     ids = images.ids(seed, stream.positions(range(step, step + 1), config.batch_size, rows)).tolist()
     file = folder / "nonfinite.json"
-    names = [example_name(images.source, i) for i in ids]
-    record = {"step": step, "seed": seed, "reason": why, "example_ids": ids, "examples": names}
+    record = {"step": step, "seed": seed, "example_ids": ids, "examples": [example_name(images.source, i) for i in ids]}
     processes.broadcast_from_process_0("writing nonfinite.json", lambda: json_files.write(file, record))
     good = checkpoints.steps()
     kept = f"the last good checkpoint is of step {good[-1]}" if good else "no checkpoint had been saved yet"
-    what = "the loss, gradient or parameters are not finite" if why == "not finite" else (
-        f"the loss spikes (spike={config.spike!r})")  # fmt: skip
     raise UserError(
-        f"{what} at step {step}, on the example ids {str(ids[:8])[:-1]}, …] "
-        f"(all in {file}); {verdict}{kept}; inspect those examples, lower the learning rate, set clip=1.0, or leave "
-        "such steps out: on_bad_step='skip' or 'rollback(steps=200)', in a new --workdir"
+        f"the loss, gradient or parameters are not finite at step {step}, on the example ids {str(ids[:8])[:-1]}, …] "
+        f"(all in {file}); {kept}; inspect those examples, lower the learning rate, set clip=1.0, or skip such steps: "
+        "on_bad_step='skip', in a new --workdir"
     )
 
 

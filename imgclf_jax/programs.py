@@ -133,7 +133,7 @@ class Programs:
         def init(seed: jax.Array) -> step.TrainState:
             recipe, shape = self.recipe, self.recipe.data.image_shape
             parts = recipe.model, recipe.optimizer, shape, seed, recipe.average
-            return step.init_state(*parts, images, weights, recipe.method.predicts, recipe.bad_steps)
+            return step.init_state(*parts, images, weights, recipe.method.predicts)
 
         if self.recipe.num_seeds == 1:
             return init(seed)
@@ -292,7 +292,7 @@ class Programs:
                 Frozen(recipe.model, frozen, tuple(recipe.parameters)) if frozen else recipe.model,
                 recipe.method, recipe.optimizer, recipe.schedule, recipe.augment(train=True), recipe.average,
                 recipe.mix, recipe.config.accumulate, self.shard_function, recipe.gradient,
-                recipe.task, losses.link_of(recipe.config.loss), recipe.bad_steps,
+                recipe.task, losses.link_of(recipe.config.loss), recipe.config.on_bad_step == "skip",
             )  # fmt: skip
             batch = jax.eval_shape(lambda chunk: self._batch_at(chunk, 0), self.chunk_shape(1))
             pure = step.make_group_step(pure, recipe.num_seeds // self.groups_of_seeds)

@@ -17,8 +17,8 @@ import optax
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from imgclf_jax import bad_steps, losses, metrics
 from imgclf_jax import config as configs
+from imgclf_jax import losses, metrics
 from imgclf_jax.augment import mixing, ops, tta
 from imgclf_jax.core import rng, tree
 from imgclf_jax.core.errors import UserError
@@ -229,11 +229,6 @@ class Recipe:
         """The metrics computed from the predictions of a whole evaluation set, by name."""
         return metrics.build_whole_set(self.config.metrics, self.task, self.data.class_names)
 
-    @cached_property
-    def bad_steps(self) -> bad_steps.Policy:
-        """What the run does about a step whose loss is not finite or spikes."""
-        return bad_steps.build(self.config.on_bad_step, self.config.spike)
-
     @property
     def trains_on_onednn(self) -> bool:
         """Whether the train step has the `onednn` form on CPU, with one copy of the step for each seed."""
@@ -257,7 +252,6 @@ def check_names(config: ConfigDict) -> None:
     ops.build(config.augment, train=True)
     mixing.build(config.mix)
     tta.build(config.tta)
-    bad_steps.build(config.on_bad_step, config.spike)
     metrics.check_names(config.metrics, losses.tasks_of(config.loss))
     for key, text in configs.selecting_metrics(config).items():
         metrics.parse_best(text, key=key)

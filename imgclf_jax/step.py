@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import struct, traverse_util
 from flax.core import DenyList
 
-from imgclf_jax import bad_steps, methods, metrics
+from imgclf_jax import methods, metrics
 from imgclf_jax.augment import mixing, tta
 from imgclf_jax.core import dtypes, platform, rng, tree
 from imgclf_jax.core.errors import UserError
@@ -33,8 +33,8 @@ type Inference = Callable[[Params, ModelState, jax.Array], jax.Array]  # images 
 SOWN = ("losses", "metrics")  # collections that a step reads, and that are not part of the state
 OPTIMIZER = "optimizer"  # the name scope of the optimizer's update
 PER_STEP = ("grad_norm", "param_norm", "learning_rate")  # summed over steps; all others over examples
-FIRST_STEPS = ("nonfinite_step", "spike_step")  # the number of the first such step, not a sum
-_OWN_METRICS = (*PER_STEP, *FIRST_STEPS, "steps", "examples", "correct", "loss", "skipped", "accuracy",
+NONFINITE_STEP = "nonfinite_step"  # the number of the first such step, not a sum
+_OWN_METRICS = (*PER_STEP, NONFINITE_STEP, "steps", "examples", "correct", "loss", "skipped", "accuracy",
                 "exact_match", "images_per_second", "input_wait")  # fmt: skip
 
 
@@ -43,13 +43,12 @@ class TrainState(struct.PyTreeNode):
 
     seed: jax.Array  # u32[]; an argument of the program, not a constant, so that one compilation serves all seeds
     step: jax.Array  # i32[], steps done
+    skipped: jax.Array  # i32[], how many of them changed nothing: see `make_train_step`
     params: Params
     model_state: ModelState
     opt_state: optax.OptState
     # (params, model_state) to evaluate, such as their EMA; None: evaluate the trained ones
     ema: tuple[Params, ModelState] | None = None
-    # Which losses are usual, and which steps were skipped. Checkpoints of runs without it have no such entry.
-    guard: bad_steps.Guard | None = struct.field(default=None, metadata={"absent_if_none": True})
 
     @property
     def evaluated(self) -> tuple[Params, ModelState]:
@@ -66,7 +65,6 @@ def init_state(
     images: jax.Array | None = None,
     weights: Mapping[str, jax.Array] | None = None,
     head: bool = True,
-    policy: bad_steps.Policy = bad_steps.STOP,
 ) -> TrainState:
     """The state at step 0. Pure, so it works under `jit` and `eval_shape`.
 
@@ -89,11 +87,11 @@ def init_state(
     return TrainState(
         seed=jnp.uint32(seed),
         step=jnp.int32(0),
+        skipped=jnp.int32(0),
         params=params,
         model_state=variables,
         opt_state=seed_keys(optimizer.init(params), seed),
         ema=average.init((params, variables)),
-        guard=policy.init(),
     )
 
 
@@ -130,7 +128,7 @@ def make_train_step(
     augment: Augment, average: Average = weight_averages.NONE, mix: mixing.Mix | None = None, accumulate: int = 1,
     shard: Callable[..., Function] = lambda function, **_: function,
     gradient: Callable[[Gradient], Gradient] = lambda gradient: gradient, task: Task = Task.CLASSES,
-    link: Link = SOFTMAX, policy: bad_steps.Policy = bad_steps.STOP,
+    link: Link = SOFTMAX, skip_nonfinite: bool = False,
 ) -> Callable[..., tuple[TrainState, metrics.Sums]]:  # fmt: skip
     """Returns `train_step(state, batch, fixed=None) -> (state, sums)`.
 
@@ -142,14 +140,14 @@ def make_train_step(
       that of the whole batch but for BatchNorm statistics and dropout masks.
     - `shard` wraps the gradient function of a microbatch, to all-gather sharded parameters.
     - `gradient` wraps the gradient function of the whole batch: see `methods.gradients`.
-    - `policy` says which steps are bad. With "skip", a bad step adds one to the state's `step`, notes it in the
-      `guard`, and changes nothing else.
+    - With `skip_nonfinite`, a step whose loss, gradient norm or parameter norm is not finite adds one to the state's
+      `step` and `skipped`, and changes nothing else.
 
     The sums are metrics of this step: `loss`, `examples` and `correct` over the batch; `steps`, `grad_norm` (before
     clipping), `param_norm` (after the update) and `learning_rate`; the method's metrics and those that modules sow
     into "metrics", multiplied by `examples`; and `nonfinite_step`, the number of this step if the loss or a norm is
-    not finite, else `metrics.NO_STEP`. With a guarded policy there are `spike_step`, likewise, and `skipped`; the other
-    sums of a skipped step are zero. `correct` is measured against the dominant label of a mixed example, and is absent
+    not finite, else `metrics.NO_STEP`. With `skip_nonfinite` there is `skipped` too, and the other sums of such a step
+    are zero. `correct` is measured against the dominant label of a mixed example, and is absent
     in regression and for a method without logits.
     """
     learned = method if isinstance(method, Method) else from_logits(functools.partial(mixing.batch_loss, method))
@@ -212,48 +210,20 @@ def make_train_step(
             "param_norm": param_norm,
             "learning_rate": jnp.asarray(promoting(schedule)(_updates(state)), jnp.float32),
             **{name: value * examples for name, value in named.items()},
-            "nonfinite_step": jnp.where(finite, jnp.int32(metrics.NO_STEP), state.step),
+            NONFINITE_STEP: jnp.where(finite, jnp.int32(metrics.NO_STEP), state.step),
         }
         new = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, ema=ema)
-        if state.guard is None:
-            return new, sums
-        return _guarded(policy, state.guard, state, new, ~finite, mean_loss, sums)
+        if skip_nonfinite:
+            new = optax.tree.where(finite, new, state.replace(step=new.step, skipped=state.skipped + 1))
+            sums = optax.tree.where(finite, sums, zero_sums(sums)) | {"skipped": (~finite).astype(jnp.int32)}
+        return new, sums
 
     return train_step
 
 
-def jump(state: TrainState, until: int) -> TrainState:
-    """The state as that of step `until`, without the updates in between."""
-    assert state.guard is not None
-    steps = until - state.step
-
-    def later(x: jax.Array) -> jax.Array:
-        out: jax.Array = jax.jit(jnp.add, out_shardings=x.sharding)(x, steps)
-        return out
-
-    return state.replace(step=later(state.step), guard=state.guard.replace(skipped=later(state.guard.skipped)))
-
-
 def _updates(state: TrainState) -> jax.Array:
     """The number i32[] of updates before this step, which the optimizer's own count is: steps without the skipped."""
-    return state.step if state.guard is None else state.step - state.guard.skipped
-
-
-def _guarded(
-    policy: bad_steps.Policy, guard: bad_steps.Guard, old: TrainState, new: TrainState, nonfinite: jax.Array,
-    loss: jax.Array, sums: metrics.Sums,
-) -> tuple[TrainState, metrics.Sums]:  # fmt: skip
-    """The state and sums of a step from `old` to `new` under a policy that needs the `guard` of `old`."""
-    spikes = policy.is_spike(guard, loss) & ~nonfinite
-    bad, step, none = nonfinite | spikes, old.step, jnp.int32(metrics.NO_STEP)
-    # A finite loss with a nonfinite gradient is recorded as NaN: `run/skipped.py` takes finite losses for spikes.
-    new = new.replace(guard=policy.updated(guard, step, jnp.where(nonfinite, jnp.nan, loss), bad))
-    if policy.action == "skip":
-        sums = optax.tree.where(bad, zero_sums(sums), sums)
-        return optax.tree.where(bad, old.replace(step=new.step, guard=new.guard), new), {
-            **sums, "spike_step": none, "skipped": bad.astype(jnp.int32)
-        }  # fmt: skip
-    return new, {**sums, "spike_step": jnp.where(spikes, step, none), "skipped": jnp.int32(0)}
+    return state.step - state.skipped
 
 
 def _check_fits(given: PyTree, params: Params, what: str) -> None:
@@ -347,12 +317,14 @@ def _count_correct(logits: jax.Array | None, batch: Batch, link: Link, task: Tas
 
 def zero_sums(like: metrics.Sums) -> metrics.Sums:
     """The sums of no step, NumPy arrays with these names, shapes and dtypes."""
-    return {name: np.full(x.shape, metrics.NO_STEP if name in FIRST_STEPS else 0, x.dtype) for name, x in like.items()}
+    return {
+        name: np.full(x.shape, metrics.NO_STEP if name == NONFINITE_STEP else 0, x.dtype) for name, x in like.items()
+    }
 
 
 def add_sums(a: metrics.Sums, b: metrics.Sums) -> metrics.Sums:
-    """Sums over the steps of both; of FIRST_STEPS the earlier one."""
-    return {k: jnp.minimum(a[k], b[k]) if k in FIRST_STEPS else a[k] + b[k] for k in a}
+    """Sums over the steps of both; of NONFINITE_STEP the earlier one."""
+    return {k: jnp.minimum(a[k], b[k]) if k == NONFINITE_STEP else a[k] + b[k] for k in a}
 
 
 def make_group_step(train_step: Function, num_seeds: int) -> Function:

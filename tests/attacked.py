@@ -24,13 +24,13 @@ READ = (*_RECORDS, "checkpoints", "checkpoints/N", "checkpoints/N/manifest.json"
          "checkpoints/N/default", "checkpoints/N/default/_METADATA", "checkpoints/N/default/d", "requirements.txt",
          "checkpoints/N/_CHECKPOINT_METADATA", "checkpoints/N/default/manifest.ocdbt")  # fmt: skip
 TOUCHED = {
-    "train": (*_RECORDS, "lock", "lock", "lock", "parameters.txt", "skipped.jsonl", "corruption.jsonl", "tb", "profile",
+    "train": (*_RECORDS, "lock", "lock", "lock", "parameters.txt", "tb", "profile",
               "profile/plugins", "profile/plugins/profile", "checkpoints", "checkpoints/8", "checkpoints/12",
               "checkpoints/16", "checkpoints/12.orbax-checkpoint-tmp", "checkpoints/12.orbax-checkpoint-tmp/default",
               "checkpoints/16.orbax-checkpoint-tmp-7", "checkpoints/removed-4", "checkpoints/removed-8", "damaged",
               "checkpoints/replaced-12", "checkpoints/replaced-8"),
     "report": ("report.html",), "show-batch": ("batch-0.png",), "dryrun": ("dryrun-cpu-1.json",),
-    "evaluate": ("predictions.csv",), "status": (*READ, "lock", "hang-0.txt", "skipped.jsonl", "corruption.jsonl"),
+    "evaluate": ("predictions.csv",), "status": (*READ, "lock", "hang-0.txt"),
     "compare": ("predictions.npz", "predictions.csv", "predictions.jsonl"),
     "sweep": ("lock", "sweep.json", "seed=0", "seed=0.log", "seed=1.log", "seed=1/lock", "seed=1/result.json"),
 }  # fmt: skip

@@ -173,8 +173,7 @@ def test_keys_that_may_differ_on_resume_change_no_bit(fake_config, tmp_path):
     train.main(fake_config, moved, adjusted=lambda run: replace(run, cadences=replace(run.cadences, end=4)))
     other = fake_config.copy_and_resolve_references()
     new = {"log_every": "3 steps", "eval_every": "5 steps", "checkpoint_every": "7 steps", "checkpoint.keep": 1,
-           "checkpoint.best": "test/auc", "metrics": "auc", "check_every": "5 steps",
-           "on_corruption": "rollback"}  # fmt: skip
+           "checkpoint.best": "test/auc", "metrics": "auc", "check_every": "5 steps"}  # fmt: skip
     assert set(new) == set(configs.FREE_KEYS)
     other.update_from_flattened_dict(new)
     assert train.main(other, moved) == 0

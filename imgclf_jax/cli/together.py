@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import jax
 
-from imgclf_jax.core import processes
+from imgclf_jax.core import processes, terminal
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.extras import how_to_install
 from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.run import provenance, terminal
+from imgclf_jax.run import provenance
 
 
 @contextlib.contextmanager

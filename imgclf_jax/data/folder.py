@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from imgclf_jax.core import places
+from imgclf_jax.core import places, terminal
 from imgclf_jax.core.errors import UserError, no_such, unknown
 from imgclf_jax.core.split_folders import class_folders, split_folders
 from imgclf_jax.core.text import utf8
@@ -113,7 +113,7 @@ def _scan(root: Path, class_names: tuple[str, ...]) -> tuple[FileSource, Listing
     """Lists the class folders of a split, without opening an image."""
     merged = Listing()
     folders = class_folders(root)
-    with concurrent.futures.ThreadPoolExecutor(LISTING) as pool:
+    with terminal.showing(f"listing images in {str(root)!r}"), concurrent.futures.ThreadPoolExecutor(LISTING) as pool:
         listings = list(pool.map(image_files.find, folders))
     for class_folder, listing in zip(folders, listings, strict=True):
         if not listing.images and not listing.broken:

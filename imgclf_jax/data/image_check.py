@@ -4,7 +4,6 @@ import concurrent.futures
 import hashlib
 import itertools
 import json
-import logging
 import os
 import time
 from collections.abc import Mapping
@@ -13,14 +12,12 @@ from typing import NamedTuple
 
 import PIL
 
-from imgclf_jax.core import cache, named_warnings, places
+from imgclf_jax.core import cache, named_warnings, places, terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import Json
 from imgclf_jax.data import decode
 from imgclf_jax.data.image_files import Stamp
-
-log = logging.getLogger(__name__)
 
 _MAX_DECODED = 256 << 20  # bytes of files that are always decoded, in some seconds
 _SAVE_SECONDS = 60.0  # the work that a killed process may lose
@@ -62,11 +59,13 @@ def check(
     todo = [name for name in stamps if name not in entries]
     saved = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for names in itertools.batched(todo, 1024):  # a million tasks would take more memory than their results
-            checked = pool.map(lambda name: _check(root / name, stamps[name], deep, formats), names)
-            entries |= zip(names, checked, strict=True)
+        # Parts, since a million tasks would take more memory than their results.
+        parts = (pool.map(lambda name: _check(root / name, stamps[name], deep, formats), names)
+                 for names in itertools.batched(todo, 1024))  # fmt: skip
+        results = zip(todo, itertools.chain.from_iterable(parts), strict=True)
+        for name, entry in terminal.track(results, len(todo), f"checking {(key or root).name}"):
+            entries[name] = entry
             if time.monotonic() - saved > _SAVE_SECONDS:
-                log.info("checked %s of %s files in %s", f"{len(entries):,}", f"{len(stamps):,}", key or root)
                 _save(record, entries, formats)
                 saved = time.monotonic()
     if todo:

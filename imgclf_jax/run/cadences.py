@@ -1,10 +1,9 @@
 """When a run logs, evaluates and saves, and the ranges of steps in between."""
 
 import bisect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
-from types import MappingProxyType
 from typing import NamedTuple
 
 from imgclf_jax import config as configs
@@ -37,20 +36,14 @@ class Cadences:
         """Whether `steps` are one step, which is computed twice."""
         return len(steps) == 1 and configs.is_due(steps.stop, self.check)
 
-    def ranges(
-        self, start: int, size: int, edges: Iterable[int] = (), left_out: Mapping[int, int] = MappingProxyType({})
-    ) -> Iterator[range]:
+    def ranges(self, start: int, size: int, edges: Iterable[int] = ()) -> Iterator[range]:
         """Yields the steps from `start` to the end in consecutive ranges of at most `size` steps.
 
         A range ends where something is due, and at each of the `edges`. A step that is computed twice is a range of its
-        own. `left_out` maps the first of some steps to leave out to the step after them.
+        own.
         """
-        edges, end = sorted([*edges, *left_out]), self.last
-        while True:
-            while start in left_out:
-                start = left_out[start]
-            if start >= end:
-                return
+        edges, end = sorted(edges), self.last
+        while start < end:
             due = min(end, *(configs.next_due(start, every, self.total) for every in self._periods))
             due = min([due, *edges[(i := bisect.bisect_right(edges, start)) : i + 1]])
             if self.check is not None:

@@ -9,7 +9,6 @@ patterns; saving a step again with the scores of an evaluation that a signal cut
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import glob
 import json
 import logging
@@ -98,7 +97,7 @@ class Checkpoints:
             processes.broadcast_from_process_0("making the folder of checkpoints", self._prepare)
         else:
             places.check_plain(self.directory)
-        self._keep, self._confirmed = keep, -1
+        self._keep = keep
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.LatestN(None),  # all: Orbax would remove some before the new one is verified
             best_fn=self._value if best else None,
@@ -202,9 +201,7 @@ class Checkpoints:
             folder, aside = self.directory / str(step), self.directory / f"{_REPLACED}{step}"
             processes.broadcast_from_process_0("moving a checkpoint", lambda: places.move(folder, aside))
             self._manager.reload()
-        saved = ocp.args.PyTreeSave(
-            jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, _present(state))
-        )
+        saved = ocp.args.PyTreeSave(jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state))
         self._attempt(lambda: self._manager.save(step, args=saved, metrics=dict(metrics or {})))
         self._saving = self._thread.submit(self._finish, step, jax.eval_shape(lambda: state))
 
@@ -218,12 +215,11 @@ class Checkpoints:
             self._remove_old()
 
     def _remove_old(self) -> None:
-        """Removes all checkpoints but the latest, the latest confirmed, the best, and those that cannot be ranked."""
+        """Removes all checkpoints but the latest, the best, and those that cannot be ranked."""
         steps = self.steps()
-        confirmed = [step for step in steps if step <= self._confirmed]
         unranked = [step for step, _ in self._find_unranked(steps)]
         best = self._find_best(step for step in steps if step not in unranked)
-        kept = {*steps[-self._keep :], *confirmed[-1:], *unranked, best}
+        kept = {*steps[-self._keep :], *unranked, best}
         if old := [step for step in steps if step not in kept]:
             for step in old:
                 self._remove(step)
@@ -263,23 +259,6 @@ class Checkpoints:
             else:
                 places.remove(old)
 
-    def confirm(self, step: int) -> None:
-        """Keeps the latest checkpoint at or before `step`, beside the others, until a later step is confirmed."""
-        self._confirmed = step
-
-    def drop_after(self, step: int) -> None:
-        """Removes the checkpoints of steps after `step`. All processes call this."""
-        self._wait_for_all()
-        later = [one for one in self.steps() if one > step]
-
-        def remove() -> None:
-            for one in reversed(later):
-                self._remove(one)
-
-        processes.broadcast_from_process_0("removing checkpoints", remove)
-        self._manager.reload()
-        self.latest = max(self.steps(), default=0)
-
     def wait(self) -> None:
         """Waits until every save of this process is on disk, in process 0 also verified. Raises UserError if not."""
         saving, self._saving = self._saving, None
@@ -301,6 +280,11 @@ class Checkpoints:
     def unsaved(self) -> str:
         """Describes what ending at once would lose."""
         return f"the steps since the checkpoint of step {self.latest}" if self.latest else "all steps"
+
+    def describe_latest(self) -> str:
+        """Waits for the saves of this process, and says where a run that ends now continues."""
+        self.wait()
+        return f"the checkpoint of step {self.latest}" if self.latest else "the beginning"
 
     def close(self) -> None:
         """Waits for every save and closes Orbax's manager."""
@@ -341,11 +325,9 @@ class Checkpoints:
             return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
 
         skipped = () if optimizer else (_OPTIMIZER,)
-        wanted = tree.map_named(
-            lambda name, x: ocp.PLACEHOLDER if name.startswith(skipped) else _stored(x), _present(like)
-        )
+        wanted = tree.map_named(lambda name, x: ocp.PLACEHOLDER if name.startswith(skipped) else _stored(x), like)
         arguments = ocp.args.PyTreeRestore(wanted, jax.tree.map(restore_args, wanted), partial_restore=not optimizer)
-        found = _like(like, self._manager.restore(step, args=arguments))
+        found = self._manager.restore(step, args=arguments)
         if optimizer:
             return jax.tree.map(_wrap_key, found, like)
         state = found["state"]  # a TrainState, or a dict of its fields
@@ -466,23 +448,6 @@ def _own_step(found: PyTree) -> int | None:
     state = found["state"] if isinstance(found, dict) and "state" in found else None
     count = state.get("step") if isinstance(state, dict) else getattr(state, "step", None)
     return None if count is None else int(sharding.fetch(count).max())  # one per seed, all equal
-
-
-def _present(tree: PyTree) -> PyTree:
-    """The pytree that is stored: a dataclass without its fields that are None and, when they are, absent."""
-    if isinstance(tree, dict):
-        return {name: _present(part) for name, part in tree.items()}
-    fields = dataclasses.fields(tree) if dataclasses.is_dataclass(tree) else ()
-    absent = [f.name for f in fields if f.metadata.get("absent_if_none") and getattr(tree, f.name) is None]
-    return {f.name: getattr(tree, f.name) for f in fields if f.name not in absent} if absent else tree
-
-
-def _like(like: PyTree, found: PyTree) -> PyTree:
-    """The pytree that `_present` of one like `like` is."""
-    if isinstance(like, dict):
-        return {name: _like(like[name], part) for name, part in found.items()}
-    rebuild = dataclasses.is_dataclass(like) and isinstance(found, dict)
-    return dataclasses.replace(like, **found) if rebuild else found
 
 
 def _is_key(leaf: Leaf) -> bool:

@@ -14,7 +14,6 @@ from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import writers
 from imgclf_jax.run.cadences import Cadences
-from imgclf_jax.run.skipped import read_left_out
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,7 @@ class Stopper:
         self._early, self._total = early, cadences.total
         self._values: list[tuple[int, float]] = []
         if early:
-            left_out = read_left_out(folder)
-            due = [step for step in cadences.evaluations(start)
-                   if not any(first < step <= until for first, until in left_out)]  # fmt: skip
+            due = cadences.evaluations(start)
             found = processes.broadcast_from_process_0(
                 "reading metrics.jsonl", lambda: _read(early, folder, due, start)
             )

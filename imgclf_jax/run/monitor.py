@@ -13,10 +13,9 @@ from typing import Self
 import jax
 from rich import progress
 
-from imgclf_jax.core import places, processes
+from imgclf_jax.core import places, processes, terminal
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Chunk, PyTree
-from imgclf_jax.run import terminal
 from imgclf_jax.run.phases import Phases
 
 log = logging.getLogger(__name__)

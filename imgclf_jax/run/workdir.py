@@ -44,7 +44,6 @@ class Workdir:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.digests = path / "digests.jsonl"
-        self.corruption = path / "corruption.jsonl"
         self.result = path / "result.json"
 
     @classmethod

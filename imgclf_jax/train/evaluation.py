@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 from imgclf_jax import losses, metrics
 from imgclf_jax.core import processes, sharding, signals
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.terminal import track
 from imgclf_jax.data import sources, splits, stream
 from imgclf_jax.programs import Programs
-from imgclf_jax.run.progress import track
 from imgclf_jax.run.provenance import module_facts
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import TrainState

@@ -11,8 +11,10 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax import diagnose
-from imgclf_jax.core import processes, signals
+from imgclf_jax.core import processes, sharding, signals
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.stopping import Stopping, stopping
+from imgclf_jax.core.terminal import format_metrics
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import Chunk, JsonObject, PyTree
 from imgclf_jax.losses import Task
@@ -22,19 +24,17 @@ from imgclf_jax.run.early_stopping import Stopper
 from imgclf_jax.run.goodput import TimeRecord
 from imgclf_jax.run.monitor import Monitor
 from imgclf_jax.run.phases import Phases
-from imgclf_jax.run.skipped import Impossible, Rollback, Skipped, count_skipped
-from imgclf_jax.run.terminal import format_metrics
 from imgclf_jax.run.watchdog import Watchdog
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import MetricsWriter
-from imgclf_jax.step import FIRST_STEPS, PER_STEP, TrainState, jump
-from imgclf_jax.train import display, pictures
+from imgclf_jax.step import NONFINITE_STEP, PER_STEP, TrainState
+from imgclf_jax.train import display, pictures, recompute
 from imgclf_jax.train.evaluation import evaluate_all
-from imgclf_jax.train.replay import Again, Replays
 from imgclf_jax.train.setup import Run, set_up
 
 log = logging.getLogger(__name__)
 
+_MIN_DIVERGED = 10  # steps in a row, all skipped, that end the run
 Results = dict[str, dict[str, float]]  # the metrics of each evaluation set
 
 
@@ -57,28 +57,17 @@ def main(
         processes.broadcast_from_process_0("holding the work directory", lambda: held.enter_context(workdir.held()))
         workdir.check_shared()
         held.enter_context(watchdog.watching())
-        replays = Replays(config, workdir)
-        while True:
-            try:
-                return _train_from_latest(config, workdir, profile, extend, grace, adjusted, noted, replays, phases)
-            except Again:
-                pass
-            except Rollback as e:
-                log.warning("%s: steps %d to %d are left out, and the run continues from step %d or before", e, e.first,
-                            e.until - 1, e.first)  # fmt: skip
-            signals.obey_noted()
-            phases.begin_attempt()
+        return _train_from_latest(config, workdir, profile, extend, grace, adjusted, noted, phases)
 
 
 def _train_from_latest(
     config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None, extend: bool, grace: float,
-    adjusted: Callable[[Run], Run], noted: Callable[[int, str], None], replays: Replays, phases: Phases,
+    adjusted: Callable[[Run], Run], noted: Callable[[int, str], None], phases: Phases,
 ) -> int:  # fmt: skip
-    """Trains the run from its latest checkpoint on, see `main`. Raises Rollback or Again if it has to go back."""
+    """Trains the run from its latest checkpoint on, see `main`."""
     run = adjusted(set_up(config, workdir, extend))
     if run.start:
         digests.check(workdir, run.start, run.state.params)
-    replays.attach(run)
     total, stopper = run.cadences.total, Stopper(run.early_stopping, run.cadences, workdir.path, run.start)
     ended = run.start == total or bool(stopper.reason(run.start))
     done = ended and processes.broadcast_from_process_0("reading the result", lambda: workdir.is_done(total))
@@ -99,13 +88,10 @@ def _train_from_latest(
             records.metrics.write_images(0, first)
         try:
             with monitor, stopping(run.checkpoints.unsaved, grace) as stop:
-                trained = train(run, monitor, records, replays, stopper, stop)
+                trained = train(run, monitor, records, stopper, stop)
         except signals.Stopped as e:
             log.warning("%s: stopped before the first step, nothing is lost; run the same command again", e)
             return 128 + signals.number(str(e))
-        except (Again, Rollback):
-            records.times.update(phases.step, now=True)
-            raise
         if trained is None:
             if name := stop():  # else it is the end that was asked for
                 log.warning("%s: stopped at step %d, checkpoint saved; run the same command to continue", name,
@@ -114,7 +100,8 @@ def _train_from_latest(
         last, state, results, stopped = trained
         results = results or _last_results(run, last, state, phases)
         records.times.update(last, now=True)
-        further = {"skipped": count_skipped(state.guard), "stopped_early": stopped, **records.times.summary()}
+        skipped = int(sharding.fetch(state.skipped).sum())
+        further = {"skipped": skipped, "stopped_early": stopped, **records.times.summary()}
         _report(run, records.digests.sha256(), results, monitor, last, further)
         if shows:
             highest = pictures.highest_losses(run.programs, state, run.evals, _beating(phases))
@@ -128,7 +115,6 @@ class Records:
 
     metrics: MetricsWriter
     digests: Digests
-    skipped: Skipped
     times: TimeRecord
 
 
@@ -139,18 +125,17 @@ def _open_records(run: Run, noted: Callable[[int, str], None], phases: Phases) -
         records = Records(
             files.enter_context(contextlib.closing(MetricsWriter(folder, start, run.config))),
             files.enter_context(contextlib.closing(Digests(folder, start, run.cadences.last, noted))),
-            files.enter_context(contextlib.closing(Skipped(folder, start, run.state.guard, run.config.seed))),
             files.enter_context(contextlib.closing(TimeRecord(folder, start, phases))),
         )
         yield records
 
 
 def train(
-    run: Run, monitor: Monitor, records: Records, replays: Replays, stopper: Stopper, stop: Stopping
+    run: Run, monitor: Monitor, records: Records, stopper: Stopper, stop: Stopping
 ) -> tuple[int, TrainState, Results, str] | None:  # fmt: skip
     """The training loop: (last step, its state, results of the last evaluation, why it stopped early or "").
 
-    None if it ended before. Raises Rollback or Again at a bad step that the config wants left out or computed again.
+    None if it ended before.
     """
     config, programs, cadences, checkpoints = run.config, run.programs, run.cadences, run.checkpoints
     state, sums, step = run.state, run.sums, run.start
@@ -165,12 +150,10 @@ def train(
         checkpoints.save(run.start, {"state": state, "sums": sums}, scores, again=True)
 
     edges, stopped = (*monitor.edges, *records.digests.edges), stopper.reason(run.start)
-    ranges = () if stopped else cadences.ranges(run.start, programs.steps_per_call, edges, records.skipped.left_out)
+    ranges = () if stopped else cadences.ranges(run.start, programs.steps_per_call, edges)
     chunks = _when_compiled(programs.chunks(run.images, ranges), run, monitor, stop)
     for steps, chunk in monitor.watch(chunks):
-        if steps.start > step:
-            state = jump(state, steps.start)
-        state, sums = replays.train(state, sums, chunk, steps)
+        state, sums = _train(run, state, sums, chunk, steps)
         monitor.called(steps, sums["steps"])
         step, due = steps.stop, cadences.due(steps.stop)
         signal = stop()  # asked once: a signal from here on waits for the next call, or cuts the evaluation short
@@ -182,19 +165,20 @@ def train(
         done = jax.device_get(sums)  # waits for the device
         with monitor.paused():
             checkpoints.poll()
-            _check_steps(run, done, state, step, records.skipped, replays)
+            diagnose.refuse_nonfinite(done, config, run.images, checkpoints, run.workdir.path)
             if due.log:
+                _report_skipped(done)
                 means = _means(done, programs.recipe.task) | monitor.lap()
                 records.metrics.write_scalars(step, {f"train/{name}": value for name, value in means.items()})
                 log.info("%s", run.rows.training(step, means))
                 sums = programs.zero_sums()
             if due.eval:
-                with _saved_if_it_fails(run, records, monitor, replays, step, state, sums):
+                with _saved_if_it_fails(run, records, monitor, step, state, sums):
                     results = _evaluate(run, state, step, records, monitor, stopper, stop)
                 signal = signal or (stop() if results is None else "")
                 stopped = stopper.reason(step)
             if due.checkpoint or signal or stopped or (due.eval and config.checkpoint.best):
-                _save(run, records, monitor, replays, step, state, sums, results if due.eval else None)
+                _save(run, records, monitor, step, state, sums, results if due.eval else None)
             records.times.update(step, now=bool(due.checkpoint or signal or stopped))
             if stopped:
                 break
@@ -206,59 +190,51 @@ def train(
     return (step, state, results or {}, stopped) if stopped or step == cadences.total else None
 
 
+def _train(run: Run, state: TrainState, sums: PyTree, chunk: Chunk, steps: range) -> tuple[TrainState, PyTree]:
+    """Runs the train program for `steps`, and once more if it is due to be computed twice. Donates `state`."""
+    before = (recompute.copy(state), sums) if run.cadences.checks(steps) else None
+    state, sums = run.programs.train(state, sums, chunk, np.int32(len(steps)))
+    if before:
+        again, _ = run.programs.train(*before, chunk, np.int32(len(steps)))
+        recompute.refuse_difference(steps.start, state, again, run.checkpoints.describe_latest)
+    return state, sums
+
+
 @contextlib.contextmanager
 def _saved_if_it_fails(
-    run: Run, records: Records, monitor: Monitor, replays: Replays, step: int, state: TrainState, sums: PyTree
+    run: Run, records: Records, monitor: Monitor, step: int, state: TrainState, sums: PyTree
 ) -> Iterator[None]:
     """If the evaluation inside raises, saves the state first. The resumed run repeats the evaluation."""
     try:
         yield
     except Exception:
         if processes.count() == 1:  # all processes save together, and others may still evaluate
-            _save(run, records, monitor, replays, step, state, sums, None)
+            _save(run, records, monitor, step, state, sums, None)
             run.checkpoints.close()
             log.warning("the evaluation failed; a checkpoint of step %d is saved", step)
         raise
 
 
 def _save(
-    run: Run, records: Records, monitor: Monitor, replays: Replays, step: int, state: TrainState, sums: PyTree,
+    run: Run, records: Records, monitor: Monitor, step: int, state: TrainState, sums: PyTree,
     results: Results | None,
 ) -> None:  # fmt: skip
     monitor.phases.enter("checkpoint", step)
-    replays.check_replicas(state, step)
     records.metrics.flush()  # so that no checkpoint on disk is ahead of its metrics
     records.digests.record(step, state.params)
     run.checkpoints.save(step, {"state": state, "sums": sums}, _scores(results) if results else {})
 
 
-def _check_steps(
-    run: Run, done: dict[str, np.ndarray], state: TrainState, step: int, skipped: Skipped, replays: Replays
-) -> None:
-    """Notes the steps that were skipped; raises UserError, Rollback or Again for a bad step that was not.
-
-    Likewise for counts in the state that no run can have.
-    """
-    policy = run.programs.recipe.bad_steps
-    replays.check_step_count(state, step)
-    diverged = None
-    if policy.action == "skip" and state.guard is not None:
-        try:
-            diverged = skipped.note(state.guard, step)
-        except Impossible as e:
-            replays.corrupted(step, str(e))
-    bad = diagnose.find_bad_step(done)
-    verdict = replays.recheck(bad[0] if bad else diverged, step)
-    if diverged is not None:
-        skipped.refuse(diverged, verdict)
-    if bad and policy.action == "rollback":
-        rollback = skipped.plan_rollback(bad[0], policy.steps, run.cadences.total, bad[2])
-        run.checkpoints.drop_after(rollback.first)
-        skipped.leave_out(rollback)
-        run.checkpoints.close()
-        raise rollback
-    if bad:
-        diagnose.refuse_bad_step(bad, run.config, run.images, run.checkpoints, run.workdir.path, verdict)
+def _report_skipped(done: dict[str, np.ndarray]) -> None:
+    """Warns of the skipped steps in the sums since the last log line; raises UserError if all of many were skipped."""
+    trained, skipped = (int(np.sum(done.get(name, 0))) for name in ("steps", "skipped"))
+    if skipped and not trained and skipped >= _MIN_DIVERGED:
+        raise UserError(f"all {skipped} steps since the last log line were skipped, since their loss, gradient or "
+                        "parameters are not finite: the run has diverged, or its data are damaged; lower the learning "
+                        "rate, or set clip=1.0")  # fmt: skip
+    if skipped:
+        log.warning("skipped %d of the %d steps since the last log line: their loss, gradient or parameters are not "
+                    "finite", skipped, skipped + trained)  # fmt: skip
 
 
 def _evaluate(
@@ -380,7 +356,7 @@ def _means(sums: dict[str, np.ndarray], task: Task) -> dict[str, float]:
     `metrics.summarize`. Multi-label accuracy is `exact_match`; regression has none.
     """
     total = {name: np.sum(value).item() for name, value in sums.items()}
-    own = sorted(total.keys() - {"steps", "examples", "loss", "correct", "skipped", *FIRST_STEPS, *PER_STEP})
+    own = sorted(total.keys() - {"steps", "examples", "loss", "correct", "skipped", NONFINITE_STEP, *PER_STEP})
     right = {"exact_match" if task is Task.MULTILABEL else "accuracy": "correct"} if "correct" in total else {}
     of_examples = {"loss": "loss", **right, **{name: name for name in own}}
     means = {"skipped": total["skipped"]} if "skipped" in total else {}

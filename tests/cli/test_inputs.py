@@ -12,8 +12,8 @@ from PIL import Image
 
 import launch
 from imgclf_jax.cli import early, inputs
+from imgclf_jax.core import terminal
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.run import terminal
 
 FLAGS = ["--config.total=2 steps", "--config.model=mlp(widths=(8,))", "--config.schedule=constant(1e-2)",
          "--config.eval_every="]  # fmt: skip

@@ -145,7 +145,7 @@ def test_the_teacher_is_the_average_of_the_students_so_far(accumulate):
 
 @pytest.mark.thorough
 def test_the_teacher_begins_as_the_student_at_whichever_step_is_the_first():
-    """Also if a rollback leaves out step 0: a run from trained weights then had a teacher of random ones."""
+    """A run from trained weights, whose first step was skipped, had a teacher of random ones."""
     model = mean_teacher(PROBLEM, ramp="0").model(Net(), PROBLEM)
     variables = model.init(jax.random.key(0), jnp.zeros((1, *PROBLEM.image_shape)))
     params = jax.tree.map(lambda x: x + 1, variables["params"])  # as by `init_from`

@@ -19,9 +19,10 @@ from PIL import Image
 from rich.console import Console
 
 from imgclf_jax.config import default_config
+from imgclf_jax.core import terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
-from imgclf_jax.run import monitor, provenance, terminal, writers
+from imgclf_jax.run import monitor, provenance, writers
 from imgclf_jax.run.phases import Phases
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.train import loop as train

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from imgclf_jax.core import processes
+from imgclf_jax.core import processes, terminal
 from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.run import record, terminal
+from imgclf_jax.run import record
 from imgclf_jax.tools.compare import page as compare_page
 from imgclf_jax.tools.compare import saved_predictions
 from imgclf_jax.tools.compare import tables as compare_tables

@@ -11,12 +11,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from imgclf_jax import losses
-from imgclf_jax.core import jaxprs, json_files, rng, sharding
+from imgclf_jax.core import jaxprs, json_files, rng, sharding, terminal
 from imgclf_jax.core.memory import format_bytes
 from imgclf_jax.core.typing import JsonObject, PyTree
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe, check_names
-from imgclf_jax.run import terminal
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import OPTIMIZER
 from imgclf_jax.tools.dryrun import counts, described, estimate, topology

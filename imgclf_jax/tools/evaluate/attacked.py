@@ -10,13 +10,12 @@ import numpy as np
 from imgclf_jax import losses, metrics, step
 from imgclf_jax.core import processes, rng, sharding
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.terminal import format_metrics, print_json, track
 from imgclf_jax.core.typing import Batch, Function, JsonObject, ModelState, Params
 from imgclf_jax.data import stream
 from imgclf_jax.losses import Task
 from imgclf_jax.methods.pgd import Attack
 from imgclf_jax.programs import Programs
-from imgclf_jax.run.progress import track
-from imgclf_jax.run.terminal import format_metrics, print_json
 from imgclf_jax.step import TrainState
 from imgclf_jax.train import evaluation
 from imgclf_jax.trained import Trained

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import metrics
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.terminal import format_metrics, print_json, print_table, print_text
 from imgclf_jax.core.text import decimals, interval
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import sources
@@ -20,7 +21,6 @@ from imgclf_jax.methods.table import build_attack
 from imgclf_jax.programs import Programs
 from imgclf_jax.run import digests
 from imgclf_jax.run.checkpoint import Checkpoints
-from imgclf_jax.run.terminal import format_metrics, print_json, print_table, print_text
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.scores import classification as scores
 from imgclf_jax.scores import multilabel

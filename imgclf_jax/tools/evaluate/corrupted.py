@@ -9,12 +9,11 @@ from jax.sharding import PartitionSpec
 
 from imgclf_jax import metrics
 from imgclf_jax.core import processes, sharding
+from imgclf_jax.core.terminal import print_json, print_table, print_text, track
 from imgclf_jax.core.text import decimals
 from imgclf_jax.core.typing import JsonObject, PyTree
 from imgclf_jax.data import stream
 from imgclf_jax.programs import Programs
-from imgclf_jax.run.progress import track
-from imgclf_jax.run.terminal import print_json, print_table, print_text
 from imgclf_jax.step import TrainState
 from imgclf_jax.tools.evaluate import corruptions
 from imgclf_jax.tools.evaluate.chosen_corruptions import WITHOUT_FROST

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax.core import places
+from imgclf_jax.core.terminal import nonfinite_to_null
 from imgclf_jax.core.text import escape_surrogates
 from imgclf_jax.core.typing import JsonMapping, JsonObject
-from imgclf_jax.run.terminal import nonfinite_to_null
 from imgclf_jax.scores.classification import FromLogits, Scores
 
 

@@ -17,11 +17,11 @@ from ml_collections import ConfigDict
 from imgclf_jax import programs
 from imgclf_jax.core import places, spec
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.terminal import print_json
 from imgclf_jax.core.text import printable
 from imgclf_jax.data import stream
 from imgclf_jax.optim import schedules
 from imgclf_jax.programs import Programs
-from imgclf_jax.run.terminal import print_json
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.pages import html as pages
 from imgclf_jax.tools.pages.charts import Line, chart
@@ -97,7 +97,7 @@ def main(
         raise UserError(f"--steps={steps}: a range test takes at least {_FEWEST} steps")
     trial = config.copy_and_resolve_references()
     trial.total, trial.steps_per_call = f"{steps} steps", 1
-    trial.on_bad_step, trial.spike = "stop", ""  # a step that is skipped has no loss, and the next one its rate
+    trial.on_bad_step = "stop"  # a step that is skipped has no loss, and the next one its rate
     trial.schedule = str(spec.Call(f"{__name__}:ramp", (low, high)))
     test = measure(trial, low, high)
     suggested = _with_rate(config.schedule, test.steepest)

@@ -13,13 +13,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax.cli import inputs
-from imgclf_jax.core import processes
+from imgclf_jax.core import processes, terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import decimals, printable, utf8
 from imgclf_jax.core.typing import Json, JsonObject
 from imgclf_jax.data import image_check
 from imgclf_jax.losses import Task
-from imgclf_jax.run import terminal
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.trained import Trained, load_trained, report_host_ops, until_error
 

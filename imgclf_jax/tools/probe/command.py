@@ -9,12 +9,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax.core import memory, processes, sharding
+from imgclf_jax.core import memory, processes, sharding, terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import decimals
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import sources
-from imgclf_jax.run import terminal
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.scores.classification import predicted_classes
 from imgclf_jax.tools.probe import accuracy_plot, feature_sets, probing
@@ -55,7 +54,7 @@ def main(
         log.warning("%s", sentence)
     training = model.programs.eval_images(sources.take_split(base, model.config.data.train))
     _check_memory(model, len(training) + sum(map(len, sets.values())))
-    with terminal.busy("computing features"):
+    with terminal.showing("computing features"):
         train, labels = feature_sets.compute(model, training)
         tests = {name: feature_sets.compute(model, images) for name, images in sets.items()}
     if labels.ndim == 2 and model.task not in probing.SCORES:  # the dominant labels
@@ -67,7 +66,7 @@ def main(
         return 0
     records = []
     for seed, features in enumerate(train):
-        with terminal.busy(f"probing{f' seed {seed}' if len(train) > 1 else ''}"):
+        with terminal.showing(f"probing{f' seed {seed}' if len(train) > 1 else ''}"):
             own = {name: (x[seed], y) for name, (x, y) in tests.items()}
             if model.task in probing.SCORES:
                 records.append(list(probing.probe_targets(features, labels, own, model.task, heads[seed])))

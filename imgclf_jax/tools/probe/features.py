@@ -9,11 +9,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax.cli import inputs
-from imgclf_jax.core import processes
+from imgclf_jax.core import processes, terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import utf8
 from imgclf_jax.data import sources
-from imgclf_jax.run import progress
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.probe import embeddings, feature_sets
 from imgclf_jax.train.evaluation import compare_with_record, open_evals, open_set
@@ -71,7 +70,7 @@ def _add_sets(
         compare_with_record(model.programs, workdir, base, {} if split else sets)
     for name, images in sets.items():
         done, batches = 0, -(-len(images) // model.programs.eval_batch_size)
-        for features, labels in progress.track(feature_sets.compute_batches(model, images), batches, name):
+        for features, labels in terminal.track(feature_sets.compute_batches(model, images), batches, name):
             ids = range(done, done + len(labels))
             add(name, [utf8(sources.example_name(images.source, i, str)) for i in ids], labels, features)
             done += len(labels)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from imgclf_jax.core.terminal import format_metrics
 from imgclf_jax.core.text import decimals, interval
-from imgclf_jax.run.terminal import format_metrics
 from imgclf_jax.scores import multilabel
 from imgclf_jax.scores.multilabel import MultilabelScores
 from imgclf_jax.scores.regression import RegressionScores

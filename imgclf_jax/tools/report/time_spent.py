@@ -1,7 +1,7 @@
 """Where the wall time of a run went, as a stacked bar."""
 
+from imgclf_jax.core.terminal import duration
 from imgclf_jax.run import goodput, writers
-from imgclf_jax.run.progress import duration
 from imgclf_jax.run.record import Record
 from imgclf_jax.tools.pages.html import paragraph, text
 

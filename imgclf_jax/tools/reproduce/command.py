@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax.core import places, processes, signals
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.terminal import print_json, print_table, print_text
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run.provenance import code_changes, find_changes, pin_groups
 from imgclf_jax.run.record import Record
-from imgclf_jax.run.terminal import print_json, print_table, print_text
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.reproduce.reproduction import ROUNDING, Comparison, Difference, compare, differences, verdict
 from imgclf_jax.train import loop as train

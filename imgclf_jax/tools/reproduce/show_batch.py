@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax.augment.pixels import denormalize
-from imgclf_jax.core import places, sharding
+from imgclf_jax.core import places, sharding, terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
@@ -19,7 +19,6 @@ from imgclf_jax.data.sources import example_name
 from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs, programs_for_images
 from imgclf_jax.recipe import check_names
-from imgclf_jax.run import terminal
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import make_inputs
 from imgclf_jax.tools.pages import contact_sheet

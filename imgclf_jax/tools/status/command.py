@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from imgclf_jax.core import json_files
+from imgclf_jax.core import json_files, terminal
+from imgclf_jax.core.terminal import duration
 from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.run import goodput, lock, record, skipped, terminal, writers
-from imgclf_jax.run.progress import duration
+from imgclf_jax.run import goodput, lock, record, writers
 from imgclf_jax.run.record import Record
 
 
@@ -65,10 +65,9 @@ def read(run: Record) -> Status:
     state = "done" if run.final else "running" if running else "stopped" if step or saved is not None else "not begun"
     left = None
     if running and lines and total and (line := lines[-1])["at"] >= lock.taken_at(folder / "lock"):
-        trained = _count_trained(skipped.read(folder))
-        done, spent = trained(line["first"], line["step"]), line["at"] - line["began"] - _fixed(line["seconds"])
+        done, spent = line["step"] - line["first"], line["at"] - line["began"] - _fixed(line["seconds"])
         if done > 0:
-            left = max(0.0, trained(line["step"], total) * spent / done - (time.time() - line["at"]))
+            left = max(0.0, (total - line["step"]) * spent / done - (time.time() - line["at"]))
     seconds = goodput.sum_up(lines)
     return Status(
         run.name, state, step, total, saved, latest.get("train/images_per_second"), left,
@@ -82,27 +81,10 @@ def _fixed(seconds: JsonObject) -> float:
     return float(sum(seconds.get(name, 0.0) for name in ("import", "setup", "compile")))
 
 
-def _count_trained(lines: Sequence[JsonObject]) -> Callable[[int, int], int]:
-    """A function that counts the steps from `first` to `last` without those that, by skipped.jsonl, were left out."""
-    ranges = [(line["step"], line["until"]) for line in lines if "until" in line]
-    return lambda first, last: last - first - sum(max(0, min(last, b) - max(first, a)) for a, b in ranges)
-
-
 def _health(run: Record, running: bool, step: int) -> list[str]:
     folder, found = run.path, []
-    lines = skipped.read(folder)
-    alone = [line for line in lines if "until" not in line]
-    if alone:
-        found.append(f"{len(alone)} steps skipped, the last is {alone[-1]['step']} ({skipped.NAME})")
-    found += [
-        f"steps {line['step']} to {line['until'] - 1} left out, since step {line.get('bad_step')} is bad "
-        f"({line.get('reason')})"
-        for line in lines
-        if "until" in line
-    ]
-    if lines := writers.read_metrics(run.workdir.corruption):
-        found.append(f"{len(lines)} steps gave other bits when computed again, the last is {lines[-1]['step']} "
-                     f"({run.workdir.corruption.name}): test the devices")  # fmt: skip
+    if skipped := sum(int(line.get("train/skipped", 0)) for line in run.metrics):
+        found.append(f"{skipped} steps were skipped: their loss, gradient or parameters are not finite")
     if hung := sorted(path.name for path in folder.glob("hang-*.txt")):
         found.append(f"a process hung: see {', '.join(hung)}")
     if not (running or run.final) and step <= _bad_step(folder / "nonfinite.json"):

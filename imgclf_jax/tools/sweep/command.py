@@ -18,12 +18,11 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax.cli.words import CommandLine, UsageError, override
-from imgclf_jax.core import places, signals
+from imgclf_jax.core import places, signals, terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.recipe import check_names
-from imgclf_jax.run import lock, terminal
-from imgclf_jax.run.progress import Line
+from imgclf_jax.run import lock
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.sweep import plan as sweep_plan
 from imgclf_jax.tools.sweep import status
@@ -132,7 +131,6 @@ class _Sweep:
         self._width = max(len(run.name) for run in runs)
         self._active: list[_Job] = []
         self._elsewhere: list[Run] = []  # that another process trains, for example one that a killed sweep left behind
-        self._line: Line | None = None
         self._began, self._parts = 0.0, dict[str, float]()  # of the runs that do not train now, what is done, 0 to 1
         self._parts_before: dict[str, float] = {}  # the same when the sweep began
         self._outcomes: dict[str, str] = {}  # by run: "done", "done before", "stopped" or "failed"
@@ -152,7 +150,7 @@ class _Sweep:
         self._parts = {run.name: 1.0 if run.name in self._outcomes else status.read_progress(
             run.config, self._workdir(run)).part for run in self._runs}  # fmt: skip
         self._parts_before = dict(self._parts)
-        with signals.noted(self._at_stake) as stop, self._kill_at_exit(), Line(self._describe) as self._line:
+        with signals.noted(self._at_stake) as stop, self._kill_at_exit(), terminal.showing(self._describe):
             sent = ""  # the signal passed on to the runs
             while self._active or (not stop() and (todo or self._elsewhere)):
                 if stop() and not sent:
@@ -240,9 +238,8 @@ class _Sweep:
         duration = "" if seconds is None else f"{seconds:.1f} s"
         detail = _main_metric(run.config, self._workdir(run)) if outcome.startswith("done") else error
         row = status.row(run.name, self._width, f"{outcome:<11}  {duration:>9}  {detail}".rstrip(), terminal.columns())
-        with self._line.hidden() if self._line else contextlib.nullcontext():
-            for line in row:
-                terminal.print_text(line, indent=4)
+        for line in row:
+            terminal.print_text(line, indent=4)
 
     def _at_stake(self) -> str:
         return f"the steps of {len(self._active)} runs since their latest checkpoints"

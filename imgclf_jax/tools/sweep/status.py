@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.terminal import duration
 from imgclf_jax.core.text import decimals, printable
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.metrics import parse_best
-from imgclf_jax.run.progress import duration
 from imgclf_jax.run.record import MAIN_METRICS
 from imgclf_jax.run.workdir import Workdir
 

@@ -76,10 +76,10 @@ def test_it_ends_where_the_loss_diverges_and_draws_the_curve(tmp_path, capsys):
 
 @pytest.mark.thorough
 def test_it_skips_no_step(capsys):
-    """A run that skips spikes has the losses of one that does not: a skipped step has none, which ended the test."""
+    """A run that skips bad steps has the losses of one that does not: a skipped step has none, which ended the test."""
     keys = [*KEYS, "--config.optimizer=sgd", "--steps=20", "--low=1", "--high=30", "--format=json"]
     found = []
-    for more in ([], ["--config.on_bad_step=skip", "--config.spike=0.01 sigma over 2"]):
+    for more in ([], ["--config.on_bad_step=skip"]):
         assert launch.main(["find-lr", *keys, *more]) == 0
         found.append(json.loads(capsys.readouterr().out))
     assert found[0] == found[1]

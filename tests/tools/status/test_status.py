@@ -52,16 +52,6 @@ def test_the_time_left_of_a_resumed_run_is_by_its_own_pace(write, tmp_path):
         assert command.read(run).seconds_left == pytest.approx(28_100, abs=5)
 
 
-def test_the_time_left_after_a_rollback_counts_no_step_that_was_left_out(write, tmp_path):
-    """At 1 s a step, from step 9000: steps 9000 to 9999 are left out, and 100 are done since."""
-    rollback = {"step": 9000, "until": 10_000, "bad_step": 9999, "reason": "not finite"}
-    (tmp_path / "skipped.jsonl").write_text(json.dumps(rollback) + "\n")
-    now = time.time()
-    with lock.held(tmp_path / "lock"):
-        run = write(10_100, times=[attempt(9000, 10_100, now, now + 100, steps=100.0)])
-        assert command.read(run).seconds_left == pytest.approx(10_000, abs=5)
-
-
 def test_a_run_that_stopped_early_and_was_extended_is_not_done(write):
     """Its result is that of the shorter run, as soon as a later step has a record."""
     result = {"step": 12, "stopped_early": "test/loss has not improved"}
@@ -113,11 +103,12 @@ def test_status_of_a_run(fake_config, tmp_path, capsys, one_device):
     assert result["goodput"] == pytest.approx(found["goodput"], abs=1e-3)
     (tmp_path / "a" / "result.json").unlink()
     (tmp_path / "a" / "hang-0.txt").write_text("")
-    (tmp_path / "a" / "skipped.jsonl").write_text('{"step": 7, "seed": 0, "loss": null, "reason": "not finite"}\n')
+    with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "train/skipped": 3}\n')
     assert launch.main(["status", str(tmp_path / "a")]) == 0
     out = capsys.readouterr().out
     assert "stopped" in out
-    assert "steps skipped, the last is 7" in out
+    assert "3 steps were skipped" in out
     assert "a process hung: see hang-0.txt" in out
     assert "setup" in out
 

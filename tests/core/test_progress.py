@@ -9,7 +9,7 @@ import time
 import pytest
 from rich.console import Console
 
-from imgclf_jax.run import progress, terminal
+from imgclf_jax.core import terminal
 
 
 @pytest.mark.parametrize(("done", "total", "seconds", "said"), [
@@ -20,21 +20,21 @@ from imgclf_jax.run import progress, terminal
     (1234, None, 2.0, "evaluating test: 1,234, 617 a second"),
 ])  # fmt: skip
 def test_what_is_said(done, total, seconds, said):
-    assert progress.describe("evaluating test", done, total, seconds) == said
+    assert terminal.describe_progress("evaluating test", done, total, seconds) == said
 
 
 def test_a_narrow_terminal_cuts_the_name_and_not_the_numbers():
     """`evaluating …: 0 of 360` had lost its last digit at 80 columns, and said 36."""
-    said = progress.describe("evaluating runs/rates/schedule=constant-1e-3 on 猫", 120, 360, 2.0, 60)
+    said = terminal.describe_progress("evaluating runs/rates/schedule=constant-1e-3 on 猫", 120, 360, 2.0, 60)
     assert said == "evaluating runs/rates/sc…: 120 of 360, 60 a second, 4 s left"
     assert len(said) == 60
-    assert progress.describe("猫猫猫猫猫猫猫猫", 0, 5, 0.0, 17) == "猫猫猫猫…: 0 of 5"  # two columns each
+    assert terminal.describe_progress("猫猫猫猫猫猫猫猫", 0, 5, 0.0, 17) == "猫猫猫猫…: 0 of 5"  # two columns each
 
 
 @pytest.mark.parametrize(("seconds", "said"), [
     (0, "0 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (5400, "1.5 h"), (172_800, "2.0 days")])  # fmt: skip
 def test_durations(seconds, said):
-    assert progress.duration(seconds) == said
+    assert terminal.duration(seconds) == said
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def quick(monkeypatch):
         screen = io.StringIO()
         console = Console(file=screen, force_terminal=is_terminal, width=40, color_system=None)
         monkeypatch.setattr(terminal, "console", lambda: console)
-        for name in ("_FIRST_SHOWN", "_NEXT_SHOWN", "_FIRST_LOGGED", "_NEXT_LOGGED"):
-            monkeypatch.setattr(progress, name, 0.005)
+        for name in ("_FIRST_LOGGED", "_NEXT_LOGGED"):
+            monkeypatch.setattr(terminal, name, 0.005)
         return screen
 
     return set_up
@@ -58,38 +58,53 @@ def slowly(items):
         yield item
 
 
+def on_screen(text):
+    """The lines that remain on a terminal: what a carriage return and an erased line leave of the output."""
+    lines, row = [""], 0
+    for part in re.split(r"(\r|\n|\x1b\[[0-9;?]*[A-Za-z])", text):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif part == "\x1b[1A":
+            row -= 1
+        elif part and part[0] not in "\r\x1b":
+            lines[row] = part
+    return [line.rstrip() for line in lines if line.strip()]
+
+
 def test_on_a_terminal(quick, monkeypatch):
     """The line fits, makes room for what is printed and logged, and is gone at the end."""
     screen = quick(True)
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setattr(screen, "isatty", lambda: True)
-    found = []
-    for item in progress.track(slowly("abc"), 3, "checking [x]\n" + "y" * 99, prints=True):
-        found.append(item)
-        print(f"row {item}", file=screen)
-        time.sleep(0.02)  # in which nothing is drawn
-    assert found == ["a", "b", "c"]
-    text = screen.getvalue()
-    shown = re.findall(r"checking \[x\]\\ny*…: \d of 3.*", text)
-    assert shown
-    assert {len(line.split("\r")[0]) for line in shown} == {39}
-    on_screen = [re.split(r"\r\x1b\[2K", line)[-1] for line in text.split("\n")]
-    assert on_screen == ["row a", "row b", "row c", ""]
-
-
-def test_a_record_of_the_log_makes_room(quick):
-    screen = quick(True)
     terminal.setup_logging()
-    for _ in progress.track(slowly("ab"), 2, "work"):
-        logging.getLogger("imgclf_jax").warning("watch out")
-    lines = [re.split(r"\r\x1b\[2K", line)[-1] for line in screen.getvalue().split("\n")]
-    assert [line.split(" ", 1)[-1].strip() for line in lines if "watch" in line] == ["watch out"] * 2
+    for item in terminal.track(slowly("abc"), 3, "checking [x]\n" + "y" * 99):
+        print(f"row {item}")
+        logging.getLogger("imgclf_jax").warning("watch out for %s", item)
+        time.sleep(0.3)
+    text = screen.getvalue()
+    shown = re.findall(r"checking \[x\]\\ny*…: \d of 3[^\r\n\x1b]*", text)
+    assert shown
+    assert max(map(len, shown)) <= 40
+    rest = [re.sub(r"^\[?\d\d:\d\d:\d\d\]? |^ +", "", line) for line in on_screen(text)]
+    assert rest == [line for item in "abc" for line in (f"row {item}", f"watch out for {item}")]
+
+
+def test_without_a_terminal_on_standard_output_rows_go_there(quick, monkeypatch):
+    quick(True)
+    file = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", file)
+    for item in terminal.track("ab", 2, "work"):
+        print(item)
+    assert file.getvalue() == "a\nb\n"
 
 
 def test_elsewhere_it_is_a_line_of_the_log(quick, caplog):
     screen = quick(False)
     with caplog.at_level(logging.INFO, "imgclf_jax"):
-        assert list(progress.track(slowly("abc"), 6, "work", weight=lambda _: 2)) == ["a", "b", "c"]
+        assert list(terminal.track(slowly("abc"), 6, "work", weight=lambda _: 2)) == ["a", "b", "c"]
     assert caplog.messages[-1].startswith("work: ")
     assert any("of 6, " in message for message in caplog.messages)
     assert screen.getvalue() == ""
@@ -99,6 +114,6 @@ def test_an_item_counts_once_the_caller_is_done_with_it(quick, caplog):
     """An evaluation of one chunk said 360 of 360 while it compiled, at ever fewer images a second."""
     quick(False)
     with caplog.at_level(logging.INFO, "imgclf_jax"):
-        for _ in progress.track([1], 1, "work"):
+        for _ in terminal.track([1], 1, "work"):
             time.sleep(0.1)
     assert set(caplog.messages) == {"work: 0 of 1"}

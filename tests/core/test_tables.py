@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from imgclf_jax.run import terminal
+from imgclf_jax.core import terminal
 
 ROWS = [["photographs/2026-11-27/a-rather-long-name-of-a-file.png", "Katze 0.8055", "Hund 0.1915", "Maus <0.0001",
          "gradcam", "explained/a-rather-long-name-of-a-file.gradcam.png"]]  # fmt: skip

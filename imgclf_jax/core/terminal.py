@@ -10,19 +10,27 @@ import math
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
+from rich.live import Live
 from rich.logging import RichHandler
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from imgclf_jax.core import named_warnings, processes
 from imgclf_jax.core.text import decimals, printable
 from imgclf_jax.core.typing import Json
 
-_AT_ONCE = 1000  # rows of a streamed table; the first ones determine its column widths
+_FIRST_LOGGED, _NEXT_LOGGED = 10.0, 60.0  # seconds until progress is logged where there is no terminal, and between
+_AT_ONCE = 1000  # rows of a streamed table
+_WIDE = 1_000_000  # columns of an output that is no terminal, where a row is one line
+
+
+log = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -36,13 +44,71 @@ def shows_progress() -> bool:
     return console().is_terminal and not processes.index()
 
 
-def busy(what: str) -> contextlib.AbstractContextManager[object]:
-    """Inside, shows a spinner on a terminal."""
-    return console().status(escape(printable(what))) if shows_progress() else contextlib.nullcontext()
+@contextlib.contextmanager
+def showing(what: str | Callable[[], str], every: float = 0.0) -> Iterator[None]:
+    """While inside, shows `what`, or what it returns in another thread: on a terminal as a line that is replaced.
+
+    Elsewhere logs it after ten seconds, and then each minute, or `every` so many seconds. An empty text shows nothing.
+    """
+    describe = what if callable(what) else lambda: what
+    if processes.index():
+        yield
+        return
+    if shows_progress():
+        line = functools.partial(Text, no_wrap=True, overflow="ellipsis")
+        with Live(get_renderable=lambda: line(printable(describe())), console=console(), transient=True,
+                  redirect_stdout=sys.stdout.isatty(), redirect_stderr=False):  # fmt: skip
+            yield
+        return
+    ended = threading.Event()
+
+    def log_progress() -> None:
+        wait = every or _FIRST_LOGGED
+        while not ended.wait(wait):
+            wait = every or _NEXT_LOGGED
+            if text := describe():
+                log.info("%s", text)
+
+    thread = threading.Thread(target=log_progress, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
-# Called before each record of the log is written, by what has something on the terminal that must make room.
-before_records: list[Callable[[], None]] = []
+def track[T](items: Iterable[T], total: int | None, what: str, weight: Callable[[T], int] = lambda _: 1) -> Iterator[T]:
+    """Yields the items, and shows how many the caller is done with, of the `total` if that is known.
+
+    An item counts as `weight(item)`.
+    """
+    done, began = 0, time.monotonic()
+    width = console().width if shows_progress() else None
+    with showing(lambda: describe_progress(what, done, total, time.monotonic() - began, width)):
+        for item in items:
+            yield item
+            done += weight(item)
+
+
+def describe_progress(what: str, done: int, total: int | None, seconds: float, width: int | None = None) -> str:
+    """`evaluating test: 1,280 of 10,000, 640 a second, 14 s left`. If it exceeds `width` columns, `what` is cut."""
+    rate = done / seconds if seconds > 0 else 0.0
+    text = f": {min(done, total) if total else done:,}" + (f" of {total:,}" if total else "")
+    if done:
+        text += f", {rate:,.0f} a second" if rate >= 1 else f", {1 / rate:,.1f} s each"
+    if done and total and done < total:
+        text += f", {duration((total - done) / rate)} left"
+    what = printable(what)
+    return (what if width is None else shorten(what, max(8, width - len(text)))) + text
+
+
+def duration(seconds: float) -> str:
+    """A duration for people: 45 s, 12 min, 3.5 h, 4.2 days."""
+    for unit, size, limit, form in (("s", 1, 90, ".0f"), ("min", 60, 5400, ".0f"), ("h", 3600, 172_800, ".1f")):
+        if seconds < limit:
+            return f"{seconds / size:{form}} {unit}"
+    return f"{seconds / 86400:.1f} days"
 
 
 def setup_logging() -> None:
@@ -72,8 +138,6 @@ def setup_logging() -> None:
 
 def _printable(record: logging.LogRecord) -> logging.LogRecord:
     """Escapes unprintable characters in a record. Line breaks stay if the message itself has them, as tables do."""
-    for make_room in before_records:
-        make_room()
     out, text = copy.copy(record), record.getMessage()
     lines = text.split("\n") if "\n" in str(record.msg) else [text]
     out.msg, out.args = "\n".join(map(printable, lines)), None
@@ -128,38 +192,17 @@ def nonfinite_to_null(value: Json) -> Json:
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], streamed: bool = False) -> None:
     """Prints a table on standard output. Unless on a terminal, a row is one line of any length, for programs.
 
-    On a terminal the widest cells go on in the next line until the table fits. Escapes characters that are unprintable
-    or missing from the output's encoding. If `streamed`, prints rows as they come, a thousand at a time, in columns as
-    wide as the rows so far need, and nothing without rows.
+    On a narrow terminal cells go on in the next line. Escapes characters that are unprintable or missing from the
+    output's encoding. If `streamed`, prints rows as they come, a thousand at a time, and nothing without rows.
     """
-    widths = [len(name) for name in columns]
     for part, some in enumerate(itertools.batched(rows, _AT_ONCE) if streamed else [tuple(rows)]):
-        cells = [[_cell(cell) for cell in row] for row in some]
-        if cells:
-            widths = [
-                max(old, *map(cell_len, column)) for old, column in zip(widths, zip(*cells, strict=True), strict=True)
-            ]
-        between = 3 * len(widths) + 1  # lines and spaces
-        stdout = _stdout(sum(widths) + between)
         table = Table(show_header=not part)
-        for name, width in zip(columns, _fit(widths, stdout.width - between), strict=True):
-            table.add_column(name, width=width, overflow="fold")
-        for row in cells:
-            table.add_row(*row)
-        stdout.print(table)
-
-
-def _fit(widths: Sequence[int], most: int) -> list[int]:
-    """The widths of columns that together take `most` characters, or as they are: the widest ones are narrower."""
-    fitted = list(widths)
-    while sum(fitted) > most and max(fitted) > 1:
-        fitted[fitted.index(max(fitted))] -= 1
-    return fitted
-
-
-def _stdout(needed: int) -> Console:
-    width = None if sys.stdout.isatty() else needed
-    return Console(width=width, markup=False, emoji=False)  # a file may be called "a[b]:c:.png"
+        for name in columns:
+            table.add_column(name, overflow="fold")
+        for row in some:
+            table.add_row(*map(_cell, row))
+        # A file may be called "a[b]:c:.png".
+        Console(width=None if sys.stdout.isatty() else _WIDE, markup=False, emoji=False).print(table)
 
 
 def _cell(text: str) -> str:

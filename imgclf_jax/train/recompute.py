@@ -1,0 +1,55 @@
+"""Finds silent data corruption by computing a step twice from the same state: the key `check_every`.
+
+A step is a pure function of the state and of (seed, step), so two results differ only if a device computed wrongly, its
+memory lost a bit, or a kernel is nondeterministic. In practice, recomputation finds such faults: arXiv:2502.12340.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imgclf_jax.core import tree
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import PyTree
+
+
+def copy(state: PyTree) -> PyTree:
+    """Returns a copy in buffers of its own, sharded alike, from which to compute the step again."""
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    copied: PyTree = jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=shardings)(state)
+    return copied
+
+
+def refuse_difference(step: int, first: PyTree, second: PyTree, latest: Callable[[], str]) -> None:
+    """Raises UserError unless two results of step `step` agree in every bit, and in each result all replicas.
+
+    Compares what the devices of this process hold. `latest` says where the run continues.
+    """
+    arrays, devices = find_differences(first, second)
+    if arrays:
+        more = f" and {len(arrays) - 1} more arrays" if len(arrays) > 1 else ""
+        raise UserError(
+            f"step {step} gives other bits when it is computed again, in {arrays[0]}{more}, on device "
+            f"{', '.join(map(str, devices))}: a device failed or lost a bit, or a kernel is not deterministic; test "
+            f"the devices, then run the same command on others: it continues from {latest()}"
+        )
+
+
+def find_differences(first: PyTree, second: PyTree) -> tuple[list[str], list[int]]:
+    """The paths of the arrays that differ in a bit between two states or between replicas, and their devices' ids."""
+    arrays, devices = [], set()
+    for (name, a), (_, b) in zip(tree.named_leaves(first), tree.named_leaves(second), strict=True):
+        replicas: dict[str, bytes] = {}
+        shards = [(x.device.id, _content(x.data), _content(y.data), str(x.index))
+                  for x, y in zip(a.addressable_shards, b.addressable_shards, strict=True)]  # fmt: skip
+        wrong = {id for id, x, y, index in shards if not x == y == replicas.setdefault(index, x)}
+        if wrong:
+            arrays.append(name)
+            devices |= wrong
+    return arrays, sorted(devices)
+
+
+def _content(x: jax.Array) -> bytes:
+    return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x).tobytes()
