@@ -25,7 +25,7 @@ from imgclf_jax.methods import Problem
 from imgclf_jax.programs import Programs, programs_for_images
 from imgclf_jax.recipe import Recipe, check_names
 from imgclf_jax.run import digests, provenance
-from imgclf_jax.run.checkpoint import Checkpoints, Gone
+from imgclf_jax.run.checkpoint import CheckpointRemoved, Checkpoints
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import Outputs, TrainState, apply_backbone
 from imgclf_jax.weights import pretrained
@@ -330,7 +330,7 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
     if not workdir.checkpoints.is_dir():
         raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
     for _ in range(20):
-        with contextlib.suppress(Gone):  # a run in progress saves and removes checkpoints
+        with contextlib.suppress(CheckpointRemoved):  # a run in progress saves and removes checkpoints
             state, step = _choose(config, workdir, which, programs)
             # Restoring may have imported more.
             processes.agree("comparing modules", provenance.module_facts, in_both=True)
@@ -366,17 +366,7 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
                            else f", and none has a finite {metric}" if metric
                            else "; 'best' needs checkpoint.best to be set"))  # fmt: skip
     else:
-        try:
-            run = checkpoints.restore(step, wanted, optimizer=False)
-        except (Gone, processes.Apart):
-            raise
-        except UserError as e:
-            intact = processes.broadcast_from_process_0(
-                "looking for another checkpoint", lambda: checkpoints.intact(step, wanted), processes.PREPARING
-            )
-            if not intact:
-                raise
-            raise UserError(f"{e}; --checkpoint={intact} is intact") from e
+        run = checkpoints.restore(step, wanted, optimizer=False)
     digests.check(workdir, step, run["state"].params)
     log.info("checkpoint of step %d from %s", step, workdir.checkpoints)
     ended = processes.broadcast_from_process_0("reading the result", workdir.last_step)

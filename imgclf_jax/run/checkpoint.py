@@ -2,21 +2,14 @@
 
 A checkpoint holds the train state and the metric accumulator since the last log line, so a resumed run logs the same
 numbers as an uninterrupted one. To `ocp.CheckpointManager` it adds (tests/run/test_checkpoint.py and test_verified.py):
-checksums of all files, since Orbax restores flipped bits; falling back to an older checkpoint; NaN as the worst
-score; removing old checkpoints only once the new one is verified; a symlink for names that Orbax takes for glob
-patterns; saving a step again with the scores of an evaluation that a signal cut short.
+checksums of all files, since Orbax restores flipped bits; falling back to an older checkpoint; and removing old
+checkpoints only once the new one is verified. Which one is best follows from metrics.jsonl.
 """
 
 import concurrent.futures
 import contextlib
-import glob
-import json
 import logging
-import math
-import shutil
-import tempfile
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +23,13 @@ from imgclf_jax import metrics
 from imgclf_jax.core import internals, places, processes, sharding, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Array, PyTree
-from imgclf_jax.run import manifest
+from imgclf_jax.run import manifest, writers
+from imgclf_jax.run.ranking import find_best, values_of
+from imgclf_jax.run.workdir import check_path
 
 log = logging.getLogger(__name__)
 
-_WORST = -math.inf
 _OPTIMIZER = "state/opt_state/"  # how the names of the optimizer's arrays begin
-_REPLACED = "replaced-"  # the first checkpoint of a step that is saved again, while the second one is written
 _REMOVED = "removed-"  # a checkpoint while its files are removed
 
 _COMMIT_FILE = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
@@ -50,22 +43,8 @@ _HANDLERS = _types.create_type_handler_registry(
 )
 
 
-class Gone(UserError):
+class CheckpointRemoved(UserError):
     """The run removed a checkpoint while it was being read."""
-
-
-class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, which reads the metrics of all checkpoints at the start; here damaged files do not fail."""
-
-    def metrics(self, step: int) -> dict[str, float] | None:
-        """The metrics of a checkpoint; None if it has none, or if they are damaged or too long."""
-        try:
-            file = self.directory / str(step) / "metrics" / "metrics"
-            found = json.loads(places.read(file))
-        except (OSError, ValueError, RecursionError):
-            return None
-        numbers = isinstance(found, dict) and all(isinstance(value, int | float) for value in found.values())
-        return found if numbers else None
 
 
 @contextlib.contextmanager
@@ -85,12 +64,13 @@ type Leaf = Any  # an array or a jax.ShapeDtypeStruct
 class Checkpoints:
     """The checkpoints in `directory`: the latest `keep`, and the best by the metric `best` (see `metrics.parse_best`).
 
-    A value that is not finite is the worst.
+    The values of the metric are those in metrics.jsonl, next to `directory`.
     """
 
     def __init__(self, directory: Path, keep: int = 2, best: str = "", read_only: bool = False):
         parent = directory.parent if places.in_bucket(directory) else directory.parent.resolve()
         self.directory = parent / directory.name
+        check_path(self.directory)
         self.best, self._sign = metrics.parse_best(best) if best else ("", 1.0)
         self._read_only = read_only
         if not read_only:
@@ -100,7 +80,6 @@ class Checkpoints:
         self._keep = keep
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.LatestN(None),  # all: Orbax would remove some before the new one is verified
-            best_fn=self._value if best else None,
             cleanup_tmp_directories=not read_only,
             create=False,
             # By default Orbax waits in a device collective, which needs as many devices in every process.
@@ -115,10 +94,8 @@ class Checkpoints:
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_HANDLERS)
         try:
             with _quiet_absl():  # Orbax warns that a read-only folder is read-only
-                self._manager = _Manager(self._for_orbax(), options=options, item_handlers=handler)
+                self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
         except (ValueError, TypeError, KeyError) as e:  # from a _CHECKPOINT_METADATA with other values
-            if isinstance(e, UserError):
-                raise
             raise UserError(f"a checkpoint in {self.directory} has damaged metadata: {reason(e)}; remove it") from e
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: concurrent.futures.Future[None] | None = None
@@ -130,79 +107,31 @@ class Checkpoints:
         places.make_folder(self.directory)
         for left in self.directory.glob(f"{_REMOVED}*"):
             places.remove(left)
-        self._put_back()
-
-    def _for_orbax(self) -> Path:
-        """The directory under a name without *, ? and [, which Orbax globs with, and \\, which TensorStore refuses."""
-        if glob.escape(str(self.directory)) == str(self.directory) and "\\" not in str(self.directory):
-            return self.directory
-        if places.in_bucket(self.directory):
-            raise UserError(f"{self.directory}: in a bucket, the name of a work directory may not contain *, ? or [, "
-                            "nor a backslash; pass another --workdir")  # fmt: skip
-        # The same name in all processes, since Orbax uses it in barriers.
-        alias = processes.broadcast_from_process_0(
-            "naming the folder of checkpoints", lambda: tempfile.mkdtemp(prefix="imgclf_jax")
-        )
-        weakref.finalize(self, shutil.rmtree, alias, ignore_errors=True)
-        link = Path(alias, "checkpoints")
-        link.parent.mkdir(mode=0o700, exist_ok=True)
-        with contextlib.suppress(FileExistsError):  # another process of this host has made it
-            link.symlink_to(self.directory, target_is_directory=True)
-        return link
-
-    def _value(self, scores: Mapping[str, float]) -> float:
-        """A finite number or -inf, greater for a better checkpoint."""
-        value = scores.get(self.best, math.nan)
-        return self._sign * value if math.isfinite(value) else _WORST
 
     def steps(self) -> list[int]:
         """The steps with a checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step of the best checkpoint; None without a metric or without a finite value of it.
-
-        Warns about checkpoints whose metrics are damaged, which are not ranked.
-        """
-        steps = self.steps()
-        unranked = dict(self._find_unranked(steps))
-        for sentence in unranked.values():
-            log.warning("%s", sentence)
-        return self._find_best(step for step in steps if step not in unranked)
-
-    def _find_best(self, steps: Iterable[int]) -> int | None:
+        """The step of the best checkpoint, the first one of equals; None without a finite value of the metric."""
         if not self.best:
             return None
-        values = [(self._value(self._manager.metrics(step) or {}), step) for step in steps]
-        value, step = max(values, default=(_WORST, None))
-        return None if value == _WORST else step
+        values = values_of(writers.read_metrics(self.directory.parent / "metrics.jsonl"), self.best)
+        steps = self.steps()
+        found = find_best(((step, value) for step, value in values if step in steps), self._sign)
+        return found and found[0]
 
-    def _find_unranked(self, steps: Sequence[int]) -> list[tuple[int, str]]:
-        """The checkpoints among `steps` whose metrics are damaged: pairs of a step and a sentence."""
-        folders = {step: self.directory / str(step) for step in steps if self.best}
-        faults = {step: manifest.find_fault(folder, "metrics/") for step, folder in folders.items()}
-        return [(step, f"checkpoint {folders[step]} cannot be ranked by {self.best}: {fault}")
-                for step, fault in faults.items() if fault not in ("", manifest.ABSENT)]  # fmt: skip
-
-    def has_score(self, step: int) -> bool:
-        """Whether the checkpoint of `step` has a value of the metric `best`, finite or not."""
-        return self.best in (self._manager.metrics(step) or {})
-
-    def save(self, step: int, state: PyTree, metrics: Mapping[str, float] | None = None, again: bool = False) -> None:
+    def save(self, step: int, state: PyTree) -> None:
         """Starts saving `state`, a pytree of arrays, as the checkpoint of `step`; returns before it is on disk.
 
-        The caller may donate the state's buffers right away. Raises UserError if this save or the previous one fails. A
-        step that has a checkpoint is saved again only if `again`; the new checkpoint then replaces it.
+        The caller may donate the state's buffers right away, and has flushed metrics.jsonl. Does nothing if the step
+        has a checkpoint. Raises UserError if this save or the previous one fails.
         """
         self._wait_for_all()  # for the previous save
         if step in self._manager.all_steps():
-            if not again:
-                return
-            folder, aside = self.directory / str(step), self.directory / f"{_REPLACED}{step}"
-            processes.broadcast_from_process_0("moving a checkpoint", lambda: places.move(folder, aside))
-            self._manager.reload()
+            return
         saved = ocp.args.PyTreeSave(jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state))
-        self._attempt(lambda: self._manager.save(step, args=saved, metrics=dict(metrics or {})))
+        self._attempt(lambda: self._manager.save(step, args=saved))
         self._saving = self._thread.submit(self._finish, step, jax.eval_shape(lambda: state))
 
     def _finish(self, step: int, like: PyTree) -> None:
@@ -215,11 +144,9 @@ class Checkpoints:
             self._remove_old()
 
     def _remove_old(self) -> None:
-        """Removes all checkpoints but the latest, the best, and those that cannot be ranked."""
+        """Removes all checkpoints but the latest and the best."""
         steps = self.steps()
-        unranked = [step for step, _ in self._find_unranked(steps)]
-        best = self._find_best(step for step in steps if step not in unranked)
-        kept = {*steps[-self._keep :], *unranked, best}
+        kept = {*steps[-self._keep :], self.best_step()}
         if old := [step for step in steps if step not in kept]:
             for step in old:
                 self._remove(step)
@@ -236,28 +163,12 @@ class Checkpoints:
         places.remove(aside)
 
     def _verify(self, step: int, like: PyTree) -> None:
-        folder = self.directory / str(step)
-        if lost := sorted({name for name, _ in tree.named_leaves(like)} - _saved_names(folder)):
-            raise OSError(f"the checkpoint cannot be read back: it does not list {lost[0]}")
         if not self._read_back:  # only the first, since TensorStore leaks memory when it opens each array
             saved = self._manager.item_metadata(step)
             if clash := "it has no metadata" if saved is None else _find_clash(saved, like):
                 raise OSError(f"the checkpoint cannot be read back: {clash}")
             self._read_back = True
-        manifest.write(folder)
-        places.remove(self.directory / f"{_REPLACED}{step}")
-
-    def _put_back(self) -> None:
-        """Restores the first checkpoint of a step if a process was killed while saving the step again."""
-        for old in self.directory.glob(f"{_REPLACED}*"):
-            if not (step := old.name.removeprefix(_REPLACED)).isdecimal():  # not ours, such as "replaced-.."
-                continue
-            new = self.directory / step
-            if manifest.find_fault(new):
-                places.remove(new)
-                places.move(old, new)
-            else:
-                places.remove(old)
+        manifest.write(self.directory / str(step))
 
     def wait(self) -> None:
         """Waits until every save of this process is on disk, in process 0 also verified. Raises UserError if not."""
@@ -351,9 +262,9 @@ class Checkpoints:
             return f"checkpoint {folder} cannot be read: {reason(e)}"
         return f"checkpoint {folder} is of another model or optimizer: {clash}" if clash else ""
 
-    def _gone(self, folder: Path) -> Gone | None:
+    def _gone(self, folder: Path) -> CheckpointRemoved | None:
         if self._read_only and not folder.is_dir():
-            return Gone(
+            return CheckpointRemoved(
                 f"checkpoint {folder} was removed while it was read, since its run still trains; run this again"
             )
         return None
@@ -375,16 +286,15 @@ class Checkpoints:
         """Restores the latest checkpoint that can be read: (step, state); None if there is no checkpoint.
 
         See `restore` for the state. A checkpoint that is damaged, or that lacks a manifest while an older one has it,
-        is reported and, unless this object is read-only, moved to `damaged/` next to the checkpoints; so is an earlier
-        one whose metrics are damaged. Raises UserError if there are checkpoints but none can be read, most likely since
-        they are another model's.
+        is reported and, unless this object is read-only, moved to `damaged/` next to the checkpoints. Raises UserError
+        if there are checkpoints but none can be read, most likely since they are another model's.
         """
-        steps, sealed, unranked = processes.broadcast_from_process_0("looking for checkpoints", self._found)
+        steps, sealed = processes.broadcast_from_process_0("looking for checkpoints", self._found)
         errors: dict[int, UserError] = {}
         for step in sorted(steps, key=lambda step: (step in sealed, step), reverse=True):
             try:
                 state = self.restore(step, like, optimizer)
-            except (Gone, processes.Apart):
+            except (CheckpointRemoved, processes.Apart):
                 raise
             except UserError as e:
                 errors[step] = e
@@ -394,28 +304,16 @@ class Checkpoints:
                 self._set_aside(
                     later, errors.get(later) or f"checkpoint {folder} cannot be verified: {manifest.ABSENT}", step
                 )
-            for earlier, sentence in unranked:  # the next save would remove it, even if it is the best
-                if earlier < step:
-                    self._set_aside(earlier, sentence, step)
             return step, state
         if errors:
             fix = "" if self._read_only else "; remove or rename that directory to train from the start"
             raise UserError(f"no checkpoint of {steps} in {self.directory} can be read: {errors[steps[-1]]}{fix}")
         return None
 
-    def _found(self) -> tuple[list[int], list[int], list[tuple[int, str]]]:
-        """The steps with a checkpoint, those among them with a manifest, and `_find_unranked` unless read-only."""
+    def _found(self) -> tuple[list[int], list[int]]:
+        """The steps with a checkpoint, and those among them with a manifest."""
         steps = self.steps()
-        sealed = [step for step in steps if manifest.is_in(self.directory / str(step))]
-        return steps, sealed, [] if self._read_only else self._find_unranked(steps)
-
-    def intact(self, instead_of: int, like: PyTree) -> int | None:
-        """The latest step, other than `instead_of`, with an intact checkpoint of the structure of `like`."""
-        steps = (step for step in reversed(self.steps()) if step != instead_of)
-        return next(
-            (step for step in steps if not manifest.find_fault(self.directory / str(step))
-             and not self._find_error(step, like, optimizer=False)), None
-        )  # fmt: skip
+        return steps, [step for step in steps if manifest.is_in(self.directory / str(step))]
 
     def _set_aside(self, step: int, error: UserError | str, used: int) -> None:
         if self._read_only:
@@ -468,12 +366,6 @@ def _wrap_key(data: Array, like: Leaf) -> Array:
     impl: list[Any] = []
     jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), like)
     return jax.random.wrap_key_data(data, impl=impl[0])
-
-
-def _saved_names(folder: Path) -> set[str]:
-    """The names of the arrays in a checkpoint, from Orbax's own list."""
-    entries = json.loads(places.read(folder / "default" / "_METADATA"))["tree_metadata"].values()
-    return {"/".join(str(key["key"]) for key in entry["key_metadata"]) for entry in entries}
 
 
 def _find_clash(saved: PyTree, like: PyTree) -> str:

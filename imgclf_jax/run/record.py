@@ -14,13 +14,12 @@ from imgclf_jax import config as configs
 from imgclf_jax.core import json_files, places
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.run import bundle, writers
+from imgclf_jax.run import bundle, ranking, writers
 from imgclf_jax.run.provenance import well_formed
 from imgclf_jax.run.workdir import Workdir, has_ended
 
 log = logging.getLogger(__name__)
 
-MAIN_METRICS = ("accuracy", "mean_average_precision", "r2")  # one per task; the greatest value is the best
 _OF_A_RUN = {"checkpoints", "tb", "profile", "damaged"}  # folders in that of a run, which hold no other runs
 
 
@@ -144,11 +143,7 @@ class Record:
 
     def latest(self) -> dict[str, float]:
         """The latest value of each metric."""
-        found: dict[str, float] = {}
-        for record in self.metrics:
-            numbers = {name: value for name, value in record.items() if type(value) in (int, float)}
-            found.update({name: value for name, value in numbers.items() if name != "step"})
-        return found
+        return ranking.latest(self.metrics)
 
     def pack(self, file: Path) -> None:
         """Writes the bundle of a work directory. Raises UserError if it cannot be written or a record is damaged."""

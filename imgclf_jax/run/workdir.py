@@ -34,6 +34,17 @@ log = logging.getLogger(__name__)
 _SEEN = 10.0  # seconds until all hosts see a new file on a shared disk
 
 
+def check_path(path: Path) -> None:
+    """Raises UserError unless checkpoints can be in `path`.
+
+    Orbax takes some characters of it for patterns, and TensorStore refuses a backslash and what is not UTF-8.
+    """
+    text = str(path if places.in_bucket(path) else path.resolve())
+    if set("*?[\\") & set(text) or text.encode(errors="ignore").decode() != text:
+        raise UserError(f"the path of the work directory {text!r} has one of *, ?, [ and \\, or is not UTF-8, and no "
+                        "checkpoint can be saved there; pass another --workdir")  # fmt: skip
+
+
 class Workdir:
     """The files of one run under `path`."""
 
@@ -98,11 +109,7 @@ class Workdir:
                         self.path)  # fmt: skip
             yield
             return
-        try:
-            str(self.path.resolve()).encode()
-        except UnicodeEncodeError as e:
-            raise UserError(f"the name of the work directory {str(self.path)!r} is not UTF-8, which checkpoints need; "
-                            "pass another --workdir") from e  # fmt: skip
+        check_path(self.path)
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(lock.held(self.path / "lock"))

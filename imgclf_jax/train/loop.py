@@ -18,9 +18,8 @@ from imgclf_jax.core.terminal import format_metrics
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import Chunk, JsonObject, PyTree
 from imgclf_jax.losses import Task
-from imgclf_jax.run import digests, writers
+from imgclf_jax.run import digests, early_stopping, writers
 from imgclf_jax.run.digests import Digests
-from imgclf_jax.run.early_stopping import Stopper
 from imgclf_jax.run.goodput import TimeRecord
 from imgclf_jax.run.monitor import Monitor
 from imgclf_jax.run.phases import Phases
@@ -68,8 +67,8 @@ def _train_from_latest(
     run = adjusted(set_up(config, workdir, extend))
     if run.start:
         digests.check(workdir, run.start, run.state.params)
-    total, stopper = run.cadences.total, Stopper(run.early_stopping, run.cadences, workdir.path, run.start)
-    ended = run.start == total or bool(stopper.reason(run.start))
+    total = run.cadences.total
+    ended = run.start == total or bool(_stops_early(run, run.start))
     done = ended and processes.broadcast_from_process_0("reading the result", lambda: workdir.is_done(total))
     # A run that is done keeps its config, unless that has the total of an extension that has trained no step.
     if ended and run.changed and (run.extended or not done):
@@ -88,7 +87,7 @@ def _train_from_latest(
             records.metrics.write_images(0, first)
         try:
             with monitor, stopping(run.checkpoints.unsaved, grace) as stop:
-                trained = train(run, monitor, records, stopper, stop)
+                trained = train(run, monitor, records, stop)
         except signals.Stopped as e:
             log.warning("%s: stopped before the first step, nothing is lost; run the same command again", e)
             return 128 + signals.number(str(e))
@@ -130,9 +129,7 @@ def _open_records(run: Run, noted: Callable[[int, str], None], phases: Phases) -
         yield records
 
 
-def train(
-    run: Run, monitor: Monitor, records: Records, stopper: Stopper, stop: Stopping
-) -> tuple[int, TrainState, Results, str] | None:  # fmt: skip
+def train(run: Run, monitor: Monitor, records: Records, stop: Stopping) -> tuple[int, TrainState, Results, str] | None:
     """The training loop: (last step, its state, results of the last evaluation, why it stopped early or "").
 
     None if it ended before.
@@ -142,14 +139,11 @@ def train(
     results: Results | None = None
     cut_short = run.start and cadences.due(run.start).eval and not records.metrics.evaluated
     if cut_short:  # by a signal, in this evaluation
-        results = _evaluate(run, state, run.start, records, monitor, stopper, stop)
+        results = _evaluate(run, state, run.start, records, monitor, stop)
         if results is None:
             return None
-    if run.start and config.checkpoint.best and (scores := _unsaved_scores(run, results)):
-        records.metrics.flush()
-        checkpoints.save(run.start, {"state": state, "sums": sums}, scores, again=True)
 
-    edges, stopped = (*monitor.edges, *records.digests.edges), stopper.reason(run.start)
+    edges, stopped = (*monitor.edges, *records.digests.edges), _stops_early(run, run.start)
     ranges = () if stopped else cadences.ranges(run.start, programs.steps_per_call, edges)
     chunks = _when_compiled(programs.chunks(run.images, ranges), run, monitor, stop)
     for steps, chunk in monitor.watch(chunks):
@@ -174,11 +168,11 @@ def train(
                 sums = programs.zero_sums()
             if due.eval:
                 with _saved_if_it_fails(run, records, monitor, step, state, sums):
-                    results = _evaluate(run, state, step, records, monitor, stopper, stop)
+                    results = _evaluate(run, state, step, records, monitor, stop)
                 signal = signal or (stop() if results is None else "")
-                stopped = stopper.reason(step)
+                stopped = _stops_early(run, step)
             if due.checkpoint or signal or stopped or (due.eval and config.checkpoint.best):
-                _save(run, records, monitor, step, state, sums, results if due.eval else None)
+                _save(run, records, monitor, step, state, sums)
             records.times.update(step, now=bool(due.checkpoint or signal or stopped))
             if stopped:
                 break
@@ -209,20 +203,17 @@ def _saved_if_it_fails(
         yield
     except Exception:
         if processes.count() == 1:  # all processes save together, and others may still evaluate
-            _save(run, records, monitor, step, state, sums, None)
+            _save(run, records, monitor, step, state, sums)
             run.checkpoints.close()
             log.warning("the evaluation failed; a checkpoint of step %d is saved", step)
         raise
 
 
-def _save(
-    run: Run, records: Records, monitor: Monitor, step: int, state: TrainState, sums: PyTree,
-    results: Results | None,
-) -> None:  # fmt: skip
+def _save(run: Run, records: Records, monitor: Monitor, step: int, state: TrainState, sums: PyTree) -> None:
     monitor.phases.enter("checkpoint", step)
     records.metrics.flush()  # so that no checkpoint on disk is ahead of its metrics
     records.digests.record(step, state.params)
-    run.checkpoints.save(step, {"state": state, "sums": sums}, _scores(results) if results else {})
+    run.checkpoints.save(step, {"state": state, "sums": sums})
 
 
 def _report_skipped(done: dict[str, np.ndarray]) -> None:
@@ -238,7 +229,7 @@ def _report_skipped(done: dict[str, np.ndarray]) -> None:
 
 
 def _evaluate(
-    run: Run, state: TrainState, step: int, records: Records, monitor: Monitor, stopper: Stopper, stop: Stopping
+    run: Run, state: TrainState, step: int, records: Records, monitor: Monitor, stop: Stopping
 ) -> Results | None:
     """Evaluates, logs and writes the metrics; None if a signal cut it short: then the resumed run repeats it."""
     phases = monitor.phases
@@ -256,8 +247,12 @@ def _evaluate(
     for row in run.rows.evaluations(step, results):
         log.info("%s", row)
     records.metrics.write_scalars(step, _scores(results))
-    stopper.note(step, _scores(results))
+    records.metrics.flush()  # early stopping and the best checkpoint follow from it
     return results
+
+
+def _stops_early(run: Run, step: int) -> str:
+    return early_stopping.find_reason(run.early_stopping, run.cadences, run.workdir.path, step)
 
 
 def _beating(phases: Phases, stop: Callable[[], str] = str) -> Callable[[], str]:
@@ -296,22 +291,6 @@ def _last_results(run: Run, last: int, state: TrainState, phases: Phases) -> Res
                             "the file another run's?", run.workdir.metrics, name, key, before, last, value)  # fmt: skip
                 return found
     return recorded
-
-
-def _unsaved_scores(run: Run, results: Results | None) -> dict[str, float]:
-    """The scores of the evaluation at the first step, its `results` or those recorded, if its checkpoint lacks them.
-
-    A process that repeats an evaluation records it before it saves the checkpoint again, and may be killed in between.
-    """
-
-    def find() -> dict[str, float]:
-        if run.checkpoints.has_score(run.start):
-            return {}
-        scores = _scores(results or _recorded(run, run.start) or {})
-        return scores if run.checkpoints.best in scores else {}
-
-    found: dict[str, float] = processes.broadcast_from_process_0("reading the scores of a checkpoint", find)
-    return found
 
 
 def _recorded(run: Run, last: int) -> Results | None:

@@ -41,11 +41,19 @@ def like(mesh=None) -> dict:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), make_state(0))
 
 
+def score(directory: Path, step: int, scores: dict[str, float]) -> None:
+    """Adds the scores of an evaluation to metrics.jsonl, next to the checkpoints."""
+    with (directory.parent / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, **scores}) + "\n")
+
+
 def save(directory: Path, steps: dict[int, dict[str, float]], **options) -> Checkpoints:
-    """Saves `make_state(step)` with its metrics for each step."""
+    """Records the scores of each step, then saves `make_state(step)`, as a run does."""
     checkpoints = Checkpoints(directory, **options)
     for step, scores in steps.items():
-        checkpoints.save(step, make_state(step), scores)
+        if scores:
+            score(directory, step, scores)
+        checkpoints.save(step, make_state(step))
     checkpoints.close()
     return Checkpoints(directory, **options)
 
@@ -198,10 +206,10 @@ def test_the_best_is_kept(tmp_path, best, expected):
     scores = {1: (0.2, 0.9), 2: (0.8, 0.5), 3: (0.6, 0.1), 4: (), 5: (0.7, 0.4), 6: ()}
     names = ("test/accuracy", "test/loss", "test/my_error")
     steps = {step: dict(zip(names, (*pair, *pair[1:]), strict=False)) for step, pair in scores.items()}
-    checkpoints = save(tmp_path, steps, keep=1, best=best)
+    checkpoints = save(tmp_path / "checkpoints", steps, keep=1, best=best)
     assert checkpoints.best_step() == expected
     assert checkpoints.steps() == [expected, 6]
-    assert Checkpoints(tmp_path).best_step() is None
+    assert Checkpoints(tmp_path / "checkpoints").best_step() is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, *thorough(math.inf, -math.inf)])
@@ -212,9 +220,18 @@ def test_the_best_is_kept(tmp_path, best, expected):
 def test_a_value_that_is_not_finite_is_the_worst(tmp_path, best, values, expected, bad):
     """Whenever it occurs, the best finite value is kept next to the latest checkpoint; without one there is no best."""
     scores = {step: {best: bad if value is None else value} for step, value in enumerate(values, 1)}
-    checkpoints = save(tmp_path, scores, keep=1, best=best)
+    checkpoints = save(tmp_path / "checkpoints", scores, keep=1, best=best)
     assert checkpoints.best_step() == expected
     assert set(checkpoints.steps()) >= {len(values), *filter(None, [expected])}
+
+
+def test_the_first_of_equals_is_the_best(tmp_path):
+    """As in the log and in early stopping. A score that came after its checkpoint counts as well."""
+    directory = tmp_path / "checkpoints"
+    scores = {step: {"test/accuracy": value} for step, value in ((1, 0.5), (2, 0.9), (3, 0.9), (5, 0.1))}
+    assert save(directory, scores, keep=1, best="test/accuracy").steps() == [2, 5]
+    score(directory, 5, {"test/accuracy": 0.95})  # an evaluation that a signal cut short was repeated
+    assert save(directory, {6: {}}, keep=1, best="test/accuracy").steps() == [5, 6]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run import early_stopping
 from imgclf_jax.run.cadences import Cadences
-from imgclf_jax.run.early_stopping import EarlyStopping, Stopper
+from imgclf_jax.run.early_stopping import EarlyStopping, find_reason
 from imgclf_jax.run.provenance import DataInfo
 
 NAN, INF = math.nan, math.inf
@@ -60,31 +60,22 @@ def test_why_it_stopped():
 
 def test_what_is_recorded(tmp_path):
     """A resumed run knows every evaluation, but perhaps the one that a signal cut short; else it does not go on."""
-    stopping = EarlyStopping("val/loss", -1, Fraction(20), "…")
-    lines = [{"step": 10, "train/loss": 9.0}, {"step": 10, "val/loss": 3.0}, {"step": 20, "val/loss": None}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    due = Cadences(100, None, Fraction(10), None).evaluations(25)
-    assert due == [10, 20]
-    first, second = early_stopping._read(stopping, tmp_path, due, 25)
-    assert (first, second[0], math.isnan(second[1])) == ((10, 3.0), 20, True)
-    assert early_stopping._read(stopping, tmp_path, [10, 20, 30], 30)[:1] == [(10, 3.0)]
-    with pytest.raises(UserError, match=r"metrics.jsonl has no val/loss of step 30, by which stop="):
-        early_stopping._read(stopping, tmp_path, [10, 20, 30], 35)
+    stopping, cadences = EarlyStopping("val/loss", -1, 20, "…"), Cadences(60, None, Fraction(10), None)
 
+    def reason(step: int, lines: list[dict]) -> str:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return find_reason(stopping, cadences, tmp_path, step)
 
-def test_a_run_in_progress(tmp_path):
-    """It ends by what is recorded and what is noted."""
-    stopping = EarlyStopping("val/loss", -1, Fraction(20), "…")
-    cadences = Cadences(60, None, Fraction(10), None)
-    lines = [{"step": step, "val/loss": loss} for step, loss in ((10, 3.0), (20, 3.0), (30, 3.0), (40, 2.0))]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    stopper = Stopper(stopping, cadences, tmp_path, 45)
-    assert stopper.reason(45) == ""
-    stopper.note(50, {"val/loss": 2.5})
-    assert stopper.reason(50) == ""
-    stopper.note(60, {"val/loss": 2.5})
-    assert stopper.reason(60) == ""  # its total
-    assert Stopper(None, cadences, tmp_path, 45).reason(45) == ""
+    lines = [{"step": 10, "train/loss": 9.0}, {"step": 10, "val/loss": 3.0}, {"step": 20, "val/loss": NAN}]
+    assert reason(20, lines) == reason(25, lines) == reason(30, lines) == ""
+    lines.append({"step": 30, "val/loss": 3.5})
+    assert reason(29, lines) == ""
+    assert reason(30, lines) == "val/loss has not improved for 20 steps: best 3 at step 10"
+    assert reason(60, lines) == ""  # its total
+    for damaged in (lines[2:], lines[:2], [*lines[:2], {"step": 20, "val/loss": None}]):
+        with pytest.raises(UserError, match=r"metrics.jsonl has no val/loss of step [12]0, by which stop="):
+            reason(35, damaged)
+    assert find_reason(None, cadences, tmp_path, 45) == ""
 
 
 def test_evaluations_of_a_cadence():

@@ -4,7 +4,6 @@ import contextlib
 import gzip
 import json
 import os
-import shutil
 import signal
 import time
 
@@ -14,7 +13,7 @@ from flax import linen as nn
 
 from imgclf_jax import step
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.run import manifest, writers
+from imgclf_jax.run import writers
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.train import loop as train
@@ -125,28 +124,6 @@ def test_the_evaluation_is_traced_once_though_it_comes_early(fake_config, tmp_pa
     fake_config.total, fake_config.eval_every = "2 steps", "1 steps"
     run(fake_config, tmp_path)
     assert len(made) == 1
-
-
-@pytest.mark.thorough
-def test_a_kill_between_an_evaluation_and_its_scores_in_the_checkpoint(fake_config, tmp_path):
-    """A signal cut the evaluation short; the next process recorded it, and was killed before it saved the scores."""
-    fake_config.eval_every, fake_config.checkpoint.best, fake_config.checkpoint.keep = "6 steps", "test/loss", 9
-
-    def train_on():
-        run(fake_config, tmp_path)
-        scores = {folder.parents[1].name: json.loads(folder.read_text()) for folder in saved.glob("*/metrics/metrics")}
-        return scores, [{k: v for k, v in r.items() if k not in writers.TIMES} for r in read_metrics(metrics)]
-
-    saved, metrics = tmp_path / "checkpoints", tmp_path / "metrics.jsonl"
-    undisturbed = train_on()
-    assert "test/loss" in undisturbed[0]["6"]
-    for later in (folder for folder in saved.iterdir() if int(folder.name) > 6):
-        shutil.rmtree(later)
-    (tmp_path / "result.json").unlink()
-    (saved / "6" / "metrics" / "metrics").write_text("{}")
-    (saved / "6" / manifest.NAME).unlink()
-    manifest.write(saved / "6")
-    assert train_on() == undisturbed
 
 
 def test_counts_of_a_log_line_do_not_overflow(fake_config, tmp_path):

@@ -31,7 +31,7 @@ def main(files: Sequence[str], format: str, html: str, test: bool, trust: bool) 
     Raises UserError if there is no run, and if the page is not writable.
     """
     runs, damaged = record.find(files)
-    groups, metric = group_runs(runs), main_metric(runs)
+    groups, (metric, _) = group_runs(runs), main_metric(runs)
     for sentence in differing_origins(groups):
         log.warning("%s", sentence)
     predictions = saved_predictions.load_all(runs, test, trust)

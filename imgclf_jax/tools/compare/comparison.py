@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax.core.json_files import as_object
 from imgclf_jax.core.typing import Json, JsonObject, Value
-from imgclf_jax.run.record import MAIN_METRICS, Record
+from imgclf_jax.run import ranking
+from imgclf_jax.run.record import Record
 from imgclf_jax.tools.compare.paired import Spread, spread
 
 DIRECTORY = "directory"  # distinguishes groups with equal configs
@@ -79,16 +80,12 @@ def shown(value: Value) -> str:
     return value if isinstance(value, str) and value else repr(value)
 
 
-def main_metric(runs: Sequence[Record]) -> str:
-    """Returns the metric to rank by, accuracy or the task's own, on the first evaluation set of the first run.
-
-    That of a finished run, if there is one.
-    """
-    available = {name for run in runs for name in run_metrics(run)}
-    finished_first = sorted(runs, key=lambda run: run.final is None)
-    first = next((name for run in finished_first for name in run.config.data.eval), "test")
-    kinds = [kind for kind in MAIN_METRICS if f"{first}/{kind}" in available]
-    return f"{first}/{kinds[0] if kinds else MAIN_METRICS[0]}"
+def main_metric(runs: Sequence[Record]) -> tuple[str, float]:
+    """Returns the main metric of the first finished run, and 1.0 if its greatest value is best, else -1.0."""
+    reported = {name for run in runs for name in run_metrics(run)}
+    first = next((run for run in runs if run.final is not None), runs[0])
+    name = next(iter(first.config.data.eval), "test")
+    return ranking.main_metric(first.config, reported) or (f"{name}/accuracy", 1.0)
 
 
 def group_runs(runs: Sequence[Record]) -> list[Group]:
@@ -116,11 +113,11 @@ def group_runs(runs: Sequence[Record]) -> list[Group]:
         )
         for members in separated
     ]
-    metric = main_metric(runs)
+    metric, sign = main_metric(runs)
 
     def rank(group: Group) -> float:
         value = group.metrics()[metric].mean if metric in group.metrics() else math.nan
-        return math.inf if math.isnan(value) else -value
+        return math.inf if math.isnan(value) else -sign * value
 
     return sorted(groups, key=rank)
 

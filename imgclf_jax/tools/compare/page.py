@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from imgclf_jax.run.record import MAIN_METRICS
+from imgclf_jax.run.ranking import MAIN_METRICS
 from imgclf_jax.tools.compare import tables as compare_tables
 from imgclf_jax.tools.compare.comparison import Group, best, common, shown
 from imgclf_jax.tools.compare.paired_runs import Comparison

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from imgclf_jax.core.terminal import format_metrics
 from imgclf_jax.core.text import decimals
-from imgclf_jax.run.record import MAIN_METRICS, Record
+from imgclf_jax.run.ranking import MAIN_METRICS
+from imgclf_jax.run.record import Record
 from imgclf_jax.tools.compare.comparison import Group
 from imgclf_jax.tools.compare.paired import Spread
 from imgclf_jax.tools.compare.paired_runs import Comparison

@@ -11,7 +11,8 @@ from imgclf_jax.config import KEYS, flatten
 from imgclf_jax.core.text import decimals, interval
 from imgclf_jax.core.typing import JsonMapping
 from imgclf_jax.models import summary
-from imgclf_jax.run.record import MAIN_METRICS, Record
+from imgclf_jax.run.ranking import MAIN_METRICS, main_metric
+from imgclf_jax.run.record import Record
 from imgclf_jax.tools.pages import html
 from imgclf_jax.tools.pages.html import paragraph, table, text
 from imgclf_jax.tools.report import curves as report_curves
@@ -70,12 +71,14 @@ def _results(run: Record, findings: Findings) -> dict[str, JsonMapping]:
 
 
 def _headline(run: Record, findings: Findings) -> str:
-    for name, values in _results(run, findings).items():
-        if kind := next((kind for kind in MAIN_METRICS if kind in values), ""):
-            std = values.get(f"{kind}_std", math.nan)
-            spread = f" ± {decimals(std)}" if math.isfinite(std) else ""
-            return f"{name} {kind.replace('_', ' ')} {decimals(values[kind])}{spread}"
-    return f"{run.step} steps"
+    results = _results(run, findings)
+    found = main_metric(run.config, {f"{name}/{kind}" for name, values in results.items() for kind in values})
+    if found is None:
+        return f"{run.step} steps"
+    name, _, kind = found[0].partition("/")
+    std = results[name].get(f"{kind}_std", math.nan)
+    spread = f" ± {decimals(std)}" if math.isfinite(std) else ""
+    return f"{name} {kind.replace('_', ' ')} {decimals(results[name][kind])}{spread}"
 
 
 def _summary(run: Record, findings: Findings) -> str:

@@ -23,6 +23,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run import lock
+from imgclf_jax.run.ranking import main_metric
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.sweep import plan as sweep_plan
 from imgclf_jax.tools.sweep import status
@@ -298,5 +299,5 @@ def _find_error(status: int, file: Path) -> str:
 def _main_metric(config: ConfigDict, workdir: Workdir) -> str:
     """Formats the metric that the run is ranked by; "" without a result."""
     metrics = status.result(workdir)
-    found = status.main_metric(config, metrics)
+    found = main_metric(config, metrics)
     return f"{found[0]} {status.format_metric(metrics, found[0])}" if found else ""

@@ -14,8 +14,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.terminal import duration
 from imgclf_jax.core.text import decimals, printable
 from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.metrics import parse_best
-from imgclf_jax.run.record import MAIN_METRICS
+from imgclf_jax.run.ranking import latest, main_metric
 from imgclf_jax.run.workdir import Workdir
 
 _TAIL = 1 << 16  # bytes of metrics.jsonl that are read
@@ -41,10 +40,8 @@ def read_progress(config: ConfigDict, workdir: Workdir) -> Progress:
         total = workdir.total_steps(config)
     except UserError:
         return Progress()
-    latest: dict[str, float] = {}
-    for record in _tail(workdir.metrics):
-        latest |= {name: value for name, value in record.items() if type(value) in (int, float)}
-    return Progress(int(latest.pop("step", 0)), total, latest)
+    records = _tail(workdir.metrics)
+    return Progress(records[-1]["step"] if records else 0, total, latest(records))
 
 
 def _tail(file: Path) -> list[JsonObject]:
@@ -62,17 +59,6 @@ def _tail(file: Path) -> list[JsonObject]:
             if isinstance(record := json.loads(line), dict) and type(record.get("step")) is int:
                 records.append(record)
     return records
-
-
-def main_metric(config: ConfigDict, metrics: Mapping[str, float]) -> tuple[str, float] | None:
-    """The name of the metric that runs are ranked by, and 1.0 if its greatest value is best, else -1.0.
-
-    It is the one that chooses checkpoints, or else the task's own on the first evaluation set. None if `metrics` lack
-    it.
-    """
-    names = [(f"{group}/{kind}", 1.0) for group in config.data.eval for kind in MAIN_METRICS]
-    known = [parse_best(config.checkpoint.best)] if config.checkpoint.best else names
-    return next((found for found in known if found[0] in metrics), None)
 
 
 def format_metric(metrics: Mapping[str, float], name: str) -> str:

@@ -1,0 +1,45 @@
+"""The metric by which runs and checkpoints are ranked, and the best step by it: one rule for all that choose."""
+
+import math
+from collections.abc import Collection, Iterable
+
+from ml_collections import ConfigDict
+
+from imgclf_jax import metrics
+from imgclf_jax.core.typing import JsonMapping
+
+MAIN_METRICS = ("accuracy", "mean_average_precision", "r2")  # one per task; the greatest value is the best
+
+
+def main_metric(config: ConfigDict, reported: Collection[str]) -> tuple[str, float] | None:
+    """The metric that ranks a run, such as "test/accuracy", and 1.0 if its greatest value is best, else -1.0.
+
+    It is the first of these among the `reported` ones: the metric that chooses checkpoints, the task's own on each
+    evaluation set. None if there is none.
+    """
+    chosen = [metrics.parse_best(config.checkpoint.best)] if config.checkpoint.best else []
+    of_task = [(f"{name}/{kind}", 1.0) for name in config.data.eval for kind in MAIN_METRICS]
+    return next((one for one in [*chosen, *of_task] if one[0] in reported), None)
+
+
+def values_of(records: Iterable[JsonMapping], metric: str) -> list[tuple[int, float]]:
+    """The recorded values of a metric, (step, value) in the order of steps."""
+    found = {record["step"]: float(record[metric]) for record in records if type(record.get(metric)) in (int, float)}
+    return sorted(found.items())
+
+
+def find_best(values: Iterable[tuple[int, float]], sign: float) -> tuple[int, float] | None:
+    """The best finite value and its step, the first one of equals. None if no value is finite.
+
+    `values` are (step, value) in the order of steps. The greatest is best with `sign` 1.0, the smallest with -1.0.
+    """
+    finite = [(step, value) for step, value in values if math.isfinite(value)]
+    return max(finite, key=lambda one: sign * one[1], default=None)
+
+
+def latest(records: Iterable[JsonMapping]) -> dict[str, float]:
+    """The latest value of each metric in the records, which are in the order of steps."""
+    found: dict[str, float] = {}
+    for record in records:
+        found |= {name: value for name, value in record.items() if type(value) in (int, float) and name != "step"}
+    return found
