@@ -303,7 +303,7 @@ def test_verifying_a_checkpoint_may_take_hours(three, checkpoints, monkeypatch, 
 def test_a_process_that_is_missing_makes_no_checkpoint_damaged(three, checkpoints):
     """No older one is restored then, and nobody is told to remove them."""
     checkpoints.restore = lambda *_: processes.barrier("verifying", 0.1)
-    three.store.key_value_set("imgclf_jax/call/0/0", '["looking for checkpoints", [[1, 3], [1, 3], []]]')
+    three.store.key_value_set("imgclf_jax/call/0/0", '["looking for checkpoints", [[1, 3], [1, 3]]]')
     told = three(lambda _: checkpoints.restore_latest({}), numbers=(1, 2))
     missing = "process 0 (host a) has not reached the same point (verifying) within 0.1 s"
     assert {str(error).partition(";")[0] for error in told.values()} == {missing}
