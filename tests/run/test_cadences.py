@@ -16,9 +16,3 @@ def test_ranges_cover_every_step_once_and_end_where_something_is_due(periods):
         ends = {steps.stop for steps in ranges}
         due = {step for step in range(start + 1, 91) if any(cadences.due(step))}
         assert due | {s for s in (20, 27, 90) if s > start} <= ends
-
-
-def test_steps_that_are_left_out():
-    """Also where several ranges of them follow each other."""
-    ranges = Cadences(12, None, None, None).ranges(0, 100, left_out={3: 6, 6: 7, 10: 11})
-    assert [(r.start, r.stop) for r in ranges] == [(0, 3), (7, 10), (11, 12)]

@@ -58,19 +58,6 @@ def save(directory: Path, steps: dict[int, dict[str, float]], **options) -> Chec
     return Checkpoints(directory, **options)
 
 
-def test_the_latest_confirmed_checkpoint_is_kept(tmp_path):
-    """Beside the latest ones, until a later step is confirmed."""
-    checkpoints, kept = Checkpoints(tmp_path / "checkpoints", keep=1), []
-    for step, confirmed in ((2, None), (4, 5), (6, None), (8, None), (10, 11), (12, None)):
-        if confirmed:
-            checkpoints.confirm(confirmed)
-        checkpoints.save(step, {"x": jnp.zeros(3)})
-        checkpoints.wait()
-        kept.append(checkpoints.steps())
-    checkpoints.close()
-    assert kept == [[2], [4], [4, 6], [4, 8], [10], [10, 12]]
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     """A directory with the checkpoints of steps 10 and 20."""

@@ -83,11 +83,13 @@ def test_a_removal_is_never_half_done(saved, tmp_path, monkeypatch):
     reader = Checkpoints(directory, read_only=True)
     with monkeypatch.context() as killed:
         killed.setattr(shutil, "rmtree", lambda folder, **_: (Path(folder) / "manifest.json").unlink())
-        Checkpoints(directory).drop_after(10)
+        checkpoints = Checkpoints(directory, keep=1)
+        checkpoints.save(30, make_state(30))
+        checkpoints.close()
     with pytest.raises(CheckpointRemoved):
         reader.restore(20, like())
-    assert Checkpoints(directory).restore_latest(like())[0] == 10
-    assert (names(directory), (tmp_path / "damaged").exists()) == (["10"], False)
+    assert Checkpoints(directory).restore_latest(like())[0] == 30
+    assert (names(directory), (tmp_path / "damaged").exists()) == (["30"], False)
 
 
 def test_scores_that_are_lost(tmp_path):
