@@ -11,7 +11,7 @@ On random 28×28 images in memory, in batches of 128:
    and the augmentation jitted on CPU, against tf.image ops mapped per example.
 3. `loop`: images per second that `launch.py train` logs (median over its records) and reaches between its first and
    last record (wall time, including checkpoints and logging), against the same compiled program called repeatedly on
-   one chunk on the device. Also the fraction of time that the loop waits for input.
+   one batch on the device. Also the fraction of time that the loop waits for input.
 
 All are interleaved, `--rounds` times. Ratios are taken within a round; those of `loop` are to the mean of the bare
 steps just before and after it. Reports the median over the rounds and [min, max]. Writes input.json.

@@ -27,7 +27,7 @@ from imgclf_jax.core import rng
 from imgclf_jax.data import stream
 from imgclf_jax.run.workdir import Workdir
 
-_BATCH, _SIZE, _PAD = 128, 32, 4
+_BATCH, _PAD = 128, 4
 _NETWORK = NETWORKS["cnn"]
 _OPS = f"flip_lr|pad_crop({_PAD})|normalize"
 
@@ -42,11 +42,9 @@ def _open(count: int) -> stream.Images:
     return own.open_images(own.configure(_NETWORK, _BATCH), *examples(_NETWORK, count))
 
 
-def _own_chunks(images: stream.Images, seed: int) -> Any:
+def _own_batches(images: stream.Images, seed: int) -> Any:
     """An epoch of the stream."""
-    total = len(images) // _BATCH
-    ranges = (range(first, min(first + _SIZE, total)) for first in range(0, total, _SIZE))
-    return stream.train_chunks(images, stream.StreamSpec(seed, _BATCH), ranges, _SIZE)
+    return stream.batches(images, stream.StreamSpec(seed, _BATCH), range(len(images) // _BATCH))
 
 
 def _classic(count: int, change: Callable[..., Any], parallel: int | None) -> tf.data.Dataset:
@@ -80,7 +78,7 @@ def stream_rounds(rounds: int, count: int) -> list[dict[str, float]]:
 
     def measure(seed: int) -> dict[str, float]:
         record = {
-            "own": rate(lambda: _own_chunks(images, seed)),
+            "own": rate(lambda: _own_batches(images, seed)),
             "classic": rate(lambda: plain),
             "classic_parallel": rate(lambda: parallel),
         }
@@ -102,9 +100,8 @@ def augment_rounds(rounds: int, count: int) -> list[dict[str, float]]:
 
     def own_epoch(seed: int) -> None:
         with jax.default_device(cpu):
-            for steps, chunk in _own_chunks(images, seed):
-                for i, step in enumerate(steps):
-                    augmented(0, np.int32(step), chunk["image"][i]).block_until_ready()
+            for step, batch in _own_batches(images, seed):
+                augmented(0, np.int32(step), batch["image"]).block_until_ready()
 
     classic = _classic(count, _augmented, tf.data.AUTOTUNE)
 
@@ -171,17 +168,17 @@ def _train(workdir: Workdir, source: str, epochs: int) -> None:
 
 
 def _bare(workdir: Workdir, images: np.ndarray, labels: np.ndarray) -> Callable[[float], float]:
-    """Returns a measurement, seconds → images per second, of the run's compiled program on one chunk of its stream."""
+    """Returns a measurement, seconds → images per second, of the run's compiled program on one batch of its stream."""
     config = workdir.load_config()
     opened = own.open_images(config, images, labels)
     programs = own.assemble(config, opened)
-    chunk = jax.block_until_ready(next(own.open_chunks(programs, opened)))
+    batch = jax.block_until_ready(next(own.open_batches(programs, opened)))
     state, _ = own.start(programs)
 
     def rate(seconds: float) -> float:
         nonlocal state
         time.sleep(0.3)
-        state, done, elapsed = own.run_calls(programs, state, itertools.repeat(chunk), seconds)
+        state, done, elapsed = own.run_steps(programs, state, itertools.repeat(batch), seconds)
         return done / elapsed
 
     rate(0)

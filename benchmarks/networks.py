@@ -20,7 +20,6 @@ class Network:
     model: str
     layer_flops: tuple[int, ...]  # of one image's forward pass, first layer first; a multiply-add counts as two
     torch: Callable[[], Any]  # images f32[b, c, h, w] → logits
-    steps_per_call: int = 10  # of this project's training; 0: the default of a run
     images: int = 12_800  # in memory, unless --images says otherwise
     keras: Callable[[], Any] | None = None  # images f32[b, h, w, c] → logits, not compiled
     linen: Callable[[Any], Any] | None = None  # dtype → backbone: images f32[b, h, w, c] → features in this dtype
@@ -216,7 +215,7 @@ def _timm(name: str) -> Callable[[], Any]:
 
 
 def _at_224(model: str, flops: tuple[int, ...], timm_name: str, linen: Callable[[Any], Any]) -> Network:
-    return Network((224, 224, 3), 1000, model, flops, _timm(timm_name), steps_per_call=1, images=512, linen=linen)
+    return Network((224, 224, 3), 1000, model, flops, _timm(timm_name), images=512, linen=linen)
 
 
 # fmt: off
@@ -235,7 +234,6 @@ NETWORKS = {
         keras=_cnn_keras,
         torch=_cnn_torch,
         linen=_linen("CNN"),
-        steps_per_call=0,  # a step takes milliseconds
     ),
     # He et al. 2015, section 4.2: 269,722 parameters
     "resnet20": Network(

@@ -21,7 +21,7 @@ from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 
 _STEPS = 1_000_000  # more than any measurement needs
-_READ_AHEAD = 6  # chunks that the stream may have prefetched
+_READ_AHEAD = 6  # batches that the stream may have prefetched
 
 
 def device() -> str:
@@ -55,7 +55,6 @@ def configure(network: Network, batch_size: int) -> ConfigDict:
     config.optimizer = "adam(eps=1e-7)"
     config.schedule = "constant(1e-3)"
     config.log_every, config.eval_every, config.checkpoint_every = "", "", ""
-    config.steps_per_call = network.steps_per_call
     return config
 
 
@@ -89,41 +88,38 @@ def start(programs: Programs) -> tuple[Any, Any]:
     return run["state"], run["sums"]
 
 
-def open_chunks(programs: Programs, images: stream.Images) -> Any:
-    """The stream of chunks of `steps_per_call` steps each."""
-    size = programs.steps_per_call
-    ranges = (range(first, first + size) for first in itertools.count(0, size))
-    return (chunk for _, chunk in programs.chunks(images, ranges))
+def open_batches(programs: Programs, images: stream.Images) -> Any:
+    """The stream of batches."""
+    return (batch for _, batch in programs.batches(images, itertools.count()))
 
 
-def run_calls(programs: Programs, state: Any, chunks: Any, seconds: float) -> tuple[Any, int, float]:
-    """Trains on `chunks` for about `seconds`, like the loop of train.main: (state, images, seconds taken)."""
-    size = programs.steps_per_call
+def run_steps(programs: Programs, state: Any, batches: Any, seconds: float) -> tuple[Any, int, float]:
+    """Trains on `batches` for about `seconds`, like the loop of train.main: (state, images, seconds taken)."""
     sums = programs.zero_sums()
     in_flight: collections.deque[Any] = collections.deque()
-    calls, began = 0, time.perf_counter()
-    while not calls or time.perf_counter() - began < seconds:
-        state, sums = programs.train(state, sums, next(chunks), np.int32(size))
+    steps, began = 0, time.perf_counter()
+    while not steps or time.perf_counter() - began < seconds:
+        state, sums = programs.train(state, sums, next(batches))
         in_flight.append(sums["steps"])
-        if len(in_flight) > 2:
+        if len(in_flight) > 4:
             in_flight.popleft().block_until_ready()
-        calls += 1
+        steps += 1
     jax.block_until_ready((state, sums))
-    return state, calls * size * programs.recipe.config.batch_size, time.perf_counter() - began
+    return state, steps * programs.recipe.config.batch_size, time.perf_counter() - began
 
 
 def _training(programs: Programs, images: stream.Images) -> Measure:
     state, _ = start(programs)
-    chunks = open_chunks(programs, images)
+    batches = open_batches(programs, images)
     for _ in range(2):  # compiles
-        state, *_ = run_calls(programs, state, chunks, 0)
+        state, *_ = run_steps(programs, state, batches, 0)
 
     def measure(seconds: float) -> tuple[float, float]:
         nonlocal state
         if programs.recipe.config.data.placement == "host":
-            for _ in range(_READ_AHEAD):  # drop chunks prefetched while other variants were measured
-                next(chunks)
-        state, done, elapsed = run_calls(programs, state, chunks, seconds)
+            for _ in range(_READ_AHEAD):  # drop batches prefetched while other variants were measured
+                next(batches)
+        state, done, elapsed = run_steps(programs, state, batches, seconds)
         return done, elapsed
 
     return measure
@@ -131,21 +127,19 @@ def _training(programs: Programs, images: stream.Images) -> Measure:
 
 def _inference(programs: Programs, images: np.ndarray) -> Measure:
     """The program of `evaluate`, or for single images that of `predict`."""
-    mesh, batch_size = programs.mesh, programs.eval_batch_size
-    steps = 1 if batch_size == 1 else programs.eval_steps_per_call
+    batch_size = programs.eval_batch_size
     state, _ = start(programs)
-    usable = len(images) // (steps * batch_size) * steps * batch_size
+    usable = len(images) // batch_size * batch_size
     if not usable:
-        raise ValueError(f"{len(images)} images are fewer than {steps} batches of {batch_size}")
-    chunks = itertools.cycle(images[:usable].reshape(-1, steps, batch_size, *images.shape[1:]))
-    rest = {"label": np.zeros((steps, batch_size), np.int32), "mask": np.ones((steps, batch_size), bool)}
-    count = sharding.put_replicated(np.int32(steps), mesh)
+        raise ValueError(f"{len(images)} images are fewer than a batch of {batch_size}")
+    batches = itertools.cycle(images[:usable].reshape(-1, batch_size, *images.shape[1:]))
+    rest = {"label": np.zeros(batch_size, np.int32), "mask": np.ones(batch_size, bool)}
 
     def dispatch() -> Any:
         if batch_size == 1:
-            return programs.predict(state.params, state.model_state, next(chunks)[0])
-        chunk = sharding.put_batch({"image": next(chunks), **rest}, mesh, axis=1)
-        return programs.eval(state.params, state.model_state, chunk, count)
+            return programs.predict(state.params, state.model_state, next(batches))
+        batch = sharding.put_batch({"image": next(batches), **rest}, programs.mesh)
+        return programs.eval(state.params, state.model_state, batch)
 
     def measure(seconds: float) -> tuple[float, float]:
         done, began = 1, time.perf_counter()
@@ -156,7 +150,7 @@ def _inference(programs: Programs, images: np.ndarray) -> Measure:
             before = now
             done += 1
         jax.device_get(before)
-        return done * steps * batch_size, time.perf_counter() - began
+        return done * batch_size, time.perf_counter() - began
 
     measure(0)  # compiles
     return measure

@@ -36,8 +36,6 @@ KEYS: dict[str, tuple[Value, str]] = {
     "matmul_precision": ("float32", "Precision of float32 matmuls on TPU and GPU: 'float32', 'tensorfloat32' or "
                                     "'bfloat16'."),
     "deterministic": (True, "Use deterministic GPU kernels, so a repeated run reproduces every bit."),
-    "steps_per_call": (0, "Most steps per call of the compiled program; 0 chooses by memory. Results do not depend on "
-                          "it."),
     "mesh": ("data=-1", "The device mesh; -1 takes all remaining devices. 'data=-1, fsdp=4' shards the train state, "
                         "'seeds=4, data=-1' the seeds."),
     "shard": ("all", "What fsdp shards: 'all' (parameters, optimizer state, weight averages) or the 'optimizer' state "
@@ -154,14 +152,14 @@ def flag_for(name: str) -> str:
 _NEEDED = ("data.source", "data.train", "data.sampling", "model", "loss", "method", "schedule")
 
 # The smallest value of a key, and the values that a key may have.
-_LEAST = {"batch_size": 1, "checkpoint.keep": 1, "data.threads": 0, "steps_per_call": 0, "accumulate": 1,
+_LEAST = {"batch_size": 1, "checkpoint.keep": 1, "data.threads": 0, "accumulate": 1,
           "num_seeds": 1, "clip": 0}  # fmt: skip
 _CHOICES = {"precision": ("float32", "bfloat16"), "data.placement": ("host", "device"),
             "data.unreadable": ("error", "skip"), "on_bad_step": ("stop", "skip")}  # fmt: skip
 
 # Keys of where and how a run computes: a resumed run may change them. `mesh` and `shard` are among them, although
 # another number of devices changes results by rounding.
-LOCATION_KEYS = ("data.data_dir", "data.manual_dir", "data.placement", "data.threads", "steps_per_call", "tensorboard",
+LOCATION_KEYS = ("data.data_dir", "data.manual_dir", "data.placement", "data.threads", "tensorboard",
                  "log_images", "writers", "watchdog", "mesh", "shard", "rules.shard")  # fmt: skip
 
 CADENCES = ("log_every", "eval_every", "checkpoint_every")

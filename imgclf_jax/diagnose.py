@@ -107,7 +107,7 @@ def refuse_nonfinite(
         return
     checkpoints.wait()
     rows = np.arange(config.batch_size, dtype=np.int64)
-    ids = images.ids(seed, stream.positions(range(step, step + 1), config.batch_size, rows)).tolist()
+    ids = images.ids(seed, step * config.batch_size + rows).tolist()
     file = folder / "nonfinite.json"
     record = {"step": step, "seed": seed, "example_ids": ids, "examples": [example_name(images.source, i) for i in ids]}
     processes.broadcast_from_process_0("writing nonfinite.json", lambda: json_files.write(file, record))
@@ -135,5 +135,3 @@ def check_size(recipe: Recipe, state: step.TrainState, in_memory: bool) -> None:
         memory.require(nbytes, f"the train state of model={config.model!r} with num_seeds={config.num_seeds}")
         images = config.batch_size * config.num_seeds * math.prod(recipe.data.image_shape)
         memory.require(5 * images, f"a batch of batch_size={config.batch_size}")  # as uint8 and as float32
-        calls = min(config.steps_per_call, recipe.total)
-        memory.require(calls * images, f"the images of a call of steps_per_call={config.steps_per_call}")

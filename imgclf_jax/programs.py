@@ -6,14 +6,11 @@ it can be lowered and compiled, though not run, for a mesh of devices that are a
 
 import contextlib
 import functools
-import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -24,7 +21,7 @@ from imgclf_jax.config import selecting_metrics
 from imgclf_jax.core import fsdp, internals, narrow, platform, sharding, tree
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.once import once
-from imgclf_jax.core.typing import Array, Batch, Chunk, Function, ModelState, Params, PyTree
+from imgclf_jax.core.typing import Array, Batch, Function, Params, PyTree
 from imgclf_jax.data import decode, extra, placement
 from imgclf_jax.data.info import DataInfo
 from imgclf_jax.data.stream import Images, StreamSpec, eval_images
@@ -34,14 +31,8 @@ from imgclf_jax.models.frozen import Frozen
 from imgclf_jax.optim import partition
 from imgclf_jax.recipe import Recipe, check_names
 
-log = logging.getLogger(__name__)
-
 _MATMUL_PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
 _FIRST_IMAGES = 5000  # training images that airbench94 computes its whitening from
-
-# The most steps, and bytes of images, in one chunk unless `steps_per_call` is set. On CPU a chunk fits the caches;
-# elsewhere each device gets 128 MB at a time, copied while the steps before it run.
-_MOST_STEPS, _BYTES_ON_CPU, _BYTES_PER_DEVICE = 32, 8 << 20, 128 << 20
 
 
 def check(config: ConfigDict) -> None:
@@ -261,44 +252,47 @@ class Programs:
         sizes = tuple((name, extra.parse(recipe.config, name).batch_size) for name in recipe.data.extra)
         return StreamSpec(recipe.config.seed, recipe.config.batch_size, recipe.num_seeds, recipe.with_ids, extra=sizes)
 
-    def chunks(self, images: Images, ranges: Iterable[range]) -> Iterator[tuple[range, Chunk]]:
-        """Yields each range of at most `steps_per_call` steps with its chunk of batches on the devices."""
-        place = self.recipe.config.data.placement
-        return placement.train_chunks(place, images, self.stream, ranges, self.steps_per_call, self.mesh)
+    def batches(self, images: Images, steps: Iterable[int]) -> Iterator[tuple[int, Batch]]:
+        """Yields each step with its batch on the devices."""
+        return placement.batches(self.recipe.config.data.placement, images, self.stream, steps, self.mesh)
 
-    def chunk_shape(self, size: int) -> Chunk:
-        """The shapes, dtypes and shardings of a chunk of `size` steps."""
-        place, data = self.recipe.config.data.placement, self.recipe.data
+    @property
+    def batch_shape(self) -> Batch:
+        """The shapes, dtypes and shardings of a batch."""
 
-        def shape(data: DataInfo, spec: StreamSpec) -> Chunk:
-            counts = data.train_examples, data.image_shape
-            return placement.chunk_shape(place, *counts, spec, size, self.mesh, len(data.target_names))
+        def shape(data: DataInfo, spec: StreamSpec) -> Batch:
+            columns = {"id": "int32", "epoch": "int32"} if spec.with_ids else {}
+            return placement.batch_shape(spec.rows, data.image_shape, len(data.target_names), self.mesh, **columns)
 
-        further = {one.name: shape(data.extra[one.name], one) for one in self.stream.extra_streams}
-        return {**shape(data, self.stream), **further}
+        extra = {one.name: shape(self.recipe.data.extra[one.name], one) for one in self.stream.extra_streams}
+        return {**shape(self.recipe.data, self.stream), **extra}
 
-    def _batch_at(self, chunk: Chunk, i: jax.Array | int) -> Batch:
-        data = self.recipe.data
-        further = {name: one.image_shape for name, one in data.extra.items() if name in chunk}  # not in evaluation
-        return placement.batch_at(chunk, i, data.image_shape, further)
+    @property
+    def tables_shape(self) -> list[Batch]:
+        """The shapes, dtypes and shardings of the data sets that `data.placement` keeps on the devices."""
+        data, kept = self.recipe.data, self.recipe.config.data.placement == "device"
+        return [placement.table_shape(one.train_examples, one.image_shape, len(one.target_names), self.mesh)
+                for one in (data, *data.extra.values()) if kept]  # fmt: skip
+
+    @contextlib.contextmanager
+    def _tracing_training(self) -> Iterator[None]:
+        with self.tracing(self.recipe.trains_on_onednn), norms.statistics_over(self.groups_of_statistics):
+            yield
 
     @once
-    def train_step(self) -> jax.stages.Traced:
-        """The traced train step of all seeds: `(state, batch, *fixed) -> (state, sums)`."""
-        recipe, fixed = self.recipe, self.fixed_shape  # loads a teacher, so outside of the trace
-        with self.tracing(recipe.trains_on_onednn), norms.statistics_over(self.groups_of_statistics):
-            frozen = recipe.rules.frozen
+    def _train_step(self) -> jax.stages.Wrapped:
+        """The jitted train step of all seeds: `(state, batch, *fixed) -> (state, sums)`."""
+        recipe, frozen = self.recipe, self.recipe.rules.frozen
+        with self._tracing_training():
             pure = step.make_train_step(
                 Frozen(recipe.model, frozen, tuple(recipe.parameters)) if frozen else recipe.model,
                 recipe.method, recipe.optimizer, recipe.schedule, recipe.augment(train=True), recipe.average,
                 recipe.mix, recipe.config.accumulate, self.shard_function, recipe.gradient,
                 recipe.task, losses.link_of(recipe.config.loss), recipe.config.on_bad_step == "skip",
             )  # fmt: skip
-            batch = jax.eval_shape(lambda chunk: self._batch_at(chunk, 0), self.chunk_shape(1))
-            pure = step.make_group_step(pure, recipe.num_seeds // self.groups_of_seeds)
-            local = self._with_layout_pass(pure, recipe.trains_on_onednn)
-            train_step = sharding.over_seeds(local, recipe.num_seeds, self.mesh)
-            return jax.jit(train_step).trace(self.state_shape, batch, *fixed)
+        pure = step.make_group_step(pure, recipe.num_seeds // self.groups_of_seeds)
+        local = self._with_layout_pass(pure, recipe.trains_on_onednn)
+        return jax.jit(sharding.over_seeds(local, recipe.num_seeds, self.mesh))
 
     @once
     def _fixed_and_shardings(self) -> tuple[PyTree, ...]:
@@ -324,7 +318,9 @@ class Programs:
     @once
     def shape(self) -> dict[str, PyTree]:
         """The shapes and shardings of a training checkpoint: {"state": TrainState, "sums": since the last log}."""
-        replicated, sums = sharding.replicated(self.mesh), self.train_step.out_info[1]
+        replicated, fixed = sharding.replicated(self.mesh), self.fixed_shape  # loads a teacher, so outside of the trace
+        with self._tracing_training():
+            _, sums = self._train_step.trace(self.state_shape, self.batch_shape, *fixed).out_info
         sums = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), sums)
         return {"state": self.state_shape, "sums": sums}
 
@@ -338,75 +334,34 @@ class Programs:
         """The metric sums of no step, for every seed, on the devices."""
         return sharding.put_replicated(step.zero_sums(self.shape["sums"]), self.mesh)
 
-    @once
-    def _in_loop(self) -> bool:
-        """Whether `train` loops over steps; else one call is one step.
-
-        This follows from the train step and its batch. So a run has one program, whatever `steps_per_call` is.
-        """
-        return self._steps_in_chunk > 1 and not platform.slow_in_loops(self.train_step.jaxpr, self.platform)
-
-    @property
-    def _steps_in_chunk(self) -> int:
-        data, spec = self.recipe.data, self.stream
-        further = sum(one.rows * math.prod(data.extra[one.name].image_shape) for one in spec.extra_streams)
-        return self._batches_in_chunk(spec.rows, further)
-
-    def _batches_in_chunk(self, rows: int, further: int = 0) -> int:
-        """The most batches in a chunk, each of `rows` images and `further` bytes; at least one."""
-        limit = _BYTES_ON_CPU if self.platform == "cpu" else _BYTES_PER_DEVICE * self.mesh.size
-        return limit // (rows * math.prod(self.recipe.data.image_shape) + further) or 1
-
     def _with_layout_pass(self, pure: Function, onednn: bool = False) -> Function:
         """Applies the CPU layout pass, if the mesh is of CPUs. Call it after differentiation."""
         return optimize_for_cpu(pure, self._uses_onednn(onednn)) if self.platform == "cpu" else pure
 
     @once
-    def steps_per_call(self) -> int:
-        """The most steps in one call of `train`. No result depends on it."""
-        asked = int(self.recipe.config.steps_per_call)
-        if not self._in_loop:
-            if asked > 1:
-                why = "a batch is large" if self._steps_in_chunk == 1 else "convolution is slow inside a loop on CPU"
-                log.warning("steps_per_call=%d has no effect: a call runs one step, since %s", asked, why)
-            return 1
-        return min(asked, self.recipe.total) or max(1, min(_MOST_STEPS, self._steps_in_chunk, self.recipe.total))
-
-    @once
     def traced_train(self) -> jax.stages.Traced:
         """`train`, traced but not yet lowered. Any machine can lower it for the mesh's platform."""
-        split, replicated = sharding.sharded(self.mesh), sharding.replicated(self.mesh)
-        shardings = jax.tree.map(lambda x: x.sharding, (self.state_shape, self.shape["sums"]))
-        train_step = jax.extend.core.jaxpr_as_fun(self.train_step.jaxpr)  # already traced
 
-        def one_step(
-            i: jax.Array | int, chunk: Chunk, fixed: PyTree, state: step.TrainState, sums: metrics.Sums
+        def train(
+            state: step.TrainState, sums: metrics.Sums, batch: Batch, *fixed: PyTree
         ) -> tuple[step.TrainState, metrics.Sums]:
-            batch = jax.lax.with_sharding_constraint(self._batch_at(chunk, i), split)
-            # The barrier compiles the step apart from the reading of its batch, in which programs differ. It holds the
-            # step's number too, since XLA hoists a barrier whose operands do not change out of the loop.
-            batch, _ = jax.lax.optimization_barrier((batch, state.step))
-            leaves = train_step(*jax.tree.leaves((state, batch, fixed)))
-            state, new = jax.tree.unflatten(self.train_step.out_tree, leaves)
+            state, new = self._train_step(state, batch, *fixed)
             return state, step.add_sums(sums, new)
 
-        def train(state: step.TrainState, sums: metrics.Sums, chunk: Chunk, steps: jax.Array, *fixed: PyTree) -> PyTree:
-            if not self._in_loop:
-                return one_step(0, chunk, fixed, state, sums)
-            return jax.lax.fori_loop(0, steps, lambda i, carry: one_step(i, chunk, fixed, *carry), (state, sums))
-
-        steps, onednn = jax.ShapeDtypeStruct((), "int32", sharding=replicated), self.recipe.trains_on_onednn
-        with self.tracing(onednn):
-            options = self.compiler_options(onednn)
+        shapes = self.state_shape, self.shape["sums"]
+        shardings, options = (
+            jax.tree.map(lambda x: x.sharding, shapes),
+            self.compiler_options(self.recipe.trains_on_onednn),
+        )
+        with self._tracing_training():
             jitted = jax.jit(train, out_shardings=shardings, donate_argnums=0, compiler_options=options)
-            chunk = self.chunk_shape(self.steps_per_call)
-            return jitted.trace(self.state_shape, self.shape["sums"], chunk, steps, *self.fixed_shape)
+            return jitted.trace(*shapes, self.batch_shape, *self.fixed_shape)
 
     @once
     def train(self) -> Function:
-        """Compiled `(state, sums, chunk, steps) -> (state, sums)`: trains on the chunk's first `steps` batches.
+        """Compiled `(state, sums, batch) -> (state, sums)`: a step, whose metrics are added to `sums`.
 
-        The metrics of those steps are added to `sums`. The state's buffers are donated. For chunks see `placement`.
+        The state's buffers are donated.
         """
         with self.caching(self.recipe.trains_on_onednn):
             compiled, fixed = self.traced_train.lower().compile(), self.fixed
@@ -424,23 +379,40 @@ class Programs:
         most = 128 * self.mesh.size if self.platform == "cpu" else batch_size
         return sharding.round_up(max(1, min(batch_size, most) // len(self.recipe.views)), self.mesh)
 
+    @property
+    def eval_batch_shape(self) -> Batch:
+        """The shapes, dtypes and shardings of an evaluation batch."""
+        data, rows = self.recipe.data, self.eval_batch_size
+        return placement.batch_shape(rows, data.image_shape, len(data.target_names), self.mesh, mask="bool")
+
     @once
-    def eval_step(self) -> jax.stages.Traced:
-        """The traced eval step: `(params, model_state, batch, *fixed) -> (sums, predictions)`."""
-        recipe = self.recipe
+    def traced_eval(self) -> jax.stages.Traced:
+        """`eval`, traced but not yet lowered."""
+        recipe, state, options = self.recipe, self.state_shape, self.compiler_options(self._evaluates_forward)
         pure = step.make_eval_step(
             recipe.model, recipe.loss, recipe.augment(train=False), recipe.views, recipe.num_seeds,
             self.predicting or bool(recipe.whole_set_metrics), recipe.task, recipe.method,
         )  # fmt: skip
         pure = self._with_layout_pass(self.gather_at_use(pure), self._evaluates_forward)
+        jitted = jax.jit(pure, out_shardings=sharding.replicated(self.mesh), compiler_options=options)
         fixed = self._fixed_shape_of_evaluation
         with self.tracing(self._evaluates_forward):
-            batch = jax.eval_shape(lambda chunk: self._batch_at(chunk, 0), self._eval_chunk_shape(1))
-            traced = jax.jit(pure).trace(self.state_shape.params, self.state_shape.model_state, batch, *fixed)
+            traced = jitted.trace(state.params, state.model_state, self.eval_batch_shape, *fixed)
         if both := [name for name in metrics.own_names(traced.out_info[0]) if name in recipe.whole_set_metrics]:
             raise UserError(f"the method's evaluate returns {both[0]!r}, which metrics={recipe.config.metrics!r} "
                             "computes too; rename it")  # fmt: skip
         return traced
+
+    @once
+    def eval(self) -> Function:
+        """Compiled `(params, model_state, batch) -> (sums, predictions)`: see `step.make_eval_step`.
+
+        A batch is {"image": uint8[b, h, w, c], "label": i32[b], "mask": bool[b]}.
+        """
+        with self.caching(self._evaluates_forward):
+            compiled = self.traced_eval.lower().compile()
+        fixed = self.fixed if self.recipe.method.evaluate else ()
+        return (lambda *args: compiled(*args, *fixed)) if fixed else compiled
 
     def check_best(self) -> None:
         """Raises UserError if `checkpoint.best` or `stop` names a metric that evaluation does not report."""
@@ -448,7 +420,7 @@ class Programs:
         for key, text in selecting_metrics(recipe.config).items():
             own = [*recipe.whole_set_metrics]
             if recipe.method.evaluate:
-                own += metrics.own_names(self.eval_step.out_info[0])
+                own += metrics.own_names(self.traced_eval.out_info[0])
             metrics.parse_best(text, recipe.data.class_names, recipe.task, own, recipe.method.predicts, key)
 
     @property
@@ -460,62 +432,6 @@ class Programs:
     def _fixed_shape_of_evaluation(self) -> tuple[PyTree, ...]:
         """`fixed_shape` if the method's `evaluate` gets `fixed`; else (), so that evaluation loads no teacher."""
         return self.fixed_shape if self.recipe.method.evaluate else ()
-
-    @once
-    def eval_steps_per_call(self) -> int:
-        """The most batches in one call of `eval`. No result depends on it."""
-        most = self._batches_in_chunk(self.eval_batch_size)
-        slow = platform.slow_in_loops(self.eval_step.jaxpr, self.platform)
-        if most == 1 or (slow and not self._uses_onednn(self._evaluates_forward)):
-            return 1
-        return min(int(self.recipe.config.steps_per_call) or _MOST_STEPS, most)
-
-    def _eval_chunk_shape(self, size: int) -> Chunk:
-        data = self.recipe.data
-        targets = len(data.target_names)
-        return placement.eval_chunk_shape(data.image_shape, self.eval_batch_size, size, self.mesh, targets)
-
-    @once
-    def traced_eval(self) -> jax.stages.Traced:
-        """`eval`, traced but not yet lowered."""
-        size = self.eval_steps_per_call
-        replicated, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
-        eval_step = jax.extend.core.jaxpr_as_fun(self.eval_step.jaxpr)  # already traced
-
-        def eval(params: Params, model_state: ModelState, chunk: Chunk, steps: jax.Array, *fixed: PyTree) -> PyTree:
-            def batch_sums(i: jax.Array | int) -> PyTree:
-                batch = jax.lax.with_sharding_constraint(self._batch_at(chunk, i), split)
-                batch, _ = jax.lax.optimization_barrier((batch, i))  # as in training
-                leaves = eval_step(*jax.tree.leaves((params, model_state, batch, fixed)))
-                return jax.tree.unflatten(self.eval_step.out_tree, leaves)
-
-            def body(i: jax.Array, out: PyTree) -> PyTree:
-                return jax.tree.map(lambda all, new: all.at[i].set(new), out, batch_sums(i))
-
-            if size == 1:
-                return jax.tree.map(lambda x: x[None], batch_sums(0))
-            shapes = jax.eval_shape(batch_sums, 0)
-            zeros = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
-            return jax.lax.fori_loop(0, steps, body, zeros)
-
-        state, steps = self.state_shape, jax.ShapeDtypeStruct((), "int32", sharding=replicated)
-        options = self.compiler_options(self._evaluates_forward)
-        with self.tracing(self._evaluates_forward):
-            jitted = jax.jit(eval, out_shardings=replicated, compiler_options=options)
-            fixed = self._fixed_shape_of_evaluation
-            return jitted.trace(state.params, state.model_state, self._eval_chunk_shape(size), steps, *fixed)
-
-    @once
-    def eval(self) -> Function:
-        """Compiled `(params, model_state, chunk, steps) -> (sums, predictions)` of the chunk's first `steps` batches.
-
-        The chunk is {"image": uint8[k, b, h, w, c], "label": i32[k, b], "mask": bool[k, b]} with k =
-        `eval_steps_per_call`. Sums and predictions (see `step`) are stacked [k, …], with zeros from `steps` on.
-        """
-        with self.caching(self._evaluates_forward):
-            compiled = self.traced_eval.lower().compile()
-        fixed = self.fixed if self.recipe.method.evaluate else ()
-        return (lambda *args: compiled(*args, *fixed)) if fixed else compiled
 
     def check_predicts(self) -> None:
         """Raises UserError if the run's method trains no head."""

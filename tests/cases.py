@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -37,6 +36,6 @@ def trained_for(config: ConfigDict, steps: int) -> tuple[Any, ...]:
     images = stream.Images(split, config.preprocess, config.seed)
     programs = programs_for_images(config, images)
     state, sums = programs.init()["state"], programs.zero_sums()
-    for taken, chunk in programs.chunks(images, [range(steps)]):
-        state, sums = programs.train(state, sums, chunk, np.int32(len(taken)))
+    for _, batch in programs.batches(images, range(steps)):
+        state, sums = programs.train(state, sums, batch)
     return programs, split, images, state

@@ -1,7 +1,7 @@
 """Trains the same run in many ways, whose digests of the parameters must all be equal.
 
-The ways: how often something is logged and evaluated; the steps in a call of the compiled program; where the images
-wait; and a resume from the middle under another of these.
+The ways: how often something is logged and evaluated; where the images wait; and a resume from the middle under another
+of these.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ NETWORKS = {
     "resnet_cifar": "resnet_cifar(8)",
     "airbench": "airbench(widths=(8, 16))",
     "vit": "vit('Ti', patch=6)",
-    "linen": "digests:Linen",  # whose convolution is XLA's own, so that on CPU a call is one step
+    "linen": "digests:Linen",  # whose convolution is XLA's own
 }
 
 
@@ -44,13 +44,12 @@ class Way(NamedTuple):
     """How a run is trained: what must have no part in its result."""
 
     log_every: str
-    steps_per_call: int = 0
     placement: str = "host"
 
 
 EVAL_EVERY = {"1 steps": "4 steps", "5 steps": "7 steps", "": ""}  # by `log_every`
-WAYS = [Way(*values) for values in itertools.product(EVAL_EVERY, (0, 1, 3), ("host", "device"))]
-RESUMED = [(Way("1 steps", 1), Way("1 steps", 3, "device")), (Way("", 0, "device"), Way("", 1))]
+WAYS = [Way(*values) for values in itertools.product(EVAL_EVERY, ("host", "device"))]
+RESUMED = [(Way("1 steps"), Way("1 steps", "device")), (Way("", "device"), Way(""))]
 
 
 def config_of(network: str, precision: str, way: Way, **more: Any) -> ConfigDict:
@@ -61,7 +60,7 @@ def config_of(network: str, precision: str, way: Way, **more: Any) -> ConfigDict
     config.total, config.precision, config.tensorboard = f"{STEPS} steps", precision, False
     config.model, config.checkpoint.keep, config.checkpoint_every = NETWORKS[network], STEPS, f"{SAVED} steps"
     config.log_every, config.eval_every = way.log_every, EVAL_EVERY[way.log_every]
-    config.steps_per_call, config.data.placement = way.steps_per_call, way.placement
+    config.data.placement = way.placement
     with config.unlocked():  # for streams of `data.extra`
         config.update(more)
     return config

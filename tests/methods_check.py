@@ -51,8 +51,8 @@ SPECS: dict[str, dict[str, str]] = {
     "own": {"method": "methods_check:prototypes", **UNLABELED},
 }
 WAYS: tuple[dict[str, str], ...] = (
-    {"steps_per_call": "1"},
-    {"log_every": "5 steps", "eval_every": "7 steps", "steps_per_call": "3"},
+    {},
+    {"log_every": "5 steps", "eval_every": "7 steps"},
     {"log_every": "", "eval_every": "", "data.placement": "device"},
 )
 TOOLS = (
@@ -139,7 +139,7 @@ class Check:
         return float(np.mean(list(processes_check.records(self.folder / name, "train/loss").values())[-3:]))
 
     def ways(self, **more: str) -> None:
-        """Cadences, chunk sizes, placement, and a resume from the middle: one digest."""
+        """Cadences, placement, and a resume from the middle: one digest."""
         found = [self.train(self.folder / f"way{i}", **way, **more) for i, way in enumerate(WAYS)]
         digests.copy_until(self.folder / "way0", self.folder / "resumed", SAVED)
         assert {*found, self.train(self.folder / "resumed", **WAYS[1], **more)} == {found[0]}

@@ -124,7 +124,7 @@ class Round:
         self.workdir = folder / rng.choice(NAMES)
         self.logs = [folder / f"log{number}" for number in range(setup.processes)]
         self.faults = folder / "faults"  # what bad hardware has done
-        self.overrides = [*RUN, *setup.overrides, f"--config.steps_per_call={rng.choice((0, 1, 7))}"]
+        self.overrides = [*RUN, *setup.overrides]
         if not setup.streams:
             self.overrides.append(f"--config.data.placement={rng.choice(('host', 'device'))}")
 

@@ -1,22 +1,16 @@
-"""A run's bits follow from config and seed: not from cadences, chunks, placement, or where it was resumed."""
+"""A run's bits follow from config and seed: not from cadences, placement, or where it was resumed."""
 
 import json
-import logging
-import re
 from dataclasses import replace
 
 import digests
-import jax
-import jax.numpy as jnp
 import pytest
 from digests import Way
 from flax import linen as nn
 from resume_check import outcome
-from test_programs import ELSEWHERE, described_mesh
 
 import launch
 from imgclf_jax import config as configs
-from imgclf_jax.core import platform
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
@@ -29,9 +23,9 @@ pytestmark = pytest.mark.optimized
 
 @pytest.mark.thorough
 def test_a_network_with_batch_statistics(tmp_path):
-    """A small network, in bfloat16; a call of one step used to be another program, with other bits."""
-    ways = [Way("1 steps", 1), Way("5 steps", 3), Way("", 0, "device")]
-    model, resumed = "airbench(widths=(4,))", [(ways[0], Way("1 steps", 3))]
+    """A small network, in bfloat16."""
+    ways = [Way("1 steps"), Way("5 steps"), Way("", "device")]
+    model, resumed = "airbench(widths=(4,))", [(ways[0], Way("1 steps", "device"))]
     found = digests.train_in_ways(tmp_path, "airbench", "bfloat16", ways, resumed, model=model)
     assert len({digest for _, digest in found}) == 1, found
 
@@ -52,19 +46,15 @@ def test_every_way_to_train_with(more, tmp_path):
 
 
 @pytest.mark.usefixtures("one_device")
-def test_training_does_not_depend_on_the_steps_in_a_call(fake_config, tmp_path):
-    """One step a call on images of the host, or many on images of the device, and any number of threads.
-
-    Ending wherever something is due: the same parameters, metrics and evaluations.
-    """
+def test_training_depends_on_neither_placement_nor_threads(fake_config, tmp_path):
+    """The same parameters, metrics and evaluations."""
     config = fake_config
     config.model = "mlp(widths=(8,))"
     config.total, config.augment = "23 steps", "flip_lr|normalize"
     config.log_every, config.eval_every, config.checkpoint_every = "5 steps", "7 steps", "11 steps"
     results = []
-    for size, config.data.placement, config.data.threads in ((1, "host", 1), (32, "device", 3)):
-        config.steps_per_call = size
-        workdir = Workdir(tmp_path / str(size))
+    for config.data.placement, config.data.threads in (("host", 1), ("device", 3)):
+        workdir = Workdir(tmp_path / config.data.placement)
         assert train.main(config, workdir) == 0
         results.append((*outcome(workdir.path), json.loads(workdir.result.read_text())["test"]))
     assert results[0] == results[1]
@@ -74,76 +64,11 @@ def test_training_does_not_depend_on_the_steps_in_a_call(fake_config, tmp_path):
 DATA = DataInfo(64, (12, 12, 1), ("a", "b"), "")
 
 
-class Plain(nn.Module):
-    """A user's own network, with Flax's convolution."""
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        return jnp.mean(nn.Conv(4, (3, 3))(x), (1, 2))
-
-
-class InTraining(nn.Module):
-    """A network that convolves only in training."""
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        return jnp.mean(blur(x) if train else x, (1, 2))
-
-
-def blur(images):
-    """A device op that convolves in a loop of its own."""
-    kernel = jnp.ones((3, 3, 1, 1), jnp.float32) / 9
-    return jax.lax.fori_loop(0, 2, lambda _, x: jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")), images.astype(jnp.float32))  # fmt: skip
-
-
-def convolving_loss(logits, labels):
-    return jnp.sum(blur(logits[:, :, None, None]), (1, 2, 3)) * labels.astype(logits.dtype)
-
-
 def of(config, mesh=None, **keys):
     """The programs of a run of a thousand steps with these config keys."""
     config.update({"total": "1000 steps", "log_every": "9 steps", "eval_every": "", "checkpoint_every": "", **keys})
     recipe = Recipe(config, DATA)
     return Programs(recipe, mesh) if mesh else Programs(recipe)
-
-
-@pytest.mark.parametrize(("keys", "expected"), [
-    ({"model": "cnn(widths=(4,))"}, 32),
-    ({"model": "cnn(widths=(4,))", "steps_per_call": 7}, 7),
-    ({"model": "mlp", "steps_per_call": 40}, 40),
-    ({"model": f"{__name__}:Plain"}, 1),
-    ({"model": "resnet_cifar(8)"}, 1 if platform.has_onednn() else 32),
-    ({"model": f"{__name__}:InTraining"}, 1),
-    ({"model": "mlp", "augment": f"{__name__}:blur"}, 1),
-    ({"model": "mlp", "loss": f"{__name__}:convolving_loss"}, 1),
-])  # fmt: skip
-def test_steps_in_a_call(fake_config, keys, expected):
-    """Many, whatever the cadences; one if a convolution of XLA or oneDNN, wherever it is, would be slow in a loop."""
-    assert of(fake_config, **keys).steps_per_call == expected
-
-
-def test_one_step_a_call_is_said_once(fake_config, caplog):
-    with caplog.at_level(logging.INFO, "imgclf_jax"):
-        programs = of(fake_config, model=f"{__name__}:Plain", steps_per_call=3)
-        assert programs.steps_per_call == programs.steps_per_call == 1
-        _ = programs.traced_train
-        assert of(fake_config, model="mlp", steps_per_call=3).steps_per_call == 3
-    [said] = caplog.messages
-    assert re.fullmatch(
-        r"steps_per_call=3 has no effect: a call runs one step, .* convolution is slow inside a loop on CPU", said
-    )
-
-
-def test_elsewhere_convolutions_are_fast_in_loops(fake_config):
-    assert of(fake_config, described_mesh(*ELSEWHERE["gpu"]), model=f"{__name__}:Plain").steps_per_call == 32
-
-
-def test_a_chunk_is_bounded_in_bytes(fake_config):
-    """As long as two steps fit; of larger batches, a call trains one, without a loop."""
-    for side, expected in ((64, 32), (128, 8), (224, 2), (256, 2), (300, 1)):
-        recipe = Recipe(fake_config, DataInfo(64, (side, side, 4), ("a", "b"), ""))
-        assert Programs(recipe).steps_per_call == min(expected, recipe.total)
 
 
 class Counting(nn.Module):
@@ -159,7 +84,7 @@ traced = []
 
 
 def test_the_train_step_is_traced_once(fake_config):
-    """Although its operations are inspected before the program is built from it."""
+    """For the shapes of its sums and for the program."""
     traced.clear()
     _ = of(fake_config, model=f"{__name__}:Counting").traced_train
     assert traced.count(True) == 1

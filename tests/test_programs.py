@@ -213,21 +213,6 @@ def test_unknown_bits_are_refused(fake_config):
         _ = Programs(Recipe(fake_config, DATA), described_mesh(*ELSEWHERE["tpu"])).shape
 
 
-def test_a_chunk_is_as_large_as_the_devices_memory_allows(fake_config):
-    """For large batches, an accelerator gets several steps at a time; CPU gets one, see test_one_program.py."""
-    fake_config.batch_size, data = 1024, DataInfo(10_000, (224, 224, 3), ("a", "b"), "")
-    elsewhere = Programs(Recipe(fake_config, data), described_mesh(*ELSEWHERE["tpu"]))
-    assert elsewhere.steps_per_call == (8 * 128 << 20) // (1024 * 224 * 224 * 3) == 6
-
-
-def test_a_call_of_evaluation_takes_no_more_than_memory_allows(fake_config):
-    """Whatever `steps_per_call` says of training: an evaluation of 2**31 batches a call was a traceback."""
-    fake_config.steps_per_call, fake_config.total = 2**31, "5 steps"
-    programs = Programs(Recipe(fake_config, DATA), sharding.make_mesh())
-    assert programs.steps_per_call == 5
-    assert programs.eval_steps_per_call * programs.eval_batch_size * 12 * 12 <= 8 << 20
-
-
 @pytest.mark.thorough
 def test_a_loop_of_your_own_is_the_runs(fake_config):
     """The array-level parts, under plain `jax.jit` with the run's batches, end with the parameters of its programs."""

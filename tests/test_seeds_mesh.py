@@ -31,17 +31,15 @@ def batch(of):
 @pytest.mark.parametrize(("way", "mesh"), thorough(*itertools.product(WAYS, MESHES)))
 def test_training_and_evaluation_are_those_of_all_seeds_on_each_device(config, way, mesh):  # noqa: F811
     """The losses of each seed over 20 steps, to 1e-5, and the parameters before rounding grows."""
-    keys = {"num_seeds": 4, "steps_per_call": 4} | WAYS[way]
+    keys = {"num_seeds": 4} | WAYS[way]
     whole, split = programs(config, **keys), programs(config, mesh, **keys)
     (a, losses), (b, others) = train(whole, 20), train(split, 20)
-    assert np.shape(losses) == (5, 4)
+    assert np.shape(losses) == (20, 4)
     assert len(np.unique(losses[0])) == 4  # each seed has losses of its own
     np.testing.assert_allclose(losses, others, rtol=1e-5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), a.evaluated, b.evaluated)
-    steps = split.steps_per_call
-    chunk = {k: np.broadcast_to(v, (steps, *v.shape)) for k, v in batch(split).items()}
     sums = [
-        jax.device_get(of.eval(*state.evaluated, sharding.put_batch(chunk, of.mesh, axis=1), np.int32(1))[0])
+        jax.device_get(of.eval(*state.evaluated, sharding.put_batch(batch(split), of.mesh))[0])
         for of, state in ((whole, b_on(whole, b)), (split, b))
     ]
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), *sums)
@@ -55,7 +53,7 @@ def b_on(of, state):
 @pytest.mark.thorough
 def test_what_a_device_holds_and_sends(config):  # noqa: F811
     """A device holds the state of its seeds and exchanges none of it; only images are sent to it."""
-    keys = {"num_seeds": 8, "steps_per_call": 4}
+    keys = {"num_seeds": 8}
     whole, split = programs(config, **keys), programs(config, "seeds=8", **keys)
     held = [counts.bytes_per_device(of.shape["state"]) for of in (whole, split)]
     assert held[1] * 8 == held[0]
@@ -74,8 +72,8 @@ def test_a_seed_of_its_own_devices_has_the_convolutions_of_a_single_run(config, 
 
     def groups(mesh):
         of = programs(config, mesh, model="resnet_cifar(8)", num_seeds=8)
-        operations.append(jaxprs.matmul_flops(of.train_step.jaxpr))
-        found, todo = [], [of.train_step.jaxpr]
+        operations.append(jaxprs.matmul_flops(of.traced_train.jaxpr))
+        found, todo = [], [of.traced_train.jaxpr]
         while todo:
             jaxpr = todo.pop()
             for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:

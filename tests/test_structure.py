@@ -256,5 +256,5 @@ def test_signatures_name_what_they_take():
     """`Any` is for what really is anything; `core.typing` has the names of pytrees, batches, JSON and the like."""
     lines = [line for file in FILES.values() for line in file.read_text(encoding="utf-8").splitlines()]
     assert sum(bool(re.search(r"\bAny\b", line)) for line in lines) <= 250
-    named = r"(?<!\*)\b(params|model_state|opt_state|variables|batch|chunk|tree|dtype|grads): Any\b"
+    named = r"(?<!\*)\b(params|model_state|opt_state|variables|batch|tree|dtype|grads): Any\b"
     assert not [line for line in lines if re.search(named, line)]

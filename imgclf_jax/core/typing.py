@@ -17,7 +17,6 @@ type State = Any  # a `TrainState`, for modules below `step`
 type Batch = dict[str, Any]  # arrays by name; a further stream is a dict of arrays
 # As a source reads them: "image" uint8[n, h, w, c] or a list, "label" i32[n] or "target" f32[n, k].
 type Examples = dict[str, Any]
-type Chunk = Any  # several batches on the devices, or their ids: see `data.placement`
 type Function = Callable[..., Any]  # any function, for what wraps or traces it
 type Arguments = dict[str, Any]  # keyword arguments by name
 type Initializer = Callable[..., Any]  # (key, shape, dtype) → a parameter's initial value

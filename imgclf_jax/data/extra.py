@@ -12,7 +12,7 @@ from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.data import sampling
 
-# Keys of a batch, a chunk or the input of a loss, which no stream can have as its name.
+# Keys of a batch or the input of a loss, which no stream can have as its name.
 _TAKEN = ("image", "label", "target", "id", "epoch", "step", "mask", "table", "other", "weight")
 
 

@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.core import named_warnings, processes, rng
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import Chunk
 from imgclf_jax.data import decode, decoded, extra, image_check, sampling
 from imgclf_jax.data.arrays import check_finite
 from imgclf_jax.data.info import DataInfo
@@ -287,39 +286,36 @@ def train_batches(
     images: Images, seed: int, batch_size: int, start: int, stop: int, rows: np.ndarray | None = None, prefetch: int = 4
 ) -> Iterator[Batch]:
     """Yields the batches of steps start to stop (exclusive), or only their `rows`."""
-    single = (range(step, step + 1) for step in range(start, stop))
-    for _, chunk in train_chunks(images, StreamSpec(seed, batch_size), single, 1, rows, prefetch):
-        yield {name: values[0] for name, values in chunk.items()}
+    return (batch for _, batch in batches(images, StreamSpec(seed, batch_size), range(start, stop), rows, prefetch))
 
 
-def train_chunks(
-    images: Images, spec: StreamSpec, ranges: Iterable[range], size: int, rows: np.ndarray | None = None,
-    prefetch: int = 2, extra_rows: Mapping[str, np.ndarray] = MappingProxyType({}),
-) -> Iterator[tuple[range, Chunk]]:  # fmt: skip
-    """Yields each range of steps with its chunk: the batches of those steps, [size, b, …], zero after the last step.
+def batches(
+    images: Images, spec: StreamSpec, steps: Iterable[int], rows: np.ndarray | None = None, prefetch: int = 4,
+    extra_rows: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> Iterator[tuple[int, Any]]:  # fmt: skip
+    """Yields each step with its batch, a pure function of the step.
 
-    A process reads only the `rows` int64[b] of each batch that its devices need; all if None. A batch depends only on
-    its step, not on the range. Batches of several seeds are interleaved, [size, b * num_seeds, …]: the first example of
-    each seed, then the second.
+    A process reads only the `rows` int64[b] of each batch that its devices need; all if None. Batches of several seeds
+    are interleaved, [b * num_seeds, …]: the first example of each seed, then the second.
 
-    Each extra stream of `spec` is a nested dict in the chunk, by its name; `extra_rows` are its rows.
+    Each extra stream of `spec` is a nested dict in the batch, by its name; `extra_rows` are its rows.
     """
     streams = [_Stream(images, spec, rows)]
     streams += [_Stream(images.extra[s.name], s, extra_rows.get(s.name)) for s in spec.extra_streams]
 
-    def read(steps: range) -> Batch:
-        return {stream.key(name): values for stream in streams for name, values in stream.read(steps, size).items()}
+    def read(step: range) -> Batch:
+        return {stream.key(name): x for stream in streams for name, x in stream.read(step.start).items()}
 
     names = tuple(stream.key(name) for stream in streams for name in stream.names)
     in_memory = all(stream.images.in_memory for stream in streams)
     kept = all(stream.images.kept for stream in streams)
-    flat = read_ahead(read, ranges, names, 0 if in_memory else prefetch, kept)
-    return ((steps, _nest(chunk)) for steps, chunk in flat)
+    flat = read_ahead(read, (range(step, step + 1) for step in steps), names, 0 if in_memory else prefetch, kept)
+    return ((step.start, _nest(batch)) for step, batch in flat)
 
 
 @dataclass(frozen=True)
 class _Stream:
-    """A stream of a chunk, and the rows of its batches to read."""
+    """A stream of a batch, and the rows of its batches to read."""
 
     images: Images
     spec: StreamSpec
@@ -332,20 +328,20 @@ class _Stream:
     def key(self, name: str) -> str:
         return f"{self.spec.name}/{name}" if self.spec.name else name
 
-    def read(self, steps: range, size: int) -> Batch:
+    def read(self, step: int) -> Batch:
         images, spec = self.images, self.spec
         rows = np.arange(spec.batch_size, dtype=np.int64) if self.rows is None else self.rows
-        global_positions, batches = positions(steps, spec.batch_size, rows), []
+        positions, replicas = step * spec.batch_size + rows, []
         for seed in spec.seeds:
-            ids = images.ids(seed, global_positions)
-            batch = images.read(ids, global_positions, seed)
+            ids = images.ids(seed, positions)
+            batch = images.read(ids, positions, seed)
             if spec.with_ids:
-                batch |= {"id": ids.astype(np.int32), "epoch": images.epochs(global_positions).astype(np.int32)}
-            batches.append(batch)
-        return {name: interleave([batch[name] for batch in batches], rows.size, size) for name in batches[0]}
+                batch |= {"id": ids.astype(np.int32), "epoch": images.epochs(positions).astype(np.int32)}
+            replicas.append(batch)
+        return {name: interleave([batch[name] for batch in replicas]) for name in replicas[0]}
 
 
-def _nest(flat: Batch) -> Chunk:
+def _nest(flat: Batch) -> dict[str, Any]:
     """Turns {"a": x, "b/c": y} into {"a": x, "b": {"c": y}}."""
     out: dict[str, Any] = {}
     for key, values in flat.items():
@@ -354,22 +350,9 @@ def _nest(flat: Batch) -> Chunk:
     return out
 
 
-def positions(steps: range, batch_size: int, rows: np.ndarray) -> np.ndarray:
-    """The global stream positions int64[len(steps) * b] of the `rows` [b] of these steps."""
-    return (np.asarray(steps, np.int64)[:, None] * batch_size + rows).ravel()
-
-
-def interleave(replicas: Sequence[np.ndarray], batch_size: int, size: int) -> np.ndarray:
-    """Interleaves the examples [steps * b, …] of each replica to [size, b * replicas, …]."""
-    stacked = replicas[0][:, None] if len(replicas) == 1 else np.stack(replicas, 1)
-    return pad_steps(stacked.reshape(-1, batch_size * len(replicas), *stacked.shape[2:]), size)
-
-
-def pad_steps(values: np.ndarray, size: int) -> np.ndarray:
-    """Pads [n, …] with zeros to [size, …], so one compiled program serves chunks of any length."""
-    if len(values) == size:
-        return values
-    return np.concatenate([values, np.zeros((size - len(values), *values.shape[1:]), values.dtype)])
+def interleave(replicas: Sequence[np.ndarray]) -> np.ndarray:
+    """Interleaves the examples [b, …] of each replica to [b * replicas, …]."""
+    return replicas[0] if len(replicas) == 1 else np.stack(replicas, 1).reshape(-1, *replicas[0].shape[1:])
 
 
 def eval_batches(images: Images, batch_size: int, rows: np.ndarray | None = None, prefetch: int = 4) -> Iterator[Batch]:

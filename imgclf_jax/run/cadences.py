@@ -1,7 +1,5 @@
-"""When a run logs, evaluates and saves, and the ranges of steps in between."""
+"""When a run logs, evaluates and saves, and the steps it trains."""
 
-import bisect
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import NamedTuple
@@ -32,27 +30,9 @@ class Cadences:
         """What to do after `step` steps."""
         return Due(*(step == self.total or configs.is_due(step, every) for every in self._periods))
 
-    def checks(self, steps: range) -> bool:
-        """Whether `steps` are one step, which is computed twice."""
-        return len(steps) == 1 and configs.is_due(steps.stop, self.check)
-
-    def ranges(self, start: int, size: int, edges: Iterable[int] = ()) -> Iterator[range]:
-        """Yields the steps from `start` to the end in consecutive ranges of at most `size` steps.
-
-        A range ends where something is due, and at each of the `edges`. A step that is computed twice is a range of its
-        own.
-        """
-        edges, end = sorted(edges), self.last
-        while start < end:
-            due = min(end, *(configs.next_due(start, every, self.total) for every in self._periods))
-            due = min([due, *edges[(i := bisect.bisect_right(edges, start)) : i + 1]])
-            if self.check is not None:
-                checked = configs.next_due(start, self.check, self.total)
-                due = min(due, checked - 1 if checked - 1 > start else checked)
-            count = -(-(due - start) // size)  # ranges until then, with lengths that differ by at most one step
-            stop = start - (start - due) // count
-            yield range(start, stop)
-            start = stop
+    def checks(self, step: int) -> bool:
+        """Whether step `step` is computed twice."""
+        return configs.is_due(step + 1, self.check)
 
     def evaluations(self, until: int) -> list[int]:
         """The steps up to `until` after which the run evaluates."""

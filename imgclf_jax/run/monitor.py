@@ -15,12 +15,12 @@ from rich import progress
 
 from imgclf_jax.core import places, processes, terminal
 from imgclf_jax.core.errors import UserError, reason
-from imgclf_jax.core.typing import Chunk, PyTree
+from imgclf_jax.core.typing import Batch, PyTree
 from imgclf_jax.run.phases import Phases
 
 log = logging.getLogger(__name__)
 
-_MOST_IN_FLIGHT = 2  # calls that the host may be ahead of the device
+_MOST_IN_FLIGHT = 4  # steps that the host may be ahead of the device
 
 
 class Monitor:
@@ -35,7 +35,7 @@ class Monitor:
         self.phases = phases
         phases.step = start
         self.throughput = Throughput(images_a_step, phases)
-        self.edges: tuple[int, ...] = ()  # the first and last step of the trace, where a call must end
+        self.edges: tuple[int, ...] = ()  # the first and last step of the trace, whose edges are waited for
         self._folder = folder / "profile"
         self._in_flight: collections.deque[PyTree] = collections.deque()
         self._bar = _make_bar()
@@ -59,13 +59,13 @@ class Monitor:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def watch(self, chunks: Iterable[tuple[range, Chunk]]) -> Iterator[tuple[range, Chunk]]:
-        """Yields the chunks, and counts the time that the device waits for them, except for the first."""
-        chunks = iter(chunks)
+    def watch(self, batches: Iterable[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
+        """Yields the steps and batches, and counts the time that the device waits for them, except for the first."""
+        batches = iter(batches)
         first = True
         while True:
             self.phases.enter("input")
-            item = next(chunks, None)
+            item = next(batches, None)
             if item is None:
                 self.phases.enter("other")
                 return
@@ -73,8 +73,8 @@ class Monitor:
             self.phases.enter("steps", counted_as="" if idle else "steps")
             if first:
                 self.throughput.restart()
-            self.throughput.count_steps(len(item[0]))
-            if self.edges and item[0].start == self.edges[0] and not processes.index():
+            self.throughput.count_step()
+            if self.edges and item[0] == self.edges[0] and not processes.index():
                 self._wait()
                 options = jax.profiler.ProfileOptions()
                 options.python_tracer_level = 0  # one event per Python call would be millions near the start
@@ -82,17 +82,17 @@ class Monitor:
             yield item
             first = False
 
-    def called(self, steps: range, result: jax.Array) -> None:
-        """Notes that the program was dispatched for `steps`, and waits if the host is too far ahead of the device.
+    def called(self, done: int, result: jax.Array) -> None:
+        """Notes that `done` steps were dispatched, and waits if the host is too far ahead of the device.
 
         `result` is an output array that is not donated.
         """
         self._in_flight.append(result)
         if len(self._in_flight) > _MOST_IN_FLIGHT:
             self._in_flight.popleft().block_until_ready()
-        self.phases.enter("steps", steps.stop)
-        self._bar.update(self._task, completed=steps.stop, note=self._note)  # it compiles no more
-        if self.edges and steps.stop == self.edges[1] and not processes.index():
+        self.phases.enter("steps", done)
+        self._bar.update(self._task, completed=done, note=self._note)  # it compiles no more
+        if self.edges and done == self.edges[1] and not processes.index():
             self._wait()
             try:
                 jax.profiler.stop_trace()
@@ -132,9 +132,9 @@ class Throughput:
         """Begins a lap; the time and the steps so far belong to none."""
         self._before, self._lap_steps = dict(self._phases.seconds), 0
 
-    def count_steps(self, steps: int) -> None:
-        """Adds steps to the lap."""
-        self._lap_steps += steps
+    def count_step(self) -> None:
+        """Adds a step to the lap."""
+        self._lap_steps += 1
 
     def lap(self) -> dict[str, float]:
         """{"images_per_second", "input_wait"} of the lap, which ends. Call it in another phase."""

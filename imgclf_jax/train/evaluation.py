@@ -16,6 +16,7 @@ from imgclf_jax import losses, metrics
 from imgclf_jax.core import processes, sharding, signals
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.terminal import track
+from imgclf_jax.core.typing import Batch
 from imgclf_jax.data import sources, splits, stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.provenance import module_facts
@@ -40,19 +41,19 @@ def evaluate(
     predictions: list[metrics.AnyPredictions] = []  # one a batch
 
     def collect(result: tuple[metrics.Sums, metrics.AnyPredictions | None]) -> None:
-        new, steps = jax.device_get(result)
+        new, predicted = jax.device_get(result)
         add(sums, new)
-        if steps is not None:
-            predictions.extend(jax.tree.map(lambda x, i=i: x[i], steps) for i in range(len(steps.mask)))
+        if predicted is not None:
+            predictions.append(predicted)
 
     pending: Any = None
-    parts = chunks(programs, images, stop)
+    parts = batches(programs, images, stop)
     if caption:
-        parts = track(parts, len(images), caption, lambda part: part[1] * programs.eval_batch_size)
-    for chunk, steps in parts:
-        result = programs.eval(*state.evaluated, chunk, np.int32(steps))
+        parts = track(parts, len(images), caption, lambda _: programs.eval_batch_size)
+    for batch in parts:
+        result = programs.eval(*state.evaluated, batch)
         if pending is not None:
-            collect(pending)  # while the device computes the next chunk
+            collect(pending)  # while the device computes the next batch
         pending = result
     collect(pending)
     if "nonfinite" in sums:
@@ -63,25 +64,22 @@ def evaluate(
     return sums, metrics.concatenate(predictions) if predictions else None
 
 
-def chunks(
-    programs: Programs, images: stream.Images, stop: Callable[[], str] = str
-) -> Iterator[tuple[metrics.Sums, int]]:
-    """Yields the chunks of `images` for `programs.eval`, on the devices, with the number of batches in each.
+def batches(programs: Programs, images: stream.Images, stop: Callable[[], str] = str) -> Iterator[Batch]:
+    """Yields the batches of `images` for `programs.eval`, on the devices.
 
     Raises signals.Stopped as `evaluate` does.
     """
-    size, rows = programs.eval_steps_per_call, sharding.rows_here(programs.eval_batch_size, programs.mesh)
-    for some in itertools.batched(stream.eval_batches(images, programs.eval_batch_size, rows), size):
+    rows = sharding.rows_here(programs.eval_batch_size, programs.mesh)
+    for batch in stream.eval_batches(images, programs.eval_batch_size, rows):
         signals.check(stop)
-        chunk = {name: stream.pad_steps(np.stack([batch[name] for batch in some]), size) for name in some[0]}
-        yield sharding.put_batch(chunk, programs.mesh, axis=1), len(some)
+        yield sharding.put_batch(batch, programs.mesh)
 
 
 def add(sums: metrics.Sums, new: metrics.Sums) -> None:
-    """Adds the sums of k batches, [k, …] on the host, to `sums`: integers as int64, the loss as float64."""
+    """Adds the sums of a batch, on the host, to `sums`: integers as int64, the loss as float64."""
     for name, value in new.items():
         exact = np.float64 if jnp.issubdtype(value.dtype, jnp.floating) else np.int64
-        sums[name] = sums.get(name, 0) + value.sum(0, dtype=exact)
+        sums[name] = sums.get(name, 0) + np.asarray(value, exact)
 
 
 def evaluate_all(

@@ -16,7 +16,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.stopping import Stopping, stopping
 from imgclf_jax.core.terminal import format_metrics
 from imgclf_jax.core.text import printable
-from imgclf_jax.core.typing import Chunk, JsonObject, PyTree
+from imgclf_jax.core.typing import Batch, JsonObject, PyTree
 from imgclf_jax.losses import Task
 from imgclf_jax.run import digests, early_stopping, writers
 from imgclf_jax.run.digests import Digests
@@ -143,14 +143,13 @@ def train(run: Run, monitor: Monitor, records: Records, stop: Stopping) -> tuple
         if results is None:
             return None
 
-    edges, stopped = (*monitor.edges, *records.digests.edges), _stops_early(run, run.start)
-    ranges = () if stopped else cadences.ranges(run.start, programs.steps_per_call, edges)
-    chunks = _when_compiled(programs.chunks(run.images, ranges), run, monitor, stop)
-    for steps, chunk in monitor.watch(chunks):
-        state, sums = _train(run, state, sums, chunk, steps)
-        monitor.called(steps, sums["steps"])
-        step, due = steps.stop, cadences.due(steps.stop)
-        signal = stop()  # asked once: a signal from here on waits for the next call, or cuts the evaluation short
+    stopped = _stops_early(run, run.start)
+    steps = () if stopped else range(run.start, cadences.last)
+    for current, batch in monitor.watch(_when_compiled(programs.batches(run.images, steps), run, monitor, stop)):
+        state, sums = _train(run, state, sums, batch, current)
+        step, due = current + 1, cadences.due(current + 1)
+        monitor.called(step, sums["steps"])
+        signal = stop()  # asked once: a signal from here on waits for the next step, or cuts the evaluation short
         if step in records.digests.edges:
             records.digests.record(step, state.params)
         if not (any(due) or signal):
@@ -184,13 +183,13 @@ def train(run: Run, monitor: Monitor, records: Records, stop: Stopping) -> tuple
     return (step, state, results or {}, stopped) if stopped or step == cadences.total else None
 
 
-def _train(run: Run, state: TrainState, sums: PyTree, chunk: Chunk, steps: range) -> tuple[TrainState, PyTree]:
-    """Runs the train program for `steps`, and once more if it is due to be computed twice. Donates `state`."""
-    before = (recompute.copy(state), sums) if run.cadences.checks(steps) else None
-    state, sums = run.programs.train(state, sums, chunk, np.int32(len(steps)))
+def _train(run: Run, state: TrainState, sums: PyTree, batch: Batch, step: int) -> tuple[TrainState, PyTree]:
+    """Trains on the batch of step `step`, and once more if that is due to be computed twice. Donates `state`."""
+    before = (recompute.copy(state), sums) if run.cadences.checks(step) else None
+    state, sums = run.programs.train(state, sums, batch)
     if before:
-        again, _ = run.programs.train(*before, chunk, np.int32(len(steps)))
-        recompute.refuse_difference(steps.start, state, again, run.checkpoints.describe_latest)
+        again, _ = run.programs.train(*before, batch)
+        recompute.refuse_difference(step, state, again, run.checkpoints.describe_latest)
     return state, sums
 
 
@@ -304,10 +303,10 @@ def _recorded(run: Run, last: int) -> Results | None:
 
 
 def _when_compiled(
-    chunks: Iterable[tuple[range, Chunk]], run: Run, monitor: Monitor, stop: Stopping
-) -> Iterator[tuple[range, Chunk]]:
-    """Yields the chunks once the program is compiled. Raises signals.Stopped if a signal comes before."""
-    for number, one in enumerate(chunks):
+    batches: Iterable[tuple[int, Batch]], run: Run, monitor: Monitor, stop: Stopping
+) -> Iterator[tuple[int, Batch]]:
+    """Yields the steps and batches once the program is compiled. Raises signals.Stopped if a signal comes before."""
+    for number, one in enumerate(batches):
         if number == 0:
             monitor.phases.enter("compile")
             seconds = signals.wait_for(run.compiled, stop.waiting)

@@ -122,7 +122,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     if parts > 1 and set(compiling.mesh.axis_names) == {"data"}:
         log.info("each device trains all %d seeds; with --config.mesh='seeds=%d, data=-1' it trains %d",
                  recipe.num_seeds, parts, recipe.num_seeds // parts)  # fmt: skip
-    _ = compiling.eval_step  # traced while the train step compiles: what fails in evaluation ends the run here
+    _ = compiling.traced_eval  # traced while the train step compiles: what fails in evaluation ends the run here
     early = early_stopping.build(config, recipe.patience)
     rows = display.make_rows(recipe, images, workdir, start)
     if not processes.index():

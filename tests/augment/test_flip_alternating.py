@@ -12,30 +12,26 @@ from imgclf_jax.data import placement, sources, stream
 
 SEED, TEXT = 7, "flip_alternating|normalize"
 APPLY = jax.jit(ops.build(TEXT, train=True))
-AT = jax.jit(lambda chunk, i: placement.batch_at(chunk, i, (6, 8, 1)))
 
 
 def images():
     return stream.Images(sources.fake(40, (6, 8, 1), 4)["train"], "decode(1)", SEED)
 
 
-def orientations(place, batch_size, start, stop, size=3):
+def orientations(place, batch_size, start, stop):
     """[(epoch, id, flipped)] of each position from step start to stop, read from the pixels."""
     opened, mesh = images(), sharding.make_mesh(jax.devices()[:1])
     everything = opened.read(np.arange(40), np.arange(40))["image"]
-    ranges = [range(first, min(first + size, stop)) for first in range(start, stop, size)]
     spec = stream.StreamSpec(SEED, batch_size, with_ids=True)
     seen = []
-    for steps, chunk in placement.train_chunks(place, opened, spec, ranges, size, mesh):
-        for i, step in enumerate(steps):
-            batch = AT(chunk, i)
-            out = np.asarray(APPLY(None, batch["image"], jnp.uint32(SEED), batch["id"], batch["epoch"])) * 255
-            ids = stream.example_ids(SEED, step, batch_size, 40)
-            np.testing.assert_array_equal(batch["id"], ids)
-            for place_, (own, id_) in enumerate(zip(np.round(out), ids, strict=True)):
-                same, mirrored = (own == everything[id_]).all(), (own == everything[id_][:, ::-1]).all()
-                assert same != mirrored
-                seen.append(((step * batch_size + place_) // 40, int(id_), bool(mirrored)))
+    for step, batch in placement.batches(place, opened, spec, range(start, stop), mesh):
+        out = np.asarray(APPLY(None, batch["image"], jnp.uint32(SEED), batch["id"], batch["epoch"])) * 255
+        ids = stream.example_ids(SEED, step, batch_size, 40)
+        np.testing.assert_array_equal(batch["id"], ids)
+        for place_, (own, id_) in enumerate(zip(np.round(out), ids, strict=True)):
+            same, mirrored = (own == everything[id_]).all(), (own == everything[id_][:, ::-1]).all()
+            assert same != mirrored
+            seen.append(((step * batch_size + place_) // 40, int(id_), bool(mirrored)))
     return seen
 
 
@@ -57,26 +53,26 @@ def test_two_epochs_show_each_example_both_ways(place, batch_size):
 def test_placement_and_a_start_in_the_middle_change_nothing():
     whole = orientations("host", 12, 0, 12)
     assert orientations("device", 12, 0, 12) == whole
-    assert orientations("host", 12, 5, 12, size=2) == whole[5 * 12 :]
+    assert orientations("host", 12, 5, 12) == whole[5 * 12 :]
 
 
 @pytest.mark.thorough
 def test_batches_carry_ids_only_where_an_op_asks(tmp_path, fake_config):
-    """A run with such an op trains to the same bits on either placement, with one step per call or many."""
+    """A run with such an op trains to the same bits on either placement."""
     assert [ops.wants_ids(t) for t in ("", "flip_lr|normalize", TEXT)] == [False, False, True]
     mesh = sharding.make_mesh()
     for place in ("host", "device"):
         plain, with_ids = stream.StreamSpec(SEED, 8), stream.StreamSpec(SEED, 8, with_ids=True)
-        _, plain = next(placement.train_chunks(place, images(), plain, [range(2)], 2, mesh))
-        assert set(plain) == ({"image", "label"} if place == "host" else {"id", "table"})
-        _, asked = next(placement.train_chunks(place, images(), with_ids, [range(2)], 2, mesh))
-        shapes = placement.chunk_shape(place, 40, (6, 8, 1), with_ids, 2, mesh)
+        _, plain = next(placement.batches(place, images(), plain, [0], mesh))
+        assert set(plain) == {"image", "label"}
+        _, asked = next(placement.batches(place, images(), with_ids, [0], mesh))
+        shapes = placement.batch_shape(8, (6, 8, 1), 0, mesh, id="int32", epoch="int32")
         assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), asked) == jax.tree.map(
             lambda x: (x.shape, x.dtype, x.sharding), shapes
         )
     found = set()
-    for i, (place, size) in enumerate((("host", 1), ("device", 4))):
-        fake_config.augment, fake_config.data.placement, fake_config.steps_per_call = TEXT, place, size
+    for i, place in enumerate(("host", "device")):
+        fake_config.augment, fake_config.data.placement = TEXT, place
         found.add(digest(tmp_path / str(i), fake_config))
     assert len(found) == 1
     fake_config.augment = "normalize"

@@ -202,7 +202,7 @@ def test_mixing_gives_the_same_bits_on_one_device_and_on_eight():
 
 def programs(mix, devices=None, **changes):
     config = default_config()
-    config.update({"batch_size": 16, "model": "mlp(widths=(8,))", "mix": mix, "steps_per_call": 1, **changes})
+    config.update({"batch_size": 16, "model": "mlp(widths=(8,))", "mix": mix, **changes})
     return Programs(Recipe(config, DataInfo(64, (6, 6, 1), ("a", "b", "c"), "")), sharding.make_mesh(devices))
 
 
@@ -245,14 +245,14 @@ def test_the_step_trains_on_mixed_images_and_counts_the_main_label(accumulate):
 @pytest.mark.thorough
 def test_the_config_key_reaches_the_compiled_step():
     """A step with mixing differs from one without, and is equal on one device and on eight up to rounding."""
-    images = np.random.default_rng(0).integers(0, 256, (1, 16, 6, 6, 1), np.uint8)
-    labels = np.random.default_rng(1).integers(0, 3, (1, 16)).astype(np.int32)
+    images = np.random.default_rng(0).integers(0, 256, (16, 6, 6, 1), np.uint8)
+    labels = np.random.default_rng(1).integers(0, 3, 16).astype(np.int32)
     results = {}
     for mix, count in (("", 1), ("mixup|cutmix", 1), ("mixup|cutmix", 8)):
         e = programs(mix, jax.devices()[:count])
         run = sharding.put_replicated(e.init(0), e.mesh)
-        chunk = sharding.put_batch({"image": images, "label": labels}, e.mesh, axis=1)
-        state, _ = e.train(run["state"], run["sums"], chunk, np.int32(1))
+        batch = sharding.put_batch({"image": images, "label": labels}, e.mesh)
+        state, _ = e.train(run["state"], run["sums"], batch)
         results[mix, count] = np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(state.params))])
     assert np.abs(results["", 1] - results["mixup|cutmix", 1]).max() > 1e-4
     np.testing.assert_allclose(results["mixup|cutmix", 1], results["mixup|cutmix", 8], atol=1e-5)

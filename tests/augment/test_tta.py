@@ -99,10 +99,9 @@ def test_the_config_key_reaches_evaluation_and_prediction(trained):
     correct = 0
     for first in (0, 8):
         rows = slice(first, first + 8)
-        chunk = {"image": IMAGES[None, rows], "label": labels[None, rows], "mask": np.ones((1, 8), bool)}
-        chunk = {k: np.repeat(v, e.eval_steps_per_call, 0) for k, v in chunk.items()}
-        sums, _ = e.eval(state.params, {}, sharding.put_batch(chunk, e.mesh, axis=1), np.int32(1))
-        correct += metrics.summarize(jax.tree.map(lambda x: x[0], jax.device_get(sums)))["accuracy"] * 8
+        batch = {"image": IMAGES[rows], "label": labels[rows], "mask": np.ones(8, bool)}
+        sums, _ = e.eval(state.params, {}, sharding.put_batch(batch, e.mesh))
+        correct += metrics.summarize(jax.device_get(sums))["accuracy"] * 8
     assert correct == (expected.argmax(-1) == labels).sum()
     softmax = np.exp(expected - expected.max(-1, keepdims=True))
     placed = sharding.put_batch({"image": IMAGES}, e.mesh)["image"]

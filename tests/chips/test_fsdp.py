@@ -7,12 +7,12 @@ from compilers import printed
 PROGRAM = """
 config, found = default_config(), []
 config.model, config.optimizer, config.precision = "vit('B', patch=16)", "adamw", "bfloat16"
-config.batch_size, config.steps_per_call, config.total = 8, 1, "10 steps"
+config.batch_size, config.total = 8, "10 steps"
 data = DataInfo(1000, (32, 32, 3), tuple(map(str, range(1000))), "")
 for config.mesh in ("data=-1", "data=1, fsdp=4"):
     programs = Programs(Recipe(config, data), sharding.make_mesh(topology.devices(chips), config.mesh))
     memory = programs.traced_train.lower().compile().memory_analysis()
-    batch = counts.bytes_per_device(programs.chunk_shape(1))
+    batch = counts.bytes_per_device(programs.batch_shape)
     found.append([memory.argument_size_in_bytes - batch, memory.temp_size_in_bytes])
 params = programs.shape["state"].params
 sizes = [4 * sum(x.size for x in jax.tree.leaves(part)) for part in (params, params["backbone"]["block0"])]

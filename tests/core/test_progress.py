@@ -111,7 +111,7 @@ def test_elsewhere_it_is_a_line_of_the_log(quick, caplog):
 
 
 def test_an_item_counts_once_the_caller_is_done_with_it(quick, caplog):
-    """An evaluation of one chunk said 360 of 360 while it compiled, at ever fewer images a second."""
+    """An evaluation of one batch said 360 of 360 while it compiled, at ever fewer images a second."""
     quick(False)
     with caplog.at_level(logging.INFO, "imgclf_jax"):
         for _ in terminal.track([1], 1, "work"):

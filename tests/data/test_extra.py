@@ -62,12 +62,9 @@ def test_a_batch_holds_those_of_the_further_streams(config, monkeypatch, place, 
     images, spec, mesh = opened(config), spec_of(config), sharding.make_mesh()
     shapes = {"unlabeled": (4, 7, 3), "held": (12, 12, 1)}
     assert {name: one.shape for name, one in images.extra.items()} == shapes
-    [(_, chunk)] = placement.train_chunks(place, images, spec, [range(2, 4)], 3, mesh)
     base = {"unlabeled": sources.open_splits("fake(30, (5, 6, 3), 4)")["train"],
             "held": sources.take_split(sources.open_data(config), "train[50%:]")}  # fmt: skip
-    batch_at = jax.jit(lambda chunk, i: placement.batch_at(chunk, i, images.shape, shapes))
-    for i, step in enumerate((2, 3)):
-        batch = batch_at(chunk, i)
+    for step, batch in placement.batches(place, images, spec, [2, 3], mesh):
         assert batch.keys() == {"image", "label", "unlabeled", "held"}
         assert batch["image"].shape == (32, 12, 12, 1)
         for name, b in (("unlabeled", 24), ("held", 16)):
@@ -86,34 +83,34 @@ def test_a_batch_holds_those_of_the_further_streams(config, monkeypatch, place, 
 
 def test_any_process_reads_its_rows_of_every_stream(config):
     images, spec = opened(config), spec_of(config)
-    [(_, whole)] = stream.train_chunks(images, spec, [range(3, 5)], 2)
+    [(_, whole)] = stream.batches(images, spec, [3])
     rows, more = np.arange(4, 8), {"unlabeled": np.arange(6, 12), "held": np.arange(1, 16, 2)}
-    [(_, part)] = stream.train_chunks(images, spec, [range(3, 5)], 2, rows, extra_rows=more)
+    [(_, part)] = stream.batches(images, spec, [3], rows, extra_rows=more)
     for own, all_, places in ((part, whole, rows), *((part[n], whole[n], more[n]) for n in more)):
         for name in ("image", "label"):
-            expected = all_[name].reshape(2, -1, 2, *all_[name].shape[2:])[:, places]
+            expected = all_[name].reshape(-1, 2, *all_[name].shape[1:])[places]
             np.testing.assert_array_equal(own[name].reshape(expected.shape), expected)
 
 
 def test_streams_do_not_touch_each_other(config):
     """Adding or renaming a stream changes no other, and no seed shares a stream with another name."""
     images = opened(config)
-    [(_, whole)] = stream.train_chunks(images, spec_of(config), [range(3, 5)], 2)
-    [(_, alone)] = stream.train_chunks(images, spec_of(config, extra=(("held", 16),)), [range(3, 5)], 2)
-    [(_, none)] = stream.train_chunks(images, spec_of(config, extra=()), [range(3, 5)], 2)
+    [(_, whole)] = stream.batches(images, spec_of(config), [3])
+    [(_, alone)] = stream.batches(images, spec_of(config, extra=(("held", 16),)), [3])
+    [(_, none)] = stream.batches(images, spec_of(config, extra=()), [3])
     jax.tree.map(np.testing.assert_array_equal, alone, {k: v for k, v in whole.items() if k != "unlabeled"})
     jax.tree.map(np.testing.assert_array_equal, none, {k: whole[k] for k in ("image", "label")})
     images.extra["renamed"] = images.extra["held"]
-    [(_, other)] = stream.train_chunks(images, spec_of(config, extra=(("renamed", 16),)), [range(3, 5)], 2)
+    [(_, other)] = stream.batches(images, spec_of(config, extra=(("renamed", 16),)), [3])
     assert other["renamed"]["id"].tolist() != whole["held"]["id"].tolist()
 
 
 def test_programs_know_the_shapes_and_the_record_holds_them(config, tmp_path):
     images = opened(config)
     compiling = programs.programs_for_images(config, images)
-    shape = compiling.chunk_shape(3)
-    assert shape["unlabeled"]["image"].shape == (3, 24, 4, 7, 3)
-    assert shape["held"]["image"].shape == (3, 16, 12, 12, 1)
+    shape = compiling.batch_shape
+    assert shape["unlabeled"]["image"].shape == (24, 4, 7, 3)
+    assert shape["held"]["image"].shape == (16, 12, 12, 1)
     alone = dataclasses.replace(compiling.recipe.data, extra={})
     (tmp_path / "provenance.json").write_text(json.dumps({"data": dataclasses.asdict(compiling.recipe.data)}))
     assert provenance.load_data_info(tmp_path / "provenance.json") == compiling.recipe.data != alone
@@ -160,7 +157,7 @@ def test_a_stream_that_cannot_be_opened_is_named(config, text, message):
 def test_device_placement_refuses_random_host_ops_of_a_further_stream(config):
     config.data.extra.held = "train|preprocess('decode(1)|random_resized_crop(6)')"
     with pytest.raises(UserError, match=r"preprocess='decode\(1\)\|random_resized_crop\(6\)' is random"):
-        next(placement.train_chunks("device", opened(config), spec_of(config), [range(1)], 1, sharding.make_mesh()))
+        next(placement.batches("device", opened(config), spec_of(config), [0], sharding.make_mesh()))
 
 
 @pytest.mark.thorough

@@ -175,27 +175,21 @@ def test_what_is_expected_is_what_comes(files, text):
 
 
 @pytest.mark.parametrize("text", ["balanced", f"{__name__}:make_own(of_class=1)"])
-def test_batches_are_the_same_on_any_placement_chunk_and_process(files, text):
+def test_batches_are_the_same_on_any_placement_and_process(files, text):
     """Whose ids the test above holds for every sampling."""
     images = stream.Images(source(), "decode(1)", 3, sampler=build(text, files))
     spec = stream.StreamSpec(3, 16, num_seeds=2, with_ids=True)
-    whole = {}
-    for steps, chunk in stream.train_chunks(images, spec, [range(2, 8)], 6):
-        whole = {step: {k: v[i] for k, v in chunk.items()} for i, step in enumerate(steps)}
+    whole = dict(stream.batches(images, spec, range(2, 8)))
     at = np.arange(4 * 16, 5 * 16)
     for seed in (3, 4):
         ids = images.sampler.ids(seed, at)
         np.testing.assert_array_equal(whole[4]["id"][seed - 3 :: 2], ids)
         np.testing.assert_array_equal(whole[4]["image"][seed - 3 :: 2, 0, 0, 0], ids)
         np.testing.assert_array_equal(whole[4]["epoch"][seed - 3 :: 2], at // images.sampler.epoch)
-    for steps, chunk in stream.train_chunks(images, spec, [range(4, 5), range(5, 7)], 2, np.arange(1, 16, 2)):
-        for i, step in enumerate(steps):
-            np.testing.assert_array_equal(chunk["id"][i].reshape(-1, 2), whole[step]["id"].reshape(-1, 2)[1::2])
-    mesh = sharding.make_mesh()
-    for steps, chunk in placement.train_chunks("device", images, spec, [range(2, 5), range(5, 8)], 3, mesh):
-        for i, step in enumerate(steps):
-            batch = placement.batch_at(chunk, i, images.shape)
-            jax.tree.map(np.testing.assert_array_equal, batch, whole[step])
+    for step, batch in stream.batches(images, spec, range(4, 7), np.arange(1, 16, 2)):
+        np.testing.assert_array_equal(batch["id"].reshape(-1, 2), whole[step]["id"].reshape(-1, 2)[1::2])
+    for step, batch in placement.batches("device", images, spec, range(2, 8), sharding.make_mesh()):
+        jax.tree.map(np.testing.assert_array_equal, batch, whole[step])
 
 
 @pytest.mark.parametrize("size", [500, 1000, 7, 1])

@@ -123,15 +123,11 @@ def test_batches_hold_the_targets_of_their_examples(monkeypatch, place, devices,
     monkeypatch.setattr(platform, "platform_of", lambda mesh: devices)
     mesh, images = sharding.make_mesh(), stream.Images(Regression(), "decode(1)", 5)
     spec = stream.StreamSpec(5, 16, num_seeds=2)
-    [(_, chunk)] = placement.train_chunks(place, images, spec, [range(2, 5)], 4, mesh)
-    shapes = placement.chunk_shape(place, N, images.shape, spec, 4, mesh, K)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), chunk) == jax.tree.map(
-        lambda x: (x.shape, x.dtype, x.sharding), shapes
-    )
-    at = jax.jit(lambda chunk, i: placement.batch_at(chunk, i, images.shape))
-    for i, step in enumerate(range(2, 5)):
-        batch = at(chunk, i)
-        assert batch.keys() == {"image", "target"}
+    shapes = placement.batch_shape(spec.rows, images.shape, K, mesh)
+    for step, batch in placement.batches(place, images, spec, range(2, 5), mesh):
+        assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), batch) == jax.tree.map(
+            lambda x: (x.shape, x.dtype, x.sharding), shapes
+        )
         for seed in (5, 6):
             ids = stream.example_ids(seed, step, 16, N)
             np.testing.assert_array_equal(batch["target"][seed - 5 :: 2], T[ids])
@@ -142,8 +138,8 @@ def test_evaluation_sees_every_target_once():
     batches = list(stream.eval_batches(stream.Images(Regression(), "decode(1)"), 16))
     masks = np.concatenate([batch["mask"] for batch in batches])
     np.testing.assert_array_equal(np.concatenate([batch["target"] for batch in batches])[masks], T)
-    shapes = placement.eval_chunk_shape((5, 4, 1), 16, 1, sharding.make_mesh(), K)
-    assert {k: (v.shape[1:], v.dtype) for k, v in shapes.items()} == {k: (v.shape, v.dtype) for k, v in
+    shapes = placement.batch_shape(16, (5, 4, 1), K, sharding.make_mesh(), mask="bool")
+    assert {k: (v.shape, v.dtype) for k, v in shapes.items()} == {k: (v.shape, v.dtype) for k, v in
                                                                      batches[0].items()}  # fmt: skip
 
 

@@ -354,4 +354,4 @@ def unfilled(problem):
 def test_a_method_without_a_head_that_calls_it_gets_a_sentence(method, error, said, fake_config):
     fake_config.method = f"{__name__}:{method}"
     with pytest.raises(error, match=said):
-        _ = Programs(Recipe(fake_config, DataInfo(64, (12, 12, 1), ("a", "b"), ""))).train_step
+        _ = Programs(Recipe(fake_config, DataInfo(64, (12, 12, 1), ("a", "b"), ""))).traced_train

@@ -124,7 +124,7 @@ def test_the_fixed_arrays_are_an_argument_of_the_program_and_sharded(teacher):
     assert "fixed" not in vars(built)  # so that it compiles for devices that hold no arrays
     kernels = [x for x in jax.tree.leaves(built.fixed) if x.shape == (64, 256)]
     assert [x.addressable_shards[0].data.shape for x in kernels] == [(64, 32)]
-    assert not [x for x in built.train_step.jaxpr.consts if np.size(x) > 100]
+    assert not [x for x in built.traced_train.jaxpr.consts if np.size(x) > 100]
 
 
 def sigmoid(x):

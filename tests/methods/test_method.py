@@ -281,7 +281,7 @@ def test_a_method_and_the_key_metrics_share_no_name(fake_config):
     config = config_of(fake_config, method=f"{__name__}:own_auc", metrics="auc|f1")
     recipe = Recipe(config, DataInfo(64, SHAPE, tuple("abcde"), ""))
     with pytest.raises(UserError, match=r"evaluate returns 'auc', which metrics='auc\|f1' computes too; rename it"):
-        _ = Programs(recipe, sharding.make_mesh(jax.devices()[:1])).eval_step
+        _ = Programs(recipe, sharding.make_mesh(jax.devices()[:1])).traced_eval
 
 
 @pytest.mark.parametrize(("names", "said"), [

@@ -42,7 +42,7 @@ def test_metrics_of_a_method_of_your_own_are_logged_and_evaluated(tmp_path):
     pytest.param(name, variant, marks=NO_BFLOAT16 if (name, variant) == ("pgd|sam", "sharded") else ())
     for name in SPECS for variant in VARIANTS if not variant or name in VARIED
 ])  # fmt: skip
-def test_cadences_chunks_placement_and_a_resume_change_no_bit(name, variant, tmp_path, teacher):
+def test_cadences_placement_and_a_resume_change_no_bit(name, variant, tmp_path, teacher):
     Check(name, tmp_path, teacher).ways(**VARIANTS[variant])
 
 

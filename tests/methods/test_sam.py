@@ -200,10 +200,8 @@ def test_eight_devices_take_one_perturbation(fake_config, mesh, spec):
         with fake_config.unlocked():
             fake_config.mesh = text or "data=-1"
         programs = Programs(Recipe(fake_config, data), sharding.make_mesh(jax.devices()[:devices], fake_config.mesh))
-        chunk = {k: np.stack([v] * programs.steps_per_call) for k, v in batch().items()}
         state = programs.init(0)["state"]
-        chunk = sharding.put_batch(chunk, programs.mesh, axis=1)
-        after.append(programs.train(state, programs.zero_sums(), chunk, np.int32(1)))
+        after.append(programs.train(state, programs.zero_sums(), sharding.put_batch(batch(), programs.mesh)))
     (one, of_one), (eight, of_eight) = after
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(of_one[name], of_eight[name], rtol=1e-5)

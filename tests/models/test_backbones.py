@@ -116,18 +116,17 @@ def test_a_step_in_bfloat16_over_eight_devices(name):
     """Loss and gradients are finite, every parameter moves or has no gradient by design, and statistics move."""
     exp = programs(*SMALL[name][:2])
     assert exp.mesh.size == 8
-    size, steps = SMALL[name][1], exp.steps_per_call
-    rng = np.random.default_rng(0)
-    chunk = {
-        "image": rng.integers(0, 256, (steps, 16, size, size, 3), np.uint8),
-        "label": rng.integers(0, 4, (steps, 16), np.int32),
+    size, rng = SMALL[name][1], np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (16, size, size, 3), np.uint8),
+        "label": rng.integers(0, 4, 16, np.int32),
     }
     run = exp.init(0)
     before = jax.tree.map(np.asarray, (run["state"].params, run["state"].model_state))
     state, sums = exp.train(
         jax.device_put(run["state"], sharding.replicated(exp.mesh)),
         sharding.put_replicated(run["sums"], exp.mesh),
-        sharding.put_batch(chunk, exp.mesh, axis=1), np.int32(1),
+        sharding.put_batch(batch, exp.mesh),
     )  # fmt: skip
     assert int(sums["nonfinite_step"]) == metrics.NO_STEP
     assert 0 < float(sums["grad_norm"]) < 1e4
@@ -138,12 +137,10 @@ def test_a_step_in_bfloat16_over_eight_devices(name):
     still = [jax.tree_util.keystr(p) for p, m in jax.tree_util.tree_leaves_with_path(moved) if not m]
     assert not still, still
 
-    batch = {**{k: v[0] for k, v in chunk.items()}, "mask": np.arange(16) < 13}
-    padded = {k: np.stack([v] + [np.zeros_like(v)] * (exp.eval_steps_per_call - 1)) for k, v in batch.items()}
-    padded = sharding.put_batch(padded, exp.mesh, axis=1)
-    sums, _ = exp.eval(state.params, state.model_state, padded, np.int32(1))
-    assert int(sums["examples"][0]) == 13
-    assert np.isfinite(sums["loss"][0])
+    padded = sharding.put_batch({**batch, "mask": np.arange(16) < 13}, exp.mesh)
+    sums, _ = exp.eval(state.params, state.model_state, padded)
+    assert int(sums["examples"]) == 13
+    assert np.isfinite(sums["loss"])
 
 
 @pytest.mark.parametrize("name", ["vit", *thorough("airbench", "convnext", "mixer", "resnet", "wide_resnet")])

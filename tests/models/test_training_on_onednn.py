@@ -161,7 +161,7 @@ def _train_one_step(config, backbone, onednn, monkeypatch):
     """(Params and batch statistics after one step from each of eight initializations, [8, n], the lowered program)."""
     monkeypatch.setattr(backbone, "trains_on_onednn", onednn)
     programs, _, images, _ = trained_for(config, 1)
-    [(_, chunk)] = programs.chunks(images, [range(1)])
+    [(_, batch)] = programs.batches(images, [0])
     rng, rows = np.random.default_rng(0), []
 
     def flip_signs(x):
@@ -172,7 +172,7 @@ def _train_one_step(config, backbone, onednn, monkeypatch):
         if number:  # kernels are drawn from symmetric distributions
             params = jax.tree.map(flip_signs, state.params)
             state = state.replace(params=sharding.put_replicated(params, programs.mesh))
-        state, _ = programs.train(state, programs.zero_sums(), chunk, np.int32(1))
+        state, _ = programs.train(state, programs.zero_sums(), batch)
         leaves = jax.tree.leaves((state.params, state.model_state))
         rows.append(np.concatenate([np.asarray(x, np.float64).ravel() for x in leaves]))
     return np.stack(rows), programs.traced_train.lower().as_text()

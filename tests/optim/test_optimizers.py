@@ -215,11 +215,8 @@ def test_it_trains_and_resumes_bit_for_bit(text, fake_config, tmp_path):
     def go(run, first, last):
         """Trains on these steps; returns only their sums."""
         state, sums = sharding.put_replicated(run["state"], programs.mesh), programs.zero_sums()
-        for start in range(first, last, programs.steps_per_call):
-            some = batches[start : min(start + programs.steps_per_call, last)]
-            chunk = {k: stream.pad_steps(np.stack([b[k] for b in some]), programs.steps_per_call) for k in some[0]}
-            chunk = sharding.put_batch(chunk, programs.mesh, axis=1)
-            state, sums = programs.train(state, sums, chunk, np.int32(len(some)))
+        for batch in batches[first:last]:
+            state, sums = programs.train(state, sums, sharding.put_batch(batch, programs.mesh))
         return {"state": state, "sums": sums}
 
     begin = jax.device_get(programs.init(0))

@@ -178,12 +178,11 @@ def trained(exp, steps=3):
     """(the state before, the state after some steps), on the host."""
     images = stream.Images(sources.open_splits(exp.recipe.config.data.source)["train"], "decode(1)")
     batch = next(iter(stream.train_batches(images, 0, exp.recipe.config.batch_size, 0, 1)))
-    chunk = sharding.put_batch({k: np.stack([v] * exp.steps_per_call) for k, v in batch.items()}, exp.mesh, axis=1)
     run = exp.init(0)
     before = jax.device_get(run["state"])
-    state, _ = exp.train(
-        *(sharding.put_replicated(run[name], exp.mesh) for name in ("state", "sums")), chunk, np.int32(steps)
-    )
+    state, sums = (sharding.put_replicated(run[name], exp.mesh) for name in ("state", "sums"))
+    for _ in range(steps):
+        state, sums = exp.train(state, sums, sharding.put_batch(batch, exp.mesh))
     return before, jax.device_get(state)
 
 

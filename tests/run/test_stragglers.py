@@ -73,7 +73,7 @@ def test_a_slow_source_of_one_of_two_processes(tmp_path, monkeypatch):
     (tmp_path / "slow_source.py").write_text(SLOW)
     words = ("--config.data.source=slow_source:splits()", "--config.preprocess=decode(1)", "--config.batch_size=32",
              "--config.model=mlp(widths=(16,))", "--config.total=60 steps", "--config.eval_every=",
-             "--config.checkpoint_every=", "--config.tensorboard=False", "--config.steps_per_call=1",
+             "--config.checkpoint_every=", "--config.tensorboard=False",
              "--config.data.eval.test=test[:16]", "--config.schedule=constant(1e-3)")  # fmt: skip
     monkeypatch.setattr(check, "PATHS", (str(tmp_path), *check.PATHS))
     check.run(tmp_path / "run", 2, 1, words)

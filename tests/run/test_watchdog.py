@@ -179,7 +179,7 @@ def test_a_run_that_hangs(reads, seconds, waits_for, tmp_path):
         str(ROOT / "launch.py"), "train", f"--workdir={tmp_path}/run", "--config.data.source=hanging:splits()",
         "--config.preprocess=decode(1)", "--config.model=mlp(widths=(4,))", "--config.batch_size=16",
         "--config.schedule=constant(1e-3)", "--config.total=4000 steps", "--config.watchdog=4 s",
-        "--config.steps_per_call=1", "--config.log_every=", "--config.eval_every=", "--config.checkpoint_every=",
+        "--config.log_every=", "--config.eval_every=", "--config.checkpoint_every=",
         *(["--config.augment=hanging:slow"] if seconds else []),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

@@ -288,15 +288,16 @@ def test_throughput(monkeypatch):
 
     spend(0.5, "input")
     spend(1.5, "steps")
-    throughput.count_steps(10)
+    for _ in range(10):
+        throughput.count_step()
     assert throughput.lap() == {"images_per_second": 160.0, "input_wait": 0.25}
     spend(1000.0, "evaluation")
     spend(1.0, "steps")
-    throughput.count_steps(1)
+    throughput.count_step()
     spend(50.0, "checkpoint")  # without a record, then more of the same lap
     spend(2.0, "steps")
     spend(1.0, "input")
-    throughput.count_steps(1)
+    throughput.count_step()
     assert throughput.lap() == {"images_per_second": 16.0, "input_wait": 0.25}
     assert (throughput.seconds, throughput.steps) == (6.0, 12)
 
@@ -338,7 +339,7 @@ def test_no_progress_elsewhere(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(terminal, "console", lambda: Console(file=stream))
     with monitor.Monitor(0, 10, 8, None, Path("run"), Phases()) as watching:
-        watching.called(range(0, 5), jax.numpy.zeros(()))
+        watching.called(5, jax.numpy.zeros(()))
         with watching.paused():
             watching.lap()
     assert stream.getvalue() == ""

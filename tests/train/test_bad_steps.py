@@ -13,7 +13,7 @@ from flax import linen as nn
 from imgclf_jax import config as configs
 from imgclf_jax import programs
 from imgclf_jax import step as steps
-from imgclf_jax.core import tree
+from imgclf_jax.core import sharding, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
 from imgclf_jax.losses import softmax
@@ -58,16 +58,15 @@ def train_without(config, left_out):
     config.on_bad_step = "stop"
     images = stream.open_train_images(config, sources.open_data(config))
     of = programs.programs_for_images(config, images)
-    state, step = of.init()["state"], jax.jit(jax.extend.core.jaxpr_as_fun(of.train_step.jaxpr))
+    state = of.init()["state"]
     for number in range(TOTAL):
         if number in left_out:
             state = state.replace(step=state.step + 1)
             continue
-        ids = stream.positions(range(number, number + 1), BATCH, np.arange(BATCH))
+        ids = number * BATCH + np.arange(BATCH)
         batch = images.read(images.ids(config.seed, ids), ids)
         batch |= {"id": images.ids(config.seed, ids).astype("int32"), "epoch": (ids // EXAMPLES).astype("int32")}
-        leaves = step(*jax.tree.leaves((state, batch)))
-        state, _ = jax.tree.unflatten(of.train_step.out_tree, leaves)
+        state, _ = of.train(state, of.zero_sums(), sharding.put_batch(batch, of.mesh))
     return state.params
 
 

@@ -61,7 +61,7 @@ def report(programs: Programs, chips: topology.Chips) -> JsonObject:
         "parameters": counts.bytes_per_device((state.params, state.model_state)),
         "optimizer": counts.bytes_per_device(state.opt_state),
         "averages": counts.bytes_per_device((state.ema, sums)),
-        "batch": counts.bytes_per_device(programs.chunk_shape(programs.steps_per_call)),
+        "batch": counts.bytes_per_device((programs.batch_shape, programs.tables_shape)),
     }
     flops = _matmul_flops_per_chip(programs)
     result: JsonObject = {
@@ -116,7 +116,7 @@ def _matmul_flops_per_chip(programs: Programs) -> float:
     Every chip updates all parameters of its seeds, but for those that `fsdp` shards. An optimizer that evaluates the
     model, as L-BFGS does, evaluates it on the batch.
     """
-    by_scope, mesh = jaxprs.matmul_flops_by_scope(_for_tpu(programs).train_step.jaxpr), programs.mesh
+    by_scope, mesh = jaxprs.matmul_flops_by_scope(_for_tpu(programs).traced_train.jaxpr), programs.mesh
     model = type(programs.recipe.model).__name__
     update = sum(flops for scope, flops in by_scope.items() if OPTIMIZER in scope and model not in scope)
     repeats = mesh.size / (mesh.shape.get("fsdp", 1) * mesh.shape.get("seeds", 1))

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
@@ -66,7 +65,7 @@ def measure(
     Images are read once. Each corruption is compiled once for all severities, separately from the model. `caption`
     labels the progress bar. `photographs` are for `frost`.
     """
-    mesh, size = programs.mesh, programs.eval_steps_per_call
+    mesh = programs.mesh
     kinds = [(name, severity) for name in names for severity in corruptions.SEVERITIES]
     arguments = {}  # (tables, key data) on the device
     for kind in kinds:
@@ -75,25 +74,18 @@ def measure(
             (corruptions.make_tables(*kind, images.shape, photographs), key), mesh
         )
     corrupt = {name: _jit_corruption(programs, name) for name in names}
-    stack = jax.jit(lambda *batches: jnp.stack(batches), out_shardings=sharding.sharded(mesh, axis=1))
     sums: dict[Key, metrics.Sums] = {kind: {} for kind in [CLEAN, *kinds]}
-    batch, rows = programs.eval_batch_size, sharding.rows_here(programs.eval_batch_size, mesh)
+    size, rows = programs.eval_batch_size, sharding.rows_here(programs.eval_batch_size, mesh)
 
     def results() -> Iterator[tuple[Key, PyTree]]:
-        for n, (chunk, steps) in enumerate(evaluation.chunks(programs, images)):
-            yield CLEAN, programs.eval(*state.evaluated, chunk, np.int32(steps))
-            positions = [
-                sharding.put_batch({"position": ((n * size + i) * batch + rows).astype(np.int32)}, mesh)["position"]
-                for i in range(steps)
-            ]
+        for n, batch in enumerate(evaluation.batches(programs, images)):
+            yield CLEAN, programs.eval(*state.evaluated, batch)
+            positions = sharding.put_batch((n * size + rows).astype(np.int32), mesh)
             for kind in kinds:
-                batches = [
-                    corrupt[kind[0]](chunk["image"], np.int32(i), positions[i], *arguments[kind]) for i in range(steps)
-                ]
-                batches += batches[-1:] * (size - steps)  # padding, which `eval` ignores
-                yield kind, programs.eval(*state.evaluated, {**chunk, "image": stack(*batches)}, np.int32(steps))
+                corrupted = corrupt[kind[0]](batch["image"], positions, *arguments[kind])
+                yield kind, programs.eval(*state.evaluated, {**batch, "image": corrupted})
 
-    total = -(-len(images) // (batch * size)) * len(sums)
+    total = -(-len(images) // size) * len(sums)
     pending: tuple[Key, PyTree] | None = None
     for kind, result in track(results(), total, caption):
         if pending is not None:
@@ -106,18 +98,16 @@ def measure(
 
 
 def _jit_corruption(programs: Programs, name: str) -> Callable[..., jax.Array]:
-    """Returns jitted (chunk uint8[k, b, h, w, c], i, positions i32[b], tables, key data) → corrupted batch i.
+    """Returns jitted (images uint8[b, h, w, c], positions i32[b], tables, key data) → corrupted images.
 
-    Each device corrupts its own examples, uint8[b, h, w, c] in all.
+    Each device corrupts its own examples.
     """
-    batch_spec, chunk_spec = (sharding.sharded(programs.mesh, axis).spec for axis in (0, 1))
-    replicated = PartitionSpec()
+    batch_spec, replicated = sharding.sharded(programs.mesh).spec, PartitionSpec()
 
-    def corrupt(chunk: jax.Array, i: jax.Array, positions: jax.Array, tables: Tables, key: jax.Array) -> jax.Array:
-        images = jax.lax.dynamic_index_in_dim(chunk, i, keepdims=False)
+    def corrupt(images: jax.Array, positions: jax.Array, tables: Tables, key: jax.Array) -> jax.Array:
         return corruptions.apply(name, images, tables, jax.random.wrap_key_data(key), positions)
 
-    specs = (chunk_spec, replicated, batch_spec, replicated, replicated)
+    specs = (batch_spec, batch_spec, replicated, replicated)
     return jax.jit(jax.shard_map(corrupt, mesh=programs.mesh, in_specs=specs, out_specs=batch_spec, check_vma=False))
 
 

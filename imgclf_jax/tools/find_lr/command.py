@@ -96,7 +96,7 @@ def main(
     if steps < _FEWEST:
         raise UserError(f"--steps={steps}: a range test takes at least {_FEWEST} steps")
     trial = config.copy_and_resolve_references()
-    trial.total, trial.steps_per_call = f"{steps} steps", 1
+    trial.total = f"{steps} steps"
     trial.on_bad_step = "stop"  # a step that is skipped has no loss, and the next one its rate
     trial.schedule = str(spec.Call(f"{__name__}:ramp", (low, high)))
     test = measure(trial, low, high)
@@ -144,8 +144,8 @@ def _losses(compiled: Programs, images: stream.Images, total: int) -> Iterator[f
     weights = pretrained.load(compiled) if compiled.recipe.config.init_from else None
     run = compiled.init(images=compiled.first_images(images), weights=weights.taken if weights else None)
     state = run["state"]
-    for _, chunk in compiled.chunks(images, (range(k, k + 1) for k in range(total))):
-        state, sums = compiled.train(state, compiled.zero_sums(), chunk, np.int32(1))
+    for _, batch in compiled.batches(images, range(total)):
+        state, sums = compiled.train(state, compiled.zero_sums(), batch)
         done = jax.device_get(sums)
         yield float(np.sum(done["loss"]) / np.sum(done["examples"]))
 

@@ -83,9 +83,8 @@ def batch_at(programs: Programs, images: stream.Images, step: int, raw: bool = F
     """
     recipe = programs.recipe
     only = dataclasses.replace(programs.stream, num_seeds=1)
-    [(_, chunk)] = stream.train_chunks(images, only, [range(step, step + 1)], 1, prefetch=0)
-    batch = jax.tree.map(lambda values: values[0], chunk)
-    at = stream.positions(range(step, step + 1), only.batch_size, np.arange(only.batch_size, dtype=np.int64))
+    [(_, batch)] = stream.batches(images, only, [step], prefetch=0)
+    at = step * only.batch_size + np.arange(only.batch_size, dtype=np.int64)
     ids = images.ids(only.seed, at)
     names = [name if "/" in (name := example_name(images.source, int(i))) else "" for i in ids]  # others repeat the id
     if not raw:

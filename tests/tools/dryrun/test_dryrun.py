@@ -136,6 +136,8 @@ def test_what_the_compiler_refuses(programs, monkeypatch):
     """It quotes a compiler that runs out of memory."""
 
     class Full:
+        jaxpr = programs.traced_train.jaxpr
+
         def lower(self):
             raise RuntimeError("RESOURCE_EXHAUSTED: CompileTimeHbmOom\nUsed 21.3G of 15.75G hbm. Exceeded by 5.5G.")
 
@@ -165,7 +167,7 @@ def test_a_run_on_targets_is_planned_with_them(fake_config):
     given = described.Facts((12, 12, 1), None, 3, 640)
     info = described.describe(fake_config, given)
     assert info.target_names == info.class_names == ("0", "1", "2")
-    assert Programs(Recipe(fake_config, info)).chunk_shape(1)["target"].shape == (1, 8, 3)
+    assert Programs(Recipe(fake_config, info)).batch_shape["target"].shape == (8, 3)
     assert described.describe(fake_config, dataclasses.replace(given, targets=None, classes=3)).target_names == ()
 
 

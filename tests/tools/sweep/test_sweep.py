@@ -218,7 +218,7 @@ def test_a_sweep_that_is_killed_goes_on(tmp_path):
     words = ["--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=",
              "--config.model=mlp(widths=(256,))", "--config.batch_size=16", "--config.checkpoint_every=50 steps",
              "--config.eval_every=", "--config.log_every=50 steps", "--config.total=2000 steps",
-             "--config.steps_per_call=50", "--config.schedule=constant(1e-3)"]  # fmt: skip
+             "--config.schedule=constant(1e-3)"]  # fmt: skip
     command = [sys.executable, str(ROOT / "launch.py"), "sweep", *words, f"--workdir={tmp_path / 'w'}",
                "--sweep=seed=0..1", "--jobs=2"]  # fmt: skip
 
