@@ -136,7 +136,7 @@ def test_what_the_compiler_refuses(programs, monkeypatch):
     """It quotes a compiler that runs out of memory."""
 
     class Full:
-        jaxpr = programs.traced_train.jaxpr
+        jaxpr = dataclasses.replace(programs).traced_train.jaxpr  # which is remembered
 
         def lower(self):
             raise RuntimeError("RESOURCE_EXHAUSTED: CompileTimeHbmOom\nUsed 21.3G of 15.75G hbm. Exceeded by 5.5G.")
