@@ -34,13 +34,12 @@ PACKAGES = {  # of a docstring alone; `methods` is a module too
 HEAVY = {
     "tensorflow": {"core.tensorflow_import", "tools.export.saved_model"},
     "tensorflow_datasets": {"data.prepare"},
-    "clu": {"run.workdir"},
-    "tensorboard": {"run.event_file"},
+    "clu": {"run.workdir", "run.writers"},
     "sklearn": {"tools.probe.probing"},
     "matplotlib": {"tools.probe.accuracy_plot"},
     "orbax": {"core.internals", "run.checkpoint"},
 }
-INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "tensorboard", "sklearn", "matplotlib"}
+INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "sklearn", "matplotlib"}
 # What prints help and configs, and so must not import JAX: these and all that they import.
 LIGHT = {
     "launch",
@@ -210,7 +209,7 @@ RAW = {
     "tools/probe/embeddings.py": "a file without a name", "tools/explain/command.py": "the person's output",
     "tools/find_lr/command.py": "the person's output", "tools/reproduce/show_batch.py": "the person's output",
     "tools/dryrun/command.py": "the work directory itself",
-    "run/writers.py": "a bucket", "run/event_file.py": "a bucket",
+    "run/writers.py": "a bucket",
 }  # fmt: skip
 
 

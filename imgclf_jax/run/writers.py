@@ -1,5 +1,9 @@
-"""Writes the metrics of a run to metrics.jsonl, to TensorBoard, and to the writers that `config.writers` names."""
+"""Writes the metrics of a run to metrics.jsonl, to TensorBoard, and to the writers that `config.writers` names.
 
+All of them have the interface of `clu.metric_writers.MetricWriter`; TensorBoard's is CLU's `SummaryWriter`.
+"""
+
+import concurrent.futures
 import contextlib
 import io
 import json
@@ -7,16 +11,15 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import json_files, places, processes, spec
+from imgclf_jax.core import json_files, places, processes, spec, tensorflow_import
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import JsonMapping, JsonObject
-from imgclf_jax.run.event_file import EventFile
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +72,6 @@ class RecordFile:
             self._file.write(_line(record))
             self._file.flush()
 
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends the record of metrics of a step."""
-        self.write({"step": step, **scalars})
-
     def flush(self) -> None:
         """Returns when all records are on the disk or in the bucket."""
         with _naming_errors(self._path):
@@ -94,70 +93,119 @@ class MetricsWriter:
 
     A record is one line: {"step": 100, "train/loss": …}. A run that resumes at `step` first drops the records after
     this step, and an incomplete last line after a crash; it then writes the same records again. Records that a killed
-    process had not flushed to a bucket belong to steps that are repeated. Raises UserError if a file cannot be written
-    or a writer cannot be made. A later error in one of `config.writers` ends that writer alone.
+    process had not flushed to a bucket belong to steps that are repeated. Raises UserError if metrics.jsonl cannot be
+    written or a writer cannot be made. A later error in another writer ends that writer alone.
     """
 
     def __init__(self, workdir: Path, step: int, config: ConfigDict):
-        self._directory, self._added = workdir, dict[str, Writer]()
-        self._own: list[RecordFile | EventFile] = []
+        self._writers = dict[str, Writer]()
+        self._records: RecordFile | None = None
         evaluated = False
         if not processes.index():
-            try:
-                evaluated = self._open(step, config)
-            except BaseException:
-                self.close()
-                raise
+            for name, make in find_factories(config.writers).items():
+                self._writers[name] = make(workdir, step)
+            if config.tensorboard:
+                self._writers["TensorBoard"] = TensorBoard(workdir / "tb")
+            path = workdir / "metrics.jsonl"
+            if step and not path.exists():
+                log.warning("%s is missing: it will hold no record of the steps before %d", path, step)
+            kept = [record for record in read_metrics(path) if record["step"] <= step]
+            self._records = RecordFile(path, kept)
+            hparams = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in configs.flatten(config).items()}
+            self._tell("write_hparams", hparams)
+            evaluated = any(record["step"] == step and TIMES[0] not in record for record in kept)
         # Whether the evaluation of this step is recorded, known to all processes. Only training records have a pace.
         self.evaluated = processes.broadcast_from_process_0("reading metrics.jsonl", lambda: evaluated)
 
-    def _open(self, step: int, config: ConfigDict) -> bool:
-        for name, make in find_factories(config.writers).items():
-            self._added[name] = make(self._directory, step)
-        path = self._directory / "metrics.jsonl"
-        if step and not path.exists():
-            log.warning("%s is missing: it will hold no record of the steps before %d", path, step)
-        kept = [record for record in read_metrics(path) if record["step"] <= step]
-        self._own.append(RecordFile(path, kept))
-        with _naming_errors(self._directory / "tb"):
-            if config.tensorboard and (events := _open_event_file(self._directory / "tb", step)):
-                self._own.append(events)
-        hparams = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in configs.flatten(config).items()}
-        self._tell("write_hparams", hparams)
-        return any(record["step"] == step and "train/images_per_second" not in record for record in kept)
-
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Writes images [n, h, w, c] or [h, w, c] to TensorBoard, and to the writers that have such a method."""
+        """Writes images [n, h, w, c] or [h, w, c] to the writers that have such a method."""
         if images:
             self._tell("write_images", step, images)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one record and hands it to the operating system, so a killed process does not lose it."""
+        if self._records:
+            self._records.write({"step": step, **scalars})
         self._tell("write_scalars", step, scalars)
 
     def flush(self) -> None:
         """Returns when all records are on disk. Call it before saving a checkpoint, whose records must not be lost."""
+        if self._records:
+            self._records.flush()
         self._tell("flush")
 
     def close(self) -> None:
         """Closes all writers. Raises nothing: `write_scalars` and `flush` have raised any errors."""
-        for file in self._own:
-            with contextlib.suppress(Exception):
-                file.close()
-        self._own.clear()
+        if self._records:
+            self._records.close()
         self._tell("close")
 
     def _tell(self, method: str, *args: object) -> None:
         """Calls a method of all writers that have it."""
-        with _naming_errors(self._directory / "tb"):
-            for file in self._own:
-                getattr(file, method, _ignore)(*args)
-        for name, writer in list(self._added.items()):
+        for name, writer in list(self._writers.items()):
             try:
                 getattr(writer, method, _ignore)(*args)
             except Exception as e:  # a failing tracking service must not end a run
-                log.warning("writers=%s failed and gets no more metrics: %s: %s", name, type(e).__name__, reason(e))
-                del self._added[name]
+                log.warning("%s failed and gets no more metrics: %s: %s", name, type(e).__name__, reason(e))
+                del self._writers[name]
+
+
+class TensorBoard:
+    """CLU's SummaryWriter for `folder`, which a thread makes at the first metrics, since it imports TensorFlow.
+
+    Every call returns at once, and raises the error of an earlier one. Without TensorFlow nothing is written.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder, self._hparams = folder, dict[str, Any]()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
+        self._writer: Any = None
+        self._calls: list[concurrent.futures.Future[None]] = []
+
+    def write_hparams(self, hparams: JsonObject) -> None:
+        """Keeps the hyperparameters until the first metrics."""
+        self._hparams = hparams
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes the metrics of a step."""
+        self._submit("write_scalars", step, dict(scalars))
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Writes images [n, h, w, c] or [h, w, c] of one to four channels, uint8 or f32 in [0, 1], by their tags."""
+        self._submit("write_images", step, dict(images))
+
+    def flush(self) -> None:
+        """Hands the metrics so far to the file system."""
+        self._submit("flush")
+
+    def close(self) -> None:
+        """Waits for all calls, and closes the files."""
+        self._submit("close")
+        self._thread.shutdown()
+        self._calls[-1].result()
+
+    def _submit(self, method: str, *args: object) -> None:
+        while self._calls and self._calls[0].done():
+            self._calls.pop(0).result()
+        self._calls.append(self._thread.submit(self._call, method, *args))
+
+    def _call(self, method: str, *args: object) -> None:
+        if self._writer is None:
+            if method in ("flush", "close"):
+                return
+            self._writer = self._make()
+        getattr(self._writer, method, _ignore)(*args)
+
+    def _make(self) -> Any:
+        if tensorflow_import.tensorflow().result() is None:
+            log.info("TensorFlow is not installed: metrics are written to metrics.jsonl, and not for TensorBoard")
+            return object()
+        from clu.metric_writers import SummaryWriter
+
+        places.make_folder(self._folder)
+        writer = SummaryWriter(str(self._folder))
+        writer.write_hparams(self._hparams)
+        return writer
 
 
 def _ignore(*_: object) -> None:
@@ -229,11 +277,3 @@ def parse_records(content: bytes, where: str, strict: bool = False) -> list[Json
     if damaged:
         log.warning("%s: skipped %s", where, "a truncated line" if damaged == 1 else f"{damaged:,} damaged lines")
     return records
-
-
-def _open_event_file(directory: Path, step: int) -> EventFile | None:
-    try:
-        return EventFile(directory, step)
-    except ImportError:
-        log.info("TensorBoard is not installed: metrics are written to metrics.jsonl only")
-        return None
