@@ -110,7 +110,7 @@ def refuse_nonfinite(
     ids = images.ids(seed, step * config.batch_size + rows).tolist()
     file = folder / "nonfinite.json"
     record = {"step": step, "seed": seed, "example_ids": ids, "examples": [example_name(images.source, i) for i in ids]}
-    processes.broadcast_from_process_0("writing nonfinite.json", lambda: json_files.write(file, record))
+    processes.broadcast(lambda: json_files.write(file, record))
     good = checkpoints.steps()
     kept = f"the last good checkpoint is of step {good[-1]}" if good else "no checkpoint had been saved yet"
     raise UserError(

@@ -192,7 +192,7 @@ class Trained(NamedTuple):
                 else:
                     batch[place] = image
             out = program(*self.state.evaluated, sharding.put_batch(batch, mesh))
-            told = processes.gather("reading images", [[_name(image, row) for row, image in enumerate(some)], here])
+            told = processes.gather([[_name(image, row) for row, image in enumerate(some)], here])
             if any(names != told[0][0] for names, _ in told):
                 raise UserError("the processes found different images; give them all the same ones, on a shared disk")
             return out, {int(row): text for _, errors in told for row, text in errors.items()}
@@ -333,7 +333,7 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
         with contextlib.suppress(CheckpointRemoved):  # a run in progress saves and removes checkpoints
             state, step = _choose(config, workdir, which, programs)
             # Restoring may have imported more.
-            processes.agree("comparing modules", provenance.module_facts, in_both=True)
+            processes.agree(provenance.module_facts, in_both=True)
             _ = programs.host_ops, programs.recipe.views, programs.recipe.whole_set_metrics  # import what they name
             workdir.warn_of_changed_modules()
             return Trained(programs, state, step)
@@ -349,9 +349,7 @@ def load_programs(config: ConfigDict, workdir: Workdir) -> Programs:
 def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs) -> tuple[TrainState, int]:
     metric = config.checkpoint.best
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, metric, read_only=True)
-    steps, best = processes.broadcast_from_process_0(
-        "choosing a checkpoint", lambda: (checkpoints.steps(), checkpoints.best_step())
-    )
+    steps, best = processes.broadcast(lambda: (checkpoints.steps(), checkpoints.best_step()))
     wanted = {"state": programs.state_shape}
     names = {"latest": steps[-1] if steps else None, "best": best, "": best}
     step = names.get(which, int(which) if which.isdecimal() else None)
@@ -369,7 +367,7 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
         run = checkpoints.restore(step, wanted, optimizer=False)
     digests.check(workdir, step, run["state"].params)
     log.info("checkpoint of step %d from %s", step, workdir.checkpoints)
-    ended = processes.broadcast_from_process_0("reading the result", workdir.last_step)
+    ended = processes.broadcast(workdir.last_step)
     if step < ended and (which == "latest" or (not which and best is None)):
         log.warning("the run in %s ended at step %d, but its latest checkpoint is of step %d: its outputs are not "
                     "those of the result", workdir.path, ended, step)  # fmt: skip

@@ -92,6 +92,7 @@ def whole(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
     (["--num_processes=2"], ["give --coordinator, --num_processes and --process_id together"]),
     (["--coordinator=a:1", "--num_processes=2", "--process_id=2"], ["--process_id=2", "numbered 0 to 1"]),
     (["--coordinator=a", "--num_processes=2", "--process_id=0"], ["--coordinator=a", "HOST:PORT", "node1:12345"]),
+    (["--coordinator=a:66000", "--num_processes=2", "--process_id=0"], ["--coordinator=a:66000", "HOST:PORT"]),
     (["--local_devices=x"], ["--local_devices=x", "'all', or indices such as 0,1"]),
 ])  # fmt: skip
 def test_wrong_usage(mistake, tmp_path, monkeypatch, argv, fragments):

@@ -15,7 +15,7 @@ from test_mistakes import FAKE, ROOT, _log_as_it_was, has, mistake, snapshot, wh
 
 import launch
 from imgclf_jax.config import RESERVED
-from imgclf_jax.core import places, signals
+from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import stream
 from imgclf_jax.methods import Method
@@ -349,10 +349,11 @@ def test_an_extension_that_is_interrupted_before_its_first_step_changes_nothing(
     before = {name: (workdir / name).read_bytes() for name in kept}
 
     def interrupt(*args):
-        raise signals.Stopped("SIGINT")
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr("imgclf_jax.train.loop.signals.wait_for", interrupt)  # while the train step compiles
-    assert launch.main(["train", *argv, "--config.total=20 steps", "--extend"]) == 130
+    monkeypatch.setattr("imgclf_jax.train.loop.processes.barrier", interrupt)  # as the train step has been compiled
+    with pytest.raises(KeyboardInterrupt):
+        launch.main(["train", *argv, "--config.total=20 steps", "--extend"])
     assert {name: (workdir / name).read_bytes() for name in kept} == before
 
 

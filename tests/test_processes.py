@@ -49,7 +49,6 @@ print(json.dumps({
     "digest": tree.sha256({"x": put}) == tree.sha256({"x": whole}),
     "hosts": processes.count(),
 }))
-processes.end(0)
 """
 
 
@@ -66,71 +65,45 @@ def test_each_process_gets_the_rows_of_its_devices(devices, rows, other):
     assert found == [{"same": True, "fetched": True, "copied": True, "digest": True, "hosts": 2}] * 2
 
 
-ENDING = """
-import atexit, sys, time
-from imgclf_jax.core import processes, signals
-signals.install()
-process, port = int(sys.argv[1]), sys.argv[2]
-processes.start(f"localhost:{port}", 2, process, heartbeat=10)
-if process:
-    atexit.register(lambda: (print("leaving", flush=True), sys.stdin.read(), time.sleep(1.0)))
-processes.end(75)
-"""
-
-
-@pytest.mark.thorough
-def test_a_signal_to_a_process_that_is_leaving_changes_nothing():
-    """Slurm sends SIGTERM to all tasks when the first has ended with a status other than 0."""
-    first, second = start_two(ENDING)
-    with first, second:
-        assert second.stdout.readline() == "leaving\n"
-        assert first.wait(120) == 75
-        second.send_signal(signal.SIGTERM)
-        second.stdin.close()
-        assert second.wait(120) == 75
-
-
 WAITING = """
 import sys, time
-from imgclf_jax.core import processes, signals
-signals.install()
+from imgclf_jax.core import processes, stopping
+stopping.end_on_signals()
 process, port, phase = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 print("here", flush=True)
 if process and phase == "meet":
     time.sleep(60)
 processes.start(f"localhost:{port}", 2, process, heartbeat=10)
-with processes.ending_together():
-    print("joined", flush=True)
-    if process:
-        time.sleep(60)
-    processes.gather("comparing", 1)
+print("joined", flush=True)
+if process:
+    time.sleep(60)
+processes.gather(1)
 """
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("phase", "statuses"), [("meet", [143, None]), ("compare", [143, 143])])
-def test_a_signal_ends_a_process_that_waits_for_the_others(phase, statuses):
-    """Right away, together with those that have joined."""
+@pytest.mark.parametrize("phase", ["meet", "compare"])
+def test_a_signal_ends_a_process_that_waits_for_the_others(phase):
+    """Right away; JAX ends those that have joined."""
     started = start_two(WAITING, phase)
     for process in started:
         for _ in range(1 if phase == "meet" else 2):
             process.stdout.readline()
     time.sleep(2.0)
     started[0].send_signal(signal.SIGTERM)
-    for process, status in zip(started, statuses, strict=True):
-        if status is None:
+    try:
+        assert started[0].wait(10) == 143
+    finally:
+        for process in started:
             process.kill()
-        else:
-            assert process.wait(10) == status
-        process.communicate()
+            process.communicate()
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(("last", "sentence"), [
     (("--config.schedule=constant(0.1)",), "process 1 .* has schedule=constant.0.1., process 0 .* has schedule="),
-    (("--workdir=OTHER",), "process 1 does not see the files of process 0 in the work directory: .*other is another"),
-    (("--num_processes=3",), "process 1 .* was given --num_processes=3, process 0 .* --num_processes=2"),
-    (("--process_id=0",), "two processes were given --process_id=0: on host"),
+    (("--workdir=OTHER",), "process 1 .* has the lock in the work directory=.*, process 0 "),
+    (("--num_processes=3",), "process 1 has --num_processes=3, process 0 has --num_processes=2"),
 ])  # fmt: skip
 def test_processes_that_were_given_something_else(tmp_path, last, sentence):
     """Both say so and end before they train."""
@@ -149,7 +122,7 @@ def test_processes_that_were_given_something_else(tmp_path, last, sentence):
     (1, 5, 100, r"nothing has happened for \d+ s \(watchdog\) .*; process 1 gives no sign of life"),
     (0, 5, 100, r"nothing has happened for \d+ s \(watchdog\) .*; process 0 gives no sign of life"),
     # JAX's heartbeat, while the watchdog is still patient, as it is in a save.
-    (1, 20, 12, r"process 0 \(.*\): process 1 \(.*\) of this run has died or cannot be reached"),
+    (1, 20, 12, r"error: process 0: another process of this run died"),
 ])  # fmt: skip
 def test_a_process_that_is_stopped_is_named(tmp_path, stopped, watchdog, heartbeat, sentence):
     """SIGSTOP of one of two: the other ends, and names it."""
@@ -215,7 +188,6 @@ for words in (
     ["compare", run, "--test", "--format=csv", "--local_devices=all"],
 ):
     assert launch.main(words) == 0, words
-processes.end(0)
 """
 
 
@@ -304,16 +276,13 @@ def test_a_signal_to_one_stops_both_and_one_process_goes_on(tmp_path):
 
 @pytest.mark.thorough
 def test_an_error_of_one_ends_both(tmp_path):
-    """Also while the other waits for it; each says why."""
+    """JAX ends the other, though it waits for nobody."""
     workdir = tmp_path / "run"
     fails = (*SHORT, "--config.model=processes_check:fails_in_process_1()")
     assert check.end(check.start(workdir, 2, 1, fails)) == [1, 1]
-    both = logs(workdir)
-    assert "error: this host lacks a file" in both[1]
-    assert "process 0" in both[0]
-    assert "ends because process 1" in both[0]
-    assert "this host lacks a file" in both[0]
-    assert not (workdir / "lock").exists()
+    first, second = logs(workdir)
+    assert "error: this host lacks a file" in second
+    assert "error: process 0: another process of this run died" in first.splitlines()[-1]
 
 
 def logs(workdir: Path) -> list[str]:

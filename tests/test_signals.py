@@ -104,7 +104,7 @@ def check(moment: str, name: str, how: str, workdir: Path) -> None:
     assert "Traceback" not in done.stderr
     if moment in BEFORE:
         assert done.returncode == 128 + signal.Signals[name], done.stderr
-        assert done.stderr.splitlines()[-1] == f"{name}: stopped; run the same command again"
+        assert done.stderr.splitlines()[-1] == f"{name}: stopped; nothing is lost; run the same command again"
         assert not workdir.exists()
     else:
         assert done.returncode == 75, done.stderr

@@ -57,9 +57,11 @@ LIGHT = {
     "core.errors",
     "core.extras",
     "core.places",
-    "core.signals",
+    "core.internals",
+    "core.processes",
     "core.spec",
     "core.split_folders",
+    "core.stopping",
     "core.text",
     "core.typing",
     "data.image_files",
@@ -197,8 +199,8 @@ def test_model_files_say_nothing_of_how_arrays_lie_in_memory():
 
 # Where a file is opened, made, moved or removed other than by `core.places`: none of them is a stranger's.
 RAW = {
-    "cli/main.py": "/dev/null",
-    "cli/early.py": "the person's config", "core/text.py": "/dev/null, standard output", "core/signals.py": "/dev/null",
+    "cli/main.py": "/dev/null", "core/stopping.py": "/dev/null",
+    "cli/early.py": "the person's config", "core/text.py": "/dev/null, standard output",
     "core/cpuinfo.py": "/proc", "core/memory.py": "/sys", "run/phases.py": "/proc", "run/timer.py": "/proc",
     "data/sources.py": "the package", "tools/pages/html.py": "the package", "tools/serve/app.py": "the package",
     "run/provenance.py": "code that is imported", "run/environment.py": "the cache", "data/decoded.py": "the cache",

@@ -58,8 +58,6 @@ FLAGS: Mapping[str, Flag] = {
     "targets": Flag("the number of targets per example (instead of classes), if the data are absent", "N", None,
                     least=1),
     "examples": Flag("the number of training images, if the data are absent", "N", None, least=1),
-    "grace": Flag("the longest time from a stop signal to exit, saving included (default: no limit)", "SECONDS", 0.0,
-                  least=0.0),
     "coordinator": Flag("run as one of several processes; HOST is the host of process 0. Slurm, Open MPI and Cloud TPU "
                         "set this flag and the next two automatically", "HOST:PORT"),
     "num_processes": Flag("the number of processes; 1 runs a single process, even in a cluster", "N", None, least=1),

@@ -19,7 +19,7 @@ from imgclf_jax import config as configs
 from imgclf_jax.cli import early, table, words
 from imgclf_jax.cli.table import COMMANDS
 from imgclf_jax.cli.words import CommandLine, UsageError
-from imgclf_jax.core import memory, places, signals
+from imgclf_jax.core import memory, places, processes, stopping
 from imgclf_jax.core.errors import UserError, reason, unknown
 from imgclf_jax.core.text import prepare_streams, printable
 from imgclf_jax.core.typing import JsonObject, Value
@@ -37,15 +37,24 @@ def console() -> NoReturn:
 
 def run_and_exit(program: str, command: Sequence[str]) -> NoReturn:
     """Runs `sys.argv` and exits with the status. `command` starts this program in a new process."""
-    signals.install()
+    stopping.end_on_signals()
     try:
         status = main(sys.argv[1:], program, command)
+    except SystemExit as e:  # by a signal
+        status = int(e.code or 0)
     except Exception:  # a bug, not a user's mistake
         traceback.print_exc()
         status = 1
-    if "imgclf_jax.core.processes" in sys.modules:
-        sys.modules["imgclf_jax.core.processes"].end(status)
-    sys.exit(status)
+    if status in (0, stopping.STATUS_SAVED):
+        if processes.count() > 1:
+            stopping.ignore_signals()  # a launcher may send them when the first process ends
+        sys.exit(status)  # with several processes, JAX's exit handler waits for the others
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if processes.count() > 1 and not processes.index():
+        time.sleep(1.0)  # JAX's service ends with process 0: let the others report the same error first
+    os._exit(status)  # a normal exit would wait for threads, such as a compilation
 
 
 def main(argv: list[str], program: str = "launch.py", command: Sequence[str] = ()) -> int:
@@ -189,7 +198,7 @@ def _dispatch(
     if name == "train" and "jax" not in sys.modules and not options["process_id"]:  # which takes seconds to import
         told = f"{time.strftime('%H:%M:%S')} training {Path(called.config_file).name} in {printable(workdir)}"
         print(told, file=sys.stderr, flush=True)
-    from imgclf_jax.cli import together
+    from imgclf_jax.cli import distributed
     from imgclf_jax.run.workdir import Workdir
 
     source = Workdir.from_text(workdir) if isinstance(workdir, str) else workdir
@@ -197,7 +206,7 @@ def _dispatch(
         process_flags = [options.pop(flag) for flag in table.PROCESSES] if command.distributed else None
         keys = {key: value for key, value in configs.flatten(config).items() if key not in configs.HOST_KEYS}
         agreed = {"command": name, **keys, **{f"--{flag}": value for flag, value in options.items()}, "files": files}
-        stack.enter_context(_join(agreed, *process_flags) if process_flags else together.alone())
+        stack.enter_context(_join(agreed, *process_flags) if process_flags else distributed.alone())
         if "trust" in options and not options.pop("trust") and source:
             stack.enter_context(source.untrusted(called.argv))
         more: list[Any] = [files] if command.files and command.config_from != "record" else []
@@ -214,13 +223,13 @@ def _join(
             raise UsageError("give --coordinator, --num_processes and --process_id together, to every process")
         if process >= count:
             raise UsageError(f"--process_id={process}: processes are numbered 0 to {count - 1}")
-        if not re.fullmatch(r".+:\d+", coordinator):
+        if not re.fullmatch(r".+:\d+", coordinator) or int(coordinator.rpartition(":")[2]) > 65535:
             raise UsageError(f"--coordinator={coordinator}: must be HOST:PORT, such as node1:12345")
     if not re.fullmatch(r"(all|\d+(,\d+)*)?", local_devices):
         raise UsageError(f"--local_devices={local_devices}: must be 'all', or indices such as 0,1")
-    from imgclf_jax.cli import together
+    from imgclf_jax.cli import distributed
 
-    return together.join(agreed, coordinator, count, process, local_devices, heartbeat)
+    return distributed.join(agreed, coordinator, count, process, local_devices, heartbeat)
 
 
 def _parse_steps(text: str) -> tuple[int, int] | None:

@@ -57,7 +57,7 @@ class Command:
 COMMANDS: Mapping[str, Command] = {
     "train": Command(
         "train or resume the run in the work directory (the default command)", "file",
-        ("workdir", "extend", "grace", "profile", *PROCESSES),
+        ("workdir", "extend", "profile", *PROCESSES),
         more="If the work directory has checkpoints, the run resumes from the latest. If its config differs, the "
              "command stops and shows the difference.",
         examples=("", "--config folder:photos --workdir runs/a", "--config.total='20 epochs'"),

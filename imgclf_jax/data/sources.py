@@ -336,8 +336,8 @@ def open_data(config: ConfigDict, text: str = "") -> dict[str, Source]:
     ops = [text for text in dict.fromkeys(ops) if text.strip()]
     formats = tuple(dict.fromkeys(name for text in ops for name in decode.formats_of(text)))
     arguments = text or data.source, data.data_dir, data.manual_dir, data.unreadable, formats
-    opened: dict[str, Source] = processes.once_a_host("opening the data", lambda: open_splits(*arguments))
-    processes.agree("comparing data", lambda: {f"the data of split {name}": source.fingerprint()[:12]
+    opened: dict[str, Source] = processes.once_a_host(lambda: open_splits(*arguments))
+    processes.agree(lambda: {f"the data of split {name}": source.fingerprint()[:12]
                                                for name, source in opened.items()},
                     fix="all processes must read the same data: see data.source and data.data_dir")  # fmt: skip
     return opened

@@ -227,7 +227,7 @@ def train_images(source: Source, config: ConfigDict, base: Mapping[str, Source] 
 def _sampler(text: str, source: Source, key: str) -> sampling.Sampler:
     sampler = sampling.build(text, source, key)
     if text != "permutation":
-        processes.agree(f"comparing {key}", lambda: {f"what {key} reads": sampler.digest[:12]},
+        processes.agree(lambda: {f"what {key} reads": sampler.digest[:12]},
                         fix="all processes must read the same files")  # fmt: skip
     return sampler
 

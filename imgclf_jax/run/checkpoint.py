@@ -74,7 +74,7 @@ class Checkpoints:
         self.best, self._sign = metrics.parse_best(best) if best else ("", 1.0)
         self._read_only = read_only
         if not read_only:
-            processes.broadcast_from_process_0("making the folder of checkpoints", self._prepare)
+            processes.broadcast(self._prepare)
         else:
             places.check_plain(self.directory)
         self._keep = keep
@@ -186,7 +186,7 @@ class Checkpoints:
         saving = self._saving
         self.wait()
         if saving:
-            processes.barrier("verifying a checkpoint", processes.PREPARING)
+            processes.barrier()
 
     def unsaved(self) -> str:
         """Describes what ending at once would lose."""
@@ -211,11 +211,9 @@ class Checkpoints:
         damaged checkpoint and for another model's.
         """
         folder = self.directory / str(step)
-        if error := processes.broadcast_from_process_0(
-            "verifying a checkpoint", lambda: self._find_error(step, like, optimizer), processes.PREPARING
-        ):
+        if error := processes.broadcast(lambda: self._find_error(step, like, optimizer)):
             raise self._gone(folder) or UserError(error)
-        processes.agree("comparing checkpoints", lambda: {f"checkpoint {folder}": manifest.digest(folder)},
+        processes.agree(lambda: {f"checkpoint {folder}": manifest.digest(folder)},
                         fix="all processes must read one work directory, on a shared disk")  # fmt: skip
         try:
             found = self._read(step, like, optimizer)
@@ -289,12 +287,12 @@ class Checkpoints:
         is reported and, unless this object is read-only, moved to `damaged/` next to the checkpoints. Raises UserError
         if there are checkpoints but none can be read, most likely since they are another model's.
         """
-        steps, sealed = processes.broadcast_from_process_0("looking for checkpoints", self._found)
+        steps, sealed = processes.broadcast(self._found)
         errors: dict[int, UserError] = {}
         for step in sorted(steps, key=lambda step: (step in sealed, step), reverse=True):
             try:
                 state = self.restore(step, like, optimizer)
-            except (CheckpointRemoved, processes.Apart):
+            except (CheckpointRemoved, processes.ProcessMismatch):
                 raise
             except UserError as e:
                 errors[step] = e
@@ -326,7 +324,7 @@ class Checkpoints:
             places.remove(target)
             places.move(self.directory / str(step), target)
 
-        processes.broadcast_from_process_0("setting a checkpoint aside", move)
+        processes.broadcast(move)
         self._manager.reload()
         log.warning("%s; it was moved to %s and the checkpoint of step %d is used", error, target, used)
 

@@ -27,7 +27,7 @@ def check(workdir: Workdir, step: int, params: Params) -> None:
     The record is digests.jsonl or, for a step without a line there, result.json. Warns if neither has the step,
     although a run writes a line for each checkpoint. All processes call this.
     """
-    recorded = processes.broadcast_from_process_0("reading digests.jsonl", lambda: _recorded(workdir, step))
+    recorded = processes.broadcast(lambda: _recorded(workdir, step))
     checkpoint = workdir.checkpoints / str(step)
     if recorded and not recorded[1]:
         log.warning("%s has no line for step %d, so it is not known whether checkpoint %s is this run's",

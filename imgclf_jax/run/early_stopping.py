@@ -53,7 +53,7 @@ def find_reason(early: EarlyStopping | None, cadences: Cadences, folder: Path, s
                             "run; restore the file, or pass another --workdir")  # fmt: skip
         return early.reason([one for one in values if one[0] <= step])
 
-    return str(processes.broadcast_from_process_0("early stopping", find))
+    return str(processes.broadcast(find))
 
 
 def build(config: ConfigDict, patience: int | None) -> EarlyStopping | None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from imgclf_jax.core import places, signals
+from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -33,19 +33,14 @@ def held(file: Path) -> Iterator[None]:
     file.parent.mkdir(parents=True, exist_ok=True)
     handle = _take(file)
 
-    def release(*_: object) -> None:
+    try:
+        yield
+    finally:
         file.unlink(missing_ok=True)  # while still locked, or it could remove the next holder's file
         handle.close()
         with contextlib.suppress(OSError):  # not empty
             for folder in missing:
                 folder.rmdir()
-
-    signals.before_exit.append(release)
-    try:
-        yield
-    finally:
-        signals.before_exit.remove(release)
-        release()
 
 
 def holder(file: Path) -> str:

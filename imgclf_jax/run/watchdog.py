@@ -3,14 +3,16 @@
 import contextlib
 import faulthandler
 import logging
+import os
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
-from imgclf_jax.core import places, processes, signals
+from imgclf_jax.core import places, processes
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import stragglers
@@ -48,8 +50,6 @@ class Watchdog:
         self._limit, self._folder, self._phases = limit, folder, phases
         self._poll = min(5.0, max(0.05, limit / 10)) if limit else 5.0
         self._ended = threading.Event()
-        # Of each process: the number that it published last, and for how many polls it has been the same.
-        self._unchanged: dict[str, tuple[int, int]] = {}
         self._readings: dict[int, stragglers.Reading] = {}  # a minute ago
         self._compared = -stragglers.EVERY
 
@@ -107,7 +107,7 @@ class Watchdog:
         if not saved.wait(_SAVING):
             log.error("%s", stacks)
             where = "the stacks of all threads are above, since the work directory cannot be written"
-        signals.leave(1, f"error: {line}; {where}; run the same command again")
+        _leave(f"error: {line}; {where}; run the same command again")
 
     def _publish(self) -> None:
         """Publishes, in a thread, that this process lives and how far it is; process 0 also reads it of all."""
@@ -118,18 +118,10 @@ class Watchdog:
             said = {"step": self._phases.step, "phase": self._phases.phase, "number": number,
                     "host": seconds["input"] + seconds["other"], "steps": seconds["steps"]}  # fmt: skip
             with contextlib.suppress(Exception):  # the service may be what has ended
-                processes.publish(f"alive/{processes.index()}", said, again=True)
+                processes.publish(f"alive/{processes.index()}", said)
                 if not processes.index():
                     everyone = processes.published("alive")
-                    self._find_silent(everyone)
                     self._find_stragglers(everyone)
-
-    def _find_silent(self, everyone: JsonObject) -> None:
-        """Notes the processes that published nothing new in three polls, to name them if JAX ends this process."""
-        for name, said in everyone.items():
-            number, polls = self._unchanged.get(name, (-1, 0))
-            self._unchanged[name] = said["number"], polls + 1 if said["number"] == number else 0
-        processes.silent = [int(name) for name, (_, polls) in self._unchanged.items() if polls >= 3 and name != "0"]
 
     def _find_stragglers(self, everyone: JsonObject) -> None:
         """Logs, once a minute, the processes that the others wait for."""
@@ -169,6 +161,11 @@ class Watchdog:
             step, name, phase = behind[0]
             return f"; process {name} is behind, at step {step}, where it waits for {WAITS_FOR.get(phase, phase)}"
         return f"; the others wait for {', '.join(sorted({WAITS_FOR.get(p, p) for _, _, p in behind}))}"
+
+
+def _leave(line: str) -> NoReturn:
+    os.write(2, f"{line}\n".encode())
+    os._exit(1)
 
 
 def format_stacks() -> str:

@@ -130,13 +130,11 @@ class Workdir:
         def identify() -> str:
             return str(self.path) if bucket else lock.holder(file)
 
-        what, end = "comparing work directories", time.monotonic() + _SEEN
-        theirs = processes.broadcast_from_process_0(what, identify)
-        while not (same := identify() == theirs) and not bucket and time.monotonic() < end:
+        end, theirs = time.monotonic() + _SEEN, processes.broadcast(identify)
+        while identify() != theirs and not bucket and time.monotonic() < end:
             time.sleep(0.1)
-        processes.refuse(what, "" if same else f"process {processes.index()} does not see the files of process 0 in "
-                         f"the work directory: {self.path} is another directory, or on a disk the hosts do not share",
-                         "give all processes one --workdir on a shared disk")  # fmt: skip
+        processes.agree(lambda: {"the lock in the work directory": identify()},
+                        "give all processes one --workdir on a disk that the hosts share")  # fmt: skip
 
     def has_checkpoints(self) -> bool:
         """Whether the directory has any checkpoint, readable or not."""

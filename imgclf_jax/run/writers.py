@@ -115,7 +115,7 @@ class MetricsWriter:
             self._tell("write_hparams", hparams)
             evaluated = any(record["step"] == step and TIMES[0] not in record for record in kept)
         # Whether the evaluation of this step is recorded, known to all processes. Only training records have a pace.
-        self.evaluated = processes.broadcast_from_process_0("reading metrics.jsonl", lambda: evaluated)
+        self.evaluated = processes.broadcast(lambda: evaluated)
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Writes images [n, h, w, c] or [h, w, c] to the writers that have such a method."""

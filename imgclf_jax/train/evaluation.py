@@ -13,8 +13,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import losses, metrics
-from imgclf_jax.core import processes, sharding, signals
+from imgclf_jax.core import processes, sharding
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.stopping import Stopped
 from imgclf_jax.core.terminal import track
 from imgclf_jax.core.typing import Batch
 from imgclf_jax.data import sources, splits, stream
@@ -34,7 +35,7 @@ def evaluate(
     """Evaluates all of `images`: (sums, predictions) on the host, counts as int64 and losses as float64.
 
     The predictions are None unless the config's `metrics` need them. With several seeds, the sums are [seeds + 1, …].
-    Shows its progress, called `caption`, unless that is "". Raises signals.Stopped once `stop` returns the name of a
+    Shows its progress, called `caption`, unless that is "". Raises Stopped once `stop` returns the name of a
     signal.
     """
     sums: metrics.Sums = {}
@@ -67,11 +68,12 @@ def evaluate(
 def batches(programs: Programs, images: stream.Images, stop: Callable[[], str] = str) -> Iterator[Batch]:
     """Yields the batches of `images` for `programs.eval`, on the devices.
 
-    Raises signals.Stopped as `evaluate` does.
+    Raises Stopped as `evaluate` does.
     """
     rows = sharding.rows_here(programs.eval_batch_size, programs.mesh)
     for batch in stream.eval_batches(images, programs.eval_batch_size, rows):
-        signals.check(stop)
+        if name := stop():
+            raise Stopped(name)
         yield sharding.put_batch(batch, programs.mesh)
 
 
@@ -85,7 +87,7 @@ def add(sums: metrics.Sums, new: metrics.Sums) -> None:
 def evaluate_all(
     programs: Programs, state: TrainState, evals: dict[str, stream.Images], stop: Callable[[], str] = str
 ) -> dict[str, dict[str, float]]:
-    """The metrics of each evaluation set by name. Raises signals.Stopped as `evaluate` does."""
+    """The metrics of each evaluation set by name. Raises Stopped as `evaluate` does."""
     return {
         name: metrics.summarize(*evaluate(programs, state, images, stop), programs.recipe.whole_set_metrics)
         for name, images in evals.items()
@@ -99,7 +101,7 @@ def open_evals(programs: Programs, base: dict[str, sources.Source]) -> dict[str,
     shapes differ from the training set's, and for random preprocessing.
     """
     report_host_ops(programs)
-    processes.agree("comparing modules", module_facts, in_both=True)  # more are imported by now
+    processes.agree(module_facts, in_both=True)  # more are imported by now
     evals = programs.recipe.config.data.eval.items()
     return {name: open_set(programs, base, text, f"data.eval.{name}") for name, text in evals}
 

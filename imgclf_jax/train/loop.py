@@ -1,6 +1,7 @@
 """The command `train`. The function `train` below is the training loop, the only place that does I/O."""
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax import diagnose
-from imgclf_jax.core import processes, sharding, signals
+from imgclf_jax.core import processes, sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.stopping import Stopping, stopping
+from imgclf_jax.core.stopping import STATUS_SAVED, Stopped, stopping
 from imgclf_jax.core.terminal import format_metrics
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import Batch, JsonObject, PyTree
@@ -39,28 +40,27 @@ Results = dict[str, dict[str, float]]  # the metrics of each evaluation set
 
 def main(
     config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None = None, extend: bool = False,
-    grace: float = 0.0, adjusted: Callable[[Run], Run] = lambda run: run,
+    adjusted: Callable[[Run], Run] = lambda run: run,
     noted: Callable[[int, str], None] = lambda *_: None,
 ) -> int:  # fmt: skip
     """Trains or resumes the run in `workdir`. Returns 0 when it is done and 75 when a signal stopped it.
 
     The profiler traces the steps of `profile` = (first, end). With `extend`, a run with another `total` goes on to that
-    of `config`. A stop by signal takes at most `grace` seconds, unless 0. `adjusted` maps the run that was set up to
-    the run to train; if that ends before its total, 75 is returned and the last steps are in no checkpoint. `noted` is
-    called with each step of digests.jsonl and its SHA-256. Raises UserError for what the user can fix, and for a loss
-    that is not finite.
+    of `config`. `adjusted` maps the run that was set up to the run to train; if that ends before its total, 75 is
+    returned and the last steps are in no checkpoint. `noted` is called with each step of digests.jsonl and its SHA-256.
+    Raises UserError for what the user can fix, and for a loss that is not finite.
     """
     phases = Phases()
     watchdog = Watchdog(configs.seconds(config.watchdog, "watchdog"), workdir.path, phases)
     with contextlib.ExitStack() as held:
-        processes.broadcast_from_process_0("holding the work directory", lambda: held.enter_context(workdir.held()))
+        processes.broadcast(lambda: held.enter_context(workdir.held()))
         workdir.check_shared()
         held.enter_context(watchdog.watching())
-        return _train_from_latest(config, workdir, profile, extend, grace, adjusted, noted, phases)
+        return _train_from_latest(config, workdir, profile, extend, adjusted, noted, phases)
 
 
 def _train_from_latest(
-    config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None, extend: bool, grace: float,
+    config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None, extend: bool,
     adjusted: Callable[[Run], Run], noted: Callable[[int, str], None], phases: Phases,
 ) -> int:  # fmt: skip
     """Trains the run from its latest checkpoint on, see `main`."""
@@ -69,15 +69,15 @@ def _train_from_latest(
         digests.check(workdir, run.start, run.state.params)
     total = run.cadences.total
     ended = run.start == total or bool(_stops_early(run, run.start))
-    done = ended and processes.broadcast_from_process_0("reading the result", lambda: workdir.is_done(total))
+    done = ended and processes.broadcast(lambda: workdir.is_done(total))
     # A run that is done keeps its config, unless that has the total of an extension that has trained no step.
     if ended and run.changed and (run.extended or not done):
-        processes.broadcast_from_process_0("writing config.json", lambda: workdir.update_config(config, run.start))
+        processes.broadcast(lambda: workdir.update_config(config, run.start))
     if done:
         log.info("this run is done; its result is in %s", workdir.result)
         return 0
     if ended or not run.changed:
-        processes.broadcast_from_process_0("looking at the result", lambda: workdir.drop_later_result(run.start))
+        processes.broadcast(lambda: workdir.drop_later_result(run.start))
     monitor = Monitor(run.start, total, config.batch_size * config.num_seeds, profile, workdir.path, phases)
     with _open_records(run, noted, phases) as records:
         records.digests.record(run.start, run.state.params)
@@ -85,17 +85,10 @@ def _train_from_latest(
         if shows and not run.start:
             first = pictures.first_batch(run.programs, run.images)  # while the program compiles
             records.metrics.write_images(0, first)
-        try:
-            with monitor, stopping(run.checkpoints.unsaved, grace) as stop:
-                trained = train(run, monitor, records, stop)
-        except signals.Stopped as e:
-            log.warning("%s: stopped before the first step, nothing is lost; run the same command again", e)
-            return 128 + signals.number(str(e))
+        with monitor:
+            trained = train(run, monitor, records)
         if trained is None:
-            if name := stop():  # else it is the end that was asked for
-                log.warning("%s: stopped at step %d, checkpoint saved; run the same command to continue", name,
-                            run.checkpoints.latest)  # fmt: skip
-            return signals.STATUS_SAVED
+            return STATUS_SAVED
         last, state, results, stopped = trained
         results = results or _last_results(run, last, state, phases)
         records.times.update(last, now=True)
@@ -129,7 +122,7 @@ def _open_records(run: Run, noted: Callable[[int, str], None], phases: Phases) -
         yield records
 
 
-def train(run: Run, monitor: Monitor, records: Records, stop: Stopping) -> tuple[int, TrainState, Results, str] | None:
+def train(run: Run, monitor: Monitor, records: Records) -> tuple[int, TrainState, Results, str] | None:
     """The training loop: (last step, its state, results of the last evaluation, why it stopped early or "").
 
     None if it ended before.
@@ -139,47 +132,50 @@ def train(run: Run, monitor: Monitor, records: Records, stop: Stopping) -> tuple
     results: Results | None = None
     cut_short = run.start and cadences.due(run.start).eval and not records.metrics.evaluated
     if cut_short:  # by a signal, in this evaluation
-        results = _evaluate(run, state, run.start, records, monitor, stop)
-        if results is None:
-            return None
+        results = _evaluate(run, state, run.start, records, monitor)
 
     stopped = _stops_early(run, run.start)
     steps = () if stopped else range(run.start, cadences.last)
-    for current, batch in monitor.watch(_when_compiled(programs.batches(run.images, steps), run, monitor, stop)):
-        state, sums = _train(run, state, sums, batch, current)
-        step, due = current + 1, cadences.due(current + 1)
-        monitor.called(step, sums["steps"])
-        signal = stop()  # asked once: a signal from here on waits for the next step, or cuts the evaluation short
-        if step in records.digests.edges:
-            records.digests.record(step, state.params)
-        if not (any(due) or signal):
-            continue
+    batches = _when_compiled(programs.batches(run.images, steps), run, monitor)
+    with stopping() as stop:
+        for current, batch in monitor.watch(batches):
+            state, sums = _train(run, state, sums, batch, current)
+            step, due = current + 1, cadences.due(current + 1)
+            monitor.called(step, sums["steps"])
+            signal = stop()  # asked once: a signal from here on waits for the next step, or cuts the evaluation short
+            if step in records.digests.edges:
+                records.digests.record(step, state.params)
+            if not (any(due) or signal):
+                continue
 
-        done = jax.device_get(sums)  # waits for the device
-        with monitor.paused():
-            checkpoints.poll()
-            diagnose.refuse_nonfinite(done, config, run.images, checkpoints, run.workdir.path)
-            if due.log:
-                _report_skipped(done)
-                means = _means(done, programs.recipe.task) | monitor.lap()
-                records.metrics.write_scalars(step, {f"train/{name}": value for name, value in means.items()})
-                log.info("%s", run.rows.training(step, means))
-                sums = programs.zero_sums()
-            if due.eval:
-                with _saved_if_it_fails(run, records, monitor, step, state, sums):
-                    results = _evaluate(run, state, step, records, monitor, stop)
-                signal = signal or (stop() if results is None else "")
-                stopped = _stops_early(run, step)
-            if due.checkpoint or signal or stopped or (due.eval and config.checkpoint.best):
-                _save(run, records, monitor, step, state, sums)
-            records.times.update(step, now=bool(due.checkpoint or signal or stopped))
-            if stopped:
-                break
-            if signal and (step < cadences.total or results is None):
-                checkpoints.close()
-                return None
-    monitor.phases.enter("checkpoint", step)
-    checkpoints.close()
+            done = jax.device_get(sums)  # waits for the device
+            with monitor.paused():
+                checkpoints.poll()
+                diagnose.refuse_nonfinite(done, config, run.images, checkpoints, run.workdir.path)
+                if due.log:
+                    _report_skipped(done)
+                    means = _means(done, programs.recipe.task) | monitor.lap()
+                    records.metrics.write_scalars(step, {f"train/{name}": value for name, value in means.items()})
+                    log.info("%s", run.rows.training(step, means))
+                    sums = programs.zero_sums()
+                if due.eval:
+                    with _saved_if_it_fails(run, records, monitor, step, state, sums):
+                        results = _evaluate(run, state, step, records, monitor, stop)
+                    signal = signal or (stop() if results is None else "")
+                    stopped = _stops_early(run, step)
+                if due.checkpoint or signal or stopped or (due.eval and config.checkpoint.best):
+                    _save(run, records, monitor, step, state, sums)
+                records.times.update(step, now=bool(due.checkpoint or signal or stopped))
+                if stopped:
+                    break
+                if signal and (step < cadences.total or results is None):
+                    checkpoints.close()
+                    log.warning(
+                        "%s: stopped at step %d, checkpoint saved; run the same command to continue", signal, step
+                    )
+                    return None
+        monitor.phases.enter("checkpoint", step)
+        checkpoints.close()
     return (step, state, results or {}, stopped) if stopped or step == cadences.total else None
 
 
@@ -228,18 +224,19 @@ def _report_skipped(done: dict[str, np.ndarray]) -> None:
 
 
 def _evaluate(
-    run: Run, state: TrainState, step: int, records: Records, monitor: Monitor, stop: Stopping
-) -> Results | None:
+    run: Run, state: TrainState, step: int, records: Records, monitor: Monitor,
+    stop: Callable[[], str] = str,
+) -> Results | None:  # fmt: skip
     """Evaluates, logs and writes the metrics; None if a signal cut it short: then the resumed run repeats it."""
     phases = monitor.phases
     try:
         phases.enter("compile", step)
-        signals.wait_for(run.eval_compiled, stop.waiting)
+        run.eval_compiled.result()
         phases.enter("processes")
-        stop.wait_for_all("compiled-eval")
+        processes.barrier()  # on CPU, collectives time out after half a minute
         phases.enter("evaluation")
         results = evaluate_all(run.programs, state, run.evals, _beating(phases, stop))
-    except signals.Stopped:
+    except Stopped:
         return None
     finally:
         phases.enter("other")
@@ -278,7 +275,7 @@ def _last_results(run: Run, last: int, state: TrainState, phases: Phases) -> Res
     run.eval_compiled.result()
     phases.enter("evaluation")
     found = evaluate_all(run.programs, state, run.evals, _beating(phases))
-    recorded: Results | None = processes.broadcast_from_process_0("reading metrics.jsonl", lambda: _recorded(run, last))
+    recorded: Results | None = processes.broadcast(lambda: _recorded(run, last))
     if not recorded:
         return found
     for name, own in found.items():
@@ -303,23 +300,22 @@ def _recorded(run: Run, last: int) -> Results | None:
 
 
 def _when_compiled(
-    batches: Iterable[tuple[int, Batch]], run: Run, monitor: Monitor, stop: Stopping
-) -> Iterator[tuple[int, Batch]]:
-    """Yields the steps and batches once the program is compiled. Raises signals.Stopped if a signal comes before."""
-    for number, one in enumerate(batches):
-        if number == 0:
-            monitor.phases.enter("compile")
-            seconds = signals.wait_for(run.compiled, stop.waiting)
-            monitor.phases.enter("processes")
-            stop.wait_for_all("compiled")  # on CPU, collectives time out after half a minute
-            monitor.phases.enter("input")
-            signals.check(stop)  # also a point before the first step, which another process may be in
-            if run.changed:  # not before: an extension that fails or is interrupted until here changes nothing
-                processes.broadcast_from_process_0("writing config.json", lambda: _record_change(run))
-            log.info("compiled in %.2f s; the first step begins %.2f s after the command", seconds,
-                     monitor.phases.since_main)  # fmt: skip
-            log.info("%s", run.rows.header())
-        yield one
+    batches: Iterable[tuple[int, Batch]], run: Run, monitor: Monitor
+) -> Iterator[tuple[int, Batch]]:  # fmt: skip
+    """Returns the batches once the first is read and the program is compiled. A signal until then ends the process."""
+    batches = iter(batches)
+    monitor.phases.enter("input")
+    if first := list(itertools.islice(batches, 1)):
+        monitor.phases.enter("compile")
+        seconds = run.compiled.result()
+        monitor.phases.enter("processes")
+        processes.barrier()  # on CPU, collectives time out after half a minute
+        if run.changed:  # not before: an extension that fails or is interrupted until here changes nothing
+            processes.broadcast(lambda: _record_change(run))
+        log.info("compiled in %.2f s; the first step begins %.2f s after the command", seconds,
+                 monitor.phases.since_main)  # fmt: skip
+        log.info("%s", run.rows.header())
+    return itertools.chain(first, batches)
 
 
 def _record_change(run: Run) -> None:

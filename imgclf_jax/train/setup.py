@@ -67,7 +67,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     if not processes.index():
         writers.find_factories(config.writers)  # a wrong spec ends the run before it reads data
     may_differ = ("total",) if extend else ()
-    before = processes.broadcast_from_process_0("reading config.json", lambda: workdir.check_config(config, may_differ))
+    before = processes.broadcast(lambda: workdir.check_config(config, may_differ))
 
     base = sources.open_data(config)
     images = stream.open_train_images(config, base)
@@ -84,26 +84,26 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
 
     tracing = _trace(compiling)
     _try_metrics(recipe, evals)
-    fresh = not processes.broadcast_from_process_0("looking for checkpoints", workdir.has_checkpoints)
+    fresh = not processes.broadcast(workdir.has_checkpoints)
     weights = pretrained.load(compiling) if config.init_from and fresh else None
     compiled, eval_compiled = _compile_in_background(compiling, tracing)
     left_out = sources.left_out(base) + images.left_out
     fingerprints = {name: images.source.fingerprint() for name, images in evals.items()}
     groups = compiling.groups_of_statistics if config.batch_norm == "per_device" else 0
     fixed = tree.sha256(compiling.fixed) if compiling.fixed else ""
-    processes.agree("comparing the method", lambda: {f"fixed arrays of method={config.method!r}": fixed})
+    processes.agree(lambda: {f"fixed arrays of method={config.method!r}": fixed})
 
     def record() -> None:
         source = weights.source if weights else None
         workdir.record(config, recipe.data, source, left_out, fingerprints, groups, fixed)
 
-    processes.broadcast_from_process_0("writing config.json", record)
+    processes.broadcast(record)
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
     start, run = checkpoints.restore_latest(compiling.shape) or (0, None)
     if run is None:
         if config.init_from and weights is None:  # a bucket keeps the folder of a checkpoint that was never complete
             weights = pretrained.load(compiling)
-            processes.broadcast_from_process_0("comparing weights", record)
+            processes.broadcast(record)
         run = compiling.init(images=compiling.first_images(images), weights=weights.taken if weights else None)
         if not processes.index():
             workdir.write_parameters(recipe.parameters)
@@ -115,7 +115,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     if old.total != config.total:
         extension.check(Recipe(old, recipe.data), recipe, start, workdir.path)
     if start < recipe.total:
-        processes.broadcast_from_process_0("comparing the code", lambda: workdir.record_code(start))
+        processes.broadcast(lambda: workdir.record_code(start))
     for sentence in () if processes.index() else _warnings(recipe, images, evals, base):
         log.warning("%s", sentence)
     parts = math.gcd(recipe.num_seeds, compiling.mesh.size)
@@ -154,7 +154,7 @@ def _warnings(
 
 def _pinned(config: ConfigDict, workdir: Workdir) -> ConfigDict:
     """The config to compile. With `batch_norm='per_device'` it keeps the groups of the devices the run began on."""
-    text = processes.broadcast_from_process_0("reading provenance.json", lambda: workdir.pin_groups(config).batch_norm)
+    text = processes.broadcast(lambda: workdir.pin_groups(config).batch_norm)
     if text != config.batch_norm:
         log.info("batch_norm=%r is %s, as on the devices that the run began on", config.batch_norm, text)
         config = config.copy_and_resolve_references()

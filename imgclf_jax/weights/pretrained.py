@@ -104,7 +104,7 @@ def load(programs: Programs, whole: bool = False) -> Weights:
         raise UserError(f"init_from={config.init_from!r}: this is neither a regular file nor a work directory")
     else:
         raise no_such("init_from", "file or work directory", path)
-    processes.agree("comparing weights", lambda: source, fix=f"init_from={config.init_from!r} must be one file for all")
+    processes.agree(lambda: source, fix=f"init_from={config.init_from!r} must be one file for all")
     weights = Weights({"path": config.init_from, **source})
     added = _added_by_method(own.keys() - named.keys()), _added_by_method(named.keys() - own.keys())
     weights.fresh, weights.left_out = (sorted(set(modules.values())) for modules in added)

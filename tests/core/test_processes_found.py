@@ -1,6 +1,6 @@
-"""The processes that a cluster started, by the environment variables, and how they end together."""
+"""The processes that a cluster started, by the environment variables."""
 
-import types
+import socket
 
 import jax
 import pytest
@@ -16,6 +16,7 @@ def _no_cluster(monkeypatch):
     for name in (*CLUSTERS, "SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(processes, "_end_with_status_1", lambda _: None)
 
 
 @pytest.mark.parametrize(("environment", "several"), [
@@ -33,8 +34,7 @@ def test_a_cluster_is_asked_if_there_is_one(monkeypatch, environment, several):
         asked.append(args)
         raise ValueError("coordinator_address should be defined.")
 
-    monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
-    monkeypatch.setattr(processes, "_end_with_status_1", lambda: None)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     processes.start()
@@ -55,49 +55,25 @@ def test_the_only_process_of_a_host_takes_all_its_devices(monkeypatch, tasks, al
     assert processes.started_one_here() == alone
 
 
-def test_a_day_without_an_event_is_not_the_end_of_events(monkeypatch):
-    """The watching thread used to end, so that a signal to one process was never heard of by the others."""
-    event = '{"kind": "stop", "process": 1, "text": "SIGTERM", "status": 0}'
-    answers = [RuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out"), event, RuntimeError("UNAVAILABLE: gone")]
-
-    def get(key, milliseconds):
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    monkeypatch.setattr(processes, "stops", [])
-    processes._watch(types.SimpleNamespace(blocking_key_value_get=get))
-    assert processes.stops == [("SIGTERM", 1)]
-    assert not answers
+def test_a_port_in_use_is_refused_in_a_sentence():
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} of host .* cannot be used .*; pass a free port of that host"):
+            processes.start(f"localhost:{port}", 2, 0)
 
 
-def test_processes_that_cannot_join_are_told_how(monkeypatch):
-    def initialize(*args, **kwargs):
+def test_processes_that_cannot_join_say_what_to_do(monkeypatch):
+    def initialize(*_, **__):
         raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
 
-    monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
-    monkeypatch.setattr(processes, "_end_with_status_1", lambda: None)
-    monkeypatch.setattr(processes.rendezvous, "meet", lambda *_: None)
-    with pytest.raises(processes.UserError, match=r"cannot join \(DEADLINE.*within 7 s.*a free port of the host of"):
-        processes.start("a:1", 2, 0, patience=7)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(UserError, match=r"cannot join \(DEADLINE.*within 7 s.*a free port of the host of process 0"):
+        processes.start("a:1", 2, 1, timeout=7)
 
 
-def test_a_collective_that_fails_since_another_process_died_is_explained(monkeypatch):
-    """Gloo's error may come before the coordination service misses the process; it was a traceback."""
-    lost = "UNKNOWN: Gloo all-reduce failed: [gloo/transport/tcp/pair.cc:538] Read error: Connection reset by peer"
-    told = []
+def test_the_error_of_a_collective_says_that_another_process_died(monkeypatch):
+    error = ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+    assert not processes.has_lost_another(error)  # of a single process
     monkeypatch.setattr(processes, "_count", 2)
-    monkeypatch.setattr(processes, "_hosts", ["host a", "host b"])
-    monkeypatch.setattr(processes, "_failure", "")
-    monkeypatch.setattr(processes, "tell", lambda *event: told.append(event))
-    with (
-        pytest.raises(
-            UserError, match=r"^process 0 \(host a\): another process of this run has died .* \(UNKNOWN: Gloo"
-        ),
-        processes.ending_together(),
-    ):
-        raise jax.errors.JaxRuntimeError(lost)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"), processes.ending_together():
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-    assert [kind for kind, *_ in told] == ["end", "end"]
+    assert processes.has_lost_another(error)
+    assert not processes.has_lost_another(ValueError("RESOURCE_EXHAUSTED: out of memory"))

@@ -12,7 +12,7 @@ import pytest
 from resume_check import ROOT
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import processes, signals
+from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run.phases import PHASES, Phases
 from imgclf_jax.run.watchdog import PATIENCE, Watchdog
@@ -22,7 +22,7 @@ from imgclf_jax.run.watchdog import PATIENCE, Watchdog
 def ended(monkeypatch):
     """The (status, line) that the process would have ended with."""
     lines = []
-    monkeypatch.setattr(signals, "leave", lambda status, line: lines.append((status, line)))
+    monkeypatch.setattr("imgclf_jax.run.watchdog._leave", lambda line: lines.append((1, line)))
     return lines
 
 

@@ -171,7 +171,7 @@ def _restore_each(config: ConfigDict, workdir: Workdir, which: str) -> Iterator[
     programs = load_programs(config, workdir)
     kept = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best, read_only=True)
     saved = workdir.checkpoints.is_dir()
-    there = processes.broadcast_from_process_0("listing checkpoints", kept.steps) if saved else []
+    there = processes.broadcast(kept.steps) if saved else []
     asked = [str(step) for step in there] if which == "all" else which.split(",")
     if not there or not set(asked) <= {str(step) for step in there}:
         raise UserError(

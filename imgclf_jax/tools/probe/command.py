@@ -62,7 +62,7 @@ def main(
     has_head = restored and model.programs.recipe.method.predicts and probing.ranks_by_logits(model.task, config.loss)
     heads = [_fetch_head(model, seed) if has_head else None for seed in range(len(train))]
     if processes.index():
-        processes.barrier("probing", processes.PREPARING)
+        processes.barrier()
         return 0
     records = []
     for seed, features in enumerate(train):
@@ -89,7 +89,7 @@ def main(
         terminal.print_json(result)
     else:
         _print(joined, probing.SCORES.get(model.task, "accuracy"))
-    processes.barrier("probing", processes.PREPARING)
+    processes.barrier()
     return 0
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import places, processes, signals
+from imgclf_jax.core import places, processes
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.stopping import STATUS_SAVED
 from imgclf_jax.core.terminal import print_json, print_table, print_text
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
@@ -45,7 +46,7 @@ def main(
     if bundle:
         return _pack(record, bundle)
     end = _last_step(record, steps)
-    folder = places.as_path(processes.broadcast_from_process_0("naming the output", lambda: _folder(record, output)))
+    folder = places.as_path(processes.broadcast(lambda: _folder(record, output)))
     found = _compare_configs(record.config, config)
     config = pin_groups(config, record.config.mesh, record.provenance)
     config.tensorboard, config.writers = False, ""
@@ -56,7 +57,7 @@ def main(
             raise UserError(f"total={config.total!r} is {total} steps, but the run in {record.path} recorded {end}; "
                             f"pass --steps={total}, or a longer total")  # fmt: skip
         provenance = Record.load(str(run.workdir.path)).provenance
-        processes.broadcast_from_process_0("comparing the code", lambda: _check_code(provenance, output, run.start))
+        processes.broadcast(lambda: _check_code(provenance, output, run.start))
         found.extend(differences(record.provenance, provenance))
         for difference in found[:_SHOWN]:
             log.warning("%s differs: %s was %s, here it is %s", difference.kind, *difference[1:])
@@ -83,9 +84,9 @@ def main(
             folder.rmdir()  # if it is empty
         e.args = (str(e).replace("--workdir", "--output"),)  # the flag of `train`
         raise
-    processes.barrier("comparing")  # process 0 has written everything
+    processes.barrier()  # process 0 has written everything
     here = Record.load(str(folder))
-    if status not in (0, signals.STATUS_SAVED) or max((line["step"] for line in here.digests), default=-1) < end:
+    if status not in (0, STATUS_SAVED) or max((line["step"] for line in here.digests), default=-1) < end:
         log.warning("stopped before step %d without comparing; continue with --output=%s", end, folder)
         return status or 1
     extended = [one["step"] for one in record.provenance.get("extended", [])]

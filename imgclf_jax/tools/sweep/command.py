@@ -18,8 +18,9 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax.cli.words import CommandLine, UsageError, override
-from imgclf_jax.core import places, signals, terminal
+from imgclf_jax.core import places, terminal
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.stopping import SIGNALS, STATUS_SAVED, stopping
 from imgclf_jax.core.text import printable
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run import lock
@@ -32,7 +33,7 @@ from imgclf_jax.train.display import program
 
 log = logging.getLogger(__name__)
 
-_BY_SIGNAL = {128 + number for number in signals.SIGNALS} | {-number for number in signals.SIGNALS}
+_BY_SIGNAL = {128 + number for number in SIGNALS} | {-number for number in SIGNALS}
 _PAUSE = 0.1  # seconds between polls of the processes
 
 
@@ -151,13 +152,13 @@ class _Sweep:
         self._parts = {run.name: 1.0 if run.name in self._outcomes else status.read_progress(
             run.config, self._workdir(run)).part for run in self._runs}  # fmt: skip
         self._parts_before = dict(self._parts)
-        with signals.noted(self._at_stake) as stop, self._kill_at_exit(), terminal.showing(self._describe):
+        with stopping() as stop, self._stopped_with_errors(), terminal.showing(self._describe):
             sent = ""  # the signal passed on to the runs
             while self._active or (not stop() and (todo or self._elsewhere)):
                 if stop() and not sent:
                     sent = stop()
                     for job in self._active:
-                        job.process.send_signal(signals.number(sent))
+                        job.process.send_signal(signal.Signals[sent])
                 for run in [run for run in self._elsewhere if not self._is_held(run)]:
                     self._elsewhere.remove(run)
                     todo.appendleft(run)
@@ -225,7 +226,7 @@ class _Sweep:
         status, seconds = job.process.returncode, time.monotonic() - job.began
         if status == 0:
             self._report(job.run, "done", seconds)
-        elif status == signals.STATUS_SAVED or status in _BY_SIGNAL:
+        elif status == STATUS_SAVED or status in _BY_SIGNAL:
             self._report(job.run, "stopped", seconds)
         elif self._is_held(job.run):  # by a process that was still importing when the sweep began
             self._wait_for(job.run)
@@ -242,26 +243,15 @@ class _Sweep:
         for line in row:
             terminal.print_text(line, indent=4)
 
-    def _at_stake(self) -> str:
-        return f"the steps of {len(self._active)} runs since their latest checkpoints"
-
     @contextlib.contextmanager
-    def _kill_at_exit(self) -> Iterator[None]:
-        """A context in which an immediate exit or an error also ends the runs."""
-
-        def kill(*_: object) -> None:
-            for job in self._active:
-                job.process.kill()
-
-        signals.before_exit.append(kill)
+    def _stopped_with_errors(self) -> Iterator[None]:
+        """A context in which an error also stops the runs."""
         try:
             yield
         except BaseException:
             for job in self._active:
                 job.process.terminate()
             raise
-        finally:
-            signals.before_exit.remove(kill)
 
     def _finish(self, signal_name: str) -> int:
         """Prints a summary, and returns the exit status."""
@@ -280,7 +270,7 @@ class _Sweep:
         if signal_name:
             log.warning("%s: stopped; run the same command to continue", signal_name)
         if signal_name or (not failed and done < len(self._runs)):
-            return signals.STATUS_SAVED
+            return STATUS_SAVED
         return 1 if failed else 0
 
 

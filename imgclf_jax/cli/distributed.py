@@ -17,19 +17,25 @@ from imgclf_jax.run import provenance
 def join(
     command: JsonObject, coordinator: str, count: int | None, process: int | None, devices: str, heartbeat: int
 ) -> Iterator[None]:
-    """Joins the other processes (see `processes.start`) and sets up logging. If one process fails, all end.
+    """Joins the other processes (see `processes.start`) and sets up logging.
 
-    Raises UserError in all processes unless `command`, the code, the versions and the devices are the same everywhere.
+    Raises UserError in all processes unless `command`, the code, the versions and the devices are the same everywhere,
+    and if another process dies while this one computes with it.
     """
     processes.start(coordinator, count, process, devices, heartbeat)
     terminal.setup_logging()
-    with processes.ending_together():
-        check_platforms()
-        processes.agree("comparing commands", lambda: command | provenance.process_facts(), processes.QUICK)
-        processes.agree("comparing modules", provenance.module_facts, in_both=True)
-        processes.agree("comparing devices", lambda: provenance.device_facts(counted=not devices), in_both=True,
-                        fix="--local_devices says which devices, all of one kind, each process takes")  # fmt: skip
+    check_platforms()
+    processes.agree(lambda: command | provenance.process_facts())
+    processes.agree(provenance.module_facts, in_both=True)
+    processes.agree(lambda: provenance.device_facts(counted=not devices), in_both=True,
+                    fix="--local_devices says which devices, all of one kind, each process takes")  # fmt: skip
+    try:
         yield
+    except Exception as e:
+        if not processes.has_lost_another(e):
+            raise
+        raise UserError(f"another process of this run has died or cannot be reached ({reason(e)}); run the same "
+                        "command again in all processes") from e  # fmt: skip
 
 
 @contextlib.contextmanager

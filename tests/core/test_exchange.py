@@ -1,0 +1,210 @@
+"""What processes exchange, played by threads over a store that behaves like JAX's coordination service."""
+
+import contextlib
+import copy
+import re
+import threading
+import time
+import types
+from concurrent.futures import Future
+
+import pytest
+
+from imgclf_jax.config import default_config
+from imgclf_jax.core import processes
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import sources
+from imgclf_jax.run import workdir
+from imgclf_jax.run.checkpoint import Checkpoints
+from imgclf_jax.run.workdir import Workdir
+
+HERE = threading.local()
+
+
+class Store:
+    """The key-value store of a run, in which one process waits for the keys of another."""
+
+    def __init__(self):
+        self.values, self.changed = {}, threading.Condition()
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        with self.changed:
+            if key in self.values and not allow_overwrite:
+                raise RuntimeError(f"ALREADY_EXISTS: {key}")
+            self.values[key] = value
+            self.changed.notify_all()
+
+    def blocking_key_value_get(self, key, milliseconds):
+        with self.changed:
+            if not self.changed.wait_for(lambda: key in self.values, milliseconds / 1e5):
+                raise RuntimeError(f"DEADLINE_EXCEEDED: {key}")
+            return self.values[key]
+
+    def key_value_dir_get(self, folder):
+        with self.changed:
+            return [(key, value) for key, value in self.values.items() if key.startswith(folder + "/")]
+
+
+class Calls:
+    """Numbers the calls of each process."""
+
+    def __init__(self):
+        self.numbers = {number: iter(range(100)) for number in range(3)}
+
+    def __next__(self):
+        return next(self.numbers[HERE.number])
+
+
+@pytest.fixture
+def three(monkeypatch):
+    """Three processes as threads; yields a function that runs a function in all of them and returns their results."""
+    store = Store()
+    monkeypatch.setattr(processes, "_count", 3)
+    monkeypatch.setattr(processes, "_client", lambda: store)
+    monkeypatch.setattr(processes, "_hosts", ["host a", "host b", "host b"])
+    monkeypatch.setattr(processes, "index", lambda: HERE.number)
+    monkeypatch.setattr(processes, "_calls", Calls())
+
+    def run(function, numbers=range(3)):
+        results = {}
+
+        def play(number):
+            HERE.number = number
+            try:
+                results[number] = function(number)
+            except Exception as e:
+                results[number] = e
+
+        threads = [threading.Thread(target=play, args=(number,)) for number in numbers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    run.store = store
+    return run
+
+
+def test_process_0_decides_for_all(three):
+    asked = []
+
+    def decide():
+        asked.append(HERE.number)
+        return {"steps": [1, 2]}
+
+    assert three(lambda _: processes.broadcast(decide)) == {key: {"steps": [1, 2]} for key in range(3)}
+    assert asked == [0]
+
+
+@pytest.mark.parametrize("error", [UserError("the disk is full"), OSError("the disk is full")])
+def test_an_error_of_process_0_ends_all(three, error):
+    def fail():
+        raise error
+
+    told = three(lambda _: processes.broadcast(fail))
+    assert {str(one) for one in told.values()} == {"the disk is full"}
+    assert told[0] is error
+    assert isinstance(told[1], UserError)
+
+
+def test_a_value_may_take_longer_than_a_poll(three):
+    assert three(lambda _: processes.broadcast(lambda: time.sleep(0.05) or 7)) == dict.fromkeys(range(3), 7)
+
+
+def test_values_are_gathered_by_the_number_of_the_process(three):
+    assert three(lambda number: processes.gather(number * 10)) == {key: [0, 10, 20] for key in range(3)}
+
+
+def test_data_are_prepared_once_a_host(three):
+    """First by process 0, then by the first process of the other host; the rest only look at them."""
+    began, lock = [], threading.Lock()
+
+    def prepare():
+        with lock:
+            began.append(HERE.number)
+        time.sleep(0.05)
+        return sorted(began)
+
+    results = three(lambda _: processes.once_a_host(prepare))
+    assert began == [0, 1, 2]
+    assert results == {0: [0], 1: [0, 1], 2: [0, 1, 2]}
+
+
+def test_what_differs_is_named_with_its_process(three):
+    """The same error in all processes; only the first names of a long list."""
+    facts = [{"seed": 1, "model": "cnn", "total": "2 epochs"}] * 2 + [{"seed": 2, "model": "cnn", "new": None}]
+    told = three(lambda number: processes.agree(lambda: facts[number]))
+    assert {str(error) for error in told.values()} == {
+        "process 2 (host b) has seed=2, total=None, process 0 (host a) has seed=1, total=2 epochs; " + processes.ALIKE
+    }
+    one = [{"seed": 1}, {"seed": 1}, {"other": 2}]
+    assert three(lambda number: processes.agree(lambda: one[number], in_both=True)) == dict.fromkeys(range(3))
+    assert three(lambda number: processes.agree(lambda: {"x": (1, 2.5)})) == dict.fromkeys(range(3))
+
+
+def test_data_that_differ_are_named(three):
+    """For example, a folder with the same path has other files on another host."""
+
+    def open_data(number):
+        config = default_config()
+        config.data.source = f"fake({64 + number // 2})"
+        return len(sources.open_data(config)["train"])
+
+    told = {str(error) for error in three(open_data).values()}
+    assert len(told) == 1
+    assert re.match(
+        r"process 2 \(host b\) has the data of split train=\w+, .* all processes must read the same data", *told
+    )
+
+
+def test_work_directories_that_differ_are_told(three, tmp_path, monkeypatch):
+    """They compare the file that process 0 writes, since one path may be on two disks."""
+    monkeypatch.setattr(workdir, "_SEEN", 0.2)
+    place = Workdir(tmp_path / "a")
+    with place.held():
+        assert three(lambda _: place.check_shared()) == dict.fromkeys(range(3))
+        told = three(lambda number: (place if number < 2 else Workdir(tmp_path / "b")).check_shared())
+    assert {str(error).partition("=")[0] for error in told.values()} == {
+        "process 2 (host b) has the lock in the work directory"
+    }
+    assert all(str(error).endswith("on a disk that the hosts share") for error in told.values())
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Checkpoints of step 3 alone, without Orbax."""
+    checkpoints = Checkpoints.__new__(Checkpoints)
+    checkpoints.directory, checkpoints._read_only, checkpoints._saving = tmp_path, False, None
+    checkpoints._manager = types.SimpleNamespace(all_steps=lambda: [3])
+    checkpoints._find_error = lambda *_: "checkpoint 3 is damaged"
+    return checkpoints
+
+
+def test_all_wait_until_process_0_has_verified_a_checkpoint(three, checkpoints):
+    """Before the next save, in which Orbax would wait for process 0 for five minutes only. A poll waits for nobody."""
+    verified, written = Future(), Future()
+    written.set_result(None)
+
+    def verify():  # ends once the last process waits for it
+        with contextlib.suppress(RuntimeError):
+            three.store.blocking_key_value_get("imgclf_jax/0/2", 2000)
+        verified.set_result(None)
+
+    def save(number):
+        own = copy.copy(checkpoints)
+        own._saving = written if number else verified
+        own.poll()
+        if not number:
+            threading.Thread(target=verify).start()
+        own.save(3, {})
+        return verified.done()
+
+    assert three(save) == dict.fromkeys(range(3), True)
+
+
+def test_one_process_alone_asks_nobody():
+    assert processes.broadcast(lambda: (1, 2)) == (1, 2)
+    assert processes.gather(3) == [3]
+    assert processes.once_a_host(lambda: 4) == 4
+    processes.agree(lambda: 1 / 0)
