@@ -60,7 +60,7 @@ def test_the_order_of_imports_is_that_of_the_code():
 
 def test_the_api_names_every_public_module():
     """All but forms for one platform, and modules that only other modules use."""
-    inner = ("models.cpu.", "augment.big_vision", "augment.geometry", "augment.photometric", "augment.tpu_",
+    inner = ("models.cpu.", "augment.big_vision", "augment.geometry", "augment.photometric",
              "models.frozen", "data.decoded", "data.prepare", "data.tf_image", "core.once", "core.tensorflow_import",
              "core.internals", "__main__")  # fmt: skip
     for name in FILES:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imgclf_jax.augment import geometry, photometric, tpu_affine
+from imgclf_jax.augment import geometry, photometric
 from imgclf_jax.core.platform import cpu_barrier
 
 # In the order of big_vision, which draws one per image, uniformly.
@@ -54,8 +54,7 @@ def apply(
     """
     images = photometric.on_colors(_change_colors, images, op, magnitude)
     h, w = images.shape[1:3]
-    limits = tpu_affine.Limits(*(magnitude / FULL * most for most in (_SHEAR, _TRANSLATION, _TRANSLATION, _DEGREES)))
-    images = _transform(images, jnp.asarray(_maps(magnitude, h, w))[op, negative], fill, limits)
+    images = _transform(images, jnp.asarray(_maps(magnitude, h, w))[op, negative], fill)
 
     (y, x), side = centre, int(magnitude / FULL * _CUTOUT)
     inside = geometry.in_box(h, w, y - side, x - side, y + side, x + side)
@@ -130,7 +129,7 @@ def _maps(magnitude: int, height: int, width: int) -> np.ndarray:
     return maps
 
 
-def _transform(images: jax.Array, matrix: jax.Array, fill: jax.Array, limits: tpu_affine.Limits) -> jax.Array:
+def _transform(images: jax.Array, matrix: jax.Array, fill: jax.Array) -> jax.Array:
     """TensorFlow's `ImageProjectiveTransformV3` by maps f32[b, 6]: float32 coordinates, halves round away from zero."""
     h, w = images.shape[1:3]
     y, x = jnp.arange(h, dtype=jnp.float32)[:, None], jnp.arange(w, dtype=jnp.float32)
@@ -140,4 +139,4 @@ def _transform(images: jax.Array, matrix: jax.Array, fill: jax.Array, limits: tp
         at = photometric.rounded_product(a, x) + photometric.rounded_product(b, y) + c
         return jax.lax.round(at, jax.lax.RoundingMethod.AWAY_FROM_ZERO).astype(jnp.int32)
 
-    return geometry.read(images, coordinate(matrix[:, 3:]), coordinate(matrix[:, :3]), fill, matrix, limits)
+    return geometry.read(images, coordinate(matrix[:, 3:]), coordinate(matrix[:, :3]), fill, matrix)

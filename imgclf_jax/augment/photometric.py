@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from imgclf_jax.augment import tpu_photometric
 from imgclf_jax.core import platform
 from imgclf_jax.core.errors import UserError
 
@@ -100,12 +99,9 @@ def smooth(images: jax.Array, cut: bool = False) -> jax.Array:
     h, w = images.shape[1:3]
     if h < 3 or w < 3:
         return images
-    if platform.current() == "tpu":
-        total = tpu_photometric.weighted_sum(images)
-    else:
-        x = images.astype(jnp.int32)
-        rows = x[:, :-2] + x[:, 1:-1] + x[:, 2:]
-        total = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * x[:, 1:-1, 1:-1]
+    x = images.astype(jnp.int32)
+    rows = x[:, :-2] + x[:, 1:-1] + x[:, 2:]
+    total = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * x[:, 1:-1, 1:-1]
     # The quotient is never within 1/26 of an integer, so its rounding does not matter.
     inner = ((total.astype(jnp.float32) + (0.5 if cut else 6.5)) / 13).astype(jnp.uint8)
     return images.at[:, 1:-1, 1:-1].set(inner)
@@ -156,11 +152,14 @@ def autocontrast(images: jax.Array) -> jax.Array:
 def histogram(images: jax.Array) -> jax.Array:
     """The histogram of each channel, i32[b, 256, c].
 
-    `vmap` shows the compiler that images are independent, so each device keeps its own.
+    Exact for up to 2**24 pixels. `vmap` shows the compiler that images are independent, so each device keeps its own.
     """
-    if platform.current() == "tpu":
-        return tpu_photometric.histogram(images)
     b, h, w, c = images.shape
+    if platform.current() == "tpu":  # scatters are slow: a matmul counts pairs of the upper and lower four bits
+        digits, pixels = jnp.arange(16, dtype=jnp.uint8), images.reshape(b, h * w, c, 1)
+        upper, lower = ((half == digits).astype(jnp.bfloat16) for half in (pixels >> 4, pixels % 16))
+        counts = jnp.einsum("bnci,bncj->bijc", upper, lower, preferred_element_type=jnp.float32)
+        return counts.reshape(b, 256, c).astype(jnp.int32)
     bins = images.astype(jnp.int32) * c + jnp.arange(c, dtype=jnp.int32)
 
     def count(bins: jax.Array) -> jax.Array:
@@ -183,9 +182,16 @@ def equalization(images: jax.Array) -> jax.Array:
 
 def lookup(images: jax.Array, table: jax.Array) -> jax.Array:
     """Replaces each value by its entry in its image's and channel's table, uint8[b, 256, c]."""
-    if platform.current() == "tpu":
-        return tpu_photometric.lookup(images, table)
     b, h, w, c = images.shape
+    if platform.current() == "tpu":  # gathers are slow: a binary selection among 64 words of four levels
+        fours = table.reshape(b, 64, 4, c).astype(jnp.uint32)
+        words = fours[:, :, 0] | fours[:, :, 1] << 8 | fours[:, :, 2] << 16 | fours[:, :, 3] << 24  # u32[b, 64, c]
+        levels = images.astype(jnp.uint32)
+        candidates = [words[:, i, None, None] for i in range(64)]
+        for bit in range(2, 8):
+            pairs = zip(candidates[1::2], candidates[::2], strict=True)
+            candidates = [jnp.where(levels >> bit & 1 == 1, *pair) for pair in pairs]
+        return (candidates[0] >> (levels % 4 * 8)).astype(jnp.uint8)
     values = images.reshape(b, h * w, c).astype(jnp.int32)
     return jnp.take_along_axis(table, values, 1, mode="promise_in_bounds").reshape(images.shape)
 

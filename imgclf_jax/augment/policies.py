@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imgclf_jax.augment import big_vision, geometry, photometric, tpu_affine
+from imgclf_jax.augment import big_vision, geometry, photometric
 from imgclf_jax.core import kinds
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.platform import cpu_barrier
@@ -29,12 +29,13 @@ Fill = float | tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Ranges(tpu_affine.Limits):
-    """The strength of each op at the greatest magnitude, which bounds the affine maps; magnitude m has m / 30 of it.
+class Ranges:
+    """The strength of each op at the greatest magnitude; magnitude m has m / 30 of it. Signs are random."""
 
-    Signs are random.
-    """
-
+    shear: float  # pixels sideways per pixel
+    x: float  # translation in pixels
+    y: float
+    degrees: float  # of rotation; 135 at most
     enhance: float  # brightness, color, contrast and sharpness: the factor's distance from 1
     posterize: float  # bits removed
     # solarize inverts values of 256 (1 - m / 30) or more
@@ -75,15 +76,10 @@ def _map(op: str, part: float, ranges: Ranges, height: int, width: int) -> geome
     return maps.get(op, geometry.IDENTITY)
 
 
-def apply(
-    images: jax.Array, op: jax.Array, strength: Strengths, fill: jax.Array, limits: tpu_affine.Limits
-) -> jax.Array:
-    """Applies to each image of uint8[b, h, w, c] its own op, an index i32[b] into OPS.
-
-    `fill` uint8[c] fills the border; `limits` bound the matrices of `strength`, for TPU.
-    """
+def apply(images: jax.Array, op: jax.Array, strength: Strengths, fill: jax.Array) -> jax.Array:
+    """Applies to each image of uint8[b, h, w, c] its own op, an index i32[b] into OPS; `fill` uint8[c] the border."""
     images = photometric.on_colors(_change_colors, images, op, strength)
-    return geometry.affine(images, strength.matrix, fill, limits)
+    return geometry.affine(images, strength.matrix, fill)
 
 
 def _change_colors(images: jax.Array, op: jax.Array, strength: Strengths) -> jax.Array:
@@ -118,7 +114,7 @@ def _draw_and_apply(
     index = op, jax.random.randint(key_sign, (b,), 0, 2), magnitude(key_magnitude)
     table = strengths(ranges, h, w)
     strength = Strengths(table.matrix[index], table.factor[index], table.level[index])
-    return apply(images, op, strength, fill, ranges)
+    return apply(images, op, strength, fill)
 
 
 def _check_fill(name: str, images: jax.Array, fill: Fill) -> jax.Array:

@@ -64,11 +64,8 @@ def narrow(h, w):
 IMAGES = {"colour": photos(32), "oblong": photos(40)[:, 3:26], "grey": photos(24)[..., 1:2]}
 
 
-APPLY = jax.jit(
-    lambda ranges, x, op, fill, *drawn: policies.apply(x, op, policies.Strengths(*drawn), fill, ranges),
-    static_argnums=0,
-)
-AFFINE = jax.jit(geometry.affine, static_argnums=3)
+APPLY = jax.jit(lambda x, op, fill, *drawn: policies.apply(x, op, policies.Strengths(*drawn), fill))
+AFFINE = jax.jit(geometry.affine)
 
 
 def everything(ranges, image, fill=0):
@@ -77,7 +74,6 @@ def everything(ranges, image, fill=0):
     place = tuple(v.ravel() for v in np.meshgrid(np.arange(14), [0, 1], np.arange(31), indexing="ij"))
     fill = np.broadcast_to(np.asarray(fill, np.uint8), image.shape[-1:])
     out = APPLY(
-        ranges,
         np.stack([image] * 868),
         place[0],
         fill,
@@ -110,7 +106,7 @@ def test_rotation_and_its_fixed_point_are_pillows(degrees):
     for images in IMAGES.values():
         _, h, w, c = images.shape
         matrix = geometry.fixed_point(geometry.rotate(degrees, h, w))
-        out = AFFINE(images, np.tile(matrix, (len(images), 1)), np.full(c, 9, np.uint8), wide(h, w)[0])
+        out = AFFINE(images, np.tile(matrix, (len(images), 1)), np.full(c, 9, np.uint8))
         fill = (9,) * c if c > 1 else 9
         expected = np.stack([np.asarray(picture(i).rotate(degrees, fillcolor=fill)) for i in images])
         # Pillow turns by whole quarters without its fixed point; on an oblong image that lies half a pixel off.

@@ -14,7 +14,7 @@ from cases import thorough
 from jax.extend import core as jaxpr_core
 from test_photometric import photos, unusual
 
-from imgclf_jax.augment import big_vision, geometry, ops, photometric, policies, tpu_affine
+from imgclf_jax.augment import big_vision, geometry, ops, photometric, policies
 from imgclf_jax.core import platform
 
 KEY = jax.random.key(8)
@@ -63,7 +63,7 @@ def test_every_op_of_torchvision(kind, ranges):
     table, op = policies.strengths(ranges, h, w), jnp.asarray(place[0])
     drawn = policies.Strengths(table.matrix[place], table.factor[place], table.level[place])
     fill = jnp.arange(7, 7 + c, dtype=jnp.uint8)
-    assert_equal(lambda x: policies.apply(x, op, drawn, fill, ranges), images[np.arange(len(op)) % len(images)])
+    assert_equal(lambda x: policies.apply(x, op, drawn, fill), images[np.arange(len(op)) % len(images)])
 
 
 LARGER = [pytest.param(*size, marks=pytest.mark.slow) for size in ((97, 131), (140, 60), (500, 600))]
@@ -76,8 +76,8 @@ def test_rotations_by_any_angle(most, h, w):
     degrees = np.linspace(-most, most, 31)
     matrix = jnp.asarray(np.stack([geometry.fixed_point(geometry.rotate(float(d), h, w)) for d in degrees]))
     images = np.random.default_rng(0).integers(0, 256, (len(degrees), h, w, 3), np.uint8)
-    limits, fill = tpu_affine.Limits(0, 0, 0, most), jnp.zeros(3, jnp.uint8)
-    usual, on_tpu = in_both_forms(lambda x: geometry.affine(x, matrix, fill, limits), images)
+    fill = jnp.zeros(3, jnp.uint8)
+    usual, on_tpu = in_both_forms(lambda x: geometry.affine(x, matrix, fill), images)
     np.testing.assert_array_equal(on_tpu, usual)
     assert (usual != 0).any((1, 2, 3)).all()
 
