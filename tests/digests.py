@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.config import default_config
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.train import loop as train
+from imgclf_jax.train import command as train
 
 STEPS, SAVED = 11, 4  # of the whole run; at which a run is resumed
 PIXELS = {"airbench": 16}  # else 12

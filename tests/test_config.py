@@ -14,7 +14,7 @@ from imgclf_jax.config import KEYS, default_config
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
-from imgclf_jax.train import loop as train
+from imgclf_jax.train import command as train
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))

@@ -175,7 +175,7 @@ def test_help_and_config_import_neither_jax_nor_tensorflow():
 
 def test_training_starts_without_packages_that_it_may_need_later():
     """Their imports take from a tenth of a second to three, before the first line of the log."""
-    code = "import sys, imgclf_jax.train.loop; late = {'tensorflow', 'tensorflow_datasets', 'scipy', 'sklearn'}"
+    code = "import sys, imgclf_jax.train.command; late = {'tensorflow', 'tensorflow_datasets', 'scipy', 'sklearn'}"
     code += "; assert not late & set(sys.modules), late & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ from imgclf_jax.run.provenance import DataInfo, pin_groups
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.tools.dryrun import counts
-from imgclf_jax.train import loop as train_command
+from imgclf_jax.train import command as train_command
 from imgclf_jax.train.setup import Run
 from imgclf_jax.trained import load
 
@@ -229,7 +229,7 @@ def test_batch_norm_of_each_device_keeps_its_groups_on_other_devices(tmp_path, m
         def until(run: Run) -> Run:
             return dataclasses.replace(run, cadences=dataclasses.replace(run.cadences, end=end))
 
-        train_command.main(config, Workdir(tmp_path / name), adjusted=until)
+        train_command.main(config, Workdir(tmp_path / name), transform_run=until)
         lines = read_metrics(tmp_path / name / "metrics.jsonl")
         return lines[-1]["test/loss"] if lines else math.nan
 

@@ -24,7 +24,7 @@ from imgclf_jax.run import writers
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.train import extension
+from imgclf_jax.train import extension, loop
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -224,7 +224,8 @@ def test_a_result_goes_when_its_run_is_trained_again(copy, monkeypatch, capsys):
     """`compare` would have shown it for the run that is training again."""
     workdir, argv = copy
     shutil.rmtree(workdir / "checkpoints")
-    monkeypatch.setattr("imgclf_jax.train.loop.train", lambda *args: None)
+    ended = loop.Outcome(0, None, None, "", "SIGINT")
+    monkeypatch.setattr("imgclf_jax.train.command.train", lambda *args: ended)
     assert launch.main(["train", *argv]) == 75
     assert "the run resumes at step 0" in capsys.readouterr().err
     assert not (workdir / "result.json").exists()

@@ -16,7 +16,7 @@ from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
-from imgclf_jax.train import loop as train
+from imgclf_jax.train import command as train
 
 pytestmark = pytest.mark.optimized
 
@@ -95,7 +95,7 @@ def test_keys_that_may_differ_on_resume_change_no_bit(fake_config, tmp_path):
     """All FREE_KEYS at once: the digest is that of a run that never had them; the record has them and reproduces."""
     whole, moved = Workdir(tmp_path / "whole"), Workdir(tmp_path / "moved")
     assert train.main(fake_config, whole) == 0
-    train.main(fake_config, moved, adjusted=lambda run: replace(run, cadences=replace(run.cadences, end=4)))
+    train.main(fake_config, moved, transform_run=lambda run: replace(run, cadences=replace(run.cadences, end=4)))
     other = fake_config.copy_and_resolve_references()
     new = {"log_every": "3 steps", "eval_every": "5 steps", "checkpoint_every": "7 steps", "checkpoint.keep": 1,
            "checkpoint.best": "test/auc", "metrics": "auc", "check_every": "5 steps"}  # fmt: skip

@@ -250,7 +250,7 @@ def command_help(name: str) -> str:
 
 
 _MODULES = {
-    "train": "train.loop",
+    "train": "train.command",
     "features": "tools.probe.features",
     "show-batch": "tools.reproduce.show_batch",
     "find-lr": "tools.find_lr.command",

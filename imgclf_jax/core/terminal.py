@@ -57,7 +57,8 @@ def showing(what: str | Callable[[], str], every: float = 0.0) -> Iterator[None]
     if shows_progress():
         line = functools.partial(Text, no_wrap=True, overflow="ellipsis")
         with Live(get_renderable=lambda: line(printable(describe())), console=console(), transient=True,
-                  redirect_stdout=sys.stdout.isatty(), redirect_stderr=False):  # fmt: skip
+                  redirect_stdout=sys.stdout.isatty(), redirect_stderr=False) as live:  # fmt: skip
+            live.refresh()
             yield
         return
     ended = threading.Event()

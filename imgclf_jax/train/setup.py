@@ -57,6 +57,20 @@ class Run:
     state: TrainState  # at step `start`
     sums: metrics.Sums  # since the last log
 
+    def stops_early(self, step: int) -> str:
+        """Why the run ends early at `step`, which is evaluated; "" if it trains on. All processes call this."""
+        return early_stopping.find_reason(self.early_stopping, self.cadences, self.workdir.path, step)
+
+    def record_change(self) -> None:
+        """Records that the run trains on by another config, if it does. All processes call this."""
+
+        def record() -> None:
+            self.workdir.update_config(self.config, self.start)
+            self.workdir.drop_later_result(self.start)
+
+        if self.changed:
+            processes.broadcast(record)
+
 
 def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     """Sets up the run of `config` in `workdir`, from its latest checkpoint or from the start.

@@ -18,7 +18,7 @@ from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.train import loop as train
+from imgclf_jax.train import command as train
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (16, 7, 9, 3), np.uint8)
 AUGMENT = "flip_lr|normalize(mean=0.4, std=0.3)"

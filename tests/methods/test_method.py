@@ -22,8 +22,8 @@ from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.train import command as train
 from imgclf_jax.train import evaluation
-from imgclf_jax.train import loop as train
 
 SHAPE, CLASSES = (8, 8, 1), 5
 EXTENDING = Path(__file__).parents[2] / "docs" / "extending.md"

@@ -16,7 +16,7 @@ from imgclf_jax.methods import table
 from imgclf_jax.methods.pgd import attack
 from imgclf_jax.models.classifier import Classifier
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.train import loop as train
+from imgclf_jax.train import command as train
 
 NORMALIZE = "normalize(mean=0.3, std=0.2)"
 seen: list[np.ndarray] = []  # the images that the gradient function `recording` is given

@@ -16,7 +16,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import writers
 from imgclf_jax.run.digests import Digests, check
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.train import loop as train
+from imgclf_jax.train import command as train
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

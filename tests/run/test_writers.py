@@ -23,10 +23,9 @@ from imgclf_jax.config import default_config
 from imgclf_jax.core import terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
-from imgclf_jax.run import monitor, provenance, writers
-from imgclf_jax.run.phases import Phases
+from imgclf_jax.run import provenance, writers
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.train import loop as train
+from imgclf_jax.train import command as train
 
 ROOT = Path(__file__).parents[2]
 
@@ -285,35 +284,6 @@ def test_a_writer_of_clu(tmp_path):
     assert "a" in read_events(tmp_path / "clu").Tags()["tensors"]
 
 
-def test_throughput(monkeypatch):
-    """Images/s and the fraction of waiting, only over the phases of training."""
-    now = 100.0
-    monkeypatch.setattr("imgclf_jax.run.phases.time.monotonic", lambda: now)
-    phases = Phases()
-    throughput = monitor.Throughput(32, phases)
-
-    def spend(seconds, phase):
-        nonlocal now
-        phases.enter(phase)
-        now += seconds
-        phases.enter("other")
-
-    spend(0.5, "input")
-    spend(1.5, "steps")
-    for _ in range(10):
-        throughput.count_step()
-    assert throughput.lap() == {"images_per_second": 160.0, "input_wait": 0.25}
-    spend(1000.0, "evaluation")
-    spend(1.0, "steps")
-    throughput.count_step()
-    spend(50.0, "checkpoint")  # without a record, then more of the same lap
-    spend(2.0, "steps")
-    spend(1.0, "input")
-    throughput.count_step()
-    assert throughput.lap() == {"images_per_second": 16.0, "input_wait": 0.25}
-    assert (throughput.seconds, throughput.steps) == (6.0, 12)
-
-
 @pytest.mark.thorough
 def test_progress_on_a_terminal(fake_config, tmp_path, monkeypatch, capsys):
     """Step, time left, images/s and the fraction of waiting, on a terminal of the usual 80 columns."""
@@ -326,12 +296,11 @@ def test_progress_on_a_terminal(fake_config, tmp_path, monkeypatch, capsys):
         fake_config.eval_every = fake_config.checkpoint_every = ""
     assert train.main(fake_config, Workdir(tmp_path)) == 0
     lines = re.split(r"[\r\n]|\x1b\[[?0-9;]*[A-Za-z]", screen.getvalue())
-    pattern = r"[━╸╺ ]+ step (\d+)/120 left (\d:\d\d:\d\d|-:--:--) (compiling|\d+ images/s, \d+% waiting for input|) *"
+    pattern = r"step (\d+)/120,? ?(compiling|[\d,]+ images/s, \d+% waiting for input|)(,? ?\d+ s left)? *"
     shown = [match for line in lines if (match := re.fullmatch(pattern, line))]
-    assert shown[0][3] == "compiling"
-    assert {match[1] for match in shown if match[3] == "compiling"} == {"0"}
-    assert (shown[-1][1], shown[-1][2]) == ("120", "0:00:00")
-    assert "images/s" in shown[-1][3]
+    assert (shown[0][1], shown[0][2]) == ("0", "compiling")
+    assert shown[-1][1] == "120"
+    assert "images/s" in shown[-1][2]
     assert max(map(len, lines)) <= 80
 
 
@@ -344,17 +313,6 @@ def test_work_before_training_is_shown_on_a_terminal_alone(monkeypatch, is_termi
         pass
     assert ("listing a[red]\\nb" in screen.getvalue()) == is_terminal
     assert bool(screen.getvalue()) == is_terminal
-
-
-def test_no_progress_elsewhere(monkeypatch):
-    """Piped output has log lines and no control characters."""
-    stream = io.StringIO()
-    monkeypatch.setattr(terminal, "console", lambda: Console(file=stream))
-    with monitor.Monitor(0, 10, 8, None, Path("run"), Phases()) as watching:
-        watching.called(5, jax.numpy.zeros(()))
-        with watching.paused():
-            watching.lap()
-    assert stream.getvalue() == ""
 
 
 def test_tables_and_log_lines_escape_what_is_not_printable(monkeypatch, capsys):
@@ -390,9 +348,8 @@ def test_result(finished):
     """The keys that a reader may rely on, and their meaning."""
     result = json.loads((finished / "result.json").read_text())
     assert list(result) == [
-        "step", "epochs", "seconds", "images_per_second", "params_sha256", "goodput", "time", "test"
+        "step", "epochs", "seconds", "images_per_second", "params_sha256", "time", "test"
     ]  # fmt: skip
-    assert 0 < result["goodput"] < 1
     assert (result["step"], result["epochs"]) == (12, 3.0)
     assert result["seconds"] > 0
     assert result["images_per_second"] > 0

@@ -22,7 +22,7 @@ from imgclf_jax.optim import optimizers, weight_averages
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
-from imgclf_jax.train import loop as train
+from imgclf_jax.train import command as train
 
 TOTAL, BATCH, EXAMPLES = 24, 16, 64
 POISON = ((3, 1), (9, 3))  # (example, epoch)

@@ -10,7 +10,7 @@ from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
-from imgclf_jax.train import loop as train
+from imgclf_jax.train import command as train
 from imgclf_jax.train import recompute
 
 

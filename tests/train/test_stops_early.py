@@ -10,7 +10,7 @@ import pytest
 import launch
 from imgclf_jax.run import record, writers
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.train import loop as train
+from imgclf_jax.train import command as train
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -88,7 +88,7 @@ def test_it_has_no_result_while_it_is_extended(fake_config, tmp_path):
     assert train.main(config, workdir) == 0
     assert workdir.last_step() == 12
     config.total = "80 steps"
-    cut = train.main(config, workdir, extend=True, adjusted=lambda run: replace(
+    cut = train.main(config, workdir, extend=True, transform_run=lambda run: replace(
         run, cadences=replace(run.cadences, end=13)))  # fmt: skip
     assert (cut, workdir.is_done(80), record.read(workdir.path).final) == (75, False, None)
     assert train.main(config, workdir) == 0

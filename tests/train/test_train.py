@@ -16,8 +16,8 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import writers
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
-from imgclf_jax.train import loop as train
-from imgclf_jax.train import setup
+from imgclf_jax.train import command as train
+from imgclf_jax.train import loop, setup
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -46,11 +46,11 @@ def test_an_evaluation_that_fails_loses_no_step(fake_config, tmp_path, monkeypat
     def fail(*args):
         raise RuntimeError("out of memory")
 
-    evaluate_all = train.evaluate_all
-    monkeypatch.setattr(train, "evaluate_all", fail)
+    evaluate_all = loop.evaluate_all
+    monkeypatch.setattr(loop, "evaluate_all", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         run(fake_config, tmp_path)
-    monkeypatch.setattr(train, "evaluate_all", evaluate_all)
+    monkeypatch.setattr(loop, "evaluate_all", evaluate_all)
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["12"]
     assert "accuracy" in run(fake_config, tmp_path)["test"]
 

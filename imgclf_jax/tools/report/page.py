@@ -17,7 +17,6 @@ from imgclf_jax.tools.pages import html
 from imgclf_jax.tools.pages.html import paragraph, table, text
 from imgclf_jax.tools.report import curves as report_curves
 from imgclf_jax.tools.report import sets as report_sets
-from imgclf_jax.tools.report import time_spent
 from imgclf_jax.tools.report.findings import Evaluated, Findings
 
 _LONG = 24  # rows above which the table of blocks is closed
@@ -46,7 +45,6 @@ def page(run: Record, provenance: JsonMapping, findings: Findings, names: Sequen
         inner = report_sets.augmentation_section(findings.augmented, ops, config.mix)
         sections.append(Section("augmentation", "Augmentation", inner))
     sections += [
-        Section("time", "Where the time went", time_spent.section(run)),
         Section("configuration", "Configuration", _configuration(run)),
         Section("provenance", "Provenance", _provenance(run, provenance, findings)),
         Section("again", "Make it again", _commands(run, provenance, findings)),

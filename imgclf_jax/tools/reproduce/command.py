@@ -22,7 +22,7 @@ from imgclf_jax.run.provenance import code_changes, find_changes, pin_groups
 from imgclf_jax.run.record import Record
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.reproduce.reproduction import ROUNDING, Comparison, Difference, compare, differences, verdict
-from imgclf_jax.train import loop as train
+from imgclf_jax.train import command as train
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def main(
     config = pin_groups(config, record.config.mesh, record.provenance)
     config.tensorboard, config.writers = False, ""
 
-    def adjusted(run: train.Run) -> train.Run:
+    def end_early(run: train.Run) -> train.Run:
         """Ends the run at `end`, and logs the known differences before hours of training."""
         if (total := run.cadences.total) < end:
             raise UserError(f"total={config.total!r} is {total} steps, but the run in {record.path} recorded {end}; "
@@ -78,7 +78,7 @@ def main(
 
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            status = train.main(config, Workdir(folder), adjusted=adjusted, noted=noted)
+            status = train.main(config, Workdir(folder), transform_run=end_early, noted=noted)
     except UserError as e:
         with contextlib.suppress(OSError):
             folder.rmdir()  # if it is empty

@@ -2,15 +2,13 @@
 backend."""
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from imgclf_jax.core import json_files, terminal
 from imgclf_jax.core.terminal import duration
-from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.run import goodput, lock, record, writers
+from imgclf_jax.run import lock, record
 from imgclf_jax.run.record import Record
 
 
@@ -24,8 +22,7 @@ class Status(NamedTuple):
     checkpoint: int | None  # the step of the latest one
     images_per_second: float | None  # at the latest log line
     seconds_left: float | None  # for a run that trains now, by its pace until now
-    goodput: float | None  # the fraction of the wall time spent on training steps
-    seconds: dict[str, float]  # by phase: see `goodput.sum_up`
+    seconds: dict[str, float]  # by phase, of the process that ended the run: see `timer.PHASES`
     health: list[str]  # sentences on what went wrong
 
 
@@ -41,10 +38,9 @@ def main(files: Sequence[str], format: str) -> int:
         terminal.print_json([one._asdict() for one in found])
         return 1 if damaged else 0
     terminal.print_table(
-        ["run", "state", "step", "checkpoint", "images/s", "left", "goodput"],
+        ["run", "state", "step", "checkpoint", "images/s", "left"],
         [[one.run, one.state, f"{one.step}/{one.total or '?'}", _or_dash(one.checkpoint),
-          _or_dash(one.images_per_second, "{:,.0f}".format), _or_dash(one.seconds_left, duration),
-          "" if one.goodput is None else f"{one.goodput:.0%}"] for one in found],
+          _or_dash(one.images_per_second, "{:,.0f}".format), _or_dash(one.seconds_left, duration)] for one in found],
     )  # fmt: skip
     if len(found) == 1 and any(found[0].seconds.values()):
         whole = sum(found[0].seconds.values())
@@ -58,36 +54,30 @@ def main(files: Sequence[str], format: str) -> int:
 
 def read(run: Record) -> Status:
     """The status of a run. Raises UserError for a damaged file."""
-    folder = run.path
-    latest, lines = run.latest(), goodput.last_of_each(writers.read_metrics(folder / goodput.NAME))
-    running, total, saved = lock.is_held(folder / "lock"), run.total, run.workdir.last_checkpoint()
-    step = max([run.step, *(line["step"] for line in lines[-1:])])
-    state = "done" if run.final else "running" if running else "stopped" if step or saved is not None else "not begun"
+    total, saved, pace = run.total, run.workdir.last_checkpoint(), _number(run.latest().get("train/images_per_second"))
+    running, begun = lock.is_held(run.path / "lock"), run.step > 0 or saved is not None
+    state = "done" if run.final else "running" if running else "stopped" if begun else "not begun"
     left = None
-    if running and lines and total and (line := lines[-1])["at"] >= lock.taken_at(folder / "lock"):
-        done, spent = line["step"] - line["first"], line["at"] - line["began"] - _fixed(line["seconds"])
-        if done > 0:
-            left = max(0.0, (total - line["step"]) * spent / done - (time.time() - line["at"]))
-    seconds = goodput.sum_up(lines)
-    return Status(
-        run.name, state, step, total, saved, latest.get("train/images_per_second"), left,
-        goodput.goodput(seconds) if any(seconds.values()) else None,
-        {name: round(value, 3) for name, value in seconds.items()}, _health(run, running, step),
-    )  # fmt: skip
+    if running and pace and total:
+        left = max(0, total - run.step) * run.config.batch_size * run.config.num_seeds / pace
+    return Status(run.name, state, run.step, total, saved, pace, left, _seconds(run), _health(run, running))
 
 
-def _fixed(seconds: JsonObject) -> float:
-    """The seconds of an attempt that do not grow with its steps."""
-    return float(sum(seconds.get(name, 0.0) for name in ("import", "setup", "compile")))
+def _seconds(run: Record) -> dict[str, float]:
+    phases = run.final.get("time") if run.final else None
+    found = [one for one in phases if isinstance(one, dict)] if isinstance(phases, list) else []
+    return {str(one.get("phase")): _number(one.get("seconds")) or 0.0 for one in found}
 
 
-def _health(run: Record, running: bool, step: int) -> list[str]:
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _health(run: Record, running: bool) -> list[str]:
     folder, found = run.path, []
-    if skipped := sum(int(line.get("train/skipped", 0)) for line in run.metrics):
-        found.append(f"{skipped} steps were skipped: their loss, gradient or parameters are not finite")
-    if hung := sorted(path.name for path in folder.glob("hang-*.txt")):
-        found.append(f"a process hung: see {', '.join(hung)}")
-    if not (running or run.final) and step <= _bad_step(folder / "nonfinite.json"):
+    if skipped := sum(_number(line.get("train/skipped")) or 0.0 for line in run.metrics):
+        found.append(f"{skipped:.0f} steps were skipped: their loss, gradient or parameters are not finite")
+    if not (running or run.final) and run.step <= _bad_step(folder / "nonfinite.json"):
         found.append("a bad step stopped the run: see nonfinite.json")
     return found
 

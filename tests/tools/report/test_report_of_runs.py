@@ -15,10 +15,8 @@ from PIL import Image
 from test_report import NAMES, reported, text, trained  # noqa: F401  fixtures
 
 import launch
-from imgclf_jax.run.record import Record
 from imgclf_jax.tools.explain import attribution, heatmap
 from imgclf_jax.tools.report import findings as report_findings
-from imgclf_jax.tools.report import time_spent
 from imgclf_jax.trained import load
 
 pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.thorough]
@@ -35,24 +33,6 @@ def copy(trained, tmp_path) -> Path:
 
 def change(file: Path, **values) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
-def test_where_the_time_went(copy):
-    """The widths of the bar are those of the phases over two attempts; a run without a record has no section."""
-    lines = [
-        {"step": 40, "first": 0, "began": 0.0, "at": 50.0, "seconds": {"import": 5.0, "setup": 5.0, "steps": 40.0}},
-        {"step": 60, "first": 20, "began": 60.0, "at": 100.0, "seconds": {"steps": 35.0, "input": 5.0}},
-    ]
-    (copy / "time.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text = time_spent.section(Record.from_workdir(copy))
-    assert "took 2 min in 2 attempts" in text
-    assert "Training steps took 55.0% of that time" in text
-    widths = re.findall(r'width="([\d.]+)" height="28"><title>(\w+) ', text)
-    assert {name: float(width) for width, name in widths} == {
-        "steps": 550, "input": 50, "recomputed": 200, "setup": 100, "idle": 100
-    }  # fmt: skip
-    (copy / "time.jsonl").unlink()
-    assert time_spent.section(Record.from_workdir(copy)) == ""
 
 
 def test_several_seeds_and_many_classes(tmp_path, capsys):

@@ -9,25 +9,24 @@ import resume_check
 
 import launch
 from imgclf_jax import config as configs
-from imgclf_jax.run import goodput, lock, record
+from imgclf_jax.run import lock, record
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.tools.status import command
-from imgclf_jax.train import loop as train
+from imgclf_jax.train import command as train
 
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes the files of a run of 20,000 steps: its last record, its result if any, and lines of time.jsonl."""
+    """Writes the files of a run of 20,000 steps: its last record and its result, if any."""
 
-    def run(step, result=None, times=()):
+    def run(step, result=None, **record_values):
         config = configs.default_config()
-        config.total = "20000 steps"
+        config.total, config.batch_size = "20000 steps", 50
         data = {"train_examples": 64, "image_shape": [12, 12, 1], "class_names": ["a", "b"], "fingerprint": "x"}
         (tmp_path / "config.json").write_text(configs.to_json(config))
         (tmp_path / "provenance.json").write_text(json.dumps({"data": data}))
-        (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": step, "train/loss": 1.0}) + "\n")
-        (tmp_path / goodput.NAME).write_text("".join(json.dumps(line) + "\n" for line in times))
+        (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": step, "train/loss": 1.0, **record_values}) + "\n")
         if result:
             (tmp_path / "result.json").write_text(json.dumps(result))
         return record.read(tmp_path)
@@ -35,21 +34,14 @@ def write(tmp_path):
     return run
 
 
-def attempt(first, step, began, at, **seconds):
-    return {"step": step, "first": first, "began": began, "at": at, "seconds": seconds}
-
-
-def test_the_time_left_of_a_resumed_run_is_by_its_own_pace(write, tmp_path):
-    """A day after a kill, the run that sets itself up again had 0 s left."""
-    now = time.time()
-    killed = attempt(0, 5000, now - 91_400, now - 86_400, steps=5000.0)
-    run = write(4950, times=[killed])
+def test_the_time_left_of_a_run_that_trains_is_by_its_latest_pace(write, tmp_path):
+    pace = {"train/images_per_second": 1000.0}
+    run = write(6000, **pace)
+    assert (command.read(run).state, command.read(run).seconds_left) == ("stopped", None)
     with lock.held(tmp_path / "lock"):
         found = command.read(run)
-        assert (found.state, found.seconds_left) == ("running", None)
-        now = time.time()
-        write(6000, times=[killed, attempt(5000, 6000, now - 1900, now + 100, setup=0.0, steps=2000.0)])
-        assert command.read(run).seconds_left == pytest.approx(28_100, abs=5)
+        assert (found.state, found.seconds_left) == ("running", 14_000 * 50 / 1000)
+        assert command.read(write(0)).seconds_left is None
 
 
 def test_a_run_that_stopped_early_and_was_extended_is_not_done(write):
@@ -85,32 +77,23 @@ def test_status_of_a_run(fake_config, tmp_path, capsys, one_device):
     began = time.time()
     assert train.main(fake_config, Workdir(tmp_path / "a")) == 0
     elapsed = time.time() - began
-    [last] = goodput.last_of_each(read_metrics(tmp_path / "a" / goodput.NAME))
-    inside = sum(seconds for name, seconds in last["seconds"].items() if name != "import")
-    assert inside == pytest.approx(elapsed, rel=0.01, abs=0.3)
-    assert last["seconds"]["steps"] > 0
     capsys.readouterr()
     assert launch.main(["status", str(tmp_path), "--format=json"]) == 0
     [found] = json.loads(capsys.readouterr().out)
     assert (found["state"], found["step"], found["total"], found["checkpoint"]) == ("done", 12, 12, 12)
-    assert sum(found["seconds"].values()) == pytest.approx(last["at"] - last["began"], abs=0.01)
-    assert found["goodput"] == pytest.approx(last["seconds"]["steps"] / (last["at"] - last["began"]), rel=0.01)
+    inside = sum(seconds for name, seconds in found["seconds"].items() if name != "import")
+    assert inside == pytest.approx(elapsed, rel=0.05, abs=0.3)
+    assert found["seconds"]["steps"] > 0
     assert found["health"] == []
     result = json.loads((tmp_path / "a" / "result.json").read_text())
-    assert {one["phase"]: one["seconds"] for one in result["time"]} == pytest.approx(
-        {name: seconds for name, seconds in found["seconds"].items() if seconds}, abs=0.01
-    )
-    assert result["goodput"] == pytest.approx(found["goodput"], abs=1e-3)
+    assert {one["phase"]: one["seconds"] for one in result["time"]} == found["seconds"]
     (tmp_path / "a" / "result.json").unlink()
-    (tmp_path / "a" / "hang-0.txt").write_text("")
     with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "train/skipped": 3}\n')
     assert launch.main(["status", str(tmp_path / "a")]) == 0
     out = capsys.readouterr().out
     assert "stopped" in out
     assert "3 steps were skipped" in out
-    assert "a process hung: see hang-0.txt" in out
-    assert "setup" in out
 
 
 def test_a_result_without_a_config_is_told_of(tmp_path, capsys):
@@ -124,11 +107,10 @@ def test_a_result_without_a_config_is_told_of(tmp_path, capsys):
 
 @pytest.mark.thorough
 def test_killed_three_times(tmp_path, capsys):
-    """The parts add up to the wall time within 1 %, and a running run has a time left."""
+    """Beside a run that trains, `status` says how far it is and how long it still takes."""
     words = ("--config.data.source=fake(256, (12, 12, 1), 4)", "--config.preprocess=decode(1)",
              "--config.model=mlp(widths=(16,))", "--config.total=4000 steps", "--config.batch_size=24",
              "--config.log_every=5 steps", "--config.eval_every=", "--config.checkpoint_every=100 steps")  # fmt: skip
-    began = time.time()
     for number in range(3):
         process, saved = resume_check.start(tmp_path / "run", words), tmp_path / "run" / "checkpoints"
         end = time.monotonic() + 180
@@ -144,8 +126,7 @@ def test_killed_three_times(tmp_path, capsys):
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert resume_check.start(tmp_path / "run", words).wait() == 0
-    elapsed = (tmp_path / "run" / "result.json").stat().st_mtime - began
-    total = goodput.sum_up(read_metrics(tmp_path / "run" / goodput.NAME))
-    assert total["idle"] > 0
-    assert total["recomputed"] >= 0
-    assert sum(total.values()) == pytest.approx(elapsed, rel=0.01)
+    capsys.readouterr()
+    assert launch.main(["status", str(tmp_path / "run"), "--format=json"]) == 0
+    [found] = json.loads(capsys.readouterr().out)
+    assert (found["state"], found["step"]) == ("done", 4000)

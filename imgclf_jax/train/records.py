@@ -1,0 +1,152 @@
+"""What a run measures and writes while it trains: metrics, digests of the parameters, time, a trace."""
+
+import collections
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Self
+
+import numpy as np
+
+from imgclf_jax.core import terminal
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Batch, PyTree
+from imgclf_jax.losses import Task
+from imgclf_jax.run.digests import Digests
+from imgclf_jax.run.profiler import Profiler
+from imgclf_jax.run.timer import Timer
+from imgclf_jax.run.writers import MetricsWriter
+from imgclf_jax.step import NONFINITE_STEP, PER_STEP, TrainState
+from imgclf_jax.train.setup import Run
+
+log = logging.getLogger(__name__)
+
+_MAX_IN_FLIGHT = 2  # steps that the host may be ahead of the devices
+_MIN_DIVERGED = 10  # steps in a row, all skipped, that end the run
+Results = dict[str, dict[str, float]]  # the metrics of each evaluation set
+
+
+class Records(contextlib.ExitStack):
+    """The open records of `run`; a context manager that closes them.
+
+    The profiler traces the steps of `profile` = (first, end). `noted` is called with each step of digests.jsonl and its
+    SHA-256.
+    """
+
+    def __init__(
+        self, run: Run, timer: Timer, profile: tuple[int, int] | None = None,
+        noted: Callable[[int, str], None] = lambda *_: None,
+    ):  # fmt: skip
+        super().__init__()
+        self.timer, self._run, self._step, self._pace = timer, run, run.start, "compiling"
+        self._in_flight: collections.deque[Any] = collections.deque()
+        self.images_per_step = int(run.config.batch_size) * run.programs.recipe.num_seeds
+        self._profiler = Profiler(profile, run.workdir.path)
+        folder = run.workdir.path
+        with contextlib.ExitStack() as files:
+            self.metrics = files.enter_context(contextlib.closing(MetricsWriter(folder, run.start, run.config)))
+            self.digests = files.enter_context(contextlib.closing(Digests(folder, run.start, run.cadences.last, noted)))
+            files.enter_context(contextlib.closing(self._profiler))
+            self.push(files.pop_all())
+
+    def __enter__(self) -> Self:
+        self.enter_context(terminal.showing(self._describe))
+        return self
+
+    def watch(self, batches: Iterable[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
+        """Yields each step with its batch; counts the time in which the devices wait for a batch, but for the first."""
+        batches, timer, first = iter(batches), self.timer, True
+        while True:
+            timer.enter("input")
+            item = next(batches, None)
+            if item is None:
+                return timer.enter("other")
+            idle = not self._in_flight or self._in_flight[-1].is_ready()  # else the devices were busy all the time
+            timer.enter("steps", counted_as="" if idle else "steps")
+            if first:
+                timer.restart_lap()
+            self._profiler.before(item[0])
+            yield item
+            first = False
+
+    def note_step(self, step: int, state: TrainState, sums: PyTree) -> None:
+        """Notes that `step` steps were dispatched, and waits if the host is too far ahead of the devices."""
+        self._in_flight.append(sums["steps"])  # an output that is not donated
+        if len(self._in_flight) > _MAX_IN_FLIGHT:
+            self._in_flight.popleft().block_until_ready()
+        self.timer.steps, self._step = self.timer.steps + 1, step
+        self._pace = "" if self._pace == "compiling" else self._pace
+        self._profiler.after(step, sums["steps"])
+        if step in self.digests.edges:
+            self.digests.record(step, state.params)
+
+    def write_training(self, step: int, sums: dict[str, np.ndarray]) -> None:
+        """Writes and logs the means of `sums`, on the host, since the last log line.
+
+        Raises UserError if all of many steps were skipped.
+        """
+        trained, skipped = (int(np.sum(sums.get(name, 0))) for name in ("steps", "skipped"))
+        if not trained and skipped >= _MIN_DIVERGED:
+            raise UserError(f"all {skipped} steps since the last log line were skipped, since their loss, gradient or "
+                            "parameters are not finite: the run has diverged, or its data are damaged; lower the "
+                            "learning rate, or set clip=1.0")  # fmt: skip
+        if skipped:
+            log.warning("skipped %d of the %d steps since the last log line: their loss, gradient or parameters are "
+                        "not finite", skipped, skipped + trained)  # fmt: skip
+        pace = self.timer.lap(self.images_per_step)
+        self._pace = f"{pace['images_per_second']:,.0f} images/s, {pace['input_wait']:.0%} waiting for input"
+        means = _means(sums, self._run.programs.recipe.task) | pace
+        self.metrics.write_scalars(step, {f"train/{name}": value for name, value in means.items()})
+        log.info("%s", self._run.rows.training(step, means))
+
+    def write_evaluation(self, step: int, results: Results) -> None:
+        """Writes and logs the results of an evaluation, durably: early stopping and the best checkpoint use them."""
+        for row in self._run.rows.evaluations(step, results):
+            log.info("%s", row)
+        scores = {f"{name}/{key}": value for name, values in results.items() for key, value in values.items()}
+        self.metrics.write_scalars(step, scores)
+        self.metrics.flush()
+
+    def save(self, step: int, state: TrainState, sums: PyTree) -> None:
+        """Begins to save a checkpoint."""
+        self.timer.enter("checkpoint")
+        self.metrics.flush()  # so that no checkpoint on disk is ahead of its metrics
+        self.digests.record(step, state.params)
+        self._run.checkpoints.save(step, {"state": state, "sums": sums})
+
+    def beat(self) -> str:
+        """Tells the watchdog that an evaluation goes on; "" as of no signal that stops it."""
+        self.timer.beat()
+        return ""
+
+    def _describe(self) -> str:
+        """How far training is, for a terminal; elsewhere the log says it."""
+        if not terminal.shows_progress():
+            return ""
+        steps, seconds = self.timer.steps, self.timer.seconds["steps"] + self.timer.seconds["input"]
+        left = (self._run.cadences.last - self._step) * seconds / steps if steps else 0.0
+        parts = (f"step {self._step:,}/{self._run.cadences.last:,}", self._pace, f"{terminal.duration(left)} left")
+        return ", ".join(part for part in parts[: 2 + (steps > 0)] if part)
+
+
+def _means(sums: dict[str, np.ndarray], task: Task) -> dict[str, float]:
+    """The training metrics to log: means over the examples or steps since the last log line, over all seeds.
+
+    With several seeds, metrics over examples also get their sample standard deviation over seeds, as in
+    `metrics.summarize`. Multi-label accuracy is `exact_match`; regression has none.
+    """
+    total = {name: np.sum(value).item() for name, value in sums.items()}
+    own = sorted(total.keys() - {"steps", "examples", "loss", "correct", "skipped", NONFINITE_STEP, *PER_STEP})
+    right = {"exact_match" if task is Task.MULTILABEL else "accuracy": "correct"} if "correct" in total else {}
+    of_examples = {"loss": "loss", **right, **{name: name for name in own}}
+    means = {"skipped": total["skipped"]} if "skipped" in total else {}
+    if not total["steps"]:  # all were skipped
+        return means
+    means |= {name: total[summed] / total["examples"] for name, summed in of_examples.items()}
+    means |= {name: total[name] / total["steps"] for name in PER_STEP}
+    trained = sums["steps"] > 0  # [seeds], or []
+    if np.count_nonzero(trained) > 1:
+        for name, summed in of_examples.items():
+            each = sums[summed][trained] / sums["examples"][trained]
+            means[f"{name}_std"] = np.std(each, ddof=1).item()
+    return means

@@ -1,0 +1,93 @@
+"""Where the time of a process goes, and the watchdog that ends a process in which nothing happens."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from resume_check import ROOT
+
+from imgclf_jax import config as configs
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.run.timer import PHASES, Timer
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that a test moves: `clock[0]` in seconds."""
+    now = [100.0]
+    monkeypatch.setattr("imgclf_jax.run.timer.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_the_phases_add_up_to_the_wall_time(clock):
+    timer = Timer()
+    before = sum(timer.seconds.values())
+    for phase, seconds in (("compile", 3.0), ("steps", 2.0), ("input", 0.5), ("steps", 1.0), ("other", 0.25)):
+        timer.enter(phase)
+        clock[0] += seconds
+    timer.beat()
+    assert sum(timer.seconds.values()) - before == pytest.approx(6.75)
+    assert (timer.seconds["steps"], timer.seconds["input"], timer.since_main) == (3.0, 0.5, 6.75)
+    assert {"phase": "steps", "seconds": 3.0} in timer.summary()
+    assert {one["phase"] for one in timer.summary()} <= set(PHASES)
+
+
+def test_throughput(clock):
+    """Images/s and the fraction of waiting, only over the phases of training."""
+    timer = Timer()
+
+    def spend(seconds, phase, steps=0, counted_as=""):
+        timer.enter(phase)
+        clock[0] += seconds
+        timer.steps += steps
+        timer.enter("other", counted_as)
+
+    spend(7.0, "input")  # of the first batch
+    timer.restart_lap()
+    spend(0.5, "input")
+    spend(1.5, "steps", 10)
+    assert timer.lap(32) == {"images_per_second": 160.0, "input_wait": 0.25}
+    spend(1000.0, "evaluation")
+    spend(1.0, "steps", 1)
+    spend(50.0, "checkpoint")  # without a record, then more of the same lap
+    spend(2.0, "steps")
+    spend(1.0, "input")
+    spend(1.0, "input", 1, counted_as="steps")  # the devices were busy
+    assert timer.lap(32) == {"images_per_second": 12.8, "input_wait": 0.2}
+
+
+HANGS = """
+import sys, time
+from imgclf_jax.run.timer import Timer
+timer = Timer(0.4)
+for _ in range(8):
+    time.sleep(0.1)
+    timer.enter("steps")
+timer.enter("compile")
+time.sleep(1.0)  # patience
+timer.enter(sys.argv[1])
+if sys.argv[2:]:
+    timer.stop()
+def waits_for_ever():
+    time.sleep(5)
+waits_for_ever()
+"""
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_phase_without_an_end_ends_the_process(stopped):
+    """With status 1 and the stacks; one that goes on, or may take long, or whose watchdog was stopped, is let be."""
+    began = time.monotonic()
+    words = [sys.executable, "-c", HANGS, "evaluation", *["stop"] * stopped]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == (not stopped)
+    assert ("Timeout (0:00:00.400000)!" in done.stderr) is not stopped
+    assert ("waits_for_ever" in done.stderr) is not stopped
+    assert time.monotonic() - began > 2
+
+
+@pytest.mark.parametrize("text", ["10", "ten minutes", "-3 s"])
+def test_durations_of_a_watchdog(text):
+    with pytest.raises(UserError, match="watchdog"):
+        configs.seconds(text, "watchdog")
