@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-_RECORDS = ("config.json", "provenance.json", "metrics.jsonl", "digests.jsonl", "time.jsonl", "result.json")
+_RECORDS = ("config.json", "provenance.json", "metrics.jsonl", "digests.jsonl", "result.json")
 # What a command reads, writes, replaces or removes in a run, from `strace` of all commands; N is the latest step.
 READ = (*_RECORDS, "checkpoints", "checkpoints/N", "checkpoints/N/manifest.json", "checkpoints/N/metrics/metrics",
          "checkpoints/N/default", "checkpoints/N/default/_METADATA", "checkpoints/N/default/d", "requirements.txt",
@@ -30,7 +30,7 @@ TOUCHED = {
               "checkpoints/16.orbax-checkpoint-tmp-7", "checkpoints/removed-4", "checkpoints/removed-8", "damaged",
               "checkpoints/replaced-12", "checkpoints/replaced-8"),
     "report": ("report.html",), "show-batch": ("batch-0.png",), "dryrun": ("dryrun-cpu-1.json",),
-    "evaluate": ("predictions.csv",), "status": (*READ, "lock", "hang-0.txt"),
+    "evaluate": ("predictions.csv",), "status": (*READ, "lock"),
     "compare": ("predictions.npz", "predictions.csv", "predictions.jsonl"),
     "sweep": ("lock", "sweep.json", "seed=0", "seed=0.log", "seed=1.log", "seed=1/lock", "seed=1/result.json"),
 }  # fmt: skip

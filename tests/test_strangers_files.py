@@ -124,8 +124,7 @@ def test_commands_on_a_strangers_run(run, home, tmp_path, name, obstacle):
     assert snapshot(home) == before
 
 
-WRITTEN = ("config.json", "provenance.json", "metrics.jsonl", "digests.jsonl", "result.json", "parameters.txt",
-           "time.jsonl")  # fmt: skip
+WRITTEN = ("config.json", "provenance.json", "metrics.jsonl", "digests.jsonl", "result.json", "parameters.txt")
 FOLDERS = ("tb", "checkpoints", "damaged", "checkpoints/8", "checkpoints/removed-8", "checkpoints/replaced-8",
            "checkpoints/16.orbax-checkpoint-tmp-0")  # fmt: skip
 
