@@ -66,18 +66,21 @@ def test_each_process_gets_the_rows_of_its_devices(devices, rows, other):
 
 
 WAITING = """
-import sys, time
+import os, sys, time
 from imgclf_jax.core import processes, stopping
 stopping.end_on_signals()
 process, port, phase = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 print("here", flush=True)
 if process and phase == "meet":
     time.sleep(60)
-processes.start(f"localhost:{port}", 2, process, heartbeat=10)
-print("joined", flush=True)
-if process:
-    time.sleep(60)
-processes.gather(1)
+try:
+    processes.start(f"localhost:{port}", 2, process, heartbeat=10)
+    print("joined", flush=True)
+    if process:
+        time.sleep(60)
+    processes.gather(1)
+except SystemExit as e:  # as the command line does
+    os._exit(e.code)
 """
 
 
