@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from imgclf_jax import losses
-from imgclf_jax.core import dtypes, named_warnings, processes, sharding, tree
+from imgclf_jax.core import dtypes, processes, sharding, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import JsonObject, Variables
 from imgclf_jax.data import decode, sources, stream
@@ -241,8 +241,7 @@ class Trained(NamedTuple):
         for place, image in images:
             name = _name(image, place)
             try:
-                with named_warnings.about(name.__str__):
-                    out.append(self.prepare(image, place))
+                out.append(self.prepare(image, place))
             except UserError as e:
                 out.append(UserError(f"{name}: {e}"))
         return out

@@ -126,24 +126,23 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         yield (content := io.BytesIO())
         path.write_bytes(content.getvalue())
         return
-    folder, temporary = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY), f".{secrets.token_hex(8)}.tmp"
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666, dir_fd=folder)
-        with open(handle, "w+b") as file:
+        with open(temporary, "x+b") as file:  # a new file, not one that a link of this name leads to
             yield file
             file.flush()
-            os.fsync(handle)
-        os.replace(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # persists the new name too
-    except BaseException as e:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary, dir_fd=folder)
-        if isinstance(e, OSError) and (e.filename is None or temporary in str(e.filename)):
-            why = os.strerror(e.errno) if e.errno else reason(e)
-            raise OSError(e.errno, why, str(path)) from e
+        os.close(folder)
+    except OSError as e:
+        if e.filename is None or e.filename == str(temporary):
+            raise OSError(e.errno, os.strerror(e.errno) if e.errno else reason(e), str(path)) from e
         raise
     finally:
-        os.close(folder)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

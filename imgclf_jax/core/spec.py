@@ -7,7 +7,6 @@ and needs no registration.
 
 import ast
 import contextlib
-import contextvars
 import functools
 import importlib.util
 import inspect
@@ -16,9 +15,9 @@ import itertools
 import re
 import sys
 import tokenize
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from imgclf_jax.core.errors import Untrusted, UserError, shown, unknown
 from imgclf_jax.core.typing import Function, Value
@@ -131,64 +130,46 @@ def _literal(node: ast.expr, text: str) -> Value:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Guard:
-    """An untrusted owner of specs, and the words of the command line."""
-
-    owner: str
-    words: tuple[str, ...]
-
-
-_guards: list[_Guard] = []  # of all threads
-_own: contextvars.ContextVar[_Guard | None] = contextvars.ContextVar("guard", default=None)  # of this thread
-
-
-def _in_force() -> tuple[_Guard, ...]:
-    """The guard of this thread; those of all threads if it has none, since worker threads build specs too."""
-    own = _own.get()
-    return (own,) if own in _guards else tuple(_guards)
+_guards: list[tuple[str, tuple[str, ...]]] = []  # of each untrusted owner of specs: its name, the command line
 
 
 @contextlib.contextmanager
 def untrusted(owner: str, words: Sequence[str] = ()) -> Iterator[None]:
     """Refuses imports and network access by specs and paths inside, since these come from an untrusted `owner`.
 
-    Errors name the owner. Addresses in `words`, the user's command line, may be read. Threads may overlap inside; one
-    that is not inside is refused what any of these owners is.
+    Errors name the owner. Addresses in `words`, the user's command line, may be read. It holds for all threads, since
+    worker threads build specs too.
     """
-    guard = _Guard(owner, tuple(words))
-    _guards.append(guard)
-    token = _own.set(guard)
+    _guards.append(guard := (owner, tuple(words)))
     try:
         yield
     finally:
-        _own.reset(token)
         _guards.remove(guard)
 
 
-def check_trusted(what: str) -> None:
-    """Raises UserError inside `untrusted`. `what` is the thing that a spec names, and what it would run."""
-    for guard in _in_force():
-        _refuse(guard, what)
+def check_trusted(what: str, named: Callable[[str], bool] = lambda _: False) -> None:
+    """Raises Untrusted inside `untrusted`, unless a word of the command line has `named` it.
 
-
-def _refuse(guard: _Guard, what: str) -> NoReturn:
-    raise Untrusted(f"{guard.owner} names {what}; if you trust both, add --trust")
+    `what` is the thing that a spec names, and what it would run.
+    """
+    for owner, words in _guards:
+        if not any(map(named, words)):
+            raise Untrusted(f"{owner} names {what}; if you trust both, add --trust")
 
 
 def check_network(text: str) -> None:
-    """Raises UserError inside `untrusted` for a network address that the command line does not contain."""
-    for guard in _in_force():
-        named = [address.rstrip("/") for word in guard.words for address in re.findall(r"\w+://[^\s'\",)]+", word)]
-        if not any(text.rstrip("/") == address or text.startswith(f"{address}/") for address in named):
-            _refuse(guard, f"{text!r}, which is on the network")
+    """Raises Untrusted inside `untrusted` for a network address that the command line does not contain."""
+
+    def named(word: str) -> bool:
+        addresses = [address.rstrip("/") for address in re.findall(r"\w+://[^\s'\",)]+", word)]
+        return any(text.rstrip("/") == address or text.startswith(f"{address}/") for address in addresses)
+
+    check_trusted(f"{text!r}, which is on the network", named)
 
 
 def check_download(name: str, what: str) -> None:
-    """Raises UserError inside `untrusted` for the download `what`, unless the command line quotes its `name`."""
-    for guard in _in_force():
-        if not any(re.search(rf"""['"]{re.escape(name)}['":/]""", word) for word in guard.words):
-            _refuse(guard, what)
+    """Raises Untrusted inside `untrusted` for the download `what`, unless the command line quotes its `name`."""
+    check_trusted(what, lambda word: bool(re.search(rf"""['"]{re.escape(name)}['":/]""", word)))
 
 
 def lookup(call: Call, table: Table, kind: str) -> Function:

@@ -21,7 +21,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from imgclf_jax.core import named_warnings, processes
+from imgclf_jax.core import processes
 from imgclf_jax.core.text import decimals, printable
 from imgclf_jax.core.typing import Json
 
@@ -134,7 +134,6 @@ def setup_logging() -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns about shapes, which have no type
     sys.unraisablehook = _report_unraisable
-    named_warnings.install()
 
 
 def _printable(record: logging.LogRecord) -> logging.LogRecord:

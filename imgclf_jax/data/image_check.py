@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import PIL
 
-from imgclf_jax.core import cache, named_warnings, places, terminal
+from imgclf_jax.core import cache, places, terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import Json
@@ -77,8 +77,7 @@ def check(
 def _check(file: Path, stamp: Stamp, deep: bool, formats: tuple[str, ...]) -> _Entry:
     try:
         data = decode.read_file(file)
-        with named_warnings.about(lambda: str(file)):
-            decode.decode(data, formats=formats) if deep else decode.check_header(data, formats)
+        decode.decode(data, formats=formats) if deep else decode.check_header(data, formats)
         return _Entry(stamp, deep, "", hashlib.sha256(data).hexdigest()[:32])
     except OSError as e:  # permissions or a failing disk, which may be transient: no file has this stamp
         return _Entry((0, 0, 0), False, e.strerror or str(e))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax.core import named_warnings, processes, rng
+from imgclf_jax.core import processes, rng
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, decoded, extra, image_check, sampling
 from imgclf_jax.data.arrays import check_finite
@@ -187,8 +187,7 @@ class Images:
 
     def _decode_one(self, image: bytes | np.ndarray, example: int, position: int, seed: int) -> np.ndarray:
         try:
-            with named_warnings.about(lambda: self._name(example)):
-                return self._ops(image, seed, position)
+            return self._ops(image, seed, position)
         except UserError as e:
             name = self._name(example)
             hint = _SKIP if Path(name).is_file() and not image_check.readable(Path(name), self.preprocess) else ""

@@ -1,7 +1,6 @@
 """The formats that are decoded and the largest sizes: no other program runs, and memory is bounded."""
 
 import io
-import logging
 import struct
 import subprocess
 import warnings
@@ -10,11 +9,10 @@ import zlib
 import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, features
-from test_decode import encode, noise, png, png_of
+from test_decode import encode, noise, png_of
 
-from imgclf_jax.core import named_warnings
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import decode, sources, stream
+from imgclf_jax.data import decode
 
 pytestmark = pytest.mark.usefixtures("a_gigabyte")
 
@@ -148,29 +146,3 @@ def test_a_file_longer_than_any_image(tmp_path):
         file.truncate(1 << 30)
     with pytest.raises(UserError, match="the file has 1,073,741,824 bytes, but an image may have 536,870,912"):
         decode.read_file(tmp_path / "x.png")
-
-
-def test_a_warning_names_the_image(caplog):
-    """For an image that decodes despite broken metadata."""
-    broken = b"MM\0*\0\0\0\x08\0\x05" + struct.pack(">HHIHH", 0x112, 3, 1, 1, 0)
-    good, warned = png(noise(4, 4, 1), 8, 0), png(noise(4, 4, 1), 8, 0, [(b"eXIf", broken)])
-
-    class Source:
-        class_names = ("a",)
-
-        def __len__(self):
-            return 3
-
-        def read(self, ids):
-            return {"image": [(good, warned, warned)[i] for i in ids], "label": np.zeros(len(ids), np.int32)}
-
-        def name(self, i):
-            return f"cat/{i}.png"
-
-    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
-        warnings.simplefilter("default")
-        named_warnings.install()
-        images = stream.Images(sources.SplitSource(((Source(), 0, 3),)), "decode(1)")
-        images.read(np.arange(3), np.arange(3))
-    assert {message.split(": ")[0] for message in caplog.messages} == {"cat/1.png", "cat/2.png"}
-    assert "EXIF" in caplog.text
