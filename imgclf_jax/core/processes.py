@@ -226,17 +226,6 @@ def _get(call: int, process: int) -> Json:
                 raise
 
 
-def publish(name: str, value: Json) -> None:
-    """Publishes a JSON value to all processes, in place of an earlier one of this name."""
-    _client().key_value_set(f"imgclf_jax/put/{name}", json.dumps(value), allow_overwrite=True)
-
-
-def published(folder: str) -> JsonObject:
-    """The values published so far under `folder/NAME`, by NAME."""
-    found = _client().key_value_dir_get(f"imgclf_jax/put/{folder}")
-    return {key.rpartition("/")[2]: json.loads(value) for key, value in found}
-
-
 def start_preemption_service() -> None:
     """Lets JAX note SIGTERM from now on, for `reached_sync_point`. It replaces Python's handler of the signal."""
     import jax
