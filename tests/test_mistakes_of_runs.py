@@ -21,7 +21,7 @@ from imgclf_jax.data import stream
 from imgclf_jax.methods import Method
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
-from imgclf_jax.run.provenance import DataInfo
+from imgclf_jax.run.provenance import DataInfo, take_snapshot
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.train import extension, loop
 
@@ -39,7 +39,7 @@ def test_changed_data(mistake, whole, capsys):
     np.savez(file, **arrays)
     try:
         sentence = mistake("train", f"--workdir={workdir}", *argv)
-        assert has(sentence, f"the data of the run in {workdir} have changed (another fingerprint)", "restore them")
+        assert has(sentence, f"{workdir} holds a run on other data or weights: data.fingerprint was", "restore them")
         assert launch.main(["evaluate", f"--workdir={workdir}"]) == 0
         assert "the data have changed since training" in capsys.readouterr().err
         file.unlink()
@@ -286,8 +286,8 @@ def test_a_run_that_is_extended_is_the_longer_run(mistake, tmp_path):
     assert launch.main([*long, longer]) == 0
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("short", "long")]
     assert results[0]["params_sha256"] == results[1]["params_sha256"]
-    (entry,) = json.loads((tmp_path / "short" / "provenance.json").read_text())["extended"]
-    assert (entry["step"], entry["to"]) == (12, "20 steps")
+    began, resumed = Workdir(tmp_path / "short").read_snapshots()
+    assert [(one["step"], one["keys"]["total"]) for one in (began, resumed)] == [(0, "12 steps"), (12, "20 steps")]
     sentence = mistake(*short, "--extend", log=r"^\d\d:\d\d:\d\d")
     assert has(sentence, "but the run in", "has done 20", "extend it to more")
 
@@ -363,7 +363,7 @@ def test_an_extension_that_has_trained_nothing_is_taken_back(copy):
     workdir, argv = Workdir(copy[0]), copy[1]
     longer = workdir.load_config()
     longer.total = "20 steps"
-    workdir.update_config(longer, 12)
+    workdir.record(longer, workdir.read_provenance() | {"step": 12}, 12)
     assert launch.main(["train", *argv, "--extend"]) == 0
     assert (workdir.load_config().total, workdir.is_done(12)) == ("12 steps", True)
 
@@ -381,36 +381,29 @@ def test_a_first_config_that_a_kill_keeps_from_being_written(fake_config, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr("imgclf_jax.core.places.write_atomically", kill_at_config)
         with pytest.raises(SystemExit):
-            workdir.record(fake_config, DataInfo(64, (12, 12, 1), tuple("abcd"), "x"))
+            workdir.record(fake_config, take_snapshot(fake_config, DataInfo(64, (12, 12, 1), tuple("abcd"), "x")), 0)
     assert workdir.provenance.is_file()
-    workdir.record(other, DataInfo(64, (12, 12, 1), tuple("abcd"), "y"))
+    workdir.record(other, workdir.take_snapshot(other, DataInfo(64, (12, 12, 1), tuple("abcd"), "y")), 0)
     assert workdir.load_config().seed == 5
 
 
-@pytest.mark.parametrize(("change", "name"), [("total=20 steps", "extended"), ("log_every=2 steps", "changed")])
-def test_a_new_config_that_a_kill_keeps_from_being_written(copy, monkeypatch, change, name):
-    """The run goes on with its old config, or with the new one by the same command, which is noted once."""
+@pytest.mark.parametrize(("key", "value"), [("total", "20 steps"), ("log_every", "2 steps")])
+def test_a_new_config_that_a_kill_keeps_from_being_written(copy, monkeypatch, key, value):
+    """The run goes on with its old config, or with the new one by the same command, which is recorded once."""
     workdir, argv = Workdir(copy[0]), copy[1]
     old, new = workdir.load_config(), workdir.load_config()
-    new[change.partition("=")[0]] = change.partition("=")[2]
+    new[key] = value
+    snapshot = workdir.read_provenance()
+    snapshot |= {"keys": snapshot["keys"] | {key: value}}
     with monkeypatch.context() as patch:
         patch.setattr("imgclf_jax.core.places.write_atomically", kill_at_config)
         with pytest.raises(SystemExit):
-            workdir.update_config(new, 12)
+            workdir.record(new, snapshot, 12)
     assert workdir.load_config() == old
     assert launch.main(["train", *argv]) == 0
-    workdir.update_config(new, 12)
+    workdir.record(new, snapshot, 12)
     assert workdir.load_config() == new
-    assert len(workdir.read_provenance()[name]) == 1
-
-
-def test_another_metric_for_the_best_checkpoint(copy, caplog):
-    """Checkpoints that were better by it may have been removed, silently."""
-    workdir = Workdir(copy[0])
-    config = workdir.load_config()
-    config.checkpoint.best = "test/loss"
-    workdir.update_config(config, 8)
-    assert "checkpoint.best='test/loss' chooses among the checkpoints that are left and later ones" in caplog.text
+    assert [one["keys"][key] for one in workdir.read_snapshots()] == [old[key], value]
 
 
 def counting(problem):

@@ -6,7 +6,6 @@ in `result.json`. A CRC-32 per parameter tells which ones differ. Lines outlive 
 
 import concurrent.futures
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -58,14 +57,13 @@ class Digests:
     """Writes digests.jsonl in `folder` for a run from step `start` to step `last`.
 
     Lines from `start` on are dropped and written again. The training thread copies the parameters to the host; another
-    thread hashes and writes them, then calls `noted` with the step and the SHA-256. All processes call the methods, and
-    process 0 writes.
+    thread hashes and writes them. All processes call the methods, and process 0 writes.
     """
 
-    def __init__(self, folder: Path, start: int, last: int, noted: Callable[[int, str], None] = lambda *_: None):
+    def __init__(self, folder: Path, start: int, last: int):
         # Powers of two locate the first differing step within a factor of two, however rare checkpoints are.
         self.edges = (*(1 << n for n in range(last.bit_length())), last)
-        self._path, self._noted = folder / "digests.jsonl", noted
+        self._path = folder / "digests.jsonl"
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="digests")
         self._writing: concurrent.futures.Future[str] | None = None
         self._step = -1  # of the last line
@@ -96,7 +94,6 @@ class Digests:
         sha256, each = tree.digests(named)
         file.write({"step": step, "params_sha256": sha256, "params": each})
         file.flush()
-        self._noted(step, sha256)
         return sha256
 
     def sha256(self) -> str:

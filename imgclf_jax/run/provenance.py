@@ -1,10 +1,13 @@
-"""Provenance: the versions, devices, git commit and data of a run, written next to its checkpoints."""
+"""Provenance: snapshots of what the bits of a run depend on, one at each start, and the comparison of two snapshots.
+
+provenance.json is the snapshot of the first start, and has those of later starts under "resumed".
+"""
 
 import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import math
+import json
 import os
 import platform
 import re
@@ -15,49 +18,136 @@ import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
+from imgclf_jax import config as configs
 from imgclf_jax.core import cpuinfo, json_files
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
 from imgclf_jax.data.info import DataInfo
 
-_PACKAGES = ("imgclf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "tensorflow",
+# The packages that compute or load data; in a snapshot they come first.
+PACKAGES = ("imgclf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "tensorflow",
              "tensorflow-cpu", "tensorflow-datasets", "scikit-learn")  # fmt: skip
 
 # The extensions of x86 that decide how matmuls and sums round, as /proc/cpuinfo calls them, widest first.
 _VECTORS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with bfloat16", "avx512f": "AVX-512", "avx2": "AVX2"}
 # JAX's options that may differ between processes, or that change no result.
 _OF_ONE_PROCESS = "cache|device|debug|_log_|logging|dump|traceback|profil|timeout|address|mtls|pprint"
-# The types of entries that commands read; the others are only shown.
-_TYPES: dict[str, type] = {
-    **dict.fromkeys(("compiler_options", "data", "evals", "git", "init_from", "jax_options", "modules",
-                     "packages", "unreadable", "versions"), dict),
-    **dict.fromkeys(("changed", "command", "devices", "extended"), list),
-}  # fmt: skip
-OF_COMPILERS = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
-_OPTIONS = "JAX_(?!COMPILATION_CACHE|PERSISTENT_CACHE)"  # JAX's environment variables, except those of its cache
 # The flags of XLA, and further options of JAX, that change no result or that the devices and processes show.
 _FLAGS_OF_NO_RESULT = "--xla_(dump|force_host_platform_device_count)"
 _OPTIONS_OF_NO_RESULT = f"{_OF_ONE_PROCESS}|platform|process|coordinat"
 
+# The kind of each entry of a snapshot that is compared, and the most important first. The others are only shown.
+_KINDS = {
+    "data": "data", "evals": "data", "unreadable": "data", "init_from": "weights", "fixed_sha256": "weights",
+    "keys": "config", "batch_norm_groups": "config", "code": "code", "modules": "code", "python": "version",
+    "packages": "version", "platform": "device", "processor": "device", "devices": "device", "processes": "device",
+    "flags": "flags",
+}  # fmt: skip
+# The types of entries that commands read, in a file that anybody may have written.
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(("data", "evals", "flags", "git", "init_from", "keys", "modules", "packages"), dict),
+    **dict.fromkeys(("command", "devices", "unreadable"), list),
+    "step": int,
+}
 
-def collect(data: DataInfo) -> JsonObject:
-    """The provenance of this process, as JSON values."""
-    return {**_invocation(), **_computing(), "data": asdict(data)}
+
+class Difference(NamedTuple):
+    """A difference of two runs that may explain different numbers."""
+
+    kind: str  # data, weights, config or code; version, device or flags, which only affect rounding
+    what: str  # its name in provenance.json, such as "packages.jax"
+    recorded: str
+    here: str
+
+    def __str__(self) -> str:
+        return f"{self.what} was {self.recorded}, here it is {self.here}"
+
+
+def take_snapshot(config: ConfigDict, data: DataInfo, **recorded: Json) -> JsonObject:
+    """What the bits of a run depend on, in this process: an entry of provenance.json, as JSON values.
+
+    `recorded` are further entries of it, see docs/using.md.
+    """
+    keys = configs.flatten(config)
+    return {
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "git": _git(),
+        "keys": {key: keys[key] for key in ("total", *configs.FREE_KEYS)},  # that may change on resume
+        "data": json.loads(json.dumps(asdict(data))),  # with lists for tuples
+        **recorded,
+        "code": _code(),
+        "modules": module_digests(),
+        "python": platform.python_version(),
+        "packages": _installed(),
+        "platform": platform.platform(),
+        "processor": processor(),
+        "devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
+        "processes": jax.process_count(),
+        "flags": _flags(),
+    }
+
+
+def find_differences(old: JsonMapping, new: JsonMapping) -> list[Difference]:
+    """The differences of two snapshots, or parts of them, in what both have; the most important first."""
+    a, b = _flatten(old), _flatten(new)
+    found = [Difference(kind, name, _short(a[name]), _short(b[name]))
+             for entry, kind in _KINDS.items() for name in a
+             if name.partition(".")[0] == entry and name in b and a[name] != b[name]]  # fmt: skip
+    if any(one.what == "code" for one in found):
+        found.append(Difference("code", "git.commit", _commit(old.get("git", {})), _commit(new.get("git", {}))))
+    return found
+
+
+def _flatten(value: JsonMapping, prefix: str = "") -> JsonObject:
+    """The leaves of nested objects by dotted name. The path of weights is not compared, but their digest is."""
+    found: JsonObject = {}
+    for name, inner in value.items():
+        found |= _flatten(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {f"{prefix}{name}": inner}
+    found.pop("init_from.path", None)
+    return found
+
+
+def _short(value: Json) -> str:
+    if isinstance(value, list):
+        value = f"{len(value)}: {', '.join(dict.fromkeys(map(str, value)))}"
+    text = str(value) or "not set"
+    return f"{text[:16]}…" if len(text) == 64 and text.isalnum() else text[:200]
+
+
+def _commit(git: JsonMapping) -> str:
+    return f"{str(git.get('commit', 'unknown'))[:12]}{', changed' if git.get('changed') else ''}"
+
+
+def snapshots(recorded: JsonMapping) -> list[JsonObject]:
+    """The snapshots in the content of a provenance.json, in the order of their steps.
+
+    Entries of types that no run writes are left out.
+    """
+    later = recorded.get("resumed")
+    some = [recorded, *(one for one in (later if isinstance(later, list) else []) if isinstance(one, dict))]
+    return [found for one in some if (found := _well_formed(one))]
+
+
+def _well_formed(snapshot: JsonMapping) -> JsonObject:
+    found: JsonObject = {name: value for name, value in snapshot.items() if isinstance(value, _TYPES.get(name, object))}
+    if not isinstance(found.get("git", {}).get("commit", ""), str):
+        del found["git"]
+    return {name: value for name, value in found.items() if name != "resumed"}
 
 
 def process_facts() -> JsonObject:
     """The facts that all processes of a run must share, as JSON values: versions, code, options of JAX and XLA."""
-    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_dump")]
     return {
         "python": platform.python_version().rpartition(".")[0],
-        **_versions(),
+        **{name: version for name, version in _installed().items() if name in PACKAGES},
         "the code of imgclf_jax": _code()[:12],
-        "XLA_FLAGS": " ".join(sorted(flags)),
-        **{name: os.environ.get(name, "") for name in OF_COMPILERS},
+        **_flags(),
         **{name: str(value) for name, value in jax.config.values.items() if not re.search(_OF_ONE_PROCESS, name)},
     }
 
@@ -116,105 +206,16 @@ def own_files() -> dict[str, str]:
     return dict(sorted(files.items()))
 
 
-def find_changes(recorded: JsonMapping) -> dict[str, dict[str, str]]:
-    """What has changed since the run last recorded it, of what the record and this process both have.
-
-    - "files": the digests of code by file, where `imgclf_jax` stands for all files of this package.
-    - "environment": the versions, the processor, the devices and processes, and the flags of the compilers.
-    """
-    computing, found = _computing(), {}
-    for kind, describe in (("files", _code_by_name), ("environment", environment)):
-        before, now = describe(recorded), describe(computing)
-        for change in code_changes(recorded):
-            before |= change.get(kind, {})
-        found[kind] = {name: value for name, value in now.items() if before.get(name, value) != value}
-    return found
-
-
-def with_changed_code(recorded: JsonMapping, step: int) -> JsonObject:
-    """The provenance of a run that continues from `step`, with what has changed in `changed_code`."""
-    earlier = [change for change in code_changes(recorded) if change["step"] < step]
-    rest = {name: value for name, value in recorded.items() if name != "changed_code"}
-    if not step:  # nothing is left of the processes before
-        return {**rest, **_invocation(), **_computing()}
-    changed = find_changes({**rest, "changed_code": earlier})
-    if any(changed.values()):
-        commit = {"git": _git()} if "imgclf_jax" in changed["files"] else {}
-        earlier.append({"step": step, **{kind: names for kind, names in {**changed, **commit}.items() if names}})
-    return {**rest, "changed_code": earlier} if earlier else rest
-
-
-def code_changes(recorded: JsonMapping) -> list[JsonObject]:
-    """The steps at which a run went on with other code or elsewhere, without damaged entries.
-
-    Each is {"step": n, "files": {name: digest}, "environment": {name: value}}, with one of the two or both, and with
-    "git" if this package has changed.
-    """
-    found = recorded.get("changed_code")
-    return [change for change in (found if isinstance(found, list) else []) if isinstance(change, dict)
-            and type(change.get("step")) is int and {"files", "environment"} & change.keys()
-            and all(isinstance(change.get(kind, {}), dict) for kind in ("files", "environment"))]  # fmt: skip
-
-
-def _invocation() -> JsonObject:
-    """The entries that say how and from which installation this process was called."""
+def _flags() -> dict[str, str]:
+    """The flags of the compilers and JAX's options in the environment, without those that change no result."""
+    xla = os.environ.get("XLA_FLAGS", "").split()
+    options = [f"{name}={value}" for name, value in os.environ.items()
+               if name.startswith("JAX_") and not re.search(_OPTIONS_OF_NO_RESULT, name.lower())]  # fmt: skip
     return {
-        "command": sys.argv,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": _installed(),
-        "git": _git(),
+        "XLA_FLAGS": " ".join(sorted(flag for flag in xla if not re.match(_FLAGS_OF_NO_RESULT, flag))),
+        "JAX options": " ".join(sorted(options)),
+        **{name: os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")},
     }
-
-
-def _computing() -> JsonObject:
-    """The entries of this process on which the bits of a step depend."""
-    return {
-        "versions": _versions(),
-        "code": _code(),
-        "modules": module_digests(),
-        "processor": processor(),
-        "devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
-        "processes": jax.process_count(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "jax_options": {name: value for name, value in sorted(os.environ.items()) if re.match(_OPTIONS, name)},
-        "compiler_options": {name: os.environ.get(name, "") for name in OF_COMPILERS},
-    }
-
-
-def environment(recorded: JsonMapping) -> dict[str, str]:
-    """Versions, processor, devices, processes, and flags of compilers by name, without what was not recorded.
-
-    The version of this package is in its code. Flags that change no result are left out.
-    """
-    devices, found = recorded.get("devices"), dict(json_files.as_object(recorded.get("versions")))
-    found.pop("imgclf_jax", None)
-    found["processor"] = recorded.get("processor")
-    if isinstance(devices, list) and devices:
-        found["devices"] = ", ".join(sorted({*map(str, devices)}))
-        found["number of devices"] = len(devices)
-    found["processes"] = recorded.get("processes")
-    if isinstance(flags := recorded.get("xla_flags"), str):
-        found["XLA_FLAGS"] = " ".join(sorted(f for f in flags.split() if not re.match(_FLAGS_OF_NO_RESULT, f)))
-    if isinstance(options := recorded.get("jax_options"), dict):
-        kept = (name for name in sorted(options) if not re.search(_OPTIONS_OF_NO_RESULT, name.lower()))
-        found["JAX options"] = " ".join(f"{name}={options[name]}" for name in kept)
-    found |= json_files.as_object(recorded.get("compiler_options"))
-    return {name: str(value) or "not set" for name, value in found.items() if value is not None}
-
-
-def _code_by_name(recorded: JsonMapping) -> dict[str, str]:
-    package = {"imgclf_jax": recorded["code"]} if recorded.get("code") else {}
-    return package | json_files.as_object(recorded.get("modules"))
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
 
 
 _distributions = functools.cache(importlib.metadata.packages_distributions)  # packages by the modules that they hold
@@ -229,7 +230,7 @@ def _installed() -> dict[str, str]:
                 package, _, version = name.removesuffix(".dist-info").rpartition("-")
                 if name.endswith(".dist-info") and package:
                     found.setdefault(package.replace("_", "-").lower(), version)  # the first on Python's path wins
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items(), key=lambda one: (one[0] not in PACKAGES, one)))
 
 
 def _code() -> str:
@@ -299,33 +300,10 @@ def load_data_info(path: Path) -> DataInfo:
                         "writes it anew from the data") from e  # fmt: skip
 
 
-def well_formed(recorded: JsonMapping) -> JsonObject:
-    """The content of a provenance.json without entries that no run writes, as if they had not been recorded."""
-    found: JsonObject = {name: value for name, value in recorded.items() if isinstance(value, _TYPES.get(name, object))}
-    for name in found.keys() & {"changed", "extended"}:
-        found[name] = [one for one in found[name] if isinstance(one, dict) and type(one.get("step")) is int]
-    if not isinstance(found.get("git", {}).get("commit"), str):
-        found.pop("git", None)
-    return found
-
-
-def pin_groups(config: ConfigDict, mesh: str, recorded: JsonMapping) -> ConfigDict:
-    """The config that a run continues with on any devices: 'per_device' keeps the number of groups that it began with.
-
-    `mesh` is that of the config with which it began, and `recorded` its provenance. A run of a version that recorded no
-    groups had one per device that trains the same seed.
-    """
-    if config.batch_norm != "per_device":
-        return config
-    groups = recorded.get("batch_norm_groups")
-    if not isinstance(groups, int):
-        devices = recorded.get("devices")
-        count = len(devices) if isinstance(devices, list) else 0
-        sizes = {name: int(size) for name, size in re.findall(r"(\w+)\s*=\s*(-?\d+)", mesh)}
-        own = sizes.pop("seeds", 1)
-        groups = count // own if own > 0 else math.prod(sizes.values())
-    images = config.batch_size // config.accumulate
-    if groups < 1 or images % groups:
+def pin_groups(config: ConfigDict, recorded: JsonMapping) -> ConfigDict:
+    """The config that a run continues with on any devices: 'per_device' keeps the groups that `recorded` says."""
+    groups, images = recorded.get("batch_norm_groups"), config.batch_size // config.accumulate
+    if config.batch_norm != "per_device" or not isinstance(groups, int) or groups < 1 or images % groups:
         return config
     pinned = config.copy_and_resolve_references()
     pinned.batch_norm = f"groups({images // groups})"

@@ -15,7 +15,7 @@ from imgclf_jax.core import json_files, places
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import bundle, ranking, writers
-from imgclf_jax.run.provenance import well_formed
+from imgclf_jax.run.provenance import snapshots
 from imgclf_jax.run.workdir import Workdir, has_ended
 
 log = logging.getLogger(__name__)
@@ -72,9 +72,14 @@ class Record:
         return configs.from_json(self.files["config.json"], f"config.json of {self.path}")
 
     @cached_property
+    def snapshots(self) -> list[JsonObject]:
+        """The snapshots in provenance.json, see `run.provenance`; [] if there is none."""
+        return snapshots(self._json("provenance.json"))
+
+    @property
     def provenance(self) -> JsonObject:
-        """The content of provenance.json, see `well_formed`; {} if there is none."""
-        return well_formed(self._json("provenance.json"))
+        """The snapshot of the start that began the run; {} if there is none."""
+        return self.snapshots[0] if self.snapshots else {}
 
     @cached_property
     def result(self) -> JsonObject:
@@ -152,9 +157,9 @@ class Record:
 
     def _requirements(self) -> str:
         """The package versions that the run was trained with, as a requirements file."""
-        found = self.provenance.get("packages") or self.provenance.get("versions") or {}
-        own = ("imgclf-jax", "imgclf_jax")  # comes from a clone, at the commit in provenance.json
-        lines = [f"{name}=={version}\n" for name, version in found.items() if name not in own]
+        found = sorted(self.provenance.get("packages", {}).items())
+        # This package comes from a clone, at the commit in provenance.json.
+        lines = [f"{name}=={version}\n" for name, version in found if name != "imgclf-jax"]
         return f"# Python {self.provenance.get('python', 'unknown')}\n" + "".join(lines)
 
 

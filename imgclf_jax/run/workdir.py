@@ -3,12 +3,9 @@
 import contextlib
 import functools
 import logging
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import Self
 
 import jax
@@ -17,20 +14,21 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax.core import json_files, places, processes, spec
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import JsonMapping, JsonObject
+from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
+from imgclf_jax.data.info import DataInfo
 from imgclf_jax.run import lock, writers
 from imgclf_jax.run.provenance import (
-    DataInfo,
-    collect,
-    find_changes,
+    find_differences,
     load_data_info,
+    module_digests,
     pin_groups,
-    well_formed,
-    with_changed_code,
+    snapshots,
+    take_snapshot,
 )
 
 log = logging.getLogger(__name__)
 
+_NAMED = 4  # most differences in a message
 _SEEN = 10.0  # seconds until all hosts see a new file on a shared disk
 
 
@@ -70,10 +68,18 @@ class Workdir:
         content = places.read(self.config)
         return configs.from_json(content, str(self.config))
 
-    def read_provenance(self) -> JsonObject:
-        """The content of provenance.json, see `well_formed`; {} without one. Raises UserError if it is not JSON."""
+    def read_snapshots(self) -> list[JsonObject]:
+        """The snapshots in provenance.json; [] without the file. Raises UserError if it is not JSON."""
         found = json_files.read(self.provenance) if self.provenance.is_file() else {}
-        return well_formed(json_files.as_object(found))
+        return snapshots(json_files.as_object(found))
+
+    def read_provenance(self) -> JsonObject:
+        """The snapshot of the start that began the run; {} without one. Raises UserError as `read_snapshots` does."""
+        return next(iter(self.read_snapshots()), {})
+
+    def pin_groups(self, config: ConfigDict) -> ConfigDict:
+        """See `provenance.pin_groups`."""
+        return pin_groups(config, self.read_provenance())
 
     def read_result(self) -> JsonObject:
         """The content of result.json; {} if the run has not ended, or if the file is damaged."""
@@ -145,6 +151,10 @@ class Workdir:
         folders = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
         return max((int(folder.name) for folder in folders if folder.name.isdecimal()), default=None)
 
+    def has_records(self) -> bool:
+        """Whether the directory has the config and the provenance of a run."""
+        return self.config.is_file() and self.provenance.is_file()
+
     def check_config(self, config: ConfigDict, may_differ: Sequence[str] = ()) -> str:
         """Raises UserError, naming the keys that differ, if the directory holds a run with another config.
 
@@ -165,30 +175,6 @@ class Workdir:
         raise UserError(f"{self.path} holds a run with another config ({'; '.join(lines)}); use the old values,{hint} "
                         "or pass another --workdir")  # fmt: skip
 
-    def update_config(self, config: ConfigDict, start: int) -> None:
-        """Records that the run continues from step `start` with another `total`, or other values of FREE_KEYS.
-
-        This is in effect once config.json is replaced. A process that is killed before leaves an entry in
-        provenance.json, which the same command does not repeat.
-        """
-        old, provenance = self.load_config(), json_files.read(self.provenance)
-        if old.total != config.total:
-            entry: JsonObject = {"step": start, "from": old.total, "to": config.total, "command": sys.argv}
-            _note(provenance, "extended", entry)
-            log.warning("the run goes on with total=%r instead of %r, as config.json now says: the steps from %d on "
-                        "are those of a run with this total", config.total, old.total, start)  # fmt: skip
-        a, b = configs.flatten(old), configs.flatten(config)
-        if keys := {key: [a[key], b[key]] for key in configs.FREE_KEYS if a[key] != b[key]}:
-            entry = {"step": start, "keys": keys, "command": sys.argv}
-            _note(provenance, "changed", entry)
-            log.info("from step %d on the run has other keys, which change no bit: %s; config.json has them now",
-                     start, ", ".join(f"{key}={new!r}" for key, (_, new) in keys.items()))  # fmt: skip
-        if config.checkpoint.best and "checkpoint.best" in keys:
-            log.warning("checkpoint.best=%r chooses among the checkpoints that are left and later ones: some that were "
-                        "better by it may have been removed", config.checkpoint.best)  # fmt: skip
-        json_files.write(self.provenance, provenance)
-        places.write_atomically(self.config, configs.to_json(config))
-
     def write_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Lists every parameter by path with its shape in parameters.txt: `rules` match these paths. Needs CLU."""
         with contextlib.suppress(ImportError):
@@ -198,20 +184,11 @@ class Workdir:
             overview = parameter_overview.get_parameter_overview(params, include_stats=False)
             places.write_atomically(self.path / "parameters.txt", f"{overview}\n")
 
-    def record_code(self, start: int) -> None:
-        """Records the code and environment in which the run continues from step `start`, and warns of changes."""
-        recorded = json_files.read(self.provenance)
-        changes = find_changes(recorded)
-        names = [name if name != "imgclf_jax" else "the code of imgclf_jax" for name in changes["files"]]
-        names += [f"{name} (now {value})" for name, value in changes["environment"].items()]
-        if (now := with_changed_code(recorded, start)) != recorded:
-            json_files.write(self.provenance, now)
-        if names and start:
-            log.warning("changed since the run began, in effect from step %d on: %s", start, ", ".join(names))
-
     def changed_modules(self) -> list[str]:
         """The files of the user's imported modules that have changed since the run's last step."""
-        return [name for name in find_changes(self.read_provenance())["files"] if name != "imgclf_jax"]
+        last = self.read_snapshots()[-1:]
+        return [one.what.removeprefix("modules.") for snapshot in last
+                for one in find_differences(snapshot, {"modules": module_digests()})]  # fmt: skip
 
     def warn_of_changed_modules(self) -> None:
         """Warns, once each, about the user's own modules that have changed since the run's last step."""
@@ -221,13 +198,6 @@ class Workdir:
     def write_result(self, result: JsonObject) -> None:
         """Writes result.json: the run has ended."""
         json_files.write(self.result, result)
-
-    def pin_groups(self, config: ConfigDict) -> ConfigDict:
-        """The config that the run continues with, whose BatchNorm statistics keep the groups that it began with."""
-        if not self.provenance.is_file():
-            return config
-        mesh = self.load_config().mesh if self.config.is_file() else config.mesh
-        return pin_groups(config, mesh, self.read_provenance())
 
     def drop_later_result(self, start: int) -> None:
         """Removes result.json if it is from step `start`, from which the run trains on, or from a later one."""
@@ -245,63 +215,48 @@ class Workdir:
         step = self.read_result().get("step")
         return step if type(step) is int else 0
 
-    def record(
-        self, config: ConfigDict, data: DataInfo, init_from: JsonObject | None = None, left_out: Sequence[str] = (),
-        evals: Mapping[str, str] = MappingProxyType({}), groups: int = 0, fixed: str = "",
-    ) -> None:  # fmt: skip
-        """Writes config.json and provenance.json, each once: they describe the process that began the run.
+    def take_snapshot(self, config: ConfigDict, data: DataInfo, **recorded: Json) -> JsonObject:
+        """The snapshot of this process, for a run that starts in the directory: see `provenance.take_snapshot`.
 
-        - `init_from` describes the weights that a new run starts from; None for random weights or a resumed run.
-        - `left_out` are the unreadable files that were left out of the data.
-        - `evals` are the fingerprints of the evaluation sets, by name.
-        - `groups` is the number of groups of BatchNorm statistics with 'per_device', else 0.
-        - `fixed` is the digest of the method's fixed arrays.
-
-        Raises UserError if the run in the directory began with other data, weights or fixed arrays, or has done more
-        steps than the config's `total`.
+        Raises UserError if the run there began with other data or weights, or has done more steps than the config's
+        `total`.
         """
-        begun = self.has_checkpoints() or self.config.is_file()  # a kill may leave a provenance.json alone
-        if known := begun and self.provenance.is_file():
-            old = load_data_info(self.provenance)
-            if old != data:
-                names = [f.name for f in fields(data) if getattr(old, f.name) != getattr(data, f.name)]
-                raise UserError(f"the data of the run in {self.path} have changed (another {', '.join(names)}); "
-                                "restore them, or pass another --workdir")  # fmt: skip
-            recorded = self.read_provenance()
-            before = recorded.get("evals", {})
-            if names := [name for name in evals if before.get(name, evals[name]) != evals[name]]:
-                raise UserError(f"the evaluation set {names[0]} of the run in {self.path} has changed (another "
-                                "fingerprint); restore its data, or pass another --workdir")  # fmt: skip
-            if init_from and recorded.get("init_from") != init_from:
-                raise UserError(f"the weights in {init_from['path']} have changed since the run in {self.path} began; "
-                                "restore them, or pass another --workdir")  # fmt: skip
-            if (old_fixed := recorded.get("fixed_sha256", "")) != fixed:
-                raise UserError(f"method={config.method!r}: its fixed arrays have changed since the run in {self.path} "
-                                f"began (digest {fixed[:12] or 'none'}, recorded {old_fixed[:12] or 'none'}); restore "
-                                "what it loads, or pass another --workdir")  # fmt: skip
+        snapshot = take_snapshot(config, data, **recorded)
+        for last in self._begun()[-1:]:
+            if found := [one for one in find_differences(last, snapshot) if one.kind in ("data", "weights")]:
+                named = "; ".join(map(str, found[:_NAMED]))
+                raise UserError(f"{self.path} holds a run on other data or weights: {named}; restore them, or pass "
+                                "another --workdir")  # fmt: skip
         total = configs.steps(config.total, "total", data.train_examples, config.batch_size)
-        if (last := self.last_checkpoint() or 0) > total:
-            raise UserError(f"total={config.total!r} is {total} steps, but the run in {self.path} has done {last}; "
+        if (done := self.last_checkpoint() or 0) > total:
+            raise UserError(f"total={config.total!r} is {total} steps, but the run in {self.path} has done {done}; "
                             "pass its own total, extend it to more, or pass another --workdir")  # fmt: skip
-        if not known:
-            whole = (
-                collect(data)
-                | {"evals": dict(evals)}
-                | ({"batch_norm_groups": groups} if groups else {})
-                | ({"init_from": init_from} if init_from else {})
-                | ({"fixed_sha256": fixed} if fixed else {})
-                | ({"unreadable": {"count": len(left_out), "files": list(left_out)}} if left_out else {})
-            )
-            json_files.write(self.provenance, whole)
-        if not self.config.is_file():
-            places.write_atomically(self.config, configs.to_json(config))
+        return snapshot
 
+    def record(self, config: ConfigDict, snapshot: JsonMapping, start: int) -> None:
+        """Appends the snapshot of the process that trains from step `start` on to provenance.json; writes config.json.
 
-def _note(provenance: JsonObject, name: str, entry: JsonObject) -> None:
-    """Appends an entry to a list in the provenance, unless it is the last one."""
-    entries = provenance.setdefault(name, [])
-    if entries[-1:] != [entry]:
-        entries.append(entry)
+        Earlier snapshots of a later step go, since nothing is left of those processes. Logs what differs from the last.
+        """
+        kept = [one for one in self._begun() if one.get("step", 0) < start]
+        if kept and (found := find_differences(kept[-1], snapshot)):
+            more = f", and {len(found) - _NAMED} more" * (len(found) > _NAMED)
+            log.warning("changed since the run began, in effect from step %d on: %s%s", start,
+                        "; ".join(map(str, found[:_NAMED])), more)  # fmt: skip
+        weights = {"init_from": kept[0]["init_from"]} if kept and "init_from" in kept[0] else {}
+        first, *later = *kept, {**weights, **snapshot, "step": start}
+        json_files.write(self.provenance, {**first, "resumed": later})
+        places.write_atomically(self.config, configs.to_json(config))
+
+    def _begun(self) -> list[JsonObject]:
+        """The snapshots of the run, if it has begun: a kill may leave a provenance.json alone.
+
+        Raises UserError if the file is damaged.
+        """
+        if not (self.provenance.is_file() and (self.config.is_file() or self.has_checkpoints())):
+            return []
+        self.load_data_info()  # which every command on the run needs
+        return self.read_snapshots()
 
 
 def has_ended(result: JsonMapping, total: int | None, records: Iterable[JsonMapping]) -> bool:

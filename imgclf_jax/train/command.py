@@ -23,15 +23,13 @@ log = logging.getLogger(__name__)
 def main(
     config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None = None, extend: bool = False,
     transform_run: Callable[[Run], Run] = lambda run: run,
-    noted: Callable[[int, str], None] = lambda *_: None,
 ) -> int:  # fmt: skip
     """Trains or resumes the run in `workdir`. Returns 0 when it is done and 75 when a signal stopped it.
 
     The profiler traces the steps of `profile` = (first, end). With `extend`, a run with another `total` goes on to that
-    of `config`.  `transform_run` maps the run that was set up
-    to the run to train; if that ends before its total, 75 is returned and the last steps are in no checkpoint. `noted`
-    is called with each step of digests.jsonl and its SHA-256. Raises UserError for what the user can fix, and for a
-    loss that is not finite.
+    of `config`. `transform_run` maps the run that was set up to the run to train; if that ends before its total, 75 is
+    returned and the last steps are in no checkpoint. Raises UserError for what the user can fix, and for a loss that is
+    not finite.
     """
     timer = Timer(configs.seconds(config.watchdog, "watchdog"))
     with contextlib.ExitStack() as held:
@@ -44,7 +42,7 @@ def main(
         if result.is_done(run):
             log.info("this run is done; its result is in %s", workdir.result)
             return 0
-        records = held.enter_context(Records(run, timer, profile, noted))
+        records = held.enter_context(Records(run, timer, profile))
         records.digests.record(run.start, run.state.params)
         shows = config.log_images and processes.count() == 1
         if shows and not run.start:

@@ -106,7 +106,7 @@ def _when_compiled(batches: Iterable[tuple[int, Batch]], run: Run, records: Reco
         records.timer.enter("compile")
         seconds = run.compiled.result()
         processes.barrier()  # on CPU, collectives time out after half a minute
-        run.record_change()  # not before: an extension that fails or is interrupted until here changes nothing
+        run.record_start()  # not before: an extension that fails or is interrupted until here changes nothing
         log.info("compiled in %.2f s; the first step begins %.2f s after the command", seconds,
                  records.timer.since_main)  # fmt: skip
         log.info("%s", run.rows.header())

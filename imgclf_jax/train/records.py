@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -29,14 +29,10 @@ Results = dict[str, dict[str, float]]  # the metrics of each evaluation set
 class Records(contextlib.ExitStack):
     """The open records of `run`; a context manager that closes them.
 
-    The profiler traces the steps of `profile` = (first, end). `noted` is called with each step of digests.jsonl and its
-    SHA-256.
+    The profiler traces the steps of `profile` = (first, end).
     """
 
-    def __init__(
-        self, run: Run, timer: Timer, profile: tuple[int, int] | None = None,
-        noted: Callable[[int, str], None] = lambda *_: None,
-    ):  # fmt: skip
+    def __init__(self, run: Run, timer: Timer, profile: tuple[int, int] | None = None):
         super().__init__()
         self.timer, self._run, self._step, self._pace = timer, run, run.start, "compiling"
         self._in_flight: collections.deque[Any] = collections.deque()
@@ -45,7 +41,7 @@ class Records(contextlib.ExitStack):
         folder = run.workdir.path
         with contextlib.ExitStack() as files:
             self.metrics = files.enter_context(contextlib.closing(MetricsWriter(folder, run.start, run.config)))
-            self.digests = files.enter_context(contextlib.closing(Digests(folder, run.start, run.cadences.last, noted)))
+            self.digests = files.enter_context(contextlib.closing(Digests(folder, run.start, run.cadences.last)))
             files.enter_context(contextlib.closing(self._profiler))
             self.push(files.pop_all())
 

@@ -25,7 +25,7 @@ def is_done(run: Run) -> bool:
     done: bool = ended and processes.broadcast(lambda: workdir.is_done(run.cadences.total))
     # A run that is done keeps its config, unless that has the total of an extension that has trained no step.
     if ended and run.changed and (run.extended or not done):
-        processes.broadcast(lambda: workdir.update_config(run.config, run.start))
+        processes.broadcast(lambda: workdir.record(run.config, run.snapshot, run.start))
     if not done and (ended or not run.changed):
         processes.broadcast(lambda: workdir.drop_later_result(run.start))
     return done

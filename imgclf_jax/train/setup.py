@@ -14,7 +14,7 @@ from imgclf_jax import config as configs
 from imgclf_jax import losses, metrics, programs
 from imgclf_jax.core import processes, spec, tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import Function
+from imgclf_jax.core.typing import Function, JsonObject
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
@@ -54,6 +54,7 @@ class Run:
     start: int
     changed: bool  # whether config.json has another config; it gets this one once a step is trained by it
     extended: bool  # whether config.json has another total
+    snapshot: JsonObject  # of this process, see `run.provenance`
     state: TrainState  # at step `start`
     sums: metrics.Sums  # since the last log
 
@@ -61,15 +62,14 @@ class Run:
         """Why the run ends early at `step`, which is evaluated; "" if it trains on. All processes call this."""
         return early_stopping.find_reason(self.early_stopping, self.cadences, self.workdir.path, step)
 
-    def record_change(self) -> None:
-        """Records that the run trains on by another config, if it does. All processes call this."""
+    def record_start(self) -> None:
+        """Records that the run trains on from step `start`, by which config, and where. All processes call this."""
 
         def record() -> None:
-            self.workdir.update_config(self.config, self.start)
+            self.workdir.record(self.config, self.snapshot, self.start)
             self.workdir.drop_later_result(self.start)
 
-        if self.changed:
-            processes.broadcast(record)
+        processes.broadcast(record)
 
 
 def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
@@ -107,17 +107,18 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     fixed = tree.sha256(compiling.fixed) if compiling.fixed else ""
     processes.agree(lambda: {f"fixed arrays of method={config.method!r}": fixed})
 
-    def record() -> None:
-        source = weights.source if weights else None
-        workdir.record(config, recipe.data, source, left_out, fingerprints, groups, fixed)
+    def take_snapshot() -> JsonObject:
+        source = {"init_from": weights.source} if weights else {}
+        return workdir.take_snapshot(config, recipe.data, evals=fingerprints, unreadable=list(left_out),
+                                     fixed_sha256=fixed, batch_norm_groups=groups, **source)  # fmt: skip
 
-    processes.broadcast(record)
+    snapshot = processes.broadcast(take_snapshot)
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
     start, run = checkpoints.restore_latest(compiling.shape) or (0, None)
     if run is None:
         if config.init_from and weights is None:  # a bucket keeps the folder of a checkpoint that was never complete
             weights = pretrained.load(compiling)
-            processes.broadcast(record)
+            snapshot = processes.broadcast(take_snapshot)
         run = compiling.init(images=compiling.first_images(images), weights=weights.taken if weights else None)
         if not processes.index():
             workdir.write_parameters(recipe.parameters)
@@ -128,8 +129,8 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     old = configs.from_json(before, str(workdir.config)) if before else config
     if old.total != config.total:
         extension.check(Recipe(old, recipe.data), recipe, start, workdir.path)
-    if start < recipe.total:
-        processes.broadcast(lambda: workdir.record_code(start))
+    if processes.broadcast(lambda: not workdir.has_records()):
+        processes.broadcast(lambda: workdir.record(config, snapshot, start))
     for sentence in () if processes.index() else _warnings(recipe, images, evals, base):
         log.warning("%s", sentence)
     parts = math.gcd(recipe.num_seeds, compiling.mesh.size)
@@ -142,7 +143,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     if not processes.index():
         log.info("the run:\n%s", display.head(compiling, images, base, workdir, fresh=not start))
     return Run(config, workdir, images, evals, compiling, compiled, eval_compiled, checkpoints, cadences, early, rows,
-               start, bool(before), old.total != config.total, run["state"], run["sums"])  # fmt: skip
+               start, bool(before), old.total != config.total, snapshot, run["state"], run["sums"])  # fmt: skip
 
 
 def _warnings(

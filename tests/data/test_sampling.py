@@ -352,7 +352,7 @@ def test_a_run_notices_that_its_weights_have_changed(tmp_path, capsys):
     assert len(json.loads((tmp_path / "run" / "provenance.json").read_text())["data"]["sampling"]) == 64
     np.save(weights, np.arange(64))
     assert launch.main(flags) == 1
-    assert "have changed (another sampling); restore them, or pass another --workdir" in capsys.readouterr().err
+    assert "holds a run on other data or weights: data.sampling was" in capsys.readouterr().err
 
 
 def test_a_mistake_in_the_sampling_is_found_before_the_data_are_opened(tmp_path, capsys):

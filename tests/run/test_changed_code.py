@@ -4,14 +4,15 @@ import importlib
 import json
 import sys
 
-import jax
 import numpy as np
 import pytest
 
 import launch
-from imgclf_jax.run.provenance import processor
+from imgclf_jax import config as configs
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data.info import DataInfo
+from imgclf_jax.run.provenance import processor, take_snapshot
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.tools.reproduce.reproduction import differences
 
 BEFORE = """
 def same(image):
@@ -39,27 +40,43 @@ def module(tmp_path, monkeypatch):
     sys.modules.pop("my_changing", None)
 
 
-def test_a_record_of_changes_that_is_damaged_says_nothing(tmp_path, module):
-    module(BEFORE)
-    workdir = Workdir(tmp_path)
-    for damaged in (3, [3], [{"step": "4", "files": {}}], [{"step": 4, "files": 3}], [{"files": {}}]):
-        recorded = {"modules": {"my_changing.py": "another"}, "changed_code": damaged}
-        workdir.provenance.write_text(json.dumps(recorded))
-        assert workdir.changed_modules() == ["my_changing.py"]
-        assert differences(recorded, recorded) == []
-
-
-def test_a_run_that_resumes_on_another_processor_warns_and_records_it_once(tmp_path, caplog):
-    workdir = Workdir(tmp_path)
-    workdir.provenance.write_text(json.dumps({"processor": "Xeon", "devices": ["cpu: cpu"] * len(jax.devices())}))
-    workdir.record_code(5)
-    told = f"changed since the run began, in effect from step 5 on: processor (now {processor()})"
-    assert told in caplog.text
-    (change,) = json.loads(workdir.provenance.read_text())["changed_code"]
-    assert change == {"step": 5, "environment": {"processor": processor()}}
-    caplog.clear()
-    workdir.record_code(9)  # on the same one
+def test_a_run_that_resumes_elsewhere_says_so_once(tmp_path, caplog):
+    """provenance.json has a snapshot for each start. One that saved no checkpoint leaves none."""
+    workdir, config = Workdir(tmp_path), configs.default_config()
+    here = take_snapshot(config, DataInfo(8, (1, 1, 1), ("x",), "f"))
+    workdir.record(config, here | {"processor": "Xeon", "init_from": {"sha256": "s"}}, 0)
     assert not caplog.text
+    workdir.record(config, here, 5)
+    told = f"changed since the run began, in effect from step 5 on: processor was Xeon, here it is {processor()}"
+    assert told in caplog.text
+    caplog.clear()
+    workdir.record(config, here, 9)  # on the same one
+    assert not caplog.text
+    assert [(one["step"], one["processor"], one["init_from"]) for one in workdir.read_snapshots()] == [
+        (0, "Xeon", {"sha256": "s"}), (5, processor(), {"sha256": "s"}), (9, processor(), {"sha256": "s"})]  # fmt: skip
+    workdir.record(config, here, 4)
+    assert [one["step"] for one in workdir.read_snapshots()] == [0, 4]
+    workdir.record(config, here, 0)
+    assert [one["step"] for one in workdir.read_snapshots()] == [0]
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"data": DataInfo(8, (1, 1, 1), ("x",), "g")}, "data.fingerprint was f, here it is g"),
+    ({"evals": {"test": "b"}}, "evals.test was a, here it is b"),
+    ({"unreadable": ["b.png"]}, "unreadable was 0: , here it is 1: b.png"),
+    ({"init_from": {"sha256": "b", "path": "elsewhere"}}, "init_from.sha256 was a, here it is b"),
+    ({"fixed_sha256": "b"}, "fixed_sha256 was a, here it is b"),
+])  # fmt: skip
+def test_other_data_or_weights_are_refused(tmp_path, change, said):
+    workdir, config = Workdir(tmp_path), configs.default_config()
+    further = {"evals": {"test": "a"}, "unreadable": [], "fixed_sha256": "a", "init_from": {"sha256": "a", "path": "x"}}
+    data = DataInfo(8, (1, 1, 1), ("x",), "f")
+    workdir.record(config, workdir.take_snapshot(config, data, **further), 0)
+    workdir.take_snapshot(config, data, **further | {"init_from": {"sha256": "a", "path": "elsewhere"}})
+    with pytest.raises(UserError, match=f"holds a run on other data or weights: {said}; restore them, or pass another"):
+        workdir.take_snapshot(config, change.pop("data", data), **further | change)
+    workdir.config.unlink()  # a kill left provenance.json alone: the run has not begun
+    workdir.take_snapshot(config, DataInfo(8, (1, 1, 1), ("x",), "g"))
 
 
 @pytest.mark.thorough
@@ -99,6 +116,6 @@ def test_commands_on_a_run_whose_module_has_changed(tmp_path, module, capsys, ke
     assert not (run / "predictions.npz").exists()
     assert launch.main(["reproduce", str(run), "--trust", *out]) == 1
     text, log = capsys.readouterr()
-    assert "code differs: my_changing.py was" in log
+    assert "code differs: modules.my_changing.py was" in log
     found = json.loads(text)
-    assert [one["what"] for one in found["differences"]] == ["my_changing.py"]
+    assert [one["what"] for one in found["differences"]] == ["modules.my_changing.py"]

@@ -13,6 +13,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from imgclf_jax import config as configs
+from imgclf_jax.data.info import DataInfo
 from imgclf_jax.run import provenance
 
 # More threads than arenas, all alive, each with memory of its own.
@@ -216,37 +218,6 @@ def test_processors_of_one_name_are_told_apart(monkeypatch, family, model, flags
     assert provenance.processor() == expected
 
 
-def test_code_that_changes_while_a_run_is_interrupted(monkeypatch):
-    """Each change is recorded once, with its step, and dropped if the run resumes before that step."""
-    now, here = {"my_nets.py": "a"}, {"versions": {"jax": "1"}, "processor": "EPYC", "devices": ["cpu: cpu"] * 2}
-    monkeypatch.setattr(provenance, "_computing", lambda: {"code": "package", "modules": dict(now), **here})
-    monkeypatch.setattr(provenance, "_invocation", lambda: {"git": {"commit": "B"}, "started": "later"})
-    began = {"code": "package", "modules": {"my_nets.py": "a"}, **here, "git": {"commit": "A"}, "started": "at first"}
-    assert provenance.with_changed_code(began, 5) == began
-    now["my_nets.py"] = "b"
-    now["new.py"] = "n"  # which the run did not have
-    assert provenance.find_changes(began) == {"files": {"my_nets.py": "b"}, "environment": {}}
-    from_5 = {**began, "changed_code": [{"step": 5, "files": {"my_nets.py": "b"}}]}
-    assert provenance.with_changed_code(began, 5) == from_5
-    assert provenance.find_changes(from_5) == {"files": {}, "environment": {}}
-    assert provenance.with_changed_code(from_5, 9) == from_5
-    assert provenance.with_changed_code(from_5, 3)["changed_code"] == [{"step": 3, "files": {"my_nets.py": "b"}}]
-    assert provenance.with_changed_code(from_5, 0) == {
-        "code": "package", "modules": now, **here, "git": {"commit": "B"}, "started": "later"}  # fmt: skip
-    now["my_nets.py"] = "a"
-    assert provenance.with_changed_code(from_5, 9)["changed_code"] == [
-        *from_5["changed_code"], {"step": 9, "files": {"my_nets.py": "a"}}]  # fmt: skip
-    here["processor"] = "Xeon"
-    on_xeon = provenance.with_changed_code(from_5, 9)
-    assert on_xeon["changed_code"][-1] == {
-        "step": 9, "files": {"my_nets.py": "a"}, "environment": {"processor": "Xeon"}}  # fmt: skip
-    monkeypatch.setattr(provenance, "_git", lambda: {"commit": "B"})
-    patched = provenance.with_changed_code(began | {"code": "unpatched"}, 9)["changed_code"][-1]
-    assert (patched["files"], patched["git"]) == ({"imgclf_jax": "package"}, {"commit": "B"})
-    for unchanged in (on_xeon, {}):  # the other is of a version that recorded neither
-        assert provenance.find_changes(unchanged) == {"files": {}, "environment": {}}
-
-
 def test_the_commit_of_another_repository_is_not_recorded(tmp_path, monkeypatch):
     """A virtual environment often lies in the user's own repository, which ignores it."""
     (tmp_path / "provenance.py").touch()
@@ -268,13 +239,17 @@ def test_where_a_run_goes_on(monkeypatch):
     for name in (*names, "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XLA_FLAGS", "")
-    data = provenance.DataInfo(1, (1, 1, 1), ("x",), "f")
-    began = json.loads(json.dumps(provenance.collect(data)))
+
+    def snapshot():
+        taken = provenance.take_snapshot(configs.default_config(), DataInfo(1, (1, 1, 1), ("x",), "f"))
+        return json.loads(json.dumps(taken))
+
+    began = snapshot()
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x --xla_force_host_platform_device_count=9")
     for name in ("JAX_LOG_COMPILES", "JAX_LOGGING_LEVEL", "JAX_EXPLAIN_CACHE_MISSES", "JAX_PLATFORMS",
                  "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS", "JAX_NUM_CPU_DEVICES"):  # fmt: skip
         monkeypatch.setenv(name, "1")
-    assert provenance.with_changed_code(began, 5) == began
+    assert provenance.find_differences(began, snapshot()) == []
 
     devices = jax.devices()
     monkeypatch.setattr(jax, "devices", lambda: devices * 4)
@@ -282,14 +257,45 @@ def test_where_a_run_goes_on(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_b=2 --xla_a=1")
     monkeypatch.setenv("JAX_DEFAULT_MATMUL_PRECISION", "bfloat16")
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
-    [change] = provenance.with_changed_code(began, 5)["changed_code"]
-    assert change == {"step": 5, "environment": {
-        "number of devices": str(4 * len(devices)), "processes": "2", "XLA_FLAGS": "--xla_a=1 --xla_b=2",
-        "JAX options": "JAX_DEFAULT_MATMUL_PRECISION=bfloat16", "NVIDIA_TF32_OVERRIDE": "0",
-    }}  # fmt: skip
-    older = ("devices", "processes", "xla_flags", "jax_options", "compiler_options")
-    silent = {name: value for name, value in began.items() if name not in older}  # an older version recorded none
-    assert provenance.with_changed_code(silent, 5) == silent
-    monkeypatch.undo()
-    back = {**began, "changed_code": [change]}
-    assert provenance.find_changes(back)["environment"]["number of devices"] == str(len(devices))
+    count, kind = len(devices), f"cpu: {devices[0].device_kind}"
+    assert [tuple(one) for one in provenance.find_differences(began, snapshot())] == [
+        ("device", "devices", f"{count}: {kind}", f"{4 * count}: {kind}"),
+        ("device", "processes", "1", "2"),
+        ("flags", "flags.XLA_FLAGS", "not set", "--xla_a=1 --xla_b=2"),
+        ("flags", "flags.JAX options", "not set", "JAX_DEFAULT_MATMUL_PRECISION=bfloat16"),
+        ("flags", "flags.NVIDIA_TF32_OVERRIDE", "not set", "0"),
+    ]
+
+
+WHOLE = {
+    "git": {"commit": "1" * 40, "changed": False}, "code": "a" * 64,
+    "modules": {"my_nets.py": "c" * 64, "gone.py": "g"},
+    "data": {"fingerprint": "f" * 64, "train_examples": 5, "class_names": ["x"], "extra": {"u": {"fingerprint": "1"}}},
+    "evals": {"test": "t"}, "packages": {"jax": "0.12", "zlib-ng": "1"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "expected"), [
+    ({}, []),
+    ({"command": ["x"], "started": "later", "git": {"commit": "2" * 40}, "new": 5}, []),  # the files are the same
+    ({"modules": {"my_nets.py": "b" * 64, "new.py": "n"}, "packages": {"jax": "0.12", "new": "1"}},
+     [("code", "modules.my_nets.py", "c" * 16 + "…", "b" * 16 + "…")]),
+    ({"code": "b" * 64, "git": {"commit": "2" * 40, "changed": True}},
+     [("code", "code", "a" * 16 + "…", "b" * 16 + "…"), ("code", "git.commit", "1" * 12, "2" * 12 + ", changed")]),
+    ({"packages": {"jax": "0.11", "zlib-ng": "2"}, "evals": {"test": "u"}},
+     [("data", "evals.test", "t", "u"), ("version", "packages.jax", "0.12", "0.11"),
+      ("version", "packages.zlib-ng", "1", "2")]),
+    ({"data": {"class_names": ["x", "y"], "extra": {"u": {"fingerprint": "2"}}}},
+     [("data", "data.class_names", "1: x", "2: x, y"), ("data", "data.extra.u.fingerprint", "1", "2")]),
+])  # fmt: skip
+def test_how_two_snapshots_differ(change, expected):
+    assert [tuple(one) for one in provenance.find_differences(WHOLE, WHOLE | change)] == expected
+
+
+@pytest.mark.parametrize("damaged", [3, [3], [{"step": "4"}], [{}], [{"step": 4, "resumed": [{"step": 5}], "git": 3}]])
+def test_entries_that_no_run_writes_are_left_out(damaged):
+    recorded = WHOLE | {"resumed": damaged, "devices": -1e28, "git": {"commit": -1e28}}
+    first, *later = provenance.snapshots(recorded)
+    assert first == {name: value for name, value in WHOLE.items() if name != "git"}
+    assert later in ([], [{"step": 4}])
+    assert provenance.snapshots({}) == []

@@ -99,7 +99,7 @@ def test_weights_that_changed_before_the_first_checkpoint(tmp_path, mlp, capsys)
     torch_format.save(mlp, MLP | {"head.bias": np.ones(10, np.float32)})
     capsys.readouterr()
     assert run(tmp_path / "run", *flags) == 1
-    assert "have changed since the run" in capsys.readouterr().err
+    assert "holds a run on other data or weights: init_from.sha256 was" in capsys.readouterr().err
 
 
 @pytest.mark.thorough

@@ -1,5 +1,6 @@
 """The page of `report`: a trained run in one HTML file without scripts."""
 
+import itertools
 import math
 import shlex
 from collections import Counter
@@ -11,6 +12,7 @@ from imgclf_jax.config import KEYS, flatten
 from imgclf_jax.core.text import decimals, interval
 from imgclf_jax.core.typing import JsonMapping
 from imgclf_jax.models import summary
+from imgclf_jax.run.provenance import PACKAGES, find_differences
 from imgclf_jax.run.ranking import MAIN_METRICS, main_metric
 from imgclf_jax.run.record import Record
 from imgclf_jax.tools.pages import html
@@ -19,6 +21,7 @@ from imgclf_jax.tools.report import curves as report_curves
 from imgclf_jax.tools.report import sets as report_sets
 from imgclf_jax.tools.report.findings import Evaluated, Findings
 
+_MAX_CHANGES = 8  # differences of two starts of the run that are named
 _LONG = 24  # rows above which the table of blocks is closed
 
 
@@ -152,15 +155,17 @@ def _provenance(run: Record, provenance: JsonMapping, findings: Findings) -> str
         "images": " x ".join(map(str, data.get("image_shape") or ())),
         "targets" if data.get("target_names") else "classes": len(data.get("class_names") or ()),
         "fingerprint of the training data": data.get("fingerprint"),
-        "unreadable files": (provenance.get("unreadable") or {}).get("count", 0) or "none",
+        "unreadable files": len(provenance.get("unreadable") or ()) or "none",
         "Python": provenance.get("python"),
         "platform": provenance.get("platform"),
-        "packages": ", ".join(f"{name} {version}" for name, version in (provenance.get("versions") or {}).items()),
+        "packages": ", ".join(f"{name} {version}" for name, version in (provenance.get("packages") or {}).items()
+                              if name in PACKAGES),
     }  # fmt: skip
     if start := provenance.get("init_from"):
         facts["started from"] = ", ".join(f"{key} {value}" for key, value in start.items())
-    for extension in provenance.get("extended") or ():
-        facts[f"extended at step {extension.get('step')}"] = f"from {extension.get('from')} to {extension.get('to')}"
+    for before, after in itertools.pairwise(run.snapshots):
+        changed = "; ".join(map(str, find_differences(before, after)[:_MAX_CHANGES]))
+        facts[f"resumed at step {after.get('step')}"] = changed or "nothing else changed"
     rows = "".join(f"<dt>{text(name)}</dt><dd>{text(str(value))}</dd>" for name, value in facts.items() if value)
     absent = [name for name, value in facts.items() if not value]
     note = paragraph(f"Not recorded: {', '.join(absent)}.", note=True) if absent else ""

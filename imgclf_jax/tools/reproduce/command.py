@@ -18,10 +18,10 @@ from imgclf_jax.core.stopping import STATUS_SAVED
 from imgclf_jax.core.terminal import print_json, print_table, print_text
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.run.provenance import code_changes, find_changes, pin_groups
+from imgclf_jax.run.provenance import Difference, find_differences, pin_groups
 from imgclf_jax.run.record import Record
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.tools.reproduce.reproduction import ROUNDING, Comparison, Difference, compare, differences, verdict
+from imgclf_jax.tools.reproduce.reproduction import ROUNDING, Comparison, compare, list_differences, verdict
 from imgclf_jax.train import command as train
 
 log = logging.getLogger(__name__)
@@ -40,15 +40,15 @@ def main(
 
     Returns 0 if the runs are equal, 1 if not, and 75 if a signal stops training.
     """
-    if "digests.jsonl" in record.files and not record.digests:  # a line is written before the first step is trained
-        raise UserError(f"digests.jsonl of {record.path} is damaged: it holds no record; restore the file from a copy "
-                        "of the run or from its bundle")  # fmt: skip
+    if not record.digests:  # a line is written before the first step is trained
+        raise UserError(f"digests.jsonl of {record.path} is missing or empty, so no parameters can be compared; "
+                        "restore the file from a copy of the run or from its bundle")  # fmt: skip
     if bundle:
         return _pack(record, bundle)
     end = _last_step(record, steps)
     folder = places.as_path(processes.broadcast(lambda: _folder(record, output)))
     found = _compare_configs(record.config, config)
-    config = pin_groups(config, record.config.mesh, record.provenance)
+    config = pin_groups(config, record.provenance)
     config.tensorboard, config.writers = False, ""
 
     def end_early(run: train.Run) -> train.Run:
@@ -56,29 +56,18 @@ def main(
         if (total := run.cadences.total) < end:
             raise UserError(f"total={config.total!r} is {total} steps, but the run in {record.path} recorded {end}; "
                             f"pass --steps={total}, or a longer total")  # fmt: skip
-        provenance = Record.load(str(run.workdir.path)).provenance
-        processes.broadcast(lambda: _check_code(provenance, output, run.start))
-        found.extend(differences(record.provenance, provenance))
+        processes.broadcast(lambda: _check_earlier(run, output))
+        found.extend(list_differences(record.snapshots, run.snapshot))
         for difference in found[:_SHOWN]:
-            log.warning("%s differs: %s was %s, here it is %s", difference.kind, *difference[1:])
+            log.warning("%s differs: %s", difference.kind, difference)
         if run.start >= end:
             log.warning("--output=%s has been trained up to step %d before, by the present code: it is compared "
                         "without training; to train, delete it", output, run.start)  # fmt: skip
         return dataclasses.replace(run, cadences=dataclasses.replace(run.cadences, end=end))
 
-    recorded, warned = {line["step"]: line.get("params_sha256") for line in record.digests}, False
-
-    def noted(step: int, digest: str) -> None:
-        """Warns at the first step with different parameters, because hours may follow."""
-        nonlocal warned
-        if not warned and recorded.get(step) not in (None, digest):
-            warned = True
-            log.warning("the parameters of step %d differ from the recorded ones; to stop here and see which, press "
-                        "Ctrl-C and pass --steps=%d", step, max(step, 1))  # fmt: skip
-
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            status = train.main(config, Workdir(folder), transform_run=end_early, noted=noted)
+            status = train.main(config, Workdir(folder), transform_run=end_early)
     except UserError as e:
         with contextlib.suppress(OSError):
             folder.rmdir()  # if it is empty
@@ -89,10 +78,9 @@ def main(
     if status not in (0, STATUS_SAVED) or max((line["step"] for line in here.digests), default=-1) < end:
         log.warning("stopped before step %d without comparing; continue with --output=%s", end, folder)
         return status or 1
-    extended = [one["step"] for one in record.provenance.get("extended", [])]
-    changed = any(one["step"] for one in record.provenance.get("changed", []))
-    recorded_files = (record.digests, record.metrics, record.result)
-    compared = compare(recorded_files, (here.digests, here.metrics), extended, changed)
+    moved = any(one.get("keys") != record.provenance.get("keys") for one in record.snapshots)
+    result = {name: record.result.get(name) for name in ("step", "params_sha256", *record.config.data.eval)}
+    compared = compare((record.digests, record.metrics, result), (here.digests, here.metrics), moved)
     if not (compared.digest_steps or compared.values):
         raise UserError(f"{record.path} has no digest or metric up to step {end} to compare; pass more --steps")
     word = verdict(compared, found, tolerance)
@@ -112,8 +100,6 @@ def main(
 def _pack(record: Record, bundle: str) -> int:
     if record.bundled:
         raise UserError(f"{record.path} is a bundle already; --bundle packs a work directory")
-    if not record.digests:
-        log.warning("%s has no digests of its checkpoints: the bundle has the last one and the metrics", record.path)
     if not processes.index():
         record.pack(places.as_path(bundle))
         print_text(f"{bundle} has everything that `reproduce {bundle}` needs, except data and code; "
@@ -143,14 +129,17 @@ def _folder(record: Record, output: str) -> str:
     return output
 
 
-def _check_code(provenance: JsonObject, output: str, start: int) -> None:
-    """Raises UserError if other code or another environment trained the steps up to `start` in the output."""
-    changes = [*code_changes(provenance), find_changes(provenance)]
-    names = {name: None for one in changes for kind in ("files", "environment") for name in one.get(kind, {})}
-    if names:
-        shown = ", ".join("code of imgclf_jax" if name == "imgclf_jax" else name for name in names)
-        raise UserError(f"--output={output} has been trained up to step {start} with another {shown}; delete it, or "
-                        "name another directory")  # fmt: skip
+def _check_earlier(run: train.Run, output: str) -> None:
+    """Raises UserError if other code or another environment trained the first steps of the run in the output."""
+    found = [
+        one
+        for snapshot in (run.workdir.read_snapshots() if run.start else ())
+        for one in find_differences(snapshot, run.snapshot)
+        if one.kind in ("code", "version", "device", "flags")
+    ]
+    if found:
+        raise UserError(f"--output={output} has been trained up to step {run.start} otherwise: {found[0]}; delete it, "
+                        "or name another directory")  # fmt: skip
 
 
 def _compare_configs(old: ConfigDict, new: ConfigDict) -> list[Difference]:
@@ -183,8 +172,6 @@ def _print(
         f"Compared up to step {end}: all parameters at {digests} steps, and {values} metric values at {metric_steps} "
         "steps."
     )
-    if not record.digests:
-        print_text("The run predates digests, so only the digest of result.json and the metrics are compared.")
     if compared.missing:
         step, name = compared.missing[0]
         print_text(

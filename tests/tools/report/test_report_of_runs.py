@@ -140,8 +140,8 @@ def test_a_run_of_before(copy, tmp_path):
 def test_entries_that_no_run_writes_count_as_not_recorded(copy):
     """A commit that is a number had ended in a traceback."""
     provenance = json.loads((copy / "provenance.json").read_text())
-    damaged = dict.fromkeys(("git", "devices", "versions", "unreadable", "init_from", "extended", "command"), -1e28)
-    for more in (damaged, {"git": {"commit": -1e28}, "extended": [3, {"step": "x"}]}):
+    damaged = dict.fromkeys(("git", "devices", "packages", "unreadable", "init_from", "resumed", "command"), -1e28)
+    for more in (damaged, {"git": {"commit": -1e28}, "resumed": [3, {"step": "x"}]}):
         (copy / "provenance.json").write_text(json.dumps(provenance | more))
         text = Page(reported(copy)).text
         assert "commit" in text.partition("Not recorded: ")[2].partition(".")[0]

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from imgclf_jax.tools.reproduce.reproduction import Comparison, Difference, Value, compare, differences, verdict
+from imgclf_jax.run.provenance import Difference
+from imgclf_jax.tools.reproduce.reproduction import Comparison, Value, compare, list_differences, verdict
 
 
 def line(step: int, whole: str, **params: str) -> dict:
@@ -19,8 +20,8 @@ METRICS = [{"step": 4, "train/loss": 0.5, "train/images_per_second": 10.0}, {"st
 def test_equal():
     """Times are not compared, nor are values that only one of them has."""
     here = [{**METRICS[0], "train/images_per_second": 99.0}, *METRICS[1:], {"step": 12, "train/loss": 7.0}]
-    found = compare((OLD, METRICS, {}), (OLD[:3], here))
-    assert (found.digest_steps, len(found.values), found.metric_steps) == ((0, 1, 4), 4, 2)
+    found = compare((OLD, METRICS, {}), (OLD, here))
+    assert (found.digest_steps, len(found.values), found.metric_steps) == ((0, 1, 4, 9), 4, 2)
     assert found.first_step is None
     assert found.largest is None
     assert verdict(found, []) == "same"
@@ -47,14 +48,22 @@ def test_a_run_without_digests_has_that_of_its_result():
     assert compare(([], METRICS, {"step": 9, "params_sha256": "d"}), (OLD, METRICS)).first_step is None
 
 
-def test_an_extended_run_has_a_shorter_window_once():
+def test_a_run_that_went_on_with_another_total_or_other_cadences():
     """It had ended at step 6 and logged there, so its next log, at 9, has means over other steps."""
     old = [{"step": 6, "train/loss": 1.0}, {"step": 9, "train/loss": 2.0}, {"step": 9, "test/loss": 3.0},
            {"step": 12, "train/loss": 4.0}]  # fmt: skip
     new = [{"step": 9, "train/loss": 1.5, "test/loss": 3.0}, {"step": 12, "train/loss": 4.0}]
-    assert compare(([], old, {}), ([], new), [6]).values == (Value(9, "test/loss", 3, 3), Value(12, "train/loss", 4, 4))
-    assert compare(([], old, {}), ([], new)).first_step == 9
-    assert compare(([], old, {}), ([], [{"step": 6, "train/loss": 1.0}, *new]), [6]).first_step == 9
+    found = compare((OLD, old, {}), ([*OLD, line(12, "z")], new), moved=True)
+    assert found.values == (Value(9, "test/loss", 3, 3), Value(12, "train/loss", 4, 4))
+    assert found.missing == ()
+    assert compare((OLD, old, {}), ([line(12, "z")], new)).missing == ((6, "train/loss"),)
+
+
+def test_a_result_is_compared_too():
+    """A number in result.json that the reproduction does not have, although metrics.jsonl has it right."""
+    result = {"step": 9, "params_sha256": "d", "test": {"examples": 361}}
+    found = compare((OLD, METRICS, result), (OLD, METRICS))
+    assert (found.first_value, found.parameters) == (Value(9, "test/examples", 361, 360), None)
 
 
 def version(kind: str = "version") -> Difference:
@@ -87,78 +96,24 @@ def test_digests_alone_are_within_no_tolerance():
     assert isinstance(found, Comparison)
 
 
-WHOLE = {
-    "python": "3.13.5", "packages": {"jax": "0.12", "zlib-ng": "1"}, "versions": {"jax": "0.12"}, "code": "a" * 64,
-    "git": {"commit": "1" * 40, "changed": False}, "devices": ["cpu: cpu"] * 2, "processor": "EPYC", "processes": 1,
-    "xla_flags": "--a=1 --b=2", "platform": "Linux", "jax_options": {"JAX_A": "1"},
-    "modules": {"my_nets.py": "c" * 64, "gone.py": "g"},
-    "data": {"fingerprint": "f" * 64, "train_examples": 5, "image_shape": [1, 2, 3], "class_names": ["x"]},
+BEGAN = {
+    "step": 0, "keys": {"total": "9 steps"}, "processor": "EPYC", "processes": 1, "packages": {"jax": "0.12"},
+    "code": "a" * 64, "git": {"commit": "1" * 40}, "modules": {"my_nets.py": "c" * 64},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "expected"), [
-    ({}, []),
-    ({"xla_flags": "--b=2  --a=1", "command": ["x"]}, []),
-    ({"data": WHOLE["data"] | {"fingerprint": "e" * 64}},
-     [("data", "fingerprint", "f" * 16 + "…", "e" * 16 + "…")]),
-    ({"unreadable": {"files": ["b.png"]}}, [("data", "unreadable files left out", "[]", "['b.png']")]),
-    ({"init_from": {"sha256": "5"}}, [("weights", "init_from", "none", "5")]),
-    ({"code": "b" * 64}, [("code", "files of imgclf_jax", "a" * 16 + "…", "b" * 16 + "…")]),
-    ({"modules": {"my_nets.py": "b" * 64, "new.py": "n"}},
-     [("code", "my_nets.py", "c" * 16 + "…", "b" * 16 + "…")]),
-    ({"git": {"commit": "2" * 40}}, []),  # the files are the same
-    ({"code": None, "git": {"commit": "2" * 40, "changed": True}},
-     [("code", "git commit", "1" * 12, "2" * 12 + ", changed")]),
-    ({"packages": {"jax": "0.11", "zlib-ng": "2"}},
-     [("version", "jax", "0.12", "0.11"), ("version", "zlib-ng", "1", "2")]),
-    ({"packages": {"jaxlib": "1", "a": "1", "b": "1", "c": "1", "d": "1", "e": "1"}},
-     [("version", "jax", "0.12", "absent"), ("version", "jaxlib", "absent", "1"),
-      ("version", "packages in one only", "1: zlib-ng", "5: a, b, c, d, …")]),
-    ({"packages": None, "versions": {"jax": "0.11"}}, [("version", "jax", "0.12", "0.11")]),
-    ({"devices": ["gpu: H100"]}, [("device", "devices", "2 x cpu: cpu", "1 x gpu: H100")]),
-    ({"processor": "Xeon", "python": "3.12"},
-     [("version", "Python", "3.13.5", "3.12"), ("device", "processor", "EPYC", "Xeon")]),
-    ({"jax_options": {"JAX_B": "2"}}, [("flags", "JAX_A", "1", "not set"), ("flags", "JAX_B", "not set", "2")]),
-    ({"compiler_options": {"NVIDIA_TF32_OVERRIDE": "0"}}, []),  # which older versions did not record
-    ({"xla_flags": "--a=3 --b=2 --c"}, [("flags", "--a", "1", "3"), ("flags", "--c", "not set", "set")]),
-])  # fmt: skip
-def test_what_differs_beside(change, expected):
-    assert [tuple(one) for one in differences(WHOLE, WHOLE | change)] == expected
-
-
-def test_code_that_changed_in_the_middle_of_a_run():
-    """Here the whole run is computed by one of the two versions."""
-    old = WHOLE | {"changed_code": [{"step": 5, "files": {"my_nets.py": "d" * 64, "imgclf_jax": "a" * 64}}]}
-    assert [tuple(one) for one in differences(old, WHOLE)] == [
-        ("code", "my_nets.py from step 5 on", "d" * 16 + "…", "c" * 16 + "…")
-    ]
-
-
-def test_a_run_that_went_on_on_another_processor():
-    """A cluster gave it another host after a preemption."""
-    old = WHOLE | {"changed_code": [{"step": 5, "environment": {"processor": "Xeon", "jax": "0.13"}}]}
-    assert [tuple(one) for one in differences(old, WHOLE)] == [
+def test_differences_from_any_start_of_the_run():
+    """A cluster gave it another host after a preemption, its code was fixed, and it was extended."""
+    later = BEGAN | {"step": 5, "processor": "Xeon", "modules": {"my_nets.py": "d" * 64}, "keys": {"total": "20 steps"}}
+    assert [tuple(one) for one in list_differences([BEGAN, later], BEGAN)] == [
+        ("code", "modules.my_nets.py from step 5 on", "d" * 16 + "…", "c" * 16 + "…"),
         ("device", "processor from step 5 on", "Xeon", "EPYC"),
-        ("version", "jax from step 5 on", "0.13", "0.12"),
     ]
-
-
-def test_a_run_that_went_on_on_more_devices():
-    """Its reproduction on the devices that it began on differs by rounding, and names them."""
-    elsewhere = {"number of devices": "4", "processes": "2", "XLA_FLAGS": "--a=3", "NVIDIA_TF32_OVERRIDE": "0"}
-    old = WHOLE | {"changed_code": [{"step": 5, "environment": elsewhere}]}
-    found = differences(old, WHOLE | {"compiler_options": {"NVIDIA_TF32_OVERRIDE": ""}})
-    assert [tuple(one) for one in found] == [
-        ("device", "number of devices from step 5 on", "4", "2"),
-        ("device", "processes from step 5 on", "2", "1"),
-        ("flags", "XLA_FLAGS from step 5 on", "--a=3", "--a=1 --b=2"),
-        ("flags", "NVIDIA_TF32_OVERRIDE from step 5 on", "0", "not set"),
-    ]
-    value = Value(5, "train/loss", 1.0, 1.0001)
-    assert verdict(Comparison((5,), (value,), None), found) == "rounding"
+    here = BEGAN | {"processor": "Xeon"}
+    found = list_differences([BEGAN, BEGAN | {"step": 5}], here)  # named once
+    assert [tuple(one) for one in found] == [("device", "processor", "EPYC", "Xeon")]
+    assert verdict(Comparison((5,), (Value(5, "train/loss", 1.0, 1.0001),), None), found) == "rounding"
 
 
 def test_a_record_without_provenance_differs_in_nothing():
-    assert differences({}, WHOLE) == []
-    assert differences({"data": 3, "versions": [], "devices": 1, "git": "x", "xla_flags": 4}, WHOLE) == []
-    assert differences({"git": {"commit": -1e28}}, WHOLE) != []  # it had ended in a traceback
+    assert list_differences([], BEGAN) == []
