@@ -63,22 +63,13 @@ def in_bucket(path: Path) -> bool:
     return str(path).startswith(tuple(f"{scheme}://" for scheme in _DRIVERS))
 
 
-def absolute(path: Path) -> Path:
-    """The path from the root of the file system or bucket."""
-    return path if in_bucket(path) else path.absolute()
-
-
 def files(folder: Path) -> Iterator[tuple[str, Path]]:
     """Yields (name relative to the folder, path) of every file below a folder, in no particular order."""
-    todo = [("", folder)]
-    while todo:
-        prefix, directory = todo.pop()
-        for entry in directory.iterdir():
-            name = prefix + entry.name
-            if entry.is_dir():
-                todo.append((f"{name}/", entry))
-            else:
-                yield name, entry
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from ((f"{entry.name}/{name}", file) for name, file in files(entry))
+        else:
+            yield entry.name, entry
 
 
 def open_regular(path: Path, mode: str = "rb", encoding: str | None = None, errors: str | None = None) -> Any:
@@ -155,16 +146,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yields the path of a folder to make next to `folder`, and moves it there at the end, in place of an old one."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as made:
-        new, old = Path(made, "new"), Path(made, "old")
-        yield new
+        yield (new := Path(made, "new"))
         if os.path.lexists(folder):
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except OSError:
-            if os.path.lexists(old):
-                old.rename(folder)
-            raise
+            folder.rename(Path(made, "old"))
+        new.rename(folder)
 
 
 def make_folder(folder: Path) -> None:

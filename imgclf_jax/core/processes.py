@@ -90,14 +90,11 @@ def start(
             jax.distributed.initialize, coordinator or None, number, process, local, initialization_timeout=timeout,
             heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=86400,
         ).result()  # fmt: skip
-    except ValueError as e:
+    except Exception as e:  # from the network, or from the cluster's interface
         if not (coordinator or number) and "coordinator_address" in str(e):
             return  # JAX recognizes no cluster
-        raise UserError(f"the processes cannot find each other: {reason(e)}; pass --coordinator, --num_processes and "
-                        "--process_id to each, or --num_processes=1 to run alone") from e  # fmt: skip
-    except Exception as e:  # from the network, or from the cluster's interface
-        raise UserError(f"the processes cannot join ({reason(e)}); start all of them within {timeout} s, with the "
-                        "same --coordinator=HOST:PORT, a free port of the host of process 0") from e  # fmt: skip
+        raise UserError(f"the processes cannot join ({reason(e)}); start all within {timeout} s, with --coordinator, "
+                        "--num_processes and --process_id, or with --num_processes=1 to run alone") from e  # fmt: skip
     state = internals.coordination_state()
     _count, _index = state.num_processes, state.process_id
     redirect_native_output()

@@ -85,8 +85,8 @@ def split_calls(text: str) -> list[str]:
 def _parse_call(part: str, text: str) -> Call:
     match = _CALL.fullmatch(part)
     if not match:
-        raise UserError(f"in spec {shown(text)}: {shown(part.strip())} is not of the form name(arg, key=value)"
-                        + _explain_path(part.strip()))  # fmt: skip
+        raise UserError(f"in spec {shown(text)}: {shown(part.strip())} is not of the form name(arg, key=value), or "
+                        "module:name(arg) with the module's name without folder and .py")  # fmt: skip
     name, arguments = match.groups()
     try:
         node = ast.parse(f"f{arguments or '()'}", mode="eval").body
@@ -102,15 +102,6 @@ def _parse_call(part: str, text: str) -> Call:
     args = tuple(_literal(a, text) for a in node.args)
     kwargs = {k.arg: _literal(k.value, text) for k in node.keywords if k.arg is not None}
     return Call(name, args, kwargs)
-
-
-def _explain_path(text: str) -> str:
-    """How to write an import path that was given as the path of a file; "" for other text."""
-    match = re.match(r"([^'\"(]*/)?(\w+)(\.py)?(:[A-Za-z_]\w*)", text)
-    if not match or not (match[1] or match[3]):
-        return ""
-    return (f"; write {match[2]}{match[4]}: the module's name, without folder and .py, of a file in the working "
-            "directory or next to the config")  # fmt: skip
 
 
 def _literal(node: ast.expr, text: str) -> Value:
@@ -185,8 +176,10 @@ def lookup(call: Call, table: Table, kind: str) -> Function:
     try:
         module = _import(module_name)
     except (ImportError, SyntaxError) as e:
-        fix = _explain_path(call.name) if module_name.endswith(".py") else ""
-        raise UserError(f"cannot import {module_name!r} for {kind} {call.name!r}: {e}{fix}") from e
+        raise UserError(
+            f"cannot import {module_name!r} for {kind} {call.name!r}: {e}; write the module's name, without "
+            "folder and .py, of a file in the working directory or next to the config"
+        ) from e
     if not callable(getattr(module, attribute, None)):
         names = [n for n in dir(module) if callable(getattr(module, n)) and not n.startswith("_")]
         raise UserError(unknown(f"name in module {module_name}", attribute, names))

@@ -48,7 +48,7 @@ class Record:
             if (path / name).is_file():
                 files[name] = places.read(path / name)
         if "config.json" not in files:
-            raise UserError(f"{path} holds no run: there is no {places.absolute(path / 'config.json')}; name the work "
+            raise UserError(f"{path} holds no run: there is no {path / 'config.json'}; name the work "
                             "directory of a run, or a bundle")  # fmt: skip
         return cls(path, files)
 

@@ -63,7 +63,7 @@ class Workdir:
     def load_config(self) -> ConfigDict:
         """Loads the config that the run was trained with. Raises UserError if this directory has no run."""
         if not self.config.is_file():
-            raise UserError(f"{self.path} holds no run: there is no {places.absolute(self.config)}; train first, or "
+            raise UserError(f"{self.path} holds no run: there is no {self.config}; train first, or "
                             "pass the run's --workdir")  # fmt: skip
         content = places.read(self.config)
         return configs.from_json(content, str(self.config))
