@@ -176,10 +176,8 @@ def lookup(call: Call, table: Table, kind: str) -> Function:
     try:
         module = _import(module_name)
     except (ImportError, SyntaxError) as e:
-        raise UserError(
-            f"cannot import {module_name!r} for {kind} {call.name!r}: {e}; write the module's name, without "
-            "folder and .py, of a file in the working directory or next to the config"
-        ) from e
+        raise UserError(f"cannot import {module_name!r} for {kind} {call.name!r}: {e} (a module is named without folder "
+                        "and .py)") from e  # fmt: skip
     if not callable(getattr(module, attribute, None)):
         names = [n for n in dir(module) if callable(getattr(module, n)) and not n.startswith("_")]
         raise UserError(unknown(f"name in module {module_name}", attribute, names))
