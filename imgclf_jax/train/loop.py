@@ -43,7 +43,8 @@ def train(run: Run, records: Records) -> Outcome:
     with stopping() as stop:
         for step, batch in records.watch(batches):
             before = (recompute.copy(state), sums) if cadences.checks(step) else None
-            state, sums = programs.train(state, sums, batch)
+            with jax.transfer_guard("disallow"):  # all that a step takes is on the devices
+                state, sums = programs.train(state, sums, batch)
             if before:
                 recompute.refuse_difference(step, state, programs.train(*before, batch)[0], checkpoints.describe_latest)
             step += 1
