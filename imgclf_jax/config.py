@@ -36,8 +36,7 @@ KEYS: dict[str, tuple[Value, str]] = {
     "matmul_precision": ("float32", "Precision of float32 matmuls on TPU and GPU: 'float32', 'tensorfloat32' or "
                                     "'bfloat16'."),
     "deterministic": (True, "Use deterministic GPU kernels, so a repeated run reproduces every bit."),
-    "mesh": ("data=-1", "The device mesh; -1 takes all remaining devices. 'data=-1, fsdp=4' shards the train state, "
-                        "'seeds=4, data=-1' the seeds."),
+    "mesh": ("data=-1", "The device mesh; -1 takes all remaining devices. 'data=-1, fsdp=4' shards the train state."),
     "shard": ("all", "What fsdp shards: 'all' (parameters, optimizer state, weight averages) or the 'optimizer' state "
                      "alone."),
     "data.source": ("digits", "digits, tfds('name'), folder('path'), table('labels.csv'), arrays('file.npz') or "

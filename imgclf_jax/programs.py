@@ -41,7 +41,6 @@ def check(config: ConfigDict) -> None:
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
     for name, one in extra.parse_all(config).items():
         sharding.check_batch_size(one.batch_size, mesh, config.accumulate, f"data.extra.{name}: batch_size")
-    sharding.groups_of_seeds(config.num_seeds, mesh)
     check_names(config)
 
 
@@ -82,8 +81,8 @@ class Programs:
         return platform.ONEDNN_OPTIONS if self._uses_onednn(onednn) else None
 
     def _uses_onednn(self, wanted: bool) -> bool:
-        """Whether oneDNN computes a program; not on a mesh with an axis `seeds`, which `lax.map` would gather."""
-        return wanted and self.platform == "cpu" and platform.has_onednn() and self.groups_of_seeds == 1
+        """Whether oneDNN computes a program; not of several seeds, whose `vmap` makes grouped convolutions."""
+        return wanted and self.platform == "cpu" and platform.has_onednn() and self.recipe.num_seeds == 1
 
     def caching(self, onednn: bool) -> contextlib.AbstractContextManager[None]:
         """The context to compile a program in: programs on oneDNN stay out of JAX's compilation cache."""
@@ -103,13 +102,7 @@ class Programs:
     def groups_of_statistics(self) -> int:
         """The number of groups that the key `batch_norm` splits a batch into for BatchNorm statistics, in training."""
         config = self.recipe.config
-        devices = self.mesh.size // self.groups_of_seeds
-        return norms.groups(config.batch_norm, config.batch_size // config.accumulate, devices)
-
-    @once
-    def groups_of_seeds(self) -> int:
-        """The number of device groups that the seeds are split over: one, unless the mesh has an axis `seeds`."""
-        return sharding.groups_of_seeds(self.recipe.num_seeds, self.mesh)
+        return norms.groups(config.batch_norm, config.batch_size // config.accumulate, self.mesh.size)
 
     def _matmul_precision(self) -> contextlib.AbstractContextManager[object]:
         """Inside, float32 matmuls have the config's `matmul_precision`; on CPU they are always float32."""
@@ -290,9 +283,7 @@ class Programs:
                 recipe.mix, recipe.config.accumulate, self.shard_function, recipe.gradient,
                 recipe.task, losses.link_of(recipe.config.loss), recipe.config.on_bad_step == "skip",
             )  # fmt: skip
-        pure = step.make_group_step(pure, recipe.num_seeds // self.groups_of_seeds)
-        local = self._with_layout_pass(pure, recipe.trains_on_onednn)
-        return jax.jit(sharding.over_seeds(local, recipe.num_seeds, self.mesh))
+        return jax.jit(self._with_layout_pass(step.over_seeds(pure, recipe.num_seeds), recipe.trains_on_onednn))
 
     @once
     def _fixed_and_shardings(self) -> tuple[PyTree, ...]:

@@ -30,8 +30,6 @@ from imgclf_jax.methods import table as methods
 from imgclf_jax.models import classifier
 from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
 
-_MOST_COPIES = 8  # of a train step on oneDNN, one for each seed: each takes seconds to compile
-
 
 class _built[T](cached_property[T]):
     """A cached property whose arrays are never tracers, also if a trace is the first to ask for it."""
@@ -231,8 +229,8 @@ class Recipe:
 
     @property
     def trains_on_onednn(self) -> bool:
-        """Whether the train step has the `onednn` form on CPU, with one copy of the step for each seed."""
-        return self.num_seeds <= _MOST_COPIES and getattr(self.model.backbone, "trains_on_onednn", False)
+        """Whether the train step has the `onednn` form on CPU; under the `vmap` of several seeds it would be slow."""
+        return self.num_seeds == 1 and getattr(self.model.backbone, "trains_on_onednn", False)
 
     @property
     def num_seeds(self) -> int:

@@ -15,7 +15,7 @@ from flax.core import DenyList
 
 from imgclf_jax import methods, metrics
 from imgclf_jax.augment import mixing, tta
-from imgclf_jax.core import dtypes, platform, rng, tree
+from imgclf_jax.core import dtypes, rng, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Batch, Function, ModelState, Params, PyTree, Variables
 from imgclf_jax.losses import SOFTMAX, Link, Loss, Task, link_of
@@ -327,47 +327,22 @@ def add_sums(a: metrics.Sums, b: metrics.Sums) -> metrics.Sums:
     return {k: jnp.minimum(a[k], b[k]) if k == NONFINITE_STEP else a[k] + b[k] for k in a}
 
 
-def make_group_step(train_step: Function, num_seeds: int) -> Function:
-    """A train step of `num_seeds` states, [num_seeds, …], and their interleaved batches (see `data.stream`).
+def over_seeds(train_step: Function, num_seeds: int) -> Function:
+    """The train step of `num_seeds` states, [num_seeds, …], and their interleaved batches (see `data.stream`).
 
-    All seeds share the method's `fixed` arrays. It is the `vmap` of the step or, on oneDNN, one copy for each seed,
-    since `vmap` makes grouped convolutions, which are slow there.
+    All seeds share the method's `fixed` arrays.
     """
     if num_seeds == 1:
         return train_step
 
     def step(states: TrainState, batch: Batch, *fixed: PyTree) -> tuple[TrainState, metrics.Sums]:
         own = jax.tree.map(lambda x: x.reshape(-1, num_seeds, *x.shape[1:]), batch)
-
-        def step_of(i: int) -> tuple[TrainState, metrics.Sums]:
-            state, own_batch = jax.tree.map(lambda x: x[i], states), jax.tree.map(lambda x: x[:, i], own)
-            result: tuple[TrainState, metrics.Sums] = train_step(state, own_batch, *fixed)
-            return result
-
-        result: tuple[TrainState, metrics.Sums]
-        if platform.uses_onednn():
-            result = jax.tree.map(lambda *each: jnp.stack(each), *map(step_of, range(num_seeds)))
-        else:
-            result = jax.vmap(train_step, (0, 1, *[None] * len(fixed)))(states, own, *fixed)
+        result: tuple[TrainState, metrics.Sums] = jax.vmap(train_step, (0, 1, *[None] * len(fixed)))(
+            states, own, *fixed
+        )
         return result
 
     return step
-
-
-def _for_each_seed(infer: Inference) -> Inference:
-    """Returns `infer` of all seeds, params and model_state [num_seeds, …] and the same images → [num_seeds, …].
-
-    On oneDNN the seeds run one after the other: `vmap` would make grouped convolutions, which are slow there.
-    """
-
-    def each(params: Params, model_state: ModelState, images: jax.Array) -> jax.Array:
-        if platform.uses_onednn():
-            outputs: jax.Array = jax.lax.map(lambda seed: infer(seed[0], seed[1], images), (params, model_state))
-        else:
-            outputs = jax.vmap(infer, (0, 0, None))(params, model_state, images)
-        return outputs
-
-    return each
 
 
 def _check_evaluated(values: Mapping[str, jax.Array], shape: tuple[int, ...], task: Task, predicts: bool) -> None:
@@ -432,7 +407,7 @@ def make_inference(
 
     if num_seeds == 1:
         return infer
-    each = _for_each_seed(infer)
+    each = jax.vmap(infer, (0, 0, None))
 
     def ranked(params: Params, model_state: ModelState, images: jax.Array) -> jax.Array:
         logits = each(params, model_state, images)  # [num_seeds, b, classes]
@@ -486,7 +461,7 @@ def make_eval_step(
             logits = logits_of(params, model_state, batch["image"])  # [b, classes]
             sums |= sums_of(logits)
         else:
-            each = _for_each_seed(logits_of)(params, model_state, batch["image"])  # [num_seeds, b, classes]
+            each = jax.vmap(logits_of, (0, 0, None))(params, model_state, batch["image"])  # [num_seeds, b, classes]
             logits = jnp.concatenate([each, link.ensemble(each)[None]])
             sums |= jax.vmap(sums_of)(logits)
         if not with_predictions:

@@ -1,7 +1,7 @@
 """The device mesh, and how arrays are sharded over it. A single device is the mesh of size one.
 
-A batch is sharded over all axes of the mesh. The train state is replicated, except over the axis `fsdp`, which shards
-parameters (see `optim/partition.py`), and over the axis `seeds`, which shards the seeds.
+A batch is sharded over all axes of the mesh. The train state is replicated, except over the axis `fsdp`: see
+`optim/partition.py`.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from imgclf_jax.core.errors import UserError, reason, unknown
-from imgclf_jax.core.typing import Batch, Function, PyTree, State
+from imgclf_jax.core.typing import PyTree
 
 log = logging.getLogger(__name__)
 
-AXES = ("data", "fsdp", "seeds")
+AXES = ("data", "fsdp")
 
 
 def make_mesh(devices: list[jax.Device] | None = None, text: str = "data=-1") -> Mesh:
@@ -47,8 +47,6 @@ def make_mesh(devices: list[jax.Device] | None = None, text: str = "data=-1") ->
             "all of them, and an axis of size -1 takes those that remain"
         )
     shape = [len(devices) // fixed if size < 0 else size for size in sizes.values()]
-    if len({"seeds", "fsdp"} & sizes.keys()) == 2:
-        raise UserError(f"mesh={text!r}: seeds and fsdp do not combine, since the state of a seed is not sharded")
     return Mesh(_arranged(devices, shape), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
@@ -73,52 +71,13 @@ def _arranged(devices: list[jax.Device], shape: list[int]) -> np.ndarray:
 def make_inference_mesh(text: str) -> Mesh:
     """Makes the mesh over all devices for inference with a model trained on the mesh `text`.
 
-    Sharded parameters stay sharded. With as many devices as in training it is the same mesh, but without the axis
-    `seeds`: each device runs all seeds.
+    Sharded parameters stay sharded. With as many devices as in training it is the same mesh.
     """
     if "fsdp" not in text:
         return make_mesh()
     with contextlib.suppress(UserError):
         return make_mesh(text=text)
     return make_mesh(text="fsdp=-1")
-
-
-def groups_of_seeds(num_seeds: int, mesh: Mesh) -> int:
-    """The number of device groups that share out the seeds evenly. Raises UserError if they do not divide."""
-    groups: int = mesh.shape.get("seeds", 1)
-    if num_seeds % groups:
-        raise UserError(f"num_seeds={num_seeds} is not divisible by {groups}, the size of the mesh's axis seeds")
-    return groups
-
-
-def over_seeds(group_step: Function, num_seeds: int, mesh: Mesh) -> Function:
-    """Returns the train step of all seeds, in which each group of devices computes its own seeds.
-
-    `group_step` is `step.make_group_step` for the seeds of a group. With one seed per group it is the train step of a
-    single run, which avoids the grouped convolutions of a `vmap` over seeds.
-    """
-    groups = groups_of_seeds(num_seeds, mesh)
-    if groups == 1:
-        return group_step
-
-    def local(states: State, batch: Batch, *fixed: PyTree) -> PyTree:  # [seeds of the group, …], [b, seeds, …]
-        if num_seeds > groups:
-            return group_step(states, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch), *fixed)
-        one = group_step(
-            jax.tree.map(lambda x: x.squeeze(0), states), jax.tree.map(lambda x: x.squeeze(1), batch), *fixed
-        )
-        return jax.tree.map(lambda x: x[None], one)
-
-    by_group, batch_spec = PartitionSpec("seeds"), PartitionSpec(None, "seeds")
-    batch_sharding = NamedSharding(mesh, PartitionSpec("data" if "data" in mesh.shape else None, "seeds"))
-
-    def all_seeds(states: State, batch: Batch, *fixed: PyTree) -> PyTree:
-        batch = jax.tree.map(lambda x: x.reshape(-1, num_seeds, *x.shape[1:]), batch)
-        grouped = jax.shard_map(local, mesh=mesh, in_specs=(by_group, batch_spec, *[PartitionSpec()] * len(fixed)),
-                                out_specs=by_group, axis_names={"seeds"}, check_vma=False)  # fmt: skip
-        return grouped(states, jax.lax.with_sharding_constraint(batch, batch_sharding), *fixed)
-
-    return all_seeds
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -128,8 +87,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def sharded(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """The sharding that splits one axis, that of the examples in a batch, over all devices."""
-    # Seeds last, since a batch interleaves the seeds' examples.
-    names = tuple(sorted(mesh.axis_names, key="seeds".__eq__))
+    names = mesh.axis_names
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, names if len(names) > 1 else names[0]))
 
 
@@ -170,6 +128,8 @@ def put_batch(batch: PyTree, mesh: Mesh, axis: int = 0) -> PyTree:
     `batch` is an array, or a pytree of arrays, whose numbers of rows may differ.
     """
     split = sharded(mesh, axis)
+    if split.is_fully_addressable:
+        return jax.device_put(batch, split)
 
     def place(rows: np.ndarray) -> jax.Array:
         # Without a shape JAX refuses processes with different numbers of devices.

@@ -61,19 +61,16 @@ def state_shardings(
     """The sharding of each array of a pytree of parameters, or of arrays of their shapes, such as Adam's moments.
 
     An array takes the axis of the longest parameter path that its own path ends with. With the `mode` "optimizer" only
-    arrays below `opt_state` are sharded (ZeRO stage 1). `leading` axes precede the parameter's: the axis of the seeds,
-    which is sharded over the mesh axis `seeds` if there is one.
+    arrays below `opt_state` are sharded (ZeRO stage 1). `leading` axes precede the parameter's: the axis of the seeds.
     """
-    first = ("seeds",) if leading and "seeds" in mesh.shape else (None,) * leading
 
     def sharding(name: str, x: jax.ShapeDtypeStruct) -> NamedSharding:
         parts = name.split("/")
         axis = next((axes[end] for i in range(len(parts)) if (end := "/".join(parts[i:])) in axes), None)
         index = -1 if axis is None else len(x.shape) + axis
-        if index < leading or x.shape[index] % mesh.shape["fsdp"]:
-            return NamedSharding(mesh, PartitionSpec(*first))
-        if mode == "optimizer" and "opt_state" not in name.split("/"):
-            return NamedSharding(mesh, PartitionSpec(*first))
-        return NamedSharding(mesh, PartitionSpec(*first, *[None] * (index - leading), "fsdp"))
+        replicated = index < leading or x.shape[index] % mesh.shape["fsdp"]
+        if replicated or (mode == "optimizer" and "opt_state" not in parts):
+            return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, PartitionSpec(*[None] * index, "fsdp"))
 
     return tree.map_named(sharding, state)

@@ -133,10 +133,6 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
         processes.broadcast(lambda: workdir.record(config, snapshot, start))
     for sentence in () if processes.index() else _warnings(recipe, images, evals, base):
         log.warning("%s", sentence)
-    parts = math.gcd(recipe.num_seeds, compiling.mesh.size)
-    if parts > 1 and set(compiling.mesh.axis_names) == {"data"}:
-        log.info("each device trains all %d seeds; with --config.mesh='seeds=%d, data=-1' it trains %d",
-                 recipe.num_seeds, parts, recipe.num_seeds // parts)  # fmt: skip
     _ = compiling.traced_eval  # traced while the train step compiles: what fails in evaluation ends the run here
     early = early_stopping.build(config, recipe.patience)
     rows = display.make_rows(recipe, images, workdir, start)

@@ -113,13 +113,13 @@ def report(programs: Programs, chips: topology.Chips) -> JsonObject:
 def _matmul_flops_per_chip(programs: Programs) -> float:
     """Counts a chip's matmul FLOPs in a step: its share of the batch's, and the optimizer's, such as Muon's.
 
-    Every chip updates all parameters of its seeds, but for those that `fsdp` shards. An optimizer that evaluates the
+    Every chip updates all parameters, but for those that `fsdp` shards. An optimizer that evaluates the
     model, as L-BFGS does, evaluates it on the batch.
     """
     by_scope, mesh = jaxprs.matmul_flops_by_scope(_for_tpu(programs).traced_train.jaxpr), programs.mesh
     model = type(programs.recipe.model).__name__
     update = sum(flops for scope, flops in by_scope.items() if OPTIMIZER in scope and model not in scope)
-    repeats = mesh.size / (mesh.shape.get("fsdp", 1) * mesh.shape.get("seeds", 1))
+    repeats = mesh.size / mesh.shape.get("fsdp", 1)
     return (sum(by_scope.values()) + update * (repeats - 1)) / mesh.size
 
 
