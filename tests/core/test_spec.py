@@ -277,7 +277,7 @@ def test_what_has_no_readable_signature_takes_nothing():
 
 
 def test_this_python_reads_the_signature_of_all_that_ships():
-    tables = {"optimizer": optimizers._optimizers(), "transform": optimizers.TRANSFORMS, "source": SOURCES,
+    tables = {"optimizer": optimizers.OPTIMIZERS, "transform": optimizers.TRANSFORMS, "source": SOURCES,
               "schedule": SCHEDULES, "loss": LOSSES, "backbone": BACKBONES, "method": METHODS}  # fmt: skip
     for kind, table in tables.items():
         for name, function in table.items():
