@@ -121,14 +121,12 @@ def test_processes_that_were_given_something_else(tmp_path, last, sentence):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(("stopped", "watchdog", "heartbeat", "sentence"), [
-    # The watchdog, in a few seconds, before any heartbeat is missed.
-    (1, 5, 100, r"nothing has happened for \d+ s \(watchdog\) .*; process 1 gives no sign of life"),
-    (0, 5, 100, r"nothing has happened for \d+ s \(watchdog\) .*; process 0 gives no sign of life"),
-    # JAX's heartbeat, while the watchdog is still patient, as it is in a save.
-    (1, 20, 12, r"error: process 0: another process of this run died"),
+    (1, 5, 100, r"Timeout \(0:00:05\)!"),  # the watchdog, before any heartbeat is missed
+    (0, 5, 100, r"Timeout \(0:00:05\)!"),
+    (1, 100, 12, r"error: process 0: another process of this run died"),  # JAX's heartbeat
 ])  # fmt: skip
-def test_a_process_that_is_stopped_is_named(tmp_path, stopped, watchdog, heartbeat, sentence):
-    """SIGSTOP of one of two: the other ends, and names it."""
+def test_a_process_that_is_stopped_ends_the_other(tmp_path, stopped, watchdog, heartbeat, sentence):
+    """SIGSTOP of one of two."""
     words = (*check.LONG, f"--config.watchdog={watchdog} s")
     started = check.start(tmp_path / "run", 2, 1, words, heartbeat=heartbeat)
     try:
