@@ -332,7 +332,7 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
         with contextlib.suppress(CheckpointRemoved):  # a run in progress saves and removes checkpoints
             state, step = _choose(config, workdir, which, programs)
             # Restoring may have imported more.
-            processes.agree(provenance.module_facts, in_both=True)
+            processes.agree(provenance.process_facts, in_both=True)
             _ = programs.host_ops, programs.recipe.views, programs.recipe.whole_set_metrics  # import what they name
             workdir.warn_of_changed_modules()
             return Trained(programs, state, step)

@@ -188,10 +188,6 @@ class Checkpoints:
         if saving:
             processes.barrier()
 
-    def unsaved(self) -> str:
-        """Describes what ending at once would lose."""
-        return f"the steps since the checkpoint of step {self.latest}" if self.latest else "all steps"
-
     def describe_latest(self) -> str:
         """Waits for the saves of this process, and says where a run that ends now continues."""
         self.wait()

@@ -21,36 +21,24 @@ log = logging.getLogger(__name__)
 
 
 def check(workdir: Workdir, step: int, params: Params) -> None:
-    """Raises UserError if `params`, from the checkpoint of `step`, differ from those that the run recorded there.
+    """Raises UserError if `params`, from the checkpoint of `step`, differ from those in the line of digests.jsonl.
 
-    The record is digests.jsonl or, for a step without a line there, result.json. Warns if neither has the step,
-    although a run writes a line for each checkpoint. All processes call this.
+    Warns if there is none, although a run writes one for each checkpoint. All processes call this.
     """
-    recorded = processes.broadcast(lambda: _recorded(workdir, step))
-    checkpoint = workdir.checkpoints / str(step)
-    if recorded and not recorded[1]:
+
+    def find() -> str | None:
+        return next((line.get("params_sha256") for line in writers.read_metrics(workdir.digests)
+                     if line["step"] == step), None)  # fmt: skip
+
+    recorded, checkpoint = processes.broadcast(find), workdir.checkpoints / str(step)
+    if recorded is None:
         log.warning("%s has no line for step %d, so it is not known whether checkpoint %s is this run's",
-                    workdir.path / recorded[0], step, checkpoint)  # fmt: skip
-    elif recorded and tree.sha256(params) != recorded[1]:
-        where = workdir.path / recorded[0]
+                    workdir.digests, step, checkpoint)  # fmt: skip
+    elif recorded != tree.sha256(params):
         raise UserError(
-            f"checkpoint {checkpoint} holds other parameters than {where} records for step {step}: one of them is from "
-            "another run; restore it, or remove the checkpoint to use an older one"
+            f"checkpoint {checkpoint} holds other parameters than {workdir.digests} records for step {step}: one of "
+            "them is from another run; restore it, or remove the checkpoint to use an older one"
         )
-
-
-def _recorded(workdir: Workdir, step: int) -> tuple[str, str] | None:
-    """The name of the file that records the parameters of a step, and their SHA-256; None if none does.
-
-    The SHA-256 is "" if digests.jsonl has earlier steps but not this one.
-    """
-    lines, result = writers.read_metrics(workdir.digests), workdir.read_result()
-    found = [("digests.jsonl", line.get("params_sha256")) for line in lines if line["step"] == step]
-    if result.get("step") == step:
-        found.append(("result.json", result.get("params_sha256")))
-    if any(line["step"] < step for line in lines):
-        found.append(("digests.jsonl", ""))
-    return next(((name, digest) for name, digest in found if isinstance(digest, str)), None)
 
 
 class Digests:

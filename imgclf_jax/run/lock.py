@@ -5,7 +5,6 @@ import datetime
 import fcntl
 import json
 import logging
-import math
 import os
 import socket
 import time
@@ -49,14 +48,6 @@ def holder(file: Path) -> str:
         return places.read(file).decode(errors="replace")
     except OSError:
         return ""
-
-
-def taken_at(file: Path) -> float:
-    """The Unix time at which the holder of the lock `file` took it; infinity without the file."""
-    try:
-        return file.stat().st_mtime
-    except OSError:
-        return math.inf
 
 
 def is_held(file: Path) -> bool:

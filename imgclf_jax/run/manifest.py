@@ -36,11 +36,8 @@ def digest(folder: Path) -> str:
         return "no manifest"
 
 
-def find_fault(folder: Path, within: str = "") -> str:
-    """Says what is wrong with the files in `folder`: "" for nothing, ABSENT without a manifest.
-
-    `within` limits this to the files whose names begin with it, such as "metrics/".
-    """
+def find_fault(folder: Path) -> str:
+    """Says what is wrong with the files in `folder`: "" for nothing, ABSENT without a manifest."""
     try:
         files = json.loads(places.read(folder / NAME))
     except FileNotFoundError:
@@ -52,8 +49,6 @@ def find_fault(folder: Path, within: str = "") -> str:
     if not isinstance(files, dict) or not files or not all(map(_is_entry, files.values())):
         return f"{NAME} does not hold the size and checksum of each file"
     for name, expected in files.items():
-        if not name.startswith(within):
-            continue
         file = folder / name
         if not file.is_file():
             return f"the file {name} is missing"

@@ -142,11 +142,17 @@ def _well_formed(snapshot: JsonMapping) -> JsonObject:
 
 
 def process_facts() -> JsonObject:
-    """The facts that all processes of a run must share, as JSON values: versions, code, options of JAX and XLA."""
+    """The facts that any two processes of a run must share where both have them, as JSON values.
+
+    Versions, code, options of JAX and XLA, and the digests of the user's own modules that are imported so far.
+    """
+    imported = [name for name, module in list(sys.modules.items()) if getattr(module, "__file__", None)]
+    packages = sorted({package for name in imported for package in _distributions().get(name, ()) if package})
     return {
         "python": platform.python_version().rpartition(".")[0],
-        **{name: version for name, version in _installed().items() if name in PACKAGES},
+        **{package: importlib.metadata.version(package) for package in packages},
         "the code of imgclf_jax": _code()[:12],
+        **module_digests(),
         **_flags(),
         **{name: str(value) for name, value in jax.config.values.items() if not re.search(_OF_ONE_PROCESS, name)},
     }
@@ -162,16 +168,6 @@ def device_facts(counted: bool) -> JsonObject:
     cpu = f" with {extension}" if (extension := _vector_extension()) else ""
     kinds = sorted({f"{d.platform}: {d.device_kind}{cpu * (d.platform == 'cpu')}" for d in here})
     return {"devices of kind": ", ".join(kinds), **({"number of local devices": len(here)} if counted else {})}
-
-
-def module_facts() -> dict[str, str]:
-    """The digests of the user's own modules, and the versions of the installed packages imported so far.
-
-    Processes may have imported different ones, so they must share the facts that both have.
-    """
-    imported = [name for name, module in list(sys.modules.items()) if getattr(module, "__file__", None)]
-    packages = sorted({package for name in imported for package in _distributions().get(name, ()) if package})
-    return {**module_digests(), **{package: importlib.metadata.version(package) for package in packages}}
 
 
 def module_digests() -> dict[str, str]:

@@ -127,8 +127,7 @@ class Record:
             return None
         if type(self.result.get("step")) is not int:
             raise UserError(f"{self.path / 'result.json'} is damaged: it holds no result")
-        records = (line for lines in (self.metrics, self.digests) for line in lines)
-        return self.result if has_ended(self.result, self.total, records) else None
+        return self.result if has_ended(self.result, self.total) else None
 
     @cached_property
     def evals(self) -> dict[str, str]:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -16,7 +16,7 @@ from imgclf_jax.core import json_files, places, processes, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
 from imgclf_jax.data.info import DataInfo
-from imgclf_jax.run import lock, writers
+from imgclf_jax.run import lock
 from imgclf_jax.run.provenance import (
     find_differences,
     load_data_info,
@@ -195,10 +195,6 @@ class Workdir:
         for name in self.changed_modules():
             _warn_once(f"{name} has changed since the run in {self.path} was trained: its outputs may differ")
 
-    def write_result(self, result: JsonObject) -> None:
-        """Writes result.json: the run has ended."""
-        json_files.write(self.result, result)
-
     def drop_later_result(self, start: int) -> None:
         """Removes result.json if it is from step `start`, from which the run trains on, or from a later one."""
         if (last := self.last_step()) >= max(start, 1):
@@ -206,9 +202,8 @@ class Workdir:
             self.result.unlink()
 
     def is_done(self, total: int) -> bool:
-        """Whether the run has ended: result.json is readable, and `has_ended` by it and the records."""
-        records = (line for file in (self.metrics, self.digests) for line in writers.read_metrics(file))
-        return has_ended(self.read_result(), total, records)
+        """Whether the run has ended: result.json is readable, and `has_ended` by it."""
+        return has_ended(self.read_result(), total)
 
     def last_step(self) -> int:
         """The step of result.json, at which the run ended; 0 without one that is readable."""
@@ -259,15 +254,12 @@ class Workdir:
         return self.read_snapshots()
 
 
-def has_ended(result: JsonMapping, total: int | None, records: Iterable[JsonMapping]) -> bool:
-    """Whether a run ended with `result`: at step `total`, if that is known, or early, with no later one of `records`.
+def has_ended(result: JsonMapping, total: int | None) -> bool:
+    """Whether a run ended with `result`: at step `total`, if that is known, or early.
 
-    A run that stopped early and is extended may train on beyond its result.
+    A run that trains on has none: see `Workdir.drop_later_result`.
     """
-    step = result.get("step")
-    if type(step) is not int or total in (None, step):
-        return type(step) is int
-    return bool(result.get("stopped_early")) and all(record["step"] <= step for record in records)
+    return type(result.get("step")) is int and (total in (None, result["step"]) or bool(result.get("stopped_early")))
 
 
 @functools.cache

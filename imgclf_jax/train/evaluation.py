@@ -20,7 +20,7 @@ from imgclf_jax.core.terminal import track
 from imgclf_jax.core.typing import Batch
 from imgclf_jax.data import sources, splits, stream
 from imgclf_jax.programs import Programs
-from imgclf_jax.run.provenance import module_facts
+from imgclf_jax.run.provenance import process_facts
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import TrainState
 from imgclf_jax.train.leakage import overlap_warnings
@@ -101,7 +101,7 @@ def open_evals(programs: Programs, base: dict[str, sources.Source]) -> dict[str,
     shapes differ from the training set's, and for random preprocessing.
     """
     report_host_ops(programs)
-    processes.agree(module_facts, in_both=True)  # more are imported by now
+    processes.agree(process_facts, in_both=True)  # more are imported by now
     evals = programs.recipe.config.data.eval.items()
     return {name: open_set(programs, base, text, f"data.eval.{name}") for name, text in evals}
 

@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 
-from imgclf_jax.core import processes, sharding
+from imgclf_jax.core import json_files, processes, sharding
 from imgclf_jax.core.terminal import format_metrics
 from imgclf_jax.core.text import printable
 from imgclf_jax.run import writers
@@ -50,7 +50,7 @@ def write(run: Run, records: Records, outcome: Outcome) -> None:
     }
     if processes.index():
         return
-    run.workdir.write_result(result)
+    json_files.write(run.workdir.result, result)
     if outcome.stopped_early:
         print(f"stopped early: {outcome.stopped_early}")
     for name, values in results.items():

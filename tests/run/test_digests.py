@@ -115,9 +115,3 @@ def test_a_checkpoint_without_a_line(tmp_path, caplog):
     assert not caplog.records
     check(Workdir(tmp_path), 4, params())
     assert f"{tmp_path}/digests.jsonl has no line for step 4, so it is not known whether" in caplog.text
-    (tmp_path / "result.json").write_text(json.dumps({"step": 4, "params_sha256": digests.sha256()}))
-    caplog.clear()
-    check(Workdir(tmp_path), 4, params())
-    (tmp_path / "digests.jsonl").unlink()  # of an earlier version
-    check(Workdir(tmp_path), 6, params())
-    assert not caplog.records

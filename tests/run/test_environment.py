@@ -178,7 +178,7 @@ def test_installed_packages_that_processes_import_are_known_by_their_version(tmp
     monkeypatch.syspath_prepend(own)
     provenance._distributions.cache_clear()
     importlib.import_module("mynets")
-    found = provenance.module_facts()
+    found = provenance.process_facts()
     sys.modules.pop("mynets")
     provenance._distributions.cache_clear()
     assert found["my-mynets"] == "2.1"

@@ -25,6 +25,7 @@ from imgclf_jax.models import vit
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
+from imgclf_jax.run.digests import Digests
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.weights import pretrained
 
@@ -194,8 +195,11 @@ def test_a_complete_model_predicts_as_its_run(tmp_path, caplog, kind, key, recor
         arrays = {name: draw(name, shape) for name, shape in shapes.items()}
         save_file(arrays, where, {key.replace("preprocess", "host_ops"): recorded})
     else:
-        checkpoints = Checkpoints(tmp_path / "checkpoints")
-        checkpoints.save(0, {"state": {"params": of_two.init(0)["state"].params, "model_state": {}}})
+        checkpoints, digests = Checkpoints(tmp_path / "checkpoints"), Digests(tmp_path, 0, 1)
+        params = of_two.init(0)["state"].params
+        digests.record(0, params)
+        checkpoints.save(0, {"state": {"params": params, "model_state": {}}})
+        digests.close()
         checkpoints.close()
         (tmp_path / "config.json").write_text(json.dumps({"checkpoint": {"best": ""}, key: recorded}))
     assert len(pretrained.load(of_two).taken) == 4
