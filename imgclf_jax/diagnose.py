@@ -17,7 +17,6 @@ from imgclf_jax.core import json_files, memory, processes, rng, spec, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Function, PyTree
 from imgclf_jax.data import stream
-from imgclf_jax.data.sources import example_name
 from imgclf_jax.methods.gradients import Gradient
 from imgclf_jax.optim import optimizers
 from imgclf_jax.recipe import Recipe
@@ -109,7 +108,8 @@ def refuse_nonfinite(
     rows = np.arange(config.batch_size, dtype=np.int64)
     ids = images.ids(seed, step * config.batch_size + rows).tolist()
     file = folder / "nonfinite.json"
-    record = {"step": step, "seed": seed, "example_ids": ids, "examples": [example_name(images.source, i) for i in ids]}
+    names = [images.source.example_name(i) for i in ids]
+    record = {"step": step, "seed": seed, "example_ids": ids, "examples": names}
     processes.broadcast(lambda: json_files.write(file, record))
     good = checkpoints.steps()
     kept = f"the last good checkpoint is of step {good[-1]}" if good else "no checkpoint had been saved yet"

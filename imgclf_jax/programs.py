@@ -8,7 +8,6 @@ import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +15,16 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from imgclf_jax import diagnose, losses, metrics, step
+from imgclf_jax import datasets, diagnose, losses, metrics, step
 from imgclf_jax.config import selecting_metrics
 from imgclf_jax.core import fsdp, internals, narrow, platform, sharding, tree
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.once import once
 from imgclf_jax.core.typing import Array, Batch, Function, Params, PyTree
-from imgclf_jax.data import decode, extra, placement
+from imgclf_jax.data import decode, placement
 from imgclf_jax.data.info import DataInfo
-from imgclf_jax.data.stream import Images, StreamSpec, eval_images
+from imgclf_jax.data.source import Source
+from imgclf_jax.data.stream import Images, StreamSpec
 from imgclf_jax.models import norms
 from imgclf_jax.models.cpu.rewrite import optimize_for_cpu
 from imgclf_jax.models.frozen import Frozen
@@ -39,7 +39,7 @@ def check(config: ConfigDict) -> None:
     """Raises UserError for every mistake that shows before the data are opened."""
     mesh = sharding.make_mesh(text=config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
-    for name, one in extra.parse_all(config).items():
+    for name, one in datasets.extra_streams(config).items():
         sharding.check_batch_size(one.batch_size, mesh, config.accumulate, f"data.extra.{name}: batch_size")
     check_names(config)
 
@@ -242,7 +242,8 @@ class Programs:
     def stream(self) -> StreamSpec:
         """The specification of the run's training batches."""
         recipe = self.recipe
-        sizes = tuple((name, extra.parse(recipe.config, name).batch_size) for name in recipe.data.extra)
+        streams = datasets.extra_streams(recipe.config)
+        sizes = tuple((name, streams[name].batch_size) for name in recipe.data.extra)
         return StreamSpec(recipe.config.seed, recipe.config.batch_size, recipe.num_seeds, recipe.with_ids, extra=sizes)
 
     def batches(self, images: Images, steps: Iterable[int]) -> Iterator[tuple[int, Batch]]:
@@ -494,6 +495,6 @@ class Programs:
         """The spec of the preprocessing of evaluation and inference, which is deterministic."""
         return decode.evaluation_spec(self.recipe.config.preprocess_eval, self.recipe.config.preprocess)
 
-    def eval_images(self, source: Any) -> Images:
+    def eval_images(self, source: Source) -> Images:
         """The images of a source, with the preprocessing of evaluation."""
-        return eval_images(source, self.recipe.config)
+        return datasets.eval_images(source, self.recipe.config)

@@ -18,12 +18,11 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax import losses, metrics
+from imgclf_jax import datasets, losses, metrics
 from imgclf_jax.augment import mixing, ops, tta
 from imgclf_jax.core import rng, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Function
-from imgclf_jax.data import extra
 from imgclf_jax.data.info import DataInfo
 from imgclf_jax.methods import Method, Problem, gradients
 from imgclf_jax.methods import table as methods
@@ -240,7 +239,7 @@ class Recipe:
 
 def check_names(config: ConfigDict) -> None:
     """Raises UserError for a spec that names nothing. Needs no data, which may take minutes to open."""
-    extra.check(config)
+    datasets.check_names(config)
     classifier.build(config.model, 2, config.precision)
     losses.link_of(config.loss)
     methods.check_name(config.method)

@@ -15,11 +15,12 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from imgclf_jax import losses
+from imgclf_jax import datasets, losses
 from imgclf_jax.core import dtypes, processes, sharding, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import JsonObject, Variables
-from imgclf_jax.data import decode, sources, stream
+from imgclf_jax.data import decode, sources
+from imgclf_jax.data.source import Source
 from imgclf_jax.losses import Task
 from imgclf_jax.methods import Problem
 from imgclf_jax.programs import Programs, programs_for_images
@@ -373,17 +374,17 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
     return run["state"], step
 
 
-def load_converted(config: ConfigDict, base: dict[str, sources.Source] | None = None, whole: bool = True) -> Trained:
+def load_converted(config: ConfigDict, base: dict[str, Source] | None = None, whole: bool = True) -> Trained:
     """The model with the weights that `init_from` names, at step 0, for the classes of the source `base`.
 
     `base` defaults to the config's source. Unless `whole`, the weights may lack the head, which then is random. Raises
     UserError if they lack any other part of the model.
     """
-    base = base or sources.open_data(config)
+    base = base or datasets.open_data(config)
     source = next(iter(base.values()))  # every split has the same classes and the same shape
     with contextlib.suppress(UserError):
         source = sources.take_split(base, config.data.train)
     mesh = sharding.make_inference_mesh(config.mesh)
-    programs = programs_for_images(config, stream.eval_images(source, config), mesh)
+    programs = programs_for_images(config, datasets.eval_images(source, config), mesh)
     weights = pretrained.load(programs, whole)
     return Trained(programs, programs.init_state(weights=weights.taken), 0)

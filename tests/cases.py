@@ -29,10 +29,11 @@ def short_config() -> ConfigDict:
 
 def trained_for(config: ConfigDict, steps: int) -> tuple[Any, ...]:
     """(programs, training split, its images, train state) after the first `steps` of a config, without a run."""
+    from imgclf_jax import datasets
     from imgclf_jax.data import sources, stream
     from imgclf_jax.programs import programs_for_images
 
-    split = sources.take_split(sources.open_data(config), config.data.train)
+    split = sources.take_split(datasets.open_data(config), config.data.train)
     images = stream.Images(split, config.preprocess, config.seed)
     programs = programs_for_images(config, images)
     state, sums = programs.init()["state"], programs.zero_sums()

@@ -9,9 +9,11 @@ environment variable FAULTS then says what goes wrong in this process, as JSON:
 FAULTS_LOG names a file to which each fault is appended.
 """
 
+import dataclasses
 import json
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +21,8 @@ import numpy as np
 from poisoned import poison  # noqa: F401  `faults:poison` names it
 
 from imgclf_jax.core import tree
-from imgclf_jax.data.sources import FakeSource
+from imgclf_jax.data.source import Source
+from imgclf_jax.data.sources import fake
 from imgclf_jax.train import recompute
 
 PLAN: dict[str, Any] = json.loads(os.environ.get("FAULTS", "{}"))
@@ -57,20 +60,23 @@ def note(what: str) -> None:
         file.write(what + "\n")
 
 
-def noise() -> dict[str, FakeSource]:
+def noise() -> dict[str, Source]:
     """A data set without files, which may hang."""
-    names = tuple("abcd")
-    return {"train": Hanging(NOISE, (12, 12, 1), names, 0), "test": Hanging(NOISE, (12, 12, 1), names, NOISE)}
+    return {
+        name: dataclasses.replace(source, read=hanging(source.read))
+        for name, source in fake(NOISE, (12, 12, 1), 4).items()
+    }
 
 
-class Hanging(FakeSource):
-    """A source that may hang."""
+def hanging(read: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], Any]:
+    """A `read` that may never return."""
 
-    def read(self, ids: np.ndarray) -> dict[str, Any]:
-        """Reads the examples, or never returns."""
+    def read_or_hang(ids: np.ndarray) -> Any:
         if PLAN.get("hang") == "source" and next(_reads) == PLAN["after"]:
             hang()
-        return super().read(ids)
+        return read(ids)
+
+    return read_or_hang
 
 
 def hang() -> None:

@@ -34,7 +34,7 @@ from processes_check import find_port
 from resume_check import ROOT, obey_signals, outcome
 from stress_memory import watch_memory
 
-from imgclf_jax.data.stream import example_ids
+from imgclf_jax.data.sampling import example_ids
 
 # Seconds on a machine that does nothing else; they grow with the time that the undisturbed run takes.
 LONGEST = 180  # that a process may take to end

@@ -224,7 +224,7 @@ def test_the_arguments_that_f1_takes(arguments):
 def test_a_run_asks_for_the_direction_before_data_are_opened(tmp_path, monkeypatch, capsys):
     (tmp_path / "own_error.py").write_text("def error(labels, probabilities):\n    return 0.5\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("imgclf_jax.train.setup.sources.open_splits", None)
+    monkeypatch.setattr("imgclf_jax.datasets.sources.open_splits", None)
     argv = ["--config.metrics=own_error:error", f"--workdir={tmp_path}/run"]
     assert launch.main([*argv, "--config.checkpoint.best=test/error"]) == 1
     assert capsys.readouterr().err == (

@@ -17,7 +17,7 @@ import launch
 from imgclf_jax.config import RESERVED
 from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import stream
+from imgclf_jax.data import prepare, sampling
 from imgclf_jax.methods import Method
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
@@ -62,21 +62,21 @@ def test_places_that_cannot_be_written(mistake, tmp_path):
     assert has(mistake(f"--workdir={tmp_path}/\udcff", *FAKE), "or is not UTF-8, and no checkpoint can be saved there")
 
 
-def test_no_network(mistake, tmp_path, monkeypatch):
-    """The files to fetch and where to put them, right away instead of after minutes of retries."""
+def test_no_network(capsys, tmp_path, monkeypatch):
+    """The files to fetch, and where to put them."""
 
     def unreachable(*args, **kwargs):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr(prepare, "_RETRIES", 0)
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     argv = (*FAKE, "--config.data.source=tfds('mnist')", f"--config.data.data_dir={tmp_path / 'data'}")
-    sentence = mistake("train", f"--workdir={tmp_path / 'run'}", *argv)
-    assert has(
-        sentence, "no network for TFDS data set 'mnist'", "--config.data.manual_dir", "train-images-idx3-ubyte.gz"
-    )
+    assert launch.main(["train", f"--workdir={tmp_path / 'run'}", *argv]) == 1
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert has(sentence, "error: TFDS could not prepare 'mnist'", "--config.data.manual_dir", "train-images-idx3-uby")
     assert snapshot(tmp_path / "run") == {}
 
 
@@ -233,7 +233,7 @@ def test_a_result_goes_when_its_run_is_trained_again(copy, monkeypatch, capsys):
 @pytest.mark.parametrize("name", sorted(RESERVED | {"attack", "a/b", ""}))
 def test_a_set_that_results_have_no_room_for(mistake, whole, tmp_path, monkeypatch, name):
     """`step` replaced the step in result.json, `train` wrote train/accuracy twice, and `a/b` was a traceback."""
-    monkeypatch.setattr("imgclf_jax.data.sources.open_data", None)
+    monkeypatch.setattr("imgclf_jax.datasets.open_data", None)
     for command in (["train", f"--workdir={tmp_path}/run", *FAKE], ["evaluate", f"--workdir={whole[0]}"]):
         assert has(mistake(*command, f"--config.data.eval.{name}=test"), f"data.eval names a set {name!r}")
 
@@ -271,7 +271,7 @@ def test_a_start_that_fails_leaves_no_folder(mistake, tmp_path):
 @pytest.mark.parametrize("override", ["model=cnnn", "loss=none", "schedule=none(1)", "optimizer=none", "augment=none",
                                       "mix=none", "tta=none", "metrics=none"])  # fmt: skip
 def test_a_wrong_name_is_told_before_data_are_opened(mistake, tmp_path, monkeypatch, override):
-    monkeypatch.setattr("imgclf_jax.train.setup.sources.open_splits", None)
+    monkeypatch.setattr("imgclf_jax.datasets.sources.open_splits", None)
     assert has(mistake(f"--workdir={tmp_path}/run", *FAKE, f"--config.{override}"), "unknown ", "allowed: ")
 
 
@@ -416,7 +416,7 @@ def test_a_loss_that_is_not_finite(mistake, tmp_path, capsys):
     burst = ("--config.optimizer=sgd", "--config.schedule=step(1e-2, at=('6 steps',), factor=1e35)")
     argv = (f"--workdir={tmp_path}", *FAKE, *burst)
     sentence = mistake(*argv, log=r"^\d\d:\d\d:\d\d|^  ")
-    ids = stream.example_ids(0, 6, 16, 64).tolist()
+    ids = sampling.example_ids(0, 6, 16, 64).tolist()
     assert has(sentence, "not finite at step 6", str(ids[:8])[:-1], "nonfinite.json", "good checkpoint is of step 4")
     assert json.loads((tmp_path / "nonfinite.json").read_text())["example_ids"] == ids
     assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps() == [4]

@@ -53,10 +53,11 @@ else:
     sys.path.insert(0, os.path.dirname(launch))
     from imgclf_jax.run import environment
     environment.prepare(True)
+    from imgclf_jax import datasets
     from imgclf_jax.train import evaluation, loop as train, setup as train_setup
     from imgclf_jax.run import checkpoint, writers
     owner, name, after = {
-        "data": (train_setup.sources, "open_splits", False),
+        "data": (datasets.sources, "open_splits", False),
         "compile": (train_setup, "_trace", False),
         "log": (writers.MetricsWriter, "write_scalars", True),
         "evaluation": (evaluation, "evaluate", False),

@@ -15,7 +15,7 @@ TIERS = [
     "config losses methods metrics models optim scores",
     "augment data",
     "run step",
-    "diagnose programs recipe",
+    "datasets diagnose programs recipe",
     "weights",
     "trained",
     "cli train",

@@ -8,59 +8,33 @@ import io
 import math
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from imgclf_jax.core import cache, memory, places
 from imgclf_jax.core.errors import UserError, reason
-from imgclf_jax.core.once import once
-from imgclf_jax.core.typing import Examples
+from imgclf_jax.data.source import MAX_CLASSES, Source, check_finite
 
-MOST_CLASSES = 1_000_000
 _UNNAMED_CLASSES = 1000  # up to which classes need neither names nor an example each
 _HEADER = 12_000  # bytes; NumPy itself refuses a longer array header
 
 
-@dataclass(frozen=True)
-class ArraySource:
-    """Examples in memory: images uint8[n, h, w, c] with either labels i32[n] or targets f32[n, k]."""
-
-    images: np.ndarray
-    labels: np.ndarray | None
-    class_names: tuple[str, ...]  # or the names of the targets
-    targets: np.ndarray | None = None
-    weights: np.ndarray | None = None  # real numbers [n], for data.sampling='weighted'
-    thread_safe: ClassVar[bool] = True
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def target_names(self) -> tuple[str, ...]:
-        """The names of the k targets; () with labels."""
-        return () if self.targets is None else self.class_names
-
-    def read(self, ids: np.ndarray) -> Examples:
-        """The examples with these ids, in their order."""
-        ys = {"label": self.labels, "target": self.targets}
-        return {"image": self.images[ids], **{name: y[ids] for name, y in ys.items() if y is not None}}
-
-    def fingerprint(self) -> str:
-        """The SHA-256 of all images, labels or targets, and their names."""
-        return self._fingerprint
-
-    @once
-    def _fingerprint(self) -> str:
-        kind = () if self.targets is None else ("targets",)
-        digest = hashlib.sha256(str((self.images.shape, self.class_names, *kind)).encode())
-        for array in (self.images, self.labels, self.targets, self.weights):
-            if array is not None:
-                digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
+def array_source(
+    images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...], weights: np.ndarray | None = None
+) -> Source:
+    """The source of uint8[n, h, w, c] in memory with labels int[n] or targets f32[n, k]; `weights` [n] are a column."""
+    kind = ("targets",) if labels.ndim == 2 else ()
+    digest = hashlib.sha256(str((images.shape, class_names, *kind)).encode())
+    for array in (images, labels, weights):
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).data)
+    columns = {} if weights is None else {"weight": weights}
+    return Source(len(images), lambda ids: {"image": images[ids]}, class_names, digest.hexdigest(), labels,
+                  columns=columns, thread_safe=True)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,7 +49,7 @@ class _Member:
         return f"{self.dtype}{list(self.shape)}"
 
 
-def arrays(path: str) -> dict[str, ArraySource]:
+def arrays(path: str) -> dict[str, Source]:
     """Reads an .npz file with the images and labels of each split.
 
     - `x_NAME` uint8[n, h, w(, c)] and `y_NAME` int[n] or int[n, 1], as in Keras's mnist.npz, or `NAME_images` and
@@ -134,51 +108,47 @@ def _local_copy(file: Path) -> Path:
     return copy
 
 
-def _read(content: zipfile.ZipFile, path: str) -> dict[str, ArraySource]:
+def _read(content: zipfile.ZipFile, path: str) -> dict[str, Source]:
     infos = {info.filename.removesuffix(".npy"): info for info in content.infolist()}
     splits = _splits(infos, path)
-    with_targets = _has_targets(splits, path)
+    if len(kinds := {y.endswith("targets"): y for _, y in splits.values()}) > 1:
+        raise UserError(f"arrays: {path} holds {kinds[False]} and {kinds[True]}; give every split labels, or every "
+                        "split targets")  # fmt: skip
+    with_targets = True in kinds
     names_key = "target_names" if with_targets else "class_names"
     weights = {split: "weights" if x == "images" else f"{split}_weights" for split, (x, _) in splits.items()}
     keys = [key for pair in splits.values() for key in pair]
     keys += [key for key in (names_key, *weights.values()) if key in infos]
     members = {key: _member(content, infos[key]) for key in keys}
-    for pair in splits.values():
-        (_check_targets if with_targets else _check_labels)(members, *pair, path)
+    for x, y in splits.values():
+        _check_members(x, members[x], y, members[y], with_targets, path)
     shapes = {(*members[images].shape[1:], 1)[:3]: images for images, _ in splits.values()}
     if len(shapes) > 1:
         (a, first), (b, second) = list(shapes.items())[:2]
         raise UserError(f"arrays: in {path}, the images of {first} are {list(a)} and those of {second} are {list(b)}; "
                         "all splits must have the same height, width and channels")  # fmt: skip
-    total = sum(member.info.file_size for member in members.values())
-    memory.require(total, f"arrays: {path}")
-    ys = {split: _array(content, members[key]) for split, (_, key) in splits.items()}
+    memory.require(sum(member.info.file_size for member in members.values()), f"arrays: {path}")
+    ys = {y: _array(content, members[y]) for _, y in splits.values()}
     if with_targets:
-        ys = {split: _as_targets(y, f"arrays: in {path}, {splits[split][1]}") for split, y in ys.items()}
-        names = _target_names(content, members.get("target_names"), ys, path)
+        ys = {key: _as_targets(y, f"arrays: in {path}, {key}") for key, y in ys.items()}
+        names = _target_names(content, members.get(names_key), ys, path)
     else:
-        ys = {split: y.reshape(-1) for split, y in ys.items()}
-        names = _class_names(content, members.get("class_names"), ys.values(), path)
+        ys = {key: y.reshape(-1) for key, y in ys.items()}
+        names = _class_names(content, members.get(names_key), list(ys.values()), path)
+        for key, labels in ys.items():
+            if int(labels.min()) < 0 or int(labels.max()) >= len(names):
+                raise UserError(f"arrays: in {path}, {key} has labels outside the {len(names)} classes, 0 to "
+                                f"{len(names) - 1}")  # fmt: skip
     out = {}
-    for split, (images, key) in splits.items():
-        y = ys[split]
-        if not with_targets and (int(y.min()) < 0 or int(y.max()) >= len(names)):
-            raise UserError(f"arrays: in {path}, {key} has labels outside the {len(names)} classes, 0 to "
-                            f"{len(names) - 1}")  # fmt: skip
-        x = _array(content, members[images])
-        labels, targets = (None, y) if with_targets else (y.astype(np.int32), None)
-        split_weights = _array(content, members[weights[split]]) if weights[split] in members else None
-        out[split] = ArraySource(x[..., None] if x.ndim == 3 else x, labels, names, targets, split_weights)
+    for split, (x, y) in splits.items():
+        images = _array(content, members[x])
+        labels = ys[y] if with_targets else ys[y].astype(np.int32)
+        own = _array(content, members[weights[split]]) if weights[split] in members else None
+        if own is not None and own.shape != (len(images),):
+            raise UserError(f"arrays: in {path}, {weights[split]} is {own.dtype}{list(own.shape)} for {len(images)} "
+                            "images; expected one number per image")  # fmt: skip
+        out[split] = array_source(images[..., None] if images.ndim == 3 else images, labels, names, own)
     return out
-
-
-def _has_targets(splits: Mapping[str, tuple[str, str]], path: str) -> bool:
-    """Whether the splits have targets instead of labels. Raises UserError if only some of them do."""
-    kinds = {key.endswith("targets"): key for _, key in splits.values()}
-    if len(kinds) > 1:
-        raise UserError(f"arrays: {path} holds {kinds[False]} and {kinds[True]}; give every split labels, or every "
-                        "split targets")  # fmt: skip
-    return True in kinds
 
 
 def _as_targets(values: np.ndarray, where: str) -> np.ndarray:
@@ -187,16 +157,6 @@ def _as_targets(values: np.ndarray, where: str) -> np.ndarray:
         targets = values.reshape(len(values), -1).astype(np.float32)
     check_finite(targets, lambda i: f"{where}, example {i}")
     return targets
-
-
-def check_finite(targets: np.ndarray, name: Callable[[int], str]) -> None:
-    """Raises UserError for the first NaN or infinity in targets f32[n, k], naming its row by `name`."""
-    wrong = np.argwhere(~np.isfinite(targets))
-    if wrong.size:
-        i, column = map(int, wrong[0])
-        more = f" (and {len(wrong) - 1:,} more)" * (len(wrong) > 1)
-        raise UserError(f"{name(i)}: target {column} is {targets[i, column]}{more}; targets must be finite float32 "
-                        "numbers")  # fmt: skip
 
 
 def _splits(keys: Iterable[str], path: str) -> dict[str, tuple[str, str]]:
@@ -247,69 +207,60 @@ def _array(content: zipfile.ZipFile, member: _Member) -> np.ndarray:
     return array
 
 
-def _are_images(x: _Member) -> bool:
-    sized = len(x.shape) in (3, 4) and min(x.shape) > 0 and (len(x.shape) == 3 or x.shape[3] <= 4)
-    return sized and x.dtype == np.uint8
-
-
-def _check_targets(members: Mapping[str, _Member], images: str, targets: str, path: str) -> None:
-    x, y = members[images], members[targets]
-    shaped = _are_images(x) and len(y.shape) in (1, 2) and y.shape[0] == x.shape[0] and min(y.shape) > 0
-    if not shaped or y.dtype.kind not in "fiub":
-        raise UserError(f"arrays: in {path}, {images} is {x} and {targets} is {y}; expected uint8[n, h, w] or uint8[n, "
-                        "h, w, c] with c from 1 to 4, and real numbers [n] or [n, k]")  # fmt: skip
-
-
-def _check_labels(members: Mapping[str, _Member], images: str, labels: str, path: str) -> None:
-    x, y = members[images], members[labels]
-    n = x.shape[0] if x.shape else 0
-    if not _are_images(x) or y.shape not in ((n,), (n, 1)) or y.dtype.kind not in "iu":
-        raise UserError(f"arrays: in {path}, {images} is {x} for {math.prod(y.shape)} labels, {y.dtype}; expected "
-                        "uint8[n, h, w] or uint8[n, h, w, c] with at least one pixel and c from 1 to 4, and n whole "
-                        "numbers")  # fmt: skip
+def _check_members(x: str, images: _Member, y: str, labels: _Member, with_targets: bool, path: str) -> None:
+    """Raises UserError unless these are images and a label or targets for each, by their headers."""
+    n = images.shape[0] if images.shape else 0
+    are_images = images.dtype == np.uint8 and len(images.shape) in (3, 4) and min(images.shape) > 0
+    are_images = are_images and (len(images.shape) == 3 or images.shape[3] <= 4)
+    if with_targets:
+        fit = len(labels.shape) in (1, 2) and labels.shape[0] == n and min(labels.shape) > 0
+        if not are_images or not fit or labels.dtype.kind not in "fiub":
+            raise UserError(f"arrays: in {path}, {x} is {images} and {y} is {labels}; expected uint8[n, h, w] or "
+                            "uint8[n, h, w, c] with c from 1 to 4, and real numbers [n] or [n, k]")  # fmt: skip
+    elif not are_images or labels.shape not in ((n,), (n, 1)) or labels.dtype.kind not in "iu":
+        raise UserError(f"arrays: in {path}, {x} is {images} for {math.prod(labels.shape)} labels, {labels.dtype}; "
+                        "expected uint8[n, h, w] or uint8[n, h, w, c] with at least one pixel and c from 1 to 4, and n "
+                        "whole numbers")  # fmt: skip
 
 
 def _class_names(
-    content: zipfile.ZipFile, member: _Member | None, labels: Iterable[np.ndarray], path: str
+    content: zipfile.ZipFile, member: _Member | None, labels: Sequence[np.ndarray], path: str
 ) -> tuple[str, ...]:
     if member is None:
-        labels = list(labels)
         classes, examples = 1 + max(int(y.max()) for y in labels), sum(len(y) for y in labels)
-        if classes > min(MOST_CLASSES, max(_UNNAMED_CLASSES, examples)):
+        if classes > min(MAX_CLASSES, max(_UNNAMED_CLASSES, examples)):
             raise UserError(f"arrays: in {path}, the greatest of {examples} labels is {classes - 1}; number the "
                             "classes 0, 1, 2, …, or name all of them in class_names")  # fmt: skip
         return tuple(map(str, range(classes)))
-    names = _text(content, member, path, "class_names", "class")
-    if len(set(names)) < len(names):
-        raise UserError(f"arrays: in {path}, class_names holds {len(names)} names, {len(set(names))} of them distinct; "
-                        "name each class once")  # fmt: skip
-    return names
+    return _text(content, member, path, "class_names", "class")
 
 
 def _target_names(
     content: zipfile.ZipFile, member: _Member | None, targets: Mapping[str, np.ndarray], path: str
 ) -> tuple[str, ...]:
-    counts = {split: y.shape[1] for split, y in targets.items()}
+    counts = {key: y.shape[1] for key, y in targets.items()}
     if len(set(counts.values())) > 1:
         raise UserError(f"arrays: in {path}, the splits have different numbers of targets: {counts}")
     k = next(iter(counts.values()))
     if member is None:
         return ("target",) if k == 1 else tuple(map(str, range(k)))
     names = _text(content, member, path, "target_names", "target")
-    if len(names) != k or len(set(names)) != k:
-        raise UserError(f"arrays: in {path}, target_names holds {len(names)} names, {len(set(names))} of them "
-                        f"distinct, for {k} target{'s' * (k > 1)}; name each of them once")  # fmt: skip
+    if len(names) != k:
+        raise UserError(f"arrays: in {path}, target_names holds {len(names)} names for {k} target{'s' * (k > 1)}")
     return names
 
 
 def _text(content: zipfile.ZipFile, member: _Member, path: str, key: str, what: str) -> tuple[str, ...]:
-    if member.dtype.kind not in "USiu" or len(member.shape) != 1 or member.shape[0] > MOST_CLASSES:
+    if member.dtype.kind not in "USiu" or len(member.shape) != 1 or member.shape[0] > MAX_CLASSES:
         raise UserError(f"arrays: in {path}, {key} is {member}; expected one text per {what}, at most "
-                        f"{MOST_CLASSES:,}: np.array(names, dtype=str)")  # fmt: skip
+                        f"{MAX_CLASSES:,}: np.array(names, dtype=str)")  # fmt: skip
     try:
         array = _array(content, member)
         names = [name.decode() if isinstance(name, bytes) else str(name) for name in array.tolist()]
         "".join(names).encode()  # lone surrogates cannot be printed
     except (ValueError, SystemError) as e:  # SystemError: CPython, for an invalid code point
         raise UserError(f"arrays: in {path}, {key} is not text: {reason(e)}") from e
+    if len(set(names)) < len(names):
+        raise UserError(f"arrays: in {path}, {key} holds {len(names)} names, {len(set(names))} of them distinct; name "
+                        f"each {what} once")  # fmt: skip
     return tuple(names)

@@ -1,12 +1,9 @@
 """The user's own images: a folder with a sub-folder per class, or with split folders `train/`, `test/`, … of these."""
 
 import concurrent.futures
-import hashlib
 import logging
-import os
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +14,16 @@ from imgclf_jax.core.split_folders import class_folders, split_folders
 from imgclf_jax.core.text import utf8
 from imgclf_jax.data import image_check, image_files
 from imgclf_jax.data.decode import FORMATS
-from imgclf_jax.data.file_source import LISTING, FileSource, report_unreadable
+from imgclf_jax.data.file_source import LISTING, file_source, hashed, report_unreadable
 from imgclf_jax.data.image_files import Listing
+from imgclf_jax.data.source import Source
 
 log = logging.getLogger(__name__)
 
 
 def folder(
-    path: str, train_per_class: int = 0, draw: int = 0, *, unreadable: str = "error",
-    formats: tuple[str, ...] = FORMATS,
-) -> dict[str, FileSource]:  # fmt: skip
+    path: str, train_per_class: int = 0, draw: int = 0, *, unreadable: str = "error", formats: tuple[str, ...] = FORMATS
+) -> dict[str, Source]:
     """Finds the images of a folder: `path/CLASS/…` is the split `train`, `path/test/CLASS/…` the split `test`.
 
     - `core.split_folders` names the split folders.
@@ -49,88 +46,75 @@ def folder(
     if (absolute := root.resolve()) == absolute.parent:
         raise UserError(f"folder: {path!r} is the root of a file system, and listing it would read every file name on "
                         "the disk; name the folder that holds the class folders")  # fmt: skip
-    split_roots = {name: root / name for name in split_folders(root)} or {"train": root}
+    roots = {name: root / name for name in split_folders(root)} or {"train": root}
     # All splits have the union of their classes, so labels agree between them.
-    class_names = tuple(sorted({utf8(d.name) for split in split_roots.values() for d in class_folders(split)}))
+    class_names = tuple(sorted({utf8(d.name) for split in roots.values() for d in class_folders(split)}))
     if len(class_names) < 2:
         raise UserError(f"folder: {root} has {len(class_names)} class folders; make one per class, at least two")
-    scans = {name: _scan(split_root, class_names) for name, split_root in split_roots.items()}
-    sources, listings = zip(*scans.values(), strict=True)
-    _log_unused(root, sources, sum((listing.strays for listing in listings), Counter()))
-    out = _check_readable(root, scans, unreadable, formats)
-    return _split_per_class(out, train_per_class, draw) if train_per_class else out
+    listings = {name: _list(split_root) for name, split_root in roots.items()}
+    _log_unused(root, roots.values(), sum((listing.strays for listing in listings.values()), Counter()))
 
+    bad, digests = {}, {}
+    for name, listing in listings.items():
+        checked = image_check.check(roots[name], listing.images, unreadable == "skip", formats)
+        bad[name], digests[name] = listing.broken | checked.unreadable, checked.digests
+    if reasons := {str(roots[name] / file): reason for name in bad for file, reason in bad[name].items()}:
+        report_unreadable("folder", root, reasons, unreadable)
+    number = {name: label for label, name in enumerate(class_names)}
 
-def _check_readable(
-    root: Path, scans: dict[str, tuple[FileSource, Listing]], unreadable: str, formats: tuple[str, ...]
-) -> dict[str, FileSource]:
-    """The sources without unreadable files. Raises UserError naming these unless `unreadable` is "skip"."""
-    bad, sources = {}, {}
-    for name, (source, listing) in scans.items():
-        checked = image_check.check(source.root, listing.images, unreadable == "skip", formats)
-        bad[name] = listing.broken | checked.unreadable
-        sources[name] = replace(source, digests=tuple(checked.digests.get(file, "") for file in source.files))
-    reasons = {str(scans[name][0].root / file): reason for name in bad for file, reason in bad[name].items()}
-    if not reasons:
-        return sources
-    report_unreadable("folder", root, reasons, unreadable)
-    return {name: _without(source, bad[name]) for name, source in sources.items()}
+    def source(split: str, files: Sequence[str]) -> Source:
+        labels = np.array([number[utf8(file.partition("/")[0])] for file in files], np.int32)
+        return file_source(roots[split], files, labels, class_names, digests[split], tuple(bad[split]))
 
-
-def _without(source: FileSource, bad: dict[str, str]) -> FileSource:
-    """The source without these files. Raises UserError if a class folder loses all its images."""
-    kept = source.without(bad)
-    classes = {file.partition("/")[0] for file in kept.files}
-    if gone := sorted({file.partition("/")[0] for file in bad} - classes):
-        raise UserError(f"folder: the class folder {source.root / gone[0]} has no readable image; add some or "
-                        "remove it")  # fmt: skip
-    return kept
-
-
-def _split_per_class(splits: dict[str, FileSource], train_per_class: int, draw: int) -> dict[str, FileSource]:
-    """Splits the only split, `train`, into `train` and `test`."""
-    source = splits["train"] if splits.keys() == {"train"} else None
-    if source is None or train_per_class < 0:
+    for name, found in digests.items():
+        if gone := sorted({file.partition("/")[0] for file in bad[name]} - {file.partition("/")[0] for file in found}):
+            raise UserError(f"folder: the class folder {roots[name] / gone[0]} has no readable image; add some or "
+                            "remove it")  # fmt: skip
+    out = {name: sorted(found, key=hashed) for name, found in digests.items()}
+    if not train_per_class:
+        return {name: source(name, files) for name, files in out.items()}
+    if out.keys() != {"train"} or train_per_class < 0:
         raise UserError(
             f"folder(train_per_class={train_per_class}): must be above zero, for a folder without train/ and test/"
         )
-    assert source.labels is not None
-    chosen = np.zeros(len(source), bool)
-    for label, name in enumerate(source.class_names):
-        indices = np.flatnonzero(source.labels == label)
-        if len(indices) <= train_per_class:
-            raise UserError(
-                f"folder(train_per_class={train_per_class}): the class {name!r} has {len(indices)} images, which "
-                "leaves none for `test`; take fewer, or remove the class"
-            )
-        keys = [hashlib.sha256(os.fsencode(f"{draw}/{source.files[i]}")).digest() for i in indices]
-        chosen[indices[sorted(range(len(indices)), key=keys.__getitem__)[:train_per_class]]] = True
-
-    return {"train": source.select(np.flatnonzero(chosen)), "test": source.select(np.flatnonzero(~chosen))}
+    chosen = _choose(out["train"], train_per_class, draw)
+    return {"train": source("train", [file for file in out["train"] if file in chosen]),
+            "test": source("train", [file for file in out["train"] if file not in chosen])}  # fmt: skip
 
 
-def _scan(root: Path, class_names: tuple[str, ...]) -> tuple[FileSource, Listing]:
+def _choose(files: Sequence[str], per_class: int, draw: int) -> set[str]:
+    """So many files of each class folder, drawn by a hash of their names and the number `draw`."""
+    by_class: dict[str, list[str]] = {}
+    for file in files:
+        by_class.setdefault(file.partition("/")[0], []).append(file)
+    chosen: set[str] = set()
+    for name, own in by_class.items():
+        if len(own) <= per_class:
+            raise UserError(f"folder(train_per_class={per_class}): the class {name!r} has {len(own)} images, which "
+                            "leaves none for `test`; take fewer, or remove the class")  # fmt: skip
+        chosen |= set(sorted(own, key=lambda file: hashed(f"{draw}/{file}"))[:per_class])
+    return chosen
+
+
+def _list(root: Path) -> Listing:
     """Lists the class folders of a split, without opening an image."""
-    merged = Listing()
     folders = class_folders(root)
     with terminal.showing(f"listing images in {str(root)!r}"), concurrent.futures.ThreadPoolExecutor(LISTING) as pool:
         listings = list(pool.map(image_files.find, folders))
+    merged = Listing()
     for class_folder, listing in zip(folders, listings, strict=True):
         if not listing.images and not listing.broken:
             raise UserError(f"folder: the class folder {class_folder} has no images; add some or remove it")
         merged.images |= {f"{class_folder.name}/{name}": stamp for name, stamp in listing.images.items()}
         merged.broken |= {f"{class_folder.name}/{name}": reason for name, reason in listing.broken.items()}
         merged.strays += listing.strays
-    files = tuple(sorted(merged.images, key=lambda file: hashlib.sha256(os.fsencode(file)).digest()))
-    number = {name: label for label, name in enumerate(class_names)}
-    labels = np.array([number[utf8(file.partition("/")[0])] for file in files], np.int32)
-    return FileSource(root, files, labels, tuple(merged.images[file][0] for file in files), class_names), merged
+    return merged
 
 
-def _log_unused(root: Path, splits: Iterable[FileSource], strays: Counter[str]) -> None:
-    """Logs what the folder holds but no split uses, in one line; adds files outside the class folders to `strays`."""
-    parents = list(dict.fromkeys([root, *(source.root for source in splits)]))
-    used = {*parents, *(class_folder for source in splits for class_folder in class_folders(source.root))}
+def _log_unused(root: Path, split_roots: Iterable[Path], strays: Mapping[str, int]) -> None:
+    """Logs what the folder holds but no split uses, in one line, with the `strays` of the class folders."""
+    parents, strays = list(dict.fromkeys([root, *split_roots])), Counter(strays)
+    used = {*parents, *(class_folder for split in split_roots for class_folder in class_folders(split))}
     images = sum(1 for parent in parents for _ in image_files.walk(parent, strays, recursive=False))
     parts = [f"the folder {folder.name}" for folder in class_folders(root) if folder not in used]
     if images:

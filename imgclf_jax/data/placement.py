@@ -128,7 +128,7 @@ def _device_batches(
         if len(own) > np.iinfo(np.int32).max:
             raise UserError(f"data.placement='device' numbers examples in 32 bits, but there are {len(own):,}; use "
                             "data.placement='host'")  # fmt: skip
-    nbytes = sum(len(own) * (math.prod(own.shape) + 4 * len(own.target_names)) for own, _ in streams.values())
+    nbytes = sum(len(own) * (math.prod(own.shape) + 4 * len(own.source.target_names)) for own, _ in streams.values())
     count = sum(len(own) for own, _ in streams.values())
     memory.require(nbytes, f"data.placement='device': {count:,} decoded images")
     readers = {name: _resident(own, own_spec, mesh) for name, (own, own_spec) in streams.items()}

@@ -5,65 +5,26 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
-import socket
 import sys
-import urllib.parse
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from imgclf_jax.core import cache, extras, json_files, places, spec, tensorflow_import
 from imgclf_jax.core.errors import UserError, no_such, unknown
 from imgclf_jax.core.typing import Examples
+from imgclf_jax.data.source import Source
+
+_RETRIES = 6  # of a download, 12 s without a network; the 10 of TFDS take minutes
 
 # Of TFDS, which is imported late.
 type Builder = Any
 type DataSource = Any
 
 
-@dataclass(frozen=True)
-class TfdsSource:
-    """A TFDS split prepared as ArrayRecord: encoded images, read by id. The first read may import TFDS."""
-
-    open: Callable[[], Mapping[str, DataSource]]  # returns {split: data source}
-    split: str
-    examples: int
-    identity: str
-    class_names: tuple[str, ...]
-    stamp: str = ""  # changes with the files, even if the metadata of TFDS do not
-    immutable: ClassVar[bool] = True  # the identity changes with the version and the number of bytes, the stamp always
-    thread_safe: ClassVar[bool] = True
-
-    def __len__(self) -> int:
-        return self.examples
-
-    @functools.cached_property
-    def data_source(self) -> DataSource:
-        return self.open()[self.split]
-
-    def read(self, ids: np.ndarray) -> Examples:
-        records = self.data_source.__getitems__(ids.tolist())
-        if isinstance(records[0], bytes):
-            from tensorflow_datasets.proto import tf_example_pb2
-
-            parsed = [tf_example_pb2.Example.FromString(r).features.feature for r in records]
-            records = [
-                {"image": p["image"].bytes_list.value[0], "label": p["label"].int64_list.value[0]} for p in parsed
-            ]
-        labels = np.array([r["label"] for r in records], np.int32)
-        if labels.min() < 0:  # TFDS writes -1 for the secret labels of a test set
-            raise UserError(f"example {int(ids[labels.argmin()])} of {self.identity!r} has no label; use another split")
-        return {"image": [r["image"] for r in records], "label": labels}
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self.identity.encode()).hexdigest()
-
-
-def open_tfds(name: str, data_dir: str, manual_dir: str) -> dict[str, TfdsSource]:
+def open_tfds(name: str, data_dir: str, manual_dir: str) -> dict[str, Source]:
     """Opens the splits of a data set by `prepare_tfds`, or by a cached record if its files have not changed.
 
     The record avoids importing TFDS, which takes seconds: half of a short run on cached images.
@@ -91,10 +52,35 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> dict[str, TfdsSource
     return _sources(facts, lambda: data_sources)
 
 
-def _sources(facts: Mapping[str, Any], open: Callable[[], Mapping[str, DataSource]]) -> dict[str, TfdsSource]:
+def _sources(facts: Mapping[str, Any], open_all: Callable[[], Mapping[str, DataSource]]) -> dict[str, Source]:
     class_names = tuple(facts["class_names"])
-    return {split: TfdsSource(open, split, int(examples), str(identity), class_names, facts["info"])
+    return {split: _source(open_all, split, int(examples), str(identity), class_names, str(facts["info"]))
             for split, (examples, identity) in facts["splits"].items()}  # fmt: skip
+
+
+def _source(
+    open_all: Callable[[], Mapping[str, DataSource]], split: str, size: int, identity: str,
+    class_names: tuple[str, ...], files_digest: str,
+) -> Source:  # fmt: skip
+    """A split prepared as ArrayRecord: encoded images, read by id. The first read may import TFDS."""
+    data_source = functools.cache(lambda: open_all()[split])
+
+    def read(ids: np.ndarray) -> Examples:
+        records = data_source().__getitems__(ids.tolist())
+        if isinstance(records[0], bytes):
+            from tensorflow_datasets.proto import tf_example_pb2
+
+            parsed = [tf_example_pb2.Example.FromString(r).features.feature for r in records]
+            records = [
+                {"image": p["image"].bytes_list.value[0], "label": p["label"].int64_list.value[0]} for p in parsed
+            ]
+        labels = np.array([r["label"] for r in records], np.int32)
+        if labels.min() < 0:  # TFDS writes -1 for the secret labels of a test set
+            raise UserError(f"example {int(ids[labels.argmin()])} of {identity!r} has no label; use another split")
+        return {"image": [r["image"] for r in records], "label": labels}
+
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+    return Source(size, read, class_names, fingerprint, thread_safe=True, cache_key=files_digest)
 
 
 def _version(name: str) -> str:
@@ -132,18 +118,23 @@ def prepare_tfds(name: str, data_dir: str, manual_dir: str) -> tuple[Builder, di
     builder = _builder(name, data_dir)
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import download as downloads
+    from tensorflow_datasets.core.download import downloader
 
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
+    missing: list[str] = []
     if not builder.data_path.exists():
-        _check_files(builder, manual_dir)
+        missing = _missing_files(builder, manual_dir)
         tensorflow_import.tensorflow().result()  # only preparing needs it; reading does not
+    downloader.MAX_RETRIES = _RETRIES
     config = tfds.download.DownloadConfig(manual_dir=manual_dir or None)
     try:
         builder.download_and_prepare(download_config=config)
     except (OSError, downloads.download_manager.NonMatchingChecksumError, downloads.util.DownloadError) as e:
         where = f"data_dir {data_dir or '~/tensorflow_datasets'}, manual_dir {manual_dir or 'not set'}"
-        raise UserError(f"TFDS could not prepare {name!r} ({where}): {str(e).splitlines()[0]}") from e
+        fetch = f"; without a network, fetch these files elsewhere, put them in one directory and pass it as "\
+                f"--config.data.manual_dir: {', '.join(missing)}" if missing else ""  # fmt: skip
+        raise UserError(f"TFDS could not prepare {name!r} ({where}): {str(e).splitlines()[0]}{fetch}") from e
     except AssertionError as e:  # a data set that must be downloaded by hand
         raise UserError(f"TFDS data set {name!r}: {' '.join(str(e).split())}; set --config.data.manual_dir") from e
     if isinstance(builder.info.features["image"], tfds.features.Image):  # TFDS takes three times as long to parse it
@@ -175,27 +166,17 @@ def _builder(name: str, data_dir: str) -> Builder:
     return builder
 
 
-def _check_files(builder: Builder, manual_dir: str) -> None:
-    """Raises UserError if files are missing and there is no network, for which TFDS would retry for minutes."""
+def _missing_files(builder: Builder, manual_dir: str) -> list[str]:
+    """The addresses of the files to download, as far as TFDS has recorded them.
+
+    Raises UserError if the program may not download (see `spec.check_download`).
+    """
     if manual_dir and not Path(manual_dir).is_dir():
         raise no_such("data.manual_dir", "directory", manual_dir)
     # {address: name in manual_dir}; empty for a data set whose files TFDS has not recorded
     files = {url: info.filename or url.rpartition("/")[2] for url, info in (builder.url_infos or {}).items()}
-    missing = [url for url, name in files.items() if not (manual_dir and Path(manual_dir, name).exists())]
+    missing = {url: name for url, name in files.items() if not (manual_dir and Path(manual_dir, name).exists())}
     if missing or not files:
         what = f"TFDS data set {builder.name!r}, which is not prepared on this machine and would be downloaded"
         spec.check_download(builder.name, what)
-    if len(builder.builder_configs) > 1 and len(missing) < len(files):
-        return  # TFDS does not tell the files of one config from those of the others
-    proxied = any(os.environ.get(v) for v in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy"))
-    addresses = [urllib.parse.urlparse(url) for url in missing]
-    for host in sorted({a.hostname or "" for a in addresses if a.scheme in ("http", "https", "ftp")}):
-        try:
-            if host and not proxied:
-                socket.getaddrinfo(host, 80)
-        except OSError as e:
-            raise UserError(
-                f"no network for TFDS data set {builder.name!r} ({host}: {e.strerror}); fetch these files elsewhere, "
-                "put them in one directory and pass it as --config.data.manual_dir: "
-                + ", ".join(url if url.endswith(files[url]) else f"{url} (as {files[url]})" for url in missing)
-            ) from e
+    return [url if url.endswith(name) else f"{url} (as {name})" for url, name in missing.items()]

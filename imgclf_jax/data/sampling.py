@@ -16,12 +16,11 @@ import numpy as np
 from imgclf_jax.core import rng, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Function, Value
-from imgclf_jax.data import sources
 from imgclf_jax.data.arrays import load_array
+from imgclf_jax.data.source import Source, numbers, read_labels
 
 _ROUNDS = 6  # of the Feistel network
 _RANKED = 32  # the most elements to permute by ranking hashes
-_PROBED = 20_000  # positions over which to count the frequencies of a user's own sampling
 
 type Ids = Callable[[int, np.ndarray], np.ndarray]  # (seed, positions int64[b]) → ids int64[b]
 
@@ -108,25 +107,22 @@ class Sampler:
     ids: Ids
     epoch: int  # positions in an epoch of the stream: a batch's `epoch` is position // epoch
     digest: str = ""  # of the numbers that it samples by, besides the data
-    # (positions) → f64[n], the expected counts of each example at the first so many positions; None: count them.
-    expected: Callable[[int], np.ndarray] | None = None
+    drawn: np.ndarray | None = None  # the ids that it may draw; None: all
 
 
-def permutation(source: sources.Source) -> Sampler:
+def permutation(source: Source) -> Sampler:
     """Every example once per epoch, in a new random order each time."""
-    n = len(source)
-    return Sampler(lambda seed, positions: position_ids(seed, positions, n), n, "", lambda stop: np.full(n, stop / n))
+    n = source.size
+    return Sampler(lambda seed, positions: position_ids(seed, positions, n), n)
 
 
-def balanced(source: sources.Source) -> Sampler:
+def balanced(source: Source) -> Sampler:
     """Every class equally often: positions k i to k i + k - 1 hold each of the k classes once.
 
     The examples of a class come in exact permutations. An epoch of the stream ends when the largest class has been seen
     once. Classes without examples are skipped. Raises UserError for targets.
     """
-    if sources.target_names(source):
-        raise UserError("balanced needs labels, but data.source has targets")
-    labels = sources.read_labels(source)
+    labels = read_labels(source)
     counts = np.bincount(labels)
     present = np.flatnonzero(counts)
     order, starts, k = np.argsort(labels, kind="stable"), np.cumsum(counts) - counts, len(present)
@@ -137,20 +133,26 @@ def balanced(source: sources.Source) -> Sampler:
         passes, index = np.divmod(turn, counts[classes])
         return order[starts[classes] + shuffle(index, counts[classes], _keys(seed, "balanced", classes, passes))]
 
-    return Sampler(ids, k * int(counts.max()), "", lambda stop: stop / k / counts[labels])
+    return Sampler(ids, k * int(counts.max()))
 
 
-def weighted(source: sources.Source, by: str = "") -> Sampler:
+def weighted(source: Source, by: str = "weight") -> Sampler:
     """Draws the example at each position independently, with a probability proportional to its weight.
 
-    `by` is a .npy or .npz file with a weight per example, or a column of the source; by default the source's weights.
-    An epoch of the stream has as many positions as examples.
+    `by` is a column of the source, or a .npy or .npz file with a weight per example. An epoch of the stream has as many
+    positions as examples.
     """
-    weights, what = _numbers(source, by, "by")
-    if (weights < 0).any():
-        i = int(np.argmax(weights < 0))
-        name = sources.example_name(source, i)
-        raise UserError(f"{what}: the weight of {name} is {weights[i]}; it must be 0 or more")
+    _check_text("by", by, "a column, or of a .npy or .npz file")
+    is_file = by.endswith((".npy", ".npz"))
+    weights = load_array(by, ("weights",)) if is_file else numbers(source, by)
+    what = by if is_file else f"the column {by!r}"
+    if weights.shape != (source.size,) or weights.dtype.kind not in "fiub":
+        raise UserError(f"{what} holds {weights.dtype}{list(weights.shape)}; expected a real number for each of the "
+                        f"{source.size} examples of the split")  # fmt: skip
+    weights = weights.astype(np.float64)
+    if wrong := np.flatnonzero(~(np.isfinite(weights) & (weights >= 0))).tolist():
+        raise UserError(f"{what}: the weight of {source.example_name(wrong[0])} is {weights[wrong[0]]}; it must be "
+                        "finite, and 0 or more")  # fmt: skip
     with np.errstate(over="ignore"):
         total = np.cumsum(weights)
     if not 0 < total[-1] < np.inf:
@@ -160,13 +162,13 @@ def weighted(source: sources.Source, by: str = "") -> Sampler:
         bits = _keys(seed, "weighted", positions) >> np.uint64(11)
         return np.searchsorted(total, bits * (2.0**-53 * total[-1]), side="right")
 
-    return Sampler(ids, len(source), _digest(weights), lambda stop: stop * weights / total[-1])
+    return Sampler(ids, source.size, _digest(weights), np.flatnonzero(weights))
 
 
-def subset(source: sources.Source, ids: str) -> Sampler:
+def subset(source: Source, ids: str) -> Sampler:
     """The examples whose ids are in a .npy or .npz file, each exactly once per epoch of the stream."""
     _check_text("ids", ids, "a .npy or .npz file")
-    chosen, n = load_array(ids, ("ids",)), len(source)
+    chosen, n = load_array(ids, ("ids",)), source.size
     if chosen.ndim != 1 or not chosen.size or chosen.dtype.kind not in "iu":
         raise UserError(f"{ids} holds {chosen.dtype}{list(chosen.shape)}; expected whole numbers [m], m above 0")
     if (wrong := chosen[(chosen < 0) | (chosen >= n)]).size:
@@ -181,7 +183,7 @@ def subset(source: sources.Source, ids: str) -> Sampler:
         epoch, index = np.divmod(positions, m)
         return chosen[shuffle(index, np.full(index.shape, m), _keys(seed, "subset", epoch))]
 
-    return Sampler(ids_at, m, _digest(chosen), lambda stop: np.bincount(chosen, minlength=n) * (stop / m))
+    return Sampler(ids_at, m, _digest(chosen), chosen)
 
 
 SAMPLINGS = {"permutation": permutation, "balanced": balanced, "weighted": weighted, "subset": subset}
@@ -200,7 +202,7 @@ def check_name(text: str) -> None:
     _bind(text)
 
 
-def build(text: str, source: sources.Source, key: str = "data.sampling") -> Sampler:
+def build(text: str, source: Source, key: str = "data.sampling") -> Sampler:
     """Returns the sampler that a spec names, for a split. Raises UserError naming the config key `key`.
 
     A user's own is a function `(key uint64, positions int64[b], n, …) -> ids int64[b]`, or a factory `(source, …)` that
@@ -215,7 +217,7 @@ def build(text: str, source: sources.Source, key: str = "data.sampling") -> Samp
         function = make(source) if spec.takes(make.func, "source") else make
     except UserError as e:
         raise UserError(f"{where}: {e}") from e
-    return _user_sampler(function, len(source), where)
+    return _user_sampler(function, source.size, where)
 
 
 def _user_sampler(function: Function, n: int, where: str) -> Sampler:
@@ -247,46 +249,5 @@ def _check_text(argument: str, value: Value, what: str) -> None:
         raise UserError(f"{argument}={value!r} must be text, the name of {what}")
 
 
-def _numbers(source: sources.Source, by: str, argument: str) -> tuple[np.ndarray, str]:
-    """Returns (f64[n], a number per example; their name in errors), of the `argument` with the value `by`.
-
-    Raises UserError for NaN and infinity.
-    """
-    _check_text(argument, by, "a .npy or .npz file or of a column")
-    if by.endswith((".npy", ".npz")):
-        values, what = load_array(by, ("weights",)), by
-    else:
-        values, what = sources.read_column(source, by), f"the column {by!r}" if by else "the source's weights"
-    if values.shape != (len(source),) or values.dtype.kind not in "fiub":
-        raise UserError(f"{what} holds {values.dtype}{list(values.shape)}; expected a real number for each of the "
-                        f"{len(source)} examples of the split")  # fmt: skip
-    values = values.astype(np.float64)
-    if not np.isfinite(values).all():
-        i = int(np.argmin(np.isfinite(values)))
-        name = sources.example_name(source, i)
-        raise UserError(f"{what}: the value of {name} is {values[i]}; it must be finite")
-    return values, what
-
-
 def _digest(values: np.ndarray) -> str:
     return hashlib.sha256(str(values.dtype).encode() + np.ascontiguousarray(values).data).hexdigest()
-
-
-def describe(sampler: Sampler, source: sources.Source, positions: int) -> str:
-    """Describes in one line the expected count of each class at the first `positions` of the stream."""
-    epoch = f"an epoch of the stream has {sampler.epoch:,} examples"
-    labels = sources.known_labels(source)
-    if labels is None:
-        return epoch
-    if sampler.expected:
-        drawn = sampler.expected(positions)
-    else:
-        probed = min(positions, _PROBED)
-        ids = sampler.ids(0, np.arange(probed))
-        drawn = np.bincount(ids, minlength=len(source)) * (positions / probed)
-    by_class = np.bincount(labels, drawn, len(source.class_names))
-    order = np.argsort(-by_class.round(3), kind="stable")
-    shown = [f"{source.class_names[c]} {by_class[c]:,.0f}" for c in order]
-    if len(shown) > 10:
-        shown = [*shown[:5], "…", *shown[-5:]]
-    return f"{epoch}; expected in the run, by class: {', '.join(shown)}"

@@ -5,118 +5,77 @@ threads, and after any restart.
 """
 
 import concurrent.futures
-import functools
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from imgclf_jax.core import processes, rng
+from imgclf_jax.core import rng
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import decode, decoded, extra, image_check, sampling
-from imgclf_jax.data.arrays import check_finite
+from imgclf_jax.data import decode, decoded, image_check, sampling
 from imgclf_jax.data.info import DataInfo
 from imgclf_jax.data.read_ahead import Batch, read_ahead
-from imgclf_jax.data.sampling import example_ids as example_ids
-from imgclf_jax.data.sampling import position_ids as position_ids
-from imgclf_jax.data.sources import (
-    Source,
-    class_counts,
-    example_name,
-    left_out,
-    open_data,
-    read_examples,
-    take_split,
-    target_names,
-)  # fmt: skip
+from imgclf_jax.data.source import Source, read_examples, read_labels
 
 _SKIP = "; repair or remove the file, or skip all such files by --config.data.unreadable=skip in a new --workdir"
 _CACHE_BYTES = 1 << 30  # the largest decoded set to cache in memory
 # Mean bytes of encoded images below which one thread decodes them. Python takes most of the time, and threads hand over
 # the GIL for each image: two take 1.4 times as long as one for PNG images of 28 x 28 pixels, half as long for 64 x 64.
 _SMALL = 4096
-_FIRST_TARGETS = 64  # checked at the start in a source that reads targets together with images
-
-type _TargetCheck = Callable[[np.ndarray, Callable[[int], str]], None]  # (targets f32[n, k], name of a row)
 
 
 class Images:
     """A source with its host ops applied: ids to fixed-shape uint8 images.
 
     With deterministic ops and a decoded set of at most 1 GiB, each image is decoded once and cached in memory. The set
-    of an immutable source is also cached on disk for the next run.
+    of a source with a `cache_key` is also cached on disk for the next run.
     """
 
     def __init__(
-        self, source: Source, preprocess: str, seed: int = 0, threads: int = 0, sampler: sampling.Sampler | None = None
-    ):
+        self, source: Source, preprocess: str, seed: int = 0, threads: int = 0, sampler: sampling.Sampler | None = None,
+        extra: Mapping[str, "Images"] = MappingProxyType({}),
+    ):  # fmt: skip
         """Decodes the first example for its shape. Raises UserError for a bad spec or a broken first image.
 
-        `sampler` orders the examples of the stream; by default in exact permutations.
+        `sampler` orders the examples of the stream, by default in exact permutations; `extra` are further streams by
+        name.
         """
-        self.source, self.preprocess, self.seed = source, preprocess, seed
+        self.source, self.preprocess, self.seed, self.extra = source, preprocess, seed, extra
         self.sampler = sampler or sampling.permutation(source)
-        self.extra: dict[str, Images] = {}  # extra streams, by name
-        self.left_out: list[str] = []  # unreadable files that the extra streams skip
         self._ops, self.random = decode.build(preprocess)
         self._only_decodes = decode.only_decodes(preprocess)
         self._threads = threads or os.cpu_count() or 1
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
         self._cache: np.ndarray | None = None
         self._lock = threading.Lock()
-        self._name = functools.partial(example_name, source)  # of an example, by its id
-        self._check_target: _TargetCheck = lambda targets, name: None
-        self.target_names = target_names(source)
-        self.y_name = "target" if self.target_names else "label"  # the batches' other array
-        if self.target_names and (known := getattr(source, "targets", None)) is not None:
-            check_finite(known, self._name)
-        if not self.random and (cached := decoded.load(source, preprocess, self.y_name)):
-            self._cache, self._y = cached
+        if not self.random and (cached := decoded.load(source, preprocess)):
+            self._cache, self._labels = cached
             self.shape: tuple[int, int, int] = self._cache.shape[1:]
-            self._cached, self._complete = np.ones(len(source), bool), True
+            self._cached, self._complete = np.ones(source.size, bool), True
             return
-        first, y = self._decode(np.zeros(1, np.int64), np.zeros(1, np.int64), seed)
+        first, labels = self._decode(np.zeros(1, np.int64), np.zeros(1, np.int64), seed)
         self.shape = first.shape[1:]
-        if not self.random and len(source) * first.nbytes <= _CACHE_BYTES:
-            self._cache = np.empty((len(source), *self.shape), np.uint8)
-            self._y = np.empty((len(source), *y.shape[1:]), y.dtype)
-            self._cached, self._complete = np.zeros(len(source), bool), False
+        if not self.random and source.size * first.nbytes <= _CACHE_BYTES:
+            self._cache = np.empty((source.size, *self.shape), np.uint8)
+            self._labels = np.empty((source.size, *labels.shape[1:]), labels.dtype)
+            self._cached, self._complete = np.zeros(source.size, bool), False
 
     def __len__(self) -> int:
-        return len(self.source)
-
-    def check_targets(self, check: _TargetCheck) -> None:
-        """Applies `check(targets f32[n, k], name)` to targets, also to those of extra streams with the same names.
-
-        All are checked now if the source has them in memory, else the first ones, and the others as they are read.
-        """
-        for images in (self, *self.extra.values()):
-            if images.target_names == self.target_names:
-                images._check_all(check)
-
-    def _check_all(self, check: _TargetCheck) -> None:
-        self._check_target = check
-        if (known := getattr(self.source, "targets", None)) is not None:
-            check(known, self._name)
-            return
-        first = np.arange(min(_FIRST_TARGETS, len(self)))
-        self.read(first, first)
-        if self.kept:  # since before
-            ids = np.flatnonzero(self._cached)
-            check(self._y[ids], lambda i: self._name(int(ids[i])))
+        return self.source.size
 
     def describe(self, count_classes: bool = False) -> DataInfo:
         """The facts of these training images for the run's record; with `count_classes`, also the class counts."""
-        names, counts = tuple(self.source.class_names), class_counts(self.source).tolist() if count_classes else ()
-        fingerprint = self.source.fingerprint()
+        source = self.source
+        counts: tuple[int, ...] = ()
+        if count_classes:
+            counts = tuple(np.bincount(read_labels(source), minlength=len(source.class_names)).tolist())
         extra = {name: images.describe() for name, images in self.extra.items()}
-        return DataInfo(len(self), self.shape, names, fingerprint, tuple(counts), self.target_names,
+        return DataInfo(source.size, self.shape, source.class_names, source.fingerprint, counts, source.target_names,
                         self.sampler.digest, extra)  # fmt: skip
 
     def ids(self, seed: int, positions: np.ndarray) -> np.ndarray:
@@ -143,28 +102,25 @@ class Images:
         Stream positions int64[b] and the seed, by default this object's, key random ops. Raises UserError naming the
         example that does not decode or has another shape.
         """
+        key = self.source.label_key
         if self._cache is None:
-            images, y = self._decode(ids, positions, self.seed if seed is None else seed)
-            return {"image": images, self.y_name: y}
+            images, labels = self._decode(ids, positions, self.seed if seed is None else seed)
+            return {"image": images, key: labels}
         if not self._complete:
             missing = np.unique(ids[~self._cached[ids]])
             if missing.size:
                 # Threads may race to fill the same rows, but write the same values.
-                self._cache[missing], self._y[missing] = self._decode(missing, missing, self.seed)
+                self._cache[missing], self._labels[missing] = self._decode(missing, missing, self.seed)
                 self._cached[missing] = True
             with self._lock:
                 if not self._complete and self._cached.all():
                     self._complete = True
-                    decoded.save(self.source, self.preprocess, self._cache, self.y_name, self._y)
-        return {"image": self._cache.take(ids, 0), self.y_name: self._y[ids]}  # twice as fast as indexing
+                    decoded.save(self.source, self.preprocess, self._cache, self._labels)
+        return {"image": self._cache.take(ids, 0), key: self._labels[ids]}  # twice as fast as indexing
 
     def _decode(self, ids: np.ndarray, positions: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         examples = read_examples(self.source, ids)
         encoded = examples["image"]
-        y = np.asarray(examples[self.y_name], np.float32 if self.target_names else np.int32)  # [b, k] or [b]
-        if self.target_names:
-            check_finite(y, lambda i: self._name(int(ids[i])))
-            self._check_target(y, lambda i: self._name(int(ids[i])))
 
         def decode_share(rows: np.ndarray) -> list[np.ndarray]:
             return [self._decode_one(encoded[i], int(ids[i]), int(positions[i]), seed) for i in rows]
@@ -183,13 +139,13 @@ class Images:
                 f"preprocess={self.preprocess!r} returns images of different shapes, such as {shapes[0]} and "
                 f"{shapes[1]}; add resize(height, width), or resize_small and central_crop"
             )
-        return np.stack(images), y
+        return np.stack(images), examples[self.source.label_key]
 
     def _decode_one(self, image: bytes | np.ndarray, example: int, position: int, seed: int) -> np.ndarray:
         try:
             return self._ops(image, seed, position)
         except UserError as e:
-            name = self._name(example)
+            name = self.source.example_name(example)
             hint = _SKIP if Path(name).is_file() and not image_check.readable(Path(name), self.preprocess) else ""
             raise UserError(f"{name}: {e}{hint}") from e
         except (TypeError, ValueError, ArithmeticError) as e:
@@ -202,55 +158,6 @@ def _are_small(encoded: Sequence[bytes | np.ndarray]) -> bool:
     if not all(isinstance(x, bytes | np.ndarray) for x in encoded):  # such as Pillow images
         return False
     return sum(x.nbytes if isinstance(x, np.ndarray) else len(x) for x in encoded) < _SMALL * len(encoded)
-
-
-def open_train_images(config: ConfigDict, base: dict[str, Source] | None = None) -> Images:
-    """Opens the training images of a config, with its `data.extra`; `base` are its sources, if open already."""
-    base = open_data(config) if base is None else base
-    return train_images(take_split(base, config.data.train), config, base)
-
-
-def train_images(source: Source, config: ConfigDict, base: Mapping[str, Source] | None = None) -> Images:
-    """The images of a source with the host ops of training, in the order of `data.sampling`.
-
-    `base`, the splits of `data.source`, adds the streams of `data.extra`. All processes must call this; it raises
-    UserError unless they sample by the same numbers.
-    """
-    sampler = _sampler(config.data.sampling, source, "data.sampling")
-    images = Images(source, config.preprocess, config.seed, config.data.threads, sampler)
-    if base is not None:
-        add_extra(images, config, base)
-    return images
-
-
-def _sampler(text: str, source: Source, key: str) -> sampling.Sampler:
-    sampler = sampling.build(text, source, key)
-    if text != "permutation":
-        processes.agree(lambda: {f"what {key} reads": sampler.digest[:12]},
-                        fix="all processes must read the same files")  # fmt: skip
-    return sampler
-
-
-def add_extra(images: Images, config: ConfigDict, base: Mapping[str, Source]) -> None:
-    """Opens the streams of `data.extra` and adds them to `images`. Raises UserError naming the stream's key."""
-    for name, entry in extra.parse_all(config).items():
-        key, own = f"data.extra.{name}", config.copy_and_resolve_references()
-        own.preprocess = own.preprocess_eval = entry.preprocess  # by which files are checked
-        try:
-            opened = open_data(own, entry.source) if entry.source else dict(base)
-            default = "train" if len(opened) > 1 else next(iter(opened))
-            source = take_split(opened, entry.split or default)
-            images.left_out += left_out(opened) if entry.source else []
-            sampler = _sampler(entry.sampling, source, f"{key} sampling")
-            images.extra[name] = Images(source, entry.preprocess, config.seed, config.data.threads, sampler)
-        except UserError as e:
-            raise UserError(str(e) if str(e).startswith(key) else f"{key}: {e}") from e
-
-
-def eval_images(source: Source, config: ConfigDict) -> Images:
-    """The images of a source with the host ops of evaluation."""
-    preprocess = decode.evaluation_spec(config.preprocess_eval, config.preprocess)
-    return Images(source, preprocess, config.seed, config.data.threads)
 
 
 @dataclass(frozen=True)
@@ -322,7 +229,7 @@ class _Stream:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return ("image", self.images.y_name, *(("id", "epoch") if self.spec.with_ids else ()))
+        return ("image", self.images.source.label_key, *(("id", "epoch") if self.spec.with_ids else ()))
 
     def key(self, name: str) -> str:
         return f"{self.spec.name}/{name}" if self.spec.name else name
@@ -368,5 +275,5 @@ def eval_batches(images: Images, batch_size: int, rows: np.ndarray | None = None
         return {**images.read(ids, ids), "mask": mask}
 
     ranges = (range(first, first + batch_size) for first in range(0, len(images), batch_size))
-    names = ("image", images.y_name, "mask")
+    names = ("image", images.source.label_key, "mask")
     return (batch for _, batch in read_ahead(read, ranges, names, 0 if images.in_memory else prefetch, images.kept))

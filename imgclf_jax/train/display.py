@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
-from imgclf_jax import metrics
+from imgclf_jax import datasets, metrics
 from imgclf_jax.config import KEYS, selecting_metrics
 from imgclf_jax.core import cpuinfo, extras, processes
 from imgclf_jax.core.text import decimals, printable
-from imgclf_jax.data import extra, sampling, sources, stream
+from imgclf_jax.data import stream
+from imgclf_jax.data.source import Source
 from imgclf_jax.models import summary
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
@@ -32,20 +33,18 @@ _SHORT = {"mean_average_precision": "mAP", "exact_match": "exact"}  # names in t
 _OF_ROW = {"loss", "learning_rate", "images_per_second", "input_wait", "examples", "grad_norm", "param_norm"}
 
 
-def head(
-    compiling: Programs, images: stream.Images, base: Mapping[str, sources.Source], workdir: Workdir, fresh: bool
-) -> str:
+def head(compiling: Programs, images: stream.Images, base: Mapping[str, Source], workdir: Workdir, fresh: bool) -> str:
     """What is trained, on what and how. A run that begins (`fresh`) also has a table of its model's blocks."""
     recipe, config = compiling.recipe, compiling.recipe.config
     targets = bool(recipe.data.target_names)
-    labels = None if targets else sources.known_labels(images.source)
-    further = {name: stream.split for name, stream in extra.parse_all(config).items() if not stream.source}
+    labels = None if targets else images.source.labels
     data = [f"{printable(config.data.source)}: {len(images):,} images of {_shape(images.shape)}, "
             + classes(recipe.data.class_names, labels, "targets" if targets else "classes"),
-            sources.describe_use(dict(base), config.data, further)]  # fmt: skip
+            datasets.describe_use(config, base)]  # fmt: skip
     if config.data.sampling != "permutation":
-        drawn = sampling.describe(images.sampler, images.source, recipe.total * config.batch_size)
-        data.append(f"data.sampling={config.data.sampling!r}: {drawn}")
+        data.append(
+            f"data.sampling={config.data.sampling!r}: an epoch of the stream has {images.sampler.epoch:,} examples"
+        )
     blocks = summary.summarize(recipe.model, recipe.data.image_shape, recipe.parameters) if fresh else []
     blocks = [block for block in blocks if recipe.method.predicts or block.name != "head"]
     options = {"clip": config.clip, "accumulate": config.accumulate, "ema": config.ema, "method": config.method,

@@ -1,7 +1,6 @@
 """Exact evaluation: every example counts once, on any number of devices and for any batch size."""
 
 import contextlib
-import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax import losses, metrics
+from imgclf_jax import datasets, losses, metrics
 from imgclf_jax.core import processes, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.stopping import Stopped
 from imgclf_jax.core.terminal import track
 from imgclf_jax.core.typing import Batch
 from imgclf_jax.data import sources, splits, stream
+from imgclf_jax.data.source import Source
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.provenance import process_facts
 from imgclf_jax.run.workdir import Workdir
@@ -94,7 +94,7 @@ def evaluate_all(
     }
 
 
-def open_evals(programs: Programs, base: dict[str, sources.Source]) -> dict[str, stream.Images]:
+def open_evals(programs: Programs, base: dict[str, Source]) -> dict[str, stream.Images]:
     """Opens the evaluation sets of `data.eval` by name: splits of the source, or SOURCE/SPLIT.
 
     For example `{"test": "test", "other": "folder('x')/train"}`. Raises UserError for a set whose classes or image
@@ -106,22 +106,22 @@ def open_evals(programs: Programs, base: dict[str, sources.Source]) -> dict[str,
     return {name: open_set(programs, base, text, f"data.eval.{name}") for name, text in evals}
 
 
-def open_set(programs: Programs, base: dict[str, sources.Source], text: str, key: str) -> stream.Images:
+def open_set(programs: Programs, base: dict[str, Source], text: str, key: str) -> stream.Images:
     """Opens one evaluation set, `text` as in `data.eval`. Errors name `key`."""
     config = programs.recipe.config
-    spec, slash, split = text.rpartition("/") if ")" in text else ("", "", text)
-    own = sources.open_data(config, spec) if slash else base
+    spec, split = datasets.split_source(text)
+    own = datasets.open_data(config, spec) if spec else base
     try:
-        splits.check_disjoint(split, {name: len(source) for name, source in own.items()})
+        splits.check_disjoint(split, {name: source.size for name, source in own.items()})
         source = sources.take_split(own, split)
     except UserError as e:
         raise UserError(f"{key}: {e}") from e
-    if tuple(source.class_names) != programs.recipe.data.class_names:
+    if source.class_names != programs.recipe.data.class_names:
         raise UserError(f"{key}={text!r} has the classes "
                         + _compare_names(source.class_names, programs.recipe.data.class_names))  # fmt: skip
-    if sources.target_names(source) != programs.recipe.data.target_names:
+    if source.target_names != programs.recipe.data.target_names:
         has = ("labels", "targets")
-        kinds = [has[bool(names)] for names in (sources.target_names(source), programs.recipe.data.target_names)]
+        kinds = [has[bool(names)] for names in (source.target_names, programs.recipe.data.target_names)]
         raise UserError(f"{key}={text!r} has {kinds[0]}, and the training examples have {kinds[1]}")
     images = programs.eval_images(source)
     if images.shape != programs.recipe.data.image_shape:
@@ -144,22 +144,25 @@ def _compare_names(here: Sequence[str], trained: Sequence[str]) -> str:
 
 
 def check_targets(programs: Programs, images: stream.Images) -> None:
-    """Raises UserError for targets that the run's loss does not take: see `stream.Images.check_targets`."""
-    if programs.recipe.task is not losses.Task.CLASSES:
-        images.check_targets(functools.partial(losses.check_targets, programs.recipe.config.loss, programs.recipe.task))
+    """Raises UserError for targets that the run's loss does not take, also in further streams with the same names."""
+    recipe = programs.recipe
+    for source in (images.source, *(extra.source for extra in images.extra.values())):
+        if recipe.task is not losses.Task.CLASSES and source.target_names == images.source.target_names:
+            assert source.labels is not None
+            losses.check_targets(recipe.config.loss, recipe.task, source.labels, source.example_name)
 
 
-def changed(programs: Programs, trained: ConfigDict, base: dict[str, sources.Source]) -> bool:
+def changed(programs: Programs, trained: ConfigDict, base: dict[str, Source]) -> bool:
     """Whether the source has changed since training, so that its splits may now mix with the training examples."""
     if programs.recipe.config.data.source == trained.data.source:
         with contextlib.suppress(UserError):  # the training split may be gone, and only the evaluation sets are needed
             train, recorded = sources.take_split(base, trained.data.train), programs.recipe.data.fingerprint
-            return recorded != train.fingerprint()
+            return recorded != train.fingerprint
     return False
 
 
 def compare_with_record(
-    programs: Programs, workdir: Workdir, base: dict[str, sources.Source], evals: Mapping[str, stream.Images]
+    programs: Programs, workdir: Workdir, base: dict[str, Source], evals: Mapping[str, stream.Images]
 ) -> None:
     """Warns if the data differ from the recorded ones."""
     workdir.warn_of_changed_modules()  # those of the data too, which are open by now
@@ -180,4 +183,4 @@ def changed_sets(
     now = programs.recipe.config.data
     named_alike = [name for name in evals if name in recorded and (now.source, now.eval[name]) == (
         trained.data.source, trained.data.eval.get(name))]  # fmt: skip
-    return [name for name in named_alike if evals[name].source.fingerprint() != recorded[name]]
+    return [name for name in named_alike if evals[name].source.fingerprint != recorded[name]]

@@ -8,11 +8,13 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from imgclf_jax import datasets
 from imgclf_jax.config import selecting_metrics
 from imgclf_jax.core import places, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.split_folders import role_of
-from imgclf_jax.data import extra, sampling, sources, splits
+from imgclf_jax.data import sampling, sources, splits
+from imgclf_jax.data.source import Source
 from imgclf_jax.run.workdir import Workdir
 
 _MANY = 10**12  # examples that a split of unknown size is taken to have
@@ -38,7 +40,7 @@ def selection_warnings(config: ConfigDict) -> list[str]:
     ]
 
 
-def overlap_warnings(trained: ConfigDict, data: ConfigDict, base: Mapping[str, sources.Source]) -> list[str]:
+def overlap_warnings(trained: ConfigDict, data: ConfigDict, base: Mapping[str, Source]) -> list[str]:
     """A sentence for each evaluation set that shares examples with what a run reads: `data.train` and `data.extra`.
 
     `trained` is the config of the run, `data` the keys `data` of the evaluation, and `base` the splits of its
@@ -51,7 +53,7 @@ def overlap_warnings(trained: ConfigDict, data: ConfigDict, base: Mapping[str, s
     for stream in _streams(trained):
         texts = {name: split for name, (other, split) in evals.items() if other == stream.source}
         if stream.source == source:
-            sizes = {name: len(split) for name, split in base.items()}
+            sizes = {name: split.size for name, split in base.items()}
             read = stream.split or ("train" if len(base) > 1 else next(iter(base)))
         else:
             read = stream.split or "train"
@@ -73,12 +75,15 @@ def overlap_warnings(trained: ConfigDict, data: ConfigDict, base: Mapping[str, s
 
 
 def _count_drawn(
-    read: str, sampled: str, texts: Mapping[str, str], base: Mapping[str, sources.Source]
+    read: str, sampled: str, texts: Mapping[str, str], base: Mapping[str, Source]
 ) -> dict[str, tuple[int, int]]:
     """`splits.count_shared` of the examples of the split `read` that the sampling draws."""
-    sampler = sampling.build(sampled, sources.take_split(dict(base), read))
-    assert sampler.expected is not None
-    left, sizes = sampler.expected(_MANY) > 0, {name: len(split) for name, split in base.items()}
+    source = sources.take_split(base, read)
+    sampler = sampling.build(sampled, source)
+    left = np.ones(source.size, bool)
+    if sampler.drawn is not None:
+        left = np.bincount(sampler.drawn, minlength=source.size) > 0
+    sizes = {name: split.size for name, split in base.items()}
     drawn = {name: np.zeros(size, bool) for name, size in sizes.items()}
     for part in splits.resolve(read, sizes):
         own, left = np.split(left, [part.stop - part.start])
@@ -90,7 +95,7 @@ def _count_drawn(
     return counts
 
 
-def initial_warnings(config: ConfigDict, base: Mapping[str, sources.Source]) -> list[str]:
+def initial_warnings(config: ConfigDict, base: Mapping[str, Source]) -> list[str]:
     """The `overlap_warnings` of the run that `init_from` names, for the sets of `config`; [] for a file of weights."""
     if not config.init_from:
         return []
@@ -119,7 +124,7 @@ def _streams(trained: ConfigDict) -> list[_Stream]:
     found = [_Stream("the training split", source, trained.data.train, trained.data.sampling, then)]
     if spec.parse_one(trained.method).name == "supervised":  # which reads no further stream
         return found
-    for name, stream in extra.parse_all(trained).items():
+    for name, stream in datasets.extra_streams(trained).items():
         then = ("if the method learns from these images, its scores are transductive, not those of new data; else give "
                 "the stream a split without")  # fmt: skip
         own = _identity(stream.source) or source
@@ -129,7 +134,7 @@ def _streams(trained: ConfigDict) -> list[_Stream]:
 
 def _source_and_split(text: str, source: str) -> tuple[str, str]:
     """The source and the split of a value of `data.eval`; one without a source is of `source`."""
-    own, _, split = text.rpartition("/") if ")" in text else ("", "", text)
+    own, split = datasets.split_source(text)
     return _identity(own) or source, split
 
 

@@ -11,11 +11,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax import losses, metrics, programs
+from imgclf_jax import datasets, losses, metrics, programs
 from imgclf_jax.core import processes, spec, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Function, JsonObject
-from imgclf_jax.data import sources, stream
+from imgclf_jax.data import stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run import early_stopping, writers
@@ -83,8 +83,8 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     may_differ = ("total",) if extend else ()
     before = processes.broadcast(lambda: workdir.check_config(config, may_differ))
 
-    base = sources.open_data(config)
-    images = stream.open_train_images(config, base)
+    base = datasets.open_data(config)
+    images = datasets.open_train_images(config, base)
     compiling = programs.programs_for_images(_pinned(config, workdir), images, load=load_teacher)
     recipe = compiling.recipe
     check_targets(compiling, images)
@@ -101,15 +101,15 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     fresh = not processes.broadcast(workdir.has_checkpoints)
     weights = pretrained.load(compiling) if config.init_from and fresh else None
     compiled, eval_compiled = _compile_in_background(compiling, tracing)
-    left_out = sources.left_out(base) + images.left_out
-    fingerprints = {name: images.source.fingerprint() for name, images in evals.items()}
+    skipped = datasets.skipped_files(base, images)
+    fingerprints = {name: images.source.fingerprint for name, images in evals.items()}
     groups = compiling.groups_of_statistics if config.batch_norm == "per_device" else 0
     fixed = tree.sha256(compiling.fixed) if compiling.fixed else ""
     processes.agree(lambda: {f"fixed arrays of method={config.method!r}": fixed})
 
     def take_snapshot() -> JsonObject:
         source = {"init_from": weights.source} if weights else {}
-        return workdir.take_snapshot(config, recipe.data, evals=fingerprints, unreadable=list(left_out),
+        return workdir.take_snapshot(config, recipe.data, evals=fingerprints, unreadable=skipped,
                                      fixed_sha256=fixed, batch_norm_groups=groups, **source)  # fmt: skip
 
     snapshot = processes.broadcast(take_snapshot)
@@ -143,14 +143,14 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
 
 
 def _warnings(
-    recipe: Recipe, images: stream.Images, evals: dict[str, stream.Images], base: dict[str, sources.Source]
+    recipe: Recipe, images: stream.Images, evals: dict[str, stream.Images], base: datasets.Splits
 ) -> Iterator[str]:
     """Yields a sentence for each setting that is probably a mistake."""
     config = recipe.config
     yield from overlap_warnings(config, config.data, base)
     yield from initial_warnings(config, base)
     if recipe.method.predicts:
-        yield from unseen_class_warnings(images, evals, recipe.total * config.batch_size)
+        yield from unseen_class_warnings(images, evals)
     yield from selection_warnings(config)
     if losses.needs_class_counts(config.loss) and spec.parse_one(config.data.sampling).name != "permutation":
         yield (f"loss={config.loss!r} weights the classes by their numbers in data.train, but "

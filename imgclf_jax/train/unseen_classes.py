@@ -6,20 +6,19 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from imgclf_jax.data import sources, stream
+from imgclf_jax.data import stream
 
 
-def unseen_class_warnings(train: stream.Images, evals: Mapping[str, stream.Images], positions: int) -> list[str]:
+def unseen_class_warnings(train: stream.Images, evals: Mapping[str, stream.Images]) -> list[str]:
     """A sentence for each evaluation set with classes that no training example has.
 
-    The training examples are those that `data.sampling` may draw at the first `positions` of the stream, or in its
-    first epoch if that is longer. Sets without labels in memory are skipped.
+    The training examples are those that `data.sampling` may draw. Sets without labels in memory are skipped.
     """
     labels, names = _known_labels(train), train.source.class_names
     if labels is None:
         return []
-    if train.sampler.expected:
-        labels = labels[train.sampler.expected(max(positions, train.sampler.epoch)) > 0]
+    if train.sampler.drawn is not None:
+        labels = labels[train.sampler.drawn]
     is_seen = np.bincount(labels, minlength=len(names)) > 0
     seen = {_plain(name): name for name, trained in zip(names, is_seen, strict=True) if trained}
     found = []
@@ -43,7 +42,7 @@ def _sentence(eval_name: str, unseen: Mapping[str, int], seen: Mapping[str, str]
 
 
 def _known_labels(images: stream.Images) -> np.ndarray | None:
-    return None if images.target_names else sources.known_labels(images.source)
+    return None if images.source.target_names else images.source.labels
 
 
 def _plain(name: str) -> str:

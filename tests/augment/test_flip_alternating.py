@@ -8,7 +8,7 @@ from digests import digest
 
 from imgclf_jax.augment import ops
 from imgclf_jax.core import sharding
-from imgclf_jax.data import placement, sources, stream
+from imgclf_jax.data import placement, sampling, sources, stream
 
 SEED, TEXT = 7, "flip_alternating|normalize"
 APPLY = jax.jit(ops.build(TEXT, train=True))
@@ -26,7 +26,7 @@ def orientations(place, batch_size, start, stop):
     seen = []
     for step, batch in placement.batches(place, opened, spec, range(start, stop), mesh):
         out = np.asarray(APPLY(None, batch["image"], jnp.uint32(SEED), batch["id"], batch["epoch"])) * 255
-        ids = stream.example_ids(SEED, step, batch_size, 40)
+        ids = sampling.example_ids(SEED, step, batch_size, 40)
         np.testing.assert_array_equal(batch["id"], ids)
         for place_, (own, id_) in enumerate(zip(np.round(out), ids, strict=True)):
             same, mirrored = (own == everything[id_]).all(), (own == everything[id_][:, ::-1]).all()

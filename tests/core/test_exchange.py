@@ -10,10 +10,10 @@ from concurrent.futures import Future
 
 import pytest
 
+from imgclf_jax import datasets
 from imgclf_jax.config import default_config
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import sources
 from imgclf_jax.run import workdir
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
@@ -149,7 +149,7 @@ def test_data_that_differ_are_named(three):
     def open_data(number):
         config = default_config()
         config.data.source = f"fake({64 + number // 2})"
-        return len(sources.open_data(config)["train"])
+        return datasets.open_data(config)["train"].size
 
     told = {str(error) for error in three(open_data).values()}
     assert len(told) == 1

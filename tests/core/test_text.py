@@ -94,7 +94,7 @@ def test_a_folder_is_the_same_in_every_locale(tmp_path):
         (tmp_path / name).mkdir()
         Image.new("RGB", (2, 2)).save(tmp_path / name / "ü.png")
     code = ("import sys; from imgclf_jax.data.folder import folder; s = folder(sys.argv[1])['train'];"
-            "print(ascii(s.class_names), s.fingerprint(), s.labels)")  # fmt: skip
+            "print(ascii(s.class_names), s.fingerprint, s.labels)")  # fmt: skip
     usual, ascii_only = (shell(f'$PYTHON -c "{code}" {tmp_path}', **e) for e in ({}, ASCII))
     assert usual[0] == 0, usual[2]
     assert usual == ascii_only

@@ -11,6 +11,7 @@ from imgclf_jax.core import memory
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.data.arrays import load_array
+from imgclf_jax.data.source import read_examples
 
 pytestmark = pytest.mark.usefixtures("a_gigabyte")
 
@@ -32,8 +33,8 @@ def npz(path, **data):
 def test_arrays_are_read_from_npz(tmp_path, channels):
     x, y = X if channels is None else np.repeat(X[..., None], channels, -1), Y.astype(np.uint8)
     base = sources.open_splits(npz(tmp_path, x_train=x, y_train=y, x_extra=x[:2], y_extra=y[:2], other=np.zeros(3)))
-    assert {name: len(s) for name, s in base.items()} == {"train": 6, "extra": 2}
-    examples = base["train"].read(np.array([4, 1, 4]))
+    assert {name: s.size for name, s in base.items()} == {"train": 6, "extra": 2}
+    examples = read_examples(base["train"], np.array([4, 1, 4]))
     np.testing.assert_array_equal(examples["image"], (x if channels else x[..., None])[[4, 1, 4]])
     assert (examples["label"].tolist(), examples["label"].dtype) == ([0, 2, 0], np.int32)
     assert base["extra"].class_names == ("0", "1", "2")  # those of all splits
@@ -99,7 +100,7 @@ def test_names_that_others_use(tmp_path, layout, splits):
     base = sources.open_splits(npz(tmp_path, **data, other=np.array([{}], dtype=object)))  # `other` is not read
     assert tuple(base) == tuple(sorted(splits))
     for i, split in enumerate(splits):
-        examples = base[split].read(np.arange(len(base[split])))
+        examples = read_examples(base[split], np.arange(base[split].size))
         np.testing.assert_array_equal(examples["image"], X[i:, ..., None])
         np.testing.assert_array_equal(examples["label"], Y[i:])
 

@@ -1,6 +1,7 @@
 """The batches of a stream are the same wherever it starts and whichever host reads them."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import threading
@@ -14,39 +15,33 @@ from cases import thorough
 from PIL import Image
 
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import read_ahead, sources, stream
+from imgclf_jax.data import read_ahead, sampling, sources, stream
+from imgclf_jax.data.arrays import array_source
+from imgclf_jax.data.source import Source
 
 RANDOM_OPS = "decode(1)|random_resized_crop(6, 5)"
 
 
 def test_streaming_from_step_ten_million_reads_those_examples_alone():
-    source = Recorder(fake(2**40, (2, 2, 1)))
-    images = stream.Images(source, "decode(1)")
-    source.ids.clear()
+    ids: list[int] = []
+    images = stream.Images(recorded(fake(2**40, (2, 2, 1)), ids), "decode(1)")
+    ids.clear()
     batches = list(stream.train_batches(images, 7, 16, 10**7, 10**7 + 3))
-    expected = stream.position_ids(7, np.arange(10**7 * 16, (10**7 + 3) * 16), 2**40)
-    assert sorted(source.ids) == sorted(expected.tolist())
+    expected = sampling.position_ids(7, np.arange(10**7 * 16, (10**7 + 3) * 16), 2**40)
+    assert sorted(ids) == sorted(expected.tolist())
     np.testing.assert_array_equal(np.concatenate([b["label"] for b in batches]), expected % 5)
 
 
-class Recorder:
-    """A source that records the requested ids, and delays so that threads overtake each other."""
+def recorded(source, ids, dawdle=()):
+    """The source, which notes the ids it reads and sleeps for each of these times in turn."""
+    pauses = itertools.cycle(dawdle or [0])
 
-    thread_safe = True
+    def read(wanted):
+        time.sleep(next(pauses))
+        ids.extend(wanted.tolist())
+        return source.read(wanted)
 
-    def __init__(self, source, dawdle=()):
-        self.source, self.dawdle, self.ids, self.calls = source, list(dawdle), [], 0
-        self.class_names = source.class_names
-
-    def __len__(self):
-        return len(self.source)
-
-    def read(self, ids):
-        self.calls += 1
-        if self.dawdle:
-            time.sleep(self.dawdle[self.calls % len(self.dawdle)])
-        self.ids += ids.tolist()
-        return self.source.read(ids)
+    return dataclasses.replace(source, read=read)
 
 
 def fake(n=40, shape=(9, 8, 1)):
@@ -69,7 +64,7 @@ def test_a_batch_is_the_same_however_it_is_reached(ops, monkeypatch):
     whole = list(stream.train_batches(stream.Images(fake(), ops, seed=3), 3, 12, 0, 8))
     assert [b["image"].shape for b in whole] == [(12, 9, 8, 1) if ops == "decode(1)" else (12, 6, 5, 1)] * 8
     for start, threads, prefetch, dawdle in ((5, 1, 1, ()), (3, 7, 9, (0.02, 0, 0.005)), (7, 3, 2, (0, 0.01))):
-        images = stream.Images(Recorder(fake(), dawdle), ops, 3, threads)
+        images = stream.Images(recorded(fake(), [], dawdle), ops, 3, threads)
         assert_same(stream.train_batches(images, 3, 12, start, 8, prefetch=prefetch), whole[start:])
     # Where TensorFlow is not installed, and where its import ends when some batches have been read.
     importing: Future = Future()
@@ -91,7 +86,7 @@ def test_one_thread_decodes_small_files(side, ops, several, monkeypatch):
     for _ in range(6):
         Image.fromarray(rng.integers(0, 256, (side, side), np.uint8)).save(file := io.BytesIO(), "PNG")
         files.append(file.getvalue())
-    images = stream.Images(Files(files), ops, threads=2)
+    images = stream.Images(stored(files), ops, threads=2)
     decode_one, threads, both = images._decode_one, set(), threading.Event()
 
     def record(*args):
@@ -106,22 +101,13 @@ def test_one_thread_decodes_small_files(side, ops, several, monkeypatch):
     assert len(threads) == 1 + several
 
 
-class Files:
-    """A source of encoded images."""
+def stored(images, **more):
+    """A source of these images or encoded images."""
 
-    class_names = ("a", "b")
+    def read(ids):
+        return {"image": [images[i] for i in ids], "label": np.zeros(len(ids), np.int32)}
 
-    def __init__(self, files):
-        self.files = files
-
-    def __len__(self):
-        return len(self.files)
-
-    def read(self, ids):
-        return {"image": [self.files[i] for i in ids], "label": np.zeros(len(ids), np.int32)}
-
-    def fingerprint(self):
-        return "files"
+    return Source(**{"size": len(images), "read": read, "class_names": ("a", "b"), "fingerprint": "stored"} | more)
 
 
 @pytest.mark.parametrize("thread_safe", [False, True])
@@ -129,17 +115,14 @@ def test_a_source_of_the_users_reads_in_one_thread_at_a_time(thread_safe):
     """Splits too, which may share a file handle: its seek in one thread moved the read of another."""
     met, meeting = [], None
 
-    class Handle(Files):
-        def read(self, ids):
-            if meeting:
-                with contextlib.suppress(threading.BrokenBarrierError):
-                    meeting.wait()  # for a second thread in `read`
-                    met.append(True)
-            return super().read(ids)
+    def read(ids):
+        if meeting:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                meeting.wait()  # for a second thread in `read`
+                met.append(True)
+        return {"image": np.zeros((len(ids), 5, 5, 1), np.uint8), "label": np.zeros(len(ids), np.int32)}
 
-    if thread_safe:
-        Handle.thread_safe = True
-    base = {name: Handle(np.zeros((4, 5, 5, 1), np.uint8)) for name in ("train", "test")}
+    base = {name: Source(4, read, ("a",), name, thread_safe=thread_safe) for name in ("train", "test")}
     splits = [stream.Images(sources.take_split(base, text), "decode(1)") for text in ("train", "test[:50%]")]
     meeting = threading.Barrier(2, timeout=30 if thread_safe else 0.3)
     with ThreadPoolExecutor(2) as pool:
@@ -149,17 +132,17 @@ def test_a_source_of_the_users_reads_in_one_thread_at_a_time(thread_safe):
 
 @pytest.mark.parametrize(("rows", "split"), [(-1, "train"), (1, "train"), (1, "train[:50%]+train[50%:]")])
 def test_a_source_that_returns_more_or_fewer_rows_than_ids_is_named(rows, split):
-    class Ragged(Files):
-        def read(self, ids):
-            return super().read(ids[:rows] if rows < 0 else np.append(ids, ids[:rows]))
+    def read(ids):
+        ids = ids[:rows] if rows < 0 else np.append(ids, ids[:rows])
+        return {"image": np.zeros((len(ids), 5, 5, 1), np.uint8), "label": np.zeros(len(ids), np.int32)}
 
-    base = {"train": Ragged(np.zeros((4, 5, 5, 1), np.uint8))}
-    with pytest.raises(UserError, match=r"Ragged.read returns . images for 1 ids; return one per id, in their order"):
+    base = {"train": Source(4, read, ("a", "b"), "ragged")}
+    with pytest.raises(UserError, match=r"the source's read returns . images for 1 ids; return one per id, in their"):
         stream.Images(sources.take_split(base, split), "decode(1)")
 
 
 def test_a_source_may_return_pillow_images():
-    images = stream.Images(Files([Image.new("L", (6, 5), i) for i in range(3)]), "decode(1)")
+    images = stream.Images(stored([Image.new("L", (6, 5), i) for i in range(3)]), "decode(1)")
     assert images.read(np.arange(3), np.arange(3))["image"][:, 4, 5, 0].tolist() == [0, 1, 2]
 
 
@@ -229,7 +212,7 @@ def test_the_rows_of_all_processes_make_the_global_batch(processes):
 
 
 def test_random_ops_draw_anew_in_every_epoch_and_for_every_seed():
-    one = sources.ArraySource(fake(1, (9, 8, 1)).read(np.zeros(1, np.int64))["image"], np.zeros(1, np.int32), ("a",))
+    one = array_source(fake(1, (9, 8, 1)).read(np.zeros(1, np.int64))["image"], np.zeros(1, np.int32), ("a",))
     crops = set()
     for seed, epoch in ((0, 0), (0, 1), (1, 0)):  # of one image, so that each batch is an epoch
         images = stream.Images(one, RANDOM_OPS, seed)
@@ -238,16 +221,17 @@ def test_random_ops_draw_anew_in_every_epoch_and_for_every_seed():
 
 
 def test_the_decoded_cache_changes_nothing_but_the_number_of_decodings(monkeypatch):
-    source = Recorder(fake())
+    ids: list[int] = []
+    source = recorded(fake(), ids)
     cached = stream.Images(source, "decode(1)|resize(6)")
     batches = list(stream.train_batches(cached, 2, 16, 0, 10))
-    assert set(source.ids) == set(range(40))
-    source.ids.clear()
+    assert set(ids) == set(range(40))
+    ids.clear()
     assert_same(stream.train_batches(cached, 2, 16, 0, 10), batches)
-    assert source.ids == []
+    assert ids == []
     monkeypatch.setattr(stream, "_CACHE_BYTES", 40 * 6 * 6 - 1)
     assert_same(stream.train_batches(stream.Images(source, "decode(1)|resize(6)"), 2, 16, 0, 10), batches)
-    assert len(source.ids) == 1 + 160
+    assert len(ids) == 1 + 160
 
 
 @pytest.mark.parametrize(
@@ -255,7 +239,7 @@ def test_the_decoded_cache_changes_nothing_but_the_number_of_decodings(monkeypat
 )
 def test_evaluation_sees_every_example_once(n, batch_size, processes):
     x = np.arange(n, dtype=np.uint8).reshape(n, 1, 1, 1)
-    images = stream.Images(sources.ArraySource(x, np.arange(n, dtype=np.int32) * 3, ("a",) * 30), "decode(1)")
+    images = stream.Images(array_source(x, np.arange(n, dtype=np.int32) * 3, tuple(map(str, range(30)))), "decode(1)")
     rows = np.split(np.arange(batch_size), processes)
     slices = [list(stream.eval_batches(images, batch_size, own)) for own in rows]
     steps = -(-n // batch_size)
@@ -290,10 +274,10 @@ def test_a_users_host_op_cannot_change_the_source(form):
         Image.fromarray(image[..., 0]).save(file := io.BytesIO(), "PNG")
     given = image if form == "array" else file.getvalue()
     with pytest.raises(UserError, match=r"example 0: .*:cut_out writes to a read-only array.*return a new array"):
-        stream.Images(Files([given]), f"decode(1)|{__name__}:cut_out")
+        stream.Images(stored([given]), f"decode(1)|{__name__}:cut_out")
     assert (image == 7).all()
     with pytest.raises(ValueError, match="cannot reshape"):  # the op's own error, with its traceback
-        stream.Images(Files([given]), f"decode(1)|{__name__}:of_no_size")
+        stream.Images(stored([given]), f"decode(1)|{__name__}:of_no_size")
 
 
 def to_float(image):

@@ -9,60 +9,40 @@ import pytest
 from test_sampling import FLAGS
 
 import launch
-from imgclf_jax import losses, programs
+from imgclf_jax import datasets, losses, programs
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
+from imgclf_jax.data.source import Source, read_labels
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.trained import restore
 
 
-class Encoded:
-    """A source without `labels`, like TFDS's, so a pass reads every example once."""
-
-    class_names = ("a", "b", "c")
-
-    def __init__(self, n):
-        self.n, self.seen = n, []
-
-    def __len__(self):
-        return self.n
-
-    def read(self, ids):
-        self.seen += ids.tolist()
-        return {"image": [b""] * len(ids), "label": (ids % 4 // 2).astype(np.int32)}
-
-    def fingerprint(self):
-        return ""
-
-
-class Unread(sources.ArraySource):
-    """Images in memory that must not be read."""
-
-    def read(self, ids):
-        raise AssertionError("labels are at hand")
-
-
-def unread():
-    labels = np.random.default_rng(0).integers(0, 5, 1000).astype(np.int32)
-    return {"train": Unread(np.zeros((1000, 2, 2, 1), np.uint8), labels, tuple("abcdefg"))}
+def counts(source):
+    """As a run records them."""
+    return np.bincount(read_labels(source), minlength=len(source.class_names)).tolist()
 
 
 @pytest.mark.parametrize("split", ["train", "train[:30%]", "train[100:200]+train[700:]"])
 def test_counts_from_labels(split):
-    base = unread()
+    """Without reading an image."""
+    labels = np.random.default_rng(0).integers(0, 5, 1000)
+    base = {"train": Source(1000, lambda ids: pytest.fail("the labels are known"), tuple("abcdefg"), "", labels)}
     places = {"train": np.r_[:1000], "train[:30%]": np.r_[:300]}.get(split, np.r_[100:200, 700:1000])
-    expected = [np.sum(base["train"].labels[places] == c) for c in range(7)]
-    counts = sources.class_counts(sources.take_split(base, split))
-    assert counts.tolist() == expected
-    assert counts.sum() == len(places)
+    assert counts(sources.take_split(base, split)) == [np.sum(labels[places] == c) for c in range(7)]
 
 
 def test_counts_by_one_pass_over_what_has_no_known_labels():
-    base = {"train": Encoded(2501), "more": Encoded(6)}
-    assert sources.class_counts(base["train"]).tolist() == [1251, 1250, 0]
-    assert base["train"].seen == list(range(2501))
-    assert sources.class_counts(sources.take_split(base, "train[:3]+more")).tolist() == [2 + 4, 1 + 2, 0]
-    assert sources.class_counts(sources.fake(10, (2, 2, 1), 4)["train"]).tolist() == [3, 3, 2, 2]
+    seen = []
+
+    def read(ids):
+        seen.extend(ids.tolist())
+        return {"image": [b""] * len(ids), "label": (ids % 4 // 2).astype(np.int32)}
+
+    base = {"train": Source(2501, read, ("a", "b", "c"), ""), "more": Source(6, read, ("a", "b", "c"), "")}
+    assert counts(base["train"]) == [1251, 1250, 0]
+    assert seen == list(range(2501))
+    assert counts(sources.take_split(base, "train[:3]+more")) == [2 + 4, 1 + 2, 0]
+    assert counts(sources.fake(10, (2, 2, 1), 4)["train"]) == [3, 3, 2, 2]
 
 
 @pytest.mark.thorough
@@ -91,18 +71,18 @@ def test_a_run_records_the_counts_and_is_evaluated_without_its_training_data(tmp
 
 def test_a_class_without_examples_is_named(fake_config):
     fake_config.data.train, fake_config.loss = "train[:2]", "focal(class_weights='balanced')"
-    made = programs.programs_for_images(fake_config, stream.open_train_images(fake_config))
+    made = programs.programs_for_images(fake_config, datasets.open_train_images(fake_config))
     with pytest.raises(UserError, match="the training split has no example of 2, 3"):
         _ = made.recipe.loss
 
 
 def test_counts_are_not_taken_unasked(fake_config, monkeypatch):
-    monkeypatch.setattr(stream, "class_counts", lambda source: 1 / 0)
-    made = programs.programs_for_images(fake_config, stream.open_train_images(fake_config))
+    monkeypatch.setattr(stream, "read_labels", lambda source: 1 / 0)
+    made = programs.programs_for_images(fake_config, datasets.open_train_images(fake_config))
     assert made.recipe.data.class_counts == ()
     fake_config.loss = "softmax(class_weights='balanced')"
     with pytest.raises(ZeroDivisionError):
-        programs.programs_for_images(fake_config, stream.open_train_images(fake_config))
+        programs.programs_for_images(fake_config, datasets.open_train_images(fake_config))
 
 
 def test_a_loss_that_was_told_no_counts_says_so():

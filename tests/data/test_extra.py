@@ -12,10 +12,10 @@ from test_sampling import FLAGS
 
 import launch
 from imgclf_jax import config as configs
-from imgclf_jax import programs
+from imgclf_jax import datasets, programs
 from imgclf_jax.core import platform, rng, sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import extra, placement, sources, stream
+from imgclf_jax.data import placement, sources, stream
 from imgclf_jax.methods import Loss, Method
 from imgclf_jax.run import provenance
 from imgclf_jax.run.workdir import Workdir
@@ -34,25 +34,26 @@ def config(fake_config):
 
 
 def opened(config):
-    base = sources.open_data(config)
-    return stream.train_images(sources.take_split(base, config.data.train), config, base)
+    return datasets.open_train_images(config)
 
 
 def spec_of(config, **changes):
-    sizes = tuple((name, one.batch_size) for name, one in extra.parse_all(config).items())
+    sizes = tuple((name, one.batch_size) for name, one in datasets.extra_streams(config).items())
     return stream.StreamSpec(**{"seed": 5, "batch_size": 16, "num_seeds": 2, "extra": sizes} | changes)
 
 
 def test_what_a_spec_says(config):
     config.data.extra.held = "train[10%:]+test"
-    assert extra.parse_all(config) == {
-        "held": extra.ExtraSpec("", "train[10%:]+test", 16, "decode(1)", "permutation"),
-        "unlabeled": extra.ExtraSpec("fake(30, (5, 6, 3), 4)", "train", 24, "decode(3)|resize(4, 7)", "balanced"),
+    assert datasets.extra_streams(config) == {
+        "held": datasets.ExtraStream("", "train[10%:]+test", 16, "decode(1)", "permutation"),
+        "unlabeled": datasets.ExtraStream("fake(30, (5, 6, 3), 4)", "train", 24, "decode(3)|resize(4, 7)", "balanced"),
     }
     for text, source, split in [("digits()", "digits()", ""), ("folder('a|b/c')", "folder('a|b/c')", ""),
                                 ("folder('a/b')/test[5:]", "folder('a/b')", "test[5:]")]:  # fmt: skip
         config.data.extra.held = f"{text}|batch_size(8)"
-        assert extra.parse(config, "held") == extra.ExtraSpec(source, split, 8, "decode(1)", "permutation")
+        assert datasets.extra_streams(config)["held"] == datasets.ExtraStream(
+            source, split, 8, "decode(1)", "permutation"
+        )
 
 
 @pytest.mark.parametrize(("place", "devices"), [("host", "cpu"), ("device", "cpu"), ("device", "tpu")])
@@ -63,7 +64,7 @@ def test_a_batch_holds_those_of_the_further_streams(config, monkeypatch, place, 
     shapes = {"unlabeled": (4, 7, 3), "held": (12, 12, 1)}
     assert {name: one.shape for name, one in images.extra.items()} == shapes
     base = {"unlabeled": sources.open_splits("fake(30, (5, 6, 3), 4)")["train"],
-            "held": sources.take_split(sources.open_data(config), "train[50%:]")}  # fmt: skip
+            "held": sources.take_split(datasets.open_data(config), "train[50%:]")}  # fmt: skip
     for step, batch in placement.batches(place, images, spec, [2, 3], mesh):
         assert batch.keys() == {"image", "label", "unlabeled", "held"}
         assert batch["image"].shape == (32, 12, 12, 1)
@@ -115,7 +116,7 @@ def test_programs_know_the_shapes_and_the_record_holds_them(config, tmp_path):
     (tmp_path / "provenance.json").write_text(json.dumps({"data": dataclasses.asdict(compiling.recipe.data)}))
     assert provenance.load_data_info(tmp_path / "provenance.json") == compiling.recipe.data != alone
     info = compiling.recipe.data.extra["unlabeled"]
-    assert info.fingerprint == sources.open_splits("fake(30, (5, 6, 3), 4)")["train"].fingerprint()
+    assert info.fingerprint == sources.open_splits("fake(30, (5, 6, 3), 4)")["train"].fingerprint
     assert described.describe(config, described.Facts()).extra.keys() == {"unlabeled", "held"}
 
 

@@ -2,15 +2,16 @@
 
 import os
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import folder as folder_module
 from imgclf_jax.data import image_files
 from imgclf_jax.data.folder import folder
+from imgclf_jax.data.source import read_examples
 
 
 def write(path, value=0, size=(8, 6)):
@@ -29,6 +30,11 @@ def flat(tmp_path):
     return root
 
 
+def files(source, root):
+    """The files of a source in its order, relative to `root`."""
+    return [str(Path(source.example_name(i)).relative_to(root)) for i in range(source.size)]
+
+
 # --- layouts ---
 
 
@@ -37,12 +43,12 @@ def test_one_folder_a_class_is_the_split_train(flat):
     assert splits.keys() == {"train"}
     source = splits["train"]
     assert source.class_names == ("cat", "dog", "emu")
-    assert sorted(source.files) == sorted(f"{('cat', 'dog', 'emu')[i % 3]}/{i}.png" for i in range(12))
+    names = files(source, flat)
+    assert sorted(names) == sorted(f"{('cat', 'dog', 'emu')[i % 3]}/{i}.png" for i in range(12))
     ids = np.array([7, 0, 7, 11])
-    examples = source.read(ids)
-    assert examples["image"] == [(flat / source.files[i]).read_bytes() for i in ids]
-    assert [source.class_names[label] for label in examples["label"]] == [source.files[i].split("/")[0] for i in ids]
-    assert source.name(3) == str(flat / source.files[3])
+    examples = read_examples(source, ids)
+    assert examples["image"] == [(flat / names[i]).read_bytes() for i in ids]
+    assert [source.class_names[label] for label in examples["label"]] == [names[i].split("/")[0] for i in ids]
 
 
 def test_split_folders_share_the_classes_of_them_all(tmp_path):
@@ -50,10 +56,10 @@ def test_split_folders_share_the_classes_of_them_all(tmp_path):
         for name in names:
             write(tmp_path / split / name / "deep" / "er" / "1.png")
     splits = folder(str(tmp_path))
-    assert {name: len(source) for name, source in splits.items()} == {"train": 2, "test": 3, "val": 1}
-    for source in splits.values():
+    assert {name: source.size for name, source in splits.items()} == {"train": 2, "test": 3, "val": 1}
+    for split, source in splits.items():
         assert source.class_names == ("a", "b", "c")
-        for file, label in zip(source.files, source.labels, strict=True):
+        for file, label in zip(files(source, tmp_path / split), source.labels, strict=True):
             assert source.class_names[label] == file.split("/")[0]
 
 
@@ -62,13 +68,15 @@ def test_a_few_of_each_class_to_train_on(flat):
     splits = folder(str(flat), train_per_class=1)
     assert sorted(splits["train"].labels) == [0, 1, 2]
     assert sorted(splits["test"].labels) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert {*splits["train"].files, *splits["test"].files} == set(folder(str(flat))["train"].files)
+    both = [file for source in splits.values() for file in files(source, flat)]
+    assert sorted(both) == sorted(files(folder(str(flat))["train"], flat))
     for source in splits.values():
-        assert [source.class_names.index(f.split("/")[0]) for f in source.files] == source.labels.tolist()
-        assert list(source.sizes) == [(flat / f).stat().st_size for f in source.files]
+        names = files(source, flat)
+        assert [source.class_names.index(f.split("/")[0]) for f in names] == source.labels.tolist()
+        assert names == [file for file in files(folder(str(flat))["train"], flat) if file in names]  # in the same order
     again = folder(str(flat), train_per_class=1)
-    assert again["train"].fingerprint() == splits["train"].fingerprint()
-    draws = {folder(str(flat), 1, draw)["train"].files for draw in range(8)}
+    assert again["train"].fingerprint == splits["train"].fingerprint
+    draws = {tuple(files(folder(str(flat), 1, draw)["train"], flat)) for draw in range(8)}
     assert len(draws) > 3
 
 
@@ -89,13 +97,14 @@ def test_hidden_files_and_folders_are_passed_over(flat):
         (flat / hidden).parent.mkdir(exist_ok=True)
         (flat / hidden).write_bytes(b"not an image")
     source = folder(str(flat))["train"]
-    assert (len(source), source.class_names) == (12, ("cat", "dog", "emu"))
+    assert (source.size, source.class_names) == (12, ("cat", "dog", "emu"))
 
 
 def test_a_relative_path_and_the_home_directory(flat, monkeypatch):
     monkeypatch.chdir(flat.parent)
     monkeypatch.setenv("HOME", str(flat.parent))
-    assert folder("animals")["train"].files == folder("~/animals")["train"].files == folder(str(flat))["train"].files
+    whole = folder(str(flat))["train"].fingerprint
+    assert folder("animals")["train"].fingerprint == folder("~/animals")["train"].fingerprint == whole
 
 
 @pytest.mark.parametrize("name", ["ä ö|('1').png", "\u2028.png", os.fsdecode(b"\xff\xfe.png")])
@@ -103,27 +112,27 @@ def test_any_file_name_is_read(flat, name):
     write(flat / "cat" / "new.png")
     (flat / "cat" / "new.png").rename(flat / "cat" / name)
     source = folder(str(flat))["train"]
-    i = source.files.index(f"cat/{name}")
+    i = files(source, flat).index(f"cat/{name}")
     assert source.read(np.array([i]))["image"] == [(flat / "cat" / name).read_bytes()]
-    assert len(source.fingerprint()) == 64
+    assert len(source.fingerprint) == 64
 
 
 # --- order ---
 
 
 def test_the_order_depends_on_the_names_alone_and_any_slice_holds_all_classes(tmp_path):
+    one = Image.new("L", (1, 1))
     for i in range(300):
-        path = tmp_path / "abc"[i // 100] / f"{i:03}.png"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"")
-    names = tuple("abc")
-    order = folder_module._scan(tmp_path, names)[0].files
-    copy = tmp_path.parent / "elsewhere"
+        path = tmp_path / "one" / "abc"[i // 100] / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        one.save(path)
+    order = files(folder(str(tmp_path / "one"))["train"], tmp_path / "one")
+    copy = tmp_path / "elsewhere"
     for file in sorted(order):  # made in another order, in another place
         (copy / file).parent.mkdir(parents=True, exist_ok=True)
-        (copy / file).write_bytes(b"longer")
-    source = folder_module._scan(copy, names)[0]
-    assert source.files == order
+        Image.new("L", (2, 2)).save(copy / file)
+    source = folder(str(copy))["train"]
+    assert files(source, copy) == order
     # Of 30 examples drawn at random each class has 10 ± 2.4.
     for start in range(0, 300, 30):
         counts = Counter(source.labels[start : start + 30].tolist())
@@ -131,21 +140,21 @@ def test_the_order_depends_on_the_names_alone_and_any_slice_holds_all_classes(tm
 
 
 def test_one_file_more_leaves_the_order_of_the_others(flat):
-    before = folder(str(flat))["train"].files
+    before = files(folder(str(flat))["train"], flat)
     write(flat / "dog" / "new.png")
-    after = folder(str(flat))["train"].files
-    assert [f for f in after if f != "dog/new.png"] == list(before)
+    after = files(folder(str(flat))["train"], flat)
+    assert [f for f in after if f != "dog/new.png"] == before
 
 
 def test_fingerprint_tells_names_sizes_and_classes(flat):
-    prints = {folder(str(flat))["train"].fingerprint()}
-    assert {folder(str(flat))["train"].fingerprint()} == prints
+    prints = {folder(str(flat))["train"].fingerprint}
+    assert {folder(str(flat))["train"].fingerprint} == prints
     (flat / "cat" / "0.png").rename(flat / "cat" / "00.png")
-    prints.add(folder(str(flat))["train"].fingerprint())
+    prints.add(folder(str(flat))["train"].fingerprint)
     write(flat / "cat" / "00.png", 99, size=(9, 9))
-    prints.add(folder(str(flat))["train"].fingerprint())
+    prints.add(folder(str(flat))["train"].fingerprint)
     (flat / "emu").rename(flat / "gnu")
-    prints.add(folder(str(flat))["train"].fingerprint())
+    prints.add(folder(str(flat))["train"].fingerprint)
     assert len(prints) == 4
 
 
@@ -155,8 +164,8 @@ def test_fingerprint_tells_contents(flat, set_back):
     for file in flat.rglob("*.png"):
         file.with_suffix(".bmp").write_bytes(b"")
         Image.open(file).save(file.with_suffix(".bmp"))
-    before = {split: source.fingerprint() for split, source in folder(str(flat), 2).items()}
-    assert {split: source.fingerprint() for split, source in folder(str(flat), 2).items()} == before
+    before = {split: source.fingerprint for split, source in folder(str(flat), 2).items()}
+    assert {split: source.fingerprint for split, source in folder(str(flat), 2).items()} == before
     for name in ("cat", "dog"):
         file = flat / name / {"cat": "0.bmp", "dog": "1.bmp"}[name]
         stat, content = file.stat(), bytearray(file.read_bytes())
@@ -165,8 +174,10 @@ def test_fingerprint_tells_contents(flat, set_back):
         if set_back:
             os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         assert file.stat().st_size == stat.st_size
-    after = {split: source.fingerprint() for split, source in folder(str(flat), 2).items()}
-    holds = {split: {"cat/0.bmp", "dog/1.bmp"} & set(source.files) for split, source in folder(str(flat), 2).items()}
+    after = {split: source.fingerprint for split, source in folder(str(flat), 2).items()}
+    holds = {
+        split: {"cat/0.bmp", "dog/1.bmp"} & set(files(source, flat)) for split, source in folder(str(flat), 2).items()
+    }
     assert {split: after[split] != before[split] for split in after} == {split: bool(f) for split, f in holds.items()}
     assert any(holds.values())
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imgclf_jax.data import sources
+from imgclf_jax.data.source import read_examples
 
 pytestmark = pytest.mark.usefixtures("a_gigabyte")
 
@@ -55,7 +56,7 @@ def test_npz(tmp_path_factory, images, labels, names, more, method, changes, cut
     for some in (path.read_bytes(), with_bytes(path.read_bytes(), changes, cut)):
         path.write_bytes(some)
         for source in (answered(sources.open_splits, f"arrays({str(path)!r})") or {}).values():
-            examples = source.read(np.arange(len(source)))
+            examples = read_examples(source, np.arange(source.size))
             assert (examples["image"].dtype, examples["image"].ndim) == (np.uint8, 4)
             assert 0 <= examples["label"].min() <= examples["label"].max() < len(source.class_names) <= 1_000_000
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from test_folder import flat, write  # noqa: F401  a fixture
 
+from imgclf_jax import datasets
 from imgclf_jax.config import default_config
 from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
@@ -66,14 +67,14 @@ def test_skipping_gives_the_source_of_the_files_that_are_left(flat, broken, capl
     [message] = caplog.messages
     assert message.startswith(f"{flat}: unreadable files left out: 7; all are listed in ")
     assert len(listed(message).read_text().splitlines()) == 7
-    assert source.left_out == tuple(map(str, broken))
+    assert source.skipped_files == tuple(map(str, broken))
     few = folder(str(flat), 1, unreadable="skip")
-    assert sources.left_out(few) == [str(file) for file in broken]
+    assert few["test"].skipped_files == source.skipped_files
     for file in broken:
         file.unlink()
     without = folder(str(flat))["train"]
-    assert (source.files, source.sizes) == (without.files, without.sizes)
-    assert source.fingerprint() == without.fingerprint()
+    assert [source.example_name(i) for i in range(source.size)] == [without.example_name(i) for i in range(12)]
+    assert source.fingerprint == without.fingerprint
     np.testing.assert_array_equal(source.labels, without.labels)
 
 
@@ -120,7 +121,7 @@ def test_a_damaged_memory_means_checking_again(flat, decoded, content):
 def test_a_cache_folder_that_cannot_be_written_costs_the_memory_alone(flat, decoded, monkeypatch, tmp_path):
     (tmp_path / "cache").write_text("a file where a folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert len(folder(str(flat))["train"]) == 12
+    assert folder(str(flat))["train"].size == 12
     folder(str(flat))
     assert len(decoded) == 24
 
@@ -163,7 +164,7 @@ def test_damage_in_the_middle_is_named_in_training_and_left_out_by_skip(flat, bi
         list(stream.eval_batches(stream.Images(sources.take_split({"train": source}, "train[:]"), "decode(3)"), 4))
     assert str(e.value).startswith(f"{file}: the image does not decode")
     assert str(e.value).endswith("skip all such files by --config.data.unreadable=skip in a new --workdir")
-    assert folder(str(flat), unreadable="skip")["train"].left_out == (str(file),)
+    assert folder(str(flat), unreadable="skip")["train"].skipped_files == (str(file),)
 
 
 def test_an_op_that_fails_on_a_good_file_is_not_the_file_s_fault(flat):
@@ -221,12 +222,12 @@ def test_formats_that_the_host_ops_name(flat):
     config = default_config()
     config.data.source = f"folder({str(flat)!r})"
     config.preprocess = "decode(3, formats=('PNG', 'tga'))"
-    assert "cat/x.tga" in sources.open_data(config)["train"].files
+    assert datasets.open_data(config)["train"].size == 13
     config.preprocess = "decode(3)"
     with pytest.raises(UserError, match=r"cat/x\.tga .*in none of the formats JPEG, "):
-        sources.open_data(config)
+        datasets.open_data(config)
     config.preprocess_eval = "decode(3, formats=('TGA',))"
-    assert "cat/x.tga" in sources.open_data(config)["train"].files
+    assert datasets.open_data(config)["train"].size == 13
 
 
 # --- in the stream ---
@@ -236,7 +237,7 @@ def test_formats_that_the_host_ops_name(flat):
 @pytest.mark.parametrize("prefetch", [1, 8])
 def test_a_file_that_breaks_in_mid_stream_is_named_after_the_batches_before_it(flat, split, prefetch):
     source = sources.take_split(folder(str(flat)), split)
-    file = flat / folder(str(flat))["train"].files[7]
+    file = Path(folder(str(flat))["train"].example_name(7))
     file.write_bytes(file.read_bytes()[:60])
     for batches in (
         stream.eval_batches(stream.Images(source, "decode(3)"), 3, prefetch=prefetch),
@@ -253,7 +254,7 @@ def test_a_file_that_breaks_in_mid_stream_is_named_after_the_batches_before_it(f
 
 def test_images_of_different_shapes_are_refused_with_the_mend(flat):
     source = folder(str(flat))["train"]
-    write(flat / source.files[5], size=(9, 6))
+    write(Path(source.example_name(5)), size=(9, 6))
     with pytest.raises(UserError) as e:
         list(stream.train_batches(stream.Images(source, "decode(3)"), 0, 4, 0, 3))
     assert "different shapes, such as (8, 6, 3) and (9, 6, 3); add resize(height, width)" in str(e.value)

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_folder import flat, write  # noqa: F401  a fixture
+from test_folder import files, flat, write  # noqa: F401  a fixture
 
 from imgclf_jax.cli import early, inputs
 from imgclf_jax.core.errors import UserError
@@ -53,8 +53,8 @@ def test_special_files_are_counted_and_not_opened(flat, caplog):
     (flat / "cat" / "linked.png").symlink_to(flat / "dog" / "1.png")  # a link to a regular file is one
     caplog.set_level("INFO")
     source = folder(str(flat))["train"]
-    assert len(source) == 13
-    assert "cat/linked.png" in source.files
+    assert source.size == 13
+    assert "cat/linked.png" in files(source, flat)
     assert caplog.messages == [f"{flat}: not used: 3 non-image files (3 pipe, socket or device)"]
 
 
@@ -65,8 +65,8 @@ def test_training_and_prediction_agree(flat, caplog):
     write(flat / "emu" / "deep" / "x.png")
     caplog.set_level("INFO")
     source = folder(str(flat))["train"]
-    files = find_files([str(flat)])
-    assert sorted(files) == sorted(flat / file for file in source.files)
+    found = find_files([str(flat)])
+    assert sorted(found) == sorted(flat / file for file in files(source, flat))
     first, second = caplog.messages
     assert first == second
     assert "12 non-image files" in first
@@ -77,14 +77,14 @@ def test_an_image_without_an_image_s_suffix_is_one(flat, kind):
     for name in ("x", "x.dat"):
         write(flat / "cat" / f"{name}.{kind}")
         (flat / "cat" / f"{name}.{kind}").rename(flat / "cat" / name)
-    assert {"cat/x", "cat/x.dat"} <= set(folder(str(flat))["train"].files)
+    assert {"cat/x", "cat/x.dat"} <= set(files(folder(str(flat))["train"], flat))
 
 
 def test_capitals_and_formats_that_are_not_read(flat):
     """A photograph in a format that Pillow does not know is named, not skipped."""
     write(flat / "cat" / "x.png")
     (flat / "cat" / "x.png").rename(flat / "cat" / "X.PNG")
-    assert "cat/X.PNG" in folder(str(flat))["train"].files
+    assert "cat/X.PNG" in files(folder(str(flat))["train"], flat)
     (flat / "cat" / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 40)
     with pytest.raises(UserError, match=r"cat/IMG_1\.HEIC \(the image is in none of the formats JPEG, "):
         folder(str(flat))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from imgclf_jax.data import sampling, stream
+from imgclf_jax.data import sampling
 
 SEEDS = st.integers(0, 2**32 - 1)
 SIZES = st.integers(1, 2000)
@@ -22,7 +22,7 @@ BATCHES = st.integers(1, 700)
 
 @given(SEEDS, SIZES)
 def test_every_epoch_is_an_exact_permutation(seed, n):
-    ids = stream.position_ids(seed, np.arange(2 * n), n).reshape(2, n)
+    ids = sampling.position_ids(seed, np.arange(2 * n), n).reshape(2, n)
     np.testing.assert_array_equal(np.sort(ids), np.tile(np.arange(n), (2, 1)))
 
 
@@ -30,9 +30,9 @@ def test_every_epoch_is_an_exact_permutation(seed, n):
 def test_batch_size_changes_only_the_grouping(seed, n, a, b, position):
     """The flat sequence of ids is the same, wherever it is cut."""
     in_steps_of_a, in_steps_of_b = position // a, position // b
-    one = stream.example_ids(seed, in_steps_of_a, a, n)[position - in_steps_of_a * a]
-    other = stream.example_ids(seed, in_steps_of_b, b, n)[position - in_steps_of_b * b]
-    assert one == other == stream.position_ids(seed, np.array([position]), n)[0]
+    one = sampling.example_ids(seed, in_steps_of_a, a, n)[position - in_steps_of_a * a]
+    other = sampling.example_ids(seed, in_steps_of_b, b, n)[position - in_steps_of_b * b]
+    assert one == other == sampling.position_ids(seed, np.array([position]), n)[0]
 
 
 def p_value(counts):
@@ -42,7 +42,7 @@ def p_value(counts):
 @pytest.mark.thorough
 def test_every_element_is_equally_likely_in_every_place_over_seeds():
     n, seeds, groups = 200, 2000, 10
-    ids = np.array([stream.example_ids(seed, 0, n, n) for seed in range(seeds)])  # [seeds, place]
+    ids = np.array([sampling.example_ids(seed, 0, n, n) for seed in range(seeds)])  # [seeds, place]
     assert all(p_value(np.bincount(ids[:, place], minlength=n)) > 1e-4 for place in (0, 1, 57, 199))
     places = np.argsort(ids)  # [seeds, id]
     assert all(p_value(np.bincount(places[:, i], minlength=n)) > 1e-4 for i in (0, 1, 57, 199))
@@ -53,7 +53,7 @@ def test_every_element_is_equally_likely_in_every_place_over_seeds():
 
 def test_every_order_is_equally_likely_over_epochs():
     n, epochs = 4, 60_000
-    ids = stream.position_ids(3, np.arange(n * epochs), n).reshape(epochs, n)
+    ids = sampling.position_ids(3, np.arange(n * epochs), n).reshape(epochs, n)
     code = ids @ 4 ** np.arange(n)
     orders, counts = np.unique(code, return_counts=True)
     assert len(orders) == 24
@@ -93,15 +93,15 @@ def reference_id(seed, position, n):
 def test_ids_are_those_of_the_definition(seed, n, position):
     positions = np.arange(position, position + 3)
     expected = [reference_id(seed, p, n) for p in positions.tolist()]
-    assert stream.position_ids(seed, positions, n).tolist() == expected
+    assert sampling.position_ids(seed, positions, n).tolist() == expected
 
 
 def test_known_answers():
     """Our own recorded output: another order would invalidate every published seed."""
-    assert stream.example_ids(0, 0, 8, 60_000).tolist() == [12477, 24869, 22246, 19276, 48411, 59251, 12473, 15838]
-    assert stream.example_ids(2**32 - 1, 10_000_000, 8, 1_281_167).tolist() == [
+    assert sampling.example_ids(0, 0, 8, 60_000).tolist() == [12477, 24869, 22246, 19276, 48411, 59251, 12473, 15838]
+    assert sampling.example_ids(2**32 - 1, 10_000_000, 8, 1_281_167).tolist() == [
         375582, 673254, 456209, 1019959, 6194, 523737, 200136, 1186612]  # fmt: skip
-    assert stream.example_ids(1, 1, 5, 3).tolist() == [0, 1, 2, 0, 0]
+    assert sampling.example_ids(1, 1, 5, 3).tolist() == [0, 1, 2, 0, 0]
 
 
 # --- any step at the same cost ---
@@ -109,11 +109,11 @@ def test_known_answers():
 
 def test_step_ten_million_of_a_trillion_examples_allocates_next_to_nothing():
     """It allocates neither the size of the set, 2**40, nor the number of steps before."""
-    stream.example_ids(0, 0, 128, 2**40)
+    sampling.example_ids(0, 0, 128, 2**40)
     peaks = []
     for step in (0, 10_000_000):
         tracemalloc.start()
-        ids = stream.example_ids(5, step, 128, 2**40)
+        ids = sampling.example_ids(5, step, 128, 2**40)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert len(set(ids.tolist())) == 128

@@ -14,7 +14,7 @@ from imgclf_jax.data import sources, stream
 from imgclf_jax.data.table import table
 
 ROWS = [
-    {"path": f"{'ab'[i % 2]}/{i}.png", "label": ("cat", "dog", "emu")[i % 3], "age": str(i / 4), "tall": str(i % 2),
+    {"file": f"{'ab'[i % 2]}/{i}.png", "label": ("cat", "dog", "emu")[i % 3], "age": str(i / 4), "tall": str(i % 2),
      "split": "train" if i < 9 else "test", "weight": str(1 + i)}
     for i in range(12)
 ]  # fmt: skip
@@ -35,7 +35,7 @@ def without(*columns, rows=ROWS):
 @pytest.fixture
 def images(tmp_path):
     for i, row in enumerate(ROWS):
-        file = tmp_path / row["path"]
+        file = tmp_path / row["file"]
         file.parent.mkdir(exist_ok=True)
         Image.fromarray(np.full((4, 5, 3), i, np.uint8)).save(file, "BMP")  # of one size, whatever the pixels
     return tmp_path
@@ -43,7 +43,7 @@ def images(tmp_path):
 
 def seen(source, name="label"):
     """Maps the number of each image to what the source says about it."""
-    got = stream.Images(source, "decode(3)").read(np.arange(len(source)), np.arange(len(source)))
+    got = stream.Images(source, "decode(3)").read(np.arange(source.size), np.arange(source.size))
     return {int(image[0, 0, 0]): y.tolist() for image, y in zip(got["image"], got[name], strict=True)}
 
 
@@ -69,53 +69,48 @@ def test_targets_are_columns_of_numbers(images):
     }
 
 
-def test_what_is_asked_for_goes_before_what_is_found(images, tmp_path_factory):
+def test_columns_by_other_names(images, tmp_path_factory):
     """Explicit columns, root and class order take precedence, also without splits."""
-    rows = [{"file": "none", "image": row["path"], "label": "x", "kind": row["label"], "split": "x"} for row in ROWS]
+    rows = [{"file": "none", "image": row["file"], "label": "x", "kind": row["label"], "split": "x"} for row in ROWS]
     file = write_csv(tmp_path_factory.mktemp("elsewhere") / "t.csv", rows)
     order = ("emu", "fox", "dog", "cat")
-    base = table(file, "kind", split=None, file="image", root=str(images), classes=order)
+    base = table(file, "kind", split="", file="image", root=str(images), classes=order)
     assert seen(base["train"]) == {i: order.index(ROWS[i]["label"]) for i in range(12)}
     assert base["train"].class_names == order
 
 
-def test_names_of_columns_in_any_capitals_a_byte_order_mark_and_quotes(images):
-    text = "\ufeffFile_Name , LABEL\r\n" + "".join(f'"{r["path"]}" ,"{r["label"]}"\r\n\r\n' for r in ROWS[:3])
+def test_spaces_a_byte_order_mark_and_quotes(images):
+    text = "\ufefffile , label\r\n" + "".join(f'"{r["file"]}" ,"{r["label"]}"\r\n\r\n' for r in ROWS[:3])
     (images / "t.csv").write_text(text.replace('" ,', '",'), encoding="utf-8")
     assert seen(table(str(images / "t.csv"))["train"]) == {0: 0, 1: 1, 2: 2}
 
 
-def test_a_column_without_a_name_is_no_column_of_weights(images):
-    """pandas writes the index of a table as such a column, which was taken for the weights."""
-    rows = [{"": i, **row} for i, row in enumerate(without("weight"))]
-    with pytest.raises(UserError, match="the table has no column of weights"):
-        sources.read_column(table(write_csv(images / "labels.csv", rows))["train"])
-
-
 def test_an_absolute_path_is_read_where_it_was_written(images, tmp_path_factory):
-    rows = [row | {"path": str(images / row["path"])} for row in ROWS]
-    assert len(table(write_csv(tmp_path_factory.mktemp("elsewhere") / "t.csv", rows))["train"]) == 9
+    rows = [row | {"file": str(images / row["file"])} for row in ROWS]
+    assert table(write_csv(tmp_path_factory.mktemp("elsewhere") / "t.csv", rows))["train"].size == 9
 
 
 def test_the_order_is_that_of_a_folder(images):
     """By a hash of the names, so that a slice of a table sorted by class has all classes."""
     rows = sorted(without("split"), key=lambda row: row["label"])
-    a = table(write_csv(images / "a.csv", rows))["train"].files
-    assert a == table(write_csv(images / "b.csv", rows[::-1]))["train"].files
-    assert list(a) != [row["path"] for row in rows]
+    a, b = (table(write_csv(images / "t.csv", some))["train"] for some in (rows, rows[::-1]))
+    names = [a.example_name(i) for i in range(12)]
+    assert names == [b.example_name(i) for i in range(12)]
+    assert names != [str(images / row["file"]) for row in rows]
 
 
 def prints(images, rows=ROWS, **options):
-    return {name: source.fingerprint() for name, source in table(write_csv(images / "t.csv", rows), **options).items()}
+    return {name: source.fingerprint for name, source in table(write_csv(images / "t.csv", rows), **options).items()}
 
 
-def test_the_fingerprint_covers_the_table_and_the_files(images):
+def test_the_fingerprint_covers_files_and_labels(images):
     first = prints(images)
     assert prints(images) == first
     assert prints(images, classes=("dog", "cat", "emu")) != first
     assert prints(images, targets=("age",))["train"] != prints(images, targets=("tall",))["train"]
-    assert prints(images, [*ROWS[:-1], ROWS[-1] | {"weight": "7"}])["train"] != first["train"]
-    file, before = images / ROWS[0]["path"], (images / ROWS[0]["path"]).stat()
+    assert prints(images, [*ROWS[:-1], ROWS[-1] | {"weight": "7"}]) == first  # the record has the weights it samples by
+    assert prints(images, [ROWS[0] | {"label": "dog"}, *ROWS[1:]])["train"] != first["train"]
+    file, before = images / ROWS[0]["file"], (images / ROWS[0]["file"]).stat()
     other = images / "other.png"
     Image.fromarray(np.full((4, 5, 3), 9, np.uint8)).save(other, "BMP")
     assert other.stat().st_size == before.st_size
@@ -127,33 +122,30 @@ def test_the_fingerprint_covers_the_table_and_the_files(images):
 
 
 @pytest.mark.parametrize(("rows", "options", "message"), [
-    (without("path"), {}, "has the columns 'label', 'age', 'tall', 'split', 'weight'; name the one with the file "
-     "by file='…'"),
-    (without("label"), {}, "name the one with the label by label='…' or those with targets by targets=('…',)"),
-    ([row | {"File": "x"} for row in ROWS], {}, "the columns 'path' and 'File' may each hold the file; choose one "
-     "by file='path'"),
+    (without("file"), {}, "unknown column 'file'"),
+    (without("label"), {}, "tall, weight; name the one to use by label='…'"),
+    (without("split"), {"split": "part"}, "unknown column 'part'"),
     (ROWS, {"label": "lable"}, "unknown column 'lable': did you mean 'label'"),
     (ROWS, {"targets": ("agee",)}, "unknown column 'agee': did you mean 'age'"),
     (ROWS, {"targets": ("age", "age")}, "names a column twice"),
-    (ROWS, {"targets": ("age",), "label": "label"}, "label and targets are both set"),
     (ROWS, {"targets": ("label",)}, "line 2: the column 'label' holds 'cat', not a number"),
     ([ROWS[0], ROWS[1] | {"tall": "True"}], {"targets": ("tall",)}, "line 3: the column 'tall' holds 'True', not a"),
-    ([ROWS[0], ROWS[1] | {"age": ""}], {"targets": ("age",)}, "line 3: the column 'age' holds nothing, not a num"),
+    ([ROWS[0], ROWS[1] | {"age": ""}], {"targets": ("age",)}, "line 3: the column 'age' is empty; it must hold the t"),
     ([ROWS[0], ROWS[1] | {"age": "nan"}], {"targets": ("tall", "age")}, "line 3: target 1 is nan; targets must"),
     ([ROWS[0], ROWS[1] | {"age": "1e39"}], {"targets": ("age",)}, "line 3: target 0 is inf; targets must"),
     ([ROWS[0], ROWS[1] | {"label": " "}], {}, "line 3: the column 'label' is empty; it must hold the label"),
-    ([ROWS[0], ROWS[1] | {"split": ""}], {}, "line 3: the column 'split' is empty; it must hold the split, or"),
+    ([ROWS[0], ROWS[1] | {"split": ""}], {}, "line 3: the column 'split' is empty; it must hold the split"),
     ([ROWS[0], ROWS[1] | {"split": "a/b"}], {}, "line 3: the split 'a/b': allowed are letters"),
-    ([ROWS[0], ROWS[1] | {"path": ""}], {}, "line 3: the column 'path' is empty; it must hold the file"),
-    ([ROWS[0], ROWS[1] | {"path": "../b/1.png"}], {}, "line 3: '../b/1.png' leaves the root"),
-    ([ROWS[0], ROWS[1] | {"path": "b/../../x"}], {}, "line 3: 'b/../../x' leaves the root"),
-    ([ROWS[0], ROWS[1] | {"path": "gs://b/1.png"}], {}, "line 3: 'gs://b/1.png' is not a file on this machine"),
+    ([ROWS[0], ROWS[1] | {"file": ""}], {}, "line 3: the column 'file' is empty; it must hold the file"),
+    ([ROWS[0], ROWS[1] | {"file": "../b/1.png"}], {}, "line 3: '../b/1.png' leaves the root"),
+    ([ROWS[0], ROWS[1] | {"file": "b/../../x"}], {}, "line 3: 'b/../../x' leaves the root"),
+    ([ROWS[0], ROWS[1] | {"file": "gs://b/1.png"}], {}, "line 3: 'gs://b/1.png' is not a file on this machine"),
     (ROWS[:1], {}, "has 1 classes"),
     (ROWS, {"classes": ("cat", "dog")}, "line 4: the label 'emu' is not among classes=('cat', 'dog')"),
     (ROWS, {"classes": ("cat", "dog", "emu", "cat")}, "has 3 classes, 4 with repetitions"),
     (ROWS, {"root": "nowhere"}, "table: root: there is no directory 'nowhere'"),
     (ROWS, {"root": "/"}, "none of the 12 files that"),
-    ([row | {"path": f"x{row['path']}"} for row in ROWS], {}, "such as 'xa/0.png'; name their folder"),
+    ([row | {"file": f"x{row['file']}"} for row in ROWS], {}, "such as 'xa/0.png'; name their folder"),
 ])  # fmt: skip
 def test_what_a_table_lacks_is_said_in_one_sentence(images, rows, options, message):
     with pytest.raises(UserError) as e:
@@ -164,13 +156,13 @@ def test_what_a_table_lacks_is_said_in_one_sentence(images, rows, options, messa
 
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("t.csv", b"", "has no rows"),
-    ("t.csv", b"path,label\n", "has no rows"),
-    ("t.csv", b"path,label\na/0.png,cat,1\n", r"line 2 has 3 fields, but the header has 2; separate them by ','"),
-    ("t.csv", b"path;label\na/0.png;cat\n", r"has the columns 'path;label'; name the one"),
-    ("t.csv", b"path,path,label\na,b,c\n", r"has two columns with the same name"),
-    ("t.csv", b"path,label\n\xff,cat\n", r"cannot read .* as UTF-8 text"),
-    ("t.csv", b'path,label\n"a,cat\n', r"cannot read .* as UTF-8 text"),
-    ("t.csv", b"path,label\n" + b"a" * 200_000 + b",cat\n", r"cannot read .* field larger than"),
+    ("t.csv", b"file,label\n", "has no rows"),
+    ("t.csv", b"file,label\na/0.png,cat,1\n", r"line 2 has 3 fields, but the header has 2; separate them by ','"),
+    ("t.csv", b"file;label\na/0.png;cat\n", r"unknown column 'file': did you mean 'file;label'"),
+    ("t.csv", b"file,file,label\na,b,c\n", r"has two columns with the same name"),
+    ("t.csv", b"file,label\n\xff,cat\n", r"cannot read .* as UTF-8 text"),
+    ("t.csv", b'file,label\n"a,cat\n', r"cannot read .* as UTF-8 text"),
+    ("t.csv", b"file,label\n" + b"a" * 200_000 + b",cat\n", r"cannot read .* field larger than"),
     ("t.xlsx", b"", r"must be a \.csv or \.tsv file"),
 ])  # fmt: skip
 def test_what_is_no_table_is_refused(tmp_path, name, content, message):
@@ -189,7 +181,7 @@ def test_no_file_and_a_bucket(tmp_path):
 
 
 def test_broken_and_missing_files_are_listed_at_the_start(images):
-    broken = [images / row["path"] for row in ROWS[:4]]
+    broken = [images / row["file"] for row in ROWS[:4]]
     broken[0].write_bytes(b"text")
     broken[1].unlink()
     broken[2].write_bytes(broken[2].read_bytes()[:50])
@@ -203,32 +195,26 @@ def test_broken_and_missing_files_are_listed_at_the_start(images):
     assert "No such file or directory" in listed
     kept = table(file, unreadable="skip")
     assert seen(kept["train"]) == {i: i % 3 for i in range(4, 9)}
-    assert sources.left_out(kept) == sorted(map(str, broken))
+    assert list(kept["train"].skipped_files) == sorted(map(str, broken))
 
 
 def test_skipping_leaves_no_class_and_no_split_without_images(images):
     for row in ROWS[9:11]:
-        (images / row["path"]).unlink()
+        (images / row["file"]).unlink()
     file = write_csv(images / "t.csv")
     with pytest.raises(UserError, match="the class 'cat' has no readable image in the split 'test'"):
         table(file, unreadable="skip")
-    assert len(table(file, unreadable="skip", classes=("cat", "dog", "emu"))["test"]) == 1
-    (images / ROWS[11]["path"]).unlink()
+    assert table(file, unreadable="skip", classes=("cat", "dog", "emu"))["test"].size == 1
+    (images / ROWS[11]["file"]).unlink()
     with pytest.raises(UserError, match=r"the split 'test' of .* has no readable image"):
         table(file, unreadable="skip", targets="age")
 
 
-def test_the_log_says_when_the_weights_are_used(images, caplog):
-    with caplog.at_level(logging.INFO):
-        table(write_csv(images / "t.csv"))
-    assert "split 'split', weight 'weight' (only for data.sampling='weighted')" in caplog.text
-
-
 def test_a_file_of_two_splits_is_warned_of(images, caplog):
-    rows = [*ROWS, ROWS[0] | {"split": "test"}, ROWS[1] | {"path": str(images / "b/../b/1.png"), "split": "val"}]
+    rows = [*ROWS, ROWS[0] | {"split": "test"}, ROWS[1] | {"file": str(images / "b/../b/1.png"), "split": "val"}]
     with caplog.at_level(logging.WARNING):
         base = table(write_csv(images / "t.csv", [*rows, rows[0]]))
-    assert {name: len(source) for name, source in base.items()} == {"train": 10, "val": 1, "test": 4}
+    assert {name: source.size for name, source in base.items()} == {"train": 10, "val": 1, "test": 4}
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == 3
     assert "split train has 10 rows for 9 distinct files" in warnings[0]

@@ -1,7 +1,6 @@
 """Targets f32[n, k] instead of labels, from files and the user's own sources, in every batch."""
 
 import dataclasses
-import functools
 import json
 import sys
 import types
@@ -11,12 +10,14 @@ import numpy as np
 import pytest
 from test_arrays import npz
 
-from imgclf_jax import losses
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import placement, sources, stream
+from imgclf_jax.data import placement, sampling, sources, stream
+from imgclf_jax.data.source import Source, read_examples
+from imgclf_jax.programs import programs_for_images
 from imgclf_jax.run import provenance
 from imgclf_jax.tools.dryrun import described
+from imgclf_jax.train.evaluation import check_targets
 
 N, K = 40, 3
 X = np.random.default_rng(0).integers(0, 256, (N, 5, 4, 1), np.uint8)
@@ -24,20 +25,9 @@ T = np.random.default_rng(1).normal(size=(N, K)).astype(np.float32)
 NAMES = ("height", "width", "age")
 
 
-class Regression:
+def regression(targets=T):
     """A user's own source with targets, whose images are decoded each time."""
-
-    def __init__(self, n=N, targets=T, names=NAMES):
-        self.n, self.values, self.target_names, self.class_names = n, targets, names, names
-
-    def __len__(self):
-        return self.n
-
-    def read(self, ids):
-        return {"image": X[ids], "target": self.values[ids]}
-
-    def fingerprint(self):
-        return "own"
+    return Source(N, lambda ids: {"image": X[ids]}, NAMES, "own", targets)
 
 
 @pytest.mark.parametrize(("layout", "dtype", "shape"), [
@@ -52,12 +42,12 @@ def test_arrays_read_targets(tmp_path, layout, dtype, shape):
                                                                             strict=True)}  # fmt: skip
     base = sources.open_splits(npz(tmp_path, **data))
     for split in ("train", "test"):
-        examples = base[split].read(np.array([3, 1, 3]))
+        examples = read_examples(base[split], np.array([3, 1, 3]))
         assert examples.keys() == {"image", "target"}
         assert examples["target"].dtype == np.float32
         np.testing.assert_array_equal(examples["target"], y.reshape(N, -1)[[3, 1, 3]].astype(np.float32))
         names = tuple(map(str, range(*shape))) if shape else ("target",)
-        assert sources.target_names(base[split]) == base[split].class_names == names
+        assert base[split].target_names == base[split].class_names == names
 
 
 def test_target_names_and_fingerprints(tmp_path):
@@ -66,7 +56,7 @@ def test_target_names_and_fingerprints(tmp_path):
     changed = T.copy()
     changed[7, 2] += 1
     other = sources.open_splits(npz(tmp_path, images=X, targets=changed, target_names=NAMES))["train"]
-    assert other.fingerprint() != source.fingerprint()
+    assert other.fingerprint != source.fingerprint
 
 
 def bad(value, i=7):
@@ -85,7 +75,7 @@ def bad(value, i=7):
     ({"x_train": X, "train_targets": T[:5]}, "x_train is uint8[40, 5, 4, 1] and train_targets is float32[5, 3]"),
     ({"x_train": X, "train_targets": T.astype(complex)}, "train_targets is complex128[40, 3]; expected"),
     ({"x_train": X, "train_targets": T[:, :0]}, "train_targets is float32[40, 0]; expected"),
-    ({"x_train": X, "train_targets": T, "target_names": ["a", "b"]}, "target_names holds 2 names, 2 of them"),
+    ({"x_train": X, "train_targets": T, "target_names": ["a", "b"]}, "target_names holds 2 names for 3 targets"),
     ({"x_train": X, "train_targets": T, "target_names": list("aab")}, "target_names holds 3 names, 2 of them"),
     ({"x_train": X, "train_targets": T, "x_test": X, "test_targets": T[:, :2]}, "different numbers of targets"),
 ])  # fmt: skip
@@ -98,19 +88,18 @@ def test_targets_in_arrays_are_checked(tmp_path, data, message):
 
 @pytest.mark.parametrize("split", ["train", "train[:30%]", "train[30:]+extra[5:20]"])
 def test_splits_read_targets(split):
-    extra = Regression(targets=-T)
-    source = sources.take_split({"train": Regression(), "extra": extra}, split)
+    source = sources.take_split({"train": regression(), "extra": regression(-T)}, split)
     expected = {"train": T, "train[:30%]": T[:12]}.get(split, np.concatenate([T[30:], -T[5:20]]))
-    order = np.random.default_rng(0).permutation(len(source))
-    examples = source.read(order)
+    order = np.random.default_rng(0).permutation(source.size)
+    examples = read_examples(source, order)
     np.testing.assert_array_equal(examples["target"], expected[order])
     assert "label" not in examples
-    assert sources.target_names(source) == NAMES
+    assert source.target_names == NAMES
 
 
 def test_splits_of_different_kinds_are_not_joined():
-    base = {"train": Regression(), "extra": sources.fake(8, (5, 4, 1))["train"]}
-    with pytest.raises(UserError, match=r"split 'train\+extra' joins splits with different targets, or labels with"):
+    base = {"train": regression(), "extra": sources.fake(8, (5, 4, 1))["train"]}
+    with pytest.raises(UserError, match=r"split 'train\+extra': it joins splits with labels and splits with targets"):
         sources.take_split(base, "train+extra")
 
 
@@ -121,7 +110,7 @@ def test_batches_hold_the_targets_of_their_examples(monkeypatch, place, devices,
     if not cached:
         monkeypatch.setattr(stream, "_CACHE_BYTES", 0)
     monkeypatch.setattr(platform, "platform_of", lambda mesh: devices)
-    mesh, images = sharding.make_mesh(), stream.Images(Regression(), "decode(1)", 5)
+    mesh, images = sharding.make_mesh(), stream.Images(regression(), "decode(1)", 5)
     spec = stream.StreamSpec(5, 16, num_seeds=2)
     shapes = placement.batch_shape(spec.rows, images.shape, K, mesh)
     for step, batch in placement.batches(place, images, spec, range(2, 5), mesh):
@@ -129,13 +118,13 @@ def test_batches_hold_the_targets_of_their_examples(monkeypatch, place, devices,
             lambda x: (x.shape, x.dtype, x.sharding), shapes
         )
         for seed in (5, 6):
-            ids = stream.example_ids(seed, step, 16, N)
+            ids = sampling.example_ids(seed, step, 16, N)
             np.testing.assert_array_equal(batch["target"][seed - 5 :: 2], T[ids])
             np.testing.assert_array_equal(batch["image"][seed - 5 :: 2], X[ids])
 
 
 def test_evaluation_sees_every_target_once():
-    batches = list(stream.eval_batches(stream.Images(Regression(), "decode(1)"), 16))
+    batches = list(stream.eval_batches(stream.Images(regression(), "decode(1)"), 16))
     masks = np.concatenate([batch["mask"] for batch in batches])
     np.testing.assert_array_equal(np.concatenate([batch["target"] for batch in batches])[masks], T)
     shapes = placement.batch_shape(16, (5, 4, 1), K, sharding.make_mesh(), mask="bool")
@@ -143,118 +132,66 @@ def test_evaluation_sees_every_target_once():
                                                                      batches[0].items()}  # fmt: skip
 
 
-class Own(Regression):
-    """A source whose `read` returns these arrays' rows, or what a function of the ids returns."""
-
-    def __init__(self, gives, **attributes):
-        super().__init__()
-        self.gives = gives
-        vars(self).update(attributes)
-
-    def read(self, ids):
-        return self.gives(ids) if callable(self.gives) else {name: y[ids] for name, y in self.gives.items()}
-
-
 LABELS = np.arange(N, dtype=np.int32) % 3
 
 
-@pytest.mark.parametrize(("source", "message"), [
-    (Own({"image": X, "label": LABELS, "target": T}), "Own.read returns label and target; return either"),
-    (Own({"image": X}), "Own.read returns neither label nor target; return either 'label'"),
-    (Own({"image": X, "label": LABELS}), "Own has target_names, but its read returns 'label'"),
-    (Own({"image": X, "target": T}, target_names=()), "Own.read returns 'target', so Own needs target_names"),
-    (Own({"image": X, "target": T}, class_names=("a", "b", "c")), "class_names equal to them"),
-    (Own({"image": X, "target": T[:, :2]}), "returns 'target' [1, 2] for 1 images and 3 target_names"),
-    (Own({"image": X, "target": bad(np.nan, 0)}), "example 0: target 1 is nan; targets must be finite"),
-    (Regression(targets=bad(np.nan, 0)), "example 0: target 1 is nan"),
-    (Own({"image": X, "target": T}, targets=bad(np.nan, 33)), "example 33: target 1 is nan"),
-    (Own({"image": X, "target": T}, targets=bad(np.nan, 33), name="cats/{}.jpg".format), "cats/33.jpg: target 1"),
-])  # fmt: skip
-def test_what_a_source_must_give_is_said_at_the_start(source, message):
-    with pytest.raises(UserError) as e:
-        stream.Images(source, "decode(1)")
-    assert message in str(e.value)
-
-
-LABELED = {"target_names": (), "class_names": ("a", "b", "c")}
+def labeled(read):
+    return Source(N, read, ("a", "b", "c"), "own")
 
 
 @pytest.mark.parametrize(("labels", "message"), [
-    (lambda ids: LABELS[ids] + 0.7, "'label' float64[1] for 1 images; return integers [1]"),  # not 0, 1 and 2
-    (lambda ids: LABELS[ids] - 1, "labels from -1 to -1 for 3 class_names; number the classes from 0 to 2"),
-    (lambda ids: LABELS[ids] + 3, "labels from 3 to 3 for 3 class_names"),
-    (lambda ids: np.append(LABELS[ids], [0, 0]).astype(np.int32), "'label' int32[3] for 1 images"),
-    (lambda ids: LABELS[:0], "'label' int32[0] for 1 images"),
-    (lambda ids: list(map(str, LABELS[ids])), "'label' <U1[1] for 1 images"),
+    (lambda ids: LABELS[ids] + 0.7, "labels are float64[1] for 1 examples; expected whole"),  # not 0, 1 and 2
+    (lambda ids: LABELS[ids] - 1, "labels are from -1 to -1 for 3 class_names; number the classes from 0 to 2"),
+    (lambda ids: LABELS[ids] + 3, "labels are from 3 to 3 for 3 class_names"),
+    (lambda ids: np.append(LABELS[ids], [0, 0]).astype(np.int32), "labels are int32[3] for 1 examples"),
+    (lambda ids: LABELS[:0], "labels are int32[0] for 1 examples"),
+    (lambda ids: list(map(str, LABELS[ids])), "labels are <U1[1] for 1 examples"),
 ])  # fmt: skip
 def test_labels_that_are_none_are_said_and_not_rounded_or_wrapped(labels, message):
     """A label of -1 used to be trained as the last class, and 0.7 as the first."""
     with pytest.raises(UserError) as e:
-        stream.Images(Own(lambda ids: {"image": X[ids], "label": labels(ids)}, **LABELED), "decode(1)")
+        stream.Images(labeled(lambda ids: {"image": X[ids], "label": labels(ids)}), "decode(1)")
     assert message in str(e.value)
-    with pytest.raises(UserError, match="read returns a NoneType; return a dict of arrays"):
-        stream.Images(Own(lambda ids: None, **LABELED), "decode(1)")
 
 
-@pytest.mark.parametrize(("opened", "message"), [
-    (None, "returns a NoneType; return a dict"),
-    (Regression(), "returns a Regression; return a dict"),
-    ({"train": 3}, "the split 'train' is a int without __len__"),
-    ({"train": Regression(n=0)}, "is a Regression of 0 examples"),
-    ({"train": Regression(n=3.5)}, "is a Regression of 3.5 examples"),
-    ({"train": Regression(names="abc")}, "class_names are 'abc'; they must be a tuple of strings"),
-    ({"train": Regression(names=(1, 2, 3))}, "class_names are (1, 2, 3); they must be"),
-    ({"train": Regression(names=list("aba"))}, "whose class_names have 'a' twice; give each class its own name"),
+@pytest.mark.parametrize(("gives", "message"), [
+    (None, "read returns a NoneType; return {'image': …, 'label': …}"),
+    ({"label": LABELS[:1]}, "read returns a dict; return {'image'"),
+    ({"image": X[:1]}, "read returns no 'label'; return i32[n], or give the source its labels or targets"),
+    ({"image": X[:1], "target": T[:1]}, "read returns no 'label'"),
 ])  # fmt: skip
-def test_what_the_function_of_a_source_must_return(opened, message, monkeypatch):
+def test_what_a_read_must_return_is_said_at_the_start(gives, message):
+    with pytest.raises(UserError) as e:
+        stream.Images(labeled(lambda ids: gives), "decode(1)")
+    assert message in str(e.value)
+
+
+@pytest.mark.parametrize("opened", [None, regression(), {}, {"train": 3}, {"train": regression(), "test": None}])
+def test_what_the_function_of_a_source_must_return(opened, monkeypatch):
     monkeypatch.setitem(sys.modules, "own", types.SimpleNamespace(data=lambda: opened))
     with pytest.raises(UserError) as e:
         sources.open_splits("own:data()")
-    assert str(e.value).startswith("data.source='own:data()'")
-    assert message in str(e.value)
+    assert str(e.value).startswith("data.source='own:data()' returns ")
+    assert "return a dict {'train': source} of imgclf_jax.data.source.Source" in str(e.value)
 
 
-def test_a_length_may_be_a_number_of_numpy(monkeypatch):
-    opened = {"train": Regression(n=np.int64(N))}
-    monkeypatch.setitem(sys.modules, "own", types.SimpleNamespace(data=lambda: opened))
-    assert sources.open_splits("own:data()") is opened
-
-
-@pytest.mark.parametrize("cached", [True, False])
-def test_targets_that_are_read_later_fit_the_loss_too(cached, monkeypatch):
+def test_targets_of_all_examples_and_streams_fit_the_loss(fake_config):
     """Those from the 64th example on were trained by, to a negative cross-entropy."""
-    if not cached:
-        monkeypatch.setattr(stream, "_CACHE_BYTES", 0)
-    soft = np.eye(3, dtype=np.float32)[np.arange(80) % 3]
-    soft[70] = 40 * soft[70] - 3
-
-    def opened():
-        gives = lambda ids: {"image": X[ids % N], "target": soft[ids]}  # noqa: E731
-        return stream.Images(Own(gives, n=80, name="cats/{}.jpg".format), "decode(1)")
-
-    check = functools.partial(losses.check_targets, "sigmoid", losses.Task.MULTILABEL)
-    images, ids = opened(), np.arange(60, 80)
-    images.extra["more"] = opened()
-    images.check_targets(check)
-    for one in (images, images.extra["more"]):
-        one.read(ids[:10], ids[:10])
-        with pytest.raises(UserError, match=r"^loss='sigmoid': cats/70.jpg has the target \[-3, 37, -3\], outside of"):
-            one.read(ids, ids)
-    early = opened()
-    early.read(ids, ids)
-    if cached:
-        with pytest.raises(UserError, match=r"cats/70.jpg has the target"):
-            early.check_targets(check)
-
-
-def test_a_target_that_is_read_later_is_named_too():
-    images = stream.Images(Regression(targets=bad(np.inf, 33)), "decode(1)")
-    with pytest.raises(UserError, match=r"^example 33: target 1 is inf"):
-        images.read(np.arange(N), np.arange(N))
+    soft = np.eye(3, dtype=np.float32)[np.arange(N) % 3]
+    fits = regression(soft)
+    wrong = dataclasses.replace(regression(np.where(np.arange(N)[:, None] == 37, 40 * soft - 3, soft)),
+                                example_name="cats/{}.jpg".format)  # fmt: skip
+    fake_config.loss, fake_config.preprocess = "sigmoid", "decode(1)"
+    programs = programs_for_images(fake_config, stream.Images(fits, "decode(1)"))
+    for source, extra in ((wrong, fits), (fits, wrong)):
+        images = stream.Images(source, "decode(1)", extra={"more": stream.Images(extra, "decode(1)")})
+        with pytest.raises(UserError, match=r"^loss='sigmoid': cats/37.jpg has the target \[-3, 37, -3\], outside of"):
+            check_targets(programs, images)
+    check_targets(programs, stream.Images(fits, "decode(1)"))
 
 
 def test_the_record_says_what_the_targets_are(tmp_path):
-    info = stream.Images(Regression(), "decode(1)").describe()
+    info = stream.Images(regression(), "decode(1)").describe()
     assert info.target_names == info.class_names == NAMES
     (tmp_path / "provenance.json").write_text(json.dumps({"data": dataclasses.asdict(info)}))
     assert provenance.load_data_info(tmp_path / "provenance.json") == info

@@ -10,7 +10,7 @@ import pytest
 from safetensors import numpy as safetensors
 
 import launch
-from imgclf_jax import losses
+from imgclf_jax import datasets, losses
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.losses import Task
 from imgclf_jax.methods import Problem
@@ -112,14 +112,14 @@ def test_a_teacher_that_does_not_fit_is_refused_in_one_sentence(teacher, tmp_pat
 
 def test_the_fixed_arrays_are_an_argument_of_the_program_and_sharded(teacher):
     from imgclf_jax import config, programs
-    from imgclf_jax.data import sources, stream
+    from imgclf_jax.data import sources
 
     c = config.load_file("configs/digits.py")
     for flag in (*FLAGS, LEARN.format(teacher), "--config.model=mlp(widths=(8,))", "--config.mesh=data=1, fsdp=8"):
         key, _, value = flag.removeprefix("--config.").partition("=")
         c.update_from_flattened_dict({key: value if key not in ("batch_size", "tensorboard") else eval(value)})
-    source = sources.take_split(sources.open_data(c), c.data.train)
-    built = programs.programs_for_images(c, stream.train_images(source, c), load=load_teacher)
+    source = sources.take_split(datasets.open_data(c), c.data.train)
+    built = programs.programs_for_images(c, datasets.train_images(source, c), load=load_teacher)
     _ = built.traced_train
     assert "fixed" not in vars(built)  # so that it compiles for devices that hold no arrays
     kernels = [x for x in jax.tree.leaves(built.fixed) if x.shape == (64, 256)]

@@ -131,7 +131,7 @@ def test_data_in_a_bucket(bucket, tmp_path):
         for _ in range(2):
             source = sources.open_splits(f"arrays('{bucket}/a.npz')")["train"]
             assert len(source.class_names) == classes
-            np.testing.assert_array_equal(source.images, images)
+            np.testing.assert_array_equal(source.read(np.arange(source.size))["image"], images)
     with pytest.raises(UserError, match=r"mount it as a folder \(gcsfuse, mountpoint-s3\)"):
         sources.open_splits(f"folder('{bucket}/photos')")
     with pytest.raises(UserError, match=r"cannot read 's3://runs/b.npz' as an .npz file"):

@@ -13,9 +13,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import launch
-from imgclf_jax import metrics
+from imgclf_jax import datasets, metrics
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import sources
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.tools.export import compared
@@ -102,7 +101,7 @@ def runs(tmp_path_factory):
 def outputs_of(workdir):
     """(targets, probabilities or values), f64[64, k] each, on the test set."""
     model = restore(workdir.load_config(), workdir, "latest")
-    images = model.programs.eval_images(sources.open_data(workdir.load_config())["test"])
+    images = model.programs.eval_images(datasets.open_data(workdir.load_config())["test"])
     read = images.read(np.arange(len(images)), np.arange(len(images)))
     found = np.asarray(model.programs.predict(*model.state.evaluated, read["image"]))
     return read["target"].astype(np.float64), found.astype(np.float64)
@@ -144,7 +143,7 @@ def test_training_records_the_metrics_of_the_task(runs, name):
     best = restore(workdir.load_config(), workdir, "best")
     value = BEST[name].partition("/")[2]
     sums, predictions = evaluate(best.programs, best.state, best.programs.eval_images(
-        sources.open_data(workdir.load_config())["test"]))  # fmt: skip
+        datasets.open_data(workdir.load_config())["test"]))  # fmt: skip
     kept = metrics.summarize(sums, predictions, best.programs.recipe.whole_set_metrics)[value]
     values = [r[f"test/{value}"] for r in read_metrics(workdir.metrics) if f"test/{value}" in r]
     assert kept == pytest.approx(max(values) if name == "pairs" else min(values), rel=1e-6)
@@ -191,8 +190,8 @@ def pictures():
     """pictures(name): the paths of the first three test images."""
 
     def of(name, runs):
-        source = sources.open_data(runs(name).load_config())["test"]
-        return [Path(source.name(i)) for i in range(3)]
+        source = datasets.open_data(runs(name).load_config())["test"]
+        return [Path(source.example_name(i)) for i in range(3)]
 
     return of
 

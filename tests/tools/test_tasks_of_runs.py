@@ -9,9 +9,8 @@ from cases import thorough
 from test_tasks import FLAGS, LOSS, expected, outputs_of, printed, refused, runs, train, write_ink  # noqa: F401
 
 import launch
-from imgclf_jax import losses
+from imgclf_jax import datasets, losses
 from imgclf_jax.core import extras
-from imgclf_jax.data import sources
 from imgclf_jax.tools.probe import command as probe
 from imgclf_jax.trained import restore
 
@@ -22,7 +21,7 @@ def test_several_seeds_report_means_and_their_ensemble(tmp_path, name):
     workdir = train(tmp_path, name, "--config.num_seeds=2", "--config.mix=mixup(0.2)", "--config.accumulate=2")
     targets, together = outputs_of(workdir)
     model = restore(workdir.load_config(), workdir, "latest")
-    images = model.programs.eval_images(sources.open_data(workdir.load_config())["test"])
+    images = model.programs.eval_images(datasets.open_data(workdir.load_config())["test"])
     everything = np.arange(len(images))
     read = images.read(everything, everything)
     logits = np.asarray(model.programs.logits(*model.state.evaluated, read["image"]))

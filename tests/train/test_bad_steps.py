@@ -11,11 +11,11 @@ import pytest
 from flax import linen as nn
 
 from imgclf_jax import config as configs
-from imgclf_jax import programs
+from imgclf_jax import datasets, programs
 from imgclf_jax import step as steps
 from imgclf_jax.core import sharding, tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import sources, stream
+from imgclf_jax.data import sampling
 from imgclf_jax.losses import softmax
 from imgclf_jax.models.classifier import Classifier
 from imgclf_jax.optim import optimizers, weight_averages
@@ -31,7 +31,7 @@ POISON = ((3, 1), (9, 3))  # (example, epoch)
 def step_of(example, epoch, seed=0):
     """The step that has an example in an epoch, of 0, 1, …"""
     steps = range(epoch * EXAMPLES // BATCH, (epoch + 1) * EXAMPLES // BATCH)
-    return next(step for step in steps if example in stream.example_ids(seed, step, BATCH, EXAMPLES))
+    return next(step for step in steps if example in sampling.example_ids(seed, step, BATCH, EXAMPLES))
 
 
 BAD = sorted(step_of(*one) for one in POISON)
@@ -56,7 +56,7 @@ def train_without(config, left_out):
     """The parameters of a run that omits the updates of these steps, from the train step alone."""
     config = config.copy_and_resolve_references()
     config.on_bad_step = "stop"
-    images = stream.open_train_images(config, sources.open_data(config))
+    images = datasets.open_train_images(config)
     of = programs.programs_for_images(config, images)
     state = of.init()["state"]
     for number in range(TOTAL):

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from imgclf_jax.data import sampling, sources, stream
+from imgclf_jax.data.arrays import array_source
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.train import setup
 from imgclf_jax.train.unseen_classes import unseen_class_warnings
 
 
 def images(names, labels, sampled="permutation", **more):
-    source = sources.ArraySource(np.zeros((len(labels), 2, 2, 1), np.uint8), np.array(labels, np.int32), names, **more)
+    source = array_source(np.zeros((len(labels), 2, 2, 1), np.uint8), np.array(labels, np.int32), tuple(names), **more)
     return stream.Images(source, "decode(1)", sampler=sampling.build(sampled, source))
 
 
@@ -36,25 +37,25 @@ E = "Caf\u00e9"
 ])  # fmt: skip
 def test_a_class_is_evaluated_that_no_training_example_has(names, train, test, said):
     """Folders `train/Cat` and `test/cat`, or labels 00 and 0 of a table: all examples counted as wrong, silently."""
-    assert unseen_class_warnings(images(names, train), {"test": images(names, test)}, 8) == [said] * bool(said)
+    assert unseen_class_warnings(images(names, train), {"test": images(names, test)}) == [said] * bool(said)
 
 
 def test_the_examples_that_a_sampling_leaves_out_train_no_class(tmp_path):
     np.save(tmp_path / "ids.npy", [0, 3])
     evals = {"test": images("abc", [0, 1, 2]), "val": images("abc", [0, 2])}
     for sampled, weights in ((f"subset({str(tmp_path / 'ids.npy')!r})", None), ("weighted", np.array([1, 0, 0, 2]))):
-        [sentence] = unseen_class_warnings(images("abc", [0, 1, 1, 2], sampled, weights=weights), evals, 8)
+        [sentence] = unseen_class_warnings(images("abc", [0, 1, 1, 2], sampled, weights=weights), evals)
         assert sentence.startswith("1 example of the evaluation set test is of the class 'b'")
-    assert unseen_class_warnings(images("abc", [0, 1, 1, 2], "balanced"), evals, 0) == []
+    assert unseen_class_warnings(images("abc", [0, 1, 1, 2], "balanced"), evals) == []
 
 
 def test_data_without_known_labels_draw_no_warning():
     """Targets, and labels that would take a pass over all examples."""
     pixels, labeled = np.zeros((3, 2, 2, 1), np.uint8), images("ab", [0, 1])
-    of_targets = stream.Images(sources.ArraySource(pixels, None, ("t",), np.eye(3, 1, dtype=np.float32)), "decode(1)")
+    of_targets = stream.Images(array_source(pixels, np.eye(3, 1, dtype=np.float32), ("t",)), "decode(1)")
     unknown = stream.Images(sources.fake(9, (2, 2, 1), 2)["test"], "decode(1)")
     for train, test in ((of_targets, of_targets), (labeled, unknown), (unknown, labeled)):
-        assert unseen_class_warnings(train, {"test": test}, 8) == []
+        assert unseen_class_warnings(train, {"test": test}) == []
 
 
 def test_a_run_warns(fake_config, tmp_path, caplog):

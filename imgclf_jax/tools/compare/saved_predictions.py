@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from imgclf_jax import datasets
 from imgclf_jax.core import json_files, places, processes
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.text import escape_surrogates
 from imgclf_jax.core.typing import JsonMapping
-from imgclf_jax.data import sources
 from imgclf_jax.losses import Task
 from imgclf_jax.metrics import Predictions
 from imgclf_jax.recipe import check_names
@@ -202,7 +202,7 @@ def make(run: Record, trust: bool) -> dict[str, Saved]:
         _check_checkpoint(run, model)
         model.programs.check_predicts()
         programs, state = dataclasses.replace(model.programs, predicting=True), model.state
-        base = sources.open_data(run.config)
+        base = datasets.open_data(run.config)
         evals = open_evals(programs, base)
         if differing := changed_sets(programs, run.config, run.evals, evals):
             raise UserError(f"its evaluation set {differing[0]} has changed since training; restore the data")
@@ -228,7 +228,7 @@ def make(run: Record, trust: bool) -> dict[str, Saved]:
                 correct = np.array(exact, bool).reshape(-1, len(predictions.targets))
                 labels = tuple(map(_format_target, predictions.targets))
                 arrays = predictions.targets, outputs if regression else ranking
-            examples = _escaped(sources.example_name(images.source, i, str) for i in range(len(labels)))
+            examples = _escaped(images.source.example_name(i) for i in range(len(labels)))
             made[name] = Saved(examples, labels, correct[:seeds], *arrays)
     try:
         # Without a recorded fingerprint, a later load could not tell whether the data are still the same.

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 from ml_collections import ConfigDict
 
+from imgclf_jax import datasets
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, prepare, sources, splits
 from imgclf_jax.data.info import DataInfo
-from imgclf_jax.data.stream import Images, add_extra
+from imgclf_jax.data.stream import Images
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def describe(config: ConfigDict, facts: Facts, count_classes: bool = False) -> D
             if call.name == "tfds":
                 own = _describe_tfds(config, *call.args, **call.kwargs)
             else:
-                train = sources.take_split(sources.open_data(config), config.data.train)
+                train = sources.take_split(datasets.open_data(config), config.data.train)
                 info = Images(train, config.preprocess).describe(count_classes)
                 own, counts = (info.image_shape, len(info.class_names), info.train_examples), info.class_counts
                 has_targets = bool(info.target_names) if classes is None else has_targets
@@ -57,10 +58,7 @@ def _describe_extra(config: ConfigDict) -> dict[str, DataInfo]:
     """Describes the streams of `data.extra`, whose data must be present."""
     if not config.data.extra:
         return {}
-    base = sources.open_data(config)
-    images = Images(sources.take_split(base, config.data.train), config.preprocess)
-    add_extra(images, config, base)
-    return images.describe().extra
+    return datasets.open_train_images(config).describe().extra
 
 
 def _describe_tfds(

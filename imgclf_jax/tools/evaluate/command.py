@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax import metrics
+from imgclf_jax import datasets, metrics
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.terminal import format_metrics, print_json, print_table, print_text
 from imgclf_jax.core.text import decimals, interval
 from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.data import sources
 from imgclf_jax.losses import Task
 from imgclf_jax.methods.table import build_attack
 from imgclf_jax.programs import Programs
@@ -69,7 +68,7 @@ def main(
     kinds, photographs = parse(corruptions, frost) if corruptions else ([], ())
     listing_file = Path(predictions) if predictions else None
     restored = restore(config, workdir, checkpoint) if workdir else None
-    base = sources.open_data(config)
+    base = datasets.open_data(config)
     programs, state, step = model = restored or load_converted(config, base)
     predicts = _check_evaluates(programs, bool(listing_file or perturb or kinds))
     for flag, value in (("--attack", attack), ("--corruptions", corruptions)):
@@ -104,8 +103,8 @@ def main(
         predicted = predicted.for_seed(-1) if programs.recipe.num_seeds > 1 else predicted
         examples, origin = [], ""
         if listing_file:
-            examples = [sources.example_name(images.source, i, str) for i in range(len(images))]
-            origin = listing.origin(config, step, digest, name, images.source.fingerprint())
+            examples = [images.source.example_name(i) for i in range(len(images))]
+            origin = listing.origin(config, step, digest, name, images.source.fingerprint)
         if isinstance(predicted, metrics.TargetPredictions):
             target_scores[name] = own = metrics.target_scores(programs.recipe.task, predicted, names)
             results[name]["scores"] = scores.with_bootstrap(own.compute, len(images), predicted.targets.size)
@@ -189,7 +188,7 @@ def _restore_each(config: ConfigDict, workdir: Workdir, which: str) -> Iterator[
 def _report_checkpoints(config: ConfigDict, workdir: Workdir, checkpoints: str, format: str) -> int:
     """Prints the metrics of each evaluation set at each checkpoint: one row per step, or a JSON list."""
     models = _restore_each(config, workdir, checkpoints)
-    base = sources.open_data(config)
+    base = datasets.open_data(config)
     records: list[JsonObject] = []
     evals: JsonObject = {}
     for programs, state, step in models:

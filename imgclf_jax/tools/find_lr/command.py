@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from imgclf_jax import programs
+from imgclf_jax import datasets, programs
 from imgclf_jax.core import places, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.terminal import print_json
@@ -118,7 +118,7 @@ def main(
 def measure(config: ConfigDict, low: float, high: float) -> RangeTest:
     """Trains from the initial weights, or those of `init_from`, until the loss diverges or the steps end."""
     programs.check(config)
-    images = stream.open_train_images(config)
+    images = datasets.open_train_images(config)
     compiled = programs.programs_for_images(config, images, load=load_teacher)
     compiled.check_size()
     total, losses = compiled.recipe.total, list[float]()

@@ -9,11 +9,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from imgclf_jax import datasets
 from imgclf_jax.core import memory, processes, sharding, terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import decimals
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import sources
+from imgclf_jax.data.source import Source
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.scores.classification import predicted_classes
 from imgclf_jax.tools.probe import accuracy_plot, feature_sets, probing
@@ -43,7 +45,7 @@ def main(
     """
     ks = _parse_ks(k)
     restored = restore(config, workdir, checkpoint) if workdir else None
-    base = sources.open_data(config)
+    base = datasets.open_data(config)
     model = restored or load_converted(config, base, whole=False)
     if plot and model.task in probing.SCORES:
         raise UserError(f"--plot={plot} draws accuracy by images per class, but this run has no accuracy; drop it")
@@ -93,7 +95,7 @@ def main(
     return 0
 
 
-def _overlaps(config: ConfigDict, workdir: Workdir | None, base: dict[str, sources.Source]) -> list[str]:
+def _overlaps(config: ConfigDict, workdir: Workdir | None, base: dict[str, Source]) -> list[str]:
     """Sentences on the evaluation sets that share examples with the split that the probes are fitted to.
 
     Those that hold for the run itself, which `compare_with_record` logs, are left out.

@@ -8,7 +8,6 @@ import numpy as np
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import stream
-from imgclf_jax.data.sources import example_name
 from imgclf_jax.trained import Trained
 
 
@@ -26,11 +25,11 @@ def compute_batches(model: Trained, images: stream.Images) -> Iterator[tuple[np.
         features = np.asarray(jax.device_get(out))
         features = (features if programs.recipe.num_seeds > 1 else features[None])[:, batch["mask"]]
         if (broken := np.flatnonzero(~np.isfinite(features).all((0, 2)))).size:
-            name = example_name(images.source, done + int(broken[0]))
+            name = images.source.example_name(done + int(broken[0]))
             raise UserError(f"{name}: the features are NaN or infinite; the weights may have NaN, so try another "
                             "--checkpoint")  # fmt: skip
         done += features.shape[1]
-        return features, batch[images.y_name][batch["mask"]]
+        return features, batch[images.source.label_key][batch["mask"]]
 
     pending: tuple[jax.Array, stream.Batch] | None = None
     for batch in stream.eval_batches(images, size):

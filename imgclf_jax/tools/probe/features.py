@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from imgclf_jax import datasets
 from imgclf_jax.cli import inputs
 from imgclf_jax.core import processes, terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import utf8
-from imgclf_jax.data import sources
+from imgclf_jax.data.source import Source
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.probe import embeddings, feature_sets
 from imgclf_jax.train.evaluation import compare_with_record, open_evals, open_set
@@ -35,7 +36,7 @@ def main(
     file = Path(output)
     images = inputs.find("features", paths) if paths else iter(())
     restored = restore(config, workdir, checkpoint) if workdir else None
-    base = {} if restored and paths else sources.open_data(config)
+    base = {} if restored and paths else datasets.open_data(config)
     model = restored or load_converted(config, base, whole=False)
     errors: list[Exception] = []  # an error that ends the iteration early
     results: inputs.Results | None = None
@@ -58,9 +59,7 @@ def main(
     return results.end("no features for", errors) if results else 0
 
 
-def _add_sets(
-    model: Trained, workdir: Workdir | None, base: dict[str, sources.Source], split: str, add: embeddings.Add
-) -> int:
+def _add_sets(model: Trained, workdir: Workdir | None, base: dict[str, Source], split: str, add: embeddings.Add) -> int:
     if split:
         report_host_ops(model.programs)
         sets = {split: open_set(model.programs, base, split, "--split")}
@@ -72,7 +71,7 @@ def _add_sets(
         done, batches = 0, -(-len(images) // model.programs.eval_batch_size)
         for features, labels in terminal.track(feature_sets.compute_batches(model, images), batches, name):
             ids = range(done, done + len(labels))
-            add(name, [utf8(sources.example_name(images.source, i, str)) for i in ids], labels, features)
+            add(name, [utf8(images.source.example_name(i)) for i in ids], labels, features)
             done += len(labels)
     return sum(map(len, sets.values()))
 

@@ -5,10 +5,10 @@ import math
 
 import numpy as np
 
+from imgclf_jax import datasets
 from imgclf_jax.augment import ops
 from imgclf_jax.augment.pixels import to_pixels
-from imgclf_jax.data.sources import Source, example_name
-from imgclf_jax.data.stream import train_images
+from imgclf_jax.data.source import Source
 from imgclf_jax.programs import Programs
 from imgclf_jax.train.pictures import augment_rows
 
@@ -36,8 +36,8 @@ def draw(programs: Programs, source: Source) -> Augmented | None:
     keys of the first steps of the following epochs.
     """
     config = programs.recipe.config
-    n, b = len(source), int(config.batch_size)
-    images = train_images(source, config)
+    n, b = source.size, int(config.batch_size)
+    images = datasets.train_images(source, config)
     if not images.random and not ops.is_random(config.augment):
         return None
     count = min(_IMAGES, b, n)
@@ -51,6 +51,6 @@ def draw(programs: Programs, source: Source) -> Augmented | None:
     draws = [augment_rows(programs, images, ids, step, rows) for step in steps]
     pixels, stretched = to_pixels(np.stack(draws, 1), config.augment)
     return Augmented(
-        tuple(example_name(source, int(i)) for i in ids), programs.eval_images(source).read(ids, ids)["image"], pixels,
+        tuple(source.example_name(int(i)) for i in ids), programs.eval_images(source).read(ids, ids)["image"], pixels,
         steps, differs, stretched,
     )  # fmt: skip

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax import metrics
+from imgclf_jax import datasets, metrics
 from imgclf_jax.core.errors import Untrusted, UserError
 from imgclf_jax.data import sources
+from imgclf_jax.data.source import Source
 from imgclf_jax.data.stream import Images
 from imgclf_jax.models.summary import Block
 from imgclf_jax.scores.classification import Reliability, reliability, with_bootstrap, with_intervals
@@ -66,12 +67,12 @@ def find(model: Trained, recorded: ConfigDict, fingerprints: Mapping[str, str]) 
 
     If the data are gone, `missing` says so. Raises Untrusted for data that would run code.
     """
-    programs, base = model.programs, dict[str, sources.Source]()
+    programs, base = model.programs, dict[str, Source]()
     sets: tuple[Evaluated, ...] = ()
     augmented = None
     missing: list[str] = []
     with _noting(missing, "The data cannot be opened, so this page omits everything that needs them"):
-        base = sources.open_data(model.config)
+        base = datasets.open_data(model.config)
     if base:
         if changed(programs, recorded, base):
             missing.append("The data have changed since training: examples trained on may now be in an evaluation set.")

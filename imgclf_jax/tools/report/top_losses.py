@@ -6,7 +6,6 @@ import jax
 import numpy as np
 
 from imgclf_jax.augment.pixels import to_pixels
-from imgclf_jax.data.sources import example_name
 from imgclf_jax.data.stream import Images
 from imgclf_jax.metrics import Predictions
 from imgclf_jax.programs import Programs
@@ -51,6 +50,6 @@ def describe(
     found = []
     for i, loss, image, heat in rows:
         label, predicted, p = int(predictions.labels[i]), int(predictions.predicted[i]), predictions.probabilities[i]
-        found.append(TopLoss(example_name(images.source, int(i)), label, predicted, float(p[predicted]),
+        found.append(TopLoss(images.source.example_name(int(i)), label, predicted, float(p[predicted]),
                              float(p[label]), float(loss), image, heat))  # fmt: skip
     return tuple(found)

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from imgclf_jax import datasets
 from imgclf_jax.augment.pixels import denormalize
 from imgclf_jax.core import places, sharding, terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import stream
-from imgclf_jax.data.sources import example_name
 from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs, programs_for_images
 from imgclf_jax.recipe import check_names
@@ -46,7 +46,7 @@ def main(
     if file.suffix != ".png":
         raise UserError(f"--output={output}: the name must end in .png")
     check_names(config)
-    images = stream.open_train_images(config)
+    images = datasets.open_train_images(config)
     programs = programs_for_images(config, images, sharding.make_mesh(jax.devices()[:1]))
     total = programs.recipe.total
     if step >= total:
@@ -86,7 +86,7 @@ def batch_at(programs: Programs, images: stream.Images, step: int, raw: bool = F
     [(_, batch)] = stream.batches(images, only, [step], prefetch=0)
     at = step * only.batch_size + np.arange(only.batch_size, dtype=np.int64)
     ids = images.ids(only.seed, at)
-    names = [name if "/" in (name := example_name(images.source, int(i))) else "" for i in ids]  # others repeat the id
+    names = [name if "/" in (name := images.source.example_name(int(i))) else "" for i in ids]  # others repeat the id
     if not raw:
         with programs.tracing():
             inputs = jax.jit(make_inputs(recipe.augment(train=True), recipe.mix, recipe.method))

@@ -10,8 +10,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 import launch
+from imgclf_jax import datasets
 from imgclf_jax.core import sharding
-from imgclf_jax.data import sources
 from imgclf_jax.methods import table
 from imgclf_jax.models.layers import Conv, mean_pool
 from imgclf_jax.models.norms import BatchNorm
@@ -52,7 +52,7 @@ def weights(run):
     """(images f64[n, pixels] with pixels from 0 to 1, labels, kernel, bias) of a linear run."""
     config = run.load_config()
     programs, state, _ = restore(config, run, "")
-    (images,) = open_evals(programs, sources.open_data(config)).values()
+    (images,) = open_evals(programs, datasets.open_data(config)).values()
     places = np.arange(len(images))
     given, head = images.read(places, places), state.params["head"]
     flat = given["image"].reshape(len(images), -1) / 255.0
@@ -117,7 +117,7 @@ def test_other_batches_and_devices(linear, capsys):
     alone = Programs(Recipe(config, programs.recipe.data), one)
     state = sharding.put_replicated(jax.tree.map(np.asarray, state), one)
     evaluate = alone.jitted(attacked.make_step(alone, table.build_attack(spec)))
-    for name, images in open_evals(alone, sources.open_data(config)).items():
+    for name, images in open_evals(alone, datasets.open_data(config)).items():
         sums = attacked._evaluate(alone, state, evaluate, images, name)
         assert attacked._summarize(sums) == pytest.approx(found[name], rel=1e-5)
     assert found["few"]["examples"] == 3
@@ -150,7 +150,7 @@ def test_several_seeds_are_attacked_each_by_itself(tmp_path_factory, capsys, mor
         config.num_seeds = 1
     alone = Programs(Recipe(config, programs.recipe.data), programs.mesh)
     evaluate = alone.jitted(attacked.make_step(alone, table.build_attack(spec)))
-    ((name, images),) = open_evals(alone, sources.open_data(config)).items()
+    ((name, images),) = open_evals(alone, datasets.open_data(config)).items()
     each = []
     for seed in range(2):
         own = jax.tree.map(lambda x: np.asarray(x)[seed], state)  # noqa: B023

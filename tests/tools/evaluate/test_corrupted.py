@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 import launch
+from imgclf_jax import datasets
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import sources
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.workdir import Workdir
@@ -51,7 +51,7 @@ def by_hand(run, names, photographs=()):
     config = run.load_config()
     programs, state, step = restore(config, run, "")
     trained = Trained(programs, state, step)
-    (images,) = open_evals(programs, sources.open_data(config)).values()
+    (images,) = open_evals(programs, datasets.open_data(config)).values()
     places = np.arange(len(images))
     batch = images.read(places, places)
     wanted = {}
@@ -108,7 +108,7 @@ def test_other_batches_and_devices(run, printed):
     one = sharding.make_mesh(jax.devices()[:1])
     alone = Programs(Recipe(config, programs.recipe.data), one)
     state = sharding.put_replicated(jax.tree.map(np.asarray, state), one)
-    (images,) = open_evals(alone, sources.open_data(config)).values()
+    (images,) = open_evals(alone, datasets.open_data(config)).values()
     found = corrupted.measure(alone, state, images, ["shot_noise"])
     assert found["clean", 0] == printed["test"]["clean"]
     assert [found["shot_noise", s] for s in range(1, 6)] == printed["test"]["corruptions"]["shot_noise"]["severities"]

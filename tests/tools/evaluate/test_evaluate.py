@@ -13,6 +13,7 @@ import launch
 from imgclf_jax import metrics
 from imgclf_jax.core import sharding
 from imgclf_jax.data import sources
+from imgclf_jax.data.source import read_examples
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
@@ -49,7 +50,7 @@ def counted(trained) -> dict:
     total = {"examples": 0, "correct": 0, "top5": 0, "loss": 0.0, "nll": 0.0, "confusion": np.zeros((10, 10), int)}
     right = []
     for start in range(0, N, 500):
-        examples = source.read(np.arange(start, start + 500))
+        examples = read_examples(source, np.arange(start, start + 500))
         images, labels = examples["image"].astype(np.float32) / np.float32(255), examples["label"]
         logits = np.asarray(programs.recipe.model.apply({"params": state.params}, images, train=False), np.float64)
         for row, label in zip(logits, labels, strict=True):

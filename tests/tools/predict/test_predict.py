@@ -16,6 +16,7 @@ from tolerance import rounding
 import launch
 from imgclf_jax.data import decode, sources
 from imgclf_jax.data.decode import resize
+from imgclf_jax.data.source import read_examples
 from imgclf_jax.models import classifier
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.trained import restore
@@ -44,7 +45,7 @@ def pngs(tmp_path_factory) -> Path:
 
 
 def examples() -> dict:
-    return sources.digits()["test"].read(np.arange(COUNT))
+    return read_examples(sources.digits()["test"], np.arange(COUNT))
 
 
 @pytest.fixture

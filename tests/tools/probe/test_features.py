@@ -13,6 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier
 import imgclf_jax
 import launch
 from imgclf_jax.data import sources
+from imgclf_jax.data.source import read_examples
 from imgclf_jax.tools.explain import attribution, explanations
 from imgclf_jax.tools.probe import command as probe
 
@@ -40,7 +41,7 @@ def seeds(tmp_path_factory, one_device):
 def photos(tmp_path, monkeypatch):
     """Digits of three classes in folders named after them, one in another folder, and a broken one."""
     monkeypatch.chdir(tmp_path)
-    examples = sources.digits()["test"].read(np.arange(6))
+    examples = read_examples(sources.digits()["test"], np.arange(6))
     for i, (image, label) in enumerate(zip(examples["image"], examples["label"], strict=True)):
         folder = tmp_path / "photos" / (str(label) if i else "unknown")
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +58,7 @@ def load(file):
 def test_features_of_the_evaluation_sets_and_of_a_split(run, tmp_path):
     """Those of the library for the same images, in order, with their labels."""
     test = sources.digits()["test"]
-    expected = test.read(np.arange(360))
+    expected = read_examples(test, np.arange(360))
     model = imgclf_jax.load(run)
     assert launch.main(["features", f"--workdir={run}", f"--output={tmp_path / 'a.npz'}"]) == 0
     found = load(tmp_path / "a.npz")
@@ -90,7 +91,7 @@ def test_features_of_files(run, photos, tmp_path, capsys):
     assert "error: no features for 1 of 7 images" in err
     found = load(tmp_path / "a.npz")
     places = {name: i for i, name in enumerate(found["names"].tolist())}
-    examples = sources.digits()["test"].read(np.arange(6))
+    examples = read_examples(sources.digits()["test"], np.arange(6))
     folders = ["unknown", *examples["label"][1:].astype(str)]
     order = [places[f"photos/{folder}/{i}.png"] for i, folder in enumerate(folders)]
     assert found["labels"][order].tolist() == [-1, *examples["label"][1:].tolist()]
@@ -135,7 +136,7 @@ def test_probe(run, tmp_path, capsys, monkeypatch):
     accuracy = json.loads(capsys.readouterr().out)["test"]["accuracy"]
     assert found["own head", None]["mean"] == pytest.approx(accuracy, abs=1 / 360)
     model, digits = imgclf_jax.load(run), sources.digits()
-    (x, y), (test, truth) = ((model.features(s.read(np.arange(len(s)))["image"]), s.labels) for s in digits.values())
+    (x, y), (test, truth) = ((model.features(s.read(np.arange(s.size))["image"]), s.labels) for s in digits.values())
     for k in (1, 3):
         neighbors = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)).fit(x, y)
         assert found["nearest neighbors", k]["mean"] == pytest.approx(neighbors.score(test, truth), abs=1 / 360)
@@ -222,7 +223,9 @@ def test_explain_another_class_and_by_occlusion(run, seeds, photos, capsys):
     """For several seeds, the drop of their mean probability. Two images of one name have two figures."""
     for folder in ("x", "y"):
         (photos / folder).mkdir()
-        Image.fromarray(sources.digits()["test"].read(np.arange(1))["image"][0, ..., 0]).save(photos / folder / "a.png")
+        Image.fromarray(read_examples(sources.digits()["test"], np.arange(1))["image"][0, ..., 0]).save(
+            photos / folder / "a.png"
+        )
     flags = ["photos/x", "photos/y", f"--workdir={seeds}", "--method=occlusion", "--class=4", "--window=3"]
     status, records = explained(flags, capsys)
     assert status == 0
@@ -237,7 +240,7 @@ def test_explain_another_class_and_by_occlusion(run, seeds, photos, capsys):
 
 def nine():
     """More images than are explained at once, as model inputs, with a class for each."""
-    return sources.digits()["test"].read(np.arange(9))["image"], np.arange(9)
+    return read_examples(sources.digits()["test"], np.arange(9))["image"], np.arange(9)
 
 
 @pytest.mark.thorough

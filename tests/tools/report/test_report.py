@@ -17,12 +17,12 @@ from PIL import Image
 
 import launch
 from imgclf_jax import config as configs
-from imgclf_jax import losses, metrics
+from imgclf_jax import datasets, losses, metrics
 from imgclf_jax.augment import ops
 from imgclf_jax.augment.pixels import to_pixels
 from imgclf_jax.core import rng
 from imgclf_jax.core.text import decimals
-from imgclf_jax.data import sources, stream
+from imgclf_jax.data import sampling, sources, stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.scores import classification as scores
@@ -205,7 +205,7 @@ def test_draws_are_those_of_training(trained, page):
     """The first draw is what step 0 trains on: the rows of its batch, augmented with the key of the step."""
     programs = load(trained).programs
     config = programs.recipe.config
-    source = sources.take_split(sources.open_data(config), config.data.train)
+    source = sources.take_split(datasets.open_data(config), config.data.train)
     found = report_augmentation.draw(programs, source)
     images = stream.Images(source, config.preprocess, config.seed)
     augment = jax.jit(ops.build(AUGMENT, train=True))
@@ -218,8 +218,8 @@ def test_draws_are_those_of_training(trained, page):
     assert not found.differs
     rows = page.tables["Augmented training images"]
     assert rows[0] == ["example", "original", "step 0", "step 3", "step 6", "step 8"]
-    ids = stream.example_ids(config.seed, 0, 9, 24)[:8]
-    assert [row[0] for row in rows[1:]] == [Path(source.name(i)).name for i in ids]
+    ids = sampling.example_ids(config.seed, 0, 9, 24)[:8]
+    assert [row[0] for row in rows[1:]] == [Path(source.example_name(i)).name for i in ids]
 
 
 def test_draws_of_a_method_with_keys_of_its_own(trained):
@@ -227,7 +227,7 @@ def test_draws_of_a_method_with_keys_of_its_own(trained):
     config = load(trained).config.copy_and_resolve_references()
     with config.unlocked():
         config.method = "mean_teacher"
-    images = stream.open_train_images(config)
+    images = datasets.open_train_images(config)
     programs = Programs(Recipe(config, load(trained).programs.recipe.data))
     found = report_augmentation.draw(programs, images.source)
     wanted = to_pixels(show_batch.batch_at(programs, images, 0).arrays["image"][:8], config.augment)[0]
@@ -243,7 +243,7 @@ def test_draws_by_example_follow_the_epochs(trained, monkeypatch):
     config.preprocess, config.augment = "decode(3)|resize(8)", "flip_alternating|normalize"
     programs = Programs(Recipe(config, programs.recipe.data), programs.mesh)
     monkeypatch.setattr(report_augmentation, "_MOST_BYTES", 1)
-    found = report_augmentation.draw(programs, sources.take_split(sources.open_data(config), config.data.train))
+    found = report_augmentation.draw(programs, sources.take_split(datasets.open_data(config), config.data.train))
     assert found.differs == "to save memory, their batch is smaller"
     first, second, third, fourth = found.draws.swapaxes(0, 1)
     np.testing.assert_array_equal(first, third)

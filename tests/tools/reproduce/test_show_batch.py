@@ -12,10 +12,10 @@ from flax import linen as nn
 from PIL import Image
 
 import launch
-from imgclf_jax import losses, step
+from imgclf_jax import datasets, losses, step
 from imgclf_jax.augment import mixing, ops
 from imgclf_jax.config import default_config
-from imgclf_jax.data import sources, stream
+from imgclf_jax.data import sampling, sources, stream
 from imgclf_jax.programs import programs_for_images
 from imgclf_jax.tools.pages import contact_sheet
 from imgclf_jax.tools.reproduce.show_batch import batch_at, describe, visible
@@ -40,7 +40,7 @@ def config_of(augment: str = AUGMENT, mix: str = "mixup(1.0)") -> Any:
 
 
 def shown(config: Any, raw: bool = False) -> Any:
-    images = stream.Images(sources.take_split(sources.open_data(config), "train"), config.preprocess, config.seed)
+    images = stream.Images(sources.take_split(datasets.open_data(config), "train"), config.preprocess, config.seed)
     return batch_at(programs_for_images(config, images), images, K, raw), images
 
 
@@ -59,7 +59,7 @@ def test_the_batch_is_what_the_step_gives_the_model():
     config = config_of()
     found, images = shown(config)
     raw, _ = shown(config, raw=True)
-    assert found.ids.tolist() == stream.example_ids(SEED, K, BATCH, 60).tolist()
+    assert found.ids.tolist() == sampling.example_ids(SEED, K, BATCH, 60).tolist()
     positions = np.arange(K * BATCH, (K + 1) * BATCH)
     assert found.epochs.tolist() == (positions // 60).tolist()
     given = images.read(found.ids, positions)
@@ -132,7 +132,7 @@ def test_of_a_config_and_of_a_run(tmp_path, monkeypatch, capsys):
     words = [f"--config.{key}={value}" for key, value in config.items()]
     assert launch.main(["show-batch", f"--step={K}", *words, "--count=5", "--format=json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [one["id"] for one in found["examples"]] == stream.example_ids(0, K, 12, 60)[:5].tolist()
+    assert [one["id"] for one in found["examples"]] == sampling.example_ids(0, K, 12, 60)[:5].tolist()
     assert [one["label"] for one in found["examples"]] == [{str(one["id"] % 4): 1.0} for one in found["examples"]]
     with Image.open(tmp_path / "batch-7.png") as picture:
         assert picture.size == (5 * (11 * 8 + 6) + 6, 11 * 8 + 2 * 15 + 2 * 6)
@@ -141,7 +141,7 @@ def test_of_a_config_and_of_a_run(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert launch.main(["show-batch", f"--workdir={tmp_path}/run", "--step=1", "--raw"]) == 0
     out = capsys.readouterr().out.splitlines()
-    ids = ", ".join(map(str, stream.example_ids(3, 1, 12, 60)[:6]))
+    ids = ", ".join(map(str, sampling.example_ids(3, 1, 12, 60)[:6]))
     assert out[0] == f"step 1 of 2, the first of 2 seeds: 12 examples, epoch 0 (counted from 0), ids {ids}, …"
     assert out[1] == "pixels [8, 8, 1]: 0 to 255, as the host ops return them"
     assert out[2] == f"wrote {tmp_path}/run/batch-1.png, with each image scaled by 11"

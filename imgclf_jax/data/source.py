@@ -1,0 +1,209 @@
+"""`Source`: random access to the labeled examples of one split, without order or state."""
+
+import hashlib
+import itertools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Array, Examples
+
+MAX_CLASSES = 1_000_000
+
+_reading = threading.RLock()  # around `read` of sources that are not thread-safe; one, as splits may share a file
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The examples of one split.
+
+    `read(ids)` maps ids int64[b] in [0, size) to {"image": uint8[b, h, w, c], or a list of bytes, arrays [h, w, c] or
+    Pillow images} and, unless `labels` are given, "label" i32[b], in the order of the ids. Raises UserError for fields
+    that fit no data set.
+    """
+
+    size: int  # the number of examples
+    read: Callable[[np.ndarray], Examples]
+    class_names: tuple[str, ...]  # or the names of the targets
+    fingerprint: str  # changes whenever the examples or their order change
+    labels: np.ndarray | None = None  # i32[size], or targets f32[size, k]; None: known only by reading
+    example_name: Callable[[int], str] = "example {}".format  # for messages and listings, such as the file
+    columns: Mapping[str, Sequence[Any] | np.ndarray] = field(default_factory=dict)  # more values [size] by name
+    skipped_files: tuple[str, ...] = ()  # unreadable files that are no examples, sorted
+    thread_safe: bool = False  # whether several threads may call `read` at once
+    cache_key: str = ""  # changes whenever a stored byte may have; "": decoded images are not cached on disk
+
+    def __post_init__(self) -> None:
+        names, n = self.class_names, self.size
+        if not isinstance(n, int | np.integer) or n < 1:
+            raise UserError(f"Source(size={n!r}): must be a whole number of 1 or more")
+        if not isinstance(names, list | tuple) or not all(type(name) is str for name in names):
+            raise UserError(f"Source(class_names={names!r:.80}): must be a tuple of strings")
+        if len(set(names)) < len(names):
+            twice = next(name for i, name in enumerate(names) if name in names[:i])
+            raise UserError(f"Source: class_names has {twice!r} twice; give each class its own name")
+        if not isinstance(self.fingerprint, str):
+            raise UserError(f"Source(fingerprint={self.fingerprint!r:.80}): must be a string")
+        object.__setattr__(self, "class_names", tuple(names))
+        if self.labels is not None:
+            labels = np.asarray(self.labels)
+            check = _check_labels if labels.ndim < 2 else self._check_targets
+            check(labels, n, len(names))
+            object.__setattr__(self, "labels", labels.astype(np.int32 if labels.ndim < 2 else np.float32, copy=False))
+        for name, values in self.columns.items():
+            if len(values) != n:
+                raise UserError(f"Source: the column {name!r} has {len(values)} values for {n} examples")
+
+    def _check_targets(self, targets: np.ndarray, n: int, k: int) -> None:
+        if targets.shape != (n, k) or targets.dtype.kind not in "fiub":
+            raise UserError(f"Source: targets are {targets.dtype}{list(targets.shape)}; expected numbers [{n}, {k}] "
+                            f"for {n} examples and {k} class_names")  # fmt: skip
+        check_finite(targets, self.example_name)
+
+    @property
+    def label_key(self) -> str:
+        """The name of the labels in a batch: "label" i32[b], or "target" f32[b, k]."""
+        return "label" if self.labels is None or self.labels.ndim == 1 else "target"
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """The names of the k targets; () for a source with labels."""
+        return self.class_names if self.label_key == "target" else ()
+
+
+def _check_labels(labels: np.ndarray, n: int, classes: int) -> None:
+    """Raises UserError unless there is one integer label per example, from 0 to the number of classes - 1."""
+    if labels.shape != (n,) or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"Source: labels are {labels.dtype}{list(labels.shape)} for {n} examples; expected whole "
+                        f"numbers [{n}]")  # fmt: skip
+    if n and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise UserError(f"Source: labels are from {labels.min()} to {labels.max()} for {classes} class_names; number "
+                        f"the classes from 0 to {classes - 1}")  # fmt: skip
+
+
+def check_finite(targets: np.ndarray, name: Callable[[int], str]) -> None:
+    """Raises UserError for the first NaN or infinity in targets f32[n, k], naming its row by `name`."""
+    with np.errstate(over="ignore"):
+        wrong = np.argwhere(~np.isfinite(targets.astype(np.float32, copy=False)))
+    if wrong.size:
+        i, column = map(int, wrong[0])
+        more = f" (and {len(wrong) - 1:,} more)" * (len(wrong) > 1)
+        raise UserError(f"{name(i)}: target {column} is {targets[i, column]}{more}; targets must be finite float32 "
+                        "numbers")  # fmt: skip
+
+
+def read_examples(source: Source, ids: np.ndarray) -> Examples:
+    """Reads {"image": …, "label": i32[n]} for ids int64[n], or "target" f32[n, k] for "label".
+
+    Raises UserError unless `source.read` returns one image per id and, if its labels are unknown, one label.
+    """
+    if source.thread_safe:
+        examples = source.read(ids)
+    else:
+        with _reading:
+            examples = source.read(ids)
+    if not isinstance(examples, Mapping) or "image" not in examples:
+        raise UserError(f"the source's read returns a {type(examples).__name__}; return {{'image': …, 'label': …}}")
+    if (images := len(examples["image"])) != len(ids):
+        raise UserError(f"the source's read returns {images} images for {len(ids)} ids; return one per id, in their "
+                        "order")  # fmt: skip
+    if source.labels is not None:
+        return {"image": examples["image"], source.label_key: source.labels[ids]}
+    if "label" not in examples:
+        raise UserError("the source's read returns no 'label'; return i32[n], or give the source its labels or targets "
+                        "as `labels`")  # fmt: skip
+    labels = np.asarray(examples["label"])
+    _check_labels(labels, len(ids), len(source.class_names))
+    return {"image": examples["image"], "label": labels.astype(np.int32, copy=False)}
+
+
+def concatenate(parts: Sequence[tuple[Source, int, int]]) -> Source:
+    """The examples start to stop (exclusive) of each (source, start, stop) as one source.
+
+    Raises UserError unless all have the same classes, and the same kind of labels.
+    """
+    first = parts[0][0]
+    if len({source.label_key for source, _, _ in parts}) > 1:
+        raise UserError("it joins splits with labels and splits with targets")
+    if any(source.class_names != first.class_names for source, _, _ in parts):  # a label would mean another class
+        raise UserError("it joins splits with different class_names; give all splits the same ones")
+    starts = np.cumsum([0] + [stop - start for _, start, stop in parts])
+
+    def locate(i: int) -> tuple[Source, int]:
+        p = int(np.searchsorted(starts, i, side="right")) - 1
+        return parts[p][0], int(i - starts[p] + parts[p][1])
+
+    def read(ids: np.ndarray) -> Examples:
+        which = np.searchsorted(starts, ids, side="right") - 1
+        images: list[Array] = [None] * len(ids)
+        labels = np.zeros(len(ids), np.int32)
+        for p, (source, start, _) in enumerate(parts):
+            rows = np.flatnonzero(which == p)
+            if rows.size:
+                examples = read_examples(source, ids[rows] - starts[p] + start)
+                labels[rows] = examples.get("label", 0)  # targets are known
+                for row, image in zip(rows, examples["image"], strict=True):
+                    images[row] = image
+        return {"image": images, "label": labels}
+
+    def read_one(ids: np.ndarray) -> Examples:
+        return read_examples(first, ids + parts[0][1])
+
+    def name(i: int) -> str:
+        source, own = locate(i)
+        return source.example_name(own)
+
+    prints = [(source.fingerprint, start, stop) for source, start, stop in parts]
+    known = [source.labels[start:stop] for source, start, stop in parts if source.labels is not None]
+    shared = set.intersection(*(set(source.columns) for source, _, _ in parts))
+    keys = [source.cache_key for source, _, _ in parts]
+    return Source(
+        int(starts[-1]), read if len(parts) > 1 else read_one, first.class_names,
+        hashlib.sha256(repr(prints).encode()).hexdigest(),
+        np.concatenate(known) if len(known) == len(parts) else None, name,
+        {key: np.concatenate([np.asarray(source.columns[key])[start:stop] for source, start, stop in parts])
+         for key in sorted(shared)},
+        tuple(sorted({file for source, _, _ in parts for file in source.skipped_files})), thread_safe=True,
+        cache_key=" ".join(keys) if all(keys) else "",
+    )  # fmt: skip
+
+
+def read_labels(source: Source) -> np.ndarray:
+    """The labels i32[n]: the known ones, or those of one pass over the examples. Raises UserError for targets."""
+    if source.target_names:
+        raise UserError("data.source has targets, not labels")
+    if source.labels is not None:
+        return source.labels
+    chunks = (np.array(ids, np.int64) for ids in itertools.batched(range(source.size), 1000))
+    return np.concatenate([read_examples(source, ids)["label"] for ids in chunks])
+
+
+def numbers(source: Source, column: str) -> np.ndarray:
+    """A column of the source as finite f64[n]. Raises UserError naming the first example with another value.
+
+    In a column of True and False, as pandas writes booleans, these are 1 and 0.
+    """
+    if column not in source.columns:
+        raise UserError(f"data.source has no column {column!r} among {sorted(source.columns)}; name one, or a file of "
+                        "numbers, such as 'weights.npy'")  # fmt: skip
+    return to_numbers(column, source.columns[column], lambda i, what: UserError(f"{source.example_name(i)}: {what}"))
+
+
+def to_numbers(column: str, values: Sequence[Any] | np.ndarray, fail: Callable[[int, str], UserError]) -> np.ndarray:
+    """Converts a column to f64[n]. Raises `fail(row, message)` for the first value that is not a number."""
+    if isinstance(values, np.ndarray) and values.dtype.kind in "fiub":
+        return values.astype(np.float64)
+    if all(value in ("True", "False") for value in values):
+        return np.array([value == "True" for value in values], np.float64)
+    out = np.empty(len(values), np.float64)
+    for i, value in enumerate(values):
+        try:
+            out[i] = float(value)
+        except (TypeError, ValueError) as e:
+            holds = repr(value) if value is not None and str(value).strip() else "nothing"
+            raise fail(i, f"the column {column!r} holds {holds}, not a number") from e
+    return out
