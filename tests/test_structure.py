@@ -181,6 +181,13 @@ def test_what_prints_help_imports_nothing_heavy():
         assert not roots(FILES[name], top_level=True) & {"jax", "flax", "optax", *HEAVY}
 
 
+def test_data_take_values_and_no_config():
+    """`datasets` alone turns the keys of a config into sources, samplers and images."""
+    for name, file in FILES.items():
+        if name.startswith("data."):
+            assert "ml_collections" not in roots(file), name
+
+
 def test_configs_import_the_config_module_alone():
     files = sorted((ROOT / "configs").glob("*.py"))
     assert len(files) >= 4

@@ -70,7 +70,7 @@ def _table_shape(image_shape: tuple[int, ...], mesh: Mesh) -> tuple[int, ...]:
     return (rows * -(-math.prod(image_shape) // math.prod(_TILE)), columns)
 
 
-def _to_table(examples: stream.Batch, mesh: Mesh) -> stream.Batch:
+def _to_table(examples: Batch, mesh: Mesh) -> Batch:
     """Converts examples to a table for these devices, padding the last tile of each image with zeros."""
     images, table = examples["image"], dict(examples)
     if "target" in table and _is_transposed(table["target"].shape[1], mesh):

@@ -6,58 +6,45 @@ takes more CPU time than prefetching saves there.
 
 import collections
 import concurrent.futures
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
+import jax
 import numpy as np
 
 from imgclf_jax.core import memory, tensorflow_import
-
-type Batch = dict[str, np.ndarray]
+from imgclf_jax.core.typing import Batch
 
 _PARALLEL = 2  # batches that are read at once
-_TYPES = {
-    "image": np.uint8,
-    "label": np.int32,
-    "target": np.float32,
-    "mask": np.bool_,
-    "id": np.int32,
-    "epoch": np.int32,
-}
 
 
 def read_ahead(
-    read: Callable[[range], Batch], ranges: Iterable[range], names: tuple[str, ...], prefetch: int, kept: bool = False
-) -> Iterator[tuple[range, Batch]]:
-    """Yields each range with `read(range)`, arrays of these names ("label", "unlabeled/label"), `prefetch` ahead.
+    read: Callable[[int], Batch], steps: Iterable[int], prefetch: int, kept: bool = False
+) -> Iterator[tuple[int, Batch]]:
+    """Yields each step with `read(step)`, arrays in nested dicts, and reads up to `prefetch` steps ahead.
 
-    The ranges may be infinite. Threads read images that are `kept` in memory once they are decoded, and tf.data all
-    others. Without `prefetch`, and while TensorFlow is being imported, each range is read on demand. The batches are
-    the same in every case.
+    The steps may be infinite. Threads read images that are `kept` in memory once they are decoded, and tf.data all
+    others. The first batch, every batch without `prefetch`, and those during TensorFlow's import are read on demand.
+    The batches are the same in every case.
     """
-    ranges = iter(ranges)
-    if prefetch and kept:
-        yield from _by_threads(read, ranges, prefetch)
-        return
-    loading = tensorflow_import.tensorflow() if prefetch else None
-    for current in ranges:
-        if loading and loading.done():
-            rest, tf = itertools.chain([current], ranges), loading.result()
-            yield from _by_tensorflow(tf, read, rest, names, prefetch) if tf else _by_threads(read, rest, prefetch)
-            return
-        yield current, read(current)
+    steps = iter(steps)
+    loading = None if kept or not prefetch else tensorflow_import.tensorflow()
+    for step in steps:
+        batch = read(step)
+        yield step, batch
+        if prefetch and (kept or (loading and loading.done() and not loading.result())):
+            yield from _by_threads(read, steps, prefetch)
+        elif loading and loading.done() and (tf := loading.result()):
+            yield from _by_tensorflow(tf, read, steps, batch, prefetch)
 
 
-def _by_threads(
-    read: Callable[[range], Batch], ranges: Iterator[range], prefetch: int
-) -> Iterator[tuple[range, Batch]]:
+def _by_threads(read: Callable[[int], Batch], steps: Iterator[int], prefetch: int) -> Iterator[tuple[int, Batch]]:
     pool = concurrent.futures.ThreadPoolExecutor(_PARALLEL, thread_name_prefix="read-ahead")
-    ahead: collections.deque[tuple[range, concurrent.futures.Future[Batch]]] = collections.deque()
+    ahead: collections.deque[tuple[int, concurrent.futures.Future[Batch]]] = collections.deque()
     try:
-        for current in ranges:
-            ahead.append((current, pool.submit(read, current)))
+        for step in steps:
+            ahead.append((step, pool.submit(read, step)))
             if len(ahead) > prefetch:
                 first, reading = ahead.popleft()
                 yield first, reading.result()
@@ -68,34 +55,32 @@ def _by_threads(
 
 
 def _by_tensorflow(
-    tf: ModuleType, read: Callable[[range], Batch], ranges: Iterator[range], names: tuple[str, ...], prefetch: int
-) -> Iterator[tuple[range, Batch]]:
+    tf: ModuleType, read: Callable[[int], Batch], steps: Iterator[int], like: Batch, prefetch: int
+) -> Iterator[tuple[int, Batch]]:
+    """`like` is a batch with the names and dtypes of all."""
+    leaves, structure = jax.tree.flatten(like)
     failures: list[BaseException] = []
 
     @tf.autograph.experimental.do_not_convert
-    def read_one(edges: Any) -> Any:
-        return edges, *tf.numpy_function(read_arrays, [edges], [_TYPES[name.rpartition("/")[2]] for name in names])
+    def read_one(step: Any) -> Any:
+        return step, *tf.numpy_function(read_arrays, [step], [leaf.dtype for leaf in leaves])
 
-    def read_arrays(edges: np.ndarray) -> list[np.ndarray]:
+    def read_arrays(step: np.ndarray) -> list[np.ndarray]:
         try:
-            batch = read(range(*edges.tolist()))
+            return jax.tree.leaves(read(int(step)))
         except Exception as e:
             failures.append(e)  # tf.data keeps only its text
             raise
-        return [batch[name] for name in names]
 
-    def edges() -> Iterator[tuple[int, int]]:
-        return ((one.start, one.stop) for one in ranges)
-
-    dataset = tf.data.Dataset.from_generator(edges, output_signature=tf.TensorSpec(2, tf.int64))
+    dataset = tf.data.Dataset.from_generator(lambda: steps, output_signature=tf.TensorSpec((), tf.int64))
     batches = dataset.map(read_one, num_parallel_calls=_PARALLEL, deterministic=True).prefetch(prefetch)
     options = tf.data.Options()
     # There is nothing to tune, and the tuner's thread can delay the end of the iterator by a minute.
     options.autotune.enabled = False
     try:
-        for i, (both, *arrays) in enumerate(batches.with_options(options).as_numpy_iterator()):
+        for i, (step, *arrays) in enumerate(batches.with_options(options).as_numpy_iterator()):
             if not i:
                 memory.keep_freed_again()
-            yield range(*both.tolist()), dict(zip(names, arrays, strict=True))
+            yield int(step), jax.tree.unflatten(structure, arrays)
     except tf.errors.OpError as e:
         raise (failures[0] if failures else e) from None

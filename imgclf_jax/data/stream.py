@@ -11,15 +11,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
 from imgclf_jax.core import rng
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Batch
 from imgclf_jax.data import decode, decoded, image_check, sampling
 from imgclf_jax.data.info import DataInfo
-from imgclf_jax.data.read_ahead import Batch, read_ahead
+from imgclf_jax.data.read_ahead import read_ahead
 from imgclf_jax.data.source import Source, read_examples, read_labels
 
 _SKIP = "; repair or remove the file, or skip all such files by --config.data.unreadable=skip in a new --workdir"
@@ -198,7 +198,7 @@ def train_batches(
 def batches(
     images: Images, spec: StreamSpec, steps: Iterable[int], rows: np.ndarray | None = None, prefetch: int = 4,
     extra_rows: Mapping[str, np.ndarray] = MappingProxyType({}),
-) -> Iterator[tuple[int, Any]]:  # fmt: skip
+) -> Iterator[tuple[int, Batch]]:  # fmt: skip
     """Yields each step with its batch, a pure function of the step.
 
     A process reads only the `rows` int64[b] of each batch that its devices need; all if None. Batches of several seeds
@@ -206,54 +206,28 @@ def batches(
 
     Each extra stream of `spec` is a nested dict in the batch, by its name; `extra_rows` are its rows.
     """
-    streams = [_Stream(images, spec, rows)]
-    streams += [_Stream(images.extra[s.name], s, extra_rows.get(s.name)) for s in spec.extra_streams]
+    streams = [images, *(images.extra[extra.name] for extra in spec.extra_streams)]
 
-    def read(step: range) -> Batch:
-        return {stream.key(name): x for stream in streams for name, x in stream.read(step.start).items()}
+    def read(step: int) -> Batch:
+        extra = {one.name: _read(images.extra[one.name], one, step, extra_rows.get(one.name))
+                 for one in spec.extra_streams}  # fmt: skip
+        return {**_read(images, spec, step, rows), **extra}
 
-    names = tuple(stream.key(name) for stream in streams for name in stream.names)
-    in_memory = all(stream.images.in_memory for stream in streams)
-    kept = all(stream.images.kept for stream in streams)
-    flat = read_ahead(read, (range(step, step + 1) for step in steps), names, 0 if in_memory else prefetch, kept)
-    return ((step.start, _nest(batch)) for step, batch in flat)
+    in_memory, kept = all(one.in_memory for one in streams), all(one.kept for one in streams)
+    return read_ahead(read, steps, 0 if in_memory else prefetch, kept)
 
 
-@dataclass(frozen=True)
-class _Stream:
-    """A stream of a batch, and the rows of its batches to read."""
-
-    images: Images
-    spec: StreamSpec
-    rows: np.ndarray | None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return ("image", self.images.source.label_key, *(("id", "epoch") if self.spec.with_ids else ()))
-
-    def key(self, name: str) -> str:
-        return f"{self.spec.name}/{name}" if self.spec.name else name
-
-    def read(self, step: int) -> Batch:
-        images, spec = self.images, self.spec
-        rows = np.arange(spec.batch_size, dtype=np.int64) if self.rows is None else self.rows
-        positions, replicas = step * spec.batch_size + rows, []
-        for seed in spec.seeds:
-            ids = images.ids(seed, positions)
-            batch = images.read(ids, positions, seed)
-            if spec.with_ids:
-                batch |= {"id": ids.astype(np.int32), "epoch": images.epochs(positions).astype(np.int32)}
-            replicas.append(batch)
-        return {name: interleave([batch[name] for batch in replicas]) for name in replicas[0]}
-
-
-def _nest(flat: Batch) -> dict[str, Any]:
-    """Turns {"a": x, "b/c": y} into {"a": x, "b": {"c": y}}."""
-    out: dict[str, Any] = {}
-    for key, values in flat.items():
-        stream, _, name = key.rpartition("/")
-        (out.setdefault(stream, {}) if stream else out)[name] = values
-    return out
+def _read(images: Images, spec: StreamSpec, step: int, rows: np.ndarray | None) -> Batch:
+    """The batch of one stream at a step, or its `rows`."""
+    rows = np.arange(spec.batch_size, dtype=np.int64) if rows is None else rows
+    positions, replicas = step * spec.batch_size + rows, []
+    for seed in spec.seeds:
+        ids = images.ids(seed, positions)
+        batch = images.read(ids, positions, seed)
+        if spec.with_ids:
+            batch |= {"id": ids.astype(np.int32), "epoch": images.epochs(positions).astype(np.int32)}
+        replicas.append(batch)
+    return {name: interleave([batch[name] for batch in replicas]) for name in replicas[0]}
 
 
 def interleave(replicas: Sequence[np.ndarray]) -> np.ndarray:
@@ -268,12 +242,10 @@ def eval_batches(images: Images, batch_size: int, rows: np.ndarray | None = None
     """
     rows = np.arange(batch_size, dtype=np.int64) if rows is None else rows
 
-    def read(batch: range) -> Batch:
-        ids = batch.start + rows
-        mask = ids < len(images)
-        ids = np.minimum(ids, len(images) - 1)
-        return {**images.read(ids, ids), "mask": mask}
+    def read(step: int) -> Batch:
+        ids = step * batch_size + rows
+        clipped = np.minimum(ids, len(images) - 1)
+        return {**images.read(clipped, clipped), "mask": ids < len(images)}
 
-    ranges = (range(first, first + batch_size) for first in range(0, len(images), batch_size))
-    names = ("image", images.source.label_key, "mask")
-    return (batch for _, batch in read_ahead(read, ranges, names, 0 if images.in_memory else prefetch, images.kept))
+    steps = range(-(-len(images) // batch_size))
+    return (batch for _, batch in read_ahead(read, steps, 0 if images.in_memory else prefetch, images.kept))

@@ -180,22 +180,21 @@ def test_batches_are_read_ahead_with_and_without_tensorflow(by, monkeypatch):
         read_ahead.tensorflow_import.tensorflow().result()
     begun = []
 
-    def read(steps):
-        begun.append(steps.start)
-        if steps.start == 20:
+    def read(step):
+        begun.append(step)
+        if step == 20:
             raise UserError("image 20 is broken")
-        return {"label": np.full(1, steps.start, np.int32)}
+        return {"label": np.full(1, step, np.int32), "more": {"label": np.full(2, step, np.float32)}}
 
-    ranges = (range(i, i + 1) for i in itertools.count())
-    batches = read_ahead.read_ahead(read, ranges, ("label",), prefetch=4, kept=kept)
-    assert next(batches)[1]["label"] == 0
+    batches = read_ahead.read_ahead(read, itertools.count(), prefetch=4, kept=kept)
+    assert [next(batches)[0] for _ in range(2)] == [0, 1]
     until = time.monotonic() + 10
-    while len(begun) < 5 and time.monotonic() < until:
+    while len(begun) < 6 and time.monotonic() < until:
         time.sleep(0.01)
-    assert 5 <= len(begun) <= 1 + 4 + 2
-    for i in range(1, 20):
-        steps, batch = next(batches)
-        assert (steps, int(batch["label"][0])) == (range(i, i + 1), i)
+    assert 6 <= len(begun) <= 2 + 4 + 2
+    for i in range(2, 20):
+        step, batch = next(batches)
+        assert (step, batch["label"].tolist(), batch["more"]["label"].tolist()) == (i, [i], [i, i])
     with pytest.raises(UserError, match="image 20 is broken"):
         next(batches)
 

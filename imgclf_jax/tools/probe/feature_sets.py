@@ -7,6 +7,7 @@ import numpy as np
 
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Batch
 from imgclf_jax.data import stream
 from imgclf_jax.trained import Trained
 
@@ -20,7 +21,7 @@ def compute_batches(model: Trained, images: stream.Images) -> Iterator[tuple[np.
     size = programs.eval_batch_size
     rows = sharding.rows_here(size, programs.mesh)
 
-    def finish(out: jax.Array, batch: stream.Batch) -> tuple[np.ndarray, np.ndarray]:
+    def finish(out: jax.Array, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         nonlocal done
         features = np.asarray(jax.device_get(out))
         features = (features if programs.recipe.num_seeds > 1 else features[None])[:, batch["mask"]]
@@ -31,7 +32,7 @@ def compute_batches(model: Trained, images: stream.Images) -> Iterator[tuple[np.
         done += features.shape[1]
         return features, batch[images.source.label_key][batch["mask"]]
 
-    pending: tuple[jax.Array, stream.Batch] | None = None
+    pending: tuple[jax.Array, Batch] | None = None
     for batch in stream.eval_batches(images, size):
         placed = sharding.put_batch(batch["image"][rows], programs.mesh)
         out = programs.features(*model.state.evaluated, placed)
