@@ -176,7 +176,7 @@ def lookup(call: Call, table: Table, kind: str) -> Function:
     try:
         module = _import(module_name)
     except (ImportError, SyntaxError) as e:
-        raise UserError(f"cannot import {module_name!r} for {kind} {call.name!r}: {e} (a module is named without folder "
+        raise UserError(f"cannot import {module_name!r} for {kind} {call.name!r}: {e} (name a module without folder "
                         "and .py)") from e  # fmt: skip
     if not callable(getattr(module, attribute, None)):
         names = [n for n in dir(module) if callable(getattr(module, n)) and not n.startswith("_")]
