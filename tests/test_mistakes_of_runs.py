@@ -15,7 +15,7 @@ from test_mistakes import FAKE, ROOT, _log_as_it_was, has, mistake, snapshot, wh
 
 import launch
 from imgclf_jax.config import RESERVED
-from imgclf_jax.core import places
+from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import prepare, sampling
 from imgclf_jax.methods import Method
@@ -49,7 +49,7 @@ def test_changed_data(mistake, whole, capsys):
     assert snapshot(workdir) == before
 
 
-def test_places_that_cannot_be_written(mistake, tmp_path):
+def test_paths_that_cannot_be_written(mistake, tmp_path):
     """A file in place of the directory, a path below a file, and /proc if it exists."""
     (tmp_path / "file").write_text("mine")
     places = {"file": "it is a file", "file/run": "Not a directory"}
@@ -368,7 +368,7 @@ def test_an_extension_that_has_trained_nothing_is_taken_back(copy):
     assert (workdir.load_config().total, workdir.is_done(12)) == ("12 steps", True)
 
 
-def kill_at_config(path, content, write=places.write_atomically):
+def kill_at_config(path, content, write=paths.write_atomically):
     if path.name == "config.json":
         raise SystemExit
     write(path, content)
@@ -379,7 +379,7 @@ def test_a_first_config_that_a_kill_keeps_from_being_written(fake_config, tmp_pa
     workdir, other = Workdir(tmp_path), fake_config.copy_and_resolve_references()
     other.seed = 5
     with monkeypatch.context() as patch:
-        patch.setattr("imgclf_jax.core.places.write_atomically", kill_at_config)
+        patch.setattr("imgclf_jax.core.paths.write_atomically", kill_at_config)
         with pytest.raises(SystemExit):
             workdir.record(fake_config, take_snapshot(fake_config, DataInfo(64, (12, 12, 1), tuple("abcd"), "x")), 0)
     assert workdir.provenance.is_file()
@@ -396,7 +396,7 @@ def test_a_new_config_that_a_kill_keeps_from_being_written(copy, monkeypatch, ke
     snapshot = workdir.read_provenance()
     snapshot |= {"keys": snapshot["keys"] | {key: value}}
     with monkeypatch.context() as patch:
-        patch.setattr("imgclf_jax.core.places.write_atomically", kill_at_config)
+        patch.setattr("imgclf_jax.core.paths.write_atomically", kill_at_config)
         with pytest.raises(SystemExit):
             workdir.record(new, snapshot, 12)
     assert workdir.load_config() == old

@@ -15,7 +15,7 @@ from test_trust import trained  # noqa: F401  a fixture
 
 import launch
 from imgclf_jax.cli import inputs
-from imgclf_jax.core import places
+from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import image_files
 from imgclf_jax.run.checkpoint import Checkpoints
@@ -66,7 +66,7 @@ OBSTACLES = (link_to_a_file, link_to_a_folder, link_to_nothing, hard_link, pipe)
 
 def put(obstacle, path: Path, home: Path) -> None:
     """In place of what has the name."""
-    places.remove(path)
+    paths.remove(path)
     path.parent.mkdir(exist_ok=True)
     obstacle(path, home)
 
@@ -76,14 +76,14 @@ def test_a_file_is_replaced_and_nothing_is_written_through_it(tmp_path, home, ob
     before, path = snapshot(home), tmp_path / "report.html"
     for name in ("report.html", ".report.html.tmp"):
         put(obstacle, tmp_path / name, home)
-    places.write_atomically(path, "new")
+    paths.write_atomically(path, "new")
     assert path.read_text() == "new"
     assert not path.is_symlink()
     assert snapshot(home) == before
     put(obstacle, path, home)
     for mode in ("a", "w"):
         with pytest.raises(OSError, match=r"report.html' is a link, folder, pipe or device|exists"):
-            places.open_regular(path, mode, "utf-8")
+            paths.open_regular(path, mode, "utf-8")
     assert snapshot(home) == before
 
 
@@ -94,10 +94,10 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path):
         server.bind(str(tmp_path / "socket"))
         for name in ("pipe", "link", "socket", ".", "/dev/zero"):
             with pytest.raises(OSError, match="is a folder, pipe or device"):
-                places.read(tmp_path / name)
+                paths.read(tmp_path / name)
     (tmp_path / "file").write_text("x")
     (tmp_path / "link to a file").symlink_to("file")
-    assert places.read(tmp_path / "link to a file") == b"x"
+    assert paths.read(tmp_path / "link to a file") == b"x"
 
 
 COMMANDS = {

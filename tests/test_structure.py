@@ -56,7 +56,7 @@ LIGHT = {
     "core.cpuinfo",
     "core.errors",
     "core.extras",
-    "core.places",
+    "core.paths",
     "core.internals",
     "core.processes",
     "core.spec",
@@ -204,7 +204,7 @@ def test_model_files_say_nothing_of_how_arrays_lie_in_memory():
         assert not [used for used in own_imports(file) if used.startswith("models.cpu")], file
 
 
-# Where a file is opened, made, moved or removed other than by `core.places`: none of them is a stranger's.
+# Where a file is opened, made, moved or removed other than by `core.paths`: none of them is a stranger's.
 RAW = {
     "cli/main.py": "/dev/null", "core/stopping.py": "/dev/null",
     "cli/early.py": "the person's config", "core/text.py": "/dev/null, standard output",
@@ -223,18 +223,18 @@ RAW = {
 
 
 def test_one_helper_opens_and_one_replaces():
-    """Others follow links, wait for pipes and truncate what has the name: see `core.places`."""
+    """Others follow links, wait for pipes and truncate what has the name: see `core.paths`."""
     raw = re.compile(
         r"(?<![.\w])open\(|\bos\.(open|replace|rename|remove|unlink|rmdir|makedirs|truncate)\(|\b(shutil\.(rmtree|move|copy\w*)"
         r"|tempfile\.\w+|np\.load(?!\(stream|\(io))\(|\.(read_bytes|read_text|write_bytes|write_text|unlink|rmdir|mkdir|touch|symlink_to)\("
-        r"|(?<!Image)(?<!places)(?<!self)(?<!content)(?<!archive)\.open\("
+        r"|(?<!Image)(?<!paths)(?<!self)(?<!content)(?<!archive)\.open\("
     )
     found = {
         f"{name.replace('.', '/')}.py"
         for name, file in FILES.items()
         if raw.search(re.sub(r"(?m)#.*$", "", file.read_text()))
     }
-    assert found - {"core/places.py"} == RAW.keys()
+    assert found - {"core/paths.py"} == RAW.keys()
 
 
 def test_files_are_short_and_have_a_purpose():

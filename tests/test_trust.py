@@ -12,7 +12,7 @@ from cases import thorough
 from test_mistakes import FAKE, ROOT, _log_as_it_was, has, mistake  # noqa: F401  fixtures
 
 import launch
-from imgclf_jax.core import places, spec
+from imgclf_jax.core import paths, spec
 from imgclf_jax.core.errors import Untrusted
 from imgclf_jax.run.record import Record
 
@@ -137,16 +137,16 @@ def test_what_the_person_names_is_read():
     ]
     with spec.untrusted("the run", words):
         for text in ("s3://mine/a.npz", "s3://mine/runs", "s3://mine/runs/1/checkpoints"):
-            assert str(places.as_path(text)) == text
+            assert str(paths.as_path(text)) == text
         for text in ("s3://mine", "s3://mine/a.npz2", "s3://mine/runs2/1", "s3://other/runs"):
             with pytest.raises(Untrusted, match="which is on the network"):
-                places.as_path(text)
+                paths.as_path(text)
         spec.check_download("mnist", "it")
         with pytest.raises(Untrusted, match="the run names it; if you trust both"):
             spec.check_download("cifar10", "it")
     with spec.untrusted("the run", ["--config.data.source=tfds('cifar100')"]), pytest.raises(Untrusted):
         spec.check_download("cifar10", "it")  # whose name is how the other one begins
-    assert str(places.as_path("s3://other/runs")) == "s3://other/runs"
+    assert str(paths.as_path("s3://other/runs")) == "s3://other/runs"
 
 
 @pytest.mark.parametrize("model", ["my_trusted_nets:Net(widths=(512,))",

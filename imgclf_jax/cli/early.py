@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax.cli.table import COMMANDS
 from imgclf_jax.cli.words import configs_folder
-from imgclf_jax.core import extras, places
+from imgclf_jax.core import extras, paths
 from imgclf_jax.core.errors import UserError, no_such
 from imgclf_jax.core.typing import Value
 from imgclf_jax.data import image_files
@@ -32,7 +32,7 @@ def check(name: str, files: Sequence[str], options: dict[str, Value]) -> None:
         if name == "features" and not text:
             raise UserError("features: name the file to write: --output FILE.npz")
         if text and "://" not in text:
-            places.check_output(file, f"--{flag}", suffixes or (file.suffix,))
+            paths.check_output(file, f"--{flag}", suffixes or (file.suffix,))
     if options.get("plot"):
         extras.require("plot", f"--plot={options['plot']}")
     if "GLOB" in command.files:
@@ -49,8 +49,8 @@ def check(name: str, files: Sequence[str], options: dict[str, Value]) -> None:
 
 def check_run(name: str, workdir: str, fix: str) -> None:
     """Raises UserError unless the work directory holds a run; `fix` is "" for the default one."""
-    path = places.as_path(workdir)
-    if not places.in_bucket(path) and not (path / "config.json").is_file():
+    path = paths.as_path(workdir)
+    if not paths.in_bucket(path) and not (path / "config.json").is_file():
         if not fix:
             raise UserError(f"{name} needs a run: pass --workdir=DIR; the default, {path.absolute()}, holds no run")
         raise UserError(f"{path} holds no run: there is no {path.absolute() / 'config.json'}; {fix}")
@@ -64,7 +64,7 @@ def check_config(file: str, config: ConfigDict, starts: bool) -> None:
     """
 
     def check(what: str, kind: str, text: str, exists: Callable[[Path], bool]) -> None:
-        path = places.expand_user(text) if "://" not in text else None
+        path = paths.expand_user(text) if "://" not in text else None
         if path and not exists(path):
             raise _lacks_argument(file, text) or no_such(what, kind, path)
 

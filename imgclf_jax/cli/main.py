@@ -19,7 +19,7 @@ from imgclf_jax import config as configs
 from imgclf_jax.cli import early, table, words
 from imgclf_jax.cli.table import COMMANDS
 from imgclf_jax.cli.words import CommandLine, UsageError
-from imgclf_jax.core import memory, places, processes, stopping
+from imgclf_jax.core import memory, paths, processes, stopping
 from imgclf_jax.core.errors import UserError, reason, unknown
 from imgclf_jax.core.text import prepare_streams, printable
 from imgclf_jax.core.typing import JsonObject, Value
@@ -147,7 +147,7 @@ def _run(argv: list[str], program: str, program_command: list[str]) -> int:
 
         config = Workdir.from_text(workdir).load_config()  # a trained model keeps the config it was trained with
     elif command.config_from == "run or weights" and (options["checkpoint"] or (
-            values.workdir and (places.as_path(workdir) / "config.json").is_file())):  # fmt: skip
+            values.workdir and (paths.as_path(workdir) / "config.json").is_file())):  # fmt: skip
         flag = "checkpoint" if options["checkpoint"] else "workdir"
         raise UsageError(f"{name} loads a run (--{flag}) or weights (--config.init_from), not both; drop either")
     named = any(re.match(r"--?config(=|$)", word) for word in command_line)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from imgclf_jax.core import places
+from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Json, JsonObject
 
@@ -21,7 +21,7 @@ def as_object(value: Json) -> JsonObject:
 def read(path: Path) -> Json:
     """Reads a JSON file. Raises UserError if it is missing, unreadable or not JSON."""
     try:
-        return parse(places.read(path))
+        return parse(paths.read(path))
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror}") from e
     except (ValueError, RecursionError) as e:
@@ -30,4 +30,4 @@ def read(path: Path) -> Json:
 
 def write(path: Path, value: Json) -> None:
     """Writes indented JSON atomically."""
-    places.write_atomically(path, json.dumps(value, indent=2) + "\n")
+    paths.write_atomically(path, json.dumps(value, indent=2) + "\n")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from imgclf_jax.core import cache, memory, places
+from imgclf_jax.core import cache, memory, paths
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.data.source import MAX_CLASSES, Source, check_finite
 
@@ -61,10 +61,10 @@ def arrays(path: str) -> dict[str, Source]:
     A file in a bucket is first copied to the local disk. Raises UserError for a file that is damaged, of another kind,
     or too large for the machine.
     """
-    file = places.expand_user(path)
+    file = paths.expand_user(path)
     try:
-        file = _local_copy(file) if places.in_bucket(file) else file
-        with places.open_regular(file) as opened, zipfile.ZipFile(opened) as content:
+        file = _local_copy(file) if paths.in_bucket(file) else file
+        with paths.open_regular(file) as opened, zipfile.ZipFile(opened) as content:
             return _read(content, path)
     except UserError:
         raise
@@ -77,13 +77,13 @@ def load_array(path: str, names: tuple[str, ...]) -> np.ndarray:
 
     Raises UserError for a file that is missing, damaged, or larger than memory.
     """
-    file = places.expand_user(path)
+    file = paths.expand_user(path)
     try:
-        file = _local_copy(file) if places.in_bucket(file) else file
-        memory.require(places.size(file), path)
+        file = _local_copy(file) if paths.in_bucket(file) else file
+        memory.require(paths.size(file), path)
         if file.suffix == ".npy":
-            return np.asarray(np.load(io.BytesIO(places.read(file)), allow_pickle=False))
-        with places.open_regular(file) as opened, zipfile.ZipFile(opened) as content:
+            return np.asarray(np.load(io.BytesIO(paths.read(file)), allow_pickle=False))
+        with paths.open_regular(file) as opened, zipfile.ZipFile(opened) as content:
             infos = {info.filename.removesuffix(".npy"): info for info in content.infolist()}
             chosen = [infos[name] for name in names if name in infos] or list(infos.values())[: len(infos) == 1]
             if not chosen:
@@ -103,7 +103,7 @@ def _local_copy(file: Path) -> Path:
     copy = cache.folder("buckets") / f"{identity}.npz"
     if not copy.is_file():
         copy.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("rb") as source, places.replacing(copy) as target:
+        with file.open("rb") as source, paths.replacing(copy) as target:
             shutil.copyfileobj(source, target, 16 << 20)
     return copy
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
-from imgclf_jax.core import kinds, places, rng, spec
+from imgclf_jax.core import kinds, paths, rng, spec
 from imgclf_jax.core.errors import UserError, reason, unknown
 from imgclf_jax.core.typing import Value
 from imgclf_jax.data import pictures, tf_image
@@ -179,7 +179,7 @@ def read_file(path: Path) -> bytes:
     """Reads an image file. Raises OSError, and UserError for a file longer than any image."""
     if (length := path.stat().st_size) > _MAX_BYTES:
         raise UserError(f"the file has {length:,} bytes, but an image may have {_MAX_BYTES:,}; make it smaller")
-    return places.read(path)
+    return paths.read(path)
 
 
 HOST_OPS: dict[str, Callable] = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from imgclf_jax.core import cache, places
+from imgclf_jax.core import cache, paths
 from imgclf_jax.data.source import Source
 
 _KEPT = 4  # sets of at most 1 GiB; the least recently used are removed
@@ -32,7 +32,7 @@ def load(source: Source, preprocess: str) -> tuple[np.ndarray, np.ndarray] | Non
     if not (file := _file(source, preprocess)):
         return None
     try:
-        with places.open_regular(file) as stream, np.load(stream) as content:  # which checks the CRC
+        with paths.open_regular(file) as stream, np.load(stream) as content:  # which checks the CRC
             images, labels = content["images"], content["labels"]
         os.utime(file)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
@@ -46,7 +46,7 @@ def save(source: Source, preprocess: str, images: np.ndarray, labels: np.ndarray
         return
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with places.replacing(file) as out:
+        with paths.replacing(file) as out:
             np.savez(out, allow_pickle=False, images=images, labels=labels)
         for old in sorted(file.parent.glob("*.npz"), key=lambda f: f.stat().st_mtime)[:-_KEPT]:
             old.unlink()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from imgclf_jax.core import places
+from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable, utf8
 from imgclf_jax.core.typing import Examples
@@ -32,7 +32,7 @@ def file_source(
     """
 
     def read(ids: np.ndarray) -> Examples:
-        return {"image": [places.read(root / files[i]) for i in ids]}
+        return {"image": [paths.read(root / files[i]) for i in ids]}
 
     facts = json.dumps([[utf8(file) for file in files], class_names, [digests[file] for file in files]])
     fingerprint = hashlib.sha256(facts.encode() + np.ascontiguousarray(labels).tobytes()).hexdigest()

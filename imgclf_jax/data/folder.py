@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from imgclf_jax.core import places, terminal
+from imgclf_jax.core import paths, terminal
 from imgclf_jax.core.errors import UserError, no_such, unknown
 from imgclf_jax.core.split_folders import class_folders, split_folders
 from imgclf_jax.core.text import utf8
@@ -37,8 +37,8 @@ def folder(
     """
     if unreadable not in ("error", "skip"):
         raise UserError(unknown("value of unreadable", unreadable, ("error", "skip")))
-    root = places.expand_user(path)
-    if places.in_bucket(root):
+    root = paths.expand_user(path)
+    if paths.in_bucket(root):
         raise UserError(f"folder: {path!r} is in a bucket, where many small files are slow to read; mount it as a "
                         "folder (gcsfuse, mountpoint-s3), or use arrays(…) or a TFDS data set there")  # fmt: skip
     if not root.is_dir():

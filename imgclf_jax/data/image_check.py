@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import PIL
 
-from imgclf_jax.core import cache, places, terminal
+from imgclf_jax.core import cache, paths, terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import Json
@@ -105,7 +105,7 @@ def write_list(name: str, reasons: Mapping[str, str]) -> Path | None:
     lines = [f"{printable(path)}\t{printable(reason)}\n" for path, reason in sorted(reasons.items())]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        places.write_atomically(file, "".join(lines))
+        paths.write_atomically(file, "".join(lines))
     except OSError:
         return None
     return file
@@ -118,7 +118,7 @@ def _decoder(formats: tuple[str, ...]) -> Json:
 def _load(record: Path, formats: tuple[str, ...]) -> dict[str, _Entry]:
     """Loads what `_save` wrote for this decoder; {} if it is damaged."""
     try:
-        content = json.loads(places.read(record))
+        content = json.loads(paths.read(record))
         if content["decoder"] != _decoder(formats):
             return {}
         return {name: _Entry(tuple(stamp), *rest) for name, (stamp, *rest) in content["files"].items()}
@@ -129,6 +129,6 @@ def _load(record: Path, formats: tuple[str, ...]) -> dict[str, _Entry]:
 def _save(record: Path, files: Mapping[str, _Entry], formats: tuple[str, ...]) -> None:
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
-        places.write_atomically(record, json.dumps({"decoder": _decoder(formats), "files": files}))
+        paths.write_atomically(record, json.dumps({"decoder": _decoder(formats), "files": files}))
     except OSError:
         pass  # without this record the next start checks again

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from imgclf_jax.core import places
+from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError
 
 # Suffixes of images. `decode` does not read them all: files of the others are reported as unreadable images.
@@ -135,7 +135,7 @@ def _stamp(entry: os.DirEntry[str], strays: Counter[str]) -> Stamp | str | None:
 
 def _begins_as_image(path: str) -> bool:
     try:
-        with places.open_regular(Path(path)) as file:
+        with paths.open_regular(Path(path)) as file:
             return bool(_SIGNATURES.match(file.read(256)))
     except OSError:
         return False  # it has no image suffix either

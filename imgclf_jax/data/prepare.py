@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from imgclf_jax.core import cache, extras, json_files, places, spec, tensorflow_import
+from imgclf_jax.core import cache, extras, json_files, paths, spec, tensorflow_import
 from imgclf_jax.core.errors import UserError, no_such, unknown
 from imgclf_jax.core.typing import Examples
 from imgclf_jax.data.source import Source
@@ -29,11 +29,11 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> dict[str, Source]:
 
     The record avoids importing TFDS, which takes seconds: half of a short run on cached images.
     """
-    identity = repr((name, str(places.expand_user(data_dir)), _version(name)))
+    identity = repr((name, str(paths.expand_user(data_dir)), _version(name)))
     record = cache.folder("tfds") / (hashlib.sha256(identity.encode()).hexdigest()[:32] + ".json")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        known = json.loads(places.read(record))
-        if known["info"] == _digest(places.as_path(known["directory"])):
+        known = json.loads(paths.read(record))
+        if known["info"] == _digest(paths.as_path(known["directory"])):
             return _sources(known, functools.cache(lambda: prepare_tfds(name, data_dir, manual_dir)[1]))
 
     builder, data_sources = prepare_tfds(name, data_dir, manual_dir)
@@ -46,7 +46,7 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> dict[str, Source]:
         "info": "",
     }  # fmt: skip
     with contextlib.suppress(OSError):
-        facts["info"] = _digest(places.as_path(facts["directory"]))
+        facts["info"] = _digest(paths.as_path(facts["directory"]))
         record.parent.mkdir(parents=True, exist_ok=True)
         json_files.write(record, facts)
     return _sources(facts, lambda: data_sources)
@@ -91,10 +91,10 @@ def _version(name: str) -> str:
 
 def _digest(directory: Path) -> str:
     """The SHA-256 of the metadata in a prepared `directory`, and of its files' names, sizes and times."""
-    digest = hashlib.sha256(places.read(directory / "dataset_info.json"))
+    digest = hashlib.sha256(paths.read(directory / "dataset_info.json"))
     for file in sorted(directory.iterdir()):
         stat: Any = file.stat()
-        digest.update(f"{file.name} {places.size(file)} {getattr(stat, 'st_mtime_ns', None) or stat.mtime}".encode())
+        digest.update(f"{file.name} {paths.size(file)} {getattr(stat, 'st_mtime_ns', None) or stat.mtime}".encode())
     return digest.hexdigest()
 
 
@@ -144,7 +144,7 @@ def prepare_tfds(name: str, data_dir: str, manual_dir: str) -> tuple[Builder, di
 
 def _builder(name: str, data_dir: str) -> Builder:
     """The TFDS builder of a data set with image and label."""
-    places.expand_user(data_dir)  # refuses other addresses, which TFDS would read
+    paths.expand_user(data_dir)  # refuses other addresses, which TFDS would read
     _version(name)
     tensorflow_import.wait_if_begun()
     import tensorflow_datasets as tfds

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from imgclf_jax.core import memory, places
+from imgclf_jax.core import memory, paths
 from imgclf_jax.core.errors import UserError, no_such, reason, unknown
 from imgclf_jax.core.split_folders import split_order
 from imgclf_jax.data import image_check
@@ -67,8 +67,8 @@ def table(
     """
     if unreadable not in ("error", "skip"):
         raise UserError(unknown("value of unreadable", unreadable, ("error", "skip")))
-    table_path, base = (places.expand_user(text) for text in (path, root or "."))
-    if places.in_bucket(table_path) or places.in_bucket(base):
+    table_path, base = (paths.expand_user(text) for text in (path, root or "."))
+    if paths.in_bucket(table_path) or paths.in_bucket(base):
         raise UserError(f"table: {path!r} or its root is in a bucket, where many small files are slow to read; mount "
                         "it as a folder (gcsfuse, mountpoint-s3), or use a TFDS data set there")  # fmt: skip
     if not table_path.is_file():
@@ -181,12 +181,12 @@ def _check_kept(
 
 
 def _warn_of_duplicates(table: Path, splits: Mapping[str, Source]) -> None:
-    paths = {name: {source.example_name(i) for i in range(source.size)} for name, source in splits.items()}
+    files = {name: {source.example_name(i) for i in range(source.size)} for name, source in splits.items()}
     for name, source in splits.items():
-        if source.size > len(paths[name]):
-            log.warning("%s: split %s has %d rows for %d distinct files", table, name, source.size, len(paths[name]))
+        if source.size > len(files[name]):
+            log.warning("%s: split %s has %d rows for %d distinct files", table, name, source.size, len(files[name]))
     for a, b in itertools.combinations(splits, 2):
-        if both := paths[a] & paths[b]:
+        if both := files[a] & files[b]:
             log.warning("%s: splits %s and %s share %d of their files, such as %s, so metrics on one do not "
                         "test a model trained on the other", table, a, b, len(both), min(both))  # fmt: skip
 
@@ -200,7 +200,7 @@ def _read(path: Path) -> _Table:
     delimiter = "," if suffix == ".csv" else "\t"
     rows, lines = [], []
     try:
-        text = io.StringIO(places.read(path).decode("utf-8-sig"), newline="")
+        text = io.StringIO(paths.read(path).decode("utf-8-sig"), newline="")
         reader = csv.reader(text, delimiter=delimiter, strict=True)
         header = [name.strip() for name in next((row for row in reader if row), [])]
         for row in reader:

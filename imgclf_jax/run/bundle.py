@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from imgclf_jax.core import places
+from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError, reason
 
 NAMES = ("config.json", "provenance.json", "digests.jsonl", "metrics.jsonl", "result.json", "requirements.txt")
@@ -26,7 +26,7 @@ def write(file: Path, contents: Mapping[str, bytes]) -> None:
                 member.create_system, member.external_attr = 3, 0o644 << 16  # the same on all systems
                 packed.writestr(member, contents[name])
     try:
-        places.write_atomically(file, buffer.getvalue())
+        paths.write_atomically(file, buffer.getvalue())
     except OSError as e:
         raise UserError(f"the bundle {file} cannot be written: {reason(e)}; name another file by --bundle") from e
 
@@ -37,7 +37,7 @@ def read(file: Path) -> dict[str, bytes]:
     It writes nothing to disk and runs nothing from the bundle.
     """
     try:
-        with places.open_regular(file) as opened, zipfile.ZipFile(opened) as packed:
+        with paths.open_regular(file) as opened, zipfile.ZipFile(opened) as packed:
             members = packed.infolist()
             names = [member.filename for member in members]
             if not set(names) <= set(NAMES) or len(names) > len(set(names)) or "config.json" not in names:

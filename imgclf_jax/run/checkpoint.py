@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from imgclf_jax import metrics
-from imgclf_jax.core import internals, places, processes, sharding, tree
+from imgclf_jax.core import internals, paths, processes, sharding, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Array, PyTree
 from imgclf_jax.run import manifest, writers
@@ -68,7 +68,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, keep: int = 2, best: str = "", read_only: bool = False):
-        parent = directory.parent if places.in_bucket(directory) else directory.parent.resolve()
+        parent = directory.parent if paths.in_bucket(directory) else directory.parent.resolve()
         self.directory = parent / directory.name
         check_path(self.directory)
         self.best, self._sign = metrics.parse_best(best) if best else ("", 1.0)
@@ -76,7 +76,7 @@ class Checkpoints:
         if not read_only:
             processes.broadcast(self._prepare)
         else:
-            places.check_plain(self.directory)
+            paths.check_plain(self.directory)
         self._keep = keep
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.LatestN(None),  # all: Orbax would remove some before the new one is verified
@@ -87,7 +87,7 @@ class Checkpoints:
             save_interval_steps=0 if read_only else 1,
             read_only=read_only,
             # A folder in a bucket cannot be renamed atomically, so a file marks it as complete.
-            atomicity_options=_COMMIT_FILE if places.in_bucket(self.directory) else None,
+            atomicity_options=_COMMIT_FILE if paths.in_bucket(self.directory) else None,
         )
         if str(self.directory).startswith("s3://"):
             internals.teach_orbax_s3()
@@ -103,10 +103,10 @@ class Checkpoints:
         self.latest = max(self.steps(), default=0)  # the step of the latest verified checkpoint
 
     def _prepare(self) -> None:
-        places.check_plain(self.directory)  # Orbax opens and removes files by their names
-        places.make_folder(self.directory)
+        paths.check_plain(self.directory)  # Orbax opens and removes files by their names
+        paths.make_folder(self.directory)
         for left in self.directory.glob(f"{_REMOVED}*"):
-            places.remove(left)
+            paths.remove(left)
 
     def steps(self) -> list[int]:
         """The steps with a checkpoint, ascending."""
@@ -155,12 +155,12 @@ class Checkpoints:
     def _remove(self, step: int) -> None:
         """Removes a checkpoint. On a disk it is no step from the first moment on, for readers and after a kill."""
         folder, aside = self.directory / str(step), self.directory / f"{_REMOVED}{step}"
-        if places.in_bucket(folder):
-            places.remove(folder)
+        if paths.in_bucket(folder):
+            paths.remove(folder)
             return
         with contextlib.suppress(OSError):  # it is gone, or the disk is read-only
-            places.move(folder, aside)
-        places.remove(aside)
+            paths.move(folder, aside)
+        paths.remove(aside)
 
     def _verify(self, step: int, like: PyTree) -> None:
         if not self._read_back:  # only the first, since TensorStore leaks memory when it opens each array
@@ -316,9 +316,9 @@ class Checkpoints:
         target = self.directory.parent / "damaged" / str(step)
 
         def move() -> None:
-            places.make_folder(target.parent)
-            places.remove(target)
-            places.move(self.directory / str(step), target)
+            paths.make_folder(target.parent)
+            paths.remove(target)
+            paths.move(self.directory / str(step), target)
 
         processes.broadcast(move)
         self._manager.reload()

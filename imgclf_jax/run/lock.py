@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from imgclf_jax.core import places
+from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def held(file: Path) -> Iterator[None]:
 def holder(file: Path) -> str:
     """The content of the lock `file`, which names its holder; "" if it cannot be read."""
     try:
-        return places.read(file).decode(errors="replace")
+        return paths.read(file).decode(errors="replace")
     except OSError:
         return ""
 
@@ -53,7 +53,7 @@ def holder(file: Path) -> str:
 def is_held(file: Path) -> bool:
     """Whether a process holds the lock `file` now; False if that is unknown."""
     try:
-        with places.open_regular(file) as opened:  # also another user's
+        with paths.open_regular(file) as opened:  # also another user's
             fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared with others that look
     except BlockingIOError:
         return True
@@ -65,7 +65,7 @@ def is_held(file: Path) -> bool:
 def _take(file: Path) -> IO[str]:
     tries = 2
     while True:
-        handle = places.open_regular(file, "a+", "utf-8", "replace")
+        handle = paths.open_regular(file, "a+", "utf-8", "replace")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:

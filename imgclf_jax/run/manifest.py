@@ -6,7 +6,7 @@ import os
 import zlib
 from pathlib import Path
 
-from imgclf_jax.core import places
+from imgclf_jax.core import paths
 
 NAME = "manifest.json"  # {file: [bytes, CRC-32]}
 ABSENT = f"it has no {NAME}; perhaps a process was killed while saving it"
@@ -19,8 +19,8 @@ def write(folder: Path) -> None:
     In a bucket it has only sizes (the checksum is -1): reading all files back would take as long as writing them, and
     the bucket keeps its own checksums.
     """
-    files = {name: _measure(file, sync=True) for name, file in sorted(places.files(folder))}
-    places.write_atomically(folder / NAME, json.dumps(files))
+    files = {name: _measure(file, sync=True) for name, file in sorted(paths.files(folder))}
+    paths.write_atomically(folder / NAME, json.dumps(files))
 
 
 def is_in(folder: Path) -> bool:
@@ -31,7 +31,7 @@ def is_in(folder: Path) -> bool:
 def digest(folder: Path) -> str:
     """A digest of the manifest in `folder`, and so of its files; "no manifest" without one."""
     try:
-        return hashlib.sha256(places.read(folder / NAME)).hexdigest()[:12]
+        return hashlib.sha256(paths.read(folder / NAME)).hexdigest()[:12]
     except OSError:
         return "no manifest"
 
@@ -39,7 +39,7 @@ def digest(folder: Path) -> str:
 def find_fault(folder: Path) -> str:
     """Says what is wrong with the files in `folder`: "" for nothing, ABSENT without a manifest."""
     try:
-        files = json.loads(places.read(folder / NAME))
+        files = json.loads(paths.read(folder / NAME))
     except FileNotFoundError:
         return ABSENT
     except OSError as e:
@@ -52,7 +52,7 @@ def find_fault(folder: Path) -> str:
         file = folder / name
         if not file.is_file():
             return f"the file {name} is missing"
-        size = places.size(file)
+        size = paths.size(file)
         if size != expected[0]:
             return f"the file {name} has {size} bytes, not {expected[0]}"
         if _measure(file) != expected:
@@ -65,10 +65,10 @@ def _is_entry(value: object) -> bool:
 
 
 def _measure(file: Path, sync: bool = False) -> list[int]:
-    if places.in_bucket(file):
-        return [places.size(file), -1]
+    if paths.in_bucket(file):
+        return [paths.size(file), -1]
     size, crc = 0, 0
-    with places.open_regular(file) as stream:
+    with paths.open_regular(file) as stream:
         while piece := stream.read(_PIECE):
             size, crc = size + len(piece), zlib.crc32(piece, crc)
         if sync:

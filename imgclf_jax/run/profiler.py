@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from imgclf_jax.core import places, processes
+from imgclf_jax.core import paths, processes
 from imgclf_jax.core.errors import UserError, reason
 
 log = logging.getLogger(__name__)
@@ -19,10 +19,10 @@ class Profiler:
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
         self._steps, self._folder, self._running = steps, folder / "profile", False
-        if steps and places.in_bucket(folder):
+        if steps and paths.in_bucket(folder):
             raise UserError(f"--profile writes to a disk, and {folder} is in a bucket; pass a --workdir on a disk")
         if steps:
-            places.check_plain(self._folder)  # JAX creates files there by their names
+            paths.check_plain(self._folder)  # JAX creates files there by their names
 
     def before(self, step: int) -> None:
         """Call it before step `step` is dispatched."""

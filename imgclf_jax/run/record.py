@@ -11,7 +11,7 @@ from typing import Self
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import json_files, places
+from imgclf_jax.core import json_files, paths
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import bundle, ranking, writers
@@ -37,7 +37,7 @@ class Record:
     @classmethod
     def load(cls, text: str) -> Self:
         """Reads the work directory or bundle at this path. Raises UserError if it holds no run."""
-        path = places.as_path(text)
+        path = paths.as_path(text)
         return cls(path, bundle.read(path), bundled=True) if path.is_file() else cls.from_workdir(path)
 
     @classmethod
@@ -46,7 +46,7 @@ class Record:
         files = {}
         for name in bundle.NAMES:
             if (path / name).is_file():
-                files[name] = places.read(path / name)
+                files[name] = paths.read(path / name)
         if "config.json" not in files:
             raise UserError(f"{path} holds no run: there is no {path / 'config.json'}; name the work "
                             "directory of a run, or a bundle")  # fmt: skip
@@ -178,7 +178,7 @@ def find(folders: Sequence[str]) -> tuple[list[Record], list[str]]:
     damaged: list[str] = []
     seen = set[Path]()
     for text in folders:
-        folder = places.as_path(text)
+        folder = paths.as_path(text)
         if not folder.is_dir():
             raise UserError(f"{text} is not a directory; name work directories, or a folder that holds some")
         for path in _runs_below(folder, seen):

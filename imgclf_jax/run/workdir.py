@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import json_files, places, processes, spec
+from imgclf_jax.core import json_files, paths, processes, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
 from imgclf_jax.data.info import DataInfo
@@ -37,7 +37,7 @@ def check_path(path: Path) -> None:
 
     Orbax takes some characters of it for patterns, and TensorStore refuses a backslash and what is not UTF-8.
     """
-    text = str(path if places.in_bucket(path) else path.resolve())
+    text = str(path if paths.in_bucket(path) else path.resolve())
     if set("*?[\\") & set(text) or text.encode(errors="ignore").decode() != text:
         raise UserError(f"the path of the work directory {text!r} has one of *, ?, [ and \\, or is not UTF-8, and no "
                         "checkpoint can be saved there; pass another --workdir")  # fmt: skip
@@ -57,15 +57,15 @@ class Workdir:
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """The work directory at a path or address: see `places.as_path`."""
-        return cls(places.as_path(text))
+        """The work directory at a path or address: see `paths.as_path`."""
+        return cls(paths.as_path(text))
 
     def load_config(self) -> ConfigDict:
         """Loads the config that the run was trained with. Raises UserError if this directory has no run."""
         if not self.config.is_file():
             raise UserError(f"{self.path} holds no run: there is no {self.config}; train first, or "
                             "pass the run's --workdir")  # fmt: skip
-        content = places.read(self.config)
+        content = paths.read(self.config)
         return configs.from_json(content, str(self.config))
 
     def read_snapshots(self) -> list[JsonObject]:
@@ -110,7 +110,7 @@ class Workdir:
         A directory that it created is removed again if it is empty at the end. Raises UserError if another run holds
         the lock or the directory cannot be written. Logs a warning for a bucket, which has no locks.
         """
-        if places.in_bucket(self.path):
+        if paths.in_bucket(self.path):
             log.warning("%s is in a bucket, which cannot be locked: start no second run in it while this one trains",
                         self.path)  # fmt: skip
             yield
@@ -131,7 +131,7 @@ class Workdir:
 
         The same path may be on another disk on another host. For a bucket, only the names are compared.
         """
-        bucket, file = places.in_bucket(self.path), self.path / "lock"
+        bucket, file = paths.in_bucket(self.path), self.path / "lock"
 
         def identify() -> str:
             return str(self.path) if bucket else lock.holder(file)
@@ -182,7 +182,7 @@ class Workdir:
 
             params = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
             overview = parameter_overview.get_parameter_overview(params, include_stats=False)
-            places.write_atomically(self.path / "parameters.txt", f"{overview}\n")
+            paths.write_atomically(self.path / "parameters.txt", f"{overview}\n")
 
     def changed_modules(self) -> list[str]:
         """The files of the user's imported modules that have changed since the run's last step."""
@@ -241,7 +241,7 @@ class Workdir:
         weights = {"init_from": kept[0]["init_from"]} if kept and "init_from" in kept[0] else {}
         first, *later = *kept, {**weights, **snapshot, "step": start}
         json_files.write(self.provenance, {**first, "resumed": later})
-        places.write_atomically(self.config, configs.to_json(config))
+        paths.write_atomically(self.config, configs.to_json(config))
 
     def _begun(self) -> list[JsonObject]:
         """The snapshots of the run, if it has begun: a kill may leave a provenance.json alone.

@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import json_files, places, processes, spec, tensorflow_import
+from imgclf_jax.core import json_files, paths, processes, spec, tensorflow_import
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import JsonMapping, JsonObject
 
@@ -60,9 +60,9 @@ class RecordFile:
     def __init__(self, path: Path, kept: Iterable[JsonMapping] = ()):
         content, self._path = "".join(map(_line, kept)), path
         with _naming_errors(path):
-            places.write_atomically(path, content)
-        self._object = path if places.in_bucket(path) else None
-        self._file: IO[str] = io.StringIO() if self._object else places.open_regular(path, "a", "utf-8")
+            paths.write_atomically(path, content)
+        self._object = path if paths.in_bucket(path) else None
+        self._file: IO[str] = io.StringIO() if self._object else paths.open_regular(path, "a", "utf-8")
         if self._object:
             self._file.write(content)
 
@@ -202,7 +202,7 @@ class TensorBoard:
             return object()
         from clu.metric_writers import SummaryWriter
 
-        places.make_folder(self._folder)
+        paths.make_folder(self._folder)
         writer = SummaryWriter(str(self._folder))
         writer.write_hparams(self._hparams)
         return writer
@@ -252,7 +252,7 @@ _METHODS = ("write_hparams", "write_scalars", "flush", "close")
 
 def read_metrics(path: Path) -> list[JsonObject]:
     """Reads the records of a `metrics.jsonl`, skipping damaged lines, which a crash may leave; [] without a file."""
-    return parse_records(places.read(path), str(path)) if path.is_file() else []
+    return parse_records(paths.read(path), str(path)) if path.is_file() else []
 
 
 def parse_records(content: bytes, where: str, strict: bool = False) -> list[JsonObject]:

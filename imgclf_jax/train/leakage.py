@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import datasets
 from imgclf_jax.config import selecting_metrics
-from imgclf_jax.core import places, spec
+from imgclf_jax.core import paths, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.split_folders import role_of
 from imgclf_jax.data import sampling, sources, splits
@@ -99,7 +99,7 @@ def initial_warnings(config: ConfigDict, base: Mapping[str, Source]) -> list[str
     """The `overlap_warnings` of the run that `init_from` names, for the sets of `config`; [] for a file of weights."""
     if not config.init_from:
         return []
-    place = Workdir(places.expand_user(config.init_from))
+    place = Workdir(paths.expand_user(config.init_from))
     try:
         trained = place.load_config() if place.config.is_file() else None
     except UserError:  # whoever reads its weights says what is wrong

@@ -18,7 +18,7 @@ from typing import IO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from imgclf_jax.core import places
+from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.weights import unpickle
@@ -90,9 +90,9 @@ def read_metadata(path: Path) -> JsonObject:
     """The metadata of a safetensors file that `read` accepts; {} for other formats, and if it has none."""
     if path.suffix != ".safetensors":
         return {}
-    with places.open_regular(path) as file:
+    with paths.open_regular(path) as file:
         try:
-            header = _read_header(file, places.size(path))[1]
+            header = _read_header(file, paths.size(path))[1]
         except (ValueError, RecursionError):  # a file of another format under this name
             return {}
     found = header.get("__metadata__") if isinstance(header, dict) else None
@@ -102,7 +102,7 @@ def read_metadata(path: Path) -> JsonObject:
 @contextmanager
 def _entries(path: Path) -> Iterator[dict[str, _Entry]]:
     """Opens a file of any format and yields its arrays, which can be read inside the context."""
-    with places.open_regular(path) as file:
+    with paths.open_regular(path) as file:
         start = file.read(64)
         file.seek(0)
         if start.startswith(b"PK\3\4"):
@@ -111,7 +111,7 @@ def _entries(path: Path) -> Iterator[dict[str, _Entry]]:
         elif start.startswith(pickle.dumps(_MAGIC, 2)):
             yield _find_weights(*_read_legacy(file), path)
         elif path.suffix == ".safetensors":
-            yield _read_safetensors(file, places.size(path))
+            yield _read_safetensors(file, paths.size(path))
         else:
             pointer = start.startswith(b"version https://git-lfs")
             problem = "is a Git LFS pointer, not the file itself; run git lfs pull" if pointer else (

@@ -17,7 +17,7 @@ import numpy as np
 from flax import errors, traverse_util
 
 from imgclf_jax import losses
-from imgclf_jax.core import places, processes, spec, tree
+from imgclf_jax.core import paths, processes, spec, tree
 from imgclf_jax.core.errors import UserError, no_such
 from imgclf_jax.core.text import one_per_line
 from imgclf_jax.core.typing import JsonObject
@@ -89,7 +89,7 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     trained with another normalization, link or model (see `_compare_predictions`).
     """
     config = programs.recipe.config
-    path = places.expand_user(config.init_from)
+    path = paths.expand_user(config.init_from)
     state, replicas = programs.state_shape, programs.recipe.num_seeds > 1
     shapes = {"params": state.params, **state.model_state}
     own = dict(tree.named_leaves(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[replicas:], x.dtype), shapes)))
@@ -156,7 +156,7 @@ def _read_workdir(path: Path, programs: Programs) -> Named:
     """Reads the weights of a run's best checkpoint, else its latest; of several seeds, the first."""
     workdir = Workdir(path)
     try:
-        config = json.loads(places.read(workdir.config))
+        config = json.loads(paths.read(workdir.config))
         metric, num_seeds = str(config["checkpoint"]["best"]), int(config.get("num_seeds", 1))
         method = str(config.get("method", "supervised"))
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -206,7 +206,7 @@ def _read_file(path: Path, programs: Programs, own: Mapping[str, jax.ShapeDtypeS
         else:
             array = torch_names.own_layout(array, name, own[name].shape)
         named[name], labels[name] = array, label
-    with places.open_regular(path) as file:
+    with paths.open_regular(path) as file:
         return named, labels, {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
@@ -280,7 +280,7 @@ def _read_record(path: Path) -> dict[str, str]:
     if not path.is_dir():
         return {key: text for key, text in files.read_metadata(path).items() if isinstance(text, str)}
     workdir = Workdir(path)
-    config = json.loads(places.read(workdir.config))
+    config = json.loads(paths.read(workdir.config))
     record = {key: text for key, text in config.items() if isinstance(text, str)}
     record["class_names"] = one_per_line(workdir.load_data_info().class_names if workdir.provenance.is_file() else ())
     if "preprocess" in record:

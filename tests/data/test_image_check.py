@@ -11,7 +11,7 @@ from test_folder import flat, write  # noqa: F401  a fixture
 
 from imgclf_jax import datasets
 from imgclf_jax.config import default_config
-from imgclf_jax.core import places
+from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import image_check, image_files, sources, stream
 from imgclf_jax.data.folder import folder
@@ -203,7 +203,7 @@ def test_another_version_of_pillow_checks_again(flat, big, monkeypatch):
 def test_a_file_that_may_not_be_read_is_tried_again(flat, monkeypatch):
     """Permissions change without changing the file's time."""
     stamps = image_files.find(flat).images
-    read = places.read
+    read = paths.read
 
     def refused(file):
         if file.name == "3.png":
@@ -211,7 +211,7 @@ def test_a_file_that_may_not_be_read_is_tried_again(flat, monkeypatch):
         return read(file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(places, "read", refused)
+        patch.setattr(paths, "read", refused)
         assert unreadable(flat, stamps) == {"cat/3.png": "Permission denied"}
     assert unreadable(flat, stamps) == {}
 

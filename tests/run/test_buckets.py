@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import launch
-from imgclf_jax.core import extras, places
+from imgclf_jax.core import extras, paths
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.run.checkpoint import Checkpoints
@@ -40,33 +40,33 @@ def bucket():
 
 
 def test_a_path_in_a_bucket_is_as_one_on_a_disk(bucket):
-    folder = places.as_path(f"{bucket}/a")
+    folder = paths.as_path(f"{bucket}/a")
     (folder / "b" / "c.txt").write_bytes("é".encode())
-    assert places.in_bucket(folder)
-    assert not places.in_bucket(Path("gs"))
-    assert {name: path.read_bytes() for name, path in places.files(folder)} == {"b/c.txt": "é".encode()}
-    places.move(folder / "b", folder / "d")
-    assert [name for name, _ in places.files(folder)] == ["d/c.txt"]
-    places.remove(folder / "d")
-    places.remove(folder / "d")
+    assert paths.in_bucket(folder)
+    assert not paths.in_bucket(Path("gs"))
+    assert {name: path.read_bytes() for name, path in paths.files(folder)} == {"b/c.txt": "é".encode()}
+    paths.move(folder / "b", folder / "d")
+    assert [name for name, _ in paths.files(folder)] == ["d/c.txt"]
+    paths.remove(folder / "d")
+    paths.remove(folder / "d")
     assert not (folder / "d").exists()
 
 
 def test_a_file_address_is_a_path():
-    assert places.as_path("file:///a/b%20c") == Path("/a/b c")
-    assert places.as_path("a:b/c") == Path("a:b/c")
+    assert paths.as_path("file:///a/b%20c") == Path("/a/b c")
+    assert paths.as_path("a:b/c") == Path("a:b/c")
 
 
 @pytest.mark.parametrize("text", ["s4://bucket/x", "s3://", "file://host/x", "http://host/x"])
 def test_other_addresses_are_refused(text):
     with pytest.raises(UserError, match=r"is not a path; allowed are a path, file:///PATH, gs://BUCKET/PATH or s3"):
-        places.as_path(text)
+        paths.as_path(text)
 
 
 def test_a_driver_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(extras, "_installed", lambda _: False)
     with pytest.raises(UserError, match=r"needs gcsfs, which is not installed.*uv run --extra buckets"):
-        places.as_path("gs://bucket/x")
+        paths.as_path("gs://bucket/x")
 
 
 @pytest.mark.thorough
@@ -77,7 +77,7 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, tmp_path, capsys, caplog, m
     assert launch.main([f"--workdir={tmp_path / 'disk'}", *RUN]) == 0
     assert launch.main([f"--workdir={place}", *RUN]) == 0
     assert "is in a bucket, which cannot be locked" in capsys.readouterr().err + caplog.text
-    disk, ours = tmp_path / "disk", places.as_path(place)
+    disk, ours = tmp_path / "disk", paths.as_path(place)
 
     def digest(folder):
         return json.loads((folder / "result.json").read_bytes())["params_sha256"]
@@ -89,7 +89,7 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, tmp_path, capsys, caplog, m
     assert records[0] == records[1]
     assert digest(ours) == digest(disk)
     # A file is lost, the results too: it goes on from the checkpoint before, to the same end.
-    lost = next(path for name, path in places.files(ours / "checkpoints" / "12") if "/d/" in name)
+    lost = next(path for name, path in paths.files(ours / "checkpoints" / "12") if "/d/" in name)
     lost.unlink()
     (ours / "result.json").unlink()
     assert launch.main([f"--workdir={place}", *RUN]) == 0
@@ -108,7 +108,7 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, tmp_path, capsys, caplog, m
 @pytest.mark.thorough
 def test_weights_after_a_kill_in_the_first_save(bucket, tmp_path):
     """A bucket keeps what was written of a checkpoint. It is none, so the run begins from `init_from` again."""
-    words, ours = [*RUN, f"--config.init_from={tmp_path / 'first'}"], places.as_path(f"{bucket}/killed")
+    words, ours = [*RUN, f"--config.init_from={tmp_path / 'first'}"], paths.as_path(f"{bucket}/killed")
     assert launch.main([f"--workdir={tmp_path / 'first'}", *RUN]) == 0
 
     def train():
@@ -116,7 +116,7 @@ def test_weights_after_a_kill_in_the_first_save(bucket, tmp_path):
         return [json.loads(line)["params_sha256"] for line in (ours / "digests.jsonl").read_text().splitlines()]
 
     undisturbed = train()
-    places.remove(ours / "checkpoints")
+    paths.remove(ours / "checkpoints")
     (ours / "result.json").unlink()
     (ours / "checkpoints" / "4" / "default" / "manifest.ocdbt").write_bytes(b"a part")
     assert train() == undisturbed
@@ -127,7 +127,7 @@ def test_data_in_a_bucket(bucket, tmp_path):
     for classes in (4, 5):
         images = np.random.default_rng(0).integers(0, 256, (10 * classes, 8, 8, 1), np.uint8)
         np.savez(tmp_path / "a.npz", x_train=images, y_train=np.arange(10 * classes) % classes)
-        places.as_path(f"{bucket}/a.npz").write_bytes((tmp_path / "a.npz").read_bytes())
+        paths.as_path(f"{bucket}/a.npz").write_bytes((tmp_path / "a.npz").read_bytes())
         for _ in range(2):
             source = sources.open_splits(f"arrays('{bucket}/a.npz')")["train"]
             assert len(source.class_names) == classes
@@ -143,7 +143,7 @@ def test_checkpoints_in_a_bucket(bucket, tmp_path, monkeypatch):
     """They write nothing to this disk."""
     monkeypatch.chdir(tmp_path)
     like = {"x": jax.ShapeDtypeStruct((3,), np.int32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))}
-    checkpoints = Checkpoints(places.as_path(f"{bucket}/again/checkpoints"), keep=2)
+    checkpoints = Checkpoints(paths.as_path(f"{bucket}/again/checkpoints"), keep=2)
     for step in (1, 2, 3):
         checkpoints.save(step, {"x": np.full(3, step, np.int32)})
     checkpoints.wait()

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from imgclf_jax import datasets
-from imgclf_jax.core import json_files, places, processes
+from imgclf_jax.core import json_files, paths, processes
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.text import escape_surrogates
 from imgclf_jax.core.typing import JsonMapping
@@ -138,7 +138,7 @@ def _read_npz(run: Record, origins: Mapping[str, str]) -> dict[str, Saved]:
     if not path.is_file():
         return {}
     try:
-        with places.open_regular(path) as stream, np.load(stream, allow_pickle=False) as file:
+        with paths.open_regular(path) as stream, np.load(stream, allow_pickle=False) as file:
             facts = json.loads(str(file["facts"])).get("origins", {})
             saved = {name: Saved(_escaped(file[f"{i}/examples"].tolist()), _escaped(file[f"{i}/labels"].tolist()),
                                  file[f"{i}/right"].astype(bool), *(file.get(f"{i}/{x}") for x in _TARGET_ARRAYS))
@@ -152,7 +152,7 @@ def _read_npz(run: Record, origins: Mapping[str, str]) -> dict[str, Saved]:
 
 
 def _read_rows(path: Path) -> Iterable[JsonMapping]:
-    lines = io.StringIO(places.read(path).decode(), newline="")
+    lines = io.StringIO(paths.read(path).decode(), newline="")
     return list(csv.DictReader(lines)) if path.suffix == ".csv" else [json.loads(line) for line in lines]
 
 
@@ -258,7 +258,7 @@ def _save(run: Record, predictions: Mapping[str, Saved]) -> None:
             **{f"{i}/{x}": getattr(own, x) for x in _TARGET_ARRAYS if getattr(own, x) is not None},
         }
     path = run.workdir.path / FILE
-    with places.replacing(path) as file:
+    with paths.replacing(path) as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from imgclf_jax.core import places, rng
+from imgclf_jax.core import paths, rng
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.tools.evaluate.fields import Constant, Constants, Tables
 
@@ -30,7 +30,7 @@ def read(folder: Path) -> tuple[np.ndarray, ...]:
     photographs = []
     for name in FILES:
         try:
-            with places.open_regular(folder / name) as file, Image.open(file) as opened:
+            with paths.open_regular(folder / name) as file, Image.open(file) as opened:
                 photographs.append(np.asarray(opened.convert("RGB")))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
             cause = reason(e) if isinstance(e, OSError) else e

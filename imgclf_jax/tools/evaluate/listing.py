@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import places
+from imgclf_jax.core import paths
 from imgclf_jax.core.terminal import nonfinite_to_null
 from imgclf_jax.core.text import escape_surrogates
 from imgclf_jax.core.typing import JsonMapping, JsonObject
@@ -86,4 +86,4 @@ def write(path: Path, table: Sequence[JsonMapping]) -> None:
         writer.writerows(table)
     else:
         text.writelines(json.dumps(nonfinite_to_null(row), ensure_ascii=False) + "\n" for row in table)
-    places.write_atomically(path, text.getvalue())
+    paths.write_atomically(path, text.getvalue())

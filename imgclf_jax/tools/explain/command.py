@@ -10,7 +10,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from imgclf_jax.cli import inputs
-from imgclf_jax.core import places, processes, terminal
+from imgclf_jax.core import paths, processes, terminal
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.text import decimals, utf8
 from imgclf_jax.core.typing import JsonObject
@@ -23,7 +23,7 @@ type Record = JsonObject
 
 
 def main(
-    config: ConfigDict, workdir: Workdir | None, paths: list[str], checkpoint: str, format: str, method: str,
+    config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoint: str, format: str, method: str,
     layer: str, window: int, output: str, **others: str,
 ) -> int:  # fmt: skip
     """Draws a heatmap for each image into the folder `output`; returns 1 if an image fails, else 0.
@@ -37,7 +37,7 @@ def main(
     wanted = others["class"]
     folder = Path(output or "explained")
     skip = functools.partial(_is_figure, os.path.realpath(folder))
-    images = inputs.find("explain", paths, skip)
+    images = inputs.find("explain", files, skip)
     if folder.is_file():
         raise UserError(f"explain: --output={folder} is a file; name a folder for the heatmaps")
     model = load_trained(config, workdir, checkpoint)
@@ -53,7 +53,7 @@ def main(
         wanted = model.class_names[0]
     method, explain = build(model, method, layer, window, bool(wanted))
     folder.mkdir(parents=True, exist_ok=True)
-    results = inputs.Results(model, "ranked", images, inputs.count(paths, skip), "explaining")
+    results = inputs.Results(model, "ranked", images, inputs.count(files, skip), "explaining")
     errors: list[Exception] = []  # an error that ends the iteration early
 
     def records() -> Iterator[Record]:
@@ -69,7 +69,7 @@ def main(
             picture, values = draw(method, explain, model.prepare(file), label, title, regression)
             target = _name_picture(folder, file, method, wanted and name_class(wanted, model.class_names), taken)
             if not processes.index():
-                places.write_atomically(target, picture)
+                paths.write_atomically(target, picture)
             prediction = {"target": name, "value": float(f"{probability:.7g}")} if regression else {
                 "class": name, "probability": float(f"{probability:.7g}")}  # fmt: skip
             yield {"file": utf8(file), **prediction, "method": method,

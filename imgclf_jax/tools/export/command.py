@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax.core import places, processes, sharding, tree
+from imgclf_jax.core import paths, processes, sharding, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import one_per_line
 from imgclf_jax.core.typing import JsonObject
@@ -62,7 +62,7 @@ def _refuse_nan(model: Trained) -> None:
 
 def _stablehlo(model: Trained, path: Path, gives: str, names: str) -> list[str]:
     content, described, difference = stablehlo.archive(model, _OUTPUTS[gives], datetime.date.today())
-    places.write_atomically(path, content)
+    paths.write_atomically(path, content)
     note = (
         f"Its outputs match on five random images, up to {difference:.1e}.\n"
         f"JAX from {jax.__version__} to versions of {described['loads_until']} can load it; after that, export again."
@@ -90,7 +90,7 @@ def _with_loader(path: Path, described: JsonObject, note: str, loader: str) -> l
 
 def _onnx(model: Trained, path: Path, gives: str, names: str) -> list[str]:
     content, difference = onnx.archive(model, _OUTPUTS[gives])
-    places.write_atomically(path, content)
+    paths.write_atomically(path, content)
     h, w, c = model.programs.recipe.data.image_shape
     return [
         f"{path}: {_size(path)}, {compared.output_name(model, _OUTPUTS[gives])} of uint8 images [b, {h}, {w}, {c}]",
@@ -115,7 +115,7 @@ def _safetensors(model: Trained, path: Path, gives: str, names: str) -> list[str
         own = variables if recipe.num_seeds == 1 else jax.tree.map(lambda x, seed=seed: np.asarray(x)[seed], variables)
         file = path if recipe.num_seeds == 1 else path.with_suffix(f".seed{recipe.config.seed + seed}{path.suffix}")
         state = torch_state.state_dict(backbone, merge(own), names, recipe.data.image_shape)
-        places.write_atomically(file, _with_sorted_metadata(save(state, metadata)))
+        paths.write_atomically(file, _with_sorted_metadata(save(state, metadata)))
         lines.append(f"{file}: {_size(file)}, {len(state)} arrays, named by the scheme {names}")
     if added := sorted({*params} - {"backbone", "head"}):
         lines.append(f"Not exported: {', '.join(added)} of method={recipe.config.method!r}, which no classifier has.")

@@ -20,7 +20,7 @@ from jax.extend import mlir
 from jax.extend.mlir import passmanager
 from jax.extend.mlir.dialects import stablehlo as dialect
 
-from imgclf_jax.core import places
+from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.tensorflow_import import tensorflow
 from imgclf_jax.core.text import escape_surrogates
@@ -53,7 +53,7 @@ def write(model: Trained, what: Outputs, folder: Path, today: datetime.date) -> 
     exported, weights = stablehlo.program_of_weights(model, what)
     described = stablehlo.metadata(model, what, exported, today)
     gives = described["gives"]
-    with places.replacing_folder(folder) as temporary:
+    with paths.replacing_folder(folder) as temporary:
         try:
             module = _module(tf, exported, weights, model, gives)
             tf.saved_model.save(module, str(temporary), {"serving_default": module.call, "class_names": module.names})
@@ -68,7 +68,7 @@ def write(model: Trained, what: Outputs, folder: Path, today: datetime.date) -> 
             raise OSError(None, reason(e), str(folder)) from e
         extra = temporary / "assets.extra"
         extra.mkdir()
-        places.write_atomically(extra / "metadata.json", json.dumps(described, indent=2, ensure_ascii=False))
+        paths.write_atomically(extra / "metadata.json", json.dumps(described, indent=2, ensure_ascii=False))
     return described, difference
 
 

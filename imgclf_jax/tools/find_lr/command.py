@@ -15,7 +15,7 @@ import optax
 from ml_collections import ConfigDict
 
 from imgclf_jax import datasets, programs
-from imgclf_jax.core import places, spec
+from imgclf_jax.core import paths, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.terminal import print_json
 from imgclf_jax.core.text import printable
@@ -108,7 +108,7 @@ def main(
     else:
         print("\n".join(_table(test, suggested)))
     if html:
-        path = places.as_path(html)
+        path = paths.as_path(html)
         path.parent.mkdir(parents=True, exist_ok=True)
         pages.write(path, page(test, config, suggested))
         log.info("the plot is in %s", printable(str(path)))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from imgclf_jax.core import places
+from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import escape_surrogates, printable
 
@@ -28,7 +28,7 @@ def document(title: str, parts: Sequence[str]) -> str:
 def write(path: Path, page: str) -> None:
     """Writes a page atomically, with bytes that are not UTF-8 escaped. Raises UserError if that fails."""
     try:
-        places.write_atomically(path, escape_surrogates(page))
+        paths.write_atomically(path, escape_surrogates(page))
     except OSError as e:
         raise UserError(f"--html={path} cannot be written: {e.strerror}; name another file") from e
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from imgclf_jax.core import places
+from imgclf_jax.core import paths
 from imgclf_jax.core.typing import JsonMapping
 
 _K = 20  # the plot shows the k nearest to this; the best k would be selected on the test set
@@ -42,5 +42,5 @@ def draw(path: Path, records: Sequence[JsonMapping], title: str) -> None:
         panel.set(title=name, xlabel="images per class", ylabel="accuracy")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8, loc="lower right")
-    with places.replacing(path) as file:
+    with paths.replacing(path) as file:
         figure.savefig(file, format="png")

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from imgclf_jax.core import places
+from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import escape_surrogates
 
@@ -31,7 +31,7 @@ def writing(path: Path, class_names: Sequence[str], with_targets: bool = False) 
     Memory grows only with names and labels. The header of an .npz has the number of rows, so its features are first
     written to a temporary file next to it, which needs the same space again. Raises UserError if nothing is added.
     """
-    with places.replacing(path) as file:
+    with paths.replacing(path) as file:
         with _npz(file, path.parent, class_names, with_targets) as add:
             yield add
         if not file.tell():

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import places, processes
+from imgclf_jax.core import paths, processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.stopping import STATUS_SAVED
 from imgclf_jax.core.terminal import print_json, print_table, print_text
@@ -46,7 +46,7 @@ def main(
     if bundle:
         return _pack(record, bundle)
     end = _last_step(record, steps)
-    folder = places.as_path(processes.broadcast(lambda: _folder(record, output)))
+    folder = paths.as_path(processes.broadcast(lambda: _folder(record, output)))
     found = _compare_configs(record.config, config)
     config = pin_groups(config, record.provenance)
     config.tensorboard, config.writers = False, ""
@@ -101,7 +101,7 @@ def _pack(record: Record, bundle: str) -> int:
     if record.bundled:
         raise UserError(f"{record.path} is a bundle already; --bundle packs a work directory")
     if not processes.index():
-        record.pack(places.as_path(bundle))
+        record.pack(paths.as_path(bundle))
         print_text(f"{bundle} has everything that `reproduce {bundle}` needs, except data and code; "
               "its provenance.json names folders of this machine")  # fmt: skip
     return 0
@@ -123,8 +123,8 @@ def _folder(record: Record, output: str) -> str:
         raise UserError("reproduce in several processes needs --output, a directory that they share")
     if not output:
         return tempfile.mkdtemp(prefix="reproduce-")
-    path = places.as_path(output)
-    if not places.in_bucket(path) and path.resolve() == Path(record.path).resolve():
+    path = paths.as_path(output)
+    if not paths.in_bucket(path) and path.resolve() == Path(record.path).resolve():
         raise UserError(f"--output={output} is the run itself; name another directory")
     return output
 

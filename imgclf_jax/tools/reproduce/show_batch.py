@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import datasets
 from imgclf_jax.augment.pixels import denormalize
-from imgclf_jax.core import places, sharding, terminal
+from imgclf_jax.core import paths, sharding, terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
@@ -42,7 +42,7 @@ def main(
 
     The format "json" prints an object with the examples.
     """
-    file = places.as_path(output) if output else (workdir.path if workdir else Path()) / f"batch-{step}.png"
+    file = paths.as_path(output) if output else (workdir.path if workdir else Path()) / f"batch-{step}.png"
     if file.suffix != ".png":
         raise UserError(f"--output={output}: the name must end in .png")
     check_names(config)
@@ -60,7 +60,7 @@ def main(
     content = io.BytesIO()
     picture.save(content, "PNG")
     file.parent.mkdir(parents=True, exist_ok=True)
-    places.write_atomically(file, content.getvalue())
+    paths.write_atomically(file, content.getvalue())
     if format == "json":
         terminal.print_json({"step": step, "seed": config.seed, "file": str(file), "pixels": how, "examples": examples})
         return 0

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from imgclf_jax.core import places
+from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError, reason
 
 _BYTES = 50_000_000  # of the file; an older one of this size is kept next to it
@@ -29,8 +29,8 @@ def open_log(file: str) -> Iterator[Write | None]:
     if file in ("", "-"):
         yield (lambda line: print(line, file=sys.stderr, flush=True)) if file else None
         return
-    path = places.expand_user(file)
-    if places.in_bucket(path):
+    path = paths.expand_user(file)
+    if paths.in_bucket(path):
         raise UserError(f"--request_log={file}: this log cannot be in a bucket; name a local file")
     try:
         handler = logging.handlers.RotatingFileHandler(

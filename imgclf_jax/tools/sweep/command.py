@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax.cli.words import CommandLine, UsageError, override
-from imgclf_jax.core import places, terminal
+from imgclf_jax.core import paths, terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.stopping import SIGNALS, STATUS_SAVED, stopping
 from imgclf_jax.core.text import printable
@@ -69,14 +69,14 @@ def _train_all(
 ) -> int:
     terminal.setup_logging()
     folder = workdir.path
-    if places.in_bucket(folder) and not print:
+    if paths.in_bucket(folder) and not print:
         raise UserError(f"{folder} is in a bucket, which cannot hold the runs' logs; add --print, and run the commands")
     if workdir.config.is_file():
         raise UserError(f"{folder} is a run itself (it has a config.json); pass another --workdir for the sweep")
     settings = sweep_plan.combine(sweep_plan.load_sweep(called.config_file), sweep)
     keys = list(dict.fromkeys(key for own in settings for key in own))
     _check_words(called.words, keys)
-    with workdir.held() if not places.in_bucket(folder) else contextlib.nullcontext():
+    with workdir.held() if not paths.in_bucket(folder) else contextlib.nullcontext():
         file = folder / sweep_plan.FILE
         recorded = sweep_plan.load(file, config, set(keys))
         runs = sweep_plan.make(settings, lambda own: _make_config(config, own), recorded)
@@ -213,8 +213,8 @@ class _Sweep:
 
     def _start(self, run: Run) -> _Job:
         command = _command(self._called, self._folder, run)
-        places.refuse_link(self._workdir(run).path)
-        with places.open_regular(self._log(run), "a", "utf-8") as file:
+        paths.refuse_link(self._workdir(run).path)
+        with paths.open_regular(self._log(run), "a", "utf-8") as file:
             file.write(f"$ {shlex.join(command)}\n")
             file.flush()
             process = subprocess.Popen(
@@ -279,7 +279,7 @@ def _find_error(status: int, file: Path) -> str:
     if status < 0:
         return f"killed by {signal.Signals(-status).name}; see {file.name}"
     with contextlib.suppress(OSError):
-        lines = places.read(file).decode(errors="replace").splitlines()
+        lines = paths.read(file).decode(errors="replace").splitlines()
         begun = max((i for i, line in enumerate(lines) if line.startswith("$ ")), default=0)
         if errors := [line for line in lines[begun:] if line.startswith("error: ")]:
             return errors[-1]

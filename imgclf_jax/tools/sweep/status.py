@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from imgclf_jax.core import places
+from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.terminal import duration
 from imgclf_jax.core.text import decimals, printable
@@ -47,7 +47,7 @@ def read_progress(config: ConfigDict, workdir: Workdir) -> Progress:
 def _tail(file: Path) -> list[JsonObject]:
     """The last records of a file that is being written."""
     try:
-        with places.open_regular(file) as opened:
+        with paths.open_regular(file) as opened:
             size = opened.seek(0, 2)
             opened.seek(max(0, size - _TAIL))
             lines = opened.read().splitlines()[1 if size > _TAIL else 0 :]

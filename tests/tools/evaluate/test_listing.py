@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from imgclf_jax.cli.table import COMMANDS
-from imgclf_jax.core import places
+from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.tools.evaluate import listing
 
@@ -70,6 +70,6 @@ def test_a_model_that_predicts_nan_is_written_as_json(tmp_path):
 
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"--predictions=.*x.txt: the name must end in .csv or .jsonl"):
-        places.check_output(tmp_path / "x.txt", "--predictions", COMMANDS["evaluate"].writes["predictions"])
+        paths.check_output(tmp_path / "x.txt", "--predictions", COMMANDS["evaluate"].writes["predictions"])
     with pytest.raises(UserError, match=r"--predictions=.*x.csv: the directory '.*/no' does not exist; create it"):
-        places.check_output(tmp_path / "no" / "x.csv", "--predictions", COMMANDS["evaluate"].writes["predictions"])
+        paths.check_output(tmp_path / "no" / "x.csv", "--predictions", COMMANDS["evaluate"].writes["predictions"])

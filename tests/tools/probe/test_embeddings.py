@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from imgclf_jax.cli.table import COMMANDS
-from imgclf_jax.core import places
+from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.tools.probe import embeddings
 
@@ -81,4 +81,4 @@ def test_names_that_are_no_utf_8(tmp_path):
 def test_only_files_that_can_be_written(tmp_path):
     for name, message in [("a.csv", "must end in .npz"), ("no/a.npz", "does not exist")]:
         with pytest.raises(UserError, match=message):
-            places.check_output(tmp_path / name, "--output", COMMANDS["features"].writes["output"])
+            paths.check_output(tmp_path / name, "--output", COMMANDS["features"].writes["output"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imgclf_jax.core import places
+from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.data.arrays import load_array
@@ -46,7 +46,7 @@ def plot(path):
 
 
 WRITERS = {
-    "atomically.bin": lambda path: places.write_atomically(path, bytes(100_000)),
+    "atomically.bin": lambda path: paths.write_atomically(path, bytes(100_000)),
     "predictions.csv": lambda path: listing.write(path, rows()),
     "predictions.jsonl": lambda path: listing.write(path, rows()),
     "features.npz": features,
@@ -83,9 +83,9 @@ def test_a_bundle_on_a_full_disk(tmp_path):
 def test_two_writers_of_one_file(tmp_path):
     """The second one truncated what the first one had written, and the first one renamed the file of the second."""
     path = tmp_path / "out"
-    with places.replacing(path) as first:
+    with paths.replacing(path) as first:
         first.write(b"the fir")
-        with places.replacing(path) as second:
+        with paths.replacing(path) as second:
             second.write(b"the second")
         assert path.read_text() == "the second"
         first.write(b"st")
@@ -95,7 +95,7 @@ def test_two_writers_of_one_file(tmp_path):
 
 def test_errors_of_other_files_keep_their_names(tmp_path):
     def write():
-        with places.replacing(tmp_path / "out") as file:
+        with paths.replacing(tmp_path / "out") as file:
             file.write(b"new")
             (tmp_path / "gone").read_text()
 
@@ -109,7 +109,7 @@ UNKNOWN = "~no-such-user/photos"
 
 
 @pytest.mark.parametrize("call", [
-    lambda: places.expand_user(UNKNOWN),
+    lambda: paths.expand_user(UNKNOWN),
     lambda: sources.open_splits(f"folder({UNKNOWN!r})"),
     lambda: sources.open_splits(f"table('{UNKNOWN}/labels.csv')"),
     lambda: sources.open_splits(f"table('labels.csv', root={UNKNOWN!r})"),
@@ -126,5 +126,5 @@ def test_the_home_of_a_user_whom_nobody_knows(call):
 
 def test_a_home_directory(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
-    assert places.expand_user("~/photos") == Path("/home/ada/photos")
-    assert places.expand_user("a/~x") == Path("a/~x")
+    assert paths.expand_user("~/photos") == Path("/home/ada/photos")
+    assert paths.expand_user("a/~x") == Path("a/~x")
