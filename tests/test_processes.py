@@ -65,6 +65,35 @@ def test_each_process_gets_the_rows_of_its_devices(devices, rows, other):
     assert found == [{"same": True, "fetched": True, "copied": True, "digest": True, "hosts": 2}] * 2
 
 
+ENDING = """
+import atexit, sys, time
+process, port = int(sys.argv[1]), sys.argv[2]
+if process:  # at the very end, after JAX's exit handler, which is registered later
+    atexit.register(lambda: (print("leaving", flush=True), sys.stdin.read(), time.sleep(1.0)))
+from imgclf_jax.cli import main as cli
+from imgclf_jax.core import processes
+
+def main(*_):
+    processes.start(f"localhost:{port}", 2, process, heartbeat=10)
+    return 75
+
+cli.main = main
+cli.run_and_exit("launch.py", [])
+"""
+
+
+@pytest.mark.thorough
+def test_a_signal_to_a_process_that_is_leaving_changes_nothing():
+    """Slurm sends SIGTERM to all tasks when the first has ended with a status other than 0."""
+    first, second = start_two(ENDING)
+    with first, second:
+        assert second.stdout.readline() == "leaving\n"
+        assert first.wait(120) == 75
+        second.send_signal(signal.SIGTERM)
+        second.stdin.close()
+        assert second.wait(120) == 75
+
+
 WAITING = """
 import os, sys, time
 from imgclf_jax.core import processes, stopping

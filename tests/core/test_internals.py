@@ -13,6 +13,8 @@ from imgclf_jax.core import internals
 def test_jax_has_its_coordination_state():
     state = internals.coordination_state()
     assert (state.client, state.process_id, state.num_processes) == (None, 0, 1)  # of a process on its own
+    assert state.preemption_sync_manager is None
+    assert callable(state.initialize_preemption_sync_manager)
 
 
 def test_orbax_chooses_tensorstore_s_driver_by_these_functions(monkeypatch):
