@@ -25,10 +25,6 @@ if __name__ == "__main__":
         _spec.loader.exec_module(sys.modules["imgclf_jax"])
 
 try:
-    if __name__ == "__main__":
-        from imgclf_jax.core.memory import use_huge_pages
-
-        use_huge_pages()
     from imgclf_jax.cli.main import main, run_and_exit
 except ModuleNotFoundError as e:
     if __name__ != "__main__" or (e.name or "").startswith("imgclf_jax"):

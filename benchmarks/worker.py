@@ -24,9 +24,6 @@ def main(name: str, network_name: str, count: int) -> None:
     variant, network = MEASURED[name], NETWORKS[network_name]
     if variant.own:
         sys.path.insert(0, str(Path(__file__).parents[1]))
-        from imgclf_jax.core import memory
-
-        memory.use_huge_pages()  # as launch.py does
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # keeps output that a framework prints apart from answers
 

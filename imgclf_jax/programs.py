@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import datasets, diagnose, losses, metrics, step
 from imgclf_jax.config import selecting_metrics
-from imgclf_jax.core import fsdp, internals, narrow, platform, sharding, tree
+from imgclf_jax.core import fsdp, internals, platform, sharding, tree
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.once import once
 from imgclf_jax.core.typing import Array, Batch, Function, Params, PyTree
@@ -26,7 +26,6 @@ from imgclf_jax.data.info import DataInfo
 from imgclf_jax.data.source import Source
 from imgclf_jax.data.stream import Images, StreamSpec
 from imgclf_jax.models import norms
-from imgclf_jax.models.cpu.rewrite import optimize_for_cpu
 from imgclf_jax.models.frozen import Frozen
 from imgclf_jax.optim import partition
 from imgclf_jax.recipe import Recipe, check_names
@@ -284,7 +283,7 @@ class Programs:
                 recipe.mix, recipe.config.accumulate, self.shard_function, recipe.gradient,
                 recipe.task, losses.link_of(recipe.config.loss), recipe.config.on_bad_step == "skip",
             )  # fmt: skip
-        return jax.jit(self._with_layout_pass(step.over_seeds(pure, recipe.num_seeds), recipe.trains_on_onednn))
+        return jax.jit(step.over_seeds(pure, recipe.num_seeds))
 
     @once
     def _fixed_and_shardings(self) -> tuple[PyTree, ...]:
@@ -325,10 +324,6 @@ class Programs:
     def zero_sums(self) -> metrics.Sums:
         """The metric sums of no step, for every seed, on the devices."""
         return sharding.put_replicated(step.zero_sums(self.shape["sums"]), self.mesh)
-
-    def _with_layout_pass(self, pure: Function, onednn: bool = False) -> Function:
-        """Applies the CPU layout pass, if the mesh is of CPUs. Call it after differentiation."""
-        return optimize_for_cpu(pure, self._uses_onednn(onednn)) if self.platform == "cpu" else pure
 
     @once
     def traced_train(self) -> jax.stages.Traced:
@@ -385,7 +380,7 @@ class Programs:
             recipe.model, recipe.loss, recipe.augment(train=False), recipe.views, recipe.num_seeds,
             self.predicting or bool(recipe.whole_set_metrics), recipe.task, recipe.method,
         )  # fmt: skip
-        pure = self._with_layout_pass(self.gather_at_use(pure), self._evaluates_forward)
+        pure = self.gather_at_use(pure)
         jitted = jax.jit(pure, out_shardings=sharding.replicated(self.mesh), compiler_options=options)
         fixed = self._fixed_shape_of_evaluation
         with self.tracing(self._evaluates_forward):
@@ -466,7 +461,7 @@ class Programs:
         The batch [b, …] is sharded over the devices, and the results are replicated.
         """
         shape = self.state_shape.params, self.state_shape.model_state
-        pure = narrow.accept_narrow(self._with_layout_pass(self.gather_at_use(pure), forward), shape)
+        pure = self.gather_at_use(pure)
 
         def infer(*args: PyTree) -> jax.Array:
             with self.tracing(forward):
@@ -476,12 +471,11 @@ class Programs:
         replicated, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
         options = self.compiler_options(forward)
         jitted = jax.jit(infer, in_shardings=(*shardings, split), out_shardings=replicated, compiler_options=options)
-        call = narrow.keep_narrowed(jitted) if forward else jitted
 
         @functools.wraps(jitted)
         def run(*args: PyTree) -> jax.Array:
             with self.caching(forward):  # the first call with each shape compiles
-                return call(*args)
+                return jitted(*args)
 
         return run
 

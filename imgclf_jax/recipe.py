@@ -228,8 +228,8 @@ class Recipe:
 
     @property
     def trains_on_onednn(self) -> bool:
-        """Whether the train step has the `onednn` form on CPU; under the `vmap` of several seeds it would be slow."""
-        return self.num_seeds == 1 and getattr(self.model.backbone, "trains_on_onednn", False)
+        """Whether oneDNN computes the train step on CPU: unless the backbone says False."""
+        return bool(getattr(self.model.backbone, "trains_on_onednn", True))
 
     @property
     def num_seeds(self) -> int:

@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import thorough
 
 from imgclf_jax.models import classifier
 
@@ -156,14 +155,13 @@ SCRIPTS = [
     "input.py",
     "photographs.py",
     "accuracy.py",
-    "operations.py",
     "twins.py",
     "scaling.py",
     "recipes.py",
 ]
 
 
-@pytest.mark.parametrize("script", [s for s in SCRIPTS if s != "operations.py"] + thorough("operations.py"))
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_says_what_is_measured(script):
     done = subprocess.run([sys.executable, BENCHMARKS / script, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -19,7 +19,7 @@ from imgclf_jax import config as configs
 from imgclf_jax.cli import early, table, words
 from imgclf_jax.cli.table import COMMANDS
 from imgclf_jax.cli.words import CommandLine, UsageError
-from imgclf_jax.core import memory, paths, processes, stopping
+from imgclf_jax.core import paths, processes, stopping
 from imgclf_jax.core.errors import UserError, reason, unknown
 from imgclf_jax.core.text import prepare_streams, printable
 from imgclf_jax.core.typing import JsonObject, Value
@@ -30,7 +30,6 @@ _CLONE = Path(__file__).parents[2]  # of the repository; an installed package ha
 
 def console() -> NoReturn:
     """Runs the command line of the installed package, `imgclf` or `python -m imgclf_jax`, and exits."""
-    memory.use_huge_pages()
     name = Path(sys.argv[0]).name
     run_and_exit("python -m imgclf_jax" if name == "__main__.py" else name, [sys.executable, "-P", "-m", "imgclf_jax"])
 

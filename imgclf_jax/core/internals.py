@@ -33,6 +33,33 @@ def not_cached() -> AbstractContextManager[None]:
 
 
 @functools.cache
+def keep_matmuls_apart() -> None:
+    """Puts a barrier behind each matmul and convolution that JAX lowers for CPU, so that XLA fuses none with a reader.
+
+    Of `silu(y) + y`, jaxlib 0.12 fuses the activation into oneDNN's matmul y and adds the result to itself; in bfloat16
+    its YNNPACK fusions of matmuls and sums give NaN. A lowering rule covers every program, also gradients and loops.
+    """
+    from jax import lax
+    from jax._src.interpreters import mlir
+    from jax.extend.core import Primitive
+    from jaxlib.mlir.dialects import stablehlo
+
+    def register(primitive: Primitive) -> None:
+        entry = mlir._platform_specific_lowerings["cpu"].get(primitive) or mlir._lowerings[primitive]
+
+        def lower(context: Any, *operands: Any, **params: Any) -> Any:
+            if primitive is lax.dot_general_p and len(params["dimension_numbers"][0][0]) > 1:
+                # The gradient of a dense layer's kernel transposes its operands: XLA would compute them again for it.
+                operands = stablehlo.OptimizationBarrierOp(operands).results
+            return stablehlo.OptimizationBarrierOp(entry.rule(context, *operands, **params)).results
+
+        mlir.register_lowering(primitive, lower, platform="cpu")
+
+    register(lax.dot_general_p)
+    register(lax.conv_general_dilated_p)
+
+
+@functools.cache
 def teach_orbax_s3() -> None:
     """Makes Orbax write arrays to `s3://`, as it does to `gs://`. It would write them to a local folder named `s3:`.
 

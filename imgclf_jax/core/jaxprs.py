@@ -2,17 +2,13 @@
 
 import collections
 import contextlib
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jax.typing import ArrayLike
-
-from imgclf_jax.core.typing import Function, PyTree
 
 type Atom = Var | Literal  # an operand of an equation
 
@@ -20,10 +16,6 @@ type Atom = Var | Literal  # an operand of an equation
 INLINED: Mapping[str, str] = {
     "jit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
 }  # fmt: skip
-
-
-BODIES = ("scan", "while", "cond", "checkpoint", "remat", "remat2")  # primitives with jaxprs that stay apart
-MATMULS = ("dot_general", "conv_general_dilated")
 
 
 def bind(
@@ -70,84 +62,10 @@ def reads(jaxpr: Jaxpr, names: Mapping[Var, str]) -> Iterator[str]:
         yield from filter(None, operands)
 
 
-def map_bodies(change: Function, param: Any) -> Any:
-    """Changes a parameter of an equation that is a jaxpr or a tuple of them; returns any other one unchanged."""
-    if isinstance(param, tuple) and any(hasattr(x, "eqns") for x in param):
-        bodies = [map_bodies(change, x) for x in param]
-        return type(param)(*bodies) if hasattr(param, "_fields") else tuple(bodies)
-    return jax.make_jaxpr(change(jaxpr_as_fun(param)))(*param.in_avals) if hasattr(param, "eqns") else param
-
-
 def named(equation: JaxprEqn) -> contextlib.AbstractContextManager[object]:
     """Inside, operations get the equation's name scope, which profiles show."""
     scope = str(equation.source_info.name_stack)
     return jax.named_scope(scope) if scope else contextlib.nullcontext()
-
-
-def isolate_matmuls(
-    function: Function, barrier: Callable[[jax.Array], jax.Array] = lax.optimization_barrier,
-    wanted: Callable[[Sequence[Any]], bool] = lambda operands: True, matmul: Callable[..., list[Any]] = bind,
-) -> Function:  # fmt: skip
-    """Returns `function`, of pytrees, with a `barrier` behind each matmul and convolution of `wanted` operands.
-
-    So XLA fuses none of them into their readers, inside loops and other primitives either. The gradients of dense
-    layers' kernels have one before them too. `matmul(equation, operands)` computes each `dot_general`. Apply it after
-    differentiation.
-    """
-
-    def evaluate(closed: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
-        values = dict(zip([*closed.jaxpr.constvars, *closed.jaxpr.invars], [*closed.consts, *args], strict=True))
-        for equation in closed.jaxpr.eqns:
-            name, params = equation.primitive.name, equation.params
-            operands = [atom.val if isinstance(atom, Literal) else values[atom] for atom in equation.invars]
-            with equation.ctx.manager, named(equation):
-                if _sums_over_positions(equation) and wanted(operands):
-                    operands = [barrier(x) for x in operands]
-                if name in INLINED:
-                    results = evaluate(params[INLINED[name]], operands)
-                elif name == "dot_general":
-                    results = matmul(equation, operands)
-                elif not any(holds(one, product) for one in inner(equation) for product in MATMULS):
-                    results = bind(equation, operands)
-                elif name == "shard_map":
-                    results = _shard_map(functools.partial(evaluate, params["jaxpr"]), params, operands)
-                else:
-                    results = bind(equation, operands, {k: map_bodies(isolate, v) for k, v in params.items()})
-                if name in MATMULS and wanted(operands):
-                    results = [barrier(y) for y in results]
-            values.update(zip(equation.outvars, results, strict=True))
-        return [atom.val if isinstance(atom, Literal) else values[atom] for atom in closed.jaxpr.outvars]
-
-    isolate = functools.partial(isolate_matmuls, barrier=barrier, wanted=wanted, matmul=matmul)
-
-    @functools.wraps(function)
-    def isolated(*args: PyTree) -> PyTree:
-        jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-        return jax.tree.unflatten(jax.tree.structure(shape), evaluate(jaxpr, jax.tree.leaves(args)))
-
-    return isolated
-
-
-def _shard_map(
-    body: Callable[[Sequence[Any]], list[Any]], params: Mapping[str, Any], operands: Sequence[Any]
-) -> list[Any]:
-    """Applies another `body` with the parameters of a `shard_map` equation; it sees the axes of the mesh."""
-    mapped = jax.shard_map(
-        lambda *args: tuple(body(args)), mesh=params["mesh"], in_specs=params["in_specs"],
-        out_specs=params["out_specs"], axis_names=params["newly_manual_axes"], check_vma=params["check_vma"],
-    )  # fmt: skip
-    return list(mapped(*operands))
-
-
-def _sums_over_positions(equation: JaxprEqn) -> bool:
-    """Whether it is the gradient of a dense layer's kernel: a matmul over the batch and the positions of [b, …, c].
-
-    XLA transposes its operands. Without a barrier before them, it would compute them again as it does so.
-    """
-    if equation.primitive.name != "dot_general":
-        return False
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    return len(contracted) > 1 and 0 in contracted
 
 
 def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:

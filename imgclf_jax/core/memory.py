@@ -3,12 +3,8 @@
 import contextlib
 import ctypes
 import os
-import sys
-from pathlib import Path
 
 from imgclf_jax.core.errors import UserError
-
-_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 _keeps = False
 
@@ -16,23 +12,6 @@ _keeps = False
 def physical() -> int:
     """The machine's memory in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def use_huge_pages(enabled: Path = _HUGE_PAGES) -> None:
-    """Starts this program again, as the same process, with huge pages for large arrays, if Linux leaves it to programs.
-
-    Page faults otherwise take a tenth to a fifth of a step with gigabytes of temporaries. glibc reads the setting only
-    when a process starts, so call this first. It does nothing under a debugger or a profiler that runs the program.
-    """
-    name, setting = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
-    own, words = os.environ.get(name, ""), sys.orig_argv
-    direct = words[1:2] == sys.argv[:1] or ["-m", "imgclf_jax"] in (words[1:3], words[2:4])
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        libc, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
-        known = libc == "glibc" and tuple(map(int, version.split("."))) >= (2, 35)
-        if direct and known and setting not in own and "[madvise]" in enabled.read_text(encoding="ascii"):
-            os.environ[name] = ":".join(filter(None, [own, f"{setting}=1"]))
-            os.execv(sys.executable, [sys.executable, *words[1:]])
 
 
 def keep_freed() -> None:

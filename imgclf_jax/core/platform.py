@@ -13,7 +13,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr
 from jax.sharding import AbstractMesh, Mesh
 
-from imgclf_jax.core import jaxprs
+from imgclf_jax.core import internals, jaxprs
 from imgclf_jax.core.typing import Function, PyTree
 
 # XLA compiler options. YNNPACK would take matmuls from oneDNN, and its fused sums give NaN in bfloat16 (jaxlib 0.12.0).
@@ -85,6 +85,7 @@ def tracing_for(platform: str, compute_capability: float = 0.0, onednn: bool = F
 
     With `onednn` they are CPU programs of plain XLA operations, compiled with `ONEDNN_OPTIONS`.
     """
+    internals.keep_matmuls_apart()
     context: AbstractContextManager[None] = _traced_for((platform, compute_capability, onednn))
     return context
 

@@ -1,11 +1,10 @@
-"""Multi-head self-attention, in the fastest form for the platform: cuDNN, XLA, or the CPU layout."""
+"""Multi-head self-attention, by cuDNN where it can, else in plain XLA operations."""
 
 import jax
 import jax.numpy as jnp
 
 from imgclf_jax.core import platform
-from imgclf_jax.models.cpu.attention import attention as attention_on_cpu
-from imgclf_jax.models.cpu.layout import accumulator, features_first, features_last, wants_features_first
+from imgclf_jax.models.cpu.layout import accumulator
 
 
 def attention(qkv: jax.Array, heads: int, with_maps: bool = False) -> tuple[jax.Array, jax.Array | None]:
@@ -15,10 +14,6 @@ def attention(qkv: jax.Array, heads: int, with_maps: bool = False) -> tuple[jax.
     float32. The attention maps are f32[b, heads, queries, keys], or None without `with_maps`.
     """
     b, n, width = qkv.shape
-    if wants_features_first():
-        split = features_first(qkv).reshape(3, heads, -1, b, n)
-        y, by_keys = attention_on_cpu(*split)
-        return features_last(y.reshape(width // 3, b, n)), by_keys.swapaxes(2, 3) if with_maps else None
     q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, heads, -1), 2, 0)  # [b, n, heads, d / heads]
     maps: jax.Array | None = None
     if with_maps:

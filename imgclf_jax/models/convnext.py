@@ -66,7 +66,6 @@ class ConvNeXt(nn.Module):
     norm: ModuleDef = LayerNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
     swappable = _CONVNEXT_PARTS
-    trains_on_onednn = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

@@ -24,11 +24,9 @@ from jax.typing import DTypeLike
 from imgclf_jax.core import dtypes, platform
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Initializer
-from imgclf_jax.models.cpu import matmuls, onednn, pool
+from imgclf_jax.models.cpu import matmuls, onednn, pool, sums
 from imgclf_jax.models.cpu.layout import features_first, features_last, wants_features_first
-from imgclf_jax.models.cpu.sums import broadcast_along
 
-_FEW_TAPS = 27  # up to this many multiply-adds per output, CPU convolves and pools in one pass over the images
 _FEW_CHANNELS_ON_TPU, _FEW_TAPS_ON_TPU = 4, 36  # up to these, TPU convolves in float32 by a matmul of patches
 
 
@@ -53,8 +51,8 @@ def conv(
         padding = lax.padtype_to_pads(x.shape[1:3], extent, strides, padding)
     rows, columns = (padding, padding) if isinstance(padding, int) else padding
     pads = _pair(rows), _pair(columns)
-    if wants_features_first() and groups == 1 and dilation == (1, 1):
-        return features_last(matmuls.conv(features_first(x), kernel, strides, pads, dtype))
+    if wants_features_first() and groups == 1:
+        return features_last(matmuls.conv(features_first(x), kernel, strides, pads, dilation, dtype))
     if groups > 1 and dtype == jnp.bfloat16 and platform.uses_onednn():
         dtype = jnp.dtype(jnp.float32)  # a bfloat16 convolution of groups is up to 50 times slower there
     depthwise = groups == x.shape[3] == kernel.shape[3]
@@ -89,10 +87,8 @@ def _conv_as_matmul(
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     """x [..., f] + bias [f] in at least float32, so that the bias gradient accumulates in float32."""
     x = dtypes.upcast(x)
-    if wants_features_first():
-        return features_last(broadcast_along(bias.astype(x.dtype), shape=features_first(x).shape, axis=0)) + x
-    if platform.uses_onednn():
-        return x + broadcast_along(bias.astype(x.dtype), shape=x.shape, axis=x.ndim - 1)
+    if platform.current() == "cpu":
+        return x + sums.broadcast(bias.astype(x.dtype), x.shape)
     return x + bias.astype(x.dtype)
 
 
@@ -156,13 +152,11 @@ class ConvPool(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (*_pair(self.kernel_size), x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         k, window = self.kernel_size, self.window
+        crop_h, crop_w = ((0, -((n - k + 1) % window)) for n in x.shape[1:3])  # what would fill no pooling window
+        y = conv(x, kernel, padding=(crop_h, crop_w), dtype=self.dtype)
         if wants_features_first():
-            few = k**2 * x.shape[-1] <= _FEW_TAPS
-            conv_pool = pool.conv_pool_direct if few else pool.conv_pool
-            return features_last(conv_pool(features_first(x), kernel, bias, window, self.dtype))
-        # Crop the rows and columns that would fill no pooling window.
-        h, w = ((n - k + 1) // window * window + k - 1 for n in x.shape[1:3])
-        y = max_pool(conv(x[:, :h, :w], kernel, padding="VALID", dtype=self.dtype), window, window)
+            return features_last(pool.pool_bias_relu(features_first(y), bias, window, self.dtype))
+        y = max_pool(y, window, window)
         return nn.relu(add_bias(y, bias)).astype(self.dtype)
 
 
@@ -196,10 +190,7 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        if wants_features_first():
-            y = features_last(matmuls.dense(features_first(x), kernel, self.dtype))
-        else:
-            y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
         return add_bias(y, bias).astype(self.dtype)
 
 
@@ -211,8 +202,6 @@ def max_pool(x: jax.Array, window: int, strides: int, padding: int = 0) -> jax.A
     """
     if platform.current() not in ("cpu", "gpu"):
         return nn.max_pool(x, (window, window), (strides, strides), [(padding, padding)] * 2)
-    if wants_features_first() and strides == window and not padding:
-        return features_last(pool.max_pool(features_first(x), window))
     return _max_pool(window, strides, padding, x)
 
 
@@ -228,13 +217,11 @@ def _max_pool_jvp(
     window: int, strides: int, padding: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     """The tangent of the first maximum. The transpose adds one array per window offset instead of scattering."""
-    if platform.uses_onednn():  # the maximum and its position must see the same roundings
-        primals = lax.optimization_barrier(primals)
+    primals = platform.cpu_barrier(primals)  # the maximum and its position must see the same roundings
     y = _max_pool(window, strides, padding, *primals)
     argmax = pool.first_argmax(pool.window_slices(*primals, window, strides, padding, -jnp.inf), y)
-    if platform.uses_onednn():
-        return y, pool.take_max(*tangents, argmax, window=window, strides=strides, padding=padding)
-    return y, pool.select(pool.window_slices(*tangents, window, strides, padding, 0), argmax)
+    take = pool.take_max if platform.current() == "cpu" else pool.take
+    return y, take(*tangents, argmax, window, strides, padding)
 
 
 def mean_pool(x: jax.Array) -> jax.Array:

@@ -1,7 +1,6 @@
 """BatchNorm, LayerNorm and GroupNorm with linen's parameters and results, in few passes over the images.
 
-Statistics accumulate in float32 (or float64); outputs are in `dtype`. Programs for CPU that take gradients compute
-them on feature-first arrays (`cpu/`).
+Statistics accumulate in float32 (or float64); outputs are in `dtype`.
 """
 
 import functools
@@ -16,9 +15,8 @@ from jax.typing import DTypeLike
 
 from imgclf_jax.core import dtypes, platform
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import Function, Initializer, PyTree
+from imgclf_jax.core.typing import Initializer, PyTree
 from imgclf_jax.models.cpu import sums
-from imgclf_jax.models.cpu.layout import features_first, features_last, wants_features_first
 
 _groups = jax.make_user_context(1)
 
@@ -75,8 +73,7 @@ class BatchNorm(nn.Module):
             factor = lax.rsqrt(var + self.epsilon) * scale
             return (x * factor.astype(x.dtype) + (bias - mean * factor).astype(x.dtype)).astype(self.dtype)
         # Off CPU, XLA's automatic derivative is faster: the rule below would cost it a pass over the images.
-        one_group = functools.partial(_batch_norm_by_rule if _on_cpu() else _batch_norm, self.epsilon)
-        normalize = functools.partial(_features_first, one_group)
+        normalize = functools.partial(_batch_norm_by_rule if _on_cpu() else _batch_norm, self.epsilon)
         if (parts := _groups.value) == 1 or len(x) == 1:  # models are initialized on one example
             y, mean, var = normalize(x, scale.astype(x.dtype), bias.astype(x.dtype))
         else:
@@ -101,8 +98,7 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", self.scale_init, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         x = dtypes.upcast(x)
-        normalize = functools.partial(_layer_norm, self.epsilon)
-        return _features_first(normalize, x, scale.astype(x.dtype), bias.astype(x.dtype))[0].astype(self.dtype)
+        return _layer_norm(self.epsilon, x, scale.astype(x.dtype), bias.astype(x.dtype)).astype(self.dtype)
 
 
 class GroupNorm(nn.Module):
@@ -133,95 +129,80 @@ class GroupNorm(nn.Module):
         return (normal * scale.astype(x.dtype) + bias.astype(x.dtype)).astype(self.dtype)
 
 
-def _features_first(normalize: Function, x: jax.Array, *args: jax.Array) -> PyTree:
-    """Calls `normalize(axis, x, …) -> (y, …)`, where `axis` holds the features: first on CPU, last elsewhere."""
-    if not wants_features_first():
-        return normalize(x.ndim - 1, x, *args)
-    y, *more = normalize(0, features_first(x), *args)
-    return (features_last(y), *more)
-
-
 def _on_cpu() -> bool:
     return platform.current() == "cpu"
 
 
-def _along(values: jax.Array, axis: int, x: jax.Array) -> jax.Array:
-    """Broadcasts values [c] along `axis` of x to the shape of x."""
-    if _on_cpu():
-        return sums.broadcast_along(values, x.shape, axis)
-    return jnp.broadcast_to(jnp.expand_dims(values, [i for i in range(x.ndim) if i != axis]), x.shape)
+def _spread(values: jax.Array, x: jax.Array) -> jax.Array:
+    """Broadcasts values [c] to the shape of x [..., c]."""
+    return sums.broadcast(values, x.shape) if _on_cpu() else jnp.broadcast_to(values, x.shape)
 
 
-def _mean_except(x: jax.Array, axis: int) -> jax.Array:
-    """The mean over all axes except `axis` → [c]."""
-    total = sums.sum_except(x, axis) if _on_cpu() else jnp.sum(x, [i for i in range(x.ndim) if i != axis])
-    return total / (x.size // x.shape[axis])
+def _mean(x: jax.Array) -> jax.Array:
+    """The mean over all axes but the last → [c]."""
+    total = sums.sum_features(x) if _on_cpu() else jnp.sum(x, range(x.ndim - 1))
+    return total / (x.size // x.shape[-1])
 
 
 def _batch_norm(
-    epsilon: float, axis: int, x: jax.Array, scale: jax.Array, bias: jax.Array
+    epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns (normalized x, mean [c], variance [c])."""
-    mean = _mean_except(x, axis)
-    var = jnp.maximum(_mean_except(lax.square(x), axis) - lax.square(mean), 0)
+    mean = _mean(x)
+    var = jnp.maximum(_mean(lax.square(x)) - lax.square(mean), 0)
     factor = lax.rsqrt(var + epsilon) * scale
     if platform.current() == "tpu":  # its derivative reads less memory on TPU, but more on GPU
-        return (x - _along(mean, axis, x)) * _along(factor, axis, x) + _along(bias, axis, x), mean, var
-    return x * _along(factor, axis, x) + _along(bias - mean * factor, axis, x), mean, var
+        return (x - _spread(mean, x)) * _spread(factor, x) + _spread(bias, x), mean, var
+    return x * _spread(factor, x) + _spread(bias - mean * factor, x), mean, var
 
 
-_batch_norm_by_rule = jax.custom_jvp(_batch_norm, nondiff_argnums=(0, 1))
+_batch_norm_by_rule = jax.custom_jvp(_batch_norm, nondiff_argnums=(0,))
 
 
 @_batch_norm_by_rule.defjvp
 def _batch_norm_jvp(
-    epsilon: float, axis: int, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+    epsilon: float, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[PyTree, PyTree]:
     """Transposes to section 3 of the paper in two passes over the images: one for both sums, one to combine them."""
     x, scale, bias = primals
     d_x, d_scale, d_bias = tangents
-    y, mean, var = _batch_norm(epsilon, axis, x, scale, bias)
+    y, mean, var = _batch_norm(epsilon, x, scale, bias)
     inverse = lax.rsqrt(var + epsilon)
     # Subtracting again is faster than storing the difference. Without the barrier XLA stores the broadcast mean.
-    centred, again = (z - _along(m, axis, z) for z, m in ((x, mean), platform.cpu_barrier((x, mean))))
-    d_mean, half_d_var = _mean_except(d_x, axis), _mean_except(centred * d_x, axis)
+    centred, again = (z - _spread(m, z) for z, m in ((x, mean), platform.cpu_barrier((x, mean))))
+    d_mean, half_d_var = _mean(d_x), _mean(centred * d_x)
     factor = inverse * scale
     slope = inverse * d_scale - factor * inverse * inverse * half_d_var
-    d_y = _along(factor, axis, x) * d_x + _along(d_bias - factor * d_mean, axis, x) + again * _along(slope, axis, x)
+    d_y = _spread(factor, x) * d_x + _spread(d_bias - factor * d_mean, x) + again * _spread(slope, x)
     return (y, mean, var), (d_y, d_mean, 2 * half_d_var)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _layer_norm(epsilon: float, axis: int, x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array]:
-    mean, inverse = _moments(epsilon, axis, x)
-    return ((x - mean) * inverse * _along(scale, axis, x) + _along(bias, axis, x),)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _layer_norm(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    mean, inverse = _moments(epsilon, x)
+    return (x - mean) * inverse * _spread(scale, x) + _spread(bias, x)
 
 
-def _moments(epsilon: float, axis: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _moments(epsilon: float, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The mean and the reciprocal standard deviation over the features, whose axis keeps size 1."""
-    mean = jnp.mean(x, axis, keepdims=True)
-    var = jnp.maximum(jnp.mean(lax.square(x), axis, keepdims=True) - lax.square(mean), 0)
+    mean = jnp.mean(x, -1, keepdims=True)
+    var = jnp.maximum(jnp.mean(lax.square(x), -1, keepdims=True) - lax.square(mean), 0)
     return mean, lax.rsqrt(var + epsilon)
 
 
 @_layer_norm.defjvp
 def _layer_norm_jvp(
-    epsilon: float, axis: int, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+    epsilon: float, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[PyTree, PyTree]:
     x, scale, bias = primals
     d_x, d_scale, d_bias = tangents
-    mean, inverse = _moments(epsilon, axis, x)
+    mean, inverse = _moments(epsilon, x)
     # Recomputed rather than stored, as in `_batch_norm_jvp`.
     normal, again = (
         (z - m) * i for z, m, i in (platform.cpu_barrier((x, mean, inverse)), platform.cpu_barrier((x, mean, inverse)))
     )
-    first, second = (inverse * jnp.mean(z, axis, keepdims=True) for z in (d_x, again * d_x))
+    first, second = (inverse * jnp.mean(z, -1, keepdims=True) for z in (d_x, again * d_x))
     # With the barrier, the transpose computes the cotangent of its argument once for both terms.
-    slope = platform.cpu_barrier(_along(d_scale, axis, x) - _outer(scale, second, axis, x))
-    d_y = _along(scale, axis, x) * (inverse * d_x) - _outer(scale, first, axis, x) + normal * slope
-    return _layer_norm(epsilon, axis, x, scale, bias), (d_y + _along(d_bias, axis, x),)
-
-
-def _outer(values: jax.Array, x: jax.Array, axis: int, like: jax.Array) -> jax.Array:
-    """values [d] along `axis` times x, which has size 1 there."""
-    return sums.outer(values, x) if wants_features_first() else _along(values, axis, like) * x
+    slope = platform.cpu_barrier(_spread(d_scale, x) - _spread(scale, x) * second)
+    d_y = _spread(scale, x) * (inverse * d_x - first) + normal * slope
+    return _layer_norm(epsilon, x, scale, bias), d_y + _spread(d_bias, x)

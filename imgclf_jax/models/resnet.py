@@ -124,7 +124,6 @@ class ResNet(nn.Module):
     norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     swappable = _RESNET_PARTS
-    trains_on_onednn = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -154,7 +153,6 @@ class ResNetCIFAR(nn.Module):
     norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     swappable = _RESNET_PARTS
-    trains_on_onednn = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -212,7 +210,6 @@ class WideResNet(nn.Module):
     norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     swappable = _WIDE_RESNET_PARTS
-    trains_on_onednn = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

@@ -12,7 +12,6 @@ from flax import linen as nn
 from imgclf_jax.core import platform, tree
 from imgclf_jax.models import classifier
 from imgclf_jax.models.backbones import BACKBONES
-from imgclf_jax.models.cpu.rewrite import rewrite
 
 FORMS = ("cpu", "gpu")
 # Each at a size that compiles in seconds, with every kind of layer of its family; the last is a module in its middle.
@@ -96,11 +95,6 @@ def build(name, precision="float64", edited=False):
     return logits, variables["params"]
 
 
-def in_form(form, function):
-    """Traces `function` for a platform, with the CPU layout pass on CPU."""
-    return platform.traced_for(form, rewrite(function) if form == "cpu" else function)
-
-
 def value_of(logits):
     """A function of the parameters → (a number that depends on every logit, logits)."""
 
@@ -139,7 +133,7 @@ def test_both_forms_are_equal_and_differentiable_with_ordinary_edits_in_the_midd
         ((out, y), gradient), ((first, _), change) = jax.jvp(run, (params,), (direction,))
         return (y, gradient), (out, along(other, gradient)), (first, along(direction, gradient), along(other, change))
 
-    runs = {form: jax.jit(in_form(form, derivatives)) for form in FORMS}
+    runs = {form: jax.jit(platform.traced_for(form, derivatives)) for form in FORMS}
     # So small that hardly a ReLU changes its side, and large beside the rounding of float64.
     step, moved = 3e-8, lambda s: jax.tree.map(lambda p, d: p + s * d, params, direction)
     above, below = (runs["gpu"](moved(s), direction, other)[1] for s in (step, -step))
@@ -150,7 +144,7 @@ def test_both_forms_are_equal_and_differentiable_with_ordinary_edits_in_the_midd
         first, reverse, second = found[form][2]
         np.testing.assert_allclose([first, reverse], expected[0], rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(second, expected[1], rtol=1e-4, atol=1e-5)
-    linear = in_form("cpu", lambda params, d: jax.linearize(value, params, has_aux=True)[1](d))  # traced
+    linear = platform.traced_for("cpu", lambda params, d: jax.linearize(value, params, has_aux=True)[1](d))  # traced
     jax.eval_shape(linear, params, direction)
 
 

@@ -12,8 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.models import layers
-from imgclf_jax.models.cpu import matmuls, pool
-from imgclf_jax.models.cpu.rewrite import rewrite
 from imgclf_jax.models.layers import Conv, ConvPool, Dense, FlatDense, conv
 
 pytestmark = pytest.mark.optimized
@@ -114,36 +112,6 @@ def test_bfloat16_products_are_summed_in_float32():
     np.testing.assert_array_equal(low, high)
 
 
-@pytest.mark.parametrize(("features", "function"), [
-    (2, "conv_pool"),
-    (40, "flat_dense"),
-    *thorough((40, "conv_pool"), (2, "conv_pool_direct"), (40, "conv_pool_direct"), (2, "flat_dense")),
-])  # fmt: skip
-def test_layers_on_cpu_in_bfloat16(function, features):
-    """With values that bfloat16 holds, results and gradients are those of float32 up to what rounding results adds.
-
-    Also that every product's shape runs: XLA 0.12 has no bfloat16 product with a transposed left side.
-    """
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.integers(-2, 3, (3, 8, 6, 4)), jnp.float32)
-    kernel = jnp.asarray(
-        rng.integers(-2, 3, (144, features) if function == "flat_dense" else (3, 3, 3, features)), jnp.float32
-    )
-    bias = jnp.zeros(features)
-
-    def scalar(x, kernel, dtype):
-        if function == "flat_dense":
-            y = matmuls.flat_dense(x, kernel, dtype)
-        else:
-            y = getattr(pool, function)(x, kernel, bias, 2, dtype)
-        return jnp.sum(y.astype(jnp.float32)), y
-
-    run = jax.jit(jax.grad(scalar, argnums=(0, 1), has_aux=True), static_argnums=2)
-    low, high = run(x, kernel, jnp.bfloat16), run(x, kernel, jnp.float32)
-    assert low[1].dtype == (jnp.float32 if function == "flat_dense" else jnp.bfloat16)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype(np.float32), b, rtol=2**-7, atol=0.5), low, high)
-
-
 @pytest.mark.usefixtures("float64", "form")
 def test_flat_dense_is_flax_dense_on_the_flattened_image():
     x = jnp.asarray(normal(0, 3, 4, 5, 2))
@@ -166,7 +134,7 @@ def compiled_network(batch_size, mesh):
     x = jnp.zeros((batch_size, 28, 28, 1))
     params = shapes(network, x)
     whole, split = sharding.replicated(mesh), NamedSharding(mesh, PartitionSpec("data"))
-    grad = rewrite(jax.grad(lambda params, x: jnp.mean(network.apply(params, x) ** 2)))
+    grad = jax.grad(lambda params, x: jnp.mean(network.apply(params, x) ** 2))
     grad = platform.traced_for("cpu", grad)
     return jax.jit(grad, in_shardings=(whole, split), out_shardings=whole).lower(params, x).compile()
 

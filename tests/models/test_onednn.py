@@ -13,9 +13,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from test_forms import SMALL, random_variables
 
-from imgclf_jax.core import cpuinfo, internals, jaxprs, platform, sharding
+from imgclf_jax.core import internals, jaxprs, platform, sharding
 from imgclf_jax.models import classifier
-from imgclf_jax.models.cpu.rewrite import optimize_for_cpu
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
@@ -29,8 +28,7 @@ pytestmark = [
 def forward(model, variables, images):
     """(Logits, the compiled program) of a forward pass on CPU."""
     with platform.tracing_for("cpu", onednn=True):
-        isolated = jaxprs.isolate_matmuls(lambda v, x: model.apply(v, x))
-        jitted = jax.jit(isolated, compiler_options=platform.ONEDNN_OPTIONS)
+        jitted = jax.jit(lambda v, x: model.apply(v, x), compiler_options=platform.ONEDNN_OPTIONS)
         with internals.not_cached():
             compiled = jitted.lower(variables, images).compile()
     return compiled(variables, images), compiled.as_text()
@@ -67,8 +65,7 @@ def test_the_gradient_of_a_dense_layer_computes_no_activation_again():
     def elementwise(function):
         """The FLOPs of the program besides its matmuls."""
         with platform.tracing_for("cpu", onednn=True), internals.not_cached():
-            isolated = jaxprs.isolate_matmuls(function)
-            lowered = jax.jit(isolated, compiler_options=platform.ONEDNN_OPTIONS).lower(*arguments)
+            lowered = jax.jit(function, compiler_options=platform.ONEDNN_OPTIONS).lower(*arguments)
             total = lowered.compile().cost_analysis()["flops"]
         return total - jaxprs.matmul_flops(jax.make_jaxpr(function)(*arguments))
 
@@ -120,94 +117,8 @@ def test_a_matmul_with_two_readers_inside_of_any_primitive(wrap):
     expected = jax.jit(silu_and_itself)(x, w)
     for onednn, options in ((True, platform.ONEDNN_OPTIONS), (False, None)):
         with platform.tracing_for("cpu", onednn=onednn), internals.not_cached():
-            found = jax.jit(optimize_for_cpu(wrap(silu_and_itself), onednn), compiler_options=options)(x, w)
+            found = jax.jit(wrap(silu_and_itself), compiler_options=options)(x, w)
         np.testing.assert_allclose(found, expected, atol=1e-3)
-
-
-AVX2, AVX512 = {"flags": "fpu avx2"}, {"flags": "fpu avx2 avx512f"}
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "shape", [(4, 200, 384), (1, 28, 28, 384), *thorough(((2, 2, 14, 14, 384),), ((784, 1, 384),))]
-)
-def test_wide_dense_layers_without_avx512(monkeypatch, shape, dtype):
-    """They are convolutions then, and so are the gradients of their inputs; values are those of float64 matmuls."""
-    monkeypatch.setattr(cpuinfo, "facts", lambda: AVX2)
-    rng = np.random.default_rng(0)
-    x, w1, w2 = (jnp.asarray(rng.normal(size=s), dtype) for s in (shape, (384, 768), (768, 192)))
-
-    def forward(x, w1, w2):
-        return jnp.tanh(x @ w1 * 0.1) @ w2
-
-    def pulled(x, w1, w2):
-        y, pull = jax.vjp(forward, x, w1, w2)
-        return (y, *pull(y))
-
-    with internals.not_cached():
-        function = optimize_for_cpu(pulled, onednn=True)
-        found = jax.jit(function, compiler_options=platform.ONEDNN_OPTIONS)(x, w1, w2)
-    with jax.enable_x64():
-        expected = pulled(*(np.asarray(a, np.float64) for a in (x, w1, w2)))
-    for own, exact in zip(found, expected, strict=True):
-        assert own.dtype == dtype
-        np.testing.assert_allclose(
-            np.asarray(own, np.float64), exact, atol=np.abs(exact).max() * (1e-5 if dtype == "float32" else 0.03)
-        )
-    text = str(jax.make_jaxpr(function)(x, w1, w2))
-    wide = dtype == "float32"  # then the gradient of the first kernel is one as well
-    assert text.count("conv_general_dilated[") == 3 + wide  # not for 192 → 768, whose convolution is no faster
-    assert text.count("dot_general[") == 3 - wide
-
-
-@pytest.mark.parametrize(("facts", "rows", "shape", "dtype", "convolves"), [
-    (AVX2, 200, (384, 768), "float32", True),
-    (AVX2, 195, (384, 768), "float32", False),  # few rows
-    (AVX2, 200, (3072, 768), "float32", True),  # in two parts
-    (AVX2, 200, (2053, 768), "float32", False),  # a prime number of inputs
-    (AVX2, 200, (384, 768), "bfloat16", False),  # a float32 result of bfloat16
-    (AVX512, 200, (384, 768), "float32", False),
-    ({}, 200, (384, 768), "float32", True),  # unknown
-])  # fmt: skip
-def test_which_dense_layers_are_convolutions(monkeypatch, facts, rows, shape, dtype, convolves):
-    monkeypatch.setattr(cpuinfo, "facts", lambda: facts)
-    x, kernel = jnp.ones((4, rows, shape[0]), dtype), jnp.ones(shape, dtype)
-    function = optimize_for_cpu(functools.partial(jnp.matmul, preferred_element_type=jnp.float32), onednn=True)
-    assert ("conv_general_dilated[" in str(jax.make_jaxpr(function)(x, kernel))) is convolves
-
-
-def spread_over_devices(x, y):
-    mesh, split = Mesh(jax.devices()[:1], "i"), PartitionSpec("i")
-    return jax.shard_map(lambda x: jnp.sin(x) + x, mesh=mesh, in_specs=split, out_specs=split)(x) @ y.T
-
-
-@pytest.mark.parametrize("onednn", [False, True])
-@pytest.mark.parametrize("function", [
-    functools.partial(jnp.einsum, "bi,ci->bc"), functools.partial(jnp.einsum, "bi,cj->bicj"),
-    functools.partial(jnp.einsum, "bi,bj->bij"), functools.partial(jnp.tensordot, axes=0),
-    jax.grad(lambda x, y: jnp.sum(jnp.tanh(x[0] @ y.T)), (0, 1)),  # an outer product
-    spread_over_devices,
-], ids=["matmul", "outer", "batched outer", "tensordot", "gradient of one vector", "shard_map"])  # fmt: skip
-def test_any_product_of_arrays_in_a_block(monkeypatch, function, onednn):
-    """Also those without a contracted axis, such as a table of rotary positions, which predictions failed on."""
-    monkeypatch.setattr(cpuinfo, "facts", lambda: AVX2)
-    rng = np.random.default_rng(0)
-    x, y = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 5), (3, 5)))
-    found = jax.jit(optimize_for_cpu(function, onednn=onednn))(x, y)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, function(x, y))
-
-
-@pytest.mark.parametrize(
-    ("spec", "shape"),
-    [("bnk,bn->k", ()), ("bnk,bnj->jk", (384,)), ("bnk,bnhd->khd", (2, 384)), ("bnk,bnhk->bnh", (2, 384))],
-)
-def test_any_product_of_wide_arrays(monkeypatch, spec, shape):
-    """Such as the gradient of a projection to attention heads."""
-    monkeypatch.setattr(cpuinfo, "facts", lambda: AVX2)
-    rng = np.random.default_rng(0)
-    x, y = (rng.normal(size=s).astype(np.float32) for s in ((2, 392, 384), (2, 392, *shape)))
-    found = jax.jit(optimize_for_cpu(functools.partial(jnp.einsum, spec), onednn=True))(x, y)
-    np.testing.assert_allclose(found, np.einsum(spec, x, y, optimize=True), atol=1e-3)
 
 
 @pytest.mark.optimized
@@ -262,20 +173,3 @@ def test_a_matmul_is_read_beside_its_activation(activation, fake_config):
         expected = programs.pure("logits")(state.params, state.model_state, images)
     found = programs.logits(state.params, state.model_state, images)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.thorough
-def test_each_seed_of_a_run_is_predicted_as_alone(fake_config):
-    """One seed follows the other: vmap would make convolutions of groups."""
-    fake_config.model, fake_config.num_seeds, fake_config.precision = "cnn(widths=(4, 8), hidden=8)", 3, "bfloat16"
-    data = DataInfo(64, (12, 12, 1), tuple("abcd"), "made up")
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    programs = Programs(Recipe(fake_config, data), mesh)
-    state = programs.init()["state"]
-    images = np.random.default_rng(0).integers(256, size=(8, 12, 12, 1), dtype=np.uint8)
-    found = programs.logits(state.params, state.model_state, images)
-    fake_config.num_seeds = 1
-    alone = Programs(Recipe(fake_config, data), mesh)
-    for seed, logits in enumerate(found):
-        params, model_state = (jax.tree.map(lambda x: x[seed], part) for part in (state.params, state.model_state))  # noqa: B023
-        np.testing.assert_array_equal(logits, alone.logits(params, model_state, images))

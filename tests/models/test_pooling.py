@@ -14,7 +14,7 @@ from imgclf_jax.core import platform
 from imgclf_jax.models import layers
 from imgclf_jax.models.cpu import pool
 from imgclf_jax.models.cpu.layout import features_first, features_last
-from imgclf_jax.models.layers import ConvPool, conv
+from imgclf_jax.models.layers import ConvPool
 
 pytestmark = pytest.mark.optimized
 
@@ -77,32 +77,6 @@ def test_conv_pool_is_convolution_bias_relu_and_pool_in_that_order(kernel, pool,
     assert 0.05 < np.mean(np.asarray(expected[0][1]) == 0) < 0.9
     for result in results:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), result, expected)
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("channels", [1, 3, 8])
-def test_both_ways_of_convolution_and_pooling_on_cpu_give_the_gradient_to_the_first_of_equals(channels):
-    """On images and kernels of few values, with many ties: the bits of Flax's gradient in float32."""
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.integers(-1, 2, (4, 9, 12, channels)), jnp.float32)
-    kernel = jnp.asarray(rng.integers(-1, 2, (3, 3, channels, 5)), jnp.float32)
-    bias, weights = jnp.asarray([-1.0, 0, 1, 2, -3]), jnp.asarray(rng.integers(-3, 4, (4, 3, 5, 5)), jnp.float32)
-    pools = [pool.conv_pool_direct, pool.conv_pool]
-
-    def usual(x, kernel, bias):
-        y = nn.max_pool(conv(x, kernel, padding="VALID"), (2, 2), (2, 2))
-        return nn.relu(y + bias)
-
-    functions = [
-        usual,
-        *(lambda x, k, bias, f=f: features_last(f(features_first(x), k, bias, 2, jnp.float32)) for f in pools),
-    ]
-    expected, *others = (
-        jax.jit(jax.grad(lambda *args, f=f: jnp.sum(f(*args) * weights), argnums=(0, 1, 2)))(x, kernel, bias)
-        for f in functions
-    )
-    for grads in others:
-        jax.tree.map(np.testing.assert_array_equal, grads, expected)
 
 
 @pytest.mark.usefixtures("form")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import thorough
-from test_forms import FORMS, SMALL, build, in_form
+from test_forms import FORMS, SMALL, build
 
 from imgclf_jax.core import platform
 from imgclf_jax.core.errors import UserError
@@ -34,7 +34,7 @@ def test_the_gradients_are_the_same(name, monkeypatch):
     assert jax.tree.structure(params) == jax.tree.structure(same)
     for form in FORMS:
         expected, ours = (
-            jax.jit(in_form(form, jax.value_and_grad(lambda p, f=f: jnp.sum(jnp.sin(f(p))))))(params)
+            jax.jit(platform.traced_for(form, jax.value_and_grad(lambda p, f=f: jnp.sum(jnp.sin(f(p))))))(params)
             for f in (plain, again)
         )
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), ours, expected)

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from imgclf_jax.core import internals, platform, sharding
 from imgclf_jax.models import classifier, layers, norms
 from imgclf_jax.models.cpu import onednn, sums
+from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 
@@ -54,11 +55,10 @@ def _convolution(name, dtype):
     return x, kernel, jnp.asarray(rng.normal(size=jax.eval_shape(conv, x, kernel).shape), dtype), conv
 
 
-@pytest.mark.parametrize(("dtype", "cached"), [("float32", onednn._CACHED_BLOCK), ("float32", 0), ("bfloat16", 0)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_onednn_computes_the_gradients_that_xla_derives_in_float64(name, dtype, cached, monkeypatch):
+def test_onednn_computes_the_gradients_that_xla_derives_in_float64(name, dtype, monkeypatch):
     monkeypatch.setattr(onednn, "_CACHED", 0)  # a large batch is in parts in bfloat16 too
-    monkeypatch.setattr(onednn, "_CACHED_BLOCK", cached)  # with 0, all images are large
     x, kernel, gradient, conv = _convolution(name, dtype)
     with jax.enable_x64():
         wide = [np.asarray(value, np.float64) for value in (x, kernel, gradient)]
@@ -121,7 +121,7 @@ def test_the_gradient_of_max_pooling(window, strides, padding):
 def test_sums_over_images_write_no_copy_of_them(shape):
     """BatchNorm's second moment of bfloat16 images; their float32 squares would take twice the memory of the images."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.bfloat16)
-    compiled = jax.jit(lambda x: sums.sum_except(lax.square(x.astype(jnp.float32)), 3)).lower(x).compile()
+    compiled = jax.jit(lambda x: sums.sum_features(lax.square(x.astype(jnp.float32)))).lower(x).compile()
     np.testing.assert_allclose(compiled(x), np.square(np.asarray(x, np.float64)).sum((0, 1, 2)), rtol=1e-5)
     if shape[1] != 67:  # a prime number of rows does not form groups
         assert compiled.memory_analysis().temp_size_in_bytes < x.nbytes
@@ -131,7 +131,6 @@ class Strange(nn.Module):
     """A stranger's backbone of plain linen and lax operations beside the layers, trained on oneDNN."""
 
     dtype: DTypeLike = jnp.float32
-    trains_on_onednn = True
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -148,7 +147,6 @@ class Residual(nn.Module):
     """One residual block, which compiles in a fraction of the time of a ResNet."""
 
     dtype: DTypeLike = jnp.float32
-    trains_on_onednn = True
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -159,7 +157,7 @@ class Residual(nn.Module):
 
 def _train_one_step(config, backbone, onednn, monkeypatch):
     """(Params and batch statistics after one step from each of eight initializations, [8, n], the lowered program)."""
-    monkeypatch.setattr(backbone, "trains_on_onednn", onednn)
+    monkeypatch.setattr(backbone, "trains_on_onednn", onednn, raising=False)
     programs, _, images, _ = trained_for(config, 1)
     [(_, batch)] = programs.batches(images, [0])
     rng, rows = np.random.default_rng(0), []
@@ -206,10 +204,13 @@ def test_both_forms_of_a_train_step_agree(model, fake_config, monkeypatch):
 
 
 def test_which_networks_train_on_onednn(fake_config):
-    """Under `vmap` its convolutions are slow, so several seeds are trained by the layers for CPU."""
-    fake_config.model = "resnet_cifar(8)"
-    assert Recipe(fake_config, DATA).trains_on_onednn
-    fake_config.num_seeds = 2
-    assert not Recipe(fake_config, DATA).trains_on_onednn
-    fake_config.model, fake_config.num_seeds = "cnn", 1
-    assert not Recipe(fake_config, DATA).trains_on_onednn
+    """All but `cnn`; several seeds train in one `vmap`, whose grouped convolutions would be slow there."""
+    fake_config.preprocess, fake_config.data.source = "decode(3)", "fake(64, (16, 16, 3), 4)"
+
+    def convolutions(model, seeds):
+        fake_config.model, fake_config.num_seeds = model, seeds
+        return "stablehlo.convolution" in Programs(Recipe(fake_config, DATA)).traced_train.lower().as_text()
+
+    assert convolutions(f"{__name__}:Residual", 1)
+    assert not convolutions(f"{__name__}:Residual", 2)
+    assert not convolutions("cnn(widths=(4, 8), hidden=8)", 1)

@@ -87,50 +87,6 @@ def test_freed_memory_is_used_again_after_tf_data_starts(tmp_path):
     assert found < of / 20
 
 
-HUGE_PAGES = """
-import os, re, sys
-from pathlib import Path
-import numpy as np
-from imgclf_jax.core import memory
-
-print(os.getpid(), os.environ.get("GLIBC_TUNABLES", ""), *sys.argv[1:], flush=True)
-memory.use_huge_pages(Path(sys.argv[1]))
-array = np.ones(2**24)
-print("huge", re.search(r"AnonHugePages: +([0-9]+)", Path("/proc/self/smaps_rollup").read_text())[1])
-"""
-GLIBC = platform.libc_ver()[0] == "glibc" and [*map(int, platform.libc_ver()[1].split("."))] >= [2, 35]
-
-
-@pytest.mark.skipif(not GLIBC, reason="glibc has the setting since 2.35")
-@pytest.mark.parametrize(
-    ("kernel", "before", "around", "after"),
-    [
-        ("always [madvise] never", "", [], "glibc.malloc.hugetlb=1"),
-        ("always [madvise] never", "glibc.malloc.perturb=0", [], "glibc.malloc.perturb=0:glibc.malloc.hugetlb=1"),
-        ("always [madvise] never", "glibc.malloc.hugetlb=0", [], None),  # the user's own
-        ("[always] madvise never", "", [], None),
-        ("always madvise [never]", "", [], None),
-        ("", "", [], None),  # no such file
-        ("always [madvise] never", "", ["-m", "cProfile", "-o", os.devnull], None),  # a tool runs it
-    ],
-)
-def test_a_program_starts_again_for_huge_pages_once_and_as_the_same_process(kernel, before, around, after, tmp_path):
-    script, enabled = tmp_path / "program.py", tmp_path / "enabled"
-    script.write_text(HUGE_PAGES, encoding="utf-8")
-    if kernel:
-        enabled.write_text(kernel, encoding="ascii")
-    words = [sys.executable, *around, str(script), str(enabled), "an argument"]
-    out = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
-                         env={**os.environ, "GLIBC_TUNABLES": before, "PYTHONPATH": "."}).stdout  # fmt: skip
-    *starts, last = [line for line in out.splitlines() if str(enabled) in line or line.startswith("huge")]
-    process = starts[0].split()[0]
-    expected = [before] if after is None else [before, after]
-    assert starts == [f"{process} {setting} {enabled} an argument" for setting in expected]
-    real = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if after and real.exists() and "[madvise]" in real.read_text(encoding="ascii"):
-        assert int(last.split()[1]) > 2**17 * 3 / 4  # kB of the array's 128 MB
-
-
 def test_what_processes_must_have_in_common(monkeypatch):
     """Everything that may change a result, but not where they cache and dump, or which devices they use."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_b=1 --xla_dump_to=/tmp/process-0 --xla_a=2")

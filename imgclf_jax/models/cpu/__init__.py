@@ -1,1 +1,1 @@
-"""The CPU form of the layers: matmuls on feature-first arrays, and the program rewrite that cancels transposes."""
+"""The forms of the layers on CPU: oneDNN's convolutions, and matmuls on feature-first arrays."""

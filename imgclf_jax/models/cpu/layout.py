@@ -1,12 +1,10 @@
-"""The feature-first memory layout of the CPU layers: [c, h, w, b] for images and [d, b, n] for tokens.
+"""The feature-first memory layout of the CPU layers: [c, h, w, b] for images and [d, b] for features.
 
-Layers still take and return [b, h, w, c] or [b, n, d]; `rewrite.py` cancels the transposes between two layers.
+Layers still take and return [b, h, w, c] and [b, d]. XLA cancels the two transposes between one layer and the next.
 """
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from imgclf_jax.core import platform
 
@@ -16,31 +14,12 @@ def wants_features_first() -> bool:
     return platform.current() == "cpu" and not platform.uses_onednn()
 
 
-def _permutation(ndim: int) -> list[int]:
-    """The transpose permutation from the usual to the feature-first layout."""
-    return [3, 1, 2, 0] if ndim == 4 else [ndim - 1, *range(ndim - 1)]
-
-
 def features_first(x: jax.Array) -> jax.Array:
-    """Transposes [b, h, w, c] → [c, h, w, b]; at any other rank moves the last axis first, [b, n, d] → [d, b, n]."""
-    return x.transpose(_permutation(x.ndim))
+    """Transposes [b, h, w, c] → [c, h, w, b], or [b, d] → [d, b]."""
+    return x.transpose(3, 1, 2, 0) if x.ndim == 4 else x.T
 
 
-def features_last(x: jax.Array) -> jax.Array:
-    """The inverse of `features_first`."""
-    order = _permutation(x.ndim)
-    return x.transpose([order.index(axis) for axis in range(x.ndim)])
-
-
-def contiguous(x: jax.Array) -> jax.Array:
-    """Materializes x in row-major layout.
-
-    Without it XLA keeps a transposed x in place and reads it across its rows, or recomputes x inside each consumer.
-    Outside `jit` it has no effect.
-    """
-    if not isinstance(x, jax.core.Tracer):
-        return x
-    return lax.optimization_barrier(with_layout_constraint(x, Layout(tuple(range(x.ndim)))))
+features_last = features_first  # it is its own inverse
 
 
 def accumulator(dtype: jax.typing.DTypeLike) -> jnp.dtype:

@@ -100,7 +100,6 @@ def _register(primitive: Primitive, run: Function) -> None:
         return jax.vmap(functools.partial(run, **params), axes)(*args), 0
 
     primitive.def_impl(run)
-    primitive.function = run  # type: ignore[attr-defined]  # `core/narrow.py` looks into it
     primitive.def_abstract_eval(shape)
     mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=False))
     batching.primitive_batchers[primitive] = batched

@@ -1,35 +1,28 @@
 """Convolution of [b, h, w, c] on CPU with gradients that oneDNN computes too.
 
 XLA hands oneDNN a plain convolution, but neither its automatic derivatives nor anything inside a loop. Here every
-gradient is written as plain convolutions and matmuls. The barriers keep XLA from fusing these with their neighbours:
-see `jaxprs.isolate_matmuls`, which does not look into primitives.
+gradient is written as plain convolutions and matmuls.
 
 Operands are in `dtype`, and so are results. A kernel's gradient is at least float32, but with bfloat16 operands oneDNN
 rounds it, or each part of its sum, to bfloat16 first.
-
-`bind_matmul` computes wide dense layers as convolutions.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import JaxprEqn
 from jax.typing import DTypeLike
 
-from imgclf_jax.core.jaxprs import aval_of, bind
 from imgclf_jax.core.typing import Function
 from imgclf_jax.models.cpu.layout import accumulator
 from imgclf_jax.models.cpu.matmuls import Pads, Shaped
 from imgclf_jax.models.cpu.multilinear import multilinear
+from imgclf_jax.models.cpu.pool import interleave
 
 _BLOCK = 16  # channels; see `_parts`
 _CACHED = 2**24  # bytes that stay in the caches
-_CACHED_BLOCK = 2**21  # bytes of a block of images that stay there while they are transposed
-_MANY_ROWS, _MOST_INPUTS = 784, 2048  # of a dense layer that is a convolution
 
 type _Pair = tuple[int, int]
 
@@ -38,17 +31,15 @@ def _convolve(
     x: jax.Array, kernel: jax.Array, strides: _Pair, pads: Sequence[_Pair], dilation: _Pair = (1, 1),
     dimensions: tuple[str, str, str] = ("NHWC", "HWIO", "NHWC"), groups: int = 1,
 ) -> jax.Array:  # fmt: skip
-    """`lax.conv_general_dilated` apart from its neighbours; negative padding, which oneDNN lacks, crops first."""
+    """`lax.conv_general_dilated`; negative padding, which oneDNN lacks, crops first."""
     rows, columns = (dimensions[0].index(letter) for letter in "HW")
     crop = [(0, 0, 0)] * 4
     crop[rows], crop[columns] = ((min(low, 0), min(high, 0), 0) for low, high in pads)
     x = lax.pad(x, jnp.zeros((), x.dtype), crop)
     pads = [(max(low, 0), max(high, 0)) for low, high in pads]
-    return lax.optimization_barrier(
-        lax.conv_general_dilated(
-            x, lax.optimization_barrier(kernel), strides, pads, rhs_dilation=dilation, dimension_numbers=dimensions,
-            feature_group_count=groups,
-        )
+    return lax.conv_general_dilated(
+        x, lax.optimization_barrier(kernel), strides, pads, rhs_dilation=dilation, dimension_numbers=dimensions,
+        feature_group_count=groups,
     )  # fmt: skip
 
 
@@ -95,18 +86,6 @@ def _conv_images(
     return interleave(phases, like.shape)
 
 
-def interleave(phases: Sequence[Sequence[jax.Array]], shape: tuple[int, ...]) -> jax.Array:
-    """Arranges y[p][q] [b, n, m, c] to [b, s * n, t * m, c], where row s * i + p, column t * j + q is y[p][q][i, j].
-
-    Then crops to `shape`.
-    """
-    if len(phases) == len(phases[0]) == 1:
-        return phases[0][0][:, : shape[1], : shape[2]]
-    y = jnp.stack([jnp.stack(row, 3) for row in phases], 2)  # [b, n, s, m, t, c]
-    b, n, s, m, t, c = y.shape
-    return lax.optimization_barrier(y.reshape(b, n * s, m * t, c)[:, : shape[1], : shape[2]])
-
-
 def _conv_kernel(
     x: jax.Array, gradient: jax.Array, like: jax.ShapeDtypeStruct, strides: _Pair, pads: Pads, dtype: DTypeLike
 ) -> jax.Array:
@@ -130,9 +109,7 @@ def _conv_kernel(
         seen, gradient = (y.reshape(-1, y.shape[3]) for y in (seen, gradient))
         # With bfloat16 operands a float32 result is slow.
         product = lax.dot_general(seen, gradient, (((0,), (0,)), ((), ())))
-        return lax.optimization_barrier(product).astype(wide).reshape(like.shape)
-    if _has_large_images(x, like):
-        return _large_images_kernel(x, gradient, like, strides, around)
+        return product.astype(wide).reshape(like.shape)
 
     def of_part(x: jax.Array, gradient: jax.Array) -> jax.Array:
         permuted = ("CHWN", "IHWO", "NHWC")  # oneDNN takes no results with the batch elsewhere
@@ -145,31 +122,6 @@ def _sum_over_parts(of_part: Function, count: int, x: jax.Array, gradient: jax.A
     """The sum of `of_part(x, gradient)` over `count` parts of the batch, which stay sharded as the batch is."""
     x, gradient = (y.reshape(-1, count, *y.shape[1:]) for y in (x, gradient))
     return functools.reduce(jnp.add, [of_part(x[:, i], gradient[:, i]) for i in range(count)])
-
-
-def _large_images_kernel(
-    x: jax.Array, gradient: jax.Array, like: jax.ShapeDtypeStruct, strides: _Pair, around: Sequence[_Pair]
-) -> jax.Array:
-    """The gradient of the kernel [kh, kw, c, f] from large images, with the pixels of a row and channels on one axis.
-
-    On this axis, [1, h, w * c, b], the taps of the outputs' gradient are c apart. So the transpose reads every image
-    once. In the other form, with channels as the batch, it reads them once for each channel.
-    """
-    c, b, (rows, (left, right)) = x.shape[3], len(x), around
-
-    def of_part(x: jax.Array, gradient: jax.Array) -> jax.Array:
-        images, windows = lax.optimization_barrier((x.transpose(1, 2, 0)[None], gradient.transpose(1, 2, 0, 3)))
-        return _convolve(images, windows, (1, 1), (rows, (c * left, c * right)), (strides[0], c * strides[1]))
-
-    count = _divisor(b, max(1, 2 * b // _BLOCK))  # of 8 images
-    # From [1, kh, kw * c, f].
-    return _sum_over_parts(of_part, count, x.reshape(b, x.shape[1], -1), gradient).reshape(like.shape)
-
-
-def _has_large_images(x: jax.Array, kernel: Shaped) -> bool:
-    """Whether a block of the float32 images x [b, h, w, c] exceeds the caches, and is larger than the kernel."""
-    block = x.size * _BLOCK // len(x)
-    return x.dtype == jnp.float32 and block * x.itemsize > _CACHED_BLOCK and block >= kernel.size
 
 
 def _divisor(b: int, most: int) -> int:
@@ -206,71 +158,6 @@ def _depthwise_kernel(x: jax.Array, gradient: jax.Array, strides: _Pair, around:
 
     count = _divisor(b, max(1, 4 * b // _BLOCK))  # of 4 images
     return _sum_over_parts(of_part, count, x, gradient)[:, :, None]  # [kh, kw, c] → [kh, kw, 1, c]
-
-
-def bind_matmul(equation: JaxprEqn, operands: Sequence[jax.Array]) -> list[jax.Array]:
-    """Binds a `dot_general`, or computes a wide dense layer of many rows, or its kernel's gradient, as convolutions.
-
-    Without AVX-512 oneDNN's convolutions are faster than its matmuls there. For 6,272 rows, dense layers of 384 → 1,536
-    and 1,536 → 384 take 0.88 and 0.74 of the time, and gradients of their kernels 0.67 and 0.74.
-    """
-    x, y = operands
-    (contracted, others), batch = equation.params["dimension_numbers"]
-    one_dtype = x.dtype == y.dtype == aval_of(equation.outvars[0]).dtype
-    if any(batch) or x.ndim < 3 or not one_dtype or math.prod(x.shape[:-1]) < _MANY_ROWS:
-        return bind(equation, operands)
-    if y.ndim == 2 and contracted == (x.ndim - 1,) and _is_wide(x.shape[-1], y.shape[1 - others[0]], x.dtype):
-        return [_dense(x, y, others[0])]
-    if contracted == others == tuple(range(x.ndim - 1)) and y.ndim == x.ndim and _parts_of_rows(x, y):
-        return [_dense_kernel(x, y)]
-    return bind(equation, operands)
-
-
-def _is_wide(inputs: int, outputs: int, dtype: DTypeLike) -> bool:
-    """Whether a dense layer of many rows is faster as a convolution."""
-    if inputs > _MOST_INPUTS:  # in parts
-        return dtype == jnp.float32 and outputs >= 384 and inputs // _parts_of_inputs(inputs) >= 384
-    return dtype in (jnp.float32, jnp.bfloat16) and inputs >= 384 and outputs >= 192 and max(inputs, outputs) >= 768
-
-
-def _parts_of_inputs(inputs: int) -> int:
-    """The number of parts that a dense layer's inputs are computed in: with over 2,048 a convolution can be slow."""
-    if inputs <= _MOST_INPUTS:
-        return 1
-    return next(n for n in range(2, inputs + 1) if inputs % n == 0 and inputs // n <= 1536)
-
-
-def _dense(x: jax.Array, kernel: jax.Array, inputs: int) -> jax.Array:
-    """x [b, …, k] times a kernel whose axis `inputs` is k → [b, …, n]."""
-    shape, k, n = x.shape, x.shape[-1], kernel.shape[1 - inputs]
-    x = x.reshape(shape[0], shape[1], -1, k)  # [b, h, w, k] or [b, n, 1, k]
-    dimensions = "NHWC", "HWOI" if inputs else "HWIO", "NHWC"
-    count = _parts_of_inputs(k)
-    pairs = zip(jnp.split(x, count, 3), jnp.split(kernel, count, inputs), strict=True)
-    parts = [_convolve(seen, part[None, None], (1, 1), ((0, 0), (0, 0)), dimensions=dimensions) for seen, part in pairs]
-    return functools.reduce(jnp.add, parts).reshape(*shape[:-1], n)
-
-
-def _parts_of_rows(x: jax.Array, gradient: jax.Array) -> int:
-    """The number of parts of the batch to compute a dense layer's kernel gradient from; 0 if a matmul is as fast."""
-    if x.dtype != jnp.float32 or min(x.shape[-1], gradient.shape[-1]) < 384:
-        return 0
-    b, rows = len(x), math.prod(x.shape[:-1])
-    return next((n for n in range(1, b + 1) if b % n == 0 and _MANY_ROWS <= rows // n <= _MOST_INPUTS), 0)
-
-
-def _dense_kernel(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    """The gradient of a kernel [k, n] from x [b, …, k] and the gradient [b, …, n] of the outputs.
-
-    Rows are the channels of a convolution of k pixels.
-    """
-
-    def of_part(x: jax.Array, gradient: jax.Array) -> jax.Array:
-        x, gradient = (y.reshape(-1, y.shape[-1]) for y in (x, gradient))
-        pixels, kernel = lax.optimization_barrier((x.T, gradient))
-        return _convolve(pixels[None, None], kernel[None, None], (1, 1), ((0, 0), (0, 0)))[0, 0]
-
-    return _sum_over_parts(of_part, _parts_of_rows(x, gradient), x, gradient)
 
 
 _conv_product = multilinear("onednn_conv", _conv, _conv_images, _conv_kernel)

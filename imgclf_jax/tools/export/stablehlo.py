@@ -12,13 +12,12 @@ import zipfile
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import export, lax
+from jax import export
 
-from imgclf_jax.core import jaxprs, platform, sharding, tree
+from imgclf_jax.core import platform, sharding, tree
 from imgclf_jax.core.text import escape_surrogates
-from imgclf_jax.core.typing import Function, JsonObject
+from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared
 from imgclf_jax.trained import Trained
@@ -70,19 +69,6 @@ def program_of_weights(model: Trained, what: Outputs) -> tuple[export.Exported, 
     return _lowered(function, model, *weights.values()), weights
 
 
-def isolate_bfloat16_matmuls(function: Function) -> Function:
-    """Keeps XLA from fusing the bfloat16 matmuls and convolutions of `function` into their readers on CPU.
-
-    In jaxlib 0.12.0 such a fusion gives NaN for two layers with ReLU and a mean (XLA's YNNPACK fusion of reductions).
-    Programs of other platforms are unchanged.
-    """
-    return jaxprs.isolate_matmuls(
-        function,
-        lambda y: lax.platform_dependent(y, cpu=lax.optimization_barrier, default=lambda y: y),
-        lambda operands: any(x.dtype == jnp.bfloat16 for x in operands),
-    )
-
-
 def _lowered(function: Callable[..., jax.Array], model: Trained, *weights: np.ndarray) -> export.Exported:
     """Lowers a function of (*weights, images) for any number of images."""
     (b,) = export.symbolic_shape("b")
@@ -90,7 +76,7 @@ def _lowered(function: Callable[..., jax.Array], model: Trained, *weights: np.nd
     given = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in weights]
     # The matmul precision is the config's wherever the file runs; CPUs multiply float32 in full in any case.
     with platform.tracing_for(""), jax.default_matmul_precision(model.config.matmul_precision):
-        return export.export(jax.jit(isolate_bfloat16_matmuls(function)), platforms=PLATFORMS)(*given, images)
+        return export.export(jax.jit(function), platforms=PLATFORMS)(*given, images)
 
 
 def metadata(model: Trained, what: Outputs, exported: export.Exported, today: datetime.date) -> JsonObject:

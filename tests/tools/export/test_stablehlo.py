@@ -16,7 +16,7 @@ from jax import export, lax
 import imgclf_jax
 import launch
 from imgclf_jax.config import default_config
-from imgclf_jax.models.cpu.rewrite import rewrite
+from imgclf_jax.core import platform
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
@@ -87,19 +87,21 @@ def test_logits_and_features_of_each_seed(run, gives):
 def exported(network):
     """The program of a file, for any number of images."""
     (b,) = export.symbolic_shape("b")
-    isolated = jax.jit(stablehlo.isolate_bfloat16_matmuls(network))
-    program = export.export(isolated, platforms=stablehlo.PLATFORMS)(jax.ShapeDtypeStruct((b, 8, 8, 64), np.float32))
-    return program.call
+    images = jax.ShapeDtypeStruct((b, 8, 8, 64), np.float32)
+    with platform.tracing_for(""):
+        return export.export(jax.jit(network), platforms=stablehlo.PLATFORMS)(images).call
+
+
+def of_a_run(network):
+    """The program of a run."""
+    return platform.traced_for("cpu", network)
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("program", [exported, rewrite])
+@pytest.mark.parametrize("program", [exported, of_a_run])
 @pytest.mark.parametrize("layer", ["convolution", "dense"])
 def test_bfloat16_layers_before_relu_and_a_mean_are_not_fused_on_cpu(layer, program):
-    """XLA's fusion of these gives NaN in jaxlib 0.12.0, so an exported ResNet predicted NaN on CPU.
-
-    The programs of runs had no such fusion, since the rewrite for CPU omits roundings.
-    """
+    """XLA's fusion of these gives NaN in jaxlib 0.12.0, so an exported ResNet predicted NaN on CPU."""
     rng = np.random.default_rng(0)
     kernels = rng.normal(size=(2, 3, 3, 64, 64)).astype(np.float32) / 20
 
@@ -134,7 +136,8 @@ def test_a_file_of_a_bfloat16_model_gives_its_probabilities(tmp_path, capsys):
 
 @pytest.mark.thorough
 def test_a_file_that_differs_from_the_model_is_not_written(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(stablehlo, "isolate_bfloat16_matmuls", lambda function: lambda *args: 1.01 * function(*args))
+    lowered = stablehlo._lowered
+    monkeypatch.setattr(stablehlo, "_lowered", lambda f, *rest: lowered(lambda *args: 1.01 * f(*args), *rest))
     assert launch.main(["export", f"{tmp_path}/a.stablehlo", f"--workdir={run}", "--gives=logits"]) == 1
     assert "jax.export's outputs differ from the model's by up to" in capsys.readouterr().err
     assert not (tmp_path / "a.stablehlo").exists()
