@@ -17,10 +17,10 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import datasets, diagnose, losses, metrics, step
 from imgclf_jax.config import selecting_metrics
-from imgclf_jax.core import fsdp, internals, platform, sharding, tree
+from imgclf_jax.core import internals, platform, sharding, tree
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.once import once
-from imgclf_jax.core.typing import Array, Batch, Function, Params, PyTree
+from imgclf_jax.core.typing import Array, Batch, Function, PyTree
 from imgclf_jax.data import decode, placement
 from imgclf_jax.data.info import DataInfo
 from imgclf_jax.data.source import Source
@@ -178,53 +178,18 @@ class Programs:
         partition.check_mode(config.shard)
         return partition.build(config.rules.shard, self.recipe.parameters, parts) if parts > 1 else {}
 
-    def gather_at_use(self, function: Function) -> Function:
-        """Wraps `function(params, model_state, batch)` to all-gather each sharded parameter where it is used.
+    def _shard(self, tree: PyTree) -> PyTree:
+        """Constrains gradients or updates to the shardings of their parameters, with `shard="optimizer"` too."""
+        return jax.lax.with_sharding_constraint(tree, self._shardings(tree)) if self._axes else tree
 
-        See `core.fsdp`.
-        """
-        if not self._is_sharded:
-            return lambda params, model_state, *args: function(
-                self._replicated(params), self._replicated(model_state), *args
-            )
-        leading, what = int(self.recipe.num_seeds > 1), self.recipe.config.shard
-        return fsdp.gather_at_use(
-            function, lambda x: partition.state_shardings(x, self._axes, self.mesh, what, leading)
-        )
+    def _shardings(self, tree: PyTree) -> PyTree:
+        return partition.state_shardings(tree, self._axes, self.mesh)
 
-    def shard_function(self, function: Function, returns_gradients: bool = False) -> Function:
-        """Wraps `function(params, model_state, batch, key, fixed)` to all-gather each parameter where it is used.
-
-        With `returns_gradients` it returns (…, gradients), and the gradients are reduce-scattered.
-        """
-        if not self._is_sharded:
-            return lambda *args: function(*args[:-1], self._replicated(args[-1]))
-        shardings = functools.partial(partition.state_shardings, axes=self._axes, mesh=self.mesh)
-        if self.recipe.config.shard == "all":
-            return fsdp.gather_at_use(function, shardings, returns_gradients, self.fixed_shardings)
-
-        def scattered(params: Params, *args: PyTree) -> PyTree:  # else XLA would shard the layers like the gradients
-            out = function(self._replicated(params), *args[:-1], self._replicated(args[-1]))
-            if not returns_gradients:
-                return out
-            return out[0], jax.lax.with_sharding_constraint(out[1], shardings(out[1]))
-
-        return scattered
-
-    def fixed_shardings(self, fixed: PyTree) -> PyTree:
+    def _fixed_shardings(self, fixed: PyTree) -> PyTree:
         """The shardings of a method's `fixed` arrays: over the mesh's `fsdp`, each along its largest axis."""
         shapes, parts = {name: x.shape for name, x in tree.named_leaves(fixed)}, self.mesh.shape.get("fsdp", 1)
         whole = parts == 1 or self.recipe.config.shard != "all"
         return partition.state_shardings(fixed, {} if whole else partition.build("", shapes, parts), self.mesh)
-
-    @property
-    def _is_sharded(self) -> bool:
-        return any(axis is not None for axis in self._axes.values())
-
-    def _replicated(self, tree: PyTree) -> PyTree:
-        if self.mesh.axis_names == ("data",):
-            return tree
-        return jax.lax.with_sharding_constraint(tree, sharding.replicated(self.mesh))
 
     def first_images(self, images: Images) -> np.ndarray | None:
         """The first 5,000 training images, normalized, for a backbone with `init_on_images`; else None."""
@@ -280,7 +245,7 @@ class Programs:
             pure = step.make_train_step(
                 Frozen(recipe.model, frozen, tuple(recipe.parameters)) if frozen else recipe.model,
                 recipe.method, recipe.optimizer, recipe.schedule, recipe.augment(train=True), recipe.average,
-                recipe.mix, recipe.config.accumulate, self.shard_function, recipe.gradient,
+                recipe.mix, recipe.config.accumulate, self._shard, recipe.gradient,
                 recipe.task, losses.link_of(recipe.config.loss), recipe.config.on_bad_step == "skip",
             )  # fmt: skip
         return jax.jit(step.over_seeds(pure, recipe.num_seeds))
@@ -289,7 +254,7 @@ class Programs:
     def _fixed_and_shardings(self) -> tuple[PyTree, ...]:
         """(pytree, its shardings) of the method's arrays that are not trained, on the host; or ()."""
         fixed = self.recipe.method.load_fixed()
-        return (fixed, self.fixed_shardings(fixed)) if jax.tree.leaves(fixed) else ()
+        return (fixed, self._fixed_shardings(fixed)) if jax.tree.leaves(fixed) else ()
 
     @once
     def fixed(self) -> tuple[PyTree, ...]:
@@ -380,7 +345,6 @@ class Programs:
             recipe.model, recipe.loss, recipe.augment(train=False), recipe.views, recipe.num_seeds,
             self.predicting or bool(recipe.whole_set_metrics), recipe.task, recipe.method,
         )  # fmt: skip
-        pure = self.gather_at_use(pure)
         jitted = jax.jit(pure, out_shardings=sharding.replicated(self.mesh), compiler_options=options)
         fixed = self._fixed_shape_of_evaluation
         with self.tracing(self._evaluates_forward):
@@ -461,7 +425,6 @@ class Programs:
         The batch [b, …] is sharded over the devices, and the results are replicated.
         """
         shape = self.state_shape.params, self.state_shape.model_state
-        pure = self.gather_at_use(pure)
 
         def infer(*args: PyTree) -> jax.Array:
             with self.tracing(forward):

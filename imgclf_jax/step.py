@@ -126,7 +126,7 @@ def make_inputs(
 def make_train_step(
     model: nn.Module | Frozen, method: Method | Loss, optimizer: optax.GradientTransformation, schedule: optax.Schedule,
     augment: Augment, average: Average = weight_averages.NONE, mix: mixing.Mix | None = None, accumulate: int = 1,
-    shard: Callable[..., Function] = lambda function, **_: function,
+    shard: Callable[[PyTree], PyTree] = lambda tree: tree,
     gradient: Callable[[Gradient], Gradient] = lambda gradient: gradient, task: Task = Task.CLASSES,
     link: Link = SOFTMAX, skip_nonfinite: bool = False,
 ) -> Callable[..., tuple[TrainState, metrics.Sums]]:  # fmt: skip
@@ -138,7 +138,7 @@ def make_train_step(
     - `method` is a `Method`, or a loss of logits and labels for supervised learning.
     - `accumulate` is the number of gradient-accumulation microbatches. The gradient is the mean of theirs, which is
       that of the whole batch but for BatchNorm statistics and dropout masks.
-    - `shard` wraps the gradient function of a microbatch, to all-gather sharded parameters.
+    - `shard` constrains gradients and updates to the shardings of their parameters.
     - `gradient` wraps the gradient function of the whole batch: see `methods.gradients`.
     - With `skip_nonfinite`, a step whose loss, gradient norm or parameter norm is not finite adds one to the state's
       `step` and `skipped`, and changes nothing else.
@@ -181,10 +181,14 @@ def make_train_step(
         whole = inputs(state.seed, state.step, batch)
         if accumulate > 1:
             gradients.check_examples(whole, batch, accumulate)
-        grad_fn = shard(jax.value_and_grad(loss_fn, has_aux=True), returns_gradients=True)
+
+        def grad_fn(*args: PyTree) -> PyTree:
+            out, grads = jax.value_and_grad(loss_fn, has_aux=True)(*args, fixed)
+            return out, shard(grads)
+
         take_gradient = gradient(Gradient(
-            gradients.accumulate(lambda *args: grad_fn(*args, fixed), accumulate),
-            gradients.accumulate_images(lambda *args: shard(image_gradient)(*args, fixed), accumulate),
+            gradients.accumulate(grad_fn, accumulate),
+            gradients.accumulate_images(functools.partial(image_gradient, fixed=fixed), accumulate),
         ))  # fmt: skip
         key = rng.key(state.seed, "dropout", state.step)
         (mean_loss, (model_state, (logits, named))), grads = take_gradient(state.params, state.model_state, whole, key)
@@ -195,7 +199,7 @@ def make_train_step(
                 **take_gradient.extra_arguments(mean_loss, grads, state.model_state, whole, key),
             )  # fmt: skip
         _check_fits(updates, state.params, "the optimizer returns updates")
-        params = optax.apply_updates(state.params, updates)
+        params = optax.apply_updates(state.params, shard(updates))
         (params, model_state), ema = average.update(state.ema, (params, model_state), _updates(state), opt_state)
 
         grad_norm = optax.tree.norm(grads)

@@ -1,8 +1,7 @@
 """Sharding of the train state over the mesh axis `fsdp`: which arrays, and along which axis.
 
 Fully sharded data parallelism (ZeRO; Rajbhandari et al. 2019, arXiv:1910.02054): every device trains on its own images
-and keeps one shard of the parameters, the optimizer state and the weight averages. XLA all-gathers each parameter where
-it is used, and reduce-scatters its gradient.
+and keeps one shard of the parameters, the optimizer state and the weight averages. XLA inserts the collectives.
 """
 
 import math

@@ -15,21 +15,15 @@ for config.mesh in ("data=-1", "data=1, fsdp=4"):
     batch = counts.bytes_per_device(programs.batch_shape)
     found.append([memory.argument_size_in_bytes - batch, memory.temp_size_in_bytes])
 params = programs.shape["state"].params
-sizes = [4 * sum(x.size for x in jax.tree.leaves(part)) for part in (params, params["backbone"]["block0"])]
-print(json.dumps([*found, sizes]))
+print(json.dumps([*found, 4 * sum(x.size for x in jax.tree.leaves(params))]))
 """
 
 
 @pytest.mark.chips
 @pytest.mark.parametrize("chips", ["v5e:2x2", "h100:4"])
 def test_a_quarter_of_parameters_and_optimizer_on_each_of_four(chips):
-    """Beside it a chip holds two blocks, its shard of the gradients and, on a GPU, of what the optimizer writes.
-
-    Small arrays are replicated; 20 MB are activations and padding. Gathered as a whole, temporaries were 480 MB on TPU
-    and 560 MB on GPU, of eight chips.
-    """
-    (whole, _), (shard, temporaries), (parameters, block) = printed(PROGRAM, chips)
+    """Small arrays are replicated. Temporaries, activations among them, are below half of the parameters."""
+    (whole, _), (shard, temporaries), parameters = printed(PROGRAM, chips)
     assert whole >= 3 * parameters  # and two moments
     assert whole / 4 <= shard <= 0.27 * whole
-    shards = 1 if chips.startswith("v5e") else 3
-    assert temporaries <= shards * parameters / 4 + 2 * block + 20e6
+    assert temporaries <= 0.5 * parameters

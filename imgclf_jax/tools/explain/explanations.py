@@ -57,7 +57,7 @@ def build(
         probabilities = functools.partial(predict, model, size=size)
         return method, lambda images, labels: attribution.occlusion(probabilities, images, labels, window, size)
     augment, seeds = recipe.augment(train=False), recipe.num_seeds
-    pure = programs.gather_at_use(
+    pure = (
         attribution.make_gradcam(classifier, augment, attribution.choose_layer(structure, layer), seeds)
         if method == "gradcam"
         else attribution.make_rollout(classifier, augment, structure, seeds)
