@@ -61,7 +61,7 @@ def trace_each_key(recipe: Recipe) -> None:
     wanted = logits if recipe.data.target_names else labels
 
     def draw(images: jax.Array, ids: jax.Array) -> jax.Array:
-        known = (jnp.uint32(0), ids, ids) if recipe.with_ids else ()
+        known = (jnp.uint32(0), ids, ids) if recipe.needs_ids else ()
         return recipe.augment(train=True)(rng.key(0, "augment"), images, *known)
 
     def mix(images: jax.Array, ids: jax.Array) -> PyTree:

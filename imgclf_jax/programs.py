@@ -208,7 +208,7 @@ class Programs:
         recipe = self.recipe
         streams = datasets.extra_streams(recipe.config)
         sizes = tuple((name, streams[name].batch_size) for name in recipe.data.extra)
-        return StreamSpec(recipe.config.seed, recipe.config.batch_size, recipe.num_seeds, recipe.with_ids, extra=sizes)
+        return StreamSpec(recipe.config.seed, recipe.config.batch_size, recipe.num_seeds, recipe.needs_ids, extra=sizes)
 
     def batches(self, images: Images, steps: Iterable[int]) -> Iterator[tuple[int, Batch]]:
         """Yields each step with its batch on the devices."""
@@ -219,7 +219,7 @@ class Programs:
         """The shapes, dtypes and shardings of a batch."""
 
         def shape(data: DataInfo, spec: StreamSpec) -> Batch:
-            columns = {"id": "int32", "epoch": "int32"} if spec.with_ids else {}
+            columns = {"id": "int32", "epoch": "int32"} if spec.needs_ids else {}
             return placement.batch_shape(spec.rows, data.image_shape, len(data.target_names), self.mesh, **columns)
 
         extra = {one.name: shape(self.recipe.data.extra[one.name], one) for one in self.stream.extra_streams}

@@ -204,7 +204,7 @@ class Recipe:
         return methods.is_supervised(self.config.method)
 
     @property
-    def with_ids(self) -> bool:
+    def needs_ids(self) -> bool:
         """Whether batches carry example ids and epochs, for a method or an op that reads them."""
         return not self.supervised or ops.wants_ids(self.config.augment)
 

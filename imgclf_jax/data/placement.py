@@ -3,7 +3,7 @@
 A batch is what a step trains on, {"image": uint8[b, h, w, c], "label": i32[b]}.
 
 - A source with targets has "target" f32[b, targets] instead of "label".
-- Batches of a stream `with_ids` also have "id" and "epoch" i32[b].
+- Batches of a stream `needs_ids` also have "id" and "epoch" i32[b].
 - With several seeds, b covers all of them: see `stream`.
 - An extra stream (`data.extra`) is a nested batch by its name, always with "id" and "epoch".
 
@@ -147,9 +147,9 @@ def _resident(images: stream.Images, spec: StreamSpec, mesh: Mesh) -> Callable[[
     def read(step: int) -> Batch:
         positions = step * spec.batch_size + rows
         ids = {"id": stream.interleave([images.ids(seed, positions) for seed in spec.seeds])}
-        if spec.with_ids:
+        if spec.needs_ids:
             ids["epoch"] = stream.interleave([images.epochs(positions)] * spec.num_seeds)
         placed = sharding.put_batch({name: x.astype(np.int32) for name, x in ids.items()}, mesh)
-        return {**gathered(table, placed["id"]), **(placed if spec.with_ids else {})}
+        return {**gathered(table, placed["id"]), **(placed if spec.needs_ids else {})}
 
     return read

@@ -167,7 +167,7 @@ class StreamSpec:
     seed: int
     batch_size: int  # of one seed, over all hosts
     num_seeds: int = 1
-    with_ids: bool = False  # whether batches also have the `id` and `epoch` of each example, i32
+    needs_ids: bool = False  # whether batches also have the `id` and `epoch` of each example, i32
     name: str = ""  # of an extra stream (see `data.extra`), which keys its random draws
     extra: tuple[tuple[str, int], ...] = ()  # (name, batch size) of each extra stream
 
@@ -180,7 +180,7 @@ class StreamSpec:
     @property
     def extra_streams(self) -> list["StreamSpec"]:
         """The extra streams, which always have ids."""
-        return [replace(self, batch_size=b, with_ids=True, name=name, extra=()) for name, b in self.extra]
+        return [replace(self, batch_size=b, needs_ids=True, name=name, extra=()) for name, b in self.extra]
 
     @property
     def rows(self) -> int:
@@ -224,7 +224,7 @@ def _read(images: Images, spec: StreamSpec, step: int, rows: np.ndarray | None) 
     for seed in spec.seeds:
         ids = images.ids(seed, positions)
         batch = images.read(ids, positions, seed)
-        if spec.with_ids:
+        if spec.needs_ids:
             batch |= {"id": ids.astype(np.int32), "epoch": images.epochs(positions).astype(np.int32)}
         replicas.append(batch)
     return {name: interleave([batch[name] for batch in replicas]) for name in replicas[0]}

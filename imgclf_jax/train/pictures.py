@@ -29,7 +29,7 @@ def augment_rows(programs: Programs, images: Images, ids: np.ndarray, step: int,
 
     @jax.jit
     def augment(step: jax.Array, batch: jax.Array, ids: jax.Array, epochs: jax.Array) -> PyTree:
-        known = (jnp.uint32(config.seed), ids, epochs) if recipe.with_ids else ()
+        known = (jnp.uint32(config.seed), ids, epochs) if recipe.needs_ids else ()
         key = rng.key(jnp.uint32(config.seed), "augment", step)
         return recipe.augment(train=True)(key, batch, *known)[:count]
 

@@ -14,8 +14,8 @@ def unseen_class_warnings(train: stream.Images, evals: Mapping[str, stream.Image
 
     The training examples are those that `data.sampling` may draw. Sets without labels in memory are skipped.
     """
-    labels, names = _known_labels(train), train.source.class_names
-    if labels is None:
+    labels, names = train.source.labels, train.source.class_names
+    if labels is None or train.source.target_names:
         return []
     if train.sampler.drawn is not None:
         labels = labels[train.sampler.drawn]
@@ -23,7 +23,7 @@ def unseen_class_warnings(train: stream.Images, evals: Mapping[str, stream.Image
     seen = {_plain(name): name for name, trained in zip(names, is_seen, strict=True) if trained}
     found = []
     for eval_name, images in evals.items():
-        if (labels := _known_labels(images)) is not None:
+        if (labels := images.source.labels) is not None:
             counts = np.where(is_seen, 0, np.bincount(labels, minlength=len(names)))
             if counts.any():
                 found.append(_sentence(eval_name, {names[c]: int(counts[c]) for c in np.flatnonzero(counts)}, seen))
@@ -39,10 +39,6 @@ def _sentence(eval_name: str, unseen: Mapping[str, int], seen: Mapping[str, str]
     hint = f"; did you mean {seen[_plain(shown)]!r}?" if _plain(shown) in seen else ""
     return (f"{total:,} example{'s' * (total > 1)} of the evaluation set {eval_name} {verb} of {classes}, which {have} "
             f"no training example{hint}")  # fmt: skip
-
-
-def _known_labels(images: stream.Images) -> np.ndarray | None:
-    return None if images.source.target_names else images.source.labels
 
 
 def _plain(name: str) -> str:

@@ -22,7 +22,7 @@ def orientations(place, batch_size, start, stop):
     """[(epoch, id, flipped)] of each position from step start to stop, read from the pixels."""
     opened, mesh = images(), sharding.make_mesh(jax.devices()[:1])
     everything = opened.read(np.arange(40), np.arange(40))["image"]
-    spec = stream.StreamSpec(SEED, batch_size, with_ids=True)
+    spec = stream.StreamSpec(SEED, batch_size, needs_ids=True)
     seen = []
     for step, batch in placement.batches(place, opened, spec, range(start, stop), mesh):
         out = np.asarray(APPLY(None, batch["image"], jnp.uint32(SEED), batch["id"], batch["epoch"])) * 255
@@ -62,10 +62,10 @@ def test_batches_carry_ids_only_where_an_op_asks(tmp_path, fake_config):
     assert [ops.wants_ids(t) for t in ("", "flip_lr|normalize", TEXT)] == [False, False, True]
     mesh = sharding.make_mesh()
     for place in ("host", "device"):
-        plain, with_ids = stream.StreamSpec(SEED, 8), stream.StreamSpec(SEED, 8, with_ids=True)
+        plain, needs_ids = stream.StreamSpec(SEED, 8), stream.StreamSpec(SEED, 8, needs_ids=True)
         _, plain = next(placement.batches(place, images(), plain, [0], mesh))
         assert set(plain) == {"image", "label"}
-        _, asked = next(placement.batches(place, images(), with_ids, [0], mesh))
+        _, asked = next(placement.batches(place, images(), needs_ids, [0], mesh))
         shapes = placement.batch_shape(8, (6, 8, 1), 0, mesh, id="int32", epoch="int32")
         assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), asked) == jax.tree.map(
             lambda x: (x.shape, x.dtype, x.sharding), shapes

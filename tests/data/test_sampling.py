@@ -177,7 +177,7 @@ def test_what_may_be_drawn_is_what_comes(files, text):
 def test_batches_are_the_same_on_any_placement_and_process(files, text):
     """Whose ids the test above holds for every sampling."""
     images = stream.Images(source(), "decode(1)", 3, sampler=build(text, files))
-    spec = stream.StreamSpec(3, 16, num_seeds=2, with_ids=True)
+    spec = stream.StreamSpec(3, 16, num_seeds=2, needs_ids=True)
     whole = dict(stream.batches(images, spec, range(2, 8)))
     at = np.arange(4 * 16, 5 * 16)
     for seed in (3, 4):

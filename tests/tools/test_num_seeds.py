@@ -35,7 +35,7 @@ def test_the_stream_holds_the_batches_of_each_seed(where):
 
     def batches(seed, num_seeds):
         images = stream.Images(sources.open_splits(SOURCE)["train"], preprocess, seed)
-        spec = stream.StreamSpec(seed, 16, num_seeds, with_ids=True)
+        spec = stream.StreamSpec(seed, 16, num_seeds, needs_ids=True)
         return [batch for _, batch in placement.batches(where, images, spec, range(5), mesh)]
 
     together = batches(7, 3)

@@ -137,7 +137,7 @@ def _traced_augment(programs: Programs) -> jax.stages.Traced:
     augment, shape = recipe.augment(train=True), (programs.stream.rows, *recipe.data.image_shape)
 
     def program(seed: jax.Array, images: jax.Array, ids: jax.Array) -> PyTree:
-        images = augment(rng.key(seed, "augment"), images, *((seed, ids, ids) if recipe.with_ids else ()))
+        images = augment(rng.key(seed, "augment"), images, *((seed, ids, ids) if recipe.needs_ids else ()))
         return images if recipe.mix is None else recipe.mix(rng.key(seed, "mix"), images)[0]
 
     seed = jax.ShapeDtypeStruct((), np.uint32, sharding=sharding.replicated(programs.mesh))
