@@ -180,10 +180,9 @@ class Programs:
 
     def _shard(self, tree: PyTree) -> PyTree:
         """Constrains gradients or updates to the shardings of their parameters, with `shard="optimizer"` too."""
-        return jax.lax.with_sharding_constraint(tree, self._shardings(tree)) if self._axes else tree
-
-    def _shardings(self, tree: PyTree) -> PyTree:
-        return partition.state_shardings(tree, self._axes, self.mesh)
+        if not self._axes:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, partition.state_shardings(tree, self._axes, self.mesh))
 
     def _fixed_shardings(self, fixed: PyTree) -> PyTree:
         """The shardings of a method's `fixed` arrays: over the mesh's `fsdp`, each along its largest axis."""
@@ -300,11 +299,8 @@ class Programs:
             state, new = self._train_step(state, batch, *fixed)
             return state, step.add_sums(sums, new)
 
-        shapes = self.state_shape, self.shape["sums"]
-        shardings, options = (
-            jax.tree.map(lambda x: x.sharding, shapes),
-            self.compiler_options(self.recipe.trains_on_onednn),
-        )
+        shapes, options = (self.state_shape, self.shape["sums"]), self.compiler_options(self.recipe.trains_on_onednn)
+        shardings = jax.tree.map(lambda x: x.sharding, shapes)
         with self._tracing_training():
             jitted = jax.jit(train, out_shardings=shardings, donate_argnums=0, compiler_options=options)
             return jitted.trace(*shapes, self.batch_shape, *self.fixed_shape)

@@ -30,11 +30,11 @@ from imgclf_jax.core import processes, sharding, tree
 from imgclf_jax.optim import partition
 process, port = int(sys.argv[1]), sys.argv[2]
 processes.start(f"localhost:{port}", 2, process, heartbeat=10)
-whole, devices = np.arange(16, dtype=np.int32).reshape(1, 8, 2), np.array(jax.devices())
+whole, devices = np.arange(16, dtype=np.int32).reshape(8, 2), np.array(jax.devices())
 
 def placed(mesh):
     rows = sharding.rows_here(8, mesh)
-    return rows, sharding.put_batch({"x": whole[:, rows]}, mesh, axis=1)["x"]
+    return rows, sharding.put_batch({"x": whole[rows]}, mesh)["x"]
 
 other, crossed = placed(Mesh(devices[[[0, 2], [1, 3]]], ("data", "fsdp")))
 mesh = Mesh(devices[[2, 1, 0, 3]], ("data",))  # not in the order of the processes

@@ -85,10 +85,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def sharded(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """The sharding that splits one axis, that of the examples in a batch, over all devices."""
+def sharded(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch: its first axis, that of the examples, is split over all devices."""
     names = mesh.axis_names
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, names if len(names) > 1 else names[0]))
+    return NamedSharding(mesh, PartitionSpec(names if len(names) > 1 else names[0]))
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1, key: str = "batch_size") -> None:
@@ -122,20 +122,19 @@ def rows_here(size: int, mesh: Mesh) -> np.ndarray:
     return np.concatenate([np.arange(*own, dtype=np.int64) for own in sorted(edges)])
 
 
-def put_batch(batch: PyTree, mesh: Mesh, axis: int = 0) -> PyTree:
-    """Makes global arrays, sharded along `axis`, of the rows of this process; the copy is asynchronous.
+def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
+    """Makes global arrays, sharded by rows, of the rows of this process; the copy is asynchronous.
 
     `batch` is an array, or a pytree of arrays, whose numbers of rows may differ.
     """
-    split = sharded(mesh, axis)
+    split = sharded(mesh)
     if split.is_fully_addressable:
         return jax.device_put(batch, split)
 
     def place(rows: np.ndarray) -> jax.Array:
         # Without a shape JAX refuses processes with different numbers of devices.
-        size = rows.shape[axis] * mesh.size // len(split.addressable_devices)
-        shape = (*rows.shape[:axis], size, *rows.shape[axis + 1 :])
-        return jax.make_array_from_process_local_data(split, rows, shape)
+        size = len(rows) * mesh.size // len(split.addressable_devices)
+        return jax.make_array_from_process_local_data(split, rows, (size, *rows.shape[1:]))
 
     return jax.tree.map(place, batch)
 
