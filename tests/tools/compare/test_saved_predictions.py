@@ -152,7 +152,7 @@ def test_predictions_of_another_checkpoint_config_or_data_are_not_used(arrays_ru
     assert ": its evaluation set test has changed since training" in capsys.readouterr().err
     assert not (folder / saved_predictions.FILE).exists()
     assert launch.main(argv) == 1
-    assert "the evaluation set test of the run in" in capsys.readouterr().err
+    assert "holds a run on other data or weights: evals.test was" in capsys.readouterr().err
     data.write_bytes(before)
     assert launch.main(["compare", str(folder), "--test"]) == 0
     np.testing.assert_array_equal(only(folder)["test"].correct, correct)
