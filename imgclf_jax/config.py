@@ -70,7 +70,7 @@ KEYS: dict[str, tuple[Value, str]] = {
                              "'groups(32)' (ghost: 32 examples of the batch, with all their views)."),
     "init_from": ("", "Initial weights: a work directory, a PyTorch file (.pth, .pt, .th) or a .safetensors file."),
     "init_strict": (True, "Refuse `init_from` if more than the head differs from the model; False loads what fits."),
-    "loss": ("softmax", "softmax, sigmoid (a binary cross-entropy per class), focal, mse, mae, huber, or an import "
+    "loss": ("softmax", "softmax, sigmoid (a binary cross-entropy per class), focal, or an import "
                         "path."),
     "method": ("supervised", "What a run learns from a batch: supervised, distill, fixmatch, lora, mean_teacher, "
                              "simclr, supcon, or an import path. A method that trains no head refuses metrics, tta and "
@@ -182,7 +182,6 @@ RESERVED = frozenset({"train", "step", "epochs", "seconds", "images_per_second",
 # Whether the smallest or the greatest value of a metric is best, for those that only data with targets have.
 TARGET_METRICS: dict[str, Literal["min", "max"]] = {
     "kl": "min", "mean_average_precision": "max", "micro_f1": "max", "macro_f1": "max", "exact_match": "max",
-    "r2": "max", "mae": "min", "rmse": "min",
 }  # fmt: skip
 
 

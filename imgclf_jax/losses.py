@@ -1,6 +1,6 @@
 """Losses: functions of logits f32[b, k] and labels i32[b] or targets f32[b, k] to one loss per example, f32[b].
 
-A loss declares its tasks (see `Task`) and its `Link`, from logits to probabilities or values. Metrics, mixing and the
+A loss declares its tasks (see `Task`) and its `Link`, from logits to probabilities. Metrics, mixing and the
 tools follow the task.
 
 `class_weights`, one number per class, multiply the losses of the examples of each class, as in Keras and scikit-learn;
@@ -36,13 +36,12 @@ class Task(enum.Enum):
     CLASSES = "classes"  # one class: labels i32[b]
     SOFT = "soft"  # one class, as a distribution: targets f32[b, classes] whose rows sum to 1
     MULTILABEL = "multilabel"  # any number of classes: targets f32[b, classes] in [0, 1]
-    REGRESSION = "regression"  # numbers: targets f32[b, outputs]
 
 
 class Link(NamedTuple):
     """The map between logits and probabilities, as the link function of a generalized linear model.
 
-    - `probabilities(logits f32[..., k])` returns f32[..., k]; in regression, the predicted values.
+    - `probabilities(logits f32[..., k])` returns f32[..., k].
     - `ensemble(logits f32[n, ..., k])` returns f32[..., k], the logits of the mean probabilities of n models.
     - `nll(logits f32[b, k], labels i32[b] or targets f32[b, k])` returns f32[b], the negative log-likelihood in nats.
       It is None for a loss without a likelihood.
@@ -102,11 +101,10 @@ def _softmax_log_odds(logits: jax.Array) -> jax.Array:
 SOFTMAX = Link(jax.nn.softmax, _softmax_ensemble, _softmax_nll, _softmax_log_odds)
 # Independent classes: a product of likelihoods.
 SIGMOID = Link(jax.nn.sigmoid, _sigmoid_ensemble, _sigmoid_nll, lambda logits: logits)
-IDENTITY = Link(lambda logits: logits, lambda logits: jnp.mean(logits, 0))  # regression; an ensemble's mean
 
 
 def with_link[F: Callable[..., jax.Array]](link: Link) -> Callable[[F], F]:
-    """Decorator that declares the link of a loss. By default it is IDENTITY in regression, else SOFTMAX.
+    """Decorator that declares the link of a loss. By default it is SIGMOID for MULTILABEL, else SOFTMAX.
 
     @with_link(SIGMOID)
     def my_loss(logits, labels): ...
@@ -122,10 +120,10 @@ def with_link[F: Callable[..., jax.Array]](link: Link) -> Callable[[F], F]:
 def with_tasks[F: Callable[..., jax.Array]](*tasks: Task) -> Callable[[F], F]:
     """Decorator that declares the tasks of a loss: CLASSES for labels, and at most one of the others for targets.
 
-    By default the link decides: SIGMOID means CLASSES and MULTILABEL, IDENTITY REGRESSION, any other CLASSES and SOFT.
+    By default the link decides: SIGMOID means CLASSES and MULTILABEL, any other CLASSES and SOFT.
 
-    @with_tasks(Task.REGRESSION)
-    def my_loss(values, targets): ...
+    @with_tasks(Task.MULTILABEL)
+    def my_loss(logits, targets): ...
     """
     if len(set(tasks) - {Task.CLASSES}) > 1 or not tasks:
         raise ValueError(f"with_tasks{tasks}: declare CLASSES, one task with targets, or both")
@@ -141,16 +139,15 @@ def link_of(loss: Loss | str) -> Link:
     """The link of a loss, given as a function or a spec. Raises UserError for a spec that names no loss."""
     function = _function(loss)
     tasks = spec.declared(function, "tasks", ())
-    default = IDENTITY if Task.REGRESSION in tasks else SIGMOID if Task.MULTILABEL in tasks else SOFTMAX
-    link: Link = spec.declared(function, "link", default)
+    link: Link = spec.declared(function, "link", SIGMOID if Task.MULTILABEL in tasks else SOFTMAX)
     return link
 
 
 def tasks_of(loss: Loss | str) -> tuple[Task, ...]:
     """The tasks of a loss, given as a function or a spec: see `with_tasks`."""
     function, link = _function(loss), link_of(loss)
-    by_link = {SIGMOID: (Task.CLASSES, Task.MULTILABEL), IDENTITY: (Task.REGRESSION,)}
-    tasks: tuple[Task, ...] = spec.declared(function, "tasks", by_link.get(link, (Task.CLASSES, Task.SOFT)))
+    default = (Task.CLASSES, Task.MULTILABEL if link == SIGMOID else Task.SOFT)
+    tasks: tuple[Task, ...] = spec.declared(function, "tasks", default)
     return tasks
 
 
@@ -169,13 +166,12 @@ def task_of(loss: Loss | str, has_targets: bool) -> Task:
         task = next((task for task in tasks if task is not Task.CLASSES), None)
         if task is None:
             raise UserError(f"loss={name!r} trains on class labels, but the data have targets: use 'softmax' for "
-                            "distributions, 'sigmoid' for several labels, 'mse' for numbers")  # fmt: skip
+                            "distributions, 'sigmoid' for several labels")  # fmt: skip
         if isinstance(loss, str):
             _check_for_targets(loss, task)
         return task
     if Task.CLASSES not in tasks:
-        wanted = "numbers" if Task.REGRESSION in tasks else "targets"
-        raise UserError(f"loss={name!r} trains on {wanted}, but the data have class labels: use 'softmax' or "
+        raise UserError(f"loss={name!r} trains on targets, but the data have class labels: use 'softmax' or "
                         "'sigmoid', or a source with targets")  # fmt: skip
     return Task.CLASSES
 
@@ -196,10 +192,9 @@ def check_targets(text: str, task: Task, targets: np.ndarray, name: Callable[[in
     `name` names the example of a row.
     """
     outside = np.flatnonzero(((targets < 0) | (targets > 1)).any(1))
-    if task in (Task.SOFT, Task.MULTILABEL) and outside.size:
+    if outside.size:
         i = int(outside[0])
-        raise UserError(f"loss={text!r}: {name(i)} has the target {_row(targets[i])}, outside of [0, 1]; for numbers "
-                        "use 'mse', 'mae' or 'huber'")  # fmt: skip
+        raise UserError(f"loss={text!r}: {name(i)} has the target {_row(targets[i])}, outside of [0, 1]")
     sums = targets.sum(1, dtype=np.float64)
     wrong = np.flatnonzero(np.abs(sums - 1) > _SUM_TOLERANCE)
     if task is Task.SOFT and wrong.size:
@@ -313,30 +308,7 @@ def _check_weights(name: str, weights: Sequence[float], logits: jax.Array) -> ja
     return jnp.asarray(weights, logits.dtype)
 
 
-@with_tasks(Task.REGRESSION)
-def mse(values: jax.Array, targets: jax.Array) -> jax.Array:
-    """Squared error, averaged over the outputs. values, targets f32[b, outputs]."""
-    return jnp.mean(optax.squared_error(values, targets), -1)
-
-
-@with_tasks(Task.REGRESSION)
-def mae(values: jax.Array, targets: jax.Array) -> jax.Array:
-    """Absolute error, averaged over the outputs. values, targets f32[b, outputs]."""
-    return jnp.mean(jnp.abs(values - targets), -1)
-
-
-@with_tasks(Task.REGRESSION)
-def huber(values: jax.Array, targets: jax.Array, delta: float = 1.0) -> jax.Array:
-    """The Huber loss (Huber 1964), averaged over the outputs: squared error / 2 up to `delta`, linear beyond.
-
-    values, targets f32[b, outputs]; `delta` is above 0, in the unit of the targets.
-    """
-    if delta <= 0:
-        raise UserError(f"huber(delta={delta}): must be above 0")
-    return jnp.mean(optax.huber_loss(values, targets, delta=delta), -1)
-
-
-LOSSES = {"softmax": softmax, "sigmoid": sigmoid, "focal": focal, "mse": mse, "mae": mae, "huber": huber}
+LOSSES = {"softmax": softmax, "sigmoid": sigmoid, "focal": focal}
 
 
 def needs_class_counts(text: str) -> bool:

@@ -1,10 +1,9 @@
 """Metrics of evaluation: sums and counts that add up over batches, devices and hosts, and whole-set metrics.
 
 Whole-set metrics, such as AUC, need all labels and probabilities of an evaluation set and are computed on the host in
-float64. In multi-label classification and regression, so is everything but the loss and the likelihood.
+float64. In multi-label classification, so is everything but the loss and the likelihood.
 """
 
-import difflib
 import functools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -22,7 +21,6 @@ from imgclf_jax.losses import Link, Task
 from imgclf_jax.scores import multilabel
 from imgclf_jax.scores.classification import FromLogits, Scores, label_ranks, predicted_classes
 from imgclf_jax.scores.multilabel import MultilabelScores
-from imgclf_jax.scores.regression import RegressionScores
 
 type Sums = dict[str, Any]
 OWN = "own/"  # prefix of the metrics that a method's `evaluate` returns
@@ -74,13 +72,13 @@ class Predictions(NamedTuple):
 
 
 class TargetPredictions(NamedTuple):
-    """A model's predictions of n examples with multi-label or regression targets.
+    """A model's predictions of n examples with multi-label targets.
 
     With several seeds `outputs` and `ranking` are [seeds + 1, n, k], the ensemble last.
     """
 
     targets: Array  # f32[n, k]
-    outputs: Array  # f32[n, k]: probabilities, or the values of a regression
+    outputs: Array  # f32[n, k]: probabilities
     ranking: Array  # f32[n, k]: orders the examples as the outputs do, but without ties by rounding
     mask: Array | None = None  # bool[n], False for padding; None without padding
 
@@ -101,7 +99,7 @@ def predict(
     """
     outputs = link.probabilities(logits.astype(jnp.float32))
     log_odds = link.log_odds(logits.astype(jnp.float32)) if link.log_odds else None
-    if task in (Task.MULTILABEL, Task.REGRESSION):
+    if task is Task.MULTILABEL:
         return TargetPredictions(wanted, outputs, outputs if log_odds is None else log_odds, mask)
     labels = dominant_labels(wanted) if task is Task.SOFT else wanted
     return Predictions(labels, outputs, predicted_classes(logits), label_ranks(logits, labels), mask, log_odds)
@@ -130,14 +128,12 @@ def dominant_labels(targets: jax.Array) -> jax.Array:
     return jnp.argmax(targets, -1).astype(jnp.int32)
 
 
-def correct(logits: jax.Array, wanted: jax.Array, link: Link, task: Task) -> jax.Array | None:
-    """bool[b]: which predictions are correct; None in regression.
+def correct(logits: jax.Array, wanted: jax.Array, link: Link, task: Task) -> jax.Array:
+    """bool[b]: which predictions are correct.
 
     logits f32[b, k]; wanted i32[b] for CLASSES, else f32[b, k]. SOFT compares with the dominant label. MULTILABEL needs
     every class correct, with thresholds of 0.5 on probabilities and targets.
     """
-    if task is Task.REGRESSION:
-        return None
     if task is Task.MULTILABEL:
         outputs = link.probabilities(logits)
         return jnp.all(((outputs >= 0.5) == (wanted >= 0.5)) & jnp.isfinite(outputs), -1)
@@ -277,13 +273,12 @@ def f1(labels: np.ndarray, probabilities: np.ndarray, from_logits: FromLogits | 
 
 METRICS: dict[str, Callable[..., float]] = {"auc": auc, "balanced_accuracy": balanced_accuracy, "f1": f1}
 # The values of the config key `metrics`, by task.
-BY_TASK = {Task.CLASSES: METRICS, Task.SOFT: METRICS, Task.MULTILABEL: multilabel.METRICS, Task.REGRESSION: {}}
+BY_TASK = {Task.CLASSES: METRICS, Task.SOFT: METRICS, Task.MULTILABEL: multilabel.METRICS}
 # The metrics that every run of a task reports, besides the loss and, for a loss with a likelihood, `nll`.
 REPORTED = {
     Task.CLASSES: ("accuracy", "top5"),
     Task.SOFT: ("accuracy", "kl", "top5"),
     Task.MULTILABEL: ("mean_average_precision", "micro_f1", "macro_f1", "exact_match"),
-    Task.REGRESSION: ("r2", "mae", "rmse"),
 }
 
 # Whether the smallest or the greatest value of a metric is best; `checkpoint.best` says it for a user's own metric,
@@ -298,14 +293,13 @@ def build_whole_set(text: str, task: Task = Task.CLASSES, outputs: Sequence[str]
     """Returns the whole-set metrics that a spec such as `auc|f1` names, by name; "" has those of every run of the task.
 
     A user's metric, named by import path, is a function of labels i32[n] and probabilities f32[n, classes]; for
-    MULTILABEL and REGRESSION, of targets f32[n, k] and probabilities or values f32[n, k]. `outputs` names the classes
-    or the outputs of a regression, () before the data are known.
+    MULTILABEL, of targets and probabilities f32[n, k]. `outputs` names the classes, () before the data are known.
 
     Raises UserError for an unknown name, one that occurs twice, or one that results use for something else, and given
     `outputs` for arguments that a metric does not take.
     """
-    with_targets = task in (Task.MULTILABEL, Task.REGRESSION)
-    whole_set: dict[str, WholeSetMetric] = {"": functools.partial(_report, task, outputs)} if with_targets else {}
+    with_targets = task is Task.MULTILABEL
+    whole_set: dict[str, WholeSetMetric] = {"": _report} if with_targets else {}
     reserved = reserved_names(task)
     leading = ("targets", "probabilities", "ranking") if with_targets else ("labels", "probabilities", "from_logits")
     for call in spec.parse(text):
@@ -348,17 +342,12 @@ def reserved_names(task: Task, predicts: bool = True) -> re.Pattern[str]:
 _OF_EVALUATE = ("scores", "confusion", "classes", "class_(names|examples|predicted|correct)", "target_names")
 
 # The task in messages: "a run with …".
-TASK_NAMES = {Task.CLASSES: "classes", Task.SOFT: "classes", Task.MULTILABEL: "several labels",
-               Task.REGRESSION: "a regression"}  # fmt: skip
+TASK_NAMES = {Task.CLASSES: "classes", Task.SOFT: "classes", Task.MULTILABEL: "several labels"}
 
 
-def target_scores(
-    task: Task, predictions: TargetPredictions, outputs: Sequence[str] = ()
-) -> MultilabelScores | RegressionScores:
-    """The scores of multi-label or regression predictions."""
-    if task is Task.MULTILABEL:
-        return MultilabelScores(predictions.targets, predictions.outputs, predictions.ranking)
-    return RegressionScores(predictions.targets, predictions.outputs, outputs)
+def multilabel_scores(predictions: TargetPredictions) -> MultilabelScores:
+    """The scores of multi-label predictions."""
+    return MultilabelScores(predictions.targets, predictions.outputs, predictions.ranking)
 
 
 def check_names(text: str, tasks: Sequence[Task]) -> None:
@@ -373,9 +362,9 @@ def check_names(text: str, tasks: Sequence[Task]) -> None:
         raise errors[0]
 
 
-def _report(task: Task, outputs: Sequence[str], predictions: TargetPredictions) -> dict[str, float]:
-    """The metrics that every run of the task reports."""
-    scores = target_scores(task, predictions, outputs)
+def _report(predictions: TargetPredictions) -> dict[str, float]:
+    """The metrics that every multi-label run reports."""
+    scores = multilabel_scores(predictions)
     return {name: float(value[0]) for name, value in scores.compute(np.ones((1, len(predictions.targets)))).items()}
 
 
@@ -406,24 +395,17 @@ def parse_best(
     assert match
     name = match[2]
     kind = name.partition("/")[2]
-    reported = ("loss", *(() if task is Task.REGRESSION else ("nll",)), *REPORTED[task]) if task and predicts else ()
-    of_outputs = REPORTED[Task.REGRESSION] if task is Task.REGRESSION and predicts and len(outputs) > 1 else ()
+    reported = ("loss", "nll", *REPORTED[task]) if task and predicts else ()
     known = dict.fromkeys((*reported, *filter(None, own)))
-    each = [f"{score}[{output}]" for output in outputs for score in of_outputs]
-    if task and kind not in (*known, *each):
+    if task and kind not in known:
         run = TASK_NAMES[task] if predicts else "a method that trains no head"
-        near = difflib.get_close_matches(kind, each, 1) if "[" in kind else ()
-        fix = f"did you mean {near[0]!r}? " if near else ""
-        fix += f"it has {', '.join(known)}" if known else "it has no metric, so leave this empty"
-        if each:
-            names = ", ".join(f"{score}[NAME]" for score in of_outputs)
-            fix += f", and {names} for NAME {', '.join([*outputs[:10], '…'][: len(outputs)])}"
+        fix = f"it has {', '.join(known)}" if known else "it has no metric, so leave this empty"
         raise UserError(f"{key}={text!r}: a run with {run} has no {kind}; {fix}")
     if task and kind == "top5" and len(outputs) <= 5:
         raise UserError(f"{key}={text!r}: top5 needs six classes or more, and the data have {len(outputs)}; name "
                         "another metric")  # fmt: skip
     directions = BEST if task is Task.CLASSES else BEST | TARGET_METRICS
-    direction = match[1] or directions.get(kind.partition("[")[0])
+    direction = match[1] or directions.get(kind)
     if direction is None:
         raise UserError(f"{key}={text!r}: write 'min:{name}' if the smallest value of your metric is best, "
                         f"or 'max:{name}' if the greatest is")  # fmt: skip

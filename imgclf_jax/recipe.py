@@ -211,7 +211,7 @@ class Recipe:
     @_built
     def mix(self) -> mixing.Mix | None:
         """The mixing op on batches, or None."""
-        return mixing.build(self.config.mix, self.task)
+        return mixing.build(self.config.mix)
 
     @cached_property
     def views(self) -> tta.Views:

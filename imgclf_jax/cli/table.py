@@ -74,7 +74,7 @@ COMMANDS: Mapping[str, Command] = {
         writes={"predictions": (".csv", ".jsonl")},
     ),
     "predict": Command(
-        "classify new images with a trained run, or predict their regression targets", "run or weights",
+        "classify new images with a trained run", "run or weights",
         ("workdir", "checkpoint", "format", "top_k", "threshold", "trust", *PROCESSES), "FILE|DIR|GLOB|-",
         more="Quote a GLOB, such as 'photos/**/*.jpg'. With - the command reads file names from standard input, one "
              "per line. Results appear in this order as they are computed.",

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import metrics
 from imgclf_jax.core.typing import JsonMapping
 
-MAIN_METRICS = ("accuracy", "mean_average_precision", "r2")  # one per task; the greatest value is the best
+MAIN_METRICS = ("accuracy", "mean_average_precision")  # one per task; the greatest value is the best
 
 
 def main_metric(config: ConfigDict, reported: Collection[str]) -> tuple[str, float] | None:

@@ -216,12 +216,12 @@ def test_keys_that_act_on_predictions_are_refused(fake_config, key, value, said)
         _ = programs.recipe.method, programs.check_best()
 
 
-@pytest.mark.parametrize(("loss", "names"), [("mse", ("x", "y")), ("sigmoid", ("x", "y"))])
-def test_the_loss_says_what_targets_are(fake_config, loss, names):
-    fake_config.method, fake_config.loss = "simclr", loss
+def test_the_loss_says_what_targets_are(fake_config):
+    names = ("x", "y")
+    fake_config.method, fake_config.loss = "simclr", "sigmoid"
     data = DataInfo(64, (12, 12, 1), names, "", target_names=names)
     assert not Recipe(fake_config, data).method.predicts
-    fake_config.loss = f"{loss}(delta=1)"
+    fake_config.loss = "sigmoid(mean=True)"
     with pytest.raises(UserError, match="trains no head and has a loss of its own; use its name without arguments"):
         _ = Recipe(fake_config, data).method
 

@@ -227,8 +227,8 @@ def test_a_perfect_score_has_no_interval_of_no_width():
         assert {"macro_precision", "macro_recall", "macro_f1", "auc"} <= {
             name for name, score in found.items() if "low" not in score
         }
-    perfect = scores.with_bootstrap(lambda w: {"exact_match": np.ones(len(w)), "r2": np.ones(len(w))}, 24, 24)
+    perfect = scores.with_bootstrap(lambda w: {"exact_match": np.ones(len(w)), "f1": np.ones(len(w))}, 24, 24)
     assert perfect == {
         "exact_match": {"value": 1.0, "low": found["accuracy"]["low"], "high": 1.0},
-        "r2": {"value": 1.0},
+        "f1": {"value": 1.0},
     }

@@ -1,4 +1,4 @@
-"""Several labels per example, numbers and distributions, through every tool, on scikit-learn's digits."""
+"""Several labels per example and distributions, through every tool, on scikit-learn's digits."""
 
 import csv
 import json
@@ -14,10 +14,8 @@ from sklearn.datasets import load_digits
 
 import launch
 from imgclf_jax import datasets, metrics
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
-from imgclf_jax.tools.export import compared
 from imgclf_jax.tools.serve import app
 from imgclf_jax.train.evaluation import evaluate
 from imgclf_jax.trained import restore
@@ -29,8 +27,8 @@ FLAGS = ("--config.preprocess=decode(1)", "--config.augment=normalize", "--confi
          "--config.batch_size=48", "--config.total=10 epochs", "--config.schedule=constant(1e-2)",
          "--config.log_every=5 epochs", "--config.eval_every=5 epochs", "--config.checkpoint_every=5 epochs",
          "--config.tensorboard=False")  # fmt: skip
-LOSS = {"pairs": "sigmoid", "ink": "mse", "soft": "softmax"}
-BEST = {"pairs": "test/mean_average_precision", "ink": "test/mae[top half, %]", "soft": "test/kl"}
+LOSS = {"pairs": "sigmoid", "soft": "softmax"}
+BEST = {"pairs": "test/mean_average_precision", "soft": "test/kl"}
 DIGITS = load_digits()
 
 
@@ -42,13 +40,6 @@ def write_pairs(path):
     for side in (left, right):
         targets[np.arange(N), DIGITS.target[side]] = 1
     return write_table(path, np.concatenate([images[left], images[right]], 2), targets, [f"a {i}" for i in range(10)])
-
-
-def write_ink(path):
-    """The amount of ink in a digit, and the fraction of it in the upper half."""
-    images = DIGITS.images[:N]
-    targets = np.stack([images.mean((1, 2)), 100 * images[:, :4].sum((1, 2)) / images.sum((1, 2))], 1)
-    return write_table(path, (images * 255 / 16).astype(np.uint8), targets, ["ink", "top half, %"])
 
 
 def write_soft(path):
@@ -74,7 +65,7 @@ def write_table(path, images, targets, names):
     return f"table({str(folder / 'labels.csv')!r}, targets={tuple(names)!r})"
 
 
-WRITE = {"pairs": write_pairs, "ink": write_ink, "soft": write_soft}
+WRITE = {"pairs": write_pairs, "soft": write_soft}
 
 
 def train(folder, name, *flags):
@@ -99,7 +90,7 @@ def runs(tmp_path_factory):
 
 
 def outputs_of(workdir):
-    """(targets, probabilities or values), f64[64, k] each, on the test set."""
+    """(targets, probabilities), f64[64, k] each, on the test set."""
     model = restore(workdir.load_config(), workdir, "latest")
     images = model.programs.eval_images(datasets.open_data(workdir.load_config())["test"])
     read = images.read(np.arange(len(images)), np.arange(len(images)))
@@ -118,19 +109,11 @@ def expected(name, targets, outputs):
             "macro_f1": sklearn.metrics.f1_score(targets, predicted, average="macro"),
             "exact_match": sklearn.metrics.accuracy_score(targets, predicted),
         }
-    if name == "ink":
-        return {
-            "loss": sklearn.metrics.mean_squared_error(targets, outputs),
-            "r2": sklearn.metrics.r2_score(targets, outputs),
-            "mae": sklearn.metrics.mean_absolute_error(targets, outputs),
-            "rmse": sklearn.metrics.root_mean_squared_error(targets, outputs),
-            "mae[top half, %]": sklearn.metrics.mean_absolute_error(targets[:, 1], outputs[:, 1]),
-        }
     nll, entropy = (-np.sum(targets * np.log(x), 1).mean() for x in (outputs, targets))
     return {"accuracy": np.mean(targets.argmax(1) == outputs.argmax(1)), "nll": nll, "kl": nll - entropy}
 
 
-@pytest.mark.parametrize("name", thorough("ink", "pairs", "soft"))
+@pytest.mark.parametrize("name", thorough("pairs", "soft"))
 def test_training_records_the_metrics_of_the_task(runs, name):
     """The result, the log and the best checkpoint; the numbers are scikit-learn's, from the outputs of `predict`."""
     workdir = runs(name)
@@ -139,7 +122,7 @@ def test_training_records_the_metrics_of_the_task(runs, name):
     assert {key: result[key] for key in found} == {key: pytest.approx(x, rel=1e-5) for key, x in found.items()}
     assert result["examples"] == N - TRAIN
     logged = {key.partition("/")[2] for record in read_metrics(workdir.metrics) for key in record if "train/" in key}
-    assert {"accuracy", "exact_match"} & logged == {"pairs": {"exact_match"}, "ink": set(), "soft": {"accuracy"}}[name]
+    assert {"accuracy", "exact_match"} & logged == {"pairs": {"exact_match"}, "soft": {"accuracy"}}[name]
     best = restore(workdir.load_config(), workdir, "best")
     value = BEST[name].partition("/")[2]
     sums, predictions = evaluate(best.programs, best.state, best.programs.eval_images(
@@ -151,16 +134,10 @@ def test_training_records_the_metrics_of_the_task(runs, name):
 
 @pytest.mark.parametrize(("name", "flags", "said"), [
     ("pairs", ["--config.loss=softmax"], "sums to 2, not to 1; for independent columns of 0 and 1 use 'sigmoid'"),
-    ("ink", ["--config.loss=sigmoid"], "outside of [0, 1]; for numbers use 'mse', 'mae' or 'huber'"),
-    ("ink", ["--config.mix=cutmix"], "mix='cutmix': cutmix is undefined in regression"),
-    ("ink", ["--config.metrics=auc"], "unknown metric of a regression 'auc'"),
     ("pairs", ["--config.metrics=balanced_accuracy"], "unknown metric of several labels 'balanced_accuracy'"),
-    ("ink", ["--config.checkpoint.best=test/accuracy"], "a run with a regression has no accuracy; it has "
-                                                        "loss, r2, mae, rmse"),
-    ("ink", ["--config.stop=test/mae[inc], patience 2 steps"], "a run with a regression has no mae[inc]; did you mean "
-                                                               "'mae[ink]'? it has loss, r2, mae, rmse, and r2[NAME]"),
+    ("pairs", ["--config.checkpoint.best=test/accuracy"], "a run with several labels has no accuracy; it has "
+                                                          "loss, nll, mean_average_precision"),
     ("pairs", ["--config.metrics=f1(threshold=(0.3, 0.4))"], "threshold must be a number or 10 of them, one per class"),
-    ("ink", ["--config.data.source=digits"], "loss='mse' trains on numbers, but the data have class labels"),
 ])  # fmt: skip
 def test_what_does_not_fit_the_data_is_told(tmp_path, capsys, name, flags, said):
     source = WRITE[name](tmp_path / "data.npz")
@@ -222,25 +199,6 @@ def test_evaluate_of_several_labels(runs, capsys, tmp_path):
 
 
 @pytest.mark.thorough
-def test_evaluate_of_numbers(runs, capsys, tmp_path):
-    targets, outputs = outputs_of(runs("ink"))
-    file = tmp_path / "all.jsonl"
-    argv = ["evaluate", f"--workdir={runs('ink').path}", "--checkpoint=latest"]
-    found = json.loads(printed(capsys, *argv, "--format=json", f"--predictions={file}"))["test"]
-    assert found["target_names"] == ["ink", "top half, %"]
-    assert found["scores"]["mae[ink]"]["low"] < found["mae[ink]"] < found["scores"]["mae[ink]"]["high"]
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    np.testing.assert_allclose([r["value[ink]"] for r in rows], outputs[:, 0], rtol=1e-5)
-    np.testing.assert_allclose([r["target[top half, %]"] for r in rows], targets[:, 1], rtol=1e-6)
-    shown = printed(capsys, *argv)
-    assert ["rmse[top half, %]" in shown, "accuracy" in shown] == [True, False]
-    assert "--corruptions measures accuracy, but this run has a regression" in refused(
-        capsys, *argv, "--corruptions=fog"
-    )
-    assert "--attack measures accuracy, but this run has a regression" in refused(capsys, *argv, "--attack=pgd")
-
-
-@pytest.mark.thorough
 def test_an_attack_raises_the_cross_entropy_with_a_distribution(runs, capsys):
     argv = ["evaluate", f"--workdir={runs('soft').path}", "--format=json"]
     clean = json.loads(printed(capsys, *argv))["test"]
@@ -266,19 +224,8 @@ def test_predict_of_several_labels_prints_all_from_the_threshold_on(runs, pictur
     assert allowed in refused(capsys, *argv, "--threshold=0.5,0.5")
 
 
-def test_predict_of_numbers_prints_values_by_name(runs, pictures, capsys):
-    paths, (_, outputs) = pictures("ink", runs), outputs_of(runs("ink"))
-    argv = ["predict", *paths, f"--workdir={runs('ink').path}", "--checkpoint=latest"]
-    found = json.loads(printed(capsys, *argv, "--format=json"))
-    assert [list(one["values"]) for one in found] == [["ink", "top half, %"]] * 3
-    np.testing.assert_allclose([list(one["values"].values()) for one in found], outputs[:3], rtol=1e-5)
-    [row, *_] = csv.DictReader(printed(capsys, *argv, "--format=csv").splitlines())
-    assert float(row["value[ink]"]) == pytest.approx(outputs[0, 0], rel=1e-5)
-    assert "it is for several labels, and this model predicts numbers" in refused(capsys, *argv, "--threshold=0.5")
-
-
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["ink", "pairs"])
+@pytest.mark.parametrize("name", ["pairs"])
 def test_features_keep_the_targets(runs, capsys, tmp_path, name, pictures):
     targets, _ = outputs_of(runs(name))
     argv = ["features", f"--workdir={runs(name).path}"]
@@ -291,7 +238,7 @@ def test_features_keep_the_targets(runs, capsys, tmp_path, name, pictures):
     assert np.isnan(np.load(tmp_path / "some.npz")["targets"]).all()
 
 
-@pytest.mark.parametrize("name", ["ink", *thorough("pairs")])
+@pytest.mark.parametrize("name", ["pairs"])
 def test_show_batch_has_the_targets_of_the_examples(runs, capsys, tmp_path, name):
     argv = [
         "show-batch",
@@ -312,56 +259,39 @@ def test_show_batch_has_the_targets_of_the_examples(runs, capsys, tmp_path, name
 
 
 @pytest.mark.thorough
-def test_explain_names_the_class_or_the_target(runs, pictures, capsys, tmp_path):
+def test_explain_names_the_class(runs, pictures, capsys, tmp_path):
     more = ["--method=occlusion", f"--output={tmp_path}", "--format=json", "--checkpoint=latest"]
     _, outputs = outputs_of(runs("pairs"))
     found = json.loads(printed(capsys, "explain", *pictures("pairs", runs), f"--workdir={runs('pairs').path}", *more))
     assert [one["class"] for one in found] == [f"a {c}" for c in outputs[:3].argmax(1)]
-    argv = ["explain", *pictures("ink", runs), f"--workdir={runs('ink').path}", *more]
-    assert "this model predicts 2 targets; name the one to explain, such as --class='ink'" in refused(capsys, *argv)
-    _, outputs = outputs_of(runs("ink"))
-    found = json.loads(printed(capsys, *argv, "--class=top half, %"))
-    assert [one["value"] for one in found] == pytest.approx(outputs[:3, 1].tolist(), rel=1e-5)
-    assert {one["target"] for one in found} == {"top half, %"}
 
 
-@pytest.mark.parametrize(("name", "ranked"), [("pairs", "mean average precision"), ("ink", "r2")])
-def test_the_report_has_the_sections_of_the_task(runs, capsys, tmp_path, name, ranked):
-    printed(capsys, "report", f"--workdir={runs(name).path}", f"--html={tmp_path / 'a.html'}")
+def test_the_report_has_the_sections_of_several_labels(runs, capsys, tmp_path):
+    printed(capsys, "report", f"--workdir={runs('pairs').path}", f"--html={tmp_path / 'a.html'}")
     page = (tmp_path / "a.html").read_text()
-    assert f"test {ranked}" in page
+    assert "test mean average precision" in page
     assert "accuracy" not in page.replace("train/accuracy", "")
-    wanted = {"pairs": ["best threshold", "Reliability on test", "Average precision and decisions of each class"],
-              "ink": ["Residuals of ink on test", "Errors of top half, % on test", "rmse[top half, %]"]}  # fmt: skip
-    assert [text for text in wanted[name] if text not in page] == []
+    for text in ("best threshold", "Reliability on test", "Average precision and decisions of each class"):
+        assert text in page
     assert "left out" not in page
 
 
 @pytest.mark.thorough
 def test_export_says_the_task(runs, capsys, tmp_path):
-    for name, gives in (("pairs", "probabilities"), ("ink", "values")):
-        printed(capsys, "export", tmp_path / f"{name}.stablehlo", f"--workdir={runs(name).path}")
-        with zipfile.ZipFile(tmp_path / f"{name}.stablehlo") as file:
-            described = json.loads(file.read("metadata.json"))
-        assert described["gives"] == gives
-        assert described["task"] == {"pairs": "multilabel", "ink": "regression"}[name]
-    model = restore(runs("ink").load_config(), runs("ink"), "latest")
-    with pytest.raises(UserError, match="outputs differ from the model's"):  # negative values have no logarithm
-        compared.difference(lambda images: np.full((len(images), 2), -7.0), model, "predict", "nobody")
+    printed(capsys, "export", tmp_path / "a.stablehlo", f"--workdir={runs('pairs').path}")
+    with zipfile.ZipFile(tmp_path / "a.stablehlo") as file:
+        described = json.loads(file.read("metadata.json"))
+    assert [described["gives"], described["task"]] == ["probabilities", "multilabel"]
 
 
 @pytest.mark.thorough
 def test_serve_answers_by_the_task(runs, pictures):
     testclient = pytest.importorskip("starlette.testclient")
-    for name in ("pairs", "ink"):
-        model = restore(runs(name).load_config(), runs(name), "latest")
-        _, outputs = outputs_of(runs(name))
-        with testclient.TestClient(app.build(model)) as client:
-            answer = client.post("/predict", content=pictures(name, runs)[0].read_bytes()).json()
-            schema = client.get("/openapi.json").json()["paths"]["/predict"]["post"]["responses"]["200"]
-        schema = schema["content"]["application/json"]["schema"]["oneOf"][0]
-        assert set(schema["required"]) == set(answer)
-        if name == "ink":
-            assert list(answer["values"].values()) == pytest.approx(outputs[0].tolist(), rel=1e-5)
-        else:
-            assert len(answer["predictions"]) == (outputs[0] >= 0.5).sum()
+    model = restore(runs("pairs").load_config(), runs("pairs"), "latest")
+    _, outputs = outputs_of(runs("pairs"))
+    with testclient.TestClient(app.build(model)) as client:
+        answer = client.post("/predict", content=pictures("pairs", runs)[0].read_bytes()).json()
+        schema = client.get("/openapi.json").json()["paths"]["/predict"]["post"]["responses"]["200"]
+    schema = schema["content"]["application/json"]["schema"]["oneOf"][0]
+    assert set(schema["required"]) == set(answer)
+    assert len(answer["predictions"]) == (outputs[0] >= 0.5).sum()

@@ -1,4 +1,4 @@
-"""Several labels per example and numbers: several seeds, probes, files for other programs, sweeps and comparisons."""
+"""Several labels per example: several seeds, probes, files for other programs, sweeps and comparisons."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from cases import thorough
-from test_tasks import FLAGS, LOSS, expected, outputs_of, printed, refused, runs, train, write_ink  # noqa: F401
+from test_tasks import FLAGS, LOSS, expected, outputs_of, printed, refused, runs, train  # noqa: F401
 
 import launch
 from imgclf_jax import datasets, losses
@@ -15,9 +15,9 @@ from imgclf_jax.tools.probe import command as probe
 from imgclf_jax.trained import restore
 
 
-@pytest.mark.parametrize("name", thorough("pairs", "ink", "soft"))
+@pytest.mark.parametrize("name", thorough("pairs", "soft"))
 def test_several_seeds_report_means_and_their_ensemble(tmp_path, name):
-    """An ensemble averages the probabilities, in a regression the values, also with mixing and accumulation."""
+    """An ensemble averages the probabilities, also with mixing and accumulation."""
     workdir = train(tmp_path, name, "--config.num_seeds=2", "--config.mix=mixup(0.2)", "--config.accumulate=2")
     targets, together = outputs_of(workdir)
     model = restore(workdir.load_config(), workdir, "latest")
@@ -36,24 +36,23 @@ def test_several_seeds_report_means_and_their_ensemble(tmp_path, name):
 
 
 @pytest.mark.thorough
-def test_probe_of_several_labels_and_of_numbers(runs, capsys, monkeypatch):
-    """The scores of a ridge or logistic regression on the same features, by scikit-learn."""
+def test_probe_of_several_labels(runs, capsys, monkeypatch):
+    """The scores of a logistic regression on the same features, by scikit-learn."""
     monkeypatch.setattr(probe.probing, "STRENGTHS", (1.0,))
-    for name, score in (("pairs", "mean_average_precision"), ("ink", "r2")):
+    for name, score in (("pairs", "mean_average_precision"),):
         argv = ["probe", f"--workdir={runs(name).path}", "--checkpoint=latest"]
         results = {one["method"]: one for one in json.loads(printed(capsys, *argv, "--format=json"))["results"]}
         assert {one["score"] for one in results.values()} == {score}
         assert not any("accuracies" in one for one in results.values())
         recorded = json.loads(runs(name).result.read_text())["test"][score]
         assert results["own head"]["mean"] == pytest.approx(recorded, abs=1e-5)
-        learned = {"pairs": "logistic regression", "ink": "ridge regression"}[name]
-        assert results[learned]["mean"] > 0.5
+        assert results["logistic regression"]["mean"] > 0.5
         assert score in printed(capsys, *argv)
     monkeypatch.setattr(extras, "_installed", lambda module: True)
     assert "draws accuracy by images per class" in refused(capsys, *argv, "--plot=a.png")
 
 
-@pytest.mark.parametrize(("name", "gives"), thorough(("pairs", "probabilities"), ("ink", "values")))
+@pytest.mark.parametrize(("name", "gives"), thorough(("pairs", "probabilities")))
 def test_files_for_other_programs(runs, capsys, tmp_path, name, gives):
     """TensorFlow returns the model's outputs; a run that starts from the PyTorch weights predicts the same."""
     workdir = runs(name).path
@@ -72,16 +71,7 @@ def test_files_for_other_programs(runs, capsys, tmp_path, name, gives):
     assert {key: found[key] for key in wanted} == pytest.approx(wanted, rel=1e-6)
 
 
-@pytest.mark.thorough
-def test_a_sweep_of_numbers_is_ranked_by_r2(tmp_path, capsys):
-    source = write_ink(tmp_path / "ink.npz")
-    flags = [flag for flag in FLAGS if not flag.startswith(("--config.schedule", "--config.total"))]
-    argv = ["sweep", f"--workdir={tmp_path / 'sweep'}", f"--config.data.source={source}", "--config.loss=mse", *flags,
-            "--config.total=10 steps", "--sweep", "schedule=constant(1e-2); constant(1e-3)"]  # fmt: skip
-    assert "test/r2" in printed(capsys, *argv)
-
-
-@pytest.mark.parametrize("name", thorough("pairs", "ink"))
+@pytest.mark.parametrize("name", thorough("pairs"))
 def test_compare_and_reproduce(tmp_path, capsys, name):
     for seed in (0, 1):
         train(tmp_path, name, f"--config.seed={seed}")
@@ -93,7 +83,7 @@ def test_compare_and_reproduce(tmp_path, capsys, name):
     shown = printed(capsys, "compare", *dirs, f"--html={tmp_path / 'a.html'}")
     tested = {one["score"]: one for one in found["comparisons"]}
     results = [json.loads((path / "result.json").read_text())["test"] for path in dirs]
-    assert set(tested) == {"pairs": {"exact_match", "mean_average_precision"}, "ink": {"r2", "mae"}}[name]
+    assert set(tested) == {"exact_match", "mean_average_precision"}
     for score, one in tested.items():  # the best are the first two, or the third
         values = [result[score] for result in results]
         assert abs(one["difference"]["value"]) == pytest.approx(abs(np.mean(values[:2]) - values[2]), abs=1e-5)
@@ -111,8 +101,7 @@ def test_compare_and_reproduce(tmp_path, capsys, name):
     again = json.loads(printed(capsys, "compare", *dirs, "--format=json"))["comparisons"]
     for one in again:
         assert one["difference"] == pytest.approx(tested[one["score"]]["difference"], abs=1e-6)
-    ranked = {"pairs": "test/mean_average_precision", "ink": "test/r2"}[name]
-    assert ranked in (tmp_path / "a.html").read_text()
+    assert "test/mean_average_precision" in (tmp_path / "a.html").read_text()
     assert "accuracy" not in shown
     capsys.readouterr()
     assert launch.main(["reproduce", str(tmp_path / "run0")]) == 0

@@ -19,13 +19,11 @@ from imgclf_jax.core import json_files, paths, processes
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.text import escape_surrogates
 from imgclf_jax.core.typing import JsonMapping
-from imgclf_jax.losses import Task
 from imgclf_jax.metrics import Predictions
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run.record import Record
 from imgclf_jax.scores.classification import bootstrap
 from imgclf_jax.scores.multilabel import MultilabelScores
-from imgclf_jax.scores.regression import RegressionScores
 from imgclf_jax.tools.evaluate import listing
 from imgclf_jax.train.evaluation import changed, changed_sets, evaluate, open_evals
 from imgclf_jax.trained import Trained, restore
@@ -45,9 +43,9 @@ class Saved:
 
     examples: tuple[str, ...]  # names, or indices
     labels: tuple[str, ...]  # class names, or targets
-    correct: np.ndarray  # bool[seeds, n]; [0, n] in a regression
-    targets: np.ndarray | None = None  # f32[n, k], for multi-label runs and regressions
-    outputs: np.ndarray | None = None  # f32[seeds, n, k]: what ranks the examples of a label, or the values
+    correct: np.ndarray  # bool[seeds, n]
+    targets: np.ndarray | None = None  # f32[n, k], for multi-label runs
+    outputs: np.ndarray | None = None  # f32[seeds, n, k]: what ranks the examples of a label
 
     def pairs_with(self, other: "Saved") -> bool:
         """Whether both have the same examples, in the same order."""
@@ -57,30 +55,25 @@ class Saved:
     def totals(self) -> dict[str, float]:
         """What an evaluation with these predictions reports, by the names in result.json, as means over the seeds."""
         found: dict[str, float] = {"examples": len(self.examples)}
-        if len(self.correct):
-            found["accuracy" if self.targets is None else "exact_match"] = float(self.correct.mean())
-        elif self.targets is not None and self.outputs is not None:
-            found["mae"] = float(np.abs(self.outputs - self.targets).mean(dtype=np.float64))
+        found["accuracy" if self.targets is None else "exact_match"] = float(self.correct.mean())
         return found
 
     @functools.cached_property
     def scores(self) -> dict[str, np.ndarray]:
         """{score: f64[seeds, 1 + samples]}: each seed's score on all examples and on bootstrap samples, see `paired`.
 
-        `mean_average_precision` of multi-label runs, `r2` and `mae` of regressions; {} if that would take minutes.
+        `mean_average_precision` of multi-label runs; {} if that would take minutes.
         """
         if self.targets is None or self.outputs is None:
             return {}
-        n, names = len(self.examples), ("mean_average_precision",) if len(self.correct) else ("r2", "mae")
+        n, name = len(self.examples), "mean_average_precision"
         if self.outputs.size * _SAMPLES > _MOST_NUMBERS:
             log.warning("skipping the paired bootstrap, because %d predictions are too many", self.outputs.size)
             return {}
-        kind = MultilabelScores if len(self.correct) else RegressionScores
-        compute = [kind(self.targets, outputs).compute for outputs in self.outputs]
+        compute = [MultilabelScores(self.targets, outputs).compute for outputs in self.outputs]
         values = [one(np.ones((1, n))) for one in compute]
         samples = [bootstrap(one, n, _SAMPLES, at_once=1 << 21) for one in compute]  # the same samples for each seed
-        return {name: np.stack([np.append(a[name], b.get(name, ())) for a, b in zip(values, samples, strict=True)])
-                for name in names}  # fmt: skip
+        return {name: np.stack([np.append(a[name], b.get(name, ())) for a, b in zip(values, samples, strict=True)])}
 
 
 def load(run: Record) -> dict[str, Saved]:
@@ -164,12 +157,10 @@ def _parse_rows(rows: Iterable[JsonMapping], origins: Mapping[str, str]) -> dict
     saved = {}
     for name, own in by_set.items():
         examples, labels = tuple(str(row["example"]) for row in own), tuple(map(_label, own))
-        regression = "label" not in own[0] and "correct" not in own[0]
-        correct = [] if regression else [[{"true": True, "false": False}[str(row["correct"]).lower()] for row in own]]
-        columns = [[column for column in own[0] if column.startswith(kind)]
-                   for kind in (("target[",), ("probability[", "value["))]  # fmt: skip
+        correct = [[{"true": True, "false": False}[str(row["correct"]).lower()] for row in own]]
+        columns = [[column for column in own[0] if column.startswith(kind)] for kind in ("target[", "probability[")]
         targets, outputs = (np.array([[row[column] for column in each] for row in own], np.float32) for each in columns)
-        saved[name] = Saved(examples, labels, np.array(correct, bool).reshape(-1, len(own)),
+        saved[name] = Saved(examples, labels, np.array(correct, bool),
                             *((targets, outputs[None]) if columns[0] else ()))  # fmt: skip
     return saved
 
@@ -223,11 +214,9 @@ def make(run: Record, trust: bool) -> dict[str, Saved]:
                 assert predictions is not None
                 outputs, ranking = (x.reshape(-1, *predictions.targets.shape)[:seeds]
                                     for x in (predictions.outputs, predictions.ranking))  # fmt: skip
-                regression = model.task is Task.REGRESSION
-                exact = [] if regression else [MultilabelScores(predictions.targets, own).exact for own in outputs]
-                correct = np.array(exact, bool).reshape(-1, len(predictions.targets))
+                correct = np.stack([MultilabelScores(predictions.targets, own).exact for own in outputs])
                 labels = tuple(map(_format_target, predictions.targets))
-                arrays = predictions.targets, outputs if regression else ranking
+                arrays = predictions.targets, ranking
             examples = _escaped(images.source.example_name(i) for i in range(len(labels)))
             made[name] = Saved(examples, labels, correct[:seeds], *arrays)
     try:

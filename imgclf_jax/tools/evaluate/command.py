@@ -4,7 +4,6 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -43,7 +42,7 @@ def main(
     `step`, and for each set its metrics, its `scores` with 95 % confidence intervals, its `class_names` and, in their
     order, its `confusion`, [label][prediction]. With more than CONFUSION_CLASSES classes, `class_examples`,
     `class_predicted` and `class_correct` replace `scores` and `confusion`; a multi-label set has `classes` (see
-    `multilabel.by_class`) and a regression `target_names`.
+    `multilabel.by_class`).
 
     - `workdir` is the run to evaluate; None evaluates the weights that `init_from` names.
     - `predictions` is a file for the `top_k` classes of each example, or "".
@@ -72,7 +71,7 @@ def main(
     programs, state, step = model = restored or load_converted(config, base)
     predicts = _check_evaluates(programs, bool(listing_file or perturb or kinds))
     for flag, value in (("--attack", attack), ("--corruptions", corruptions)):
-        if value and programs.recipe.task in (Task.MULTILABEL, Task.REGRESSION):
+        if value and programs.recipe.task is Task.MULTILABEL:
             raise UserError(f"{flag} measures accuracy, but this run has {metrics.TASK_NAMES[programs.recipe.task]}; "
                             f"evaluate it without {flag}")  # fmt: skip
     evals = open_evals(programs, base)
@@ -91,7 +90,7 @@ def main(
     digest = model.params_sha256 if listing_file else ""
     results: JsonObject = {"step": step}
     classes: dict[str, dict[str, np.ndarray]] = {}
-    target_scores: dict[str, Any] = {}  # MultilabelScores or RegressionScores
+    multilabel_scores: dict[str, MultilabelScores] = {}
     rows: list[JsonObject] = []
     for name, images in evals.items():
         sums, predicted = evaluate(programs, state, images, caption=f"evaluating {name}")
@@ -106,11 +105,10 @@ def main(
             examples = [images.source.example_name(i) for i in range(len(images))]
             origin = listing.origin(config, step, digest, name, images.source.fingerprint)
         if isinstance(predicted, metrics.TargetPredictions):
-            target_scores[name] = own = metrics.target_scores(programs.recipe.task, predicted, names)
+            multilabel_scores[name] = own = metrics.multilabel_scores(predicted)
             results[name]["scores"] = scores.with_bootstrap(own.compute, len(images), predicted.targets.size)
-            exact = own.exact if isinstance(own, MultilabelScores) else None
             rows += listing.target_rows(
-                name, examples, predicted.targets, predicted.outputs, names, exact, step, origin
+                name, examples, predicted.targets, predicted.outputs, names, own.exact, step, origin
             )
             continue
         labels, probabilities = predicted.labels, predicted.probabilities
@@ -129,24 +127,20 @@ def main(
             shown = ("confusion",) if "confusion" in counts else tuple(counts)
             results[name] |= {"class_names": list(names)}
             results[name] |= {key: counts[key].tolist() for key in shown}
-        for name, own in target_scores.items():
-            if isinstance(own, MultilabelScores):
-                results[name] |= {"class_names": list(names), "classes": multilabel.by_class(own, names)}
-            else:
-                results[name] |= {"target_names": list(names)}
+        for name, own in multilabel_scores.items():
+            results[name] |= {"class_names": list(names), "classes": multilabel.by_class(own, names)}
         print_json(results)
         return 0
     for name in evals:
         set_scores = results[name].pop("scores", {})
-        line = {key: value for key, value in results[name].items() if "[" not in key}  # NAME[CLASS] is in the table
-        print(f"{name}: {format_metrics(line)}")
+        print(f"{name}: {format_metrics(results[name])}")
         _print_scores(set_scores)
         if name in classes:
             _print_classes(names, classes[name])
             if programs.recipe.task is Task.SOFT:
                 print_text(_DOMINANT)
-        elif isinstance(multilabel_scores := target_scores.get(name), MultilabelScores):
-            print_table(*multilabel.table(multilabel_scores, names))
+        elif name in multilabel_scores:
+            print_table(*multilabel.table(multilabel_scores[name], names))
             print_text(multilabel.THRESHOLD_NOTE)
     return 0
 

@@ -56,19 +56,17 @@ def rows(
 
 def target_rows(
     name: str, examples: Sequence[str], targets: np.ndarray, outputs: np.ndarray, names: Sequence[str],
-    exact: np.ndarray | None = None, step: int = 0, origin: str = "",
+    exact: np.ndarray, step: int = 0, origin: str = "",
 ) -> Iterable[JsonObject]:  # fmt: skip
     """Yields a row for each example of the set `name`, with `target[NAME]` and `probability[NAME]` of each class.
 
     targets, outputs f32[n, k]. `exact` bool[n] says whether all labels of an example are predicted and becomes
-    `correct`; it is None in a regression, which has `value[NAME]` instead. Rows end as those of `rows` do.
+    `correct`. Rows end as those of `rows` do.
     """
-    kind = "value" if exact is None else "probability"
     for i, example in enumerate(examples):
-        row: JsonObject = {"set": name, "example": example}
-        row |= {} if exact is None else {"correct": bool(exact[i])}
+        row: JsonObject = {"set": name, "example": example, "correct": bool(exact[i])}
         row |= {f"target[{key}]": float(x) for key, x in zip(names, targets[i], strict=True)}
-        row |= {f"{kind}[{key}]": float(x) for key, x in zip(names, outputs[i], strict=True)}
+        row |= {f"probability[{key}]": float(x) for key, x in zip(names, outputs[i], strict=True)}
         yield row | {"step": step, "origin": origin}
 
 

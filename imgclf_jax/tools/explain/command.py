@@ -14,7 +14,6 @@ from imgclf_jax.core import paths, processes, terminal
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.text import decimals, utf8
 from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.losses import Task
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.explain.explanations import TITLES, build, draw
 from imgclf_jax.trained import load_trained, report_host_ops, until_error
@@ -43,14 +42,8 @@ def main(
     model = load_trained(config, workdir, checkpoint)
     model.programs.check_predicts()
     report_host_ops(model.programs)
-    regression = model.task is Task.REGRESSION
     if wanted and wanted not in model.class_names:
-        raise UserError(unknown("target" if regression else "class", wanted, model.class_names))
-    if regression and not wanted:
-        if len(model.class_names) > 1:
-            raise UserError(f"explain: this model predicts {len(model.class_names)} targets; name the one to explain, "
-                            f"such as --class={model.class_names[0]!r}")  # fmt: skip
-        wanted = model.class_names[0]
+        raise UserError(unknown("class", wanted, model.class_names))
     method, explain = build(model, method, layer, window, bool(wanted))
     folder.mkdir(parents=True, exist_ok=True)
     results = inputs.Results(model, "ranked", images, inputs.count(files, skip), "explaining")
@@ -64,15 +57,12 @@ def main(
             probabilities, ranking = result
             label = model.class_names.index(wanted) if wanted else int(ranking.argmax())
             name, probability = model.class_names[label], float(probabilities[label])
-            value = f"{'value' if regression else 'probability'} {_shown(probability, regression)}"
-            title = f"{utf8(Path(file).name)}: {name}, {value}"
-            picture, values = draw(method, explain, model.prepare(file), label, title, regression)
+            title = f"{utf8(Path(file).name)}: {name}, probability {decimals(probability)}"
+            picture, values = draw(method, explain, model.prepare(file), label, title)
             target = _name_picture(folder, file, method, wanted and name_class(wanted, model.class_names), taken)
             if not processes.index():
                 paths.write_atomically(target, picture)
-            prediction = {"target": name, "value": float(f"{probability:.7g}")} if regression else {
-                "class": name, "probability": float(f"{probability:.7g}")}  # fmt: skip
-            yield {"file": utf8(file), **prediction, "method": method,
+            yield {"file": utf8(file), "class": name, "probability": float(f"{probability:.7g}"), "method": method,
                    "greatest": float(values.max()), "picture": str(target)}  # fmt: skip
 
     if processes.index():
@@ -80,10 +70,9 @@ def main(
     elif format == "json":
         terminal.print_json(list(until_error(records(), errors)))
     else:
-        names = ("target", "value") if regression else ("class", "probability")
-        rows = ([r["file"], r[names[0]], _shown(r[names[1]], regression), r["method"], f"{r['greatest']:.3g}",
+        rows = ([r["file"], r["class"], decimals(r["probability"]), r["method"], f"{r['greatest']:.3g}",
                  r["picture"]] for r in until_error(records(), errors))  # fmt: skip
-        columns = ["file", *names, "method", "greatest value", "picture"]
+        columns = ["file", "class", "probability", "method", "greatest value", "picture"]
         terminal.print_table(columns, rows, streamed=True)
     return results.end("cannot explain", errors)
 
@@ -92,10 +81,6 @@ def _is_figure(folder: str, path: str) -> bool:
     """Whether a file in the output folder is named like its figures, such as those of an earlier call."""
     named = path.endswith(tuple(f".{method}.png" for method in TITLES))
     return named and os.path.realpath(os.path.dirname(path)) == folder
-
-
-def _shown(value: float, regression: bool) -> str:
-    return f"{value:.5g}" if regression else decimals(value)
 
 
 def name_class(name: str, class_names: Sequence[str]) -> str:

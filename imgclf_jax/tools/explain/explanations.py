@@ -79,20 +79,14 @@ def build(
     return method, explain
 
 
-def draw(
-    method: str, explain: Explain, pixels: np.ndarray, label: int, title: str, regression: bool = False
-) -> tuple[bytes, np.ndarray]:
+def draw(method: str, explain: Explain, pixels: np.ndarray, label: int, title: str) -> tuple[bytes, np.ndarray]:
     """Returns a PNG of the image next to its heatmap, below `title` and the method's title, and the map [h', w'].
 
-    `pixels` are uint8[h, w, c] after the host ops; `label` is the class, or the target of a regression; `method` and
-    `explain` come from `build`.
+    `pixels` are uint8[h, w, c] after the host ops; `label` is the class; `method` and `explain` come from `build`.
     """
     [values] = explain(pixels[None], np.array([label]))
-    method_title = TITLES[method]
-    if regression:
-        method_title = method_title.replace("probability", "value").replace("for the class", "for a larger value")
     content = io.BytesIO()
-    heatmap.draw(pixels, values, method == "occlusion", [printable(title), method_title]).save(content, "PNG")
+    heatmap.draw(pixels, values, method == "occlusion", [printable(title), TITLES[method]]).save(content, "PNG")
     return content.getvalue(), values
 
 

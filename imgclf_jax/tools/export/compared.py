@@ -8,7 +8,6 @@ import numpy as np
 from imgclf_jax import losses
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.losses import Task
 from imgclf_jax.step import Outputs
 from imgclf_jax.trained import Trained
 
@@ -19,8 +18,8 @@ _OF_SIGMOID = 1e-6  # onnxruntime's sigmoid has an absolute error of up to 1.7e-
 
 
 def output_name(model: Trained, what: Outputs) -> str:
-    """Returns the name of a file's output: "probabilities" ("values" in a regression), "logits" or "features"."""
-    return ("values" if model.task is Task.REGRESSION else "probabilities") if what == "predict" else what
+    """Returns the name of a file's output: "probabilities", "logits" or "features"."""
+    return "probabilities" if what == "predict" else what
 
 
 def difference(run: Callable[[np.ndarray], np.ndarray], model: Trained, what: Outputs, program: str) -> float:
@@ -39,7 +38,7 @@ def difference(run: Callable[[np.ndarray], np.ndarray], model: Trained, what: Ou
     ours = np.asarray(jax.device_get(getattr(model.programs, what)(*model.state.evaluated, batch)))
     ours, theirs = ours[..., :_IMAGES, :], run(images)
     judged, a, b = ("outputs", theirs, ours)
-    if what == "predict" and model.task is not Task.REGRESSION:
+    if what == "predict":
         judged, a, b = ("log probabilities", *(np.log(np.maximum(x, _LEAST)) for x in (theirs, ours)))
     allowed = np.full(b.shape, _CLOSE[model.config.precision] * max(1.0, float(np.abs(b).max())))
     if judged == "log probabilities" and losses.link_of(model.config.loss) == losses.SIGMOID:

@@ -44,8 +44,8 @@ function = model.signatures["serving_default"]
 def write(model: Trained, what: Outputs, folder: Path, today: datetime.date) -> tuple[JsonObject, float]:
     """Writes the SavedModel; returns its metadata, and the largest difference of TensorFlow's outputs.
 
-    The signature `serving_default` maps `images`, uint8[b, h, w, c] with b ≥ 1, to `probabilities` (`values` in a
-    regression), `logits` or `features`; `class_names` takes nothing and returns strings. The metadata are in
+    The signature `serving_default` maps `images`, uint8[b, h, w, c] with b ≥ 1, to `probabilities`, `logits` or
+    `features`; `class_names` takes nothing and returns strings. The metadata are in
     `assets.extra/metadata.json`. An existing SavedModel is replaced once the new one matches the model's outputs on
     random images. Raises UserError if it does not match.
     """

@@ -35,8 +35,8 @@ def main(
 ) -> int:  # fmt: skip
     """Prints the predictions for each image, in order as they are computed; returns 1 if an image fails, else 0.
 
-    These are the `top_k` classes, the classes of a multi-label model from `threshold` on, or the values of a regression
-    (see `Trained.describe`). With a `sigmoid` loss, probabilities do not sum to 1 (see `losses.Link`). With
+    These are the `top_k` classes, or the classes of a multi-label model from `threshold` on (see `Trained.describe`).
+    With a `sigmoid` loss, probabilities do not sum to 1 (see `losses.Link`). With
     `data.unreadable` "skip", unreadable files in directories do not count as failures; the log tells their number.
 
     - `workdir` is the run to use; None uses the weights that `init_from` names and the classes of the config's source.
@@ -84,8 +84,7 @@ def _parse_thresholds(text: str, model: Trained) -> np.ndarray:
     Raises UserError for anything else, and unless the model is multi-label.
     """
     if text and model.task is not Task.MULTILABEL:
-        raise UserError(f"--threshold={text}: it is for several labels, and this model predicts "
-                        f"{'numbers' if model.task is Task.REGRESSION else 'one class'}; drop it")  # fmt: skip
+        raise UserError(f"--threshold={text}: it is for several labels, and this model predicts one class; drop it")
     try:
         found = np.array([float(part) for part in (text or "0.5").split(",")])
     except ValueError:
@@ -106,18 +105,12 @@ class Columns(NamedTuple):
 
 
 def make_columns(model: Trained, top_k: int) -> Columns:
-    """The most likely classes, in order; the labels in one column, in CSV with the probability of each; or values."""
+    """The most likely classes, in order; the labels in one column, in CSV with the probability of each."""
 
     def shown(prediction: Record) -> str:
         return f"{prediction['class']} {decimals(prediction['probability'])}"
 
     names = model.class_names
-    if model.task is Task.REGRESSION:
-        return Columns(
-            list(names), [f"value[{name}]" for name in names],
-            lambda record: [f"{value:.5g}" for value in record["values"].values()],
-            lambda record: list(record["values"].values()),
-        )  # fmt: skip
     if model.task is Task.MULTILABEL:
         return Columns(
             ["labels"], ["labels", *(f"probability[{name}]" for name in names)],

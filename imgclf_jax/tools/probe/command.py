@@ -71,7 +71,7 @@ def main(
         with terminal.showing(f"probing{f' seed {seed}' if len(train) > 1 else ''}"):
             own = {name: (x[seed], y) for name, (x, y) in tests.items()}
             if model.task in probing.SCORES:
-                records.append(list(probing.probe_targets(features, labels, own, model.task, heads[seed])))
+                records.append(list(probing.probe_targets(features, labels, own, heads[seed])))
                 continue
             records.append(list(probe(features, labels, own, ks, draws, len(model.class_names), heads[seed])))
     joined = [{**seeds[0], "accuracies": [a for record in seeds for a in record["accuracies"]]}
@@ -182,7 +182,6 @@ def _print(records: list[Record], score: str) -> None:
                 "linear probe": lambda r: f"linear probe, C = {', '.join(f'{c:g}' for c in r['C'])}",
                 "few images": lambda r: f"linear probe on {r['shots']} per class",
                 "logistic regression": lambda r: "logistic regression for each class",
-                "ridge regression": lambda r: "ridge regression",
                 "own head": lambda r: "the network's own head"}[record["method"]](record)  # fmt: skip
         spread = "" if record["deviation"] is None else f" ± {decimals(record['deviation'])}"
         rows.append([record["set"], name, f"{decimals(record['mean'])}{spread}"])

@@ -1,4 +1,4 @@
-"""Probes of features: simple classifiers and regressions on top of a frozen network."""
+"""Probes of features: simple classifiers on top of a frozen network."""
 
 import contextlib
 import logging
@@ -10,13 +10,12 @@ import jax
 import numpy as np
 
 from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.losses import IDENTITY, SIGMOID, Task, link_of
+from imgclf_jax.losses import SIGMOID, Task, link_of
 from imgclf_jax.scores.multilabel import MultilabelScores
-from imgclf_jax.scores.regression import RegressionScores
 
 log = logging.getLogger(__name__)
 
-SCORES = {Task.MULTILABEL: "mean_average_precision", Task.REGRESSION: "r2"}  # for tasks without accuracy
+SCORES = {Task.MULTILABEL: "mean_average_precision"}  # for the task without accuracy
 TEMPERATURE = 0.07  # of the neighbors' votes
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of logistic regression, the inverse penalty
 _FOLDS = 5
@@ -123,46 +122,29 @@ def one_vs_rest(train: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray]
     )
 
 
-def ridge(train: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Fits a ridge regression to standardized features; returns `values(f32[m, d]) -> f64[m, k]`.
-
-    Leave-one-out cross-validation on the training set chooses the penalty of each target.
-    """
-    from sklearn.linear_model import RidgeCV
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-3, 5, 9), alpha_per_target=targets.shape[1] > 1))
-    model.fit(train.astype(np.float64), targets.astype(np.float64))
-    return lambda test: model.predict(test.astype(np.float64)).reshape(len(test), -1)
-
-
 def ranks_by_logits(task: Task, loss: str) -> bool:
     """Whether the head's logits determine the task's score, which a user's own link may prevent."""
-    return task not in SCORES or link_of(loss) in (SIGMOID, IDENTITY)
+    return task not in SCORES or link_of(loss) == SIGMOID
 
 
 def probe_targets(
-    train: np.ndarray, targets: np.ndarray, tests: dict[str, tuple[np.ndarray, np.ndarray]], task: Task,
+    train: np.ndarray, targets: np.ndarray, tests: dict[str, tuple[np.ndarray, np.ndarray]],
     head: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Iterator[JsonObject]:  # fmt: skip
-    """The records of `probe` for targets f32[n, k], scored by mean average precision, or by R² in a regression.
+    """The records of `probe` for targets f32[n, k], scored by mean average precision.
 
-    A linear probe is logistic regression of each class by itself, or ridge regression.
+    A linear probe is logistic regression of each class by itself.
     """
-    several = task is Task.MULTILABEL
-    predict = one_vs_rest(train, targets) if several else ridge(train, targets)
+    predict = one_vs_rest(train, targets)
 
     def score(found: np.ndarray, truth: np.ndarray) -> float:
-        scores = MultilabelScores(truth, found) if several else RegressionScores(truth, found)
-        return float(scores.compute(np.ones((1, len(truth))))[SCORES[task]][0])
+        return float(MultilabelScores(truth, found).compute(np.ones((1, len(truth))))[SCORES[Task.MULTILABEL]][0])
 
     for name, (test, truth) in tests.items():
         if head:
             own = test.astype(np.float64) @ head[0] + head[1]
             yield {"set": name, "method": "own head", "accuracies": [score(own, truth)]}
-        kind = "logistic regression" if several else "ridge regression"
-        yield {"set": name, "method": kind, "accuracies": [score(predict(test), truth)]}
+        yield {"set": name, "method": "logistic regression", "accuracies": [score(predict(test), truth)]}
 
 
 def _classifier(strength: float) -> Any:

@@ -17,7 +17,6 @@ from imgclf_jax.data.stream import Images
 from imgclf_jax.models.summary import Block
 from imgclf_jax.scores.classification import Reliability, reliability, with_bootstrap, with_intervals
 from imgclf_jax.scores.multilabel import MultilabelScores
-from imgclf_jax.scores.regression import RegressionScores
 from imgclf_jax.tools.evaluate import by_class
 from imgclf_jax.tools.explain import explanations
 from imgclf_jax.tools.report import augmentation as report_augmentation
@@ -45,7 +44,7 @@ class Evaluated:
     top_losses: tuple[TopLoss, ...] = ()  # the highest first
     wrong: int = 0  # the number of misclassified examples
     method: str = ""  # explains the top losses, see `explanations`
-    target_scores: MultilabelScores | RegressionScores | None = None  # of a multi-label or regression run
+    multilabel: MultilabelScores | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,8 +130,8 @@ def _evaluate(model: Trained, evals: Mapping[str, Images]) -> tuple[Evaluated, .
                 one = dataclasses.replace(one, top_losses=found, method=method)
         elif isinstance(predictions, metrics.TargetPredictions):
             targets = predictions.for_seed(-1) if several else predictions
-            target_scores = metrics.target_scores(model.task, targets, model.class_names)
-            intervals = with_bootstrap(target_scores.compute, len(images), targets.targets.size)
-            one = dataclasses.replace(one, scores=intervals, target_scores=target_scores)
+            own_scores = metrics.multilabel_scores(targets)
+            intervals = with_bootstrap(own_scores.compute, len(images), targets.targets.size)
+            one = dataclasses.replace(one, scores=intervals, multilabel=own_scores)
         evaluated.append(one)
     return tuple(evaluated)

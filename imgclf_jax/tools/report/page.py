@@ -98,7 +98,7 @@ def _summary(run: Record, findings: Findings) -> str:
 
 
 def _summarize_set(one: Evaluated) -> str:
-    if one.target_scores is not None:
+    if one.multilabel is not None:
         kind = next(kind for kind in MAIN_METRICS if kind in one.metrics)
         score = one.scores.get(kind, {})
         summary = (f"On {one.metrics['examples']} examples of {one.name}, {kind.replace('_', ' ')} is "

@@ -10,10 +10,9 @@ from imgclf_jax.core.terminal import format_metrics
 from imgclf_jax.core.text import decimals, interval
 from imgclf_jax.scores import multilabel
 from imgclf_jax.scores.multilabel import MultilabelScores
-from imgclf_jax.scores.regression import RegressionScores
 from imgclf_jax.tools.evaluate import by_class
 from imgclf_jax.tools.explain import heatmap
-from imgclf_jax.tools.pages import html, pictures, residuals
+from imgclf_jax.tools.pages import html, pictures
 from imgclf_jax.tools.pages.html import paragraph, region, table, text
 from imgclf_jax.tools.pages.reliability import diagram
 from imgclf_jax.tools.report.augmentation import Augmented
@@ -24,17 +23,14 @@ _FULL = 30  # classes up to which the page shows the full confusion matrix
 _NARROW = 12  # classes up to which the table and the matrix fit side by side
 _PAIRS = 30  # most confusions in a list
 _ROWS = 100  # most classes in a table
-_TARGETS = 12  # most targets with residual plots
 _LONG = 3  # longer class names are rotated above a column
 
 
 def set_section(one: Evaluated, names: Sequence[str], num_seeds: int) -> str:
     """Returns the section about an evaluation set. With several seeds it says which parts describe the ensemble."""
     parts = [_metrics(one.name, one.metrics, num_seeds)]
-    if isinstance(one.target_scores, MultilabelScores):
-        return "".join((*parts, _scores(one), _labels(one.name, one.target_scores, names)))
-    if isinstance(one.target_scores, RegressionScores):
-        return "".join((*parts, _scores(one), _errors(one.name, one.target_scores, names)))
+    if one.multilabel:
+        return "".join((*parts, _scores(one), _labels(one.name, one.multilabel, names)))
     if not one.scores:
         parts.append(paragraph(f"This page omits scores, calibration and top losses, because the probabilities of "
                                f"{len(names):,} classes may not fit into memory.", note=True))  # fmt: skip
@@ -113,22 +109,6 @@ def _labels(name: str, scores: MultilabelScores, names: Sequence[str]) -> str:
         + paragraph(multilabel.THRESHOLD_NOTE, note=True)
         + calibration
     )
-
-
-def _errors(name: str, scores: RegressionScores, names: Sequence[str]) -> str:
-    """Plots the residuals of each regression target against its true value, and their histogram."""
-    parts = ["<h3>Errors</h3>"]
-    for i, target in enumerate(names[:_TARGETS]):
-        truth, errors = scores.targets[:, i].astype(np.float64), scores.errors[:, i]
-        figures = {
-            f"{target}: predicted minus true, by the true value":
-                residuals.plot(f"Residuals of {target} on {name}", truth, errors),
-            f"{target}: errors": residuals.histogram(f"Errors of {target} on {name}", errors),
-        }  # fmt: skip
-        parts.append(html.charts([html.figure(caption, svg) for caption, svg in figures.items()]))
-    if len(names) > _TARGETS:
-        parts.append(paragraph(f"The plots show the first {_TARGETS} of {len(names)} targets.", note=True))
-    return "".join(parts)
 
 
 def _classes(one: Evaluated, names: Sequence[str]) -> str:

@@ -16,7 +16,6 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import stream
-from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs, programs_for_images
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run.workdir import Workdir
@@ -54,8 +53,8 @@ def main(
     batch = batch_at(programs, images, step, raw)
     count = min(count, len(batch.ids))
     pixels, how = visible(batch.arrays["image"][:count], config.augment)
-    examples, task = describe(batch, programs.recipe.data.class_names, count), programs.recipe.task
-    captions = [[f"id {example['id']}", *_label_lines(example, task)] for example in examples]
+    examples = describe(batch, programs.recipe.data.class_names, count)
+    captions = [[f"id {example['id']}", *_label_lines(example)] for example in examples]
     picture = contact_sheet.draw(pixels, captions)
     content = io.BytesIO()
     picture.save(content, "PNG")
@@ -120,16 +119,14 @@ def describe(batch: Shown, class_names: tuple[str, ...], count: int) -> list[Jso
     return rows
 
 
-def _label_lines(example: JsonObject, task: Task) -> list[str]:
+def _label_lines(example: JsonObject) -> list[str]:
     """Formats a label: `cat`, or `0.70  cat` and `+ 0.30  dog`, without weights that round to 0.
 
-    For targets, formats a few numbers with their names; for multi-label examples, the present labels, largest first.
+    For targets, formats the present labels, largest first.
     """
     if "target" in example:
-        numbers = list(example["target"].items())
-        if task is not Task.REGRESSION:
-            numbers = sorted(((name, x) for name, x in numbers if x >= 0.005), key=lambda one: -one[1])
-        certain = task is not Task.REGRESSION and all(x == 1 for _, x in numbers)
+        numbers = sorted(((name, x) for name, x in example["target"].items() if x >= 0.005), key=lambda one: -one[1])
+        certain = all(x == 1 for _, x in numbers)
         lines = [printable(name) if certain else f"{x:.4g}  {printable(name)}" for name, x in numbers[:_LINES]]
         return [*lines, *["…"] * (len(numbers) > _LINES)]
     shares = {name: share for name, share in example["label"].items() if share >= 0.005}

@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.text import decimals, escape_surrogates, utf8
-from imgclf_jax.losses import Task
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.explain import heatmap
 from imgclf_jax.tools.explain.explanations import build, draw, predict
@@ -84,7 +83,6 @@ def explainer(model: Trained) -> "Explain":
     The PNG is that of the command `explain`. The JSON holds the preprocessed image, its heatmap at the same size and
     the ends of the color scale, so that a page can lay one over the other.
     """
-    regression = model.task is Task.REGRESSION
     names = list(map(escape_surrogates, model.class_names))
     predicted = build(model)
     chosen = build(model, for_class=True) if predicted[0] == "rollout" else predicted  # which no class changes
@@ -94,18 +92,17 @@ def explainer(model: Trained) -> "Explain":
         outputs, ranking = predict(model, pixels[None], ranked=True)[:, 0]
         if error := not_finite(outputs, "predict"):
             raise UserError(f"{error}, so serve another --checkpoint")
-        label = names.index(wanted) if wanted else 0 if regression else int(ranking.argmax())
+        label = names.index(wanted) if wanted else int(ranking.argmax())
         method, explain = chosen if wanted else predicted
-        what = "value" if regression else "probability"
-        title = f"{names[label]}, {what} {f'{outputs[label]:.5g}' if regression else decimals(outputs[label])}"
-        picture, values = draw(method, explain, pixels, label, title, regression)
+        title = f"{names[label]}, probability {decimals(outputs[label])}"
+        picture, values = draw(method, explain, pixels, label, title)
         if format == "png":
             return picture
         signed = method == "occlusion"
         layers = {"image": pixels, "heatmap": heatmap.color(values, pixels.shape[:2], signed)}
         ends = heatmap.ends(values, signed)
         return json.dumps({
-            "class": names[label], what: float(outputs[label]), "method": method, "lowest": ends[0],
+            "class": names[label], "probability": float(outputs[label]), "method": method, "lowest": ends[0],
             "highest": ends[1], "height": pixels.shape[0], "width": pixels.shape[1],
             **{key: "data:image/png;base64," + base64.b64encode(heatmap.png(value)).decode()
                for key, value in layers.items()},

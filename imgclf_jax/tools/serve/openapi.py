@@ -45,14 +45,10 @@ def describe(class_names: Sequence[str], limits: Limits, explains: bool, task: T
             "probability": {"type": "number", "minimum": 0, "maximum": 1},
         },
     }
-    number = {"type": "number"}
     order = "the most likely first"
     if task is Task.MULTILABEL:
         order = "all classes with a probability of at least 0.5, the most likely first; top_k is ignored"
-    key, schema = ("predictions", {"type": "array", "items": prediction, "description": order})
-    if task is Task.REGRESSION:
-        values = dict.fromkeys(class_names, number)
-        key, schema = "values", {"type": "object", "required": list(values), "properties": values}
+    key, schema = "predictions", {"type": "array", "items": prediction, "description": order}
     time = {"milliseconds": {"type": "number", "description": "from the complete body to the response"}}
     one = {"type": "object", "required": [key], "properties": {key: schema}}
     answer = {"oneOf": [

@@ -59,13 +59,9 @@ function decimals(p) {
   return text === "1.0000" && p < 1 ? ">0.9999" : text === "0.0000" && p > 0 ? "<0.0001" : text;
 }
 
-function rows(answer) { // a regression gives numbers by name
-  return answer.values ? Object.entries(answer.values).map(([name, value]) => ({ class: name, value })) : answer.predictions;
-}
-
 function headline(answer) { // several labels may be none
-  const [first] = rows(answer);
-  return !first ? "no label" : "value" in first ? `${first.class} ${first.value.toPrecision(5)}` : first.class;
+  const [first] = answer.predictions;
+  return first ? first.class : "no label";
 }
 
 function element(name, properties, ...children) {
@@ -94,13 +90,12 @@ function select(place) {
   by("one").hidden = !answer;
   by("where").hidden = by("heat").hidden = true;
   by("preview").src = url;
-  const found = answer ? rows(answer) : [];
+  const found = answer ? answer.predictions : [];
   by("explain").hidden = !(model.explains && found.length);
   by("numbers").hidden = !found.length;
   by("classes").tBodies[0].replaceChildren(...found.map((p) => {
-    const value = element("td", { className: "number", textContent: "value" in p ? p.value.toPrecision(5) : decimals(p.probability) });
+    const value = element("td", { className: "number", textContent: decimals(p.probability) });
     const row = element("tr", {}, element("th", { scope: "row", textContent: p.class }), value);
-    if ("value" in p) return row;
     const bar = element("meter", { value: p.probability });
     bar.setAttribute("aria-label", `probability of ${p.class}`);
     row.append(element("td", {}, bar));
@@ -224,11 +219,9 @@ by("command").textContent = `curl --data-binary @image.jpg '${location.origin}/p
   `curl -F images=@a.jpg -F images=@b.jpg '${location.origin}/predict?top_k=3'`;
 fetch("model").then((response) => response.json()).then((found) => {
   model = found;
-  const what = { regression: "values", multilabel: "labels" }[found.task] || "classes";
+  const what = found.task === "multilabel" ? "labels" : "classes";
   by("result").textContent = what[0].toUpperCase() + what.slice(1);
-  const [first, second] = by("classes").tHead.rows[0].cells;
-  first.textContent = { values: "target", labels: "label" }[what] || "class";
-  second.textContent = what === "values" ? "value" : "probability";
+  by("classes").tHead.rows[0].cells[0].textContent = what === "labels" ? "label" : "class";
   const { height, width, channels } = found.input;
   by("drawing").hidden = channels !== 1 || height !== width || width > 64; // where images may be drawn
   by("model").textContent = `${found.model}, step ${found.step}, ${found.classes.length} ${what}: ` +

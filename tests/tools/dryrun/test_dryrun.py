@@ -163,7 +163,7 @@ def test_data_that_are_not_here():
 
 def test_a_run_on_targets_is_planned_with_them(fake_config):
     """The batch has numbers instead of labels, whether flags or the data say so."""
-    fake_config.loss, fake_config.batch_size = "mse", 8
+    fake_config.loss, fake_config.batch_size = "sigmoid", 8
     given = described.Facts((12, 12, 1), None, 3, 640)
     info = described.describe(fake_config, given)
     assert info.target_names == info.class_names == ("0", "1", "2")

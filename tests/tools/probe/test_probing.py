@@ -163,18 +163,6 @@ def test_the_plot_shows_means_and_deviations(tmp_path, monkeypatch):
                for line in others)  # fmt: skip
 
 
-def test_ridge_is_the_solution_of_the_normal_equations():
-    rng = np.random.default_rng(0)
-    train, targets = rng.normal(size=(80, 5)).astype(np.float32), rng.normal(size=(80, 2)).astype(np.float32)
-    found = probing.ridge(train, targets)(train)
-    centred = (train - train.mean(0)) / train.std(0)
-    penalties = np.logspace(-3, 5, 9)
-    for c in range(2):
-        y = targets[:, c] - targets[:, c].mean()
-        each = [centred @ np.linalg.solve(centred.T @ centred + a * np.eye(5), centred.T @ y) for a in penalties]
-        assert min(np.abs(found[:, c] - targets[:, c].mean() - own).max() for own in each) < 1e-5
-
-
 def test_images_of_one_class_teach_no_probe():
     """It was a traceback of scikit-learn."""
     features = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)

@@ -144,10 +144,9 @@ def test_one_draws_where_images_look_drawn(browser, preprocess, drawn):  # noqa:
 
 
 @pytest.mark.parametrize(("loss", "names", "words"), [
-    ("mse", ("ink, %", "height"), ["Values", "2 values: ink, %, height", "target", "value"]),
     ("sigmoid", ("odd", "round"), ["Labels", "2 labels: odd, round", "label", "probability"]),
 ])  # fmt: skip
-def test_it_shows_numbers_and_several_labels(browser, tmp_path, loss, names, words):  # noqa: F811
+def test_it_shows_several_labels(browser, tmp_path, loss, names, words):  # noqa: F811
     data = DataInfo(64, (8, 8, 1), names, "-", target_names=names)
     made = untrained(data, loss=loss, preprocess="decode(1)|resize(8)")
     (tmp_path / "a.png").write_bytes(png(0))
