@@ -170,7 +170,7 @@ def test_help_and_config_import_neither_jax_nor_tensorflow():
         assert done.returncode == 0, done.stderr
         usage = {"--help": "usage: launch.py [COMMAND]", "-h": "usage: launch.py train [flags]"}
         assert done.stdout.startswith(usage.get(argv[-1], "seed = "))
-        assert argv != ["--help"] or all(f"\n  {command} " in done.stdout for command in COMMANDS)
+        assert argv != ["--help"] or all(f"\n    {command} " in done.stdout for command in COMMANDS)
 
 
 def test_training_starts_without_packages_that_it_may_need_later():

@@ -12,6 +12,7 @@ import pytest
 from cases import thorough
 
 import imgclf_jax
+from imgclf_jax import config as configs
 from imgclf_jax.cli import table
 from imgclf_jax.core import platform
 
@@ -85,7 +86,7 @@ print(json.dumps(found))
 def test_the_compilation_cache_is_on_before_any_command_imports_jax(tmp_path):
     """JAX reads its location at import, whether a command or the reader of its work directory imports it."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run" / "config.json").write_text(configs.to_json(configs.default_config()))
     (tmp_path / "config.py").write_text("import jax\n")
     commands = [name for name in table.COMMANDS if name not in ("config", "sweep")]
     run, image = str(tmp_path / "run"), str(tmp_path / "a.png")

@@ -2,12 +2,13 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 
 import jax
 
 from imgclf_jax.core import processes, terminal
-from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.core.errors import UsageError, UserError, reason
 from imgclf_jax.core.extras import how_to_install
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import provenance
@@ -19,9 +20,18 @@ def join(
 ) -> Iterator[None]:
     """Joins the other processes (see `processes.start`) and sets up logging.
 
-    Raises UserError in all processes unless `command`, the code, the versions and the devices are the same everywhere,
-    and if another process dies while this one computes with it.
+    Raises UsageError for flags that do not fit together. Raises UserError in all processes unless `command`, the code,
+    the versions and the devices are the same everywhere, and if another process dies while this one computes with it.
     """
+    if count != 1 and any((coordinator, count, process is not None)):
+        if not (coordinator and count and process is not None):
+            raise UsageError("give --coordinator, --num_processes and --process_id together, to every process")
+        if process >= count:
+            raise UsageError(f"--process_id={process}: processes are numbered 0 to {count - 1}")
+        if not re.fullmatch(r".+:\d+", coordinator) or int(coordinator.rpartition(":")[2]) > 65535:
+            raise UsageError(f"--coordinator={coordinator}: must be HOST:PORT, such as node1:12345")
+    if not re.fullmatch(r"(all|\d+(,\d+)*)?", devices):
+        raise UsageError(f"--local_devices={devices}: must be 'all', or indices such as 0,1")
     processes.start(coordinator, count, process, devices, heartbeat)
     terminal.setup_logging()
     check_platforms()

@@ -62,22 +62,8 @@ def count(words: list[str], skip: Callable[[str], bool] = lambda path: False, se
     return number
 
 
-def compute(
-    model: Trained, outputs: Outputs, images: Iterable[Input]
-) -> Iterator[tuple[Input, np.ndarray | UserError]]:
-    """Pairs each image with the model's outputs (see `Trained.stream`), or with the error if it is unusable."""
-    waiting: deque[Input] = deque()
-
-    def paths() -> Iterator[str]:
-        for image in images:
-            waiting.append(image)
-            yield image.path
-
-    return ((waiting.popleft(), result) for result in model.stream(outputs, paths()))
-
-
 class Results:
-    """The images, `total` if known, each with the model's outputs or the error: see `compute`.
+    """The images, `total` if known, each with the model's outputs or the error if it is unusable: see `Trained.stream`.
 
     Iterating counts the images and prints the failures. An error for which `skips(image, error)` holds is no failure.
     """
@@ -86,7 +72,14 @@ class Results:
         self, model: Trained, outputs: Outputs, images: Iterable[Input], total: int | None, doing: str,
         skips: Callable[[Input, UserError], bool] = lambda image, error: False,
     ):  # fmt: skip
-        self._results = terminal.track(compute(model, outputs, images), total, doing)
+        waiting: deque[Input] = deque()
+
+        def begin(image: Input) -> str:
+            waiting.append(image)
+            return image.path
+
+        results = ((waiting.popleft(), result) for result in model.stream(outputs, map(begin, images)))
+        self._results = terminal.track(results, total, doing)
         self._skips, self._all, self._failed = skips, 0, 0
 
     def __iter__(self) -> Iterator[tuple[Input, np.ndarray | UserError]]:

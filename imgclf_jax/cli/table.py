@@ -1,52 +1,141 @@
-"""The commands, their flags and their help texts. Imports neither JAX nor TensorFlow."""
+"""The commands and their flags, with the help texts. Imports neither JAX nor TensorFlow."""
 
-import shutil
-import textwrap
-from collections.abc import Iterable, Mapping
+import argparse
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
-from imgclf_jax.cli.flags import FLAGS, PROCESSES, Flag
+from imgclf_jax.cli.openers import (
+    Opener,
+    from_file,
+    from_file_without_data,
+    from_record,
+    from_run,
+    from_run_or_file,
+    from_run_or_weights,
+    without_config,
+)
 
-_MOST_COLUMNS = 120  # of help texts; narrower terminals have fewer
+
+def _flag(text: str, value: str, default: Any = "", **more: Any) -> dict[str, Any]:
+    """Arguments of `add_argument` for a flag with the placeholder `value`."""
+    return {"help": text, "metavar": value, "default": default, **more}
 
 
-def _width() -> int:
-    return max(40, min(_MOST_COLUMNS, shutil.get_terminal_size((_MOST_COLUMNS, 24)).columns))
+def _switch(text: str) -> dict[str, Any]:
+    return {"help": text, "action": "store_true"}
+
+
+def _at_least(least: float) -> Callable[[str], float]:
+    """The type of a flag whose numbers, of the type of `least`, are `least` or more."""
+
+    def number(text: str) -> float:
+        value = type(least)(text)
+        if not value >= least:  # nor is NaN
+            raise argparse.ArgumentTypeError(f"{text}: must be {least} or more")
+        return value
+
+    return number
+
+
+def _steps(text: str) -> tuple[int, int] | None:
+    """Parses '10:20' to (10, 20), and '' to None."""
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if text and (not match or int(match[1]) >= int(match[2])):
+        raise argparse.ArgumentTypeError(f"{text}: must be FIRST:LAST with FIRST < LAST, such as 10:20")
+    return (int(match[1]), int(match[2])) if match else None
+
+
+_POSITIVE, _NATURAL = _at_least(1), _at_least(0)
+
+# A flag means the same in every command.
+FLAGS: Mapping[str, dict[str, Any]] = {
+    "workdir": _flag("the run's directory (default: runs/<config name>; show-batch: none)", "DIR"),
+    "checkpoint": _flag("best, latest or a step (default: best if one is kept, else latest)", "WHICH"),
+    "checkpoints": _flag("evaluate several checkpoints: all, or a list of steps", "all|100,200"),
+    "corruptions": _flag("measure accuracy on corrupted images, at five severities: all, or names", "all|fog,snow"),
+    "frost": _flag("for the corruption frost, the folder with its photographs frost1.png to frost5.jpg", "DIR"),
+    "attack": _flag("measure accuracy under attack: \"pgd(eps='8/255', steps=20)\", or an import path", "SPEC"),
+    "format": {"help": "the output format (default: the first)"},  # see `Command.formats`
+    "predictions": _flag("write the prediction for each example to a .csv or .jsonl file", "FILE"),
+    "top_k": _flag("how many classes to show or write (default: 3)", "K", 3, type=_POSITIVE),
+    "threshold": _flag("for multi-label models, predict classes of at least this probability (default: 0.5); give one "
+                       "for all classes, or one per class, separated by commas", "P"),
+    "extend": _switch("continue a run up to a larger --config.total, if its schedule allows it"),
+    "trust": _switch("let the run's config import modules and read from the network"),
+    "chips": _flag("v5e:4x4, v6e:8x8, v5p:4x4x4, h100:8, a100:8x8 (hosts x GPUs) or cpu:8", "KIND:SHAPE"),
+    "shape": _flag("the shape of the training images, if the data are absent", "H,W,C"),
+    "classes": _flag("the number of classes, if the data are absent", "N", None, type=_at_least(2)),
+    "targets": _flag("the number of targets, instead of classes, if the data are absent", "N", None, type=_POSITIVE),
+    "examples": _flag("the number of training images, if the data are absent", "N", None, type=_POSITIVE),
+    "coordinator": _flag("run as one of several processes; HOST is the host of process 0. Slurm, Open MPI and Cloud "
+                         "TPU set this flag and the next two automatically", "HOST:PORT"),
+    "num_processes": _flag("the number of processes; 1: a single one, even in a cluster", "N", None, type=_POSITIVE),
+    "process_id": _flag("the index of this process, from 0", "I", None, type=_NATURAL),
+    "local_devices": _flag("which devices of this host the process uses", "all|0,1"),
+    "heartbeat": _flag("declare a process dead after this much silence (default: 100)", "SECONDS", 100, type=_POSITIVE),
+    "gives": {"help": "the output of the exported function (default: probabilities)", "default": "probabilities",
+              "choices": ("probabilities", "logits", "features")},
+    "names": _flag("the naming scheme of PyTorch weights: torchvision, timm, own, … (default: the usual one of the "
+                   "architecture)", "SCHEME"),
+    "host": _flag("the address to listen on (default: 127.0.0.1; 0.0.0.0: all)", "ADDRESS", "127.0.0.1"),
+    "port": _flag("the port to listen on (default: 8000; 0: a free one)", "N", 8000, type=_NATURAL),
+    "cors": _flag("let pages of this origin send requests, or of any with '*'; repeat the flag for more (default: only "
+                  "this server's page)", "ORIGIN", [], action="append"),
+    "request_log": _flag("log a line of JSON per request to this file; -: to standard error (default: no log)", "FILE"),
+    "sweep": _flag("the values of a key, separated by semicolons; 'KEY=0..4' for integers, \"KEY=['a', 'b']\" for "
+                   "strings with semicolons; repeat the flag for more keys", "'KEY=VALUE; VALUE'", [], action="append"),
+    "jobs": _flag("how many runs train at once (default: 1); they share the cores and the accelerators' memory", "N", 1,
+                  type=_POSITIVE),
+    "print": _switch("print the command of each run without starting any"),
+    "html": _flag("where to write the page, a self-contained HTML file without scripts", "FILE"),
+    "test": _switch("evaluate each finished run and save its predictions in its directory, for paired tests"),
+    "output": _flag("where to write: a file, or a folder if there are several", "PATH"),
+    "split": _flag("a split of the data, such as train, 'test[:100]' or \"folder('new')/train\" (default: the run's "
+                   "evaluation sets)", "SPLIT"),
+    "method": {"help": "the attribution method (default: auto, which fits the network)", "default": "auto",
+               "choices": ("auto", "gradcam", "rollout", "occlusion")},
+    "class": _flag("the class to explain (default: the predicted one)", "NAME"),
+    "layer": _flag("the layer whose feature maps Grad-CAM uses (default: the last one with feature maps)", "NAME"),
+    "window": _flag("the side of the occluding square, in pixels (default: an image's / 7)", "N", 0, type=_NATURAL),
+    "k": _flag("how many neighbors, one number or several (default: 1,5,20,100)", "K,...", "1,5,20,100"),
+    "draws": _flag("how many few-shot subsets to draw (default: 5)", "N", 5, type=_at_least(2)),
+    "plot": _flag("plot the accuracies to a .png file; needs matplotlib", "FILE"),
+    "steps": _flag("how many steps to train (default: all recorded steps; find-lr: 200)", "N", None, type=_POSITIVE),
+    "low": _flag("the first learning rate (default: 1e-7)", "X", 1e-7, type=float),
+    "high": _flag("the last learning rate (default: 10)", "X", 10.0, type=float),
+    "tolerance": _flag("the largest relative difference of equal metrics (default: 0)", "X", 0.0, type=_at_least(0.0)),
+    "bundle": _flag("only write the run's record to this zip file, for `reproduce` on another machine", "FILE"),
+    "step": _flag("which step, starting at 0 (default: 0)", "K", 0, type=_NATURAL),
+    "raw": _switch("show the images before device ops and mixing, as the host ops return them"),
+    "count": _flag("how many of the batch's first examples to show (default: 128)", "N", 128, type=_POSITIVE),
+    "profile": _flag("trace these steps into WORKDIR/profile, for TensorBoard", "FIRST:LAST", None, type=_steps),
+}  # fmt: skip
+
+PROCESSES = ("coordinator", "num_processes", "process_id", "local_devices", "heartbeat")
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command `launch.py NAME`, run by `main` of its module (see `module_of`).
+    """A command `launch.py NAME`, run by `main` of `module`.
 
-    `config_from` says where its config comes from: the file `--config`; the run in `--workdir`; "run or weights", the
-    run unless `--config.init_from` names weights for `--config`; "run or file", the run if `--workdir` is given; the
-    record named first; or "none". `main` gets the config, the work directory (None without a run), the files if it
-    takes any, and its other flags by name. A command with "none" gets only files and flags.
+    `main` gets the config and work directory that `opens` returns, unless the command has no config; the files, if it
+    takes any; the CommandLine, if it needs that; and its other flags by name.
     """
 
     summary: str
-    config_from: Literal["file", "run", "run or weights", "run or file", "record", "none"]
+    module: str  # within the package
+    opens: Opener
     flags: tuple[str, ...] = ()
     files: str = ""  # the placeholder for its files in help texts; empty if it takes none
     more: str = ""  # a paragraph for its help
     examples: tuple[str, ...] = ()  # each without "launch.py NAME"
-    formats: tuple[str, ...] = ("table", "json")  # the values of --format, if it takes that; the first is the default
+    formats: tuple[str, ...] = ("table", "json")  # the values of --format, the first is the default
     extra: str = ""  # the extra that it needs
     writes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # flags of output files → suffixes, () for any
     before_jax: str = ""  # "module:function", called with files and flags before JAX is imported
-    needs_command_line: bool = False  # `main` gets the CommandLine too
-
-    def flag(self, name: str) -> Flag:
-        """Returns a flag as this command defines it."""
-        if name == "workdir" and self.config_from == "run or file":
-            return Flag("the run's directory (default: none; --config is used instead)", "DIR")
-        if name == "workdir" and self.config_from in ("run", "run or weights"):
-            return Flag("the directory of the run to use (default: runs/digits)", "DIR")
-        if name != "format":
-            return FLAGS[name]
-        text = f"the output format (default: {self.formats[0]})"
-        return Flag(text, "|".join(self.formats), self.formats[0], choices=self.formats)
+    needs_command_line: bool = False
 
     @property
     def distributed(self) -> bool:
@@ -56,14 +145,15 @@ class Command:
 
 COMMANDS: Mapping[str, Command] = {
     "train": Command(
-        "train or resume the run in the work directory (the default command)", "file",
-        ("workdir", "extend", "profile", *PROCESSES),
+        "train or resume the run in the work directory (the default command)",
+        "train.command", from_file, ("workdir", "extend", "profile", *PROCESSES),
         more="If the work directory has checkpoints, the run resumes from the latest. If its config differs, the "
              "command stops and shows the difference.",
         examples=("", "--config folder:photos --workdir runs/a", "--config.total='20 epochs'"),
     ),
     "evaluate": Command(
-        "evaluate a trained run on each of its evaluation sets", "run or weights",
+        "evaluate a trained run on each of its evaluation sets",
+        "tools.evaluate.command", from_run_or_weights,
         ("workdir", "checkpoint", "checkpoints", "corruptions", "frost", "attack", "format", "predictions", "top_k",
          "trust", *PROCESSES),
         more="Any split, folder or .npz file can be an evaluation set: --config.data.eval.NAME=SPLIT, or "
@@ -74,7 +164,8 @@ COMMANDS: Mapping[str, Command] = {
         writes={"predictions": (".csv", ".jsonl")},
     ),
     "predict": Command(
-        "classify new images with a trained run", "run or weights",
+        "classify new images with a trained run",
+        "tools.predict.command", from_run_or_weights,
         ("workdir", "checkpoint", "format", "top_k", "threshold", "trust", *PROCESSES), "FILE|DIR|GLOB|-",
         more="Quote a GLOB, such as 'photos/**/*.jpg'. With - the command reads file names from standard input, one "
              "per line. Results appear in this order as they are computed.",
@@ -83,15 +174,16 @@ COMMANDS: Mapping[str, Command] = {
         formats=("table", "json", "jsonl", "csv"),
     ),
     "report": Command(
-        "write a page about a trained run: learning curves, scores, confusions, worst mistakes, provenance", "run",
-        ("workdir", "checkpoint", "html", "trust", *PROCESSES),
+        "write a page about a trained run: learning curves, scores, confusions, worst mistakes, provenance",
+        "tools.report.command", from_run, ("workdir", "checkpoint", "html", "trust", *PROCESSES),
         more="The page goes to WORKDIR/report.html, or to --html. --config.data.eval.NAME=SPLIT adds an evaluation "
              "set. If the data are gone, the page omits the sections that need them.",
         examples=("--workdir runs/a", "--workdir runs/a --checkpoint=best --html a.html"),
         writes={"html": ()},
     ),
     "export": Command(
-        "export a trained model for JAX, TensorFlow, ONNX or PyTorch", "run or weights",
+        "export a trained model for JAX, TensorFlow, ONNX or PyTorch",
+        "tools.export.command", from_run_or_weights,
         ("workdir", "checkpoint", "gives", "names", "trust", *PROCESSES), "FILE",
         more="The suffix selects the format. .stablehlo: the function with its class names, for JAX on CPU, GPU and "
              "TPU. .savedmodel: the same for TensorFlow, as a folder. .onnx: the same for ONNX runtimes. .safetensors: "
@@ -101,7 +193,8 @@ COMMANDS: Mapping[str, Command] = {
         before_jax="tools.export.formats:check",
     ),
     "serve": Command(
-        "serve a trained run as a web page and an HTTP API", "run or weights",
+        "serve a trained run as a web page and an HTTP API",
+        "tools.serve.command", from_run_or_weights,
         ("workdir", "checkpoint", "host", "port", "cors", "request_log", "trust"),
         more="Drop, paste, draw or photograph images on the page. Programs send images to POST /predict; "
              "/openapi.json describes the API.",
@@ -109,8 +202,8 @@ COMMANDS: Mapping[str, Command] = {
         extra="serve",
     ),
     "sweep": Command(
-        "train a run for each combination of the values of several keys", "file",
-        ("workdir", "sweep", "jobs", "print"),
+        "train a run for each combination of the values of several keys",
+        "tools.sweep.command", from_file_without_data, ("workdir", "sweep", "jobs", "print"),
         more="Each run is a plain `train` in WORKDIR/KEY=VALUE,…, with its output in WORKDIR/KEY=VALUE,….log. Run the "
              "same command again to continue: it skips finished runs and resumes the others. For any other list of "
              "runs, let a function get_sweep() in the config file return dicts of keys and values. Several jobs on one "
@@ -120,8 +213,8 @@ COMMANDS: Mapping[str, Command] = {
         before_jax="tools.sweep.plan:use_cpu", needs_command_line=True,
     ),
     "compare": Command(
-        "compare runs: results by the keys that differ, averaged over seeds, with paired tests and curves", "none",
-        ("format", "html", "test", "trust", *PROCESSES), "DIR",
+        "compare runs: results by the keys that differ, averaged over seeds, with paired tests and curves",
+        "tools.compare.command", without_config, ("format", "html", "test", "trust", *PROCESSES), "DIR",
         more="The command finds every run below DIR. Runs that differ only in their seed share a row. The paired tests "
              "need predictions: add --test, or have `evaluate --predictions` write predictions.csv into a run's "
              "directory.",
@@ -129,13 +222,15 @@ COMMANDS: Mapping[str, Command] = {
         formats=("table", "csv", "json"), writes={"html": ()},
     ),
     "status": Command(
-        "show how far runs are, what went wrong, and where their time went", "none", ("format",), "DIR",
+        "show how far runs are, what went wrong, and where their time went",
+        "tools.status.command", without_config, ("format",), "DIR",
         more="The command finds every run below DIR. Goodput is the fraction of the wall time, over all restarts of a "
              "run, that went into training steps. For one run, a second table has the time by phase.",
         examples=("runs/a", "runs", "runs/a --format json"),
     ),
     "features": Command(
-        "write the network's features for images: one vector each, with names and labels", "run or weights",
+        "write the network's features for images: one vector each, with names and labels",
+        "tools.probe.features", from_run_or_weights,
         ("workdir", "checkpoint", "output", "split", "trust", *PROCESSES), "[FILE|DIR|GLOB|-]",
         more="Without images on the command line, the command uses those of --split.",
         examples=("--workdir runs/a --output test.npz", "--workdir runs/a --split train --output train.npz",
@@ -143,7 +238,8 @@ COMMANDS: Mapping[str, Command] = {
         writes={"output": (".npz",)},
     ),
     "probe": Command(
-        "measure the features: nearest neighbors, a linear probe, few-shot classification", "run or weights",
+        "measure the features: nearest neighbors, a linear probe, few-shot classification",
+        "tools.probe.command", from_run_or_weights,
         ("workdir", "checkpoint", "format", "k", "draws", "plot", "trust", *PROCESSES),
         more="Each probe is fitted to the features of the training set and scored on each evaluation set.",
         examples=("--workdir runs/a", "--workdir runs/a --plot curve.png",
@@ -151,7 +247,8 @@ COMMANDS: Mapping[str, Command] = {
         writes={"plot": (".png",)},
     ),
     "explain": Command(
-        "draw heatmaps of the image regions that a trained run's predictions depend on", "run or weights",
+        "draw heatmaps of the image regions that a trained run's predictions depend on",
+        "tools.explain.command", from_run_or_weights,
         ("workdir", "checkpoint", "format", "method", "class", "layer", "window", "output", "trust", *PROCESSES),
         "FILE|DIR|GLOB|-",
         more="gradcam works for networks with feature maps, rollout for attention over patches, occlusion for any "
@@ -160,7 +257,8 @@ COMMANDS: Mapping[str, Command] = {
                   "new.jpg --workdir runs/a --class dog"),
     ),
     "reproduce": Command(
-        "train a run again from its record, and compare every digest and metric", "record",
+        "train a run again from its record, and compare every digest and metric",
+        "tools.reproduce.command", from_record,
         ("output", "steps", "tolerance", "format", "bundle", "trust", *PROCESSES), "WORKDIR|BUNDLE",
         more="The command names the first recorded step and parameter that differ, and all differences in config, "
              "data, code, versions and devices. It trains in --output (default: a temporary directory, removed if "
@@ -168,117 +266,27 @@ COMMANDS: Mapping[str, Command] = {
         examples=("runs/a", "runs/a --steps=100", "runs/a --bundle=a.zip", "a.zip --config.data.data_dir=/data"),
     ),
     "show-batch": Command(
-        "draw the batch that a step trains on, with labels and ids", "run or file",
+        "draw the batch that a step trains on, with labels and ids",
+        "tools.reproduce.show_batch", from_run_or_file,
         ("workdir", "step", "raw", "count", "output", "format", "trust"),
         more="The pixels are the step's input, after host ops, device ops and mixing. Nothing is trained. --output is "
              "a .png file (default: batch-K.png in --workdir, else in the working directory).",
         examples=("--step=0 --config digits", "--workdir runs/a --step=100"),
     ),
     "dryrun": Command(
-        "compile a run for absent chips: memory, time and bottleneck", "file",
+        "compile a run for absent chips: memory, time and bottleneck",
+        "tools.dryrun.command", from_file_without_data,
         ("workdir", "chips", "shape", "classes", "targets", "examples", "format"),
         examples=("--config imagenet_resnet50 --chips v5e:2x4",),
         before_jax="tools.dryrun.topology:prepare_from_flags",
     ),
     "find-lr": Command(
         "suggest a learning rate by a range test: a short run whose learning rate grows until the loss diverges",
-        "file", ("steps", "low", "high", "format", "html"),
+        "tools.find_lr.command", from_file, ("steps", "low", "high", "format", "html"),
         more="Smith's range test: the loss over the learning rate, where it falls fastest, and a schedule to try. It "
              "leaves no run behind. --html writes the plot.",
         examples=("--config digits", "--config fashion_mnist --html lr.html",
                   "--config digits --config.optimizer='sgd(momentum=0.9)' --low=1e-4 --high=10"),
     ),
-    "config": Command("print the value and documentation of every key", "file"),
+    "config": Command("print the value and documentation of every key", "", from_file_without_data),
 }  # fmt: skip
-
-_CONFIG = {
-    "--config=FILE.py[:ARG]": (
-        "a config file, or the name of one that ships (default: digits); its get_config gets ARG. mnist, fashion_mnist "
-        "and others whose data come from TFDS need the extra tfds and, the first time, a network"
-    ),
-    "--config.KEY=VALUE": "override a key; `launch.py config` lists them all",
-}
-_WEIGHTS = {"--config.init_from=PATH": "use these weights and --config instead of a run"}
-
-_STATUS = """\
-exit status: 0 done, 1 failed, 2 wrong usage,
-             75 stopped by a signal after saving a checkpoint: run the same command again,
-             130 (SIGINT), 143 (SIGTERM), 129 (SIGHUP) stopped by a signal with nothing to save"""
-
-
-def overview() -> str:
-    """Returns the help text of `launch.py --help`, with one line per command."""
-    return "\n".join([
-        "usage: launch.py [COMMAND] [flags] [FILE|DIR ...]",
-        "",
-        "commands (launch.py COMMAND --help lists the flags of one):",
-        *_columns({name: command.summary for name, command in COMMANDS.items()}),
-        "",
-        "common flags:",
-        *_columns({**_CONFIG, "--workdir=DIR": FLAGS["workdir"].text}),
-        "",
-        _STATUS,
-        "",
-        "examples:",
-        "  launch.py                                           train on scikit-learn's digits",
-        "  launch.py --config folder:photos --workdir runs/a   train on your own images",
-        "  launch.py predict new.jpg --workdir runs/a          classify a new one",
-        "",
-    ])  # fmt: skip
-
-
-def command_help(name: str) -> str:
-    """Returns the help text of a command: usage, flags and examples."""
-    command = COMMANDS[name]
-    more_files = " ..." if command.files and command.config_from != "record" else ""
-    usage = f"usage: launch.py {name}{f' {command.files}' if command.files else ''}{more_files} [flags]"
-    shown = {} if command.config_from == "none" else dict(_CONFIG)
-    if command.config_from == "run or weights":
-        shown |= _WEIGHTS
-    if command.config_from in ("run", "record"):
-        del shown["--config=FILE.py[:ARG]"]
-    for flag_name in command.flags:
-        flag = command.flag(flag_name)
-        shown[f"--{flag_name}={flag.value}" if flag.value else f"--{flag_name}"] = flag.text
-    lines = [usage, "", *_wrapped(command.summary[0].upper() + command.summary[1:] + ".")]
-    if command.more:
-        lines += ["", *_wrapped(command.more)]
-    lines += ["", "flags:", *_columns(shown), "", "launch.py --help lists the exit statuses.", ""]
-    if command.examples:
-        lines += ["examples:", *(f"  launch.py {name} {words}".rstrip() for words in command.examples), ""]
-    return "\n".join(lines)
-
-
-_MODULES = {
-    "train": "train.command",
-    "features": "tools.probe.features",
-    "show-batch": "tools.reproduce.show_batch",
-    "find-lr": "tools.find_lr.command",
-}
-
-
-def module_of(command: str) -> str:
-    """Returns the module (within the package) whose `main` runs a command."""
-    return _MODULES.get(command, f"tools.{command}.command")
-
-
-def commands_with(flag: str) -> list[str]:
-    """Lists the commands that take a flag."""
-    return [name for name, command in COMMANDS.items() if flag in command.flags]
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, _width(), break_on_hyphens=False)
-
-
-def _columns(rows: Mapping[str, str]) -> Iterable[str]:
-    """Formats `rows` in two columns; a name wider than the first column gets a line of its own."""
-    left = min(34, _width() // 3, max(map(len, rows)))
-    for name, text in rows.items():
-        first, *rest = textwrap.wrap(text, _width() - left - 4, break_on_hyphens=False)
-        if len(name) > left:
-            yield f"  {name}"
-            yield f"  {'':<{left}}  {first}"
-        else:
-            yield f"  {name:<{left}}  {first}"
-        yield from (f"  {'':<{left}}  {line}" for line in rest)

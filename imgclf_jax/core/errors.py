@@ -12,6 +12,10 @@ class UserError(ValueError):
     """
 
 
+class UsageError(Exception):
+    """A wrong command line: `launch.py` prints it and exits with 2."""
+
+
 class Untrusted(UserError):
     """A work directory names code, which runs only with --trust."""
 

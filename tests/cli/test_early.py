@@ -85,31 +85,31 @@ def test_what_can_be_checked_at_once_is_checked_before_jax_is_imported(tmp_path)
 
 
 def test_a_run_that_resumes_needs_its_first_weights_no_more(tmp_path):
-    from imgclf_jax.cli import early
+    from imgclf_jax.cli import openers
 
     config = configs.default_config()
     config.init_from = str(tmp_path / "gone.pth")
-    early.check_config("configs/digits.py", config, starts=False)
+    openers.check_data("configs/digits.py", config, starts=False)
     with pytest.raises(UserError, match=r"init_from: there is no file or work directory '.*gone\.pth'"):
-        early.check_config("configs/digits.py", config, starts=True)
+        openers.check_data("configs/digits.py", config, starts=True)
 
 
 @pytest.mark.parametrize("source", ["my_nets:folder('no')", "folder('s3://bucket/no')", "digits"])
 def test_sources_that_only_their_own_code_knows_are_left_to_it(source):
-    from imgclf_jax.cli import early
+    from imgclf_jax.cli import openers
 
     config = configs.default_config()
     config.data.source = source
-    early.check_config("configs/digits.py", config, starts=True)
+    openers.check_data("configs/digits.py", config, starts=True)
 
 
 def test_a_path_with_quotes_is_read_as_python_reads_it(tmp_path):
-    from imgclf_jax.cli import early
+    from imgclf_jax.cli import openers
 
     config = configs.default_config()
     (tmp_path / 'it\'s "mine"').mkdir()
     config.data.source = f"folder({str(tmp_path / 'it\'s "mine"')!r})"
-    early.check_config("configs/digits.py", config, starts=True)
+    openers.check_data("configs/digits.py", config, starts=True)
 
 
 @pytest.mark.parametrize("extra", sorted(extras._MODULES))

@@ -10,7 +10,7 @@ import pytest
 
 import launch
 from imgclf_jax import config as configs
-from imgclf_jax.cli import table, together
+from imgclf_jax.cli import arguments, distributed, table
 from imgclf_jax.cli.main import main
 from imgclf_jax.core.errors import UserError
 
@@ -30,28 +30,29 @@ def says(capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("argv", "said"), [
-    (["evaluate", "runs/photos"], "evaluate takes no files, but got 'runs/photos'; if that is a run, pass "
+    (["evaluate", "runs/photos"], "evaluate takes no files, but got 'runs/photos': if that is a run, pass "
      "--workdir=runs/photos"),
-    (["report", "--checkpoint=best", "runs/photos"], "report takes no files, but got 'runs/photos'; if that is a run, "
+    (["report", "--checkpoint=best", "runs/photos"], "report takes no files, but got 'runs/photos': if that is a run, "
      "pass --workdir=runs/photos"),
-    (["batch_size=4"], "unknown command 'batch_size=4': it is a config key: write --config.batch_size=4"),
+    (["batch_size=4"], "train takes no files, but got 'batch_size=4': it is a config key: write "
+     "--config.batch_size=4"),
     (["train", "batch_size=4"], "train takes no files, but got 'batch_size=4': it is a config key: write "
      "--config.batch_size=4"),
-    (["--batch_size=4"], "unknown flag --batch_size: it is a config key: write --config.batch_size=VALUE"),
-    (["--lr=0.1"], "unknown flag --lr: write --config.schedule='cosine(1e-3)'"),
-    (["--learning_rate", "0.1"], "unknown flag --learning_rate: write --config.schedule='cosine(1e-3)'"),
+    (["--batch_size=4"], "unknown flag '--batch_size=4': it is a config key: write --config.batch_size=4"),
+    (["--lr=0.1"], "unknown flag '--lr=0.1': write --config.schedule='cosine(1e-3)'"),
+    (["--learning_rate", "0.1"], "unknown flag '--learning_rate': write --config.schedule='cosine(1e-3)'"),
     (["--config.lr=1"], "unknown config key 'lr': write --config.schedule='cosine(1e-3)'"),
     (["--config.epochs=3"], "unknown config key 'epochs': write --config.total='20 epochs'"),
     (["--config.num_classes=3"], "unknown config key 'num_classes': the data say which ones there are, see "
      "data.source"),
-    (["--workdir=metric", "evaluate"], "train takes no files, but got 'evaluate', which is a command: give one "
+    (["--workdir=metric", "evaluate"], "train takes no files, but got 'evaluate': it is a command: give one "
      "command, before all flags"),
-    (["--config.seed=1", "predict", "a.png"], "train takes no files, but got 'predict', which is a command: give one "
+    (["--config.seed=1", "predict", "a.png"], "train takes no files, but got 'predict': it is a command: give one "
      "command, before all flags"),
-    (["train", "evaluate"], "train takes no files, but got 'evaluate', which is a command: give one command, before "
+    (["train", "evaluate"], "train takes no files, but got 'evaluate': it is a command: give one command, before "
      "all flags"),
-    (["--config.seed", "-1"], "--config.seed -1: write --config.seed=-1"),
-    (["--num_classes=3"], "unknown flag --num_classes: the data say which ones there are, see data.source"),
+    (["--config.seed", "--workdir=a"], "--config.seed needs a value: write --config.seed=VALUE"),
+    (["--num_classes=3"], "unknown flag '--num_classes=3': the data say which ones there are, see data.source"),
 ])  # fmt: skip
 def test_a_name_or_a_place_that_is_another_one_here(says, argv, said):
     assert says(*argv) == (2, said)
@@ -82,13 +83,13 @@ def test_an_error_in_own_code_keeps_its_place(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr("imgclf_jax.run.provenance.own_files", dict)  # as if it were a library's
     assert launch.main(argv) == 1
     out, err = capfd.readouterr()
-    assert (out, "error: a file or the output: Unable to open my.h5" in err) == ("", True)
+    assert (out, "error: standard output or a file: Unable to open my.h5" in err) == ("", True)
 
 
 def test_values_after_their_keys_are_no_files(says):
     """`--config.seed 3` is a key and its value."""
-    status, said = says("config", "--config.seed", "3", "--config.batch_size", "0")
-    assert (status, said) == (1, "batch_size=0: must be 1 or more")
+    status, said = says("config", "--config.seed", "3", "--config.batch_size", "-1")
+    assert (status, said) == (1, "batch_size=-1: must be 1 or more")
 
 
 @pytest.mark.parametrize(("words", "shown"), [
@@ -102,15 +103,16 @@ def test_a_value_of_true_or_false_after_its_key(capsys, words, shown):
 
 def test_another_word_after_a_key_that_is_true_or_false(says):
     """It was swallowed, and the key was True."""
-    said = "--config.deterministic no: must be true or false"
+    said = "config takes no files, but got 'no'"
     assert says("config", "--config.seed", "3", "--config.deterministic", "no") == (2, said)
-    said = "config takes no files, but got 'junk'; did you forget '--'?"
+    said = "config takes no files, but got 'junk'"
     assert says("config", "--config.deterministic", "False", "junk") == (2, said)
     assert says("reproduce", "--config.deterministic", "False", "--config.seed", "3", "runs/a")[1].startswith("runs/a ")
 
 
 @pytest.mark.parametrize("argv", [["predict", "cat.jpg"], ["evaluate"], ["report"], ["serve"]])
 def test_no_run_is_named_and_there_is_none(says, tmp_path, argv):
+    (tmp_path / "cat.jpg").touch()
     status, said = says(*argv)
     assert status == 1
     assert said == (f"{argv[0]} needs a run: pass --workdir=DIR; the default, {tmp_path}/runs/digits, holds no run")
@@ -119,6 +121,7 @@ def test_no_run_is_named_and_there_is_none(says, tmp_path, argv):
 def test_no_run_is_named_and_the_usual_one_is_used(says, tmp_path):
     (tmp_path / "runs" / "digits").mkdir(parents=True)
     (tmp_path / "runs" / "digits" / "config.json").write_text("{}")
+    (tmp_path / "cat.jpg").touch()
     assert says("predict", "cat.jpg")[1].split(" ", 1)[1] == "without --workdir: using the run in runs/digits"
 
 
@@ -140,10 +143,10 @@ def test_a_platform_that_is_not_here(monkeypatch, error):
         raise error
 
     monkeypatch.setattr("jax.devices", devices)
-    together.check_platforms()  # which JAX chooses
+    distributed.check_platforms()  # which JAX chooses
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     with pytest.raises(UserError, match=r"JAX_PLATFORMS='cuda': JAX finds no such device here.*unset it to use") as e:
-        together.check_platforms()
+        distributed.check_platforms()
     assert str(error) in str(e.value)
 
 
@@ -175,11 +178,19 @@ def test_a_python_without_the_packages_is_told():
     assert done.stderr.count("\n") == 1
 
 
+def helps():
+    """The help texts: of the program, and of each command."""
+    parser = arguments.build("launch.py")
+    own = parser._subparsers._group_actions[0].choices
+    assert own.keys() == table.COMMANDS.keys()
+    return [parser.format_help(), *(one.format_help() for one in own.values())]
+
+
 @pytest.mark.parametrize("columns", [40, 60, 80, 120, 200])
 def test_help_has_the_width_of_the_terminal(monkeypatch, columns):
     """At most 120 columns. Commands to copy are not broken."""
     monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size((columns, 24)))
-    for text in (table.overview(), *map(table.command_help, table.COMMANDS)):
+    for text in helps():
         prose = text.partition("examples:")[0].replace("launch.py [COMMAND] [flags] [FILE|DIR ...]", "")
         long = [line for line in prose.splitlines() if len(line) > min(columns, 120) and " " in line.strip()]
         assert not [line for line in long if not line.startswith(("usage:", "exit", "    "))] or columns < 80, long
@@ -198,8 +209,8 @@ def test_help_of_the_installed_package_has_nothing_of_a_clone(capsys):
     ("digts", "unknown config 'digts': did you mean 'digits'? allowed: cifar10_airbench, cifar10_resnet20, digits, "),
     ("airbench", "unknown config 'airbench': did you mean 'cifar10_airbench'? allowed: "),
     ("mine", "unknown config 'mine': did you mean 'mine.py'? allowed: "),
-    ("configs/folder.py:photos", "no config file 'configs/folder.py'; the config that ships is --config=folder:photos"),
-    ("digits.py", "no config file 'digits.py'; the config that ships is --config=digits"),
+    ("configs/folder.py:photos", "unknown config 'configs/folder.py': did you mean 'folder'? allowed: "),
+    ("digits.py", "unknown config 'digits.py': did you mean 'digits'? allowed: "),
 ])  # fmt: skip
 def test_a_config_that_is_not_there(says, tmp_path, name, said):
     (tmp_path / "mine.py").touch()
@@ -213,22 +224,20 @@ def test_a_folder_does_not_hide_the_config_of_its_name(says, tmp_path):
 
 
 def test_help_says_once_what_is_true_of_all_commands():
-    assert "exit status: 0 done" in table.overview()
-    for name, command in table.COMMANDS.items():
-        text = table.command_help(name)
+    overview, *own = helps()
+    assert "exit status: 0 done" in overview
+    for text in own:
         assert "75 stopped by a signal" not in text
-        if command.config_from == "run":
-            assert "(default: runs/digits)" in " ".join(text.split())
-    assert "(default: runs/<config name>)" in " ".join(table.command_help("train").split())
+        assert "--workdir" not in text or "(default: runs/<config name>" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(("words", "said"), [
     (["predict", "cat.jpg", "--config=b.py"], "predict uses the config that the run in a has recorded, not "
-     "--config=b.py, which differs in data.source, data.eval, tta and 1 more; to change a key of the run's, pass "
+     "--config=b.py, which differs in data.source, data.eval, tta, model; to change a key of the run's, pass "
      "--config.KEY=VALUE"),
     (["predict", "cat.jpg", "--config=b.py", "--config.data.source=digits", "--config.data.eval.new=test",
       "--config.tta=flip"], "predict uses the config that the run in a has recorded, not --config=b.py, which differs "
-     "in model; to change a key of the run's, pass --config.KEY=VALUE"),
+     "in data.eval, model; to change a key of the run's, pass --config.KEY=VALUE"),
     (["predict", "cat.jpg", "--config=same.py"], ""),
     (["predict", "cat.jpg"], ""),
     (["report", "--config", "b.py"], "report uses the config that "),

@@ -76,7 +76,7 @@ def test_closed_streams(command, status):
 def test_output_that_cannot_be_written(command):
     status, _, err = shell(f"$PYTHON launch.py {command} >/dev/full")
     assert (status, err.count(b"\n")) == (1, 1)
-    assert err.startswith(b"error: standard output: No space left on device")
+    assert err.startswith(b"error: standard output or a file: No space left on device")
 
 
 def test_output_in_ascii_has_escapes():

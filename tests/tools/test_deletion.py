@@ -23,7 +23,7 @@ def without(tool, folder):
     shutil.rmtree(folder / "tests" / "tools" / tool, ignore_errors=True)
     file = folder / "imgclf_jax" / "cli" / "table.py"
     lines, gone = file.read_text().splitlines(), set()
-    commands = {name for name in table.COMMANDS if tool_of(table.module_of(name)) == tool}
+    commands = {name for name, command in table.COMMANDS.items() if tool_of(command.module) == tool}
     assert commands
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Dict):

@@ -6,9 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from imgclf_jax.cli.words import UsageError
 from imgclf_jax.core import extras
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UsageError, UserError
 from imgclf_jax.tools.dryrun import table
 
 _COMPILERS = {"tpu": "tpu", "gpu": "cuda-compiler"}  # the extra with the compiler of each platform

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -17,9 +16,9 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.cli.words import CommandLine, UsageError, override
+from imgclf_jax.cli.command_line import CommandLine, override
 from imgclf_jax.core import paths, terminal
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UsageError, UserError
 from imgclf_jax.core.stopping import SIGNALS, STATUS_SAVED, stopping
 from imgclf_jax.core.text import printable
 from imgclf_jax.recipe import check_names
@@ -75,7 +74,7 @@ def _train_all(
         raise UserError(f"{folder} is a run itself (it has a config.json); pass another --workdir for the sweep")
     settings = sweep_plan.combine(sweep_plan.load_sweep(called.config_file), sweep)
     keys = list(dict.fromkeys(key for own in settings for key in own))
-    _check_words(called.words, keys)
+    _check_overrides([key for key, _ in called.overrides], keys)
     with workdir.held() if not paths.in_bucket(folder) else contextlib.nullcontext():
         file = folder / sweep_plan.FILE
         recorded = sweep_plan.load(file, config, set(keys))
@@ -87,9 +86,8 @@ def _train_all(
         return _Sweep(called, folder, runs, jobs).run()
 
 
-def _check_words(words: Sequence[str], keys: Sequence[str]) -> None:
+def _check_overrides(fixed: Sequence[str], keys: Sequence[str]) -> None:
     """Raises UserError for a key that is set twice for all runs, or both set and swept."""
-    fixed = [match[1] for word in words if (match := re.match(r"--?config\.([^=]+)", word))]
     for key, times in collections.Counter(fixed).items():
         if times > 1:
             raise UserError(f"--config.{key} is given {times} times; sweep several values with --sweep '{key}=VALUE; "
@@ -101,7 +99,7 @@ def _check_words(words: Sequence[str], keys: Sequence[str]) -> None:
 def _make_config(config: ConfigDict, settings: Settings) -> ConfigDict:
     config = config.copy_and_resolve_references()
     try:
-        override(config, [f"--config.{key}={text}" for key, text in settings.items()], "sweep")
+        override(config, settings.items())
         configs.validate(config)
         check_names(config)
     except (UserError, UsageError) as e:
@@ -111,7 +109,8 @@ def _make_config(config: ConfigDict, settings: Settings) -> ConfigDict:
 
 
 def _command(called: CommandLine, folder: Path, run: Run) -> list[str]:
-    train = [*called.program, "train", f"--config={called.config_file}", *called.words]
+    keys = [f"--config.{key}={value}" for key, value in called.overrides]
+    train = [*called.program, "train", f"--config={called.config_file}", *keys]
     return [*train, *run.words, f"--workdir={folder / run.name}"]
 
 

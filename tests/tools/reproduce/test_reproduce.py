@@ -281,8 +281,8 @@ def test_a_result_of_the_readme(tmp_path):
 
 
 @pytest.mark.parametrize(("words", "status", "says"), [
-    ([], 2, "reproduce needs WORKDIR|BUNDLE"),
-    (["{run}", "more"], 2, "reproduce takes one WORKDIR|BUNDLE, but got 'more' too"),
+    ([], 2, "reproduce takes one WORKDIR|BUNDLE, but got none"),
+    (["{run}", "more"], 2, "reproduce takes one WORKDIR|BUNDLE, but got ["),
     (["{run}", "--steps=0"], 2, "--steps"),
     (["{run}", "--steps=11"], 1, "--steps=11: must be at most 10, the steps that the run in {run} recorded"),
     (["{run}", "--output={run}"], 1, "--output={run} is the run itself"),

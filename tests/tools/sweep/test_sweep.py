@@ -179,7 +179,7 @@ def test_print(run, monkeypatch):
         assert own[2] == "train"
         assert own[3].endswith("configs/digits.py")
     assert [path.name for path in run.folder.iterdir()] == ["sweep.json"]
-    monkeypatch.setattr("imgclf_jax.cli.main._dispatch", lambda name, config, *_: print(name, config.model) or 0)
+    monkeypatch.setattr("imgclf_jax.cli.main._dispatch", lambda line, config, _: print(line.command, config.model) or 0)
     assert launch.main(words[1][2:]) == 0  # it is a valid command
 
 

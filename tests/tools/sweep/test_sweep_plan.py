@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from imgclf_jax.cli.words import override
+from imgclf_jax.cli.command_line import override
 from imgclf_jax.config import default_config
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.tools.sweep import plan as sweep_plan
@@ -82,7 +82,7 @@ def test_plans_that_are_refused(planned, sweeps, said):
 def typed(settings):
     """The config of a run."""
     config = default_config()
-    override(config, [f"--config.{key}={text}" for key, text in settings.items()], "sweep")
+    override(config, settings.items())
     return config
 
 
