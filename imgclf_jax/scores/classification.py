@@ -296,12 +296,10 @@ def bootstrap(
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """The 95 % score interval of a proportion (Wilson 1927); its width is above zero for 0 and n successes too."""
-    from scipy import special
+    from scipy import stats
 
-    z2 = float(special.ndtri(0.975)) ** 2
-    share, centre = successes / n, successes / n + z2 / (2 * n)
-    half = (z2 * (share * (1 - share) / n + z2 / (4 * n * n))) ** 0.5
-    return max(0.0, (centre - half) / (1 + z2 / n)), min(1.0, (centre + half) / (1 + z2 / n))
+    interval = stats.binomtest(successes, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def calibration_interval(scores: Scores) -> tuple[float, float]:
