@@ -21,7 +21,7 @@ from imgclf_jax.run import record
 from imgclf_jax.tools.compare import comparison, paired, saved_predictions
 from imgclf_jax.tools.compare import tables as compare_tables
 from imgclf_jax.tools.evaluate import listing
-from imgclf_jax.tools.pages import charts, html, residuals
+from imgclf_jax.tools.pages import charts, html
 
 
 @pytest.fixture
@@ -410,10 +410,9 @@ def test_ticks(low, high):
 def test_no_two_ticks_have_one_label(low, high):
     """Also where they differ in the seventh digit; others have as few digits as before."""
     lines = [charts.Line("n", 0, [(0, low), (9, high)])]
-    pages = charts.chart("t", "x", lines), residuals.plot("t", np.array([low, high]), np.array([low, high]))
-    for svg in pages:
-        labels = [one.text for one in ET.fromstring(svg).iter("text") if one.get("text-anchor") == "end"]
-        assert len(set(labels)) == len(labels) > 2
+    texts = ET.fromstring(charts.chart("t", "x", lines)).iter("text")
+    labels = [one.text for one in texts if one.get("text-anchor") == "end"]
+    assert len(set(labels)) == len(labels) > 2
     assert charts.tick_labels([0.5, 0.6]) == ["0.5", "0.6"]
 
 
