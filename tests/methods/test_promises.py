@@ -12,9 +12,6 @@ VARIANTS = {
     "accumulate": {"num_seeds": "2", "accumulate": "2", "model": "mlp(widths=(8,))"},
     "sharded": {"mesh": "fsdp=-1", "precision": "bfloat16", "model": "mlp(widths=(128, 128))"},
 }
-# The image gradient of a small dense layer becomes a matmul of two transposed operands, which XLA's CPU backend does
-# not run in bfloat16 (UNIMPLEMENTED in DotThunk). It fails loudly; in float32, and on other platforms, it runs.
-NO_BFLOAT16 = pytest.mark.xfail(strict=True, reason="XLA:CPU has no bfloat16 matmul of two transposed operands")
 VARIED = ("pgd|sam", "distill features", "simclr", "fixmatch", "mean_teacher", "lora", "own")
 
 
@@ -39,8 +36,7 @@ def test_metrics_of_a_method_of_your_own_are_logged_and_evaluated(tmp_path):
 @pytest.mark.optimized
 @pytest.mark.thorough
 @pytest.mark.parametrize(("name", "variant"), [
-    pytest.param(name, variant, marks=NO_BFLOAT16 if (name, variant) == ("pgd|sam", "sharded") else ())
-    for name in SPECS for variant in VARIANTS if not variant or name in VARIED
+    (name, variant) for name in SPECS for variant in VARIANTS if not variant or name in VARIED
 ])  # fmt: skip
 def test_cadences_placement_and_a_resume_change_no_bit(name, variant, tmp_path, teacher):
     Check(name, tmp_path, teacher).ways(**VARIANTS[variant])
