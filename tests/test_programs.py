@@ -219,7 +219,7 @@ def test_a_loop_of_your_own_is_the_runs(fake_config):
     fake_config.augment, fake_config.optimizer = "flip_lr|normalize(0.5, 0.25)", "adamw(weight_decay=0.1)"
     programs, split, images, state = trained_for(fake_config, 3)
 
-    everything = split.read(np.arange(len(split)))
+    everything = split.read(np.arange(split.size))
     parts = recipe.for_arrays(fake_config, np.stack(everything["image"]), everything["label"])
     own = step.init_state(parts.model, parts.optimizer, parts.data.image_shape, fake_config.seed)
     augment = parts.augment(train=True)
