@@ -64,6 +64,10 @@ class Source:
                             f"for {n} examples and {k} class_names")  # fmt: skip
         check_finite(targets, self.example_name)
 
+    def listed_name(self, i: int) -> str:
+        """The name of an example in files and tables: its file, or else its id alone."""
+        return self.example_name(i).removeprefix("example ")
+
     @property
     def label_key(self) -> str:
         """The name of the labels in a batch: "label" i32[b], or "target" f32[b, k]."""

@@ -217,7 +217,7 @@ def make(run: Record, trust: bool) -> dict[str, Saved]:
                 correct = np.stack([MultilabelScores(predictions.targets, own).exact for own in outputs])
                 labels = tuple(map(_format_target, predictions.targets))
                 arrays = predictions.targets, ranking
-            examples = _escaped(images.source.example_name(i) for i in range(len(labels)))
+            examples = _escaped(images.source.listed_name(i) for i in range(len(labels)))
             made[name] = Saved(examples, labels, correct[:seeds], *arrays)
     try:
         # Without a recorded fingerprint, a later load could not tell whether the data are still the same.

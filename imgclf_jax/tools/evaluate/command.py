@@ -102,7 +102,7 @@ def main(
         predicted = predicted.for_seed(-1) if programs.recipe.num_seeds > 1 else predicted
         examples, origin = [], ""
         if listing_file:
-            examples = [images.source.example_name(i) for i in range(len(images))]
+            examples = [images.source.listed_name(i) for i in range(len(images))]
             origin = listing.origin(config, step, digest, name, images.source.fingerprint)
         if isinstance(predicted, metrics.TargetPredictions):
             multilabel_scores[name] = own = metrics.multilabel_scores(predicted)

@@ -71,7 +71,7 @@ def _add_sets(model: Trained, workdir: Workdir | None, base: dict[str, Source], 
         done, batches = 0, -(-len(images) // model.programs.eval_batch_size)
         for features, labels in terminal.track(feature_sets.compute_batches(model, images), batches, name):
             ids = range(done, done + len(labels))
-            add(name, [utf8(images.source.example_name(i)) for i in ids], labels, features)
+            add(name, [utf8(images.source.listed_name(i)) for i in ids], labels, features)
             done += len(labels)
     return sum(map(len, sets.values()))
 
