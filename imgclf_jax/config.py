@@ -151,7 +151,7 @@ def flag_for(name: str) -> str:
 _NEEDED = ("data.source", "data.train", "data.sampling", "model", "loss", "method", "schedule")
 
 # The smallest value of a key, and the values that a key may have.
-_LEAST = {"batch_size": 1, "checkpoint.keep": 1, "data.threads": 0, "accumulate": 1,
+_MIN = {"batch_size": 1, "checkpoint.keep": 1, "data.threads": 0, "accumulate": 1,
           "num_seeds": 1, "clip": 0}  # fmt: skip
 _CHOICES = {"precision": ("float32", "bfloat16"), "data.placement": ("host", "device"),
             "data.unreadable": ("error", "skip"), "on_bad_step": ("stop", "skip")}  # fmt: skip
@@ -318,7 +318,7 @@ def validate(config: ConfigDict) -> None:
     for key, text in {**{key: flat[key] for key in _NEEDED}, **splits}.items():
         if not text.strip():
             raise UserError(f"{key} is empty; write a value, such as {KEYS[key][0] if key in KEYS else 'test'!r}")
-    for key, least in _LEAST.items():
+    for key, least in _MIN.items():
         if not flat[key] >= least:  # nor is NaN
             raise UserError(f"{key}={flat[key]}: must be {least} or more")
     for key, allowed in _CHOICES.items():

@@ -21,7 +21,7 @@ from imgclf_jax.methods.gradients import Gradient
 from imgclf_jax.optim import optimizers
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
-from imgclf_jax.run.provenance import raised_in_own_code
+from imgclf_jax.run.provenance import raised_in_user_code
 from imgclf_jax.step import NONFINITE_STEP
 
 _TRACED_KEYS = ("method", "gradient", "model", "augment", "mix", "tta", "loss", "optimizer", "schedule")
@@ -44,7 +44,7 @@ def naming_the_key(recipe: Recipe) -> Iterator[None]:
         trace_each_key(recipe)
         config = recipe.config
         own = [f"{key}={config[key]!r}" for key in _TRACED_KEYS if spec.names_code(config[key])]
-        if own and not raised_in_own_code(e):
+        if own and not raised_in_user_code(e):
             raise UserError(f"{' or '.join(own)} returns something that the step cannot use: {reason(e)}") from e
         raise
 
@@ -81,7 +81,7 @@ def trace_each_key(recipe: Recipe) -> None:
         except UserError:
             raise
         except Exception as e:
-            if spec.names_code(config[key]) and raised_in_own_code(e):
+            if spec.names_code(config[key]) and raised_in_user_code(e):
                 raise  # the user needs the traceback into their own code
             where = f" on images {list(image_shape)}" if key in ("augment", "mix", "model", "method") else ""
             raise UserError(f"{key}={config[key]!r} fails{where}: {reason(e)}") from e

@@ -206,7 +206,7 @@ class Recipe:
     @property
     def needs_ids(self) -> bool:
         """Whether batches carry example ids and epochs, for a method or an op that reads them."""
-        return not self.supervised or ops.wants_ids(self.config.augment)
+        return not self.supervised or ops.needs_ids(self.config.augment)
 
     @_built
     def mix(self) -> mixing.Mix | None:

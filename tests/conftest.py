@@ -165,10 +165,10 @@ def a_gigabyte():
         return
     import resource
 
-    from fuzzing import MOST
+    from fuzzing import MAX
 
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MOST, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (used + MAX, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from imgclf_jax.core.errors import UserError
 
-MOST = 1_000_000_000  # bytes of memory that reading any file may take, see the fixture `a_gigabyte`
+MAX = 1_000_000_000  # bytes of memory that reading any file may take, see the fixture `a_gigabyte`
 
 
 def answered(read, *arguments, longest=1000):

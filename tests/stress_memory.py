@@ -23,7 +23,7 @@ from resume_check import ROOT
 
 JUMP = 0.3  # MB; what grows by more between two readings is counted apart
 LEAK = np.array([0.001, 0.001])  # MB and millions of Python's blocks a save: TensorStore's, see docs/reliability.md
-MOST = 80.0  # MB that all jumps together may come to: the table, and a context for each of some twenty threads
+MAX = 80.0  # MB that all jumps together may come to: the table, and a context for each of some twenty threads
 
 # The command, which says in a file at rest: seconds, saves, MB that its allocator has given out, Python's blocks.
 WATCHED = """
@@ -117,7 +117,7 @@ def judge(rows: np.ndarray, start: float) -> int:
     )
     known = (saves[-1] - saves[0]) / (hours[-1] - hours[0]) * LEAK  # [MB, millions of blocks] an hour
     lost = steady > max(1, 3 * error) + known[0] or more > max(0.02, 3 * more_error) + known[1]
-    return int(lost or sum(jumps) > MOST)
+    return int(lost or sum(jumps) > MAX)
 
 
 def growth(hours: np.ndarray, used: np.ndarray) -> tuple[list[float], float, float]:

@@ -24,7 +24,7 @@ TIERS = [
 ]
 # The tools that others build on, each on those before it. All other tools can be deleted one by one.
 SHARED_TOOLS = ("pages", "evaluate", "explain")
-MOST_IMPORTS = 24  # of `train.loop`, where all that a run does and records meets
+MAX_IMPORTS = 24  # of `train.loop`, where all that a run does and records meets
 TIER = {room: number for number, rooms in enumerate(TIERS) for room in rooms.split()}
 PACKAGES = {  # of a docstring alone; `methods` is a module too
     ".".join(f.parent.relative_to(PACKAGE).parts) for f in PACKAGE.rglob("__init__.py")
@@ -134,7 +134,7 @@ def test_imports_run_downward_only():
         wrong = used if name in PACKAGES else {u for u in used if u in PACKAGES or tier(u) > tier(name)}
         assert not wrong, f"{name} imports {wrong}, which are not below it"
         used -= {"core.typing"}  # names of types alone
-        assert len(used) <= MOST_IMPORTS, f"{name} imports {len(used)} modules of the package: {sorted(used)}"
+        assert len(used) <= MAX_IMPORTS, f"{name} imports {len(used)} modules of the package: {sorted(used)}"
 
 
 def test_no_imports_run_in_a_circle():

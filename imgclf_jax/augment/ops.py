@@ -205,7 +205,7 @@ def _bind(text: str) -> list[functools.partial[Any]]:
     return [kinds.bind(call, DEVICE_OPS, "device op", _LEADING) for call in calls]
 
 
-def wants_ids(text: str) -> bool:
+def needs_ids(text: str) -> bool:
     """Whether a spec has a by-example op, so batches must carry example ids and epochs."""
     return any(kinds.kind_of(op) == kinds.BY_EXAMPLE for op in _bind(text))
 
@@ -236,7 +236,7 @@ def pixel_range(text: str, channels: int) -> tuple[jax.Array, jax.Array]:
 def build(text: str, train: bool) -> Callable[..., jax.Array]:
     """Returns the function (key, images uint8[b, h, w, c]) → f32[b, h, w, c] that a spec of device ops names.
 
-    For by-example ops (see `wants_ids`) it also takes the run's `seed` u32[], and `ids` and `epochs` i32[b]. Without
+    For by-example ops (see `needs_ids`) it also takes the run's `seed` u32[], and `ids` and `epochs` i32[b]. Without
     `train` it skips the random ops, and the key may be None. It scales final uint8 images to [0, 1]. Raises UserError
     if the ops change the shape of the images, and if that scaling would differ between training and evaluation.
 

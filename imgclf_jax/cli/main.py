@@ -74,7 +74,7 @@ def main(argv: list[str], program: str = "launch.py", command: Sequence[str] = (
         return 1
     except OSError as e:
         provenance = sys.modules.get("imgclf_jax.run.provenance")  # imported by now if the user's own code has run
-        if provenance and provenance.raised_in_own_code(e):
+        if provenance and provenance.raised_in_user_code(e):
             raise  # the user needs the traceback into their own code
         message = f"{e.filename or 'standard output or a file'}: {e.strerror or reason(e)}"
         print(f"error: {printable(message)}; fix the cause and run the same command again", file=sys.stderr)

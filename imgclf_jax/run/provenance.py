@@ -175,7 +175,7 @@ def module_digests() -> dict[str, str]:
     return {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in own_files().items()}
 
 
-def raised_in_own_code(error: BaseException) -> bool:
+def raised_in_user_code(error: BaseException) -> bool:
     """Whether a frame of the error's traceback lies in a module of the user's, so that the traceback says where."""
     files = set(own_files().values())
     return any(frame.f_code.co_filename in files for frame, _ in traceback.walk_tb(error.__traceback__))

@@ -33,7 +33,7 @@ from imgclf_jax.weights import pretrained
 
 log = logging.getLogger(__name__)
 
-_MOST_TRIED = 2**22  # probabilities of random predictions, which metrics are called with before the run
+_MAX_TRIED = 2**22  # probabilities of random predictions, which metrics are called with before the run
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _try_metrics(recipe: Recipe, evals: dict[str, stream.Images]) -> None:
     own = [recipe.whole_set_metrics[name.rpartition(":")[2]] for name in calls]
     classes, draw = len(recipe.data.class_names), np.random.default_rng(0)
     for images in evals.values() if own else ():
-        n = min(len(images), _MOST_TRIED // classes)
+        n = min(len(images), _MAX_TRIED // classes)
         outputs = draw.random((n, classes), np.float32)
         wanted = draw.integers(2, size=outputs.shape).astype(np.float32)
         if recipe.task in (losses.Task.CLASSES, losses.Task.SOFT):

@@ -148,7 +148,7 @@ def _read_zip(content: zipfile.ZipFile) -> tuple[Unpickled, _Storages]:
 
 def _read_legacy(file: IO[bytes]) -> tuple[Unpickled, _Storages]:
     """Reads the older format: five pickles (magic number, version, machine, content, storage keys), then storages."""
-    stream = unpickle.Stream(file.read(unpickle.MOST_BYTES))
+    stream = unpickle.Stream(file.read(unpickle.MAX_BYTES))
     file_size = file.seek(0, io.SEEK_END)
     try:
         magic, protocol, machine = (unpickle.load(stream)[0] for _ in range(3))
@@ -160,7 +160,7 @@ def _read_legacy(file: IO[bytes]) -> tuple[Unpickled, _Storages]:
         if not all(isinstance(key, str) for key in keys):
             raise ValueError("an array without a name")
     except (EOFError, pickle.UnpicklingError):
-        if stream.tell() == unpickle.MOST_BYTES:
+        if stream.tell() == unpickle.MAX_BYTES:
             _check_pickle(file_size)
         raise
     extents = {}
@@ -181,8 +181,8 @@ def _read_legacy(file: IO[bytes]) -> tuple[Unpickled, _Storages]:
 
 
 def _check_pickle(length: int) -> None:
-    if length > unpickle.MOST_BYTES:
-        raise Refused(f"holds more than {unpickle.MOST_BYTES >> 20} MiB besides its arrays")
+    if length > unpickle.MAX_BYTES:
+        raise Refused(f"holds more than {unpickle.MAX_BYTES >> 20} MiB besides its arrays")
 
 
 def _check_order(little: bool) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 
 from imgclf_jax.core.typing import Function
 
-MOST_BYTES = 4 << 20  # of a pickle; a ResNet-152 has 0.1 MB. An opcode of one byte takes up to 224 in memory.
-_MOST_AXES, _MOST_ARGUMENTS = 32, 16
+MAX_BYTES = 4 << 20  # of a pickle; a ResNet-152 has 0.1 MB. An opcode of one byte takes up to 224 in memory.
+_MAX_AXES, _MAX_ARGUMENTS = 32, 16
 _STORAGES = {
     "DoubleStorage": "<f8",
     "FloatStorage": "<f4",
@@ -180,7 +180,7 @@ class _Machine:
                 stack.append(self._find(f"{module} {function}"))
             case "REDUCE":
                 (arguments,) = self._pop(1)
-                if type(arguments) is not tuple or len(arguments) > _MOST_ARGUMENTS or not callable(stack[-1]):
+                if type(arguments) is not tuple or len(arguments) > _MAX_ARGUMENTS or not callable(stack[-1]):
                     raise ValueError("a malformed call")
                 stack[-1] = stack[-1](*arguments)
             case "BUILD":  # attributes, such as the versions of a state dict's modules: not needed
@@ -241,7 +241,7 @@ class _Machine:
 def _is_plain(key: object) -> bool:
     """Whether hashing a key is fast and unlikely to collide on purpose."""
     if isinstance(key, tuple):
-        return len(key) <= _MOST_ARGUMENTS and not any(isinstance(k, tuple) for k in key) and all(map(_is_plain, key))
+        return len(key) <= _MAX_ARGUMENTS and not any(isinstance(k, tuple) for k in key) and all(map(_is_plain, key))
     return (type(key) is int and abs(key) < 2**60) or isinstance(key, (str, bytes, bool, float, type(None)))
 
 
@@ -259,7 +259,7 @@ def _tensor(storage: Unpickled, offset: Unpickled, shape: Unpickled, strides: Un
     if not isinstance(storage, Storage):
         raise ValueError("a tensor without a storage")
     for sizes in (shape, strides):
-        if not isinstance(sizes, (tuple, list)) or len(sizes) != len(shape) or len(sizes) > _MOST_AXES:
+        if not isinstance(sizes, (tuple, list)) or len(sizes) != len(shape) or len(sizes) > _MAX_AXES:
             raise ValueError("a tensor of no valid shape")
     if not all(type(n) is int and 0 <= n < 2**60 for n in (offset, *shape, *strides)):
         raise ValueError("a tensor of no valid shape")

@@ -59,7 +59,7 @@ def test_placement_and_a_start_in_the_middle_change_nothing():
 @pytest.mark.thorough
 def test_batches_carry_ids_only_where_an_op_asks(tmp_path, fake_config):
     """A run with such an op trains to the same bits on either placement."""
-    assert [ops.wants_ids(t) for t in ("", "flip_lr|normalize", TEXT)] == [False, False, True]
+    assert [ops.needs_ids(t) for t in ("", "flip_lr|normalize", TEXT)] == [False, False, True]
     mesh = sharding.make_mesh()
     for place in ("host", "device"):
         plain, needs_ids = stream.StreamSpec(SEED, 8), stream.StreamSpec(SEED, 8, needs_ids=True)

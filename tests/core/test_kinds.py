@@ -92,7 +92,7 @@ def test_device_ops():
     np.testing.assert_array_equal(apply("own_ops:number(3)", train=False), IMAGES)
     for train in (True, False):
         np.testing.assert_array_equal(apply("own_ops:darker(by=3)", train), np.asarray(IMAGES) // 3)
-    assert [ops.wants_ids(f"own_ops:{n}") for n in ("noise", "number", "darker")] == [False, True, False]
+    assert [ops.needs_ids(f"own_ops:{n}") for n in ("noise", "number", "darker")] == [False, True, False]
 
 
 def test_mixing_ops():

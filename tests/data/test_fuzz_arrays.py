@@ -5,7 +5,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from fuzzing import BYTES, MOST, SHAPES, answered, mostly, with_bytes
+from fuzzing import BYTES, MAX, SHAPES, answered, mostly, with_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,4 +64,4 @@ def test_npz(tmp_path_factory, images, labels, names, more, method, changes, cut
 def test_the_limit_holds():
     if sys.platform == "linux":
         with pytest.raises(MemoryError):
-            bytes(8 * MOST)  # more than memory that was taken and freed before has room for
+            bytes(8 * MAX)  # more than memory that was taken and freed before has room for

@@ -67,7 +67,7 @@ def test_a_compressed_checkpoint_is_refused(tmp_path):
 
 @pytest.mark.parametrize("format", ["zip", "legacy"])
 def test_what_stands_beside_the_arrays_is_bounded(tmp_path, format):
-    path = checkpoint({"history": "x" * unpickle.MOST_BYTES, "w": 1}, format, tmp_path)
+    path = checkpoint({"history": "x" * unpickle.MAX_BYTES, "w": 1}, format, tmp_path)
     refused(path, "holds more than 4 MiB besides its arrays, which weights do not need")
 
 

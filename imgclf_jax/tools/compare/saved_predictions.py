@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 FILE = "predictions.npz"  # written by `compare --test`; `evaluate --predictions` writes the others
 _TARGET_ARRAYS = ("targets", "outputs")
 _SAMPLES = 1000
-_MOST_NUMBERS = 2_000_000_000  # limit of predictions times bootstrap samples
+_MAX_NUMBERS = 2_000_000_000  # limit of predictions times bootstrap samples
 LISTINGS = ("predictions.csv", "predictions.jsonl")
 
 
@@ -67,7 +67,7 @@ class Saved:
         if self.targets is None or self.outputs is None:
             return {}
         n, name = len(self.examples), "mean_average_precision"
-        if self.outputs.size * _SAMPLES > _MOST_NUMBERS:
+        if self.outputs.size * _SAMPLES > _MAX_NUMBERS:
             log.warning("skipping the paired bootstrap, because %d predictions are too many", self.outputs.size)
             return {}
         compute = [MultilabelScores(self.targets, outputs).compute for outputs in self.outputs]

@@ -13,7 +13,7 @@ from imgclf_jax.trained import Trained
 
 _IMAGES = 5
 _CLOSE = {"float32": 1e-4, "bfloat16": 2**-5}  # allowed difference for outputs of magnitude 1, by `precision`
-_LEAST = 1e-30  # smaller probabilities count as equal
+_MIN = 1e-30  # smaller probabilities count as equal
 _OF_SIGMOID = 1e-6  # onnxruntime's sigmoid has an absolute error of up to 1.7e-7
 
 
@@ -39,10 +39,10 @@ def difference(run: Callable[[np.ndarray], np.ndarray], model: Trained, what: Ou
     ours, theirs = ours[..., :_IMAGES, :], run(images)
     judged, a, b = ("outputs", theirs, ours)
     if what == "predict":
-        judged, a, b = ("log probabilities", *(np.log(np.maximum(x, _LEAST)) for x in (theirs, ours)))
+        judged, a, b = ("log probabilities", *(np.log(np.maximum(x, _MIN)) for x in (theirs, ours)))
     allowed = np.full(b.shape, _CLOSE[model.config.precision] * max(1.0, float(np.abs(b).max())))
     if judged == "log probabilities" and losses.link_of(model.config.loss) == losses.SIGMOID:
-        allowed += _OF_SIGMOID / np.maximum(ours, _LEAST)
+        allowed += _OF_SIGMOID / np.maximum(ours, _MIN)
     if not (np.abs(a - b) <= allowed).all():
         raise UserError(f"export: {program}'s {judged} differ from the model's by up to {np.abs(a - b).max():.2g}, so "
                         f"no file is written; {program} mistranslates model={model.config.model!r}")  # fmt: skip

@@ -8,7 +8,7 @@ from PIL import Image
 
 from imgclf_jax.tools.pages.html import text
 
-MOST = 128  # pixels of the longer side; larger images are shrunk
+MAX = 128  # pixels of the longer side; larger images are shrunk
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
@@ -26,8 +26,8 @@ def tag(image: np.ndarray, alt: str, colors: int = 0) -> str:
     """
     image = to_uint8(image)
     picture = Image.fromarray(image[..., :3] if image.shape[-1] > 2 else image[..., 0])
-    small = max(picture.size) < MOST
-    picture.thumbnail((MOST, MOST), Image.Resampling.LANCZOS)
+    small = max(picture.size) < MAX
+    picture.thumbnail((MAX, MAX), Image.Resampling.LANCZOS)
     if colors:
         # MAXCOVERAGE keeps rare colors, such as the yellow of a small hot spot.
         picture = picture.quantize(colors, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)

@@ -19,7 +19,7 @@ SCORES = {Task.MULTILABEL: "mean_average_precision"}  # for the task without acc
 TEMPERATURE = 0.07  # of the neighbors' votes
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of logistic regression, the inverse penalty
 _FOLDS = 5
-_MOST_TO_CHOOSE = 5_000  # examples in the cross-validation of C
+_MAX_TO_CHOOSE = 5_000  # examples in the cross-validation of C
 _CHUNK = 1 << 23  # similarities in memory at once
 _ITERATIONS = 1000
 _FOR_THREADS = 1_000_000  # numbers
@@ -76,18 +76,18 @@ def _draw_to_choose(labels: np.ndarray) -> np.ndarray:
     """Draws the examples of `choose_strength` from labels [n] of any kind; returns sorted indices."""
     _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
     usable = np.flatnonzero(counts[inverse] > 1)
-    if len(usable) <= _MOST_TO_CHOOSE:
+    if len(usable) <= _MAX_TO_CHOOSE:
         return usable
     rng = np.random.default_rng([0, 0])
     shuffled = rng.permutation(usable)
     by_class = shuffled[np.argsort(inverse[shuffled], kind="stable")]
     few = [members[:_FOLDS] for members in np.split(by_class, np.cumsum(counts[counts > 1])[:-1])]
     order = rng.permutation(len(few))
-    fitting = order[np.cumsum([len(few[c]) for c in order]) <= _MOST_TO_CHOOSE]
+    fitting = order[np.cumsum([len(few[c]) for c in order]) <= _MAX_TO_CHOOSE]
     drawn = np.concatenate([few[c] for c in fitting])
     if len(fitting) == len(few):
         others = np.setdiff1d(usable, drawn)
-        drawn = np.concatenate([drawn, rng.choice(others, _MOST_TO_CHOOSE - len(drawn), replace=False)])
+        drawn = np.concatenate([drawn, rng.choice(others, _MAX_TO_CHOOSE - len(drawn), replace=False)])
     return np.sort(drawn)
 
 

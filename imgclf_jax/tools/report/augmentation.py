@@ -13,7 +13,7 @@ from imgclf_jax.programs import Programs
 from imgclf_jax.train.pictures import augment_rows
 
 _IMAGES, _DRAWS = 8, 4
-_MOST_BYTES = 64 << 20  # of the batch whose first images are drawn
+_MAX_BYTES = 64 << 20  # of the batch whose first images are drawn
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ def draw(programs: Programs, source: Source) -> Augmented | None:
     if not images.random and not ops.is_random(config.augment):
         return None
     count = min(_IMAGES, b, n)
-    rows = min(b, max(count, _MOST_BYTES // math.prod(images.shape)))
+    rows = min(b, max(count, _MAX_BYTES // math.prod(images.shape)))
     ids = images.ids(config.seed, np.arange(count, dtype=np.int64))
     steps = tuple(-(-epoch * images.sampler.epoch // b) for epoch in range(_DRAWS))
     differs = (

@@ -23,7 +23,7 @@ Settings = dict[str, str]  # the keys that a run sets, with values as on the com
 
 _VALUE = 28  # longest value in a name
 _NAME = 120  # longest name
-_MOST = 10_000  # runs
+_MAX = 10_000  # runs
 _FORMS = "write 'KEY=VALUE; VALUE', 'KEY=0..4' for integers, or a Python list, \"KEY=['a', 'b']\""
 
 
@@ -92,8 +92,8 @@ def parse(text: str) -> tuple[str, list[str]]:
     match = re.fullmatch(r"(\d{1,10})\s*\.\.\s*(\d{1,10})", rest)
     if match and type(configs.KEYS.get(key, ("",))[0]) is int:
         first, last = int(match[1]), int(match[2])
-        if not 0 <= last - first < _MOST:
-            raise UserError(f"--sweep={text!r}: the range must be ascending, with at most {_MOST} numbers")
+        if not 0 <= last - first < _MAX:
+            raise UserError(f"--sweep={text!r}: the range must be ascending, with at most {_MAX} numbers")
         return key, [str(number) for number in range(first, last + 1)]
     parts = [part.strip() for part in _split(rest, text)]
     if "" in parts:
@@ -159,8 +159,8 @@ def combine(planned: Sequence[dict[str, Value]] | None, sweeps: Iterable[str]) -
     count = len(runs)
     for values in grid.values():
         count *= len(values)
-    if count > _MOST:
-        raise UserError(f"the sweep has {count} runs; at most {_MOST} are allowed")
+    if count > _MAX:
+        raise UserError(f"the sweep has {count} runs; at most {_MAX} are allowed")
     points = [dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
     return [run | point for run in runs for point in points]
 

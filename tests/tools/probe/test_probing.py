@@ -70,7 +70,7 @@ def test_the_linear_probe_is_scikit_learns(monkeypatch):
 def test_the_choice_of_c_with_few_and_with_many_examples(monkeypatch):
     few = np.flatnonzero(LABELS == 0)[:1].tolist() + np.flatnonzero(LABELS == 1)[:9].tolist()
     assert probing.choose_strength(TRAIN[few], LABELS[few]) == 1.0  # only one class has two examples
-    monkeypatch.setattr(probing, "_MOST_TO_CHOOSE", 50)
+    monkeypatch.setattr(probing, "_MAX_TO_CHOOSE", 50)
     monkeypatch.setattr(probing, "STRENGTHS", (1e-2, 1.0))
     sizes = []
     monkeypatch.setattr(probing, "_classifier", lambda c: sizes.append(c) or LogisticRegression(C=c, max_iter=1000))
@@ -81,7 +81,7 @@ def test_the_choice_of_c_with_few_and_with_many_examples(monkeypatch):
 def chosen_with(monkeypatch, labels, most=50):
     """The classes (and their sizes) and the number of folds of the cross-validation of C for these labels."""
     asked = []
-    monkeypatch.setattr(probing, "_MOST_TO_CHOOSE", most)
+    monkeypatch.setattr(probing, "_MAX_TO_CHOOSE", most)
     monkeypatch.setattr("sklearn.model_selection.cross_val_score",
                         lambda model, x, y, cv: asked.append((y.tolist(), cv.n_splits)) or np.ones(1))  # fmt: skip
     labels = np.asarray(labels)
@@ -115,7 +115,7 @@ def test_c_is_chosen_without_the_classes_of_one_image_and_with_as_many_classes_a
 
 def test_a_probe_of_a_rare_label_is_fitted(monkeypatch, caplog):
     """It was a traceback of scikit-learn, "All the 5 fits failed": no positive was drawn."""
-    monkeypatch.setattr(probing, "_MOST_TO_CHOOSE", 50)
+    monkeypatch.setattr(probing, "_MAX_TO_CHOOSE", 50)
     caplog.set_level("INFO")
     targets = np.zeros((200, 2), np.float32)
     targets[[3, 7], 0] = targets[5, 1] = 1

@@ -242,7 +242,7 @@ def test_draws_by_example_follow_the_epochs(trained, monkeypatch):
     config = programs.recipe.config.copy_and_resolve_references()
     config.preprocess, config.augment = "decode(3)|resize(8)", "flip_alternating|normalize"
     programs = Programs(Recipe(config, programs.recipe.data), programs.mesh)
-    monkeypatch.setattr(report_augmentation, "_MOST_BYTES", 1)
+    monkeypatch.setattr(report_augmentation, "_MAX_BYTES", 1)
     found = report_augmentation.draw(programs, sources.take_split(datasets.open_data(config), config.data.train))
     assert found.differs == "to save memory, their batch is smaller"
     first, second, third, fourth = found.draws.swapaxes(0, 1)
