@@ -93,7 +93,7 @@ def test_training_needs_neither_tensorflow_nor_clu_nor_a_cache(how, tmp_path):
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "test: examples 360" in done.stdout
-        assert ("TensorBoard is not installed" in done.stderr) == bool(missing)
+        assert ("TensorFlow is not installed" in done.stderr) == bool(missing)
         return json.loads((workdir / "result.json").read_text())["params_sha256"]
 
     assert digest("tensorflow", "tensorflow_datasets", "clu", "tensorboard", "sklearn") == digest()

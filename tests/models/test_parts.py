@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from cases import thorough
 from flax import linen as nn
-from test_forms import assert_equal, in_form, random_variables
+from test_forms import assert_equal, random_variables
 
 from imgclf_jax import diagnose
 from imgclf_jax.config import default_config
+from imgclf_jax.core import platform
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.models import classifier
 from imgclf_jax.models.resnet import BasicBlock, ResNetCIFAR
@@ -145,7 +146,7 @@ def test_swapped_parts_are_the_same_in_every_form(name, other):
             return jnp.sum(jnp.sin(logits)), (logits, statistics)
 
         run = jax.value_and_grad(value, has_aux=True)
-        cpu, accelerator = (jax.jit(in_form(form, run))(variables["params"]) for form in ("cpu", other))
+        cpu, accelerator = (jax.jit(platform.traced_for(form, run))(variables["params"]) for form in ("cpu", other))
     assert_equal(cpu, accelerator)
 
 

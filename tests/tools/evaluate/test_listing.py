@@ -44,7 +44,9 @@ def test_names_that_are_no_utf_8(tmp_path, kind):
     first, second = read(file)
     assert [first[key] for key in ("example", "label", "class_1")] == [r"\udcff.png", r"\udcff", r"\udcff"]
     assert second["example"] == "a"
-    listing.write(file, list(listing.target_rows("test", ["a"], np.ones((1, 1)), np.ones((1, 1)), [name])))
+    listing.write(
+        file, list(listing.target_rows("test", ["a"], np.ones((1, 1)), np.ones((1, 1)), [name], np.ones(1, bool)))
+    )
     assert r"target[\udcff]" in read(file)[0]
 
 
