@@ -232,7 +232,7 @@ class Attacked:
                            f"builtins:open('{self.mark}', 'w')"))  # fmt: skip
         place, odd = rng.choice(self.places), rng.choice(_ODD).replace("MARK", str(self.mark))
         where = rng.choice((place, place, odd))
-        inner = rng.choice((f"norm={call!r}", f"activation={call!r}", f"widths={call!r}", f"block={call!r}"))
+        inner = rng.choice((f"norm={call!r}", f"activation={call!r}", f"widths={call!r}", f"norm={call!r}"))
         source = rng.choice((f"folder({where!r})", f"arrays({where!r})", f"table({where!r})", "tfds('mnist')",
                              f"tfds('a:b', data_dir={where!r})", f"tfds('mnist', data_dir={where!r})"))  # fmt: skip
         return rng.choice((
@@ -255,7 +255,7 @@ class Attacked:
         forms: dict[str, tuple[Any, ...]] = dict.fromkeys(
             ("data.sampling", "mix", "tta", "augment", "loss", "schedule", "gradient", "writers", "metrics"), (call,)
         ) | {
-            "model": (call, f"mlp({inside})", f"resnet_cifar({inside})", f"resnet(block={call!r})"),
+            "model": (call, f"mlp({inside})", f"resnet_cifar({inside})", f"resnet(norm={call!r})"),
             "data.source": (source,), "data.eval": ({"test": f"{source}/test"},),
             "data.extra": ({"more": f"{source}/train"},), "preprocess": (after,), "preprocess_eval": (after,),
             "optimizer": (call, f"sgd(momentum={call!r})"), "method": (call, f"distill({place!r})"),

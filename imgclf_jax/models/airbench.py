@@ -12,7 +12,6 @@ from imgclf_jax.models import parts
 from imgclf_jax.models.layers import Conv, gelu, max_pool
 from imgclf_jax.models.norms import BatchNorm
 
-_GROUP_PARTS = {"norm": parts.NORM, "activation": parts.ACTIVATION}
 _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default
 
 
@@ -30,7 +29,6 @@ class ConvGroup(nn.Module):
     dtype: DTypeLike = jnp.float32
     norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
-    swappable = _GROUP_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -40,12 +38,6 @@ class ConvGroup(nn.Module):
         x = self.activation(norm("norm1")(x, train))
         x = Conv(self.features, 3, **settings, name="conv2")(x)
         return self.activation(norm("norm2")(x, train))
-
-
-_AIRBENCH_PARTS = {
-    "block": parts.Part({"conv_group": ConvGroup}, ("features", "norm", "activation", "dtype"), ("features",)),
-    **_GROUP_PARTS,
-}
 
 
 class AirBench(nn.Module):
@@ -61,7 +53,7 @@ class AirBench(nn.Module):
     block: ModuleDef = ConvGroup
     norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
-    swappable = _AIRBENCH_PARTS
+    swappable = ("norm", "activation")
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -71,7 +63,7 @@ class AirBench(nn.Module):
         x = self.activation(whiten(x))
         passed: Arguments = {"norm": norm, "activation": self.activation, "dtype": self.dtype}
         for i, width in enumerate(self.widths):
-            x = parts.make(self.block, f"group{i + 1}", features=width, **passed)(x, train)
+            x = self.block(features=width, **passed, name=f"group{i + 1}")(x, train)
         x = max_pool(x, 3, 3)
         return x.reshape(x.shape[0], -1) * jnp.asarray(self.scale, self.dtype)
 

@@ -12,12 +12,10 @@ from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.models.airbench import AirBench
 from imgclf_jax.models.convnext import ConvNeXt
 from imgclf_jax.models.layers import ConvPool, Dense, FlatDense
-from imgclf_jax.models.parts import ACTIVATION
 from imgclf_jax.models.recurrent import GRUCell, LSTMCell
 from imgclf_jax.models.resnet import ResNet, ResNetCIFAR, WideResNet
 from imgclf_jax.models.vit import Mixer, ViT
 
-_ACTIVATION = {"activation": ACTIVATION}
 _dense_init = nn.initializers.glorot_uniform()
 
 
@@ -53,7 +51,7 @@ class MLP(nn.Module):
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
     activation: Callable[[jax.Array], jax.Array] = nn.relu
-    swappable = _ACTIVATION
+    swappable = ("activation",)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

@@ -64,7 +64,7 @@ class Classifier(nn.Module):
 def build(text: str, num_classes: int, precision: str) -> Classifier:
     """Builds a Classifier from the spec of its backbone, such as `cnn(widths=(32, 64))`.
 
-    A backbone is a linen or an nnx module. If it has a `dtype` field (nnx: a constructor parameter), it computes in
+    A backbone is a linen or an nnx module, or a function that makes one. If it takes `dtype`, it computes in
     `precision` ("float32" or "bfloat16") unless the spec sets `dtype`. Every spec accepts `head_init`, a spec of
     HEAD_INITS in quotes such as 'zeros' or 'normal(0.01)'; the backbone does not see it. Raises UserError for an
     unknown backbone, for arguments that do not fit, and for sizes below 1.
@@ -89,12 +89,12 @@ def _build_backbone(call: spec.Call, text: str, dtype: DTypeLike) -> nn.Module:
         fields: Collection[str] = inspect.signature(make.func).parameters
     else:
         try:
-            make = parts.bind(call, parts.Part(BACKBONES), "model")
+            make = parts.bind(call, BACKBONES)
         except UserError as e:
             if inspect.isclass(made):
                 raise
             raise UserError(f"{_no_module(call.name, made)}: {e}") from e
-        fields = getattr(make.func, "__dataclass_fields__", ())
+        fields = inspect.signature(make.func).parameters
     if call.name in BACKBONES:
         _check_values(text, make)
     settings = {"dtype": dtype} if "dtype" in fields and "dtype" not in make.keywords else {}

@@ -19,7 +19,6 @@ _VARIANTS = {
     "S": ((3, 3, 27, 3), (96, 192, 384, 768)),
     "B": ((3, 3, 27, 3), (128, 256, 512, 1024)),
 }
-_BLOCK_PARTS = {"norm": parts.NORM, "activation": parts.ACTIVATION}
 _init = nn.initializers.normal(0.02)
 
 
@@ -31,7 +30,6 @@ class ConvNeXtBlock(nn.Module):
     dtype: DTypeLike = jnp.float32
     norm: ModuleDef = LayerNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
-    swappable = _BLOCK_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -43,12 +41,6 @@ class ConvNeXtBlock(nn.Module):
         y = Dense(d, **settings, name="pwconv2")(y)
         gamma = self.param("gamma", nn.initializers.constant(self.layer_scale), (d,))
         return x + drop_path(self, y * spread(gamma, y), self.drop_path, train)
-
-
-_CONVNEXT_PARTS = {
-    "block": parts.Part({"convnext_block": ConvNeXtBlock}, ("norm", "activation", "dtype", "drop_path", "layer_scale")),
-    **_BLOCK_PARTS,
-}
 
 
 class ConvNeXt(nn.Module):
@@ -65,7 +57,7 @@ class ConvNeXt(nn.Module):
     block: ModuleDef = ConvNeXtBlock
     norm: ModuleDef = LayerNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
-    swappable = _CONVNEXT_PARTS
+    swappable = ("norm", "activation")
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -89,5 +81,5 @@ class ConvNeXt(nn.Module):
             if not i:
                 x = norm("stem_norm")(x, train)  # [b, h/4, w/4, d]
             for j in range(depth):
-                x = parts.make(block, f"stage{i}_{j}", drop_path=next(rates), **passed)(x, train)
+                x = block(drop_path=next(rates), **passed, name=f"stage{i}_{j}")(x, train)
         return norm("norm")(mean_pool(x), train)

@@ -1,14 +1,16 @@
-"""Swappable parts of a backbone: blocks, normalizations and activations chosen in the model's spec.
+"""The normalization and activation of a backbone, chosen in its spec.
 
-A linen class declares such fields in a class attribute `swappable`; each value is then a spec of its own, such as
-`resnet_cifar(block='my_nets:SEBlock(ratio=8)', norm='group_norm(num_groups=8)')`. In Python, pass the class::
+`resnet_cifar(norm='group_norm(num_groups=8)', activation='my_file:swish')` works for each linen class whose attribute
+`swappable` names these fields. In Python, pass the class and the function themselves::
 
     class MyNet(nn.Module):
         norm: ModuleDef = BatchNorm
-        swappable = {"norm": NORM}
+        swappable = ("norm",)
 
-Parts may have swappable parts themselves. The backbone passes arguments such as `features` and `dtype` to the fields
-that a part declares, unless the part's spec sets them.
+        @nn.compact
+        def __call__(self, x, train=False):
+            norm = parts.norms(self.norm, momentum=0.9, dtype=x.dtype)
+            return norm("bn")(x, train)
 """
 
 import functools
@@ -26,22 +28,6 @@ from imgclf_jax.core.typing import ModuleDef
 from imgclf_jax.models.layers import gelu
 from imgclf_jax.models.norms import BatchNorm, GroupNorm, LayerNorm
 
-
-@dataclass(frozen=True)
-class Part:
-    """The choices for one swappable field, and the arguments that the backbone passes to the chosen class.
-
-    `names` maps the names of built-in choices to classes. The arguments `passed` go to the fields of those names, where
-    a class declares them; it must declare the `required` ones. With `function`, choices are functions of an array, with
-    further arguments of their own, instead of classes.
-    """
-
-    names: Mapping[str, object]
-    passed: tuple[str, ...] = ()
-    required: tuple[str, ...] = ()
-    function: bool = False
-
-
 NORMS = {"batch_norm": BatchNorm, "group_norm": GroupNorm, "layer_norm": LayerNorm}
 ACTIVATIONS = {
     "relu": nn.relu,
@@ -53,73 +39,56 @@ ACTIVATIONS = {
     "tanh": nn.tanh,
     "identity": lambda x: x,
 }
-NORM = Part(NORMS, ("dtype", "momentum", "epsilon", "use_scale", "scale_init"))
-ACTIVATION = Part(ACTIVATIONS, function=True)
+_OF_BATCH_NORM = ("momentum", "epsilon", "use_scale")  # for norms that have such fields
+_PASSED = ("dtype", "scale_init", *_OF_BATCH_NORM)
 
 
-def bind(call: spec.Call, part: Part, kind: str) -> functools.partial[Any]:
-    """The class or function that `call` names, with its arguments bound and the specs among them resolved.
+def bind(call: spec.Call, backbones: Mapping[str, object]) -> functools.partial[Any]:
+    """The backbone that `call` names, with its arguments bound and its `norm` and `activation` resolved.
 
-    `kind` is the field's name, for messages. Raises UserError for a name, an argument or a class that does not fit.
+    Raises UserError for a name, an argument or a class that does not fit.
     """
-    if part.function:
-        function = spec.bind(call, part.names, kind, leading=("x",))
-        if inspect.isclass(function.func):
-            raise UserError(f"{kind} {call.name!r} is a class; {kind} must be a function of an array, such as 'gelu'")
-        return function
-    made = spec.bind(call, part.names, kind, by_name=part.passed)
-    if part.passed:
-        _check_class(made.func, part, kind, call.name)
-    swappable: Mapping[str, Part] = getattr(made.func, "swappable", {})
-    if not swappable or not all(isinstance(value, Part) for value in swappable.values()):
+    made = spec.bind(call, backbones, "model")
+    swappable = getattr(made.func, "swappable", ())
+    if not swappable:
         return made
     settings = inspect.signature(made.func).bind_partial(*made.args, **made.keywords).arguments
-    for key in swappable.keys() & settings.keys():
-        text = settings[key]
-        try:
-            if not isinstance(text, str):
-                example = next(iter(swappable[key].names))
-                raise UserError(f"{key}={text!r} is not a spec; quote it, as in {key}='{example}'")
-            inner = bind(spec.parse_one(text), swappable[key], key)
-            settings[key] = inner if inner.args or inner.keywords else inner.func
-        except Untrusted:
-            raise
-        except UserError as e:
-            raise UserError(f"{kind}={str(call)!r}: {e}") from e
+    for key, value in settings.items():
+        if key in swappable:
+            settings[key] = _resolve(key, value, call)
+        elif key == "block":
+            raise UserError(f"model={str(call)!r}: a spec names no block; name a function of your own that returns "
+                            f"{made.func.__name__}(block=MyBlock)")  # fmt: skip
     return functools.partial(made.func, **settings)
+
+
+def _resolve(key: str, value: object, call: spec.Call) -> object:
+    names: Mapping[str, object] = NORMS if key == "norm" else ACTIVATIONS
+    try:
+        if not isinstance(value, str):
+            raise UserError(f"{key}={value!r} is not a spec; quote it, as in {key}='{next(iter(names))}'")
+        inner = spec.parse_one(value)
+        if key == "norm":
+            part = spec.bind(inner, names, key, by_name=_PASSED)
+            if not (inspect.isclass(part.func) and issubclass(part.func, nn.Module)):
+                raise UserError(f"norm {inner.name!r} is not a subclass of flax.linen.Module")
+            if "dtype" not in part.func.__dataclass_fields__:
+                raise UserError(f"norm {inner.name!r} has no field 'dtype', which backbones set to the precision")
+        else:
+            part = spec.bind(inner, names, key, leading=("x",))
+            if inspect.isclass(part.func):
+                raise UserError(f"activation {inner.name!r} is a class; it must be a function of an array, as 'gelu'")
+    except Untrusted:
+        raise
+    except UserError as e:
+        raise UserError(f"model={str(call)!r}: {e}") from e
+    return part if part.args or part.keywords else part.func
 
 
 def has_swapped(module: nn.Module) -> bool:
     """Whether a part of the module is not the default, so that published weights no longer fit."""
     fields = type(module).__dataclass_fields__
-    return any(getattr(module, key) != fields[key].default for key in getattr(type(module), "swappable", {}))
-
-
-def _check_class(made: object, part: Part, kind: str, name: str) -> None:
-    if not (inspect.isclass(made) and issubclass(made, nn.Module)):
-        raise UserError(f"{kind} {name!r} is not a subclass of flax.linen.Module")
-    missing = [key for key in part.required if key not in made.__dataclass_fields__]
-    if missing:
-        raise UserError(
-            f"{kind} {name!r} has no field {missing[0]!r}; this backbone needs {' and '.join(part.required)} in a "
-            f"{kind}, and passes {', '.join(part.passed)} to fields of these names"
-        )
-
-
-def make(part: ModuleDef, name: str | None = None, **passed: object) -> Any:
-    """Instantiates a module class, or a partial of one, with those of `passed` that are unbound fields of it."""
-    bound = part.keywords if isinstance(part, functools.partial) else {}
-    fields = inspect.signature(part.func if isinstance(part, functools.partial) else part).parameters
-    return part(**{k: v for k, v in passed.items() if k in fields and k not in bound}, name=name)
-
-
-def call(module: nn.Module, x: jax.Array, train: bool) -> jax.Array:
-    """Calls a module in training or evaluation mode: passes `train`, linen's `use_running_average`, or neither."""
-    takes = inspect.signature(type(module).__call__).parameters
-    if "train" in takes:
-        return module(x, train)
-    more = {"use_running_average": not train} if "use_running_average" in takes else {}
-    return module(x, **more)
+    return any(getattr(module, key) != fields[key].default for key in ("block", "norm", "activation") if key in fields)
 
 
 @dataclass(frozen=True)
@@ -130,12 +99,24 @@ class Norm:
     passed: Mapping[str, object] = field(default_factory=dict)
 
     def __call__(self, name: str | None = None, scale: float = 1.0) -> Callable[..., jax.Array]:
-        """Returns a layer (x, train) -> x whose scale parameter is initialized to `scale`."""
-        passed = self.passed if scale == 1 else {**self.passed, "scale_init": nn.initializers.constant(scale)}
-        module = make(self.cls, name, **passed)
+        """Returns a layer (x, train) -> x whose scale parameter is initialized to `scale`.
+
+        It passes `train`, linen's `use_running_average`, or neither. Raises UserError if the class lacks a field that
+        the network sets; `momentum`, `epsilon` and `use_scale` are for classes that have them.
+        """
+        made = self.cls.func if isinstance(self.cls, functools.partial) else self.cls
+        bound = self.cls.keywords if isinstance(self.cls, functools.partial) else {}
+        passed = dict(self.passed) if scale == 1 else {**self.passed, "scale_init": nn.initializers.constant(scale)}
+        fields = inspect.signature(made).parameters
+        if missing := [key for key in passed if key not in (*fields, *_OF_BATCH_NORM)]:
+            raise UserError(f"norm {made.__name__} has no field {missing[0]!r}, which this network sets")
+        module = self.cls(**{k: v for k, v in passed.items() if k in fields and k not in bound}, name=name)
+        takes = inspect.signature(type(module).__call__).parameters
 
         def normalize(x: jax.Array, train: bool = False) -> jax.Array:
-            return call(module, x, train)
+            if "train" in takes:
+                return module(x, train)
+            return module(x, use_running_average=not train) if "use_running_average" in takes else module(x)
 
         return normalize
 

@@ -15,8 +15,6 @@ from imgclf_jax.models.layers import Conv, max_pool, mean_pool
 from imgclf_jax.models.norms import BatchNorm
 from imgclf_jax.models.remat import remat
 
-_BLOCK_PARTS = {"norm": parts.NORM, "activation": parts.ACTIVATION}
-
 _STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
@@ -57,12 +55,11 @@ class BasicBlock(nn.Module):
     norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     dtype: DTypeLike = jnp.float32
-    swappable = _BLOCK_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         if self.shortcut not in ("conv", "pad"):
-            raise UserError(f"basic_block(shortcut={self.shortcut!r}): allowed are 'conv' and 'pad'")
+            raise UserError(f"shortcut={self.shortcut!r}: allowed are 'conv' and 'pad'")
         conv, norm = partial(_conv, dtype=self.dtype), parts.norms(self.norm, dtype=self.dtype)
         y = self.activation(norm("bn1")(conv(self.features, 3, self.strides, name="conv1")(x), train))
         y = norm("bn2", self.last_scale)(conv(self.features, 3, 1, name="conv2")(y), train)
@@ -84,7 +81,6 @@ class Bottleneck(nn.Module):
     norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     dtype: DTypeLike = jnp.float32
-    swappable = _BLOCK_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -96,16 +92,6 @@ class Bottleneck(nn.Module):
             shortcut = conv(4 * self.features, 1, self.strides, name="downsample_conv")
             x = norm("downsample_bn")(shortcut(x), train)
         return self.activation(x + y)
-
-
-_RESNET_PARTS = {
-    "block": parts.Part(
-        {"basic_block": BasicBlock, "bottleneck": Bottleneck},
-        passed=("features", "strides", "norm", "activation", "dtype", "last_scale", "shortcut"),
-        required=("features", "strides"),
-    ),
-    **_BLOCK_PARTS,
-}
 
 
 class ResNet(nn.Module):
@@ -123,7 +109,7 @@ class ResNet(nn.Module):
     block: ModuleDef | None = None  # None: BasicBlock below depth 50, else Bottleneck
     norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
-    swappable = _RESNET_PARTS
+    swappable = ("norm", "activation")
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -133,8 +119,8 @@ class ResNet(nn.Module):
         x = _conv(64, 7, 2, self.dtype, "conv1")(x)  # h/2, w/2, 64 channels
         x = max_pool(self.activation(norm("bn1")(x, train)), 3, 2, 1)  # h/4, w/4
         block = partial(
-            parts.make, remat(self.block or (BasicBlock if self.depth < 50 else Bottleneck), self.remat),
-            norm=norm, activation=self.activation, dtype=self.dtype, last_scale=float(not self.zero_init),
+            remat(self.block or (BasicBlock if self.depth < 50 else Bottleneck), self.remat), norm=norm,
+            activation=self.activation, dtype=self.dtype, last_scale=float(not self.zero_init),
         )  # fmt: skip
         return mean_pool(_stages(block, 64, _STAGES[self.depth], x, train))
 
@@ -143,16 +129,17 @@ class ResNetCIFAR(nn.Module):
     """ResNets of section 4.2, depth 6n + 2 (20, 32, 44, 56, 110): [b, h, w, c] → [b, 64].
 
     Shortcuts have no parameters: they subsample every second pixel and pad the channels with zeros, half before and
-    half after, as in akamaster's PyTorch checkpoints.
+    half after, as in akamaster's PyTorch checkpoints; with `shortcut` "conv" they are the paper's option B.
     """
 
     depth: int = 20
     momentum: float = 0.9
+    shortcut: str = "pad"
     dtype: DTypeLike = jnp.float32
     block: ModuleDef = BasicBlock
     norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
-    swappable = _RESNET_PARTS
+    swappable = ("norm", "activation")
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -160,9 +147,8 @@ class ResNetCIFAR(nn.Module):
         norm = parts.norms(self.norm, momentum=self.momentum, dtype=self.dtype)
         x = self.activation(norm("bn1")(_conv(16, 3, 1, self.dtype, "conv1")(x), train))
         block = partial(
-            parts.make, self.block, norm=norm, activation=self.activation, dtype=self.dtype, shortcut="pad",
-            last_scale=1.0,
-        )  # fmt: skip
+            self.block, norm=norm, activation=self.activation, dtype=self.dtype, shortcut=self.shortcut, last_scale=1.0
+        )
         return mean_pool(_stages(block, 16, [n] * 3, x, train))
 
 
@@ -175,7 +161,6 @@ class WideBlock(nn.Module):
     norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     dtype: DTypeLike = jnp.float32
-    swappable = _BLOCK_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -186,16 +171,6 @@ class WideBlock(nn.Module):
         y = self.activation(norm("bn2")(conv(self.features, 3, self.strides, name="conv1")(y), train))
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
         return x + conv(self.features, 3, 1, name="conv2")(y)
-
-
-_WIDE_RESNET_PARTS = {
-    "block": parts.Part(
-        {"wide_block": WideBlock},
-        passed=("features", "strides", "norm", "activation", "dtype", "dropout"),
-        required=("features", "strides"),
-    ),
-    **_BLOCK_PARTS,
-}
 
 
 class WideResNet(nn.Module):
@@ -209,15 +184,13 @@ class WideResNet(nn.Module):
     block: ModuleDef = WideBlock
     norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
-    swappable = _WIDE_RESNET_PARTS
+    swappable = ("norm", "activation")
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         n = _blocks_per_stage("wide_resnet", self.depth, 4, "16, 22, 28 and 40")
         norm = parts.norms(self.norm, momentum=self.momentum, dtype=self.dtype)
         x = _conv(16, 3, 1, self.dtype, "conv1")(x)
-        block = partial(
-            parts.make, self.block, norm=norm, activation=self.activation, dtype=self.dtype, dropout=self.dropout
-        )
+        block = partial(self.block, norm=norm, activation=self.activation, dtype=self.dtype, dropout=self.dropout)
         x = _stages(block, 16 * self.width, [n] * 3, x, train)
         return mean_pool(self.activation(norm("bn1")(x, train)))

@@ -19,7 +19,6 @@ from imgclf_jax.models.remat import remat
 
 _VIT = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # width, layers, heads
 _MIXER = {"S": (512, 8, 256, 2048), "B": (768, 12, 384, 3072)}  # width, layers, hidden widths over tokens, channels
-_ACTIVATION = {"activation": parts.ACTIVATION}
 _init = nn.initializers.normal(0.02)
 
 
@@ -69,7 +68,6 @@ class MLPBlock(nn.Module):
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
     activation: Callable[[jax.Array], jax.Array] = gelu
-    swappable = _ACTIVATION
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -79,15 +77,6 @@ class MLPBlock(nn.Module):
         return Dense(x.shape[-1], self.dtype, init, name="fc2")(y)
 
 
-_MLP = parts.Part({"mlp_block": MLPBlock}, ("hidden", "dropout", "activation", "dtype"))
-_ENCODER_PARTS = {
-    "attention": parts.Part({"attention": Attention}, ("heads", "dropout", "activation", "dtype")),
-    "mlp": _MLP,
-    "norm": parts.NORM,
-    **_ACTIVATION,
-}
-
-
 class EncoderBlock(nn.Module):
     """A pre-norm transformer block: attention and an MLP, each with a residual connection."""
 
@@ -95,33 +84,19 @@ class EncoderBlock(nn.Module):
     dropout: float = 0.0
     drop_path: float = 0.0
     dtype: DTypeLike = jnp.float32
-    attention: ModuleDef = Attention
-    mlp: ModuleDef = MLPBlock
     norm: ModuleDef = LayerNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
-    swappable = _ENCODER_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         norm = parts.norms(self.norm, dtype=self.dtype)
-        passed: Arguments = {"dropout": self.dropout, "dtype": self.dtype, "activation": self.activation}
-        attention = parts.make(self.attention, "attn", heads=self.heads, **passed)
-        y = parts.call(attention, norm("norm1")(x, train), train)
+        y = Attention(self.heads, self.dtype, name="attn")(norm("norm1")(x, train))
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
         x = x + drop_path(self, y, self.drop_path, train)
-        mlp = parts.make(self.mlp, "mlp", hidden=4 * x.shape[-1], **passed)
-        y = parts.call(mlp, norm("norm2")(x, train), train)
+        mlp = MLPBlock(4 * x.shape[-1], self.dropout, self.dtype, self.activation, name="mlp")
+        y = mlp(norm("norm2")(x, train), train)
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
         return x + drop_path(self, y, self.drop_path, train)
-
-
-_VIT_PARTS = {
-    "block": parts.Part(
-        {"encoder_block": EncoderBlock},
-        ("heads", "dropout", "drop_path", "attention", "mlp", "norm", "activation", "dtype"),
-    ),
-    **_ENCODER_PARTS,
-}
 
 
 class ViT(nn.Module):
@@ -146,11 +121,9 @@ class ViT(nn.Module):
     remat: str = ""
     dtype: DTypeLike = jnp.float32
     block: ModuleDef = EncoderBlock
-    attention: ModuleDef = Attention
-    mlp: ModuleDef = MLPBlock
     norm: ModuleDef = LayerNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
-    swappable = _VIT_PARTS
+    swappable = ("norm", "activation")
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -175,19 +148,15 @@ class ViT(nn.Module):
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         block, norm = remat(self.block, self.remat), parts.norms(self.norm, dtype=self.dtype)
         passed: Arguments = {
-            "heads": heads, "dropout": self.dropout, "dtype": self.dtype, "attention": self.attention, "mlp": self.mlp,
-            "norm": norm, "activation": self.activation,
+            "heads": heads, "dropout": self.dropout, "dtype": self.dtype, "norm": norm, "activation": self.activation,
         }  # fmt: skip
         for i in range(layers):
             rate = self.drop_path * i / (layers - 1)
-            x = parts.make(block, f"block{i}", drop_path=rate, **passed)(x, train)
+            x = block(drop_path=rate, **passed, name=f"block{i}")(x, train)
         if self.pool == "cls":
             x = x[:, :1]  # before the norm, which no other token needs
         x = mean_pool(norm("norm")(x, train))
         return jnp.tanh(Dense(width, self.dtype, name="representation")(x)) if self.representation else x
-
-
-_MIXER_BLOCK_PARTS = {"mlp": _MLP, "norm": parts.NORM, **_ACTIVATION}
 
 
 class MixerBlock(nn.Module):
@@ -197,29 +166,18 @@ class MixerBlock(nn.Module):
     channels_hidden: int
     drop_path: float = 0.0
     dtype: DTypeLike = jnp.float32
-    mlp: ModuleDef = MLPBlock
     norm: ModuleDef = LayerNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
-    swappable = _MIXER_BLOCK_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         norm = parts.norms(self.norm, dtype=self.dtype)
-        mlp = partial(parts.make, self.mlp, activation=self.activation, dtype=self.dtype)
+        mlp = partial(MLPBlock, activation=self.activation, dtype=self.dtype)
         y = norm("norm1")(x, train).swapaxes(1, 2)  # [b, d, n]
-        y = parts.call(mlp("mlp_tokens", hidden=self.tokens_hidden), y, train).swapaxes(1, 2)
+        y = mlp(self.tokens_hidden, name="mlp_tokens")(y, train).swapaxes(1, 2)
         x = x + drop_path(self, y, self.drop_path, train)
-        y = parts.call(mlp("mlp_channels", hidden=self.channels_hidden), norm("norm2")(x, train), train)
+        y = mlp(self.channels_hidden, name="mlp_channels")(norm("norm2")(x, train), train)
         return x + drop_path(self, y, self.drop_path, train)
-
-
-_MIXER_PARTS = {
-    "block": parts.Part(
-        {"mixer_block": MixerBlock},
-        ("tokens_hidden", "channels_hidden", "drop_path", "mlp", "norm", "activation", "dtype"),
-    ),
-    **_MIXER_BLOCK_PARTS,
-}
 
 
 class Mixer(nn.Module):
@@ -231,10 +189,9 @@ class Mixer(nn.Module):
     remat: str = ""
     dtype: DTypeLike = jnp.float32
     block: ModuleDef = MixerBlock
-    mlp: ModuleDef = MLPBlock
     norm: ModuleDef = LayerNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
-    swappable = _MIXER_PARTS
+    swappable = ("norm", "activation")
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -245,10 +202,10 @@ class Mixer(nn.Module):
         x = x.reshape(x.shape[0], -1, width)
         block, norm = remat(self.block, self.remat), parts.norms(self.norm, dtype=self.dtype)
         passed: Arguments = {
-            "tokens_hidden": tokens_hidden, "channels_hidden": channels_hidden, "dtype": self.dtype, "mlp": self.mlp,
-            "norm": norm, "activation": self.activation,
+            "tokens_hidden": tokens_hidden, "channels_hidden": channels_hidden, "dtype": self.dtype, "norm": norm,
+            "activation": self.activation,
         }  # fmt: skip
         for i in range(layers):
             rate = self.drop_path * i / (layers - 1)
-            x = parts.make(block, f"block{i}", drop_path=rate, **passed)(x, train)
+            x = block(drop_path=rate, **passed, name=f"block{i}")(x, train)
         return mean_pool(norm("norm")(x, train))

@@ -1,5 +1,6 @@
-"""Blocks, normalizations and activations of the backbones, swapped by name or import path."""
+"""Normalizations and activations of the backbones, swapped by name or import path, and blocks in Python."""
 
+import functools
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ from imgclf_jax.config import default_config
 from imgclf_jax.core import platform
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.models import classifier
-from imgclf_jax.models.resnet import BasicBlock, ResNetCIFAR
+from imgclf_jax.models.norms import BatchNorm
+from imgclf_jax.models.resnet import BasicBlock, Bottleneck, ResNet, ResNetCIFAR, WideResNet
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.tools.export import torch_state
@@ -29,6 +31,9 @@ class SEBlock(nn.Module):
     norm: Any = nn.BatchNorm
     activation: Any = nn.relu
     dtype: Any = jnp.float32
+    last_scale: float = 1.0
+    shortcut: str = "conv"
+    dropout: float = 0.0
     ratio: int = 4
 
     @nn.compact
@@ -41,20 +46,16 @@ class SEBlock(nn.Module):
         return y + nn.Conv(self.features, (1, 1), self.strides, **settings, name="shortcut")(x)
 
 
-class TokenMean(nn.Module):
-    """In place of attention: each token gets the mean of all. Called without `train`."""
-
-    scale: float = 1.0
-
-    def __call__(self, x):
-        return self.scale * jnp.broadcast_to(jnp.mean(x, 1, keepdims=True), x.shape)
-
-
 class Broken(nn.Module):
     """A block with a bug inside."""
 
     features: int
     strides: int = 1
+    norm: Any = nn.BatchNorm
+    activation: Any = nn.relu
+    dtype: Any = jnp.float32
+    last_scale: float = 1.0
+    shortcut: str = "conv"
 
     @nn.compact
     def __call__(self, x, train):
@@ -82,39 +83,62 @@ def two_values(logits, labels):
     return logits, logits
 
 
-class WithoutStrides(nn.Module):
-    """A block that a residual network cannot use."""
+def se_cifar(ratio=4, norm=BatchNorm, activation=nn.silu, dtype=jnp.float32):
+    """How a spec names a network with a stranger's block."""
+    return ResNetCIFAR(8, block=functools.partial(SEBlock, ratio=ratio), norm=norm, activation=activation, dtype=dtype)
 
-    features: int
+
+def se_resnet(remat="", dtype=jnp.float32):
+    return ResNet(18, block=SEBlock, remat=remat, dtype=dtype)
 
 
-def a_function(features, strides):
-    """Not a module class."""
+def se_wide(dtype=jnp.float32):
+    return WideResNet(10, 1, block=SEBlock, dtype=dtype)
+
+
+def linens(ratio, dtype=jnp.float32):
+    return ResNetCIFAR(8, block=functools.partial(SEBlock, ratio=ratio), dtype=dtype,
+                       norm=functools.partial(nn.BatchNorm, epsilon=0.1))  # fmt: skip
+
+
+def broken(dtype=jnp.float32):
+    return ResNetCIFAR(8, block=Broken, dtype=dtype)
+
+
+def option_b():
+    return ResNetCIFAR(8, block=Bottleneck)
+
+
+class WithoutPrecision(nn.Module):
+    """A normalization that no backbone can use."""
+
+    def __call__(self, x):
+        return x
 
 
 SWAPPED = {
-    "resnet_cifar": ("resnet_cifar(depth=8, block='test_parts:SEBlock(ratio=2)', norm='group_norm(num_groups=4)', "
-                     "activation='jax.nn:silu')", 8),
-    "resnet": ("resnet(depth=18, block='test_parts:SEBlock', norm='flax.linen:BatchNorm(momentum=0.5)')", 32),
-    "wide_resnet": ("wide_resnet(depth=10, width=1, block='test_parts:SEBlock', norm='layer_norm')", 8),
+    "resnet_cifar": ("test_parts:se_cifar(ratio=2)", 8),
+    "norms": ("resnet_cifar(depth=8, norm='group_norm(num_groups=4)', activation='jax.nn:silu')", 8),
+    "resnet": ("test_parts:se_resnet", 32),
+    "wide_resnet": ("test_parts:se_wide", 8),
     "airbench": ("airbench(widths=(8, 8, 40), norm='group_norm(num_groups=8)', activation='silu')", 32),
     "convnext": ("convnext('T', norm='batch_norm', activation='leaky_relu(negative_slope=0.1)')", 32),
-    "vit": ("vit('Ti', patch=8, attention='test_parts:TokenMean(scale=0.5)', norm='group_norm(num_groups=4)')", 16),
+    "vit": ("vit('Ti', patch=8, norm='group_norm(num_groups=4)', activation='elu')", 16),
     "mixer": ("mixer('S', patch=8, norm='flax.linen:RMSNorm', activation='tanh')", 16),
 }  # fmt: skip
 # The defaults by their names.
 NAMED = [
-    ("resnet_cifar(depth=8)", "block='basic_block', norm='batch_norm', activation='relu'", 8),
-    ("vit('Ti', patch=8)", "block='encoder_block', attention='attention', mlp='mlp_block', norm='layer_norm'", 16),
+    ("resnet_cifar(depth=8)", "norm='batch_norm', activation='relu', shortcut='pad'", 8),
+    ("vit('Ti', patch=8)", "norm='layer_norm', activation='gelu'", 16),
     ("mlp(widths=(8,))", "activation='relu'", 8),
 ]
 MORE_NAMED = [
-    ("resnet(depth=18)", "block='basic_block', norm='batch_norm', activation='relu'", 32),
-    ("wide_resnet(depth=10, width=1)", "block='wide_block', norm='batch_norm', activation='relu'", 8),
-    ("airbench(widths=(8, 8, 40))", "block='conv_group', norm='batch_norm', activation='gelu'", 32),
-    ("convnext('T')", "block='convnext_block', norm='layer_norm', activation='gelu'", 32),
-    ("mixer('S', patch=8)", "block='mixer_block', mlp='mlp_block', norm='layer_norm', activation='gelu'", 16),
-    ("resnet(depth=50)", "block='bottleneck', norm='batch_norm(momentum=0.9)'", 32),
+    ("resnet(depth=18)", "norm='batch_norm', activation='relu'", 32),
+    ("wide_resnet(depth=10, width=1)", "norm='batch_norm', activation='relu'", 8),
+    ("airbench(widths=(8, 8, 40))", "norm='batch_norm', activation='gelu'", 32),
+    ("convnext('T')", "norm='layer_norm', activation='gelu'", 32),
+    ("mixer('S', patch=8)", "norm='layer_norm', activation='gelu'", 16),
+    ("resnet(depth=50)", "norm='batch_norm(momentum=0.9)'", 32),
 ]
 
 
@@ -165,7 +189,7 @@ def test_the_defaults_have_names(spec, names, size):
 @pytest.mark.usefixtures("shallow")
 def test_what_a_part_is_given():
     """The widths and strides of its position, the precision and the network's normalization; the spec comes first."""
-    spec = "resnet_cifar(depth=8, block='test_parts:SEBlock(2)', norm='flax.linen:BatchNorm(epsilon=0.1)')"
+    spec = "test_parts:linens(2)"
     model = classifier.build(spec, 4, "bfloat16")
     seen = {}
 
@@ -198,27 +222,25 @@ def test_linens_batch_norm_knows_of_training():
 
 @pytest.mark.usefixtures("shallow")
 def test_remat_of_a_strangers_block():
-    spec = "resnet(depth=18, block='test_parts:SEBlock', remat='block')"
-    model, x, variables = build(spec, 32)
-    plain = build(spec.replace(", remat='block'", ""), 32)
+    model, x, variables = build("test_parts:se_resnet('block')", 32)
+    plain = build("test_parts:se_resnet", 32)
     assert jax.tree.structure(variables) == jax.tree.structure(plain[2])
     program = str(jax.make_jaxpr(jax.grad(lambda v: jnp.sum(trained(model, v, x)[0])))(variables))
     assert program.count("prevent_cse") == 2  # a block each
 
 
 @pytest.mark.parametrize(("spec", "says"), [
-    ("resnet_cifar(block='no_such_file:SEBlock')", "cannot import 'no_such_file' for block 'no_such_file:SEBlock'"),
-    ("resnet_cifar(block='test_parts:SE')", "unknown name in module test_parts 'SE': "),
-    ("resnet_cifar(block='basic')", "unknown block 'basic': did you mean 'basic_block'? allowed: basic_block, bottle"),
-    ("resnet_cifar(block='test_parts:SEBlock(rate=2)')", "unknown argument 'rate': did you mean 'ratio'"),
-    ("resnet_cifar(block='test_parts:a_function')", "block 'test_parts:a_function' is not a subclass of flax.linen."),
-    ("resnet_cifar(block='test_parts:WithoutStrides')", "block 'test_parts:WithoutStrides' has no field 'strides'"),
-    ("resnet_cifar(block=20)", "block=20 is not a spec; quote it, as in block='basic_block'"),
+    ("resnet_cifar(norm='no_such_file:Norm')", "cannot import 'no_such_file' for norm 'no_such_file:Norm'"),
+    ("resnet_cifar(norm='test_parts:SE')", "unknown name in module test_parts 'SE': "),
+    ("resnet_cifar(norm='layer')", "unknown norm 'layer': did you mean 'layer_norm'? allowed: batch_norm, group_norm"),
+    ("resnet_cifar(norm='test_parts:se_cifar')", "norm 'test_parts:se_cifar' is not a subclass of flax.linen.Module"),
+    ("resnet_cifar(norm='test_parts:WithoutPrecision')", "norm 'test_parts:WithoutPrecision' has no field 'dtype'"),
+    ("resnet_cifar(norm=20)", "norm=20 is not a spec; quote it, as in norm='batch_norm'"),
+    ("resnet_cifar(block='basic_block')", "a spec names no block; name a function of your own that returns"),
     ("resnet_cifar(norm='basic_block')", "unknown norm 'basic_block': allowed: batch_norm, group_norm,"),
     ("resnet_cifar(norm='group_norm(groups=8)')", "unknown argument 'groups': did you mean 'num_groups'"),
     ("resnet_cifar(norm='batch_norm|relu')", "expected exactly one name(...), found 2"),
-    ("resnet_cifar(activation='flax.linen:PReLU')", "activation 'flax.linen:PReLU' is a class; activation must be a f"),
-    ("vit('Ti', block='encoder_block(attention=\"none\")')", "unknown attention 'none': allowed: attention, or an i"),
+    ("resnet_cifar(activation='flax.linen:PReLU')", "activation 'flax.linen:PReLU' is a class; it must be a function"),
     ("mlp(activation='rellu')", "unknown activation 'rellu': did you mean 'relu'"),
 ])  # fmt: skip
 def test_a_part_that_does_not_fit(spec, says):
@@ -231,7 +253,7 @@ def test_a_part_that_does_not_fit(spec, says):
 
 @pytest.mark.parametrize(("spec", "says"), [
     ("resnet_cifar(depth=8, norm='group_norm')", "group_norm(num_groups=32): 16 channels do not divide into 32 groups"),
-    ("resnet_cifar(depth=8, block='basic_block(shortcut=\"none\")')", r"basic_block(shortcut='none'): allowed are"),
+    ("resnet_cifar(depth=8, shortcut='none')", r"shortcut='none': allowed are"),
     ("resnet_cifar(depth=21)", "the depth must be 6n + 2 with n of 1 or more, such as 20, 32, 44, 56 and 110; the "
                                "nearest are 20 and 26"),
     ("resnet_cifar(depth=2)", "resnet_cifar(depth=2): the depth must be 6n + 2 with n of 1 or more"),
@@ -246,7 +268,6 @@ def test_a_part_that_does_not_fit(spec, says):
     ("vit('Ti', patch=5)", "do not divide into patches of 5"),
     ("convnext('X')", "allowed: B, S, T"),
     ("mixer('L')", "allowed: B, S"),
-    ("vit('Ti', block='encoder_block(drop_path=1)')", "drop_path=1: allowed are 0 to below 1"),
 ])  # fmt: skip
 def test_values_that_a_network_cannot_have(spec, says):
     model = classifier.build(spec, 4, "float32")
@@ -262,10 +283,19 @@ def test_an_image_that_vanishes_on_the_way_through_a_network():
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 28, 40, 1)))
 
 
+def test_what_a_block_or_norm_does_not_take_is_an_error():
+    """`drop_path` was dropped in silence."""
+    x = jnp.zeros((1, 8, 8, 3))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'shortcut'"):
+        jax.eval_shape(option_b().init, jax.random.key(0), x)
+    with pytest.raises(UserError, match="norm WithoutPrecision has no field 'dtype', which this network sets"):
+        jax.eval_shape(ResNetCIFAR(8, norm=WithoutPrecision).init, jax.random.key(0), x)
+
+
 def test_weights_of_swapped_parts_have_no_published_names():
     """PyTorch's model would load them and compute something else."""
     assert torch_state.naming(ResNetCIFAR(8)) == "akamaster"
-    assert torch_state.naming(classifier.build("resnet_cifar(8, block='basic_block')", 4, "float32").backbone) == (
+    assert torch_state.naming(classifier.build("resnet_cifar(8, norm='batch_norm')", 4, "float32").backbone) == (
         "akamaster"
     )
     for backbone in (ResNetCIFAR(8, activation=nn.gelu), ResNetCIFAR(8, block=SEBlock)):
@@ -278,7 +308,7 @@ def test_weights_of_swapped_parts_have_no_published_names():
 def test_a_mistake_in_a_strangers_block_is_shown_where_it_is():
     """The traceback, and no sentence that blames the key."""
     config = default_config()
-    config.model = "resnet_cifar(depth=8, block='test_parts:Broken')"
+    config.model = "test_parts:broken"
     recipe = Recipe(config, DataInfo(64, (8, 8, 1), ("a", "b"), ""))
     with pytest.raises(AttributeError, match="no_such_attribute"), diagnose.naming_the_key(recipe):
         jax.eval_shape(lambda: recipe.model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))
