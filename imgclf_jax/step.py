@@ -48,12 +48,12 @@ class TrainState(struct.PyTreeNode):
     model_state: ModelState
     opt_state: optax.OptState
     # (params, model_state) to evaluate, such as their EMA; None: evaluate the trained ones
-    ema: tuple[Params, ModelState] | None = None
+    eval_variables: tuple[Params, ModelState] | None = None
 
     @property
     def evaluated(self) -> tuple[Params, ModelState]:
-        """(params, model_state) for evaluation and inference: `ema` if there is one."""
-        return (self.params, self.model_state) if self.ema is None else self.ema
+        """(params, model_state) for evaluation and inference: `eval_variables` if there are any."""
+        return (self.params, self.model_state) if self.eval_variables is None else self.eval_variables
 
 
 def init_state(
@@ -91,7 +91,7 @@ def init_state(
         params=params,
         model_state=variables,
         opt_state=seed_keys(optimizer.init(params), seed),
-        ema=average.init((params, variables)),
+        eval_variables=average.init((params, variables)),
     )
 
 
@@ -200,7 +200,9 @@ def make_train_step(
             )  # fmt: skip
         _check_fits(updates, state.params, "the optimizer returns updates")
         params = optax.apply_updates(state.params, shard(updates))
-        (params, model_state), ema = average.update(state.ema, (params, model_state), _updates(state), opt_state)
+        (params, model_state), evaluated = average.update(
+            state.eval_variables, (params, model_state), _updates(state), opt_state
+        )
 
         grad_norm = optax.tree.norm(grads)
         param_norm = optax.tree.norm(params)
@@ -216,7 +218,9 @@ def make_train_step(
             **{name: value * examples for name, value in named.items()},
             NONFINITE_STEP: jnp.where(finite, jnp.int32(metrics.NO_STEP), state.step),
         }
-        new = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, ema=ema)
+        new = state.replace(
+            step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, eval_variables=evaluated
+        )
         if skip_nonfinite:
             new = optax.tree.where(finite, new, state.replace(step=new.step, skipped=state.skipped + 1))
             sums = optax.tree.where(finite, sums, zero_sums(sums)) | {"skipped": (~finite).astype(jnp.int32)}

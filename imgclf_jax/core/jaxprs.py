@@ -1,7 +1,6 @@
 """Helpers to read jaxprs and evaluate them equation by equation."""
 
 import collections
-import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -60,12 +59,6 @@ def reads(jaxpr: Jaxpr, names: Mapping[Var, str]) -> Iterator[str]:
             known = zip(reversed(body.invars), reversed(operands), strict=False)
             yield from reads(body, {variable: name for variable, name in known if name})
         yield from filter(None, operands)
-
-
-def named(equation: JaxprEqn) -> contextlib.AbstractContextManager[object]:
-    """Inside, operations get the equation's name scope, which profiles show."""
-    scope = str(equation.source_info.name_stack)
-    return jax.named_scope(scope) if scope else contextlib.nullcontext()
 
 
 def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:

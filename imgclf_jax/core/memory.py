@@ -36,12 +36,6 @@ def keep_freed_again() -> None:
         keep_freed()
 
 
-def trim() -> None:
-    """Returns the allocator's free memory to the system: see `keep_freed`."""
-    with contextlib.suppress(OSError, AttributeError):  # glibc only
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def require(nbytes: int, what: str) -> None:
     """Raises UserError if `what` needs more bytes than the machine has."""
     if nbytes > (most := physical()):

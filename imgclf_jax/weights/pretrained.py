@@ -171,7 +171,7 @@ def _read_workdir(path: Path, programs: Programs) -> Named:
     state = checkpoints.restore_any(step)["state"]
     digests.check(workdir, step, state["params"])
     # The evaluated weights: the averages (params, model_state) if the run has any.
-    params, model_state = state.get("ema") or (state["params"], state.get("model_state"))
+    params, model_state = state.get("eval_variables") or (state["params"], state.get("model_state"))
     variables = jax.device_get({"params": params, **(model_state or {})})
     if num_seeds > 1:
         log.info("init_from=%r: the run has %d seeds; the first one's weights are taken", str(path), num_seeds)

@@ -102,7 +102,7 @@ def test_it_is_optax_by_hand(text):
         gap = max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (params, evaluated)), strict=True))
         assert gap > 1e-4
     else:
-        assert states[-1].ema is None
+        assert states[-1].eval_variables is None
 
 
 def test_the_memory_of_lbfgs_is_sharded_as_the_parameters(fake_config):

@@ -149,21 +149,21 @@ def test_evaluation_and_prediction_use_the_average(tmp_path, flag):
     result = json.loads((tmp_path / "result.json").read_text())
     workdir = Workdir(tmp_path)
     programs, state, _ = restore(workdir.load_config(), workdir, "best")
-    assert result["params_sha256"] == tree.sha256(jax.device_get(state.params)) != tree.sha256(state.ema[0])
+    assert result["params_sha256"] == tree.sha256(jax.device_get(state.params)) != tree.sha256(state.eval_variables[0])
     source = sources.open_splits(programs.recipe.config.data.source)["test"]
     examples = source.read(np.arange(64))
     images = examples["image"].astype(np.float32) / 255
-    logits = jax.jit(programs.recipe.model.apply)({"params": state.ema[0]}, images)
+    logits = jax.jit(programs.recipe.model.apply)({"params": state.eval_variables[0]}, images)
     loss = float(jnp.mean(programs.recipe.loss(logits, examples["label"])))
     close = rounding(12 * 12 + 16 + 4 + 4) * float(jnp.abs(logits).max())  # two dense layers and the softmax
     np.testing.assert_allclose(result["test"]["loss"], loss, rtol=0, atol=2 * close)  # its slope is 2 at most
     again = evaluate_all(programs, state, {"test": stream.Images(source, "decode(1)")})
     assert again["test"] == result["test"]
-    plain = evaluate_all(programs, state.replace(ema=None), {"test": stream.Images(source, "decode(1)")})
+    plain = evaluate_all(programs, state.replace(eval_variables=None), {"test": stream.Images(source, "decode(1)")})
     assert plain["test"]["loss"] != result["test"]["loss"]
     probabilities = programs.predict(*state.evaluated, examples["image"])
     np.testing.assert_allclose(probabilities, jax.nn.softmax(logits), rtol=0, atol=close)
     if "schedule_free" in flag:
         saved = Checkpoints(workdir.checkpoints, read_only=True).restore(22, programs.shape)["state"]
         x = optax.contrib.schedule_free_eval_params(saved.opt_state, saved.params)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), saved.ema[0], x)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), saved.eval_variables[0], x)

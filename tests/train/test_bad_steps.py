@@ -165,7 +165,9 @@ def test_weight_averages_count_updates_and_not_skipped_steps(decay, text):
 
     skipping, plain = train([*good[:2], bad, *good[2:6], bad, bad, good[6]]), train(good)
     assert int(skipping.skipped) == 3
-    jax.tree.map(np.testing.assert_array_equal, (skipping.params, skipping.ema), (plain.params, plain.ema))
+    jax.tree.map(
+        np.testing.assert_array_equal, (skipping.params, skipping.eval_variables), (plain.params, plain.eval_variables)
+    )
 
 
 def poisoned_where_255(key, images):

@@ -130,7 +130,8 @@ def test_a_work_directory_of_a_network_with_running_means(tmp_path):
     own, other = (dict(init(seed)) for seed in (3, 4))
     own["batch_stats"] = jax.tree.map(lambda x: x + 1, own["batch_stats"])
     params, stats = own["params"], {"batch_stats": own["batch_stats"]}
-    averages = {"params": other["params"], "model_state": {"batch_stats": other["batch_stats"]}, "ema": (params, stats)}
+    averages = {"params": other["params"], "model_state": {"batch_stats": other["batch_stats"]},
+                "eval_variables": (params, stats)}  # fmt: skip
     (tmp_path / "config.json").write_text('{"checkpoint": {"best": ""}}')
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     for step, state in enumerate([{"params": params, "model_state": stats}, averages]):

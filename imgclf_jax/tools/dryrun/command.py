@@ -60,7 +60,7 @@ def report(programs: Programs, chips: topology.Chips) -> JsonObject:
     resident = {
         "parameters": counts.bytes_per_device((state.params, state.model_state)),
         "optimizer": counts.bytes_per_device(state.opt_state),
-        "averages": counts.bytes_per_device((state.ema, sums)),
+        "averages": counts.bytes_per_device((state.eval_variables, sums)),
         "batch": counts.bytes_per_device((programs.batch_shape, programs.tables_shape)),
     }
     flops = _matmul_flops_per_chip(programs)

@@ -179,7 +179,7 @@ def test_weights_that_hold_nan_are_not_written(averaged, tmp_path, monkeypatch, 
     file, (model, _) = tmp_path / "a.safetensors", made("mlp(widths=(8,))")
     head = model.state.params["head"]
     params = model.state.params | {"head": head | {"kernel": head["kernel"].at[1, 0].set(jnp.nan)}}
-    state = model.state.replace(params=params, ema=model.state.evaluated if averaged else None)
+    state = model.state.replace(params=params, eval_variables=model.state.evaluated if averaged else None)
     monkeypatch.setattr(export, "load_trained", lambda *_: model._replace(state=state))
     (tmp_path / "config.json").write_text(configs.to_json(model.config))
     assert launch.main(["export", str(file), f"--workdir={tmp_path}"]) == (0 if averaged else 1)
