@@ -10,6 +10,8 @@ from pathlib import Path
 # The tests start a dozen processes: each would spend seconds compiling its imports where caches are switched off.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+# As the command line sets it before JAX starts: this process gives the bits of those that it starts.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_prefer_vector_width=512")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ["KERAS_BACKEND"] = "tensorflow"

@@ -57,7 +57,7 @@ def train(of, steps, run=None):
 
 # What a state consists of besides: averages of both kinds, several seeds, parts of the batch, batch statistics.
 WAYS = {
-    "adam": {},
+    "adam": {"optimizer": "adam(eps=1e-3)"},  # with 1e-8, a gradient that is zero but for rounding moves a whole step
     "parts": {"accumulate": 2},
     "average": {"ema": 0.9, "optimizer": "lamb"},
     "lookahead": {"optimizer": "sgd(momentum=0.9)|lookahead(3, 0.5)"},
