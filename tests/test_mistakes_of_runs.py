@@ -85,7 +85,7 @@ def test_nothing_to_evaluate(mistake, whole, tmp_path):
     """No run, no such checkpoint, another model, no files."""
     workdir, _ = whole
     before = snapshot(workdir)
-    for command in ("evaluate", "predict"):
+    for command in ("evaluate", "report"):
         sentence = mistake(command, f"--workdir={tmp_path}")
         assert has(sentence, f"{tmp_path} holds no run", "train first", "--workdir")
     for which in ("7", "best", "newest"):

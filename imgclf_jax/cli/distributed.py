@@ -35,7 +35,8 @@ def join(
     processes.start(coordinator, count, process, devices, heartbeat)
     terminal.setup_logging()
     check_platforms()
-    processes.agree(lambda: command | provenance.process_facts(), in_both=True)
+    processes.agree(lambda: command)
+    processes.agree(provenance.process_facts, in_both=True)
     processes.agree(lambda: provenance.device_facts(counted=not devices), in_both=True,
                     fix="--local_devices says which devices, all of one kind, each process takes")  # fmt: skip
     try:

@@ -169,7 +169,9 @@ def test_logits_gradients_and_adam_agree_with_keras(spec, float64):
     scale = lambda key, images: images / jnp.float64(255)  # noqa: E731
     # Strict promotion refuses to compare float64 logits with float32, the least precision of a loss.
     train_step = jax.jit(promoting(step.make_train_step(model, losses.softmax, optimizer, schedule, scale)))
-    state = step.TrainState(jnp.uint32(0), jnp.int32(0), params, {}, jax.jit(promoting(optimizer.init))(params))
+    state = step.TrainState(
+        jnp.uint32(0), jnp.int32(0), jnp.int32(0), params, {}, jax.jit(promoting(optimizer.init))(params)
+    )
     for x, y in zip(images, labels, strict=True):
         state, _ = train_step(state, {"image": jnp.asarray(x, jnp.float64), "label": jnp.asarray(y)})
         theirs.train_step(x / 255, y)

@@ -122,7 +122,8 @@ def _pool_bias_relu(x: jax.Array, bias: jax.Array, window: int, dtype: DTypeLike
     parts = window_slices(x, window, window, 0, 0)
     maximum = functools.reduce(jnp.maximum, parts)
     out = nn.relu(maximum + bias.astype(maximum.dtype)[:, None, None, None])
-    argmax = jnp.where(out > 0, first_argmax(parts, maximum), jnp.int8(-1))
+    argmax = first_argmax(parts, maximum)
+    argmax = jnp.where(out > 0, argmax, jnp.asarray(-1, argmax.dtype))
     return lax.optimization_barrier((out.astype(dtype), argmax))  # or XLA recomputes the argmax in each consumer
 
 

@@ -157,7 +157,7 @@ def test_it_is_well_formed_and_refers_to_nothing(text, page):
         assert not any(name.startswith("on") for name in attributes)
     places = {attributes.get("id") for _, attributes in page.tags}
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
-    assert len(links) == 8
+    assert len(links) == 7
     assert {link.removeprefix("#") for link in links} <= places
     for name in NAMES:  # unchanged for who reads the page
         assert name in page.tables["Confusion matrix on test"][1]
