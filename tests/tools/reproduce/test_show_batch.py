@@ -72,8 +72,9 @@ def test_the_batch_is_what_the_step_gives_the_model():
         ops.build(AUGMENT, train=True), mix=mixing.build(config.mix),
     )  # fmt: skip
     params = {"w": jnp.zeros(())}
-    state = step.TrainState(jnp.uint32(SEED), jnp.int32(K), jnp.int32(0), params, {"seen": {"images": jnp.zeros((BATCH, 8, 8, 3))}},
-                            optax.sgd(schedule).init(params))  # fmt: skip
+    model_state = {"seen": {"images": jnp.zeros((BATCH, 8, 8, 3))}}
+    opt_state = optax.sgd(schedule).init(params)
+    state = step.TrainState(jnp.uint32(SEED), jnp.int32(K), jnp.int32(0), params, model_state, opt_state)
     seen = jax.jit(train_step)(state, batch)[0].model_state["seen"]["images"]
     np.testing.assert_allclose(found.arrays["image"], seen, rtol=0, atol=1e-6)  # two programs may round differently
     assert np.abs(found.arrays["image"] - np.asarray(seen)).mean() < 1e-8
