@@ -146,7 +146,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.chips
-@pytest.mark.parametrize(("chips", "images"), [("v5e:2x2", 16), ("h100:2", 128)])
+@pytest.mark.parametrize(("chips", "images"), [("v5e:2x2", 128), ("h100:2", 128)])
 def test_a_batch_in_parts_takes_as_much_traffic(chips, images):
     """Each microbatch reads the parameters again; the total size of the images' arrays is the same."""
     (whole, summed), (parts, summed_of_parts) = printed(PROGRAM, chips, str(images))
