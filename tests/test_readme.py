@@ -123,8 +123,13 @@ def test_the_time_of_a_result_is_that_of_its_runs(row):
     assert [n for n in numbers if n and not fastest <= int(n) <= slowest] == []
 
 
-@pytest.mark.xfail(reason="the bundles have config keys of the version before; they are made anew at the release")
-@pytest.mark.parametrize(("mean", "of", "name", "several"), LINKED, ids=[name for *_, name, _ in LINKED])
+NEW = ("digits", "fashion_mnist_fast")  # the other bundles have config keys that are gone, until they are made anew
+
+
+@pytest.mark.parametrize(("mean", "of", "name", "several"), [
+    pytest.param(*one, marks=[] if one[2] in NEW else pytest.mark.xfail(reason="made by earlier code", strict=True))
+    for one in LINKED
+], ids=[name for *_, name, _ in LINKED])  # fmt: skip
 def test_a_result_with_bundles_is_that_of_the_bundles(mean, of, name, several):
     """The mean test accuracy in the README's row, over as many seeds or draws as it says, and the header's numbers."""
     folder = ROOT / "docs" / "results"
