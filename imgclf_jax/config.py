@@ -177,7 +177,7 @@ HOST_KEYS = ("data.data_dir", "data.manual_dir", "data.threads")
 
 # Names that metrics.jsonl, result.json and `evaluate` use themselves, so no evaluation set can have them.
 RESERVED = frozenset({"train", "step", "epochs", "seconds", "images_per_second", "params_sha256", "num_seeds",
-                      "left_out", "attack", "skipped", "stopped_early", "goodput", "time"})  # fmt: skip
+                      "left_out", "attack", "skipped", "stopped_early", "time"})  # fmt: skip
 
 # Whether the smallest or the greatest value of a metric is best, for those that only data with targets have.
 TARGET_METRICS: dict[str, Literal["min", "max"]] = {

@@ -13,7 +13,7 @@ from imgclf_jax.data import decode, sampling, sources, splits
 from imgclf_jax.data.source import Source
 from imgclf_jax.data.stream import Images
 
-# Keys of a batch, a chunk or the input of a loss, which no stream can have as its name.
+# Keys of a batch or of the input of a loss, which no stream can have as its name.
 _TAKEN = ("image", "label", "target", "id", "epoch", "step", "mask", "table", "other", "weight")
 
 

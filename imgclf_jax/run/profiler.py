@@ -33,8 +33,8 @@ class Profiler:
             self._running = True
 
     def after(self, step: int, result: jax.Array) -> None:
-        """Call it after step `step`, of which `result` is an output."""
-        if self._running and self._steps and step + 1 >= self._steps[1]:
+        """Call it after `step` steps, of the last of which `result` is an output."""
+        if self._running and self._steps and step >= self._steps[1]:
             result.block_until_ready()
             self.close()
 

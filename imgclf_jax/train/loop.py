@@ -80,17 +80,12 @@ def train(run: Run, records: Records) -> Outcome:
 def evaluate(run: Run, records: Records, step: int, state: TrainState, stop: Callable[[], str] = str) -> Results | None:
     """Evaluates `state` on every set; None if a signal cut it short: then the resumed run repeats it."""
     timer = records.timer
-
-    def beat_and_ask() -> str:
-        timer.beat()
-        return stop()
-
     timer.enter("compile")
     run.eval_compiled.result()
     processes.barrier()  # on CPU, collectives time out after half a minute
     timer.enter("evaluation")
     try:
-        results = evaluate_all(run.programs, state, run.evals, beat_and_ask)
+        results = evaluate_all(run.programs, state, run.evals, lambda: records.beat() or stop())
     except Stopped:
         return None
     finally:

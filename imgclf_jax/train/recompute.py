@@ -17,8 +17,7 @@ from imgclf_jax.core.typing import PyTree
 
 def copy(state: PyTree) -> PyTree:
     """Returns a copy in buffers of its own, sharded alike, from which to compute the step again."""
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    copied: PyTree = jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=shardings)(state)
+    copied: PyTree = jax.tree.map(jnp.copy, state)
     return copied
 
 

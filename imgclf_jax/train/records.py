@@ -34,7 +34,7 @@ class Records(contextlib.ExitStack):
 
     def __init__(self, run: Run, timer: Timer, profile: tuple[int, int] | None = None):
         super().__init__()
-        self.timer, self._run, self._step, self._pace = timer, run, run.start, "compiling"
+        self.timer, self._run, self._step, self._pace = timer, run, run.start, ""
         self._in_flight: collections.deque[Any] = collections.deque()
         self.images_per_step = int(run.config.batch_size) * run.programs.recipe.num_seeds
         self._profiler = Profiler(profile, run.workdir.path)
@@ -71,7 +71,6 @@ class Records(contextlib.ExitStack):
         if len(self._in_flight) > _MAX_IN_FLIGHT:
             self._in_flight.popleft().block_until_ready()
         self.timer.steps, self._step = self.timer.steps + 1, step
-        self._pace = "" if self._pace == "compiling" else self._pace
         self._profiler.after(step, sums["steps"])
         if step in self.digests.edges:
             self.digests.record(step, state.params)
@@ -121,15 +120,15 @@ class Records(contextlib.ExitStack):
             return ""
         steps, seconds = self.timer.steps, self.timer.seconds["steps"] + self.timer.seconds["input"]
         left = (self._run.cadences.last - self._step) * seconds / steps if steps else 0.0
-        parts = (f"step {self._step:,}/{self._run.cadences.last:,}", self._pace, f"{terminal.duration(left)} left")
-        return ", ".join(part for part in parts[: 2 + (steps > 0)] if part)
+        more = (self._pace, f"{terminal.duration(left)} left") if steps else ("compiling",)
+        return ", ".join(filter(None, (f"step {self._step:,}/{self._run.cadences.last:,}", *more)))
 
 
 def _means(sums: dict[str, np.ndarray], task: Task) -> dict[str, float]:
     """The training metrics to log: means over the examples or steps since the last log line, over all seeds.
 
     With several seeds, metrics over examples also get their sample standard deviation over seeds, as in
-    `metrics.summarize`. Multi-label accuracy is `exact_match`; regression has none.
+    `metrics.summarize`. Multi-label accuracy is `exact_match`.
     """
     total = {name: np.sum(value).item() for name, value in sums.items()}
     own = sorted(total.keys() - {"steps", "examples", "loss", "correct", "skipped", NONFINITE_STEP, *PER_STEP})

@@ -1,14 +1,16 @@
-"""Where the time of a process goes, and the watchdog that ends a process in which nothing happens."""
+"""Where the time of a process goes, the watchdog that ends one in which nothing happens, and a trace of some steps."""
 
 import subprocess
 import sys
 import time
 
+import jax
 import pytest
 from resume_check import ROOT
 
 from imgclf_jax import config as configs
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.run.profiler import Profiler
 from imgclf_jax.run.timer import PHASES, Timer
 
 
@@ -91,3 +93,24 @@ def test_a_phase_without_an_end_ends_the_process(stopped):
 def test_durations_of_a_watchdog(text):
     with pytest.raises(UserError, match="watchdog"):
         configs.seconds(text, "watchdog")
+
+
+def test_a_trace_holds_the_steps_from_the_first_to_before_the_last(tmp_path, monkeypatch):
+    """Also of a run that resumes within them; one that ends early writes what it has."""
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    for steps, expected in (
+        (range(6), [0, 1, "start", 2, 3, "stop", 4, 5]),
+        (range(3, 6), ["start", 3, "stop", 4, 5]),
+        (range(3), [0, 1, "start", 2, "stop"]),
+        (range(4, 6), [4, 5]),
+    ):
+        calls.clear()
+        profiler = Profiler((2, 4), tmp_path)
+        for step in steps:
+            profiler.before(step)
+            calls.append(step)
+            profiler.after(step + 1, jax.numpy.zeros(()))
+        profiler.close()
+        assert calls == expected
