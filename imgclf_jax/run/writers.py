@@ -182,7 +182,8 @@ class TensorBoard:
         """Waits for all calls, and closes the files."""
         self._submit("close")
         self._thread.shutdown()
-        self._calls[-1].result()
+        for call in self._calls:
+            call.result()
 
     def _submit(self, method: str, *args: object) -> None:
         while self._calls and self._calls[0].done():

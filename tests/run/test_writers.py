@@ -197,6 +197,22 @@ def test_tensorboard_waits_for_no_write(tmp_path, monkeypatch):
     assert len(writers.read_metrics(tmp_path / "metrics.jsonl")) == 2
 
 
+def test_tensorboard_fails_at_the_end(tmp_path, monkeypatch, caplog):
+    """The error of a write that is still pending at the end is reported too."""
+    goes_on = threading.Event()
+
+    def make(self):
+        goes_on.wait(20)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(writers.TensorBoard, "_make", make)
+    writer = open_writer(tmp_path)
+    writer.write_scalars(1, {"a": 0.5})
+    threading.Timer(0.2, goes_on.set).start()
+    writer.close()
+    assert "TensorBoard failed and gets no more metrics: OSError: no space left on device" in caplog.text
+
+
 def test_without_tensorflow(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("imgclf_jax.core.tensorflow_import.tensorflow", lambda: unittest.mock.Mock(result=lambda: None))
     caplog.set_level("INFO")
