@@ -152,8 +152,8 @@ class ConvPool(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (*_pair(self.kernel_size), x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         k, window = self.kernel_size, self.window
-        crop_h, crop_w = ((0, -((n - k + 1) % window)) for n in x.shape[1:3])  # what would fill no pooling window
-        y = conv(x, kernel, padding=(crop_h, crop_w), dtype=self.dtype)
+        h, w = (n - (n - k + 1) % window for n in x.shape[1:3])  # without what would fill no pooling window
+        y = conv(x[:, :h, :w], kernel, padding=0, dtype=self.dtype)
         if wants_features_first():
             return features_last(pool.pool_bias_relu(features_first(y), bias, window, self.dtype))
         y = max_pool(y, window, window)

@@ -9,6 +9,7 @@ from test_stablehlo import SPECS, made
 
 import launch
 from imgclf_jax import config as configs
+from imgclf_jax.models import classifier
 from imgclf_jax.tools.export import onnx
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("jax2onnx", "onnxruntime"))
@@ -39,6 +40,17 @@ def test_what_is_missing_is_said_before_anything_is_computed(tmp_path, capsys):
     assert "a.onnx needs jax2onnx, onnxruntime, which are not installed; run it by `uv run --group onnx" in (
         capsys.readouterr().err
     )
+
+
+def test_convolutions_pad_as_onnx_allows():
+    """ONNX's Conv takes no negative padding; `cnn` crops what fills no pooling window."""
+    model, images = classifier.build("cnn(widths=(4, 8), hidden=8)", 2, "float32"), np.zeros((2, 29, 28, 1), np.float32)
+    variables = model.init(jax.random.key(0), images, train=False)
+    flat = onnx._flatten(lambda x: model.apply(variables, x, train=False), jax.typeof(images))
+    jaxpr = jax.make_jaxpr(flat)(images)
+    pads = [e.params["padding"] for e in jaxpr.jaxpr.eqns if e.primitive.name == "conv_general_dilated"]
+    assert len(pads) == 2
+    assert np.min(pads) >= 0
 
 
 @pytest.mark.parametrize(("channels", "padding"), [(3, 0), (3, 1)])
