@@ -6,7 +6,6 @@ A config file imports only this module: `get_config()` starts from `default_conf
 import contextlib
 import difflib
 import importlib.util
-import inspect
 import json
 import logging
 import math
@@ -110,43 +109,6 @@ KEYS: dict[str, tuple[Value, str]] = {
                             "'min:val/my_error'."),
 }  # fmt: skip
 
-# What other libraries call a key: the key and an example of its value, or why there is none.
-_ELSEWHERE = {
-    **dict.fromkeys(("lr", "learning_rate", "base_lr", "scheduler"), ("schedule", "'cosine(1e-3)'")),
-    **dict.fromkeys(("epochs", "num_epochs", "max_epochs", "steps", "num_steps", "max_steps", "num_train_steps"),
-                    ("total", "'20 epochs'")),
-    **dict.fromkeys(("bs", "batch", "train_batch_size"), ("batch_size", "128")),
-    **dict.fromkeys(("workers", "num_workers"), ("data.threads", "8")),
-    **dict.fromkeys(("dataset", "data", "data_path", "root"), ("data.source", "\"folder('photos')\"")),
-    **dict.fromkeys(("weight_decay", "wd", "momentum", "opt"), ("optimizer", "'adamw(weight_decay=1e-4)'")),
-    **dict.fromkeys(("arch", "backbone", "dropout", "depth", "width"), ("model", "'resnet(depth=50)'")),
-    **dict.fromkeys(("dtype", "amp", "fp16", "bf16"), ("precision", "bfloat16")),
-    **dict.fromkeys(("mixup", "cutmix"), ("mix", "'mixup(0.2)'")),
-    **dict.fromkeys(("label_smoothing", "class_weights"), ("loss", "'softmax(label_smoothing=0.1)'")),
-    **dict.fromkeys(("augmentation", "transforms"), ("augment", "'flip_lr|normalize'")),
-    **dict.fromkeys(("patience", "early_stopping"), ("stop", "'val/loss, patience 5 epochs'")),
-    **dict.fromkeys(("pretrained", "weights", "resume", "finetune"), ("init_from", "runs/a")),
-    **dict.fromkeys(("gpus", "devices", "num_gpus"), ("mesh", "'data=-1'")),
-    **dict.fromkeys(("num_classes", "n_classes"), ("", "the data say which ones there are, see data.source")),
-    **dict.fromkeys(("image_size", "img_size", "input_size"), ("preprocess", "'decode(3)|resize(64)'")),
-}  # fmt: skip
-
-
-def explain_unknown(name: str) -> str:
-    """A message for a name that is no key: what the key is called here, or the nearest ones."""
-    if name not in _ELSEWHERE:
-        return unknown("config key", name, KEYS)
-    key, example = _ELSEWHERE[name]
-    return f"unknown config key {name!r}: " + (f"write --config.{key}={example}" if key else example)
-
-
-def flag_for(name: str) -> str:
-    """How to set the key that `name` means on the command line, as a sentence; "" if it means none."""
-    if name in KEYS:
-        return f"it is a config key: write --config.{name}=VALUE"
-    return explain_unknown(name).partition(": ")[2] if name in _ELSEWHERE else ""
-
-
 # Keys that name exactly one thing.
 _NEEDED = ("data.source", "data.train", "data.sampling", "model", "loss", "method", "schedule")
 
@@ -213,38 +175,22 @@ def load_file(path_and_arg: str) -> ConfigDict:
         raise UserError(f"no config file {path!r}{hint}")
     config = call(path, "get_config", arg)
     if not isinstance(config, ConfigDict):
-        raise UserError(f"config file {path}: get_config returns {config!r}; return a config (default_config())")
+        raise UserError(f"config file {path}: get_config() returns {config!r}; write one that changes default_config() "
+                        "and returns it")  # fmt: skip
     check_keys(config, path)
     return config.lock()
 
 
-ABSENT = object()  # what `call` returns without the function
-
-
 def call(path: str, function: str, arg: str) -> Any:
-    """Calls a function of a Python file. Returns ABSENT if the file has none, unless it is `get_config`."""
+    """Calls a function of a Python file; None if the file has no such function."""
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"config file {path!r} is not a Python file (.py)")
     module = importlib.util.module_from_spec(module_spec)
     with _naming_the_line(path, module_spec.origin):
         module_spec.loader.exec_module(module)
-    called = getattr(module, function, None)
-    if called is None and function != "get_config":
-        return ABSENT
-    if not callable(called):
-        raise UserError(f"config file {path} has no function {function}(); write one" + (
-            " that changes default_config() and returns it" if function == "get_config" else ""))  # fmt: skip
-    args = (arg,) if arg else ()
-    taken = inspect.signature(called)
-    try:
-        taken.bind(*args)
-    except TypeError as e:
-        example = "" if arg else f":{next(iter(taken.parameters)).upper()}"
-        raise UserError(f"config file {path}: {function} takes ({', '.join(taken.parameters)}): pass "
-                        f"--config={path}{example}") from e  # fmt: skip
-    with _naming_the_line(path, module_spec.origin):
-        return called(*args)
+        called = getattr(module, function, None)
+        return called and called(*filter(None, [arg]))
 
 
 @contextlib.contextmanager
@@ -259,16 +205,10 @@ def _naming_the_line(path: str, file: str | None) -> Iterator[None]:
 
 
 def _explain(error: Exception) -> str:
-    """An error of a config file in one line; ConfigDict's own messages have many, or name its types."""
+    """An error of a config file in one line; ConfigDict's own messages for an unknown key have many."""
     text = str(error)
     if match := re.search(r'Key "(\w+)" does not exist', text):
-        return explain_unknown(match[1])
-    if match := re.search(r"override field '(\w+)' .*<class '([\w.]+)'> and cannot be casted", text, re.DOTALL):
-        for key, (default, _) in KEYS.items():
-            if key.rpartition(".")[2] == match[1]:
-                return _wants_type(key, default) + f", not {match[2]}"
-        if any(key.startswith(f"{match[1]}.") for key in KEYS):
-            return explain_unknown(match[1])
+        return unknown("config key", match[1], KEYS)
     return f"{type(error).__name__}: {next(iter(text.splitlines()), '')}"
 
 
@@ -297,7 +237,7 @@ def check_keys(config: ConfigDict, where: str) -> None:
     flat = flatten(config)
     for key in flat:
         if key not in KEYS:
-            raise UserError(f"{where}: {explain_unknown(key)}")
+            raise UserError(f"{where}: {unknown('config key', key, KEYS)}")
     if missing := [key for key in KEYS if key not in flat]:
         raise UserError(f"{where}: missing config keys {', '.join(missing)}; start from default_config()")
     for key, (default, _) in KEYS.items():
@@ -345,24 +285,13 @@ def validate(config: ConfigDict) -> None:
     for name in config.data.eval:
         check_set_name(name)
     for key, text in selecting_metrics(config).items():
-        _check_metric(config, key, text)
+        name = re.sub("^(min|max):", "", text).partition("/")[0]
+        if name not in config.data.eval:
+            raise UserError(f"{key}={text!r}: " + unknown("evaluation set", name, config.data.eval))
     if config.stop:
         period(split_stop(config.stop)[1], "stop", 1000, 10, 10)
         if not config.eval_every:
             raise UserError(f"stop={config.stop!r} needs evaluations; set eval_every, such as '1 epochs'")
-
-
-def _check_metric(config: ConfigDict, key: str, text: str) -> None:
-    """Raises UserError if `text`, of `key`, names no metric of an evaluation set, such as 'val/loss'."""
-    more = [text.partition("(")[0].rpartition(":")[2].strip() for text in config.metrics.split("|")]
-    kinds = ("accuracy", "loss", "nll", "top5", *filter(None, more))
-    known = [f"{name}/{kind}" for name in config.data.eval for kind in kinds]
-    metric = re.sub("^(min|max):", "", text)
-    name, _, kind = metric.partition("/")
-    # Metrics of a task, and a method's own (with min: or max:), are checked once the data are known.
-    later = kind.partition("[")[0] in TARGET_METRICS or (metric != text and config.method != KEYS["method"][0])
-    if metric not in known and not (name in config.data.eval and later):
-        raise UserError(unknown(f"metric in {key}", metric, known))
 
 
 def selecting_metrics(config: ConfigDict) -> dict[str, str]:

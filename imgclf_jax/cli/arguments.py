@@ -125,7 +125,8 @@ def _refused(command: str, word: str) -> UsageError:
     """The error for a word that the command does not take, with what to write instead."""
     flag, (name, equals, value) = word.startswith("-"), word.lstrip("-").partition("=")
     own = COMMANDS[command].flags
-    hint = configs.flag_for(name).replace("VALUE", value or "VALUE") if flag or equals else ""
+    is_key = name in configs.KEYS and (flag or equals)
+    hint = f"it is a config key: write --config.{name}={value or 'VALUE'}" if is_key else ""
     if not flag:
         if word in COMMANDS:
             hint = "it is a command: give one command, before all flags"

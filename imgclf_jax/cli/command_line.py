@@ -73,7 +73,7 @@ def override(config: ConfigDict, overrides: Iterable[tuple[str, str]]) -> None:
             continue
         old = configs.flatten(config)
         if key not in old:
-            raise UsageError(configs.explain_unknown(key))
+            raise UsageError(unknown("config key", key, configs.KEYS))
         parent, _, leaf = key.rpartition(".")
         (config[parent] if parent else config)[leaf] = _parse(key, text, old[key])
 

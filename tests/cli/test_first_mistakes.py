@@ -39,12 +39,6 @@ def says(capsys, monkeypatch, tmp_path):
     (["train", "batch_size=4"], "train takes no files, but got 'batch_size=4': it is a config key: write "
      "--config.batch_size=4"),
     (["--batch_size=4"], "unknown flag '--batch_size=4': it is a config key: write --config.batch_size=4"),
-    (["--lr=0.1"], "unknown flag '--lr=0.1': write --config.schedule='cosine(1e-3)'"),
-    (["--learning_rate", "0.1"], "unknown flag '--learning_rate': write --config.schedule='cosine(1e-3)'"),
-    (["--config.lr=1"], "unknown config key 'lr': write --config.schedule='cosine(1e-3)'"),
-    (["--config.epochs=3"], "unknown config key 'epochs': write --config.total='20 epochs'"),
-    (["--config.num_classes=3"], "unknown config key 'num_classes': the data say which ones there are, see "
-     "data.source"),
     (["--workdir=metric", "evaluate"], "train takes no files, but got 'evaluate': it is a command: give one "
      "command, before all flags"),
     (["--config.seed=1", "predict", "a.png"], "train takes no files, but got 'predict': it is a command: give one "
@@ -52,23 +46,9 @@ def says(capsys, monkeypatch, tmp_path):
     (["train", "evaluate"], "train takes no files, but got 'evaluate': it is a command: give one command, before "
      "all flags"),
     (["--config.seed", "--workdir=a"], "--config.seed needs a value: write --config.seed=VALUE"),
-    (["--num_classes=3"], "unknown flag '--num_classes=3': the data say which ones there are, see data.source"),
 ])  # fmt: skip
 def test_a_name_or_a_place_that_is_another_one_here(says, argv, said):
     assert says(*argv) == (2, said)
-
-
-def test_what_other_libraries_call_a_key_leads_to_a_value_that_it_takes():
-    for name in configs._ELSEWHERE:
-        assert name not in configs.KEYS
-        key, example = configs._ELSEWHERE[name]
-        if key:
-            config = configs.default_config()
-            config.data.eval = {"val": "train[90%:]", "test": "test"}
-            parent, _, leaf = key.rpartition(".")
-            value = example.strip("'\"") if isinstance(configs.KEYS[key][0], str) else ast.literal_eval(example)
-            setattr(config[parent] if parent else config, leaf, value)
-            configs.validate(config)
 
 
 def test_an_error_in_own_code_keeps_its_place(monkeypatch, tmp_path, capfd):

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax.core import json_files
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.typing import Value
 
 FILE = "sweep.json"
@@ -54,7 +54,7 @@ def load_sweep(path_and_arg: str) -> list[dict[str, Value]] | None:
     """
     path, _, arg = path_and_arg.partition(":")
     runs = configs.call(path, "get_sweep", arg)
-    if runs is configs.ABSENT:
+    if runs is None:
         return None
     try:
         plan = [dict(run) for run in runs]
@@ -80,7 +80,7 @@ def parse(text: str) -> tuple[str, list[str]]:
         raise UserError(f"--sweep={text!r} must name a key and its values; {_FORMS}")
     key = key.removeprefix("config.")
     if not can_set(key):
-        raise UserError(f"--sweep={text!r}: {configs.explain_unknown(key)}")
+        raise UserError(f"--sweep={text!r}: " + unknown("config key", key, configs.KEYS))
     if rest.startswith("["):
         try:
             values = ast.literal_eval(rest)
@@ -150,7 +150,7 @@ def combine(planned: Sequence[dict[str, Value]] | None, sweeps: Iterable[str]) -
         grid[key] = values
     runs = [{key: _text(value, "get_sweep()") for key, value in run.items()} for run in planned or [{}]]
     if wrong := [key for run in runs for key in run if not can_set(key)]:
-        raise UserError(f"get_sweep(): {configs.explain_unknown(wrong[0])}")
+        raise UserError("get_sweep(): " + unknown("config key", wrong[0], configs.KEYS))
     if planned is None and not grid:
         raise UserError("a sweep needs values: --sweep 'schedule=constant(1e-3); constant(3e-3)' or --sweep seed=0..2, "
                         "or a function get_sweep() in the config file")  # fmt: skip

@@ -38,7 +38,7 @@ def test_values(text, key, values):
     ("seed", "must name a key and its values"),
     ("=3", "must name a key and its values"),
     ("sed=0", "unknown config key 'sed': did you mean 'seed'"),
-    ("lr=1", "unknown config key 'lr': write --config.schedule='cosine(1e-3)'"),
+    ("lr=1", "unknown config key 'lr'"),
     ("data.eval=test", "unknown config key 'data.eval'"),
     ("seed=3..1", "the range must be ascending"),
     ("seed=0..99999999", "the range must be ascending"),
@@ -70,7 +70,6 @@ def test_a_plan_of_the_file_with_seeds_of_the_command_line():
     (None, ["seed=0", "seed=1"], "names seed twice"),
     ([{"seed": 0}], ["seed=1"], "seed is both in the config file's get_sweep() and in --sweep"),
     ([{"sed": 0}], [], "get_sweep(): unknown config key 'sed'"),
-    ([{"lr": 1}], [], "get_sweep(): unknown config key 'lr': write --config.schedule='cosine(1e-3)'"),
     ([{"seed": None}], [], "None is not a config value"),
     (None, ["seed=0..200", "clip=[0.0, 1.0, 2.0]", "ema=[0.1, 0.2]", "batch_size=1..10"], "has 12060 runs"),
 ])  # fmt: skip
@@ -154,7 +153,6 @@ def test_the_file(tmp_path):
     ("def get_sweep(arg='x'):\n    return [{'seed': i, 'model': arg} for i in range(2)]",
      [{"seed": 0, "model": "x"}, {"seed": 1, "model": "x"}]),
     ("def get_sweep():\n    return []", "return a list of dicts"),
-    ("def get_sweep():\n    return None", "return a list of dicts"),
     ("def get_sweep():\n    return {'seed': [0, 1]}", "return a list of dicts"),
     ("def get_sweep():\n    return 1 / 0", "ZeroDivisionError: division by zero"),
 ])  # fmt: skip
