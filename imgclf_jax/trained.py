@@ -165,71 +165,44 @@ class Trained(NamedTuple):
     def stream(self, what: Outputs, images: Iterable[ImageLike]) -> Iterator[np.ndarray | UserError]:
         """Yields the output for each image in order, or a UserError for an image that cannot be used.
 
-        Threads decode ahead of the device and hold only a few batches, so `images` may be endless. In several
-        processes each one decodes the images of its own devices, and all yield all outputs. An error from `images`
-        itself, or from the device, is raised after the outputs of the images before it.
+        Threads decode ahead of the device and hold only a few batches, so `images` may be endless. An error from
+        `images` itself, or from the device, is raised after the outputs of the images before it.
         """
         _ = self.programs.host_ops  # an error in these concerns no single image
-        program, mesh, data = getattr(self.programs, what), self.programs.mesh, self.programs.recipe.data
+        program, mesh, shape = getattr(self.programs, what), self.programs.mesh, self.programs.recipe.data.image_shape
         size = sharding.round_up(min(self.config.batch_size, _BATCH), mesh)
-        rows = sharding.rows_here(size, mesh)
+        failures: list[Exception] = []
+        pool = concurrent.futures.ThreadPoolExecutor(self.config.data.threads or os.cpu_count())
 
-        def begin(pool: concurrent.futures.Executor, start: int, some: tuple[ImageLike, ...]) -> Tasks:
-            mine = [(start + int(row), some[row]) for row in rows if row < len(some)]
-            return [pool.submit(self._prepare_some, task) for task in itertools.batched(mine, _TASK)]
+        def decoding() -> Iterator[tuple[tuple[ImageLike, ...], Tasks]]:
+            for number, some in enumerate(itertools.batched(until_error(images, failures), size)):
+                parts = itertools.batched(enumerate(some, number * size), _TASK)
+                yield some, [pool.submit(self._prepare_some, part) for part in parts]
 
-        def compute(some: tuple[ImageLike, ...], tasks: Tasks) -> tuple[jax.Array, dict[int, str]]:
-            batch = np.zeros((rows.size, *data.image_shape), np.uint8)  # one shape, so one compilation
-            here: dict[int, str] = {}
-            for place, image in enumerate(itertools.chain.from_iterable(task.result() for task in tasks)):
-                if isinstance(image, UserError):
-                    here[int(rows[place])] = str(image)
-                else:
-                    batch[place] = image
-            out = program(*self.state.evaluated, sharding.put_batch(batch, mesh))
-            told = processes.gather([[_name(image, row) for row, image in enumerate(some)], here])
-            if any(names != told[0][0] for names, _ in told):
-                raise UserError("the processes found different images; give them all the same ones, on a shared disk")
-            return out, {int(row): text for _, errors in told for row, text in errors.items()}
+        def computing() -> Iterator[tuple[tuple[ImageLike, ...], list[np.ndarray | UserError], jax.Array]]:
+            for some, tasks in _run_ahead(decoding(), _AHEAD):
+                prepared = [image for task in tasks for image in task.result()]
+                batch = np.zeros((size, *shape), np.uint8)  # one shape, so one compilation
+                for row, image in enumerate(prepared):
+                    if not isinstance(image, UserError):
+                        batch[row] = image
+                yield some, prepared, program(*self.state.evaluated, sharding.put_batch(batch, mesh))
 
-        def results(
-            some: tuple[ImageLike, ...], out: jax.Array, errors: dict[int, str]
-        ) -> Iterator[np.ndarray | UserError]:
-            values = np.asarray(jax.device_get(out))
-            for row, image in enumerate(some):
-                value = values[..., row, :]
-                if row in errors:
-                    yield UserError(errors[row])
-                elif wrong := not_finite(value, what):
-                    yield UserError(f"{_name(image, row)}: {wrong}, so try another --checkpoint")
-                else:
-                    yield value
-
-        with contextlib.ExitStack() as stack:
-            pool = concurrent.futures.ThreadPoolExecutor(self.config.data.threads or os.cpu_count())
-            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-            pending: tuple[Any, ...] | None = None
-            failure: list[Exception] = []  # such as of a folder that cannot be read; of the device, first
-            batches = enumerate(itertools.batched(until_error(images, failure), size))
-            started = ((some, begin(pool, number * size, some)) for number, some in batches)
-            ahead = deque(itertools.islice(started, _AHEAD))
-            while ahead:
-                some, tasks = ahead.popleft()
-                computed: tuple[Any, ...] | None = None
-                try:
-                    computed = (some, *compute(some, tasks))
-                except Exception as e:
-                    failure.insert(0, e)
-                if pending:
-                    yield from results(*pending)  # while the device computes the next batch
-                pending = computed
-                if not computed:
-                    break
-                ahead.extend(itertools.islice(started, 1))
-            if pending:
-                yield from results(*pending)
-            if failure:
-                raise failure[0]
+        try:
+            for some, prepared, out in _run_ahead(until_error(computing(), failures), 1):
+                values = np.asarray(jax.device_get(out))  # while the device computes the next batch
+                for row, (image, taken) in enumerate(zip(some, prepared, strict=True)):
+                    wrong = not_finite(values[..., row, :], what)
+                    if isinstance(taken, UserError):
+                        yield taken
+                    elif wrong:
+                        yield UserError(f"{_name(image, row)}: {wrong}, so try another --checkpoint")
+                    else:
+                        yield values[..., row, :]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        if failures:
+            raise failures[-1]  # the device fails on images before those that `images` fails on
 
     def _prepare_some(self, images: Iterable[tuple[int, ImageLike]]) -> list[np.ndarray | UserError]:
         out: list[np.ndarray | UserError] = []
@@ -248,6 +221,16 @@ def until_error[T](items: Iterable[T], errors: list[Exception]) -> Iterator[T]:
         yield from items
     except Exception as e:
         errors.append(e)
+
+
+def _run_ahead[T](items: Iterable[T], count: int) -> Iterator[T]:
+    """Yields the items, `count` of them after the next ones have been taken."""
+    items, taken = iter(items), deque[T]()
+    for item in items:
+        taken.append(item)
+        if len(taken) > count:
+            yield taken.popleft()
+    yield from taken
 
 
 def not_finite(values: np.ndarray, what: Outputs) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import processes_check as check
 import pytest
-from PIL import Image
 from resume_check import ROOT, outcome
 
 import launch
@@ -211,11 +210,6 @@ for words in (
      "--config.schedule=constant(1e-3)", "--config.total=4 steps", "--config.mesh=fsdp=-1",
      "--config.gradient=sam(0.05)|pgd(steps=2)"],
     ["evaluate", *flags, f"--predictions={out}/all.csv"], ["evaluate", *flags, "--attack=pgd(eps=0.02)"],
-    ["predict", f"{out}/a.png", "--format=csv", *flags],
-    ["features", *flags, f"--output={out}/f.npz"], ["probe", *flags], ["report", *flags, f"--html={out}/r.html"],
-    ["explain", f"{out}/a.png", *flags, f"--output={out}/x"],
-    ["export", f"{out}/m.stablehlo", f"{out}/m.savedmodel", *flags],
-    ["compare", run, "--test", "--format=csv", "--local_devices=all"],
 ):
     assert launch.main(words) == 0, words
 """
@@ -223,27 +217,18 @@ for words in (
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("devices", [(2, 2), (3, 1)])
-def test_every_command_runs_in_the_processes_of_its_run(tmp_path, capfd, devices):
+def test_evaluation_runs_in_the_processes_of_its_run(tmp_path, capfd, devices):
     """On a sharded model: the output equals that of one process, and only process 0 prints."""
     run, out = tmp_path / "run", tmp_path / "out"
     out.mkdir()
-    Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(out / "a.png")
     started = start_two(TOOLS, str(run), str(out), devices=devices)
     printed = [process.communicate(timeout=400)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0]
     assert printed[1] == ""
-    assert "features of" in printed[0]
-    assert "linear probe" in printed[0]
     assert launch.main(["evaluate", f"--workdir={run}", "--attack=pgd(eps=0.02)"]) == 0
     line = next(line for line in capfd.readouterr().out.splitlines() if "attacked_accuracy" in line)
     assert line in printed[0]
-    assert {file.name for file in out.iterdir()} == {
-        "a.png", "all.csv", "f.npz", "r.html", "x", "m.stablehlo", "m.savedmodel"
-    }  # fmt: skip
-    assert launch.main(["features", f"--workdir={run}", f"--output={tmp_path / 'alone.npz'}"]) == 0
-    with np.load(out / "f.npz") as both, np.load(tmp_path / "alone.npz") as alone:
-        np.testing.assert_allclose(both["features"], alone["features"], rtol=1e-4, atol=1e-5)
-        assert np.array_equal(both["labels"], alone["labels"])
+    assert len((out / "all.csv").read_text().splitlines()) == 1 + 96
 
 
 @pytest.mark.thorough

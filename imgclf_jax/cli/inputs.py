@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from imgclf_jax.core import processes, terminal
+from imgclf_jax.core import terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.data import image_files
@@ -87,8 +87,7 @@ class Results:
             self._all += 1
             if isinstance(result, UserError) and not self._skips(image, result):
                 self._failed += 1
-                if not processes.index():
-                    print(f"error: {printable(str(result))}", file=sys.stderr)
+                print(f"error: {printable(str(result))}", file=sys.stderr)
             yield image, result
 
     def end(self, failure: str, errors: Sequence[Exception]) -> int:
@@ -96,7 +95,7 @@ class Results:
 
         Raises the first of the `errors` that ended the iteration early.
         """
-        if self._failed and not processes.index():
+        if self._failed:
             print(f"error: {failure} {self._failed} of {self._all} images", file=sys.stderr)
         if errors:
             raise errors[0]

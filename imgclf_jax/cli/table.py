@@ -166,7 +166,7 @@ COMMANDS: Mapping[str, Command] = {
     "predict": Command(
         "classify new images with a trained run",
         "tools.predict.command", from_run_or_weights,
-        ("workdir", "checkpoint", "format", "top_k", "threshold", "trust", *PROCESSES), "FILE|DIR|GLOB|-",
+        ("workdir", "checkpoint", "format", "top_k", "threshold", "trust"), "FILE|DIR|GLOB|-",
         more="Quote a GLOB, such as 'photos/**/*.jpg'. With - the command reads file names from standard input, one "
              "per line. Results appear in this order as they are computed.",
         examples=("new.jpg --workdir runs/a", "photos --workdir runs/a --format csv > classes.csv",
@@ -175,7 +175,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "report": Command(
         "write a page about a trained run: learning curves, scores, confusions, worst mistakes, provenance",
-        "tools.report.command", from_run, ("workdir", "checkpoint", "html", "trust", *PROCESSES),
+        "tools.report.command", from_run, ("workdir", "checkpoint", "html", "trust"),
         more="The page goes to WORKDIR/report.html, or to --html. --config.data.eval.NAME=SPLIT adds an evaluation "
              "set. If the data are gone, the page omits the sections that need them.",
         examples=("--workdir runs/a", "--workdir runs/a --checkpoint=best --html a.html"),
@@ -184,7 +184,7 @@ COMMANDS: Mapping[str, Command] = {
     "export": Command(
         "export a trained model for JAX, TensorFlow, ONNX or PyTorch",
         "tools.export.command", from_run_or_weights,
-        ("workdir", "checkpoint", "gives", "names", "trust", *PROCESSES), "FILE",
+        ("workdir", "checkpoint", "gives", "names", "trust"), "FILE",
         more="The suffix selects the format. .stablehlo: the function with its class names, for JAX on CPU, GPU and "
              "TPU. .savedmodel: the same for TensorFlow, as a folder. .onnx: the same for ONNX runtimes. .safetensors: "
              "the weights, under the parameter names of a PyTorch model.",
@@ -214,7 +214,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "compare": Command(
         "compare runs: results by the keys that differ, averaged over seeds, with paired tests and curves",
-        "tools.compare.command", without_config, ("format", "html", "test", "trust", *PROCESSES), "DIR",
+        "tools.compare.command", without_config, ("format", "html", "test", "trust"), "DIR",
         more="The command finds every run below DIR. Runs that differ only in their seed share a row. The paired tests "
              "need predictions: add --test, or have `evaluate --predictions` write predictions.csv into a run's "
              "directory.",
@@ -231,7 +231,7 @@ COMMANDS: Mapping[str, Command] = {
     "features": Command(
         "write the network's features for images: one vector each, with names and labels",
         "tools.probe.features", from_run_or_weights,
-        ("workdir", "checkpoint", "output", "split", "trust", *PROCESSES), "[FILE|DIR|GLOB|-]",
+        ("workdir", "checkpoint", "output", "split", "trust"), "[FILE|DIR|GLOB|-]",
         more="Without images on the command line, the command uses those of --split.",
         examples=("--workdir runs/a --output test.npz", "--workdir runs/a --split train --output train.npz",
                   "photos --workdir runs/a --output photos.npz"),
@@ -240,7 +240,7 @@ COMMANDS: Mapping[str, Command] = {
     "probe": Command(
         "measure the features: nearest neighbors, a linear probe, few-shot classification",
         "tools.probe.command", from_run_or_weights,
-        ("workdir", "checkpoint", "format", "k", "draws", "plot", "trust", *PROCESSES),
+        ("workdir", "checkpoint", "format", "k", "draws", "plot", "trust"),
         more="Each probe is fitted to the features of the training set and scored on each evaluation set.",
         examples=("--workdir runs/a", "--workdir runs/a --plot curve.png",
                   "--config my_config.py --config.init_from=weights.safetensors"),
@@ -249,7 +249,7 @@ COMMANDS: Mapping[str, Command] = {
     "explain": Command(
         "draw heatmaps of the image regions that a trained run's predictions depend on",
         "tools.explain.command", from_run_or_weights,
-        ("workdir", "checkpoint", "format", "method", "class", "layer", "window", "output", "trust", *PROCESSES),
+        ("workdir", "checkpoint", "format", "method", "class", "layer", "window", "output", "trust"),
         "FILE|DIR|GLOB|-",
         more="gradcam works for networks with feature maps, rollout for attention over patches, occlusion for any "
              "network. The heatmaps go to the folder --output (default: explained).",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from imgclf_jax.core import processes, terminal
+from imgclf_jax.core import terminal
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import record
 from imgclf_jax.tools.compare import page as compare_page
@@ -36,8 +36,6 @@ def main(files: Sequence[str], format: str, html: str, test: bool, trust: bool) 
         log.warning("%s", sentence)
     predictions = saved_predictions.load_all(runs, test, trust)
     comparisons = compare(groups, predictions)
-    if processes.index():
-        return 1 if damaged else 0
     if format == "json":
         terminal.print_json(_as_json(groups, comparisons, metric, damaged))
     elif format == "csv":

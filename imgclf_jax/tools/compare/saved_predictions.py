@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from imgclf_jax import datasets
-from imgclf_jax.core import json_files, paths, processes
+from imgclf_jax.core import json_files, paths
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.text import escape_surrogates
 from imgclf_jax.core.typing import JsonMapping
@@ -221,7 +221,7 @@ def make(run: Record, trust: bool) -> dict[str, Saved]:
             made[name] = Saved(examples, labels, correct[:seeds], *arrays)
     try:
         # Without a recorded fingerprint, a later load could not tell whether the data are still the same.
-        if set(made) <= set(run.evals) and not processes.index():
+        if set(made) <= set(run.evals):
             _save(run, made)
     except OSError as e:
         log.warning("cannot save the predictions of %s: %s", run.name, e.strerror or e)

@@ -3,14 +3,13 @@
 import functools
 import os
 import re
-from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from imgclf_jax.cli import inputs
-from imgclf_jax.core import paths, processes, terminal
+from imgclf_jax.core import paths, terminal
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.text import decimals, utf8
 from imgclf_jax.core.typing import JsonObject
@@ -60,14 +59,11 @@ def main(
             title = f"{utf8(Path(file).name)}: {name}, probability {decimals(probability)}"
             picture, values = draw(method, explain, model.prepare(file), label, title)
             target = _name_picture(folder, file, method, wanted and name_class(wanted, model.class_names), taken)
-            if not processes.index():
-                paths.write_atomically(target, picture)
+            paths.write_atomically(target, picture)
             yield {"file": utf8(file), "class": name, "probability": float(f"{probability:.7g}"), "method": method,
                    "greatest": float(values.max()), "picture": str(target)}  # fmt: skip
 
-    if processes.index():
-        deque(until_error(records(), errors), maxlen=0)
-    elif format == "json":
+    if format == "json":
         terminal.print_json(list(until_error(records(), errors)))
     else:
         rows = ([r["file"], r["class"], decimals(r["probability"]), r["method"], f"{r['greatest']:.3g}",

@@ -1,10 +1,8 @@
 """The command `export`: writes a trained model for JAX, TensorFlow, ONNX runtimes and PyTorch."""
 
-import contextlib
 import datetime
 import json
 import logging
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax.core import paths, processes, sharding, tree
+from imgclf_jax.core import paths, sharding, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import one_per_line
 from imgclf_jax.core.typing import JsonObject
@@ -37,17 +35,11 @@ def main(config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoi
 
     Raises UserError for parameters or statistics that hold NaN; `formats.check` has checked the flags.
     """
-    paths = [Path(file) for file in files]
     model = load_trained(config, workdir, checkpoint)
     _refuse_nan(model)
-    with contextlib.ExitStack() as stack:
-        if processes.index():  # all processes compute the reference outputs; only process 0 keeps the file
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            paths = [folder / path.name for path in paths]
-        for path in paths:
-            for line in KINDS[path.suffix](model, path, gives, names):
-                if not processes.index():
-                    print(line)
+    for path in map(Path, files):
+        for line in KINDS[path.suffix](model, path, gives, names):
+            print(line)
     return 0
 
 

@@ -4,7 +4,6 @@ import csv
 import json
 import logging
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax.cli import inputs
-from imgclf_jax.core import processes, terminal
+from imgclf_jax.core import terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import decimals, printable, utf8
 from imgclf_jax.core.typing import Json, JsonObject
@@ -67,14 +66,11 @@ def main(
             yield {"file": utf8(image.path), **model.describe(result, top_k, thresholds), **more}
 
     errors: list[Exception] = []  # an error that ends the iteration early, such as an unreadable folder
-    if processes.index():
-        deque(until_error(records(), errors), maxlen=0)
-    else:
-        PRINT[format](until_error(records(), errors), make_columns(model, top_k))
-        if skipped:
-            listed = image_check.write_list("predict", skipped)
-            log.warning("unreadable files left out: %d; all are listed in %s", len(skipped),
-                        listed or "no file, because the cache folder is not writable")  # fmt: skip
+    PRINT[format](until_error(records(), errors), make_columns(model, top_k))
+    if skipped:
+        listed = image_check.write_list("predict", skipped)
+        log.warning("unreadable files left out: %d; all are listed in %s", len(skipped),
+                    listed or "no file, because the cache folder is not writable")  # fmt: skip
     return results.end("cannot classify", errors)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import datasets
-from imgclf_jax.core import memory, processes, sharding, terminal
+from imgclf_jax.core import memory, sharding, terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import decimals
 from imgclf_jax.core.typing import JsonObject
@@ -63,9 +63,6 @@ def main(
         labels, tests = labels.argmax(1), {name: (x, y.argmax(1)) for name, (x, y) in tests.items()}
     has_head = restored and model.programs.recipe.method.predicts and probing.ranks_by_logits(model.task, config.loss)
     heads = [_fetch_head(model, seed) if has_head else None for seed in range(len(train))]
-    if processes.index():
-        processes.barrier()
-        return 0
     records = []
     for seed, features in enumerate(train):
         with terminal.showing(f"probing{f' seed {seed}' if len(train) > 1 else ''}"):
@@ -91,7 +88,6 @@ def main(
         terminal.print_json(result)
     else:
         _print(joined, probing.SCORES.get(model.task, "accuracy"))
-    processes.barrier()
     return 0
 
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import datasets
 from imgclf_jax.cli import inputs
-from imgclf_jax.core import processes, terminal
+from imgclf_jax.core import terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import utf8
 from imgclf_jax.data.source import Source
@@ -43,8 +43,7 @@ def main(
     with contextlib.ExitStack() as stack:
         with_targets = bool(model.programs.recipe.data.target_names)
         writing = embeddings.writing(file, model.class_names, with_targets)
-        # Only process 0 writes the file.
-        add: embeddings.Add = stack.enter_context(writing) if not processes.index() else lambda *_: None
+        add = stack.enter_context(writing)
         if paths:
             report_host_ops(model.programs)
             total, listed = inputs.count(paths), until_error(images, errors)
@@ -54,8 +53,7 @@ def main(
                 raise errors[0]
         else:
             written = _add_sets(model, workdir, base, split, add)
-    if not processes.index():
-        print(f"{file}: features of {written} images")
+    print(f"{file}: features of {written} images")
     return results.end("no features for", errors) if results else 0
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import processes
 from imgclf_jax.models import summary
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run import record
@@ -60,9 +59,8 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
               for name, key in selecting_sets(run.config).items()]  # fmt: skip
     findings = dataclasses.replace(findings, missing=(*doubts, *chosen, *findings.missing))
     path = Path(html) if html else workdir.path / "report.html"
-    if not processes.index():
-        write(path, report_page.page(run, run.provenance, findings, names))
-        print(f"wrote {path}")
+    write(path, report_page.page(run, run.provenance, findings, names))
+    print(f"wrote {path}")
     return 0
 
 
