@@ -137,7 +137,7 @@ def _inference(programs: Programs, images: np.ndarray) -> Measure:
 
     def dispatch() -> Any:
         if batch_size == 1:
-            return programs.predict(state.params, state.model_state, next(batches))
+            return programs.inference("predict")(state.params, state.model_state, next(batches))
         batch = sharding.put_batch({"image": next(batches), **rest}, programs.mesh)
         return programs.eval(state.params, state.model_state, batch)
 

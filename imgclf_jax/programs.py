@@ -238,7 +238,7 @@ class Programs:
 
     @once
     def _train_step(self) -> jax.stages.Wrapped:
-        """The jitted train step of all seeds: `(state, batch, *fixed) -> (state, sums)`."""
+        """The jitted train step of all seeds: `(state, batch, fixed) -> (state, sums)`."""
         recipe, frozen = self.recipe, self.recipe.rules.frozen
         with self._tracing_training():
             pure = step.make_train_step(
@@ -250,32 +250,28 @@ class Programs:
         return jax.jit(step.over_seeds(pure, recipe.num_seeds))
 
     @once
-    def _fixed_and_shardings(self) -> tuple[PyTree, ...]:
-        """(pytree, its shardings) of the method's arrays that are not trained, on the host; or ()."""
-        fixed = self.recipe.method.load_fixed()
-        return (fixed, self._fixed_shardings(fixed)) if jax.tree.leaves(fixed) else ()
+    def _fixed(self) -> PyTree:
+        """The method's arrays that are not trained, on the host; None if there are none."""
+        return self.recipe.method.load_fixed()
 
     @once
-    def fixed(self) -> tuple[PyTree, ...]:
-        """The method's arrays that are not trained, sharded on the mesh: (pytree,), or () if there are none."""
-        found = self._fixed_and_shardings
-        return (jax.tree.map(sharding.put, *found),) if found else ()
+    def fixed(self) -> PyTree:
+        """The method's arrays that are not trained, such as a teacher's variables, sharded on the mesh."""
+        return jax.tree.map(sharding.put, self._fixed, self._fixed_shardings(self._fixed))
 
     @property
-    def fixed_shape(self) -> tuple[PyTree, ...]:
+    def fixed_shape(self) -> PyTree:
         """`fixed` as shapes with shardings; the mesh may be of devices that hold no arrays."""
-        if not self._fixed_and_shardings:
-            return ()
-        fixed, shardings = self._fixed_and_shardings
-        shapes = jax.eval_shape(lambda x: x, fixed)  # float64 of NumPy becomes float32
-        return (jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),)
+        shapes = jax.eval_shape(lambda x: x, self._fixed)  # float64 of NumPy becomes float32
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
+                            self._fixed_shardings(shapes))  # fmt: skip
 
     @once
     def shape(self) -> dict[str, PyTree]:
         """The shapes and shardings of a training checkpoint: {"state": TrainState, "sums": since the last log}."""
         replicated, fixed = sharding.replicated(self.mesh), self.fixed_shape  # loads a teacher, so outside of the trace
         with self._tracing_training():
-            _, sums = self._train_step.trace(self.state_shape, self.batch_shape, *fixed).out_info
+            _, sums = self._train_step.trace(self.state_shape, self.batch_shape, fixed).out_info
         sums = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), sums)
         return {"state": self.state_shape, "sums": sums}
 
@@ -294,16 +290,16 @@ class Programs:
         """`train`, traced but not yet lowered. Any machine can lower it for the mesh's platform."""
 
         def train(
-            state: step.TrainState, sums: metrics.Sums, batch: Batch, *fixed: PyTree
+            state: step.TrainState, sums: metrics.Sums, batch: Batch, fixed: PyTree
         ) -> tuple[step.TrainState, metrics.Sums]:
-            state, new = self._train_step(state, batch, *fixed)
+            state, new = self._train_step(state, batch, fixed)
             return state, step.add_sums(sums, new)
 
         shapes, options = (self.state_shape, self.shape["sums"]), self.compiler_options(self.recipe.trains_on_onednn)
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
         with self._tracing_training():
             jitted = jax.jit(train, out_shardings=shardings, donate_argnums=0, compiler_options=options)
-            return jitted.trace(*shapes, self.batch_shape, *self.fixed_shape)
+            return jitted.trace(*shapes, self.batch_shape, self.fixed_shape)
 
     @once
     def train(self) -> Function:
@@ -313,7 +309,7 @@ class Programs:
         """
         with self.caching(self.recipe.trains_on_onednn):
             compiled, fixed = self.traced_train.lower().compile(), self.fixed
-        return (lambda *args: compiled(*args, *fixed)) if fixed else compiled
+        return lambda state, sums, batch: compiled(state, sums, batch, fixed)
 
     # Evaluation and inference.
 
@@ -342,9 +338,9 @@ class Programs:
             self.predicting or bool(recipe.whole_set_metrics), recipe.task, recipe.method,
         )  # fmt: skip
         jitted = jax.jit(pure, out_shardings=sharding.replicated(self.mesh), compiler_options=options)
-        fixed = self._fixed_shape_of_evaluation
+        fixed = None if self._evaluates_forward else self.fixed_shape  # so that evaluation loads no teacher
         with self.tracing(self._evaluates_forward):
-            traced = jitted.trace(state.params, state.model_state, self.eval_batch_shape, *fixed)
+            traced = jitted.trace(state.params, state.model_state, self.eval_batch_shape, fixed)
         if both := [name for name in metrics.own_names(traced.out_info[0]) if name in recipe.whole_set_metrics]:
             raise UserError(f"the method's evaluate returns {both[0]!r}, which metrics={recipe.config.metrics!r} "
                             "computes too; rename it")  # fmt: skip
@@ -357,9 +353,8 @@ class Programs:
         A batch is {"image": uint8[b, h, w, c], "label": i32[b], "mask": bool[b]}.
         """
         with self.caching(self._evaluates_forward):
-            compiled = self.traced_eval.lower().compile()
-        fixed = self.fixed if self.recipe.method.evaluate else ()
-        return (lambda *args: compiled(*args, *fixed)) if fixed else compiled
+            compiled, fixed = self.traced_eval.lower().compile(), None if self._evaluates_forward else self.fixed
+        return lambda params, model_state, batch: compiled(params, model_state, batch, fixed)
 
     def check_best(self) -> None:
         """Raises UserError if `checkpoint.best` or `stop` names a metric that evaluation does not report."""
@@ -374,11 +369,6 @@ class Programs:
     def _evaluates_forward(self) -> bool:
         """Whether evaluation is a forward pass; a method's `evaluate` may take gradients."""
         return self.recipe.method.evaluate is None
-
-    @property
-    def _fixed_shape_of_evaluation(self) -> tuple[PyTree, ...]:
-        """`fixed_shape` if the method's `evaluate` gets `fixed`; else (), so that evaluation loads no teacher."""
-        return self.fixed_shape if self.recipe.method.evaluate else ()
 
     def check_predicts(self) -> None:
         """Raises UserError if the run's method trains no head."""
@@ -395,25 +385,15 @@ class Programs:
         parts = recipe.augment(train=False), recipe.views, recipe.num_seeds, losses.link_of(recipe.config.loss)
         return step.make_inference(outputs, recipe.model, *parts)
 
-    @once
-    def predict(self) -> Function:
-        """Jitted (params, model_state, images) → probabilities f32[b, classes]."""
-        return self.jitted(self.pure("predict"), forward=True)
+    def inference(self, outputs: step.Outputs) -> Function:
+        """`pure(outputs)`, jitted once."""
+        if outputs not in self._inference:
+            self._inference[outputs] = self.jitted(self.pure(outputs), forward=True)
+        return self._inference[outputs]
 
     @once
-    def ranked(self) -> Function:
-        """Jitted (params, model_state, images) → f32[2, b, classes]: probabilities, and what orders them."""
-        return self.jitted(self.pure("ranked"), forward=True)
-
-    @once
-    def logits(self) -> Function:
-        """Jitted (params, model_state, images) → logits f32[b, classes], or [seeds, b, classes]."""
-        return self.jitted(self.pure("logits"), forward=True)
-
-    @once
-    def features(self) -> Function:
-        """Jitted (params, model_state, images) → features f32[b, d], or [seeds, b, d]."""
-        return self.jitted(self.pure("features"), forward=True)
+    def _inference(self) -> dict[step.Outputs, Function]:
+        return {}
 
     def jitted(self, pure: Function, forward: bool = False) -> Function:
         """Jits a pure function (params, model_state, batch) of all seeds; `forward` if it takes no gradient.

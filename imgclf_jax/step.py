@@ -343,11 +343,9 @@ def over_seeds(train_step: Function, num_seeds: int) -> Function:
     if num_seeds == 1:
         return train_step
 
-    def step(states: TrainState, batch: Batch, *fixed: PyTree) -> tuple[TrainState, metrics.Sums]:
+    def step(states: TrainState, batch: Batch, fixed: PyTree) -> tuple[TrainState, metrics.Sums]:
         own = jax.tree.map(lambda x: x.reshape(-1, num_seeds, *x.shape[1:]), batch)
-        result: tuple[TrainState, metrics.Sums] = jax.vmap(train_step, (0, 1, *[None] * len(fixed)))(
-            states, own, *fixed
-        )
+        result: tuple[TrainState, metrics.Sums] = jax.vmap(train_step, (0, 1, None))(states, own, fixed)
         return result
 
     return step
@@ -430,7 +428,7 @@ def make_eval_step(
     model: nn.Module, loss: Loss, augment: Augment, views: tta.Views = tta.NONE, num_seeds: int = 1,
     with_predictions: bool = False, task: Task = Task.CLASSES, method: Method | None = None,
 ) -> Callable[..., tuple[metrics.Sums, metrics.AnyPredictions | None]]:  # fmt: skip
-    """Returns `eval_step(params, model_state, batch, *fixed) -> (sums, predictions)`.
+    """Returns `eval_step(params, model_state, batch, fixed=None) -> (sums, predictions)`.
 
     `batch["mask"]` bool[b] is False for padding. With several seeds, params and model_state are [num_seeds, …], and the
     sums [num_seeds + 1, …]: each seed's, and last the ensemble's, whose probabilities are the mean over the seeds.
@@ -439,27 +437,26 @@ def make_eval_step(
     """
     logits_of, link = make_logits(model, augment, views), link_of(loss)
 
-    def own_sums(params: Params, model_state: ModelState, batch: Batch, *fixed: PyTree) -> metrics.Sums:
+    def own_sums(params: Params, model_state: ModelState, batch: Batch, fixed: PyTree) -> metrics.Sums:
         if method is None or method.evaluate is None:
             return {}
         given = {**batch, "image": augment(None, batch["image"])}
         variables = {"params": params, **model_state}
-        values = nn.apply(method.evaluate, model)(variables, given, *(fixed or (None,)))
+        values = nn.apply(method.evaluate, model)(variables, given, fixed)
         _check_evaluated(values, batch["mask"].shape, task, method.predicts)
         return {metrics.OWN + name: jnp.sum(jnp.where(batch["mask"], dtypes.upcast(x), 0.0))
                 for name, x in values.items()}  # fmt: skip
 
     def eval_step(
-        params: Params, model_state: ModelState, batch: Batch, *fixed: PyTree
+        params: Params, model_state: ModelState, batch: Batch, fixed: PyTree = None
     ) -> tuple[metrics.Sums, metrics.AnyPredictions | None]:
         wanted, mask = batch["label" if task is Task.CLASSES else "target"], batch["mask"]
 
         def sums_of(logits: jax.Array) -> metrics.Sums:
             return metrics.task_sums(logits, wanted, loss(logits, wanted), link, mask, task)
 
-        several = (0, 0, None, *[None] * len(fixed))
-        own = own_sums if num_seeds == 1 else jax.vmap(own_sums, several)
-        sums = own(params, model_state, batch, *fixed)
+        own = own_sums if num_seeds == 1 else jax.vmap(own_sums, (0, 0, None, None))
+        sums = own(params, model_state, batch, fixed)
         if num_seeds > 1:
             sums = {name: jnp.append(values, jnp.nan) for name, values in sums.items()}
         if method is not None and not method.predicts:

@@ -169,7 +169,7 @@ class Trained(NamedTuple):
         `images` itself, or from the device, is raised after the outputs of the images before it.
         """
         _ = self.programs.host_ops  # an error in these concerns no single image
-        program, mesh, shape = getattr(self.programs, what), self.programs.mesh, self.programs.recipe.data.image_shape
+        program, mesh, shape = self.programs.inference(what), self.programs.mesh, self.programs.recipe.data.image_shape
         size = sharding.round_up(min(self.config.batch_size, _BATCH), mesh)
         failures: list[Exception] = []
         pool = concurrent.futures.ThreadPoolExecutor(self.config.data.threads or os.cpu_count())

@@ -165,7 +165,7 @@ def test_matmul_precision_have_the_bits_that_the_config_says(asked, attribute, f
     programs = Programs(Recipe(fake_config, DATA), described_mesh(*ELSEWHERE["tpu"]))
     state, images = programs.shape["state"], jax.ShapeDtypeStruct((8, *DATA.image_shape), "uint8")
     with jax.numpy_dtype_promotion("standard"):
-        predict = programs.predict.__wrapped__.trace(state.params, state.model_state, images)
+        predict = programs.inference("predict").__wrapped__.trace(state.params, state.model_state, images)
         texts = [
             traced.lower(lowering_platforms=("tpu",)).as_text()
             for traced in (programs.traced_train, programs.traced_eval, predict)
@@ -198,7 +198,7 @@ def test_the_options_reach_the_compiler_of_every_program(fake_config, monkeypatc
         state = programs.shape["state"]
         images = jax.ShapeDtypeStruct((8, *DATA.image_shape), "uint8")
         yield from (lambda: programs.train, lambda: programs.eval, lambda: programs.traced_init.lower().compile())
-        yield lambda: programs.predict.__wrapped__.lower(state.params, state.model_state, images).compile()
+        yield lambda: programs.inference("predict").__wrapped__.lower(state.params, state.model_state, images).compile()
 
     for compile in compiled({"xla_gpu_deterministic_ops": True}):
         compile()

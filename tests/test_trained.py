@@ -169,11 +169,14 @@ def test_an_error_of_the_images_or_the_device_comes_after_what_was_before_it(mod
         def __getattr__(self, name):
             return getattr(model.programs, name)
 
-        def logits(self, *arguments):
+        def inference(self, outputs):
+            return self.fail_at_second_call
+
+        def fail_at_second_call(self, *arguments):
             self.calls += 1
             if self.calls == 2:
                 raise RuntimeError("out of memory")
-            return model.programs.logits(*arguments)
+            return model.programs.inference("logits")(*arguments)
 
     broken = model._replace(programs=Programs())
     for stream, count, kind in [(model.stream("logits", images()), COUNT, UserError),

@@ -112,7 +112,7 @@ def _dispatch(line: CommandLine, config: ConfigDict | None, source: Any) -> int:
             flags = {f"--{flag}": value for flag, value in options.items()}
             agreed = {"command": line.command, **keys, **flags, "files": line.files}
             stack.enter_context(distributed.join(agreed, *process_flags))
-        elif config:
+        else:
             stack.enter_context(distributed.alone())
         if config and "trust" in options and not options.pop("trust") and source:
             stack.enter_context(source.untrusted(line.argv))

@@ -104,7 +104,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     skipped = datasets.skipped_files(base, images)
     fingerprints = {name: images.source.fingerprint for name, images in evals.items()}
     groups = compiling.groups_of_statistics if config.batch_norm == "per_device" else 0
-    fixed = tree.sha256(compiling.fixed) if compiling.fixed else ""
+    fixed = tree.sha256(compiling.fixed) if tree.named_leaves(compiling.fixed) else ""
     processes.agree(lambda: {f"fixed arrays of method={config.method!r}": fixed})
 
     def take_snapshot() -> JsonObject:

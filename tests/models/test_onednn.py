@@ -171,5 +171,5 @@ def test_a_matmul_is_read_beside_its_activation(activation, fake_config):
     images = np.random.default_rng(0).integers(256, size=(64, 12, 12, 1), dtype=np.uint8)
     with jax.disable_jit():
         expected = programs.pure("logits")(state.params, state.model_state, images)
-    found = programs.logits(state.params, state.model_state, images)
+    found = programs.inference("logits")(state.params, state.model_state, images)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)

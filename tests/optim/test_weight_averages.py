@@ -161,7 +161,7 @@ def test_evaluation_and_prediction_use_the_average(tmp_path, flag):
     assert again["test"] == result["test"]
     plain = evaluate_all(programs, state.replace(eval_variables=None), {"test": stream.Images(source, "decode(1)")})
     assert plain["test"]["loss"] != result["test"]["loss"]
-    probabilities = programs.predict(*state.evaluated, examples["image"])
+    probabilities = programs.inference("predict")(*state.evaluated, examples["image"])
     np.testing.assert_allclose(probabilities, jax.nn.softmax(logits), rtol=0, atol=close)
     if "schedule_free" in flag:
         saved = Checkpoints(workdir.checkpoints, read_only=True).restore(22, programs.shape)["state"]

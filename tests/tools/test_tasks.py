@@ -94,7 +94,7 @@ def outputs_of(workdir):
     model = restore(workdir.load_config(), workdir, "latest")
     images = model.programs.eval_images(datasets.open_data(workdir.load_config())["test"])
     read = images.read(np.arange(len(images)), np.arange(len(images)))
-    found = np.asarray(model.programs.predict(*model.state.evaluated, read["image"]))
+    found = np.asarray(model.programs.inference("predict")(*model.state.evaluated, read["image"]))
     return read["target"].astype(np.float64), found.astype(np.float64)
 
 

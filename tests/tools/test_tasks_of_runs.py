@@ -24,7 +24,7 @@ def test_several_seeds_report_means_and_their_ensemble(tmp_path, name):
     images = model.programs.eval_images(datasets.open_data(workdir.load_config())["test"])
     everything = np.arange(len(images))
     read = images.read(everything, everything)
-    logits = np.asarray(model.programs.logits(*model.state.evaluated, read["image"]))
+    logits = np.asarray(model.programs.inference("logits")(*model.state.evaluated, read["image"]))
     each = np.asarray(losses.link_of(LOSS[name]).probabilities(logits), np.float64)
     np.testing.assert_allclose(each.mean(0), together, rtol=1e-5, atol=1e-6)
     result = json.loads(workdir.result.read_text())["test"]

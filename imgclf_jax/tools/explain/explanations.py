@@ -101,6 +101,6 @@ def predict(model: Trained, images: np.ndarray, size: int = 1, ranked: bool = Fa
     size = sharding.round_up(size, mesh)
     batch = np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), np.uint8)])
     here = batch[sharding.rows_here(size, mesh)]
-    program = model.programs.ranked if ranked else model.programs.predict
+    program = model.programs.inference("ranked" if ranked else "predict")
     out = program(*model.state.evaluated, sharding.put_batch(here, mesh))
     return np.asarray(jax.device_get(out))[..., : len(images), :]

@@ -35,7 +35,7 @@ def compute_batches(model: Trained, images: stream.Images) -> Iterator[tuple[np.
     pending: tuple[jax.Array, Batch] | None = None
     for batch in stream.eval_batches(images, size):
         placed = sharding.put_batch(batch["image"][rows], programs.mesh)
-        out = programs.features(*model.state.evaluated, placed)
+        out = programs.inference("features")(*model.state.evaluated, placed)
         if pending:
             yield finish(*pending)  # while the device computes the next batch
         pending = out, batch

@@ -296,5 +296,5 @@ class Batcher:
         batch[: len(images)] = images
         with self._device:
             # Passing the NumPy batch to the program takes a third of the time of `sharding.put_batch`.
-            out = np.asarray(self._model.programs.ranked(*self._model.state.evaluated, batch))
+            out = np.asarray(self._model.programs.inference("ranked")(*self._model.state.evaluated, batch))
         return out.swapaxes(0, 1)[: len(images)]  # [n, 2, classes]
