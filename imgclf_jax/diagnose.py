@@ -1,13 +1,13 @@
 """Diagnosis of failures: the config key that cannot be traced, the examples of a nonfinite step, oversized arrays."""
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.errors import ScopeCollectionNotFound, ScopeParamNotFoundError
 from ml_collections import ConfigDict
@@ -15,10 +15,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import metrics, step
 from imgclf_jax.core import json_files, memory, processes, rng, spec, tree
 from imgclf_jax.core.errors import UserError, reason
-from imgclf_jax.core.typing import Function, PyTree
 from imgclf_jax.data import stream
-from imgclf_jax.methods.gradients import Gradient
-from imgclf_jax.optim import optimizers
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.provenance import raised_in_user_code
@@ -29,71 +26,31 @@ _TRACED_KEYS = ("method", "gradient", "model", "augment", "mix", "tta", "loss", 
 
 @contextlib.contextmanager
 def naming_the_key(recipe: Recipe) -> Iterator[None]:
-    """If tracing fails inside, traces the parts one by one to name the config key at fault."""
+    """Raises UserError naming the config key at fault if tracing fails inside.
+
+    Functions of a recipe name their own keys: see `Recipe.named`. What fails elsewhere is the model, or something that
+    the user's own code returns. Errors raised in the user's own code pass unchanged, with their traceback.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as e:  # JAX, Flax and Optax raise many types
+        config, method = recipe.config, recipe.method
         missing = isinstance(e, ScopeParamNotFoundError | ScopeCollectionNotFound) and re.search(
             'parameter.* in scope "/head[/"]|collection "params" in "/head[/"]', str(e)
         )
-        if missing and not recipe.method.predicts:
-            raise UserError(f"method={recipe.config.method!r} calls the head, but predicts=False gives its model none; "
+        if missing and not method.predicts:
+            raise UserError(f"method={config.method!r} calls the head, but predicts=False gives its model none; "
                             "drop predicts=False, or use another module") from e  # fmt: skip
-        trace_each_key(recipe)
-        config = recipe.config
+        images = jax.ShapeDtypeStruct((1, *recipe.data.image_shape), "float32")
+        for key, model in (("model", recipe.plain_model), ("method", recipe.model)):
+            init = functools.partial(model.init, rng.init_streams(jax.random.key(0)), train=False)
+            jax.eval_shape(recipe.named(key, init), images)
         own = [f"{key}={config[key]!r}" for key in _TRACED_KEYS if spec.names_code(config[key])]
         if own and not raised_in_user_code(e):
             raise UserError(f"{' or '.join(own)} returns something that the step cannot use: {reason(e)}") from e
         raise
-
-
-def trace_each_key(recipe: Recipe) -> None:
-    """Raises UserError naming the first config key that cannot be traced, if there is one.
-
-    Errors raised in the user's own code, named by an import path, pass unchanged.
-    """
-    config, image_shape = recipe.config, recipe.data.image_shape
-    images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), "uint8")
-    labels = jax.ShapeDtypeStruct((config.batch_size,), "int32")
-    logits = jax.ShapeDtypeStruct((config.batch_size, len(recipe.data.class_names)), "float32")
-    wanted = logits if recipe.data.target_names else labels
-
-    def draw(images: jax.Array, ids: jax.Array) -> jax.Array:
-        known = (jnp.uint32(0), ids, ids) if recipe.needs_ids else ()
-        return recipe.augment(train=True)(rng.key(0, "augment"), images, *known)
-
-    def mix(images: jax.Array, ids: jax.Array) -> PyTree:
-        return recipe.mix and recipe.mix(rng.key(0, "mix"), draw(images, ids))
-
-    def init_and_update() -> step.TrainState:
-        parts = recipe.model, recipe.optimizer, image_shape, 0, recipe.average
-        state = step.init_state(*parts, head=recipe.method.predicts)
-        gradient = Gradient(lambda params, *_: ((jnp.float32(0), None), params), lambda *_: jnp.float32(0))
-        extra = gradient.extra_arguments(jnp.float32(0), state.params, {}, {}, rng.key(0, "dropout"))
-        recipe.optimizer.update(state.params, state.opt_state, state.params, **extra)
-        return state
-
-    def trace(key: str, function: Function, *args: PyTree) -> None:
-        try:
-            jax.eval_shape(function, *args)
-        except UserError:
-            raise
-        except Exception as e:
-            if spec.names_code(config[key]) and raised_in_user_code(e):
-                raise  # the user needs the traceback into their own code
-            where = f" on images {list(image_shape)}" if key in ("augment", "mix", "model", "method") else ""
-            raise UserError(f"{key}={config[key]!r} fails{where}: {reason(e)}") from e
-
-    one = jax.ShapeDtypeStruct((1, *image_shape), "float32")  # an argument: a constant would have values for NumPy
-    trace("schedule", lambda step: optimizers.promoting(recipe.schedule)(step), jax.ShapeDtypeStruct((), "int32"))
-    trace("augment", draw, images, labels)
-    trace("mix", mix, images, labels)
-    trace("model", lambda x: recipe.plain_model.init(rng.init_streams(rng.key(0, "init")), x, train=False), one)
-    trace("method", lambda x: recipe.model.init(rng.init_streams(rng.key(0, "init")), x, train=False), one)
-    trace("loss", lambda logits, labels: recipe.loss(logits, labels), logits, wanted)
-    trace("optimizer", init_and_update)
 
 
 def refuse_nonfinite(

@@ -3,6 +3,7 @@
 Nothing here is compiled or depends on devices. `programs.py` compiles a recipe for a mesh.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,14 +21,15 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax import datasets, losses, metrics
 from imgclf_jax.augment import mixing, ops, tta
-from imgclf_jax.core import rng, tree
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core import rng, spec, tree
+from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Function
 from imgclf_jax.data.info import DataInfo
 from imgclf_jax.methods import Method, Problem, gradients
 from imgclf_jax.methods import table as methods
 from imgclf_jax.models import classifier
 from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
+from imgclf_jax.run.provenance import raised_in_user_code
 
 
 class _built[T](cached_property[T]):
@@ -80,15 +82,36 @@ class Recipe:
     def _steps_for(self, key: str) -> Callable[[str], int]:
         return lambda duration: self.steps(key, str(duration), self.total)
 
+    def named[**P, R](self, key: str, function: Callable[P, R]) -> Callable[P, R]:
+        """Wraps a function that `key` names: if it fails, it raises UserError naming the key.
+
+        Errors raised in the user's own code pass unchanged, since the user needs their traceback.
+        """
+
+        @functools.wraps(function)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return function(*args, **kwargs)
+            except UserError:
+                raise
+            except Exception as e:
+                if spec.names_code(self.config[key]) and raised_in_user_code(e):
+                    raise
+                shape = list(self.data.image_shape)
+                raise UserError(f"{key}={self.config[key]!r} fails on images {shape}: {reason(e)}") from e
+
+        return wrapped
+
     @_built
     def schedule(self) -> optax.Schedule:
         """The learning rate as a function of the step."""
-        return schedules.build(self.config.schedule, self._steps_for("schedule"), self.total)
+        return self.named("schedule", schedules.build(self.config.schedule, self._steps_for("schedule"), self.total))
 
     @_built
     def optimizer(self) -> optax.GradientTransformation:
         """The optimizer, with its schedule, clipping and parameter rules."""
-        return optimizers.build(self.config.optimizer, self.schedule, self.config.clip, self.rules)
+        built = optimizers.build(self.config.optimizer, self.schedule, self.config.clip, self.rules)
+        return built._replace(init=self.named("optimizer", built.init), update=self.named("optimizer", built.update))
 
     @_built
     def average(self) -> weight_averages.Average:
@@ -146,8 +169,8 @@ class Recipe:
     @_built
     def method(self) -> Method:
         """What the run learns from a batch. Raises UserError for a config key that the method would ignore."""
-        method = methods.build(self.config.method, self._problem)
-        methods.check_keys(method, self.config, bool(self.data.target_names))
+        method = self.named("method", methods.build)(self.config.method, self._problem)
+        _check_keys(method, self.config, bool(self.data.target_names))
         return method
 
     @cached_property
@@ -178,7 +201,7 @@ class Recipe:
     @_built
     def loss(self) -> losses.Loss:
         """The loss: see `losses`."""
-        return losses.build(self.config.loss, self.data.class_counts, self.data.class_names)
+        return self.named("loss", losses.build(self.config.loss, self.data.class_counts, self.data.class_names))
 
     @cached_property
     def task(self) -> losses.Task:
@@ -187,7 +210,7 @@ class Recipe:
 
     def augment(self, train: bool) -> Callable[..., jax.Array]:
         """The device ops; without `train`, only the deterministic ones. See `ops.build`."""
-        return ops.build(self.config.augment, train)
+        return self.named("augment", ops.build(self.config.augment, train))
 
     @property
     def normalization(self) -> str:
@@ -211,7 +234,8 @@ class Recipe:
     @_built
     def mix(self) -> mixing.Mix | None:
         """The mixing op on batches, or None."""
-        return mixing.build(self.config.mix)
+        mix = mixing.build(self.config.mix)
+        return mix and self.named("mix", mix)
 
     @cached_property
     def views(self) -> tta.Views:
@@ -235,6 +259,25 @@ class Recipe:
     def num_seeds(self) -> int:
         """The number of replicas trained at once."""
         return int(self.config.num_seeds)
+
+
+def _check_keys(method: Method, config: ConfigDict, has_targets: bool) -> None:
+    """Raises UserError if a config key is set that the method ignores: `mix`, `metrics`, `tta` or `loss`."""
+    if config.mix and method.inputs and not method.mixes:
+        raise UserError(f"mix={config.mix!r}: method={config.method!r} makes its own batches and does not mix them; "
+                        "leave mix empty, or, in your own method, call problem.mix in `inputs` and return "
+                        "Method(…, mixes=True)")  # fmt: skip
+    if method.predicts:
+        return
+    for key in ("metrics", "tta"):
+        if config[key]:
+            raise UserError(f"{key}={config[key]!r}: method={config.method!r} trains no head, so it makes no "
+                            f"predictions; leave {key} empty")  # fmt: skip
+    call = spec.parse_one(config.loss)
+    if call.args or call.kwargs or not (has_targets or call.name == configs.KEYS["loss"][0]):
+        advice = "use its name without arguments, for the kind of targets" if has_targets else "leave it 'softmax'"
+        raise UserError(f"loss={config.loss!r}: method={config.method!r} trains no head and has a loss of its own; "
+                        f"{advice}")  # fmt: skip
 
 
 def check_names(config: ConfigDict) -> None:

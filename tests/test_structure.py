@@ -215,7 +215,6 @@ RAW = {
     "data/image_check.py": "the cache", "data/prepare.py": "the cache", "data/arrays.py": "the cache",
     "run/lock.py": "the lock, by its name", "run/workdir.py": "the result, by its name",
     "tools/reproduce/command.py": "a folder of its own",
-    "tools/export/command.py": "a folder of its own", "tools/export/saved_model.py": "a folder of its own",
     "tools/probe/embeddings.py": "a file without a name", "tools/explain/command.py": "the person's output",
     "tools/find_lr/command.py": "the person's output", "tools/reproduce/show_batch.py": "the person's output",
     "tools/dryrun/command.py": "the work directory itself",

@@ -5,9 +5,7 @@ import functools
 from collections.abc import Callable
 
 import jax
-from ml_collections import ConfigDict
 
-from imgclf_jax.config import KEYS
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import Method, Problem
@@ -90,22 +88,3 @@ def build_attack(text: str) -> Attack:
 def is_supervised(text: str) -> bool:
     """Whether a spec names the default method, which reads only images and their labels or targets."""
     return spec.parse_one(text).name == "supervised"
-
-
-def check_keys(method: Method, config: ConfigDict, has_targets: bool) -> None:
-    """Raises UserError if a config key is set that the method ignores: `mix`, `metrics`, `tta` or `loss`."""
-    if config.mix and method.inputs and not method.mixes:
-        raise UserError(f"mix={config.mix!r}: method={config.method!r} makes its own batches and does not mix them; "
-                        "leave mix empty, or, in your own method, call problem.mix in `inputs` and return "
-                        "Method(…, mixes=True)")  # fmt: skip
-    if method.predicts:
-        return
-    for key in ("metrics", "tta"):
-        if config[key]:
-            raise UserError(f"{key}={config[key]!r}: method={config.method!r} trains no head, so it makes no "
-                            f"predictions; leave {key} empty")  # fmt: skip
-    call = spec.parse_one(config.loss)
-    if call.args or call.kwargs or not (has_targets or call.name == KEYS["loss"][0]):
-        advice = "use its name without arguments, for the kind of targets" if has_targets else "leave it 'softmax'"
-        raise UserError(f"loss={config.loss!r}: method={config.method!r} trains no head and has a loss of its own; "
-                        f"{advice}")  # fmt: skip
