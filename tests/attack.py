@@ -87,8 +87,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "images": (*DATA, ("predict", "ITEM", "--workdir=RUN"), ("explain", "ITEM", "--workdir=RUN", "--output=OUT/e"),
                ("features", "ITEM", "--workdir=RUN", "--output=OUT/f.npz"), ("train", "--config=folder:ITEM", *SHARED,
                "--workdir=OUT/new", "--config.preprocess_eval="), ("evaluate", "--workdir=RUN",
-               "--config.data.eval.new=DATA/train"), ("evaluate", "--workdir=RUN", "--corruptions=frost",
-               "--frost=ITEM")),
+               "--config.data.eval.new=DATA/train")),
     "data.npz": DATA, "labels.csv": DATA,
 }  # fmt: skip
 # For --names: a kind, a command, a name in the copy, and what is there instead.

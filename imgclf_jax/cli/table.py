@@ -54,8 +54,7 @@ FLAGS: Mapping[str, dict[str, Any]] = {
     "workdir": _flag("the run's directory (default: runs/<config name>; show-batch: none)", "DIR"),
     "checkpoint": _flag("best, latest or a step (default: best if one is kept, else latest)", "WHICH"),
     "checkpoints": _flag("evaluate several checkpoints: all, or a list of steps", "all|100,200"),
-    "corruptions": _flag("measure accuracy on corrupted images, at five severities: all, or names", "all|fog,snow"),
-    "frost": _flag("for the corruption frost, the folder with its photographs frost1.png to frost5.jpg", "DIR"),
+    "corruptions": _flag("measure accuracy on corrupted images, at five severities: all, or names", "all|NAME,..."),
     "attack": _flag("measure accuracy under attack: \"pgd(eps='8/255', steps=20)\", or an import path", "SPEC"),
     "format": {"help": "the output format (default: the first)"},  # see `Command.formats`
     "predictions": _flag("write the prediction for each example to a .csv or .jsonl file", "FILE"),
@@ -154,7 +153,7 @@ COMMANDS: Mapping[str, Command] = {
     "evaluate": Command(
         "evaluate a trained run on each of its evaluation sets",
         "tools.evaluate.command", from_run_or_weights,
-        ("workdir", "checkpoint", "checkpoints", "corruptions", "frost", "attack", "format", "predictions", "top_k",
+        ("workdir", "checkpoint", "checkpoints", "corruptions", "attack", "format", "predictions", "top_k",
          "trust", *PROCESSES),
         more="Any split, folder or .npz file can be an evaluation set: --config.data.eval.NAME=SPLIT, or "
              "--config.data.eval.NAME=SOURCE/SPLIT.",

@@ -12,10 +12,19 @@ from imgclf_jax.core import terminal
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import record
 from imgclf_jax.tools.compare import page as compare_page
-from imgclf_jax.tools.compare import saved_predictions
+from imgclf_jax.tools.compare import predictions
 from imgclf_jax.tools.compare import tables as compare_tables
-from imgclf_jax.tools.compare.comparison import Group, best, common, differing_origins, group_runs, main_metric, shown
-from imgclf_jax.tools.compare.paired_runs import Comparison, compare
+from imgclf_jax.tools.compare.comparison import (
+    Comparison,
+    Group,
+    best,
+    common,
+    compare,
+    differing_origins,
+    group_runs,
+    main_metric,
+    shown,
+)
 from imgclf_jax.tools.pages.html import write
 
 log = logging.getLogger(__name__)
@@ -34,8 +43,7 @@ def main(files: Sequence[str], format: str, html: str, test: bool, trust: bool) 
     groups, (metric, _) = group_runs(runs), main_metric(runs)
     for sentence in differing_origins(groups):
         log.warning("%s", sentence)
-    predictions = saved_predictions.load_all(runs, test, trust)
-    comparisons = compare(groups, predictions)
+    comparisons = compare(groups, predictions.load_all(runs, test, trust))
     if format == "json":
         terminal.print_json(_as_json(groups, comparisons, metric, damaged))
     elif format == "csv":
@@ -89,9 +97,8 @@ def _as_json(
         ],
         "best": dict(ranked.settings) if (ranked := best(groups, metric)) else None,
         "comparisons": [
-            {"settings": dict(c.group.settings), "set": c.set, "score": c.score, "examples": c.examples,
-             "difference": c.difference._asdict(), "holm": c.adjusted,
-             "mcnemar_mid_p" if c.score in ("accuracy", "exact_match") else "bootstrap_p": c.p}
+            {"settings": dict(c.group.settings), "set": c.set, "examples": c.examples,
+             "difference": c.difference._asdict(), "mcnemar_mid_p": c.p, "holm": c.adjusted}
             for c in comparisons
         ],
         "damaged": list(damaged),

@@ -1,21 +1,25 @@
-"""Groups of runs that differ only in their seed, and the keys that distinguish the groups."""
+"""Groups of runs that differ only in their seed, the keys that distinguish them, and their paired comparison."""
 
 import collections
 import dataclasses
 import json
+import logging
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.core.json_files import as_object
-from imgclf_jax.core.typing import Json, JsonObject, Value
+from imgclf_jax.core.typing import Value
 from imgclf_jax.run import ranking
+from imgclf_jax.run.provenance import find_differences
 from imgclf_jax.run.record import Record
+from imgclf_jax.tools.compare import paired
 from imgclf_jax.tools.compare.paired import Spread, spread
+from imgclf_jax.tools.compare.predictions import Correct
+
+log = logging.getLogger(__name__)
 
 DIRECTORY = "directory"  # distinguishes groups with equal configs
 _IGNORED = ("seed", "num_seeds", *configs.LOCATION_KEYS)
@@ -129,52 +133,25 @@ def best(groups: Sequence[Group], metric: str) -> Group | None:
 
 
 def differing_origins(groups: Sequence[Group]) -> list[str]:
-    """Sentences on finished runs whose configs say the same, but which recorded different data or code.
+    """Sentences on finished runs whose configs say the same, but which recorded different data, weights or code.
 
     Evaluation sets are compared between all runs; within a group, what training read and computed with.
     """
     found: dict[str, None] = {}
     for group in groups:
-        _note_differing(found, group.done, _training_facts, "their mean is of different runs")
-    by_source = collections.defaultdict[str, list[Record]](list)
+        for run in group.done[1:]:
+            for one in find_differences(group.done[0].provenance, run.provenance):
+                if one.what.startswith(("data.", "init_from.", "fixed_sha256", "batch_norm_groups", "modules.")):
+                    found[f"{group.done[0].name} and {run.name} recorded a different {one.what}: their mean is of "
+                          "different runs"] = None  # fmt: skip
+    first: dict[tuple[str, str], Record] = {}
     for run in (run for group in groups for run in group.done):
-        by_source[run.config.data.source].append(run)
-    for runs in by_source.values():
-        _note_differing(found, runs, _evaluation_facts, "their results are not comparable")
+        for name, text in run.config.data.eval.items():
+            other = first.setdefault((run.config.data.source, text), run)
+            if run.evals.get(name) != other.evals.get(name):
+                found[f"{other.name} and {run.name} recorded a different evaluation set {name}={text!r}: their results "
+                      "are not comparable"] = None  # fmt: skip
     return list(found)
-
-
-def _training_facts(run: Record) -> JsonObject:
-    recorded = run.provenance
-    data = as_object(recorded.get("data"))
-    facts: JsonObject = {
-        "training data": data.get("fingerprint"),
-        **as_object(recorded.get("modules")),
-        "digest of init_from": as_object(recorded.get("init_from")).get("sha256"),
-        "digest of the method's fixed arrays": recorded.get("fixed_sha256"),
-        "number of BatchNorm groups": recorded.get("batch_norm_groups"),
-        "digest of data.sampling": data.get("sampling"),
-    }
-    for name, stream in as_object(data.get("extra")).items():
-        facts[f"fingerprint of data.extra.{name}"] = as_object(stream).get("fingerprint")
-        facts[f"digest of the sampling of data.extra.{name}"] = as_object(stream).get("sampling")
-    return facts
-
-
-def _evaluation_facts(run: Record) -> JsonObject:
-    return {f"evaluation set {name}={text!r}": run.evals.get(name) for name, text in run.config.data.eval.items()}
-
-
-def _note_differing(
-    found: dict[str, None], runs: Sequence[Record], facts: Callable[[Record], JsonObject], so: str
-) -> None:
-    """Adds a sentence for each fact that two of the runs recorded differently."""
-    first: dict[str, tuple[Json, Record]] = {}
-    for run in runs:
-        for name, value in facts(run).items():
-            before = first.setdefault(name, (value, run)) if value is not None else (None, run)
-            if before[0] != value:
-                found[f"{before[1].name} and {run.name} recorded a different {name}: {so}"] = None
 
 
 def common(groups: Sequence[Group]) -> dict[str, Value]:
@@ -185,29 +162,17 @@ def common(groups: Sequence[Group]) -> dict[str, Value]:
 
 
 def _separate(runs: Sequence[Record]) -> dict[str, list[Record]]:
-    """Splits runs of one config into groups without a seed twice, by directory; {"": runs} if no seed is there twice.
+    """Splits runs of one config by their parent directory if a seed is there twice; else returns {"": runs}.
 
-    The runs of a parent directory stay together, with those of other parents that have other seeds. Of a run that is
-    twice in one parent, the later ones by name are groups of their own.
+    A second run of a seed in one parent directory is a group of its own, by its name.
     """
     if not _repeats(runs):
         return {"": list(runs)}
-    by_parent = collections.defaultdict[Path, list[Record]](list)
-    copies = list[Record]()
+    groups = collections.defaultdict[str, list[Record]](list)
     for run in runs:
-        siblings = by_parent[run.workdir.path.parent]
-        (copies if _repeats([*siblings, run]) else siblings).append(run)
-    groups = list[list[Record]]()
-    for siblings in by_parent.values():
-        fitting = next((group for group in groups if not _repeats([*group, *siblings])), None)
-        if fitting is None:
-            groups.append(list(siblings))
-        else:
-            fitting += siblings
-    named = {os.path.commonpath([run.workdir.path.parent for run in group]): group for group in groups}
-    if len(named) < len(groups):  # parents within one another
-        named = {", ".join(dict.fromkeys(str(run.workdir.path.parent) for run in group)): group for group in groups}
-    return named | {run.name: [run] for run in copies}
+        siblings = groups[str(run.path.parent)]
+        (groups[run.name] if _repeats([*siblings, run]) else siblings).append(run)
+    return groups
 
 
 def _repeats(runs: Iterable[Record]) -> bool:
@@ -217,3 +182,44 @@ def _repeats(runs: Iterable[Record]) -> bool:
 
 def _text(value: Value) -> str:
     return json.dumps(value, sort_keys=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A group against the best one, on one evaluation set."""
+
+    group: Group
+    set: str
+    examples: int
+    difference: paired.Difference  # of the mean accuracies, this group's minus the best one's
+    p: dict[int, float]  # McNemar's mid-p by seed that both have
+    adjusted: dict[int, float]  # `p`, Holm-adjusted over all tests
+
+
+def compare(groups: Sequence[Group], saved: Mapping[str, Correct]) -> list[Comparison]:
+    """Compares each group with the best on each evaluation set for which all their runs have saved predictions."""
+    comparisons: list[Comparison] = []
+    best = groups[0]
+    for name in best.done[0].config.data.eval if best.done else ():
+        if (of_best := _join_seeds(best, name, saved)) is None:
+            continue
+        for group in groups[1:]:
+            if (own := _join_seeds(group, name, saved)) is None:
+                continue
+            if group.done[0].evals.get(name) != best.done[0].evals.get(name):
+                log.warning("%s: cannot pair %s with the best, because their examples differ", name, group.label)
+                continue
+            p = {seed: paired.mcnemar(own[seed], of_best[seed]) for seed in own if seed in of_best}
+            first, second = (np.stack(list(each.values())) for each in (own, of_best))
+            difference = paired.difference(first, second)
+            comparisons.append(Comparison(group, name, first.shape[1], difference, p, {}))
+    adjusted = iter(paired.holm([p for comparison in comparisons for p in comparison.p.values()]))
+    return [dataclasses.replace(c, adjusted={seed: next(adjusted) for seed in c.p}) for c in comparisons]
+
+
+def _join_seeds(group: Group, name: str, saved: Mapping[str, Correct]) -> dict[int, np.ndarray] | None:
+    """Returns bool[n] by seed on a set; None unless every run of the group has predictions of the same examples."""
+    have = [run for run in group.done if name in saved[run.name]]
+    if not have or len(have) < len(group.done) or len({run.evals.get(name) for run in have}) > 1:
+        return None
+    return {seed: row for run in have for seed, row in zip(run.seeds, saved[run.name][name], strict=True)}

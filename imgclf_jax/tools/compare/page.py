@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 from imgclf_jax.run.ranking import MAIN_METRICS
 from imgclf_jax.tools.compare import tables as compare_tables
-from imgclf_jax.tools.compare.comparison import Group, best, common, shown
-from imgclf_jax.tools.compare.paired_runs import Comparison
+from imgclf_jax.tools.compare.comparison import Comparison, Group, best, common, shown
 from imgclf_jax.tools.pages import html
 from imgclf_jax.tools.pages.charts import COLORS, Line, Unit, chart, thinned
 from imgclf_jax.tools.pages.html import paragraph, table, text

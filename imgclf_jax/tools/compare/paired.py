@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special
+from scipy import stats
 
 
 class Spread(NamedTuple):
@@ -27,20 +27,19 @@ def spread(parts: Sequence[Spread]) -> Spread:
     return Spread(n, mean, float(np.sqrt(squares / (n - 1))) if n > 1 else float("nan"))
 
 
-def mcnemar(first: int, second: int) -> float:
+def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
     """Returns the two-sided mid-p-value of the hypothesis that two models are equally accurate (McNemar 1947).
 
-    `first` and `second` count the discordant examples: those that only the first, or only the second, model predicts
-    correctly. Under the hypothesis, a discordant example favors either model with probability 1/2. The p-value is the
-    binomial probability of a split at least as uneven, with half the probability of the observed split (Fagerland,
-    Lydersen and Laake 2013), which has more power than the exact test and nearly keeps the level.
+    first, second bool[n]: which examples each predicts correctly. Of the examples that only one predicts correctly,
+    each model has as many by the hypothesis. The p-value is that of the exact binomial test, less half the probability
+    of a split as uneven as the observed one (Fagerland, Lydersen and Laake 2013), which has more power than the exact
+    test and nearly keeps the level.
     """
-    n, least = first + second, min(first, second)
-    if n == 0:
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    if not (n := only_first + only_second):
         return 1.0
-    equal = float(np.exp(special.gammaln(n + 1) - special.gammaln(least + 1) - special.gammaln(n - least + 1)
-                         - n * np.log(2)))  # fmt: skip
-    return 1 - equal / 2 if first == second else 2 * float(special.bdtr(least, n, 0.5)) - equal
+    observed = float(stats.binom.pmf(only_first, n, 0.5)) * (1 if only_first == only_second else 2)
+    return float(stats.binomtest(only_first, n).pvalue) - observed / 2
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -84,60 +83,19 @@ def difference(first: np.ndarray, second: np.ndarray) -> Difference:
     variances, noise = [], 0.0
     for correct in (first, second):
         if (seeds := len(correct)) > 1:
-            of_seeds = float(correct.sum(1).var(ddof=1)) / n**2  # exactly 0 if all are equal
-            variances.append((of_seeds / seeds, seeds - 1))
+            between = float(correct.sum(1).var(ddof=1)) / n**2  # exactly 0 if all are equal
+            variances.append((between / seeds, seeds - 1))
             noise += _noise(correct) / seeds
     gains = first.mean(0) - second.mean(0)
-    example_variance = float(gains.var(ddof=1)) / n
-    if not example_variance:  # all examples agree; half an example more of each outcome (Agresti and Min 2005)
-        example_variance = (abs(gains).sum() + 1 - gains.sum() ** 2 / (n + 2)) / (n + 2) ** 2
+    of_examples = float(gains.var(ddof=1)) / n
+    if not of_examples:  # all examples agree; half an example more of each outcome (Agresti and Min 2005)
+        of_examples = (abs(gains).sum() + 1 - gains.sum() ** 2 / (n + 2)) / (n + 2) ** 2
     counted = noise if any(variance for variance, _ in variances) else 0.0
-    variances.append((max(0.0, example_variance - counted), n - 1))
-    half = _half_width(variances)
-    return Difference(value, max(-1.0, value - half), min(1.0, value + half))
-
-
-def _half_width(variances: Sequence[tuple[float, int]]) -> float:
-    """Returns half of Student's 95 % interval for independent (variance, degrees of freedom) (Satterthwaite 1946)."""
+    variances.append((max(0.0, of_examples - counted), n - 1))
     total = sum(variance for variance, _ in variances)
-    if total == 0:
-        return 0.0
-    df = total**2 / sum(variance**2 / own for variance, own in variances)
-    return float(special.stdtrit(df, 0.975)) * float(total**0.5)
-
-
-def bootstrap_difference(first: np.ndarray, second: np.ndarray, n: int) -> Difference:
-    """Returns the difference of mean scores, first minus second, with a 95 % paired-bootstrap interval (Efron 1979).
-
-    first f64[s, 1 + r], second f64[t, 1 + r]: each seed's score on n examples, then on r bootstrap samples of these,
-    the same for all seeds. Serves scores that are not means over examples. The interval is that of `difference`, with
-    the variance over samples as the examples' component. The seeds' noise is not subtracted from it, so the interval is
-    somewhat too wide. Without samples, or with equal ones, it is infinite.
-    """
-    value = float(first[:, 0].mean() - second[:, 0].mean())
-    gains = first[:, 1:].mean(0) - second[:, 1:].mean(0)
-    gains = gains[np.isfinite(gains)]
-    if len(gains) < 2 or not np.isfinite(value):
-        return Difference(value, -np.inf, np.inf)
-    variances = [(float(own[:, 0].var(ddof=1)) / len(own), len(own) - 1) for own in (first, second) if len(own) > 1]
-    half = _half_width([*variances, (float(gains.var(ddof=1)), n - 1)])
-    if not half:  # the same on all samples, which say nothing about other examples
-        return Difference(value, -np.inf, np.inf)
-    return Difference(value, value - half, value + half)
-
-
-def bootstrap_p(first: np.ndarray, second: np.ndarray) -> float:
-    """Returns the two-sided bootstrap p-value of equal scores, given f64[1 + r] as in `bootstrap_difference`.
-
-    It is twice the fraction of samples in which the other model is at least as good, with the examples themselves
-    counted as one more sample.
-    """
-    gains = (first - second)[1:]
-    gains = gains[np.isfinite(gains)]
-    if not len(gains):
-        return 1.0
-    least = min(int((gains <= 0).sum()), int((gains >= 0).sum()))
-    return min(1.0, 2 * (least + 1) / (len(gains) + 1))
+    df = total**2 / sum(variance**2 / own for variance, own in variances)  # Satterthwaite 1946
+    half = float(stats.t.ppf(0.975, df) * total**0.5)
+    return Difference(value, max(-1.0, value - half), min(1.0, value + half))
 
 
 def _noise(correct: np.ndarray) -> float:

@@ -7,9 +7,8 @@ from imgclf_jax.core.terminal import format_metrics
 from imgclf_jax.core.text import decimals
 from imgclf_jax.run.ranking import MAIN_METRICS
 from imgclf_jax.run.record import Record
-from imgclf_jax.tools.compare.comparison import Group
+from imgclf_jax.tools.compare.comparison import Comparison, Group
 from imgclf_jax.tools.compare.paired import Spread
-from imgclf_jax.tools.compare.paired_runs import Comparison
 
 _HIDDEN = ("top5", "ensemble_")  # metrics that only CSV and JSON show
 
@@ -49,15 +48,13 @@ def results(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
 
 def tests(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
     """Returns the columns and rows of the comparisons with the best group."""
-    scores = any(c.score != "accuracy" for c in comparisons)
-    columns = ["set", *["score"] * scores, "difference", "95 % interval", "p" if scores else "McNemar mid-p",
-               "by Holm"]  # fmt: skip
     rows = [
-        [*c.group.texts, c.set, *[c.score] * scores, f"{c.difference.value:+.4f}",
-         f"{c.difference.low:+.4f} to {c.difference.high:+.4f}", _range(c.p), _range(c.adjusted)]
+        [*c.group.texts, c.set, f"{c.difference.value:+.4f}", f"{c.difference.low:+.4f} to {c.difference.high:+.4f}",
+         _range(c.p), _range(c.adjusted)]
         for c in comparisons
     ]  # fmt: skip
-    return [*(comparisons[0].group.settings if comparisons else []), *columns], rows
+    keys = comparisons[0].group.settings if comparisons else []
+    return [*keys, "set", "difference", "95 % interval", "McNemar mid-p", "by Holm"], rows
 
 
 def _range(values: Mapping[int, float]) -> str:
@@ -87,20 +84,15 @@ def notes(groups: Sequence[Group], comparisons: Sequence[Comparison], tested: bo
     if any(len(group.seeds) > 1 for group in groups):
         notes.append("± is the sample standard deviation over the seeds.")
     if comparisons:
-        number, scores = sum(len(c.p) for c in comparisons), {c.score for c in comparisons}
-        mcnemar = scores & {"accuracy", "exact_match"}
-        score = "accuracy" if scores == {"accuracy"} else "score"
-        tests = ["McNemar's test"] * bool(mcnemar) + ["The paired bootstrap"] * bool(scores - mcnemar)
-        if "exact_match" in scores:
-            tests[0] += " of exact match (all labels of an example correct)"
-        test = " and ".join(tests).replace("and T", "and t") + " compare" + "s" * (len(tests) == 1)
+        number = sum(len(c.p) for c in comparisons)
         sizes = ", ".join(f"{n} of {name}" for name, n in dict.fromkeys((c.set, c.examples) for c in comparisons))
         notes.append(
-            f"The difference is a group's mean {score} minus that of the best, {groups[0].label}, on the same examples "
-            f"({sizes}). Student's interval covers other examples and, with several seeds, other seeds. {test} runs "
-            "with the same seed; the table shows the smallest and the largest p over the seeds. Holm's method adjusts "
-            f"p for {number} test{'s' * (number != 1)}. No adjustment is made for choosing the best group on these "
-            "same examples."
+            f"The difference is a group's mean accuracy minus that of the best, {groups[0].label}, on the same "
+            f"examples ({sizes}); with several labels, an example is right if all of its labels are. Student's "
+            "interval covers other examples and, with several seeds, other seeds. McNemar's test compares runs with the "
+            "same seed; the table shows the smallest and the largest p over the seeds. Holm's method adjusts p for "
+            f"{number} test{'s' * (number != 1)}. No adjustment is made for choosing the best group on these same "
+            "examples."
         )
     elif len([group for group in groups if group.done]) > 1:
         more = "" if tested else "; add --test to make those that are missing"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.terminal import format_metrics, print_json, print_table, print_text
 from imgclf_jax.core.text import decimals, interval
 from imgclf_jax.core.typing import JsonObject
+from imgclf_jax.data import stream
 from imgclf_jax.losses import Task
 from imgclf_jax.methods.table import build_attack
 from imgclf_jax.programs import Programs
@@ -24,7 +25,6 @@ from imgclf_jax.scores import classification as scores
 from imgclf_jax.scores import multilabel
 from imgclf_jax.scores.multilabel import MultilabelScores
 from imgclf_jax.tools.evaluate import attacked, by_class, corrupted, listing
-from imgclf_jax.tools.evaluate.chosen_corruptions import parse
 from imgclf_jax.train.evaluation import compare_with_record, evaluate, evaluate_all, open_evals
 from imgclf_jax.train.leakage import initial_warnings
 from imgclf_jax.trained import Trained, load_converted, load_programs, restore
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 def main(
     config: ConfigDict, workdir: Workdir | None, checkpoint: str, format: str, predictions: str = "", top_k: int = 3,
-    checkpoints: str = "", corruptions: str = "", frost: str = "", attack: str = "",
+    checkpoints: str = "", corruptions: str = "", attack: str = "",
 ) -> int:  # fmt: skip
     """Prints the metrics of each evaluation set, its scores, and a table of its classes.
 
@@ -47,33 +47,29 @@ def main(
     - `workdir` is the run to evaluate; None evaluates the weights that `init_from` names.
     - `predictions` is a file for the `top_k` classes of each example, or "".
     - `checkpoints`, "all" or steps such as "100,200", prints the metrics at each of them instead.
-    - `corruptions`, "all" or names, prints the accuracy on corrupted images instead (see `corrupted`); `frost` is the
-      folder with the photographs for one of them.
+    - `corruptions`, "all" or names, prints the accuracy on corrupted images instead (see `corrupted`).
     - `attack` prints the accuracy on adversarial examples instead (see `attacked`).
     """
-    if attack and (corruptions or frost or checkpoints or predictions):
-        raise UserError("--attack prints accuracies only: drop --corruptions, --frost, --checkpoints and "
-                        "--predictions")  # fmt: skip
-    if corruptions and (checkpoints or predictions):
-        raise UserError("--corruptions prints accuracies only: drop --checkpoints and --predictions")
-    if frost and not corruptions:
-        raise UserError("--frost needs --corruptions: add --corruptions=all or --corruptions=frost, or drop --frost")
+    instead = {"--checkpoints": checkpoints, "--corruptions": corruptions, "--attack": attack}
+    asked = [flag for flag, value in instead.items() if value]
+    if len(asked) > 1 or (asked and predictions):
+        raise UserError(f"{' and '.join([*asked, *['--predictions'] * bool(predictions)])} print different things: "
+                        "pass one of them")  # fmt: skip
     if checkpoints:
-        if not workdir or checkpoint or predictions:
-            raise UserError("--checkpoints evaluates several checkpoints of a run: drop --checkpoint, --predictions "
-                            "and --config.init_from")  # fmt: skip
+        if not workdir or checkpoint:
+            raise UserError("--checkpoints evaluates several checkpoints of a run: drop --checkpoint and "
+                            "--config.init_from")  # fmt: skip
         return _report_checkpoints(config, workdir, checkpoints, format)
     perturb = build_attack(attack) if attack else None
-    kinds, photographs = parse(corruptions, frost) if corruptions else ([], ())
-    listing_file = Path(predictions) if predictions else None
+    kinds = corrupted.parse(corruptions) if corruptions else []
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = datasets.open_data(config)
-    programs, state, step = model = restored or load_converted(config, base)
-    predicts = _check_evaluates(programs, bool(listing_file or perturb or kinds))
-    for flag, value in (("--attack", attack), ("--corruptions", corruptions)):
-        if value and programs.recipe.task is Task.MULTILABEL:
-            raise UserError(f"{flag} measures accuracy, but this run has {metrics.TASK_NAMES[programs.recipe.task]}; "
-                            f"evaluate it without {flag}")  # fmt: skip
+    model = restored or load_converted(config, base)
+    programs = model.programs
+    predicts = _check_evaluates(programs, bool(predictions or asked))
+    if asked and programs.recipe.task is Task.MULTILABEL:
+        raise UserError(f"{asked[0]} measures accuracy, but this run has {metrics.TASK_NAMES[programs.recipe.task]}; "
+                        f"evaluate it without {asked[0]}")  # fmt: skip
     evals = open_evals(programs, base)
     if workdir:
         compare_with_record(programs, workdir, base, evals)
@@ -82,70 +78,73 @@ def main(
     if perturb:
         return attacked.report(model, evals, attack, perturb, format)
     if kinds:
-        left_out = ["frost"] if corruptions == "all" and not frost else []
-        return corrupted.report(model, evals, kinds, photographs, left_out, format)
-    names = programs.recipe.data.class_names
-    few_classes = len(names) <= metrics.CONFUSION_CLASSES
-    programs = dataclasses.replace(programs, predicting=predicts and (few_classes or listing_file is not None))
-    digest = model.params_sha256 if listing_file else ""
-    results: JsonObject = {"step": step}
-    classes: dict[str, dict[str, np.ndarray]] = {}
-    multilabel_scores: dict[str, MultilabelScores] = {}
-    rows: list[JsonObject] = []
-    for name, images in evals.items():
-        sums, predicted = evaluate(programs, state, images, caption=f"evaluating {name}")
-        results[name] = metrics.summarize(sums, predicted, programs.recipe.whole_set_metrics)
-        if "class_examples" in sums:
-            classes[name] = by_class.counts(sums, programs.recipe.num_seeds)
-        if predicted is None or processes.index():
-            continue
-        predicted = predicted.for_seed(-1) if programs.recipe.num_seeds > 1 else predicted
-        examples, origin = [], ""
-        if listing_file:
-            examples = [images.source.listed_name(i) for i in range(len(images))]
-            origin = listing.origin(config, step, digest, name, images.source.fingerprint)
-        if isinstance(predicted, metrics.TargetPredictions):
-            multilabel_scores[name] = own = metrics.multilabel_scores(predicted)
-            results[name]["scores"] = scores.with_bootstrap(own.compute, len(images), predicted.targets.size)
-            rows += listing.target_rows(
-                name, examples, predicted.targets, predicted.outputs, names, own.exact, step, origin
-            )
-            continue
-        labels, probabilities = predicted.labels, predicted.probabilities
-        if few_classes:
-            results[name]["scores"] = scores.with_intervals(labels, probabilities, predicted.from_logits)
-        if listing_file:
-            top = min(top_k, len(names))
-            rows += listing.rows(name, examples, labels, probabilities, names, top, step, origin, predicted.from_logits)
+        return corrupted.report(model, evals, kinds, format)
+    few_classes = len(model.class_names) <= metrics.CONFUSION_CLASSES
+    programs = dataclasses.replace(programs, predicting=predicts and (few_classes or bool(predictions)))
+    found = {name: _evaluate(programs, model, name, images, top_k if predictions else 0)
+             for name, images in evals.items()}  # fmt: skip
     if processes.index():
         return 0
-    if listing_file:
-        listing.write(listing_file, rows)
-        log.info("wrote the predictions for %d examples to %s", len(rows), listing_file)
+    if predictions:
+        rows = [row for one in found.values() for row in one.rows]
+        listing.write(Path(predictions), rows)
+        log.info("wrote the predictions for %d examples to %s", len(rows), predictions)
     if format == "json":
-        for name, counts in classes.items():
-            shown = ("confusion",) if "confusion" in counts else tuple(counts)
-            results[name] |= {"class_names": list(names)}
-            results[name] |= {key: counts[key].tolist() for key in shown}
-        for name, own in multilabel_scores.items():
-            results[name] |= {"class_names": list(names), "classes": multilabel.by_class(own, names)}
-        print_json(results)
+        print_json({"step": model.step, **{name: _as_json(one, model.class_names) for name, one in found.items()}})
         return 0
-    for name in evals:
-        set_scores = results[name].pop("scores", {})
-        print(f"{name}: {format_metrics(results[name])}")
-        _print_scores(set_scores)
-        if name in classes:
-            _print_classes(names, classes[name])
-            if programs.recipe.task is Task.SOFT:
-                print_text(_DOMINANT)
-        elif name in multilabel_scores:
-            print_table(*multilabel.table(multilabel_scores[name], names))
-            print_text(multilabel.THRESHOLD_NOTE)
+    for name, one in found.items():
+        print(f"{name}: {format_metrics(one.metrics)}")
+        _print_scores(one.scores)
+        _print_classes(one, model.class_names, programs.recipe.task)
     return 0
 
 
-_DOMINANT = "Each label is the class of the largest weight in the target; only loss, nll and kl use the whole target."
+@dataclasses.dataclass
+class _Evaluated:
+    """The evaluation of a set; with several seeds, everything but `metrics` is of the ensemble."""
+
+    metrics: dict[str, float]
+    counts: dict[str, np.ndarray]  # see `by_class.counts`; {} for multi-label runs
+    scores: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    multilabel: MultilabelScores | None = None
+    rows: list[JsonObject] = dataclasses.field(default_factory=list)  # of the predictions' file
+
+
+def _evaluate(programs: Programs, model: Trained, name: str, images: stream.Images, top_k: int) -> _Evaluated:
+    """Evaluates a set, with rows of the `top_k` classes of each example unless that is 0."""
+    several, names = programs.recipe.num_seeds > 1, model.class_names
+    sums, predicted = evaluate(programs, model.state, images, caption=f"evaluating {name}")
+    counts = by_class.counts(sums, programs.recipe.num_seeds) if "class_examples" in sums else {}
+    out = _Evaluated(metrics.summarize(sums, predicted, programs.recipe.whole_set_metrics), counts)
+    if predicted is None or processes.index():
+        return out
+    predicted = predicted.for_seed(-1) if several else predicted
+    examples = [images.source.listed_name(i) for i in range(len(images))] if top_k else []
+    if isinstance(predicted, metrics.TargetPredictions):
+        out.multilabel = own = metrics.multilabel_scores(predicted)
+        out.scores = scores.with_bootstrap(own.compute, len(images), predicted.targets.size)
+        if top_k:
+            out.rows += listing.target_rows(
+                name, examples, predicted.targets, predicted.outputs, names, own.exact, model.step
+            )
+        return out
+    labels, probabilities = predicted.labels, predicted.probabilities
+    if len(names) <= metrics.CONFUSION_CLASSES:
+        out.scores = scores.with_intervals(labels, probabilities, predicted.from_logits)
+    if top_k:
+        out.rows += listing.rows(name, examples, labels, probabilities, names, min(top_k, len(names)), model.step,
+                                 predicted.from_logits)  # fmt: skip
+    return out
+
+
+def _as_json(one: _Evaluated, names: Sequence[str]) -> JsonObject:
+    out: JsonObject = dict(one.metrics) | ({"scores": one.scores} if one.scores else {})
+    if one.counts:
+        shown = ("confusion",) if "confusion" in one.counts else tuple(one.counts)
+        out |= {"class_names": list(names)} | {key: one.counts[key].tolist() for key in shown}
+    if one.multilabel:
+        out |= {"class_names": list(names), "classes": multilabel.by_class(one.multilabel, names)}
+    return out
 
 
 def _check_evaluates(programs: Programs, need_predictions: bool = False) -> bool:
@@ -211,8 +210,14 @@ def _print_scores(set_scores: dict[str, dict[str, float]]) -> None:
         print_table(["score", "value", "95 % interval"], rows)
 
 
-def _print_classes(class_names: tuple[str, ...], counts: dict[str, np.ndarray]) -> None:
-    print_table(*by_class.table(class_names, counts))
-    if "confusion" not in counts:
-        print_text(f"The column 'most often taken for' needs the confusion matrix, which exists for up to "
-              f"{metrics.CONFUSION_CLASSES} classes; these data have {len(class_names)}.")  # fmt: skip
+def _print_classes(one: _Evaluated, names: Sequence[str], task: Task) -> None:
+    if one.multilabel:
+        print_table(*multilabel.table(one.multilabel, names))
+        print_text(multilabel.THRESHOLD_NOTE)
+    if one.counts:
+        print_table(*by_class.table(names, one.counts))
+        if "confusion" not in one.counts:
+            print_text(f"There is no confusion matrix for more than {metrics.CONFUSION_CLASSES} classes.")
+        if task is Task.SOFT:
+            print_text("Each label is the class of the largest weight in the target; only loss, nll and kl use the "
+                       "whole target.")  # fmt: skip

@@ -1,133 +1,96 @@
 """`evaluate --corruptions`: a trained model's accuracy on corrupted images, by corruption and severity."""
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from imgclf_jax import metrics
 from imgclf_jax.core import processes, sharding
-from imgclf_jax.core.terminal import print_json, print_table, print_text, track
+from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.terminal import print_json, print_table, track
 from imgclf_jax.core.text import decimals
-from imgclf_jax.core.typing import JsonObject, PyTree
+from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.step import TrainState
-from imgclf_jax.tools.evaluate import corruptions
-from imgclf_jax.tools.evaluate.chosen_corruptions import WITHOUT_FROST
-from imgclf_jax.tools.evaluate.fields import Tables
+from imgclf_jax.tools.evaluate.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from imgclf_jax.train import evaluation
 from imgclf_jax.trained import Trained
 
 CLEAN = ("clean", 0)
 Key = tuple[str, int]  # a corruption and its severity
-_SEED = 0  # the corrupted images of a set are the same for every run
 
 
-def report(
-    model: Trained, evals: dict[str, stream.Images], names: list[str], photographs: Sequence[np.ndarray],
-    left_out: list[str], format: str,
-) -> int:  # fmt: skip
+def parse(text: str) -> list[str]:
+    """Returns the corruptions that `text` names: comma-separated names or "all". Raises UserError for other names."""
+    names = list(CORRUPTIONS) if text == "all" else [word.strip() for word in text.split(",")]
+    for name in names:
+        if name not in CORRUPTIONS:
+            raise UserError(f"--corruptions: {unknown('corruption', name, ['all', *CORRUPTIONS])}")
+    return names
+
+
+def report(model: Trained, evals: dict[str, stream.Images], names: Sequence[str], format: str) -> int:
     """Prints a table for each evaluation set: the accuracy of each corruption at each severity, and the means.
 
     Several seeds are evaluated as an ensemble. The format "json" prints one object: the `step`; for each set
-    `examples`, `clean`, `corruptions` with `severities` and `mean` of each, and `mean_corruption_accuracy`; and which
-    of the fifteen corruptions are `left_out`.
-
-    `names` and `photographs` are those of `chosen_corruptions.parse`. Raises UserError, before evaluating, for
-    images that are neither grayscale nor RGB or too small for one of the corruptions.
+    `examples`, `clean`, `corruptions` with `severities` and `mean` of each, and `mean_corruption_accuracy`.
     """
     programs, state, step = model
-    results: JsonObject = {"step": step}
-    for name, images in evals.items():
-        by_kind = measure(programs, state, images, names, f"corrupting {name}", photographs)
-        results[name] = _summarize(by_kind, names, len(images))
+    results: JsonObject = {}
+    for set_name, images in evals.items():
+        found = measure(programs, state, images, names, f"corrupting {set_name}")
+        by_name = {name: [found[name, severity] for severity in SEVERITIES] for name in names}
+        results[set_name] = {
+            "examples": len(images),
+            "clean": found[CLEAN],
+            "corruptions": {name: {"severities": own, "mean": float(np.mean(own))} for name, own in by_name.items()},
+            "mean_corruption_accuracy": float(np.mean(list(by_name.values()))),
+        }
     if processes.index():
         return 0
     if format == "json":
-        print_json(results | {"left_out": left_out})
+        print_json({"step": step, **results})
         return 0
-    del results["step"]
-    for name, summary in results.items():
-        _print(name, summary, programs.recipe.num_seeds)
-    if left_out:
-        print_text(WITHOUT_FROST)
+    for set_name, summary in results.items():
+        _print(set_name, summary, programs.recipe.num_seeds)
     return 0
 
 
 def measure(
-    programs: Programs, state: TrainState, images: stream.Images, names: list[str], caption: str = "corrupting",
-    photographs: Sequence[np.ndarray] = (),
-) -> dict[Key, float]:  # fmt: skip
+    programs: Programs, state: TrainState, images: stream.Images, names: Sequence[str], caption: str = "corrupting"
+) -> dict[Key, float]:
     """Returns the accuracy over all of `images` by (corruption, severity), and under `CLEAN` without corruption.
 
-    Images are read once. Each corruption is compiled once for all severities, separately from the model. `caption`
-    labels the progress bar. `photographs` are for `frost`.
+    Images are read once, and corrupted on the host. `caption` labels the progress bar.
     """
-    mesh = programs.mesh
-    kinds = [(name, severity) for name in names for severity in corruptions.SEVERITIES]
-    arguments = {}  # (tables, key data) on the device
-    for kind in kinds:
-        key = np.asarray(jax.random.key_data(corruptions.make_key(*kind, _SEED)))
-        arguments[kind] = sharding.put_replicated(
-            (corruptions.make_tables(*kind, images.shape, photographs), key), mesh
-        )
-    corrupt = {name: _jit_corruption(programs, name) for name in names}
-    sums: dict[Key, metrics.Sums] = {kind: {} for kind in [CLEAN, *kinds]}
-    size, rows = programs.eval_batch_size, sharding.rows_here(programs.eval_batch_size, mesh)
-
-    def results() -> Iterator[tuple[Key, PyTree]]:
-        for n, batch in enumerate(evaluation.batches(programs, images)):
-            yield CLEAN, programs.eval(*state.evaluated, batch)
-            positions = sharding.put_batch((n * size + rows).astype(np.int32), mesh)
+    size, mesh = programs.eval_batch_size, programs.mesh
+    rows = sharding.rows_here(size, mesh)
+    kinds = [CLEAN, *((name, severity) for name in names for severity in SEVERITIES)]
+    sums: dict[Key, metrics.Sums] = {kind: {} for kind in kinds}
+    batches = stream.eval_batches(images, size, rows)
+    with ThreadPoolExecutor() as pool:
+        for i, batch in enumerate(track(batches, -(-len(images) // size), caption)):
             for kind in kinds:
-                corrupted = corrupt[kind[0]](batch["image"], positions, *arguments[kind])
-                yield kind, programs.eval(*state.evaluated, {**batch, "image": corrupted})
-
-    total = -(-len(images) // size) * len(sums)
-    pending: tuple[Key, PyTree] | None = None
-    for kind, result in track(results(), total, caption):
-        if pending is not None:
-            evaluation.add(sums[pending[0]], jax.device_get(pending[1][0]))  # while the device computes the next
-        pending = kind, result
-    assert pending is not None
-    evaluation.add(sums[pending[0]], jax.device_get(pending[1][0]))
+                corrupted = batch["image"]
+                if kind != CLEAN:
+                    apply = functools.partial(corrupt, *kind)
+                    corrupted = np.stack(list(pool.map(apply, batch["image"], (i * size + rows).tolist())))
+                own = sharding.put_batch({**batch, "image": corrupted}, mesh)
+                evaluation.add(sums[kind], jax.device_get(programs.eval(*state.evaluated, own)[0]))
     accuracy = "ensemble_accuracy" if programs.recipe.num_seeds > 1 else "accuracy"
     return {kind: metrics.summarize(own)[accuracy] for kind, own in sums.items()}
-
-
-def _jit_corruption(programs: Programs, name: str) -> Callable[..., jax.Array]:
-    """Returns jitted (images uint8[b, h, w, c], positions i32[b], tables, key data) → corrupted images.
-
-    Each device corrupts its own examples.
-    """
-    batch_spec, replicated = sharding.sharded(programs.mesh).spec, PartitionSpec()
-
-    def corrupt(images: jax.Array, positions: jax.Array, tables: Tables, key: jax.Array) -> jax.Array:
-        return corruptions.apply(name, images, tables, jax.random.wrap_key_data(key), positions)
-
-    specs = (batch_spec, batch_spec, replicated, replicated)
-    return jax.jit(jax.shard_map(corrupt, mesh=programs.mesh, in_specs=specs, out_specs=batch_spec, check_vma=False))
-
-
-def _summarize(by_kind: dict[Key, float], names: list[str], examples: int) -> JsonObject:
-    by_name = {name: [by_kind[name, severity] for severity in corruptions.SEVERITIES] for name in names}
-    return {
-        "examples": examples,
-        "clean": by_kind[CLEAN],
-        "corruptions": {name: {"severities": own, "mean": float(np.mean(own))} for name, own in by_name.items()},
-        "mean_corruption_accuracy": float(np.mean(list(by_name.values()))),
-    }
 
 
 def _print(name: str, summary: JsonObject, num_seeds: int) -> None:
     ensemble = f" of the ensemble of {num_seeds} seeds" if num_seeds > 1 else ""
     print(f"{name}: examples {summary['examples']}  accuracy{ensemble} {decimals(summary['clean'])}  "
           f"mean corruption accuracy {decimals(summary['mean_corruption_accuracy'])}")  # fmt: skip
-    rows = [[corruption, *(decimals(value) for value in (*own["severities"], own["mean"]))]
+    rows = [[corruption, *map(decimals, (*own["severities"], own["mean"]))]
             for corruption, own in summary["corruptions"].items()]  # fmt: skip
     columns = zip(*(own["severities"] for own in summary["corruptions"].values()), strict=True)
-    means = [*map(np.mean, columns), summary["mean_corruption_accuracy"]]
-    rows.append(["mean of all", *map(decimals, means)])
-    print_table(["corruption", *(f"severity {s}" for s in corruptions.SEVERITIES), "mean"], rows)
+    rows.append(["mean of all", *map(decimals, (*map(np.mean, columns), summary["mean_corruption_accuracy"]))])
+    print_table(["corruption", *(f"severity {s}" for s in SEVERITIES), "mean"], rows)

@@ -1,16 +1,13 @@
 """Files of predictions, one row per example: CSV or JSON lines."""
 
 import csv
-import hashlib
 import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from imgclf_jax import config as configs
 from imgclf_jax.core import paths
 from imgclf_jax.core.terminal import nonfinite_to_null
 from imgclf_jax.core.text import escape_surrogates
@@ -18,27 +15,15 @@ from imgclf_jax.core.typing import JsonMapping, JsonObject
 from imgclf_jax.scores.classification import FromLogits, Scores
 
 
-def origin(config: ConfigDict, step: int, params_sha256: str, name: str, fingerprint: str) -> str:
-    """Returns 16 hex digits that identify the origin of predictions: the model, its config, and the set `name`.
-
-    Predictions belong to a run if they have the origin computed from its config, the step and digest of its result, and
-    its recorded fingerprint of the set. Locations, cadences and names of the data do not count.
-    """
-    flat = configs.flatten(config)
-    ignored = {"data.eval", "data.source", "data.train", *configs.LOCATION_KEYS, *configs.FREE_KEYS}
-    facts = [step, params_sha256, name, fingerprint, {k: v for k, v in flat.items() if k not in ignored}]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def rows(
     name: str, examples: Sequence[str], labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], top: int,
-    step: int = 0, origin: str = "", from_logits: FromLogits | None = None,
+    step: int = 0, from_logits: FromLogits | None = None,
 ) -> Iterable[JsonObject]:  # fmt: skip
     """Yields a row for each example of the set `name`: its index or file, its label, and its `top` classes.
 
     labels i32[n], probabilities f32[n, classes]; `from_logits` as in `scores.Scores`. The predicted class comes first;
     ties between the others are in class order. An example without a prediction is not correct. Each row ends with the
-    checkpoint's `step` and the predictions' `origin`.
+    checkpoint's `step`.
     """
     scores = Scores(labels, probabilities, from_logits)
     known = from_logits and from_logits.log_odds
@@ -51,12 +36,12 @@ def rows(
         row = {"set": name, "example": example, "label": classes[label], "correct": bool(correct)}
         for rank, c in enumerate(ranked, 1):
             row |= {f"class_{rank}": classes[c], f"probability_{rank}": float(own[c])}
-        yield row | {"step": step, "origin": origin}
+        yield row | {"step": step}
 
 
 def target_rows(
     name: str, examples: Sequence[str], targets: np.ndarray, outputs: np.ndarray, names: Sequence[str],
-    exact: np.ndarray, step: int = 0, origin: str = "",
+    exact: np.ndarray, step: int = 0,
 ) -> Iterable[JsonObject]:  # fmt: skip
     """Yields a row for each example of the set `name`, with `target[NAME]` and `probability[NAME]` of each class.
 
@@ -67,7 +52,7 @@ def target_rows(
         row: JsonObject = {"set": name, "example": example, "correct": bool(exact[i])}
         row |= {f"target[{key}]": float(x) for key, x in zip(names, targets[i], strict=True)}
         row |= {f"probability[{key}]": float(x) for key, x in zip(names, outputs[i], strict=True)}
-        yield row | {"step": step, "origin": origin}
+        yield row | {"step": step}
 
 
 def write(path: Path, table: Sequence[JsonMapping]) -> None:

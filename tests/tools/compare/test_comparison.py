@@ -18,9 +18,8 @@ import launch
 from imgclf_jax import config as configs
 from imgclf_jax.config import default_config
 from imgclf_jax.run import record
-from imgclf_jax.tools.compare import comparison, paired, saved_predictions
+from imgclf_jax.tools.compare import comparison, paired, predictions
 from imgclf_jax.tools.compare import tables as compare_tables
-from imgclf_jax.tools.evaluate import listing
 from imgclf_jax.tools.pages import charts, html
 
 
@@ -113,14 +112,15 @@ def test_the_same_run_in_two_directories(tmp_path, write):
 
 
 def test_a_run_that_is_there_twice_ungroups_no_others(tmp_path, write):
-    """Neither those of other configs, nor those of its own in directories of their own."""
+    """Of other configs; those of its own are grouped by their directories."""
     for i, clip in enumerate((1.0, 2.0)):
         for seed in range(3):
             write(f"{'abc'[seed]}/{clip}", 0.9 - i / 10, seed=seed, clip=clip)
     write("d/again", 0.8, seed=1, clip=2.0)
     found = groups(tmp_path)
     assert [(one.label.replace(f"{tmp_path}", "."), one.seeds) for one in found] == [
-        ("clip=1.0", [0, 1, 2]), ("clip=2.0, directory=.", [0, 1, 2]), ("clip=2.0, directory=./d", [1])]  # fmt: skip
+        ("clip=1.0", [0, 1, 2]), *((f"clip=2.0, directory=./{name}", [seed])
+                                   for name, seed in (("a", 0), ("b", 1), ("c", 2), ("d", 1)))]  # fmt: skip
     assert compare_tables.results(found)[1][0][:3] == ["1.0", "", "0, 1, 2"]
 
 
@@ -150,15 +150,9 @@ def test_what_is_not_done_or_damaged(tmp_path, write):
         str(tmp_path / "a" / "going"), "5 of 10", "train/loss 8  test/accuracy 0.25"]  # fmt: skip
 
 
-def predictions(place, right, suffix="csv", labels=None):
-    """A file as `evaluate --predictions` writes it for the run's last step."""
-    run = record.read(place)
-    origin = listing.origin(run.config, 10, str(run.final.get("params_sha256")), "test", run.evals["test"])
-    labels = np.arange(len(right)) % 2 if labels is None else labels
-    probabilities = np.where((labels == 1) == right, 0.9, 0.1)
-    rows = listing.rows("test", [f"{i}.png" for i in range(len(right))], labels,
-                        np.stack([1 - probabilities, probabilities], 1), ["no", "yes"], 1, 10, origin)  # fmt: skip
-    listing.write(place / f"predictions.{suffix}", list(rows))
+def save(place, *right):
+    """The predictions that `compare --test` saves, bool[n] for each seed."""
+    predictions._save(record.read(place), {"test": np.stack(right)})
 
 
 @pytest.fixture
@@ -167,8 +161,9 @@ def compared(tmp_path, write):
     rng, right = np.random.default_rng(0), {}
     for (optimizer, chance), seed in itertools.product((("sgd", 0.9), ("adam", 0.8), ("rmsprop", 0.5)), (0, 1)):
         own = right[optimizer, seed] = rng.random(400) < chance
-        place = write(f"{optimizer}-{seed}", float(own.mean()), optimizer=optimizer, seed=seed)
-        predictions(place, own, "jsonl" if seed else "csv", np.zeros(400, int) if optimizer == "rmsprop" else None)
+        recorded = {"evals": {"test": "other"}} if optimizer == "rmsprop" else None
+        place = write(f"{optimizer}-{seed}", float(own.mean()), optimizer=optimizer, seed=seed, recorded=recorded)
+        save(place, own)
     write("going", 0.3, done=False, optimizer="lion<b>", seed=0)
     return right
 
@@ -184,7 +179,7 @@ def test_json(tmp_path, compared, capsys):
     assert "cannot pair optimizer=rmsprop with the best, because their examples differ" in err
     first, second = (np.stack([compared[name, seed] for seed in (0, 1)]) for name in ("adam", "sgd"))
     assert one["difference"] == paired.difference(first, second)._asdict()
-    p = [paired.mcnemar(int((first[i] & ~second[i]).sum()), int((second[i] & ~first[i]).sum())) for i in (0, 1)]
+    p = [paired.mcnemar(first[i], second[i]) for i in (0, 1)]
     assert list(one["mcnemar_mid_p"].values()) == p
     assert list(one["holm"].values()) == paired.holm(p)
     assert one["examples"] == 400
@@ -251,7 +246,7 @@ def test_the_page(tmp_path, compared):
 
 
 def test_names_that_are_no_utf_8(tmp_path, write):
-    """Directories on the page, and examples of saved predictions, which pair with those of a listing."""
+    """Of directories on the page."""
     for name in ("a\udcff/0", "b/0"):
         write(name, 1.0)
     file = tmp_path / "page.html"
@@ -259,14 +254,6 @@ def test_names_that_are_no_utf_8(tmp_path, write):
     assert r"a\udcff" in file.read_text(encoding="utf-8")
     html.write(file, "<p>a\udcff</p>")
     assert file.read_text(encoding="utf-8") == r"<p>a\udcff</p>"
-    run, names = record.read(tmp_path / "b" / "0"), ["\udcff.png"] * 400
-    (origin,) = saved_predictions._origins(run).values()
-    rows = listing.rows("test", names, np.zeros(400, int), np.ones((400, 1)), ["\udcfe"], 1, 10, origin)
-    listing.write(run.workdir.path / "predictions.csv", list(rows))
-    listed = saved_predictions.load(run)["test"]
-    own = saved_predictions.Saved(tuple(names), ("\udcfe",) * 400, np.ones((1, 400), bool))
-    saved_predictions._save(run, {"test": own})
-    assert saved_predictions.load(run)["test"].pairs_with(listed)
 
 
 def test_no_run(tmp_path, capsys):
@@ -289,11 +276,10 @@ def test_a_result_without_a_config_is_told_of(tmp_path, capsys):
 
 
 def test_damaged_predictions_are_left_out(tmp_path, write, capsys):
-    (write("a", clip=1.0) / "predictions.csv").write_text("x,y\n1,2\n")
-    (write("b", clip=2.0) / "predictions.npz").write_text("PK")
+    for name, clip in (("a", 1.0), ("b", 2.0)):
+        (write(name, clip=clip) / "predictions.npz").write_text("PK")
     assert launch.main(["compare", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
-    assert "predictions.csv, which `evaluate --predictions` did not write" in err
     assert "ignoring the damaged" in err
     assert "add --test" in out
 
@@ -301,57 +287,28 @@ def test_damaged_predictions_are_left_out(tmp_path, write, capsys):
 @pytest.mark.parametrize("test", [False, True])
 def test_why_there_are_no_paired_tests(tmp_path, write, capsys, test):
     """Saved predictions may have other examples, and who has passed --test cannot add it."""
-    right = np.arange(400) % 10 < 9
-    for name, labels in (("a", None), ("b", np.zeros(400, int))):
-        predictions(write(name, 0.9, batch_size=16 if name == "a" else 32), right, labels=labels)
+    for name in "ab":
+        recorded = {"evals": {"test": name}}
+        save(write(name, 0.9, batch_size=16 if name == "a" else 32, recorded=recorded), np.arange(400) % 10 < 9)
     assert launch.main(["compare", str(tmp_path), *["--test"] * test, f"--html={tmp_path}/page.html"]) == 0
     for text in (capsys.readouterr().out, (tmp_path / "page.html").read_text()):
         assert "no group has predictions that can be paired with those of the best" in " ".join(text.split())
-        assert "no saved predictions" not in text
         assert ("add --test" in text) == (not test)
-
-
-def test_predictions_of_nan_are_read_back(tmp_path, write):
-    """The listing has null for NaN, which is no number of JSON."""
-    run = record.read(write("a", metrics={"accuracy": 0.0, "exact_match": 0.0}))
-    (origin,) = saved_predictions._origins(run).values()
-    nan = np.full((400, 1), np.nan)
-    rows = listing.target_rows("test", ["x"] * 400, nan, nan, ["t"], np.zeros(400, bool), 10, origin)
-    listing.write(run.workdir.path / "predictions.jsonl", list(rows))
-    saved = saved_predictions.load(run)["test"]
-    assert saved.labels == ("nan",) * 400
-    assert np.isnan(saved.outputs).all()
-
-
-def test_predictions_that_do_not_score_what_the_result_says(tmp_path, write, capsys):
-    """Half of them flipped by hand: their origin is still that of the run, but not their accuracy."""
-    right = np.arange(400) % 10 < 9
-    for name, clip in (("a", 1.0), ("b", 2.0)):
-        predictions(write(name, float(right.mean()), clip=clip), right)
-    assert launch.main(["compare", str(tmp_path), "--format=json"]) == 0
-    out, err = capsys.readouterr()
-    assert json.loads(out)["comparisons"][0]["difference"]["value"] == 0.0
-    assert "ignoring" not in err
-    predictions(tmp_path / "b", right & (np.arange(400) < 200))
-    assert launch.main(["compare", str(tmp_path), "--format=json"]) == 0
-    out, err = capsys.readouterr()
-    assert json.loads(out)["comparisons"] == []
-    assert f"ignoring the set test of {tmp_path}/b/predictions.csv, which has accuracy 0.45" in err
 
 
 def test_runs_whose_configs_say_the_same_of_other_data_or_code(tmp_path, write, capsys):
     """A mean over seeds that trained on two data sets, or with two versions of a module, describes no experiment."""
-    one = {"modules": {"module my_nets": "aa"}}
+    one = {"modules": {"my_nets.py": "aa"}}
     write("a", seed=0, recorded=one)
-    write("b", seed=1, recorded={"modules": {"module my_nets": "bb", "module other": "cc"}})
+    write("b", seed=1, recorded={"modules": {"my_nets.py": "bb", "other.py": "cc"}})
     write("c", seed=2, recorded=one | {"evals": {"test": "z"}})
     a, b, c = (tmp_path / name for name in "abc")
     assert comparison.differing_origins(groups(tmp_path)) == [
-        f"{a} and {b} recorded a different module my_nets: their mean is of different runs",
+        f"{a} and {b} recorded a different modules.my_nets.py: their mean is of different runs",
         f"{a} and {c} recorded a different evaluation set test='test': their results are not comparable",
     ]
     assert launch.main(["compare", str(tmp_path)]) == 0
-    assert "recorded a different module my_nets" in capsys.readouterr().err
+    assert "recorded a different modules.my_nets.py" in capsys.readouterr().err
     write("d", seed=3, clip=1.0, recorded=one)
     assert len(comparison.differing_origins(groups(tmp_path))) == 2  # another group may have other code
 
@@ -368,9 +325,8 @@ def test_runs_that_started_from_other_weights_or_drew_other_examples(tmp_path, w
     for seed, recorded in enumerate((facts("aa", 1), facts("bb", 8), {})):
         write("abc"[seed], seed=seed, recorded=recorded)
     a, b = tmp_path / "a", tmp_path / "b"
-    kinds = ("digest of init_from", "digest of the method's fixed arrays", "number of BatchNorm groups",
-             "digest of data.sampling", "fingerprint of data.extra.unlabeled",
-             "digest of the sampling of data.extra.unlabeled")  # fmt: skip
+    kinds = ("data.sampling", "data.extra.unlabeled.sampling", "data.extra.unlabeled.fingerprint", "init_from.sha256",
+             "fixed_sha256", "batch_norm_groups")  # fmt: skip
     assert comparison.differing_origins(groups(tmp_path)) == [
         f"{a} and {b} recorded a different {kind}: their mean is of different runs" for kind in kinds
     ]

@@ -18,14 +18,14 @@ PROBABILITIES = np.array([[0.25, 0.25, 0.5], [0.125, 0.75, 0.125]], np.float32)
 
 @pytest.fixture
 def table():
-    return list(listing.rows("test", ["a b.png", "1"], LABELS, PROBABILITIES, CLASSES, 2, 7, "0123abcd"))
+    return list(listing.rows("test", ["a b.png", "1"], LABELS, PROBABILITIES, CLASSES, 2, 7))
 
 
 EXPECTED = [
     {"set": "test", "example": "a b.png", "label": "é漢", "correct": True, "class_1": "é漢", "probability_1": 0.5,
-     "class_2": "cat, tame", "probability_2": 0.25, "step": 7, "origin": "0123abcd"},
+     "class_2": "cat, tame", "probability_2": 0.25, "step": 7},
     {"set": "test", "example": "1", "label": "cat, tame", "correct": False, "class_1": 'dog "big"',
-     "probability_1": 0.75, "class_2": "cat, tame", "probability_2": 0.125, "step": 7, "origin": "0123abcd"},
+     "probability_1": 0.75, "class_2": "cat, tame", "probability_2": 0.125, "step": 7},
 ]  # fmt: skip
 
 
