@@ -98,7 +98,8 @@ def open_evals(programs: Programs, base: dict[str, Source]) -> dict[str, stream.
     """Opens the evaluation sets of `data.eval` by name: splits of the source, or SOURCE/SPLIT.
 
     For example `{"test": "test", "other": "folder('x')/train"}`. Raises UserError for a set whose classes or image
-    shapes differ from the training set's, and for random preprocessing.
+    shapes differ from the training set's, and for random preprocessing. The labels of a set without class names, as of
+    TFDS's cifar10_corrupted, are taken as indices.
     """
     report_host_ops(programs)
     processes.agree(process_facts, in_both=True)  # more are imported by now
@@ -116,9 +117,11 @@ def open_set(programs: Programs, base: dict[str, Source], text: str, key: str) -
         source = sources.take_split(own, split)
     except UserError as e:
         raise UserError(f"{key}: {e}") from e
-    if source.class_names != programs.recipe.data.class_names:
-        raise UserError(f"{key}={text!r} has the classes "
-                        + _compare_names(source.class_names, programs.recipe.data.class_names))  # fmt: skip
+    names = programs.recipe.data.class_names
+    if source.class_names == tuple(map(str, range(len(names)))) and not all(map(str.isdigit, names)):
+        log.warning("%s=%r has no class names: its labels are taken as indices of the model's classes", key, text)
+    elif source.class_names != names:
+        raise UserError(f"{key}={text!r} has the classes {_compare_names(source.class_names, names)}")
     if source.target_names != programs.recipe.data.target_names:
         has = ("labels", "targets")
         kinds = [has[bool(names)] for names in (source.target_names, programs.recipe.data.target_names)]

@@ -72,7 +72,9 @@ def _save(run: Record, correct: Mapping[str, np.ndarray]) -> None:
     facts = np.array(json.dumps({**_facts(run), "sets": list(correct)}))
     try:
         with paths.replacing(run.path / FILE) as file:
-            np.savez_compressed(file, facts=facts, **{f"{i}": own for i, own in enumerate(correct.values())})
+            np.savez_compressed(
+                file, allow_pickle=False, facts=facts, **{f"{i}": own for i, own in enumerate(correct.values())}
+            )
     except OSError as e:
         log.warning("cannot save the predictions of %s: %s", run.name, e.strerror or e)
 

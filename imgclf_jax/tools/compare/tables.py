@@ -89,8 +89,8 @@ def notes(groups: Sequence[Group], comparisons: Sequence[Comparison], tested: bo
         notes.append(
             f"The difference is a group's mean accuracy minus that of the best, {groups[0].label}, on the same "
             f"examples ({sizes}); with several labels, an example is right if all of its labels are. Student's "
-            "interval covers other examples and, with several seeds, other seeds. McNemar's test compares runs with the "
-            "same seed; the table shows the smallest and the largest p over the seeds. Holm's method adjusts p for "
+            "interval covers other examples and, with several seeds, other seeds. McNemar's test compares runs of "
+            "the same seed; the table shows the smallest and the largest p over the seeds. Holm's method adjusts p for "
             f"{number} test{'s' * (number != 1)}. No adjustment is made for choosing the best group on these same "
             "examples."
         )

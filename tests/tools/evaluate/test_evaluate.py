@@ -246,3 +246,17 @@ def test_scores_and_predictions(trained, tmp_path, capsys):
 def test_an_unknown_attack_is_named(trained, capsys):
     assert launch.main(["evaluate", f"--workdir={trained.path}", "--attack=pdg"]) == 1
     assert "unknown attack 'pdg': did you mean 'pgd'" in capsys.readouterr().err
+
+
+def test_a_set_without_class_names_is_taken_by_index(tmp_path, capsys):
+    """TFDS's cifar10_corrupted names its classes 0 to 9."""
+    images, labels = np.random.default_rng(0).integers(256, size=(16, 12, 12, 1), dtype=np.uint8), np.arange(16) % 3
+    named = {"class_names": ["cat", "dog", "fox"]}
+    np.savez(tmp_path / "named.npz", x_train=images, y_train=labels, x_test=images, y_test=labels, **named)
+    np.savez(tmp_path / "other.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    flags = [f"--config.data.source=arrays('{tmp_path}/named.npz')", *FAKE[2:], "--config.total=2 steps",
+             f"--config.data.eval.other=arrays('{tmp_path}/other.npz')/test"]  # fmt: skip
+    assert launch.main([f"--workdir={tmp_path / 'run'}", *flags, "--config.batch_size=8"]) == 0
+    assert "has no class names: its labels are taken as indices" in capsys.readouterr().err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["other"] == result["test"]
