@@ -94,7 +94,7 @@ KEYS: dict[str, tuple[Value, str]] = {
     "rules.layer_decay": (0.0, "Layer-wise decay: a layer's learning rate over that of the layer above; 0: off."),
     "metrics": ("", "Evaluation metrics besides accuracy, loss, nll and top5: auc, balanced_accuracy, f1, 'auc|f1'."),
     "tensorboard": (True, "Write TensorBoard files next to metrics.jsonl."),
-    "log_images": (False, "Write an augmented batch and the highest losses as images, to TensorBoard and writers."),
+    "log_images": (False, "Write the first augmented images of step 0 to TensorBoard and `writers`."),
     "writers": ("", "Further metric writers, by import path: "
                     "'my_writers:Wandb(project=\"x\")|my_writers:Csv(\"x.csv\")'."),
     "log_every": ("50 steps", "How often to log training metrics; empty: never."),

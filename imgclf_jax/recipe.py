@@ -29,6 +29,7 @@ from imgclf_jax.methods import Method, Problem, gradients
 from imgclf_jax.methods import table as methods
 from imgclf_jax.models import classifier
 from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
+from imgclf_jax.run.early_stopping import EarlyStopping
 from imgclf_jax.run.provenance import raised_in_user_code
 
 
@@ -66,18 +67,19 @@ class Recipe:
         return configs.period(self.config[key], key, *size)
 
     @property
-    def patience(self) -> int | None:
-        """The patience of early stopping in steps; None without it.
+    def early_stopping(self) -> EarlyStopping | None:
+        """The early stopping of the key `stop`, if any.
 
-        It spans whole evaluations, at least one. With a fractional period they are that many steps apart, rounded up
-        or down, so the patience is rounded down.
+        Its patience spans whole evaluations, at least one. With a fractional period they are that many steps apart,
+        rounded up or down, so the patience is rounded down.
         """
         every = self.period("eval_every")
         if not self.config.stop or every is None:
             return None
-        waited = self.steps("stop", configs.split_stop(self.config.stop)[1], self.total)
-        evaluations = (waited - 1) // every + 1
-        return max(1, math.floor(evaluations * every))
+        metric, patience = configs.split_stop(self.config.stop)
+        evaluations = (self.steps("stop", patience, self.total) - 1) // every + 1
+        return EarlyStopping(*metrics.parse_best(metric, key="stop"), max(1, math.floor(evaluations * every)),
+                             self.config.stop)  # fmt: skip
 
     def _steps_for(self, key: str) -> Callable[[str], int]:
         return lambda duration: self.steps(key, str(duration), self.total)

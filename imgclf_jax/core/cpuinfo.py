@@ -18,9 +18,3 @@ def flags() -> frozenset[str]:
     """The instruction set extensions of an x86 or Arm processor; empty if unknown."""
     entries = facts()
     return frozenset(entries.get("flags", entries.get("Features", "")).split())
-
-
-def lacks_bfloat16() -> bool:
-    """Whether the processor has no bfloat16 instructions, so that bfloat16 layers are slow; False if unknown."""
-    found = flags()
-    return bool(found) and found.isdisjoint({"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"})

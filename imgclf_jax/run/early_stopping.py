@@ -4,10 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
-from imgclf_jax import config as configs
-from imgclf_jax import metrics
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import writers
@@ -54,11 +50,3 @@ def find_reason(early: EarlyStopping | None, cadences: Cadences, folder: Path, s
         return early.reason([one for one in values if one[0] <= step])
 
     return str(processes.broadcast(find))
-
-
-def build(config: ConfigDict, patience: int | None) -> EarlyStopping | None:
-    """Builds the early stopping of a config, if any. Raises UserError for a metric of unknown direction."""
-    if patience is None:
-        return None
-    metric, sign = metrics.parse_best(configs.split_stop(config.stop)[0], key="stop")
-    return EarlyStopping(metric, sign, patience, config.stop)

@@ -21,9 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from ml_collections import ConfigDict
 
-from imgclf_jax import config as configs
 from imgclf_jax.core import cpuinfo, json_files
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
@@ -68,17 +66,16 @@ class Difference(NamedTuple):
         return f"{self.what} was {self.recorded}, here it is {self.here}"
 
 
-def take_snapshot(config: ConfigDict, data: DataInfo, **recorded: Json) -> JsonObject:
+def take_snapshot(keys: JsonMapping, data: DataInfo, **recorded: Json) -> JsonObject:
     """What the bits of a run depend on, in this process: an entry of provenance.json, as JSON values.
 
-    `recorded` are further entries of it, see docs/using.md.
+    `keys` are those of the config that may change on resume. `recorded` are further entries, see docs/using.md.
     """
-    keys = configs.flatten(config)
     return {
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "git": _git(),
-        "keys": {key: keys[key] for key in ("total", *configs.FREE_KEYS)},  # that may change on resume
+        "keys": dict(keys),
         "data": json.loads(json.dumps(asdict(data))),  # with lists for tuples
         **recorded,
         "code": _code(),
@@ -296,11 +293,12 @@ def load_data_info(path: Path) -> DataInfo:
                         "writes it anew from the data") from e  # fmt: skip
 
 
-def pin_groups(config: ConfigDict, recorded: JsonMapping) -> ConfigDict:
-    """The config that a run continues with on any devices: 'per_device' keeps the groups that `recorded` says."""
-    groups, images = recorded.get("batch_norm_groups"), config.batch_size // config.accumulate
-    if config.batch_norm != "per_device" or not isinstance(groups, int) or groups < 1 or images % groups:
-        return config
-    pinned = config.copy_and_resolve_references()
-    pinned.batch_norm = f"groups({images // groups})"
-    return pinned
+def pin_groups(batch_norm: str, images: int, recorded: JsonMapping) -> str:
+    """The key `batch_norm` of a run that continues: 'per_device' keeps the groups of the devices that it began on.
+
+    `images` is the size of a microbatch, and `recorded` the run's first snapshot.
+    """
+    groups = recorded.get("batch_norm_groups")
+    if batch_norm == "per_device" and isinstance(groups, int) and groups > 0 and images % groups == 0:
+        return f"groups({images // groups})"
+    return batch_norm

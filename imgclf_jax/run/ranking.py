@@ -3,22 +3,20 @@
 import math
 from collections.abc import Collection, Iterable
 
-from ml_collections import ConfigDict
-
 from imgclf_jax import metrics
 from imgclf_jax.core.typing import JsonMapping
 
 MAIN_METRICS = ("accuracy", "mean_average_precision")  # one per task; the greatest value is the best
 
 
-def main_metric(config: ConfigDict, reported: Collection[str]) -> tuple[str, float] | None:
+def main_metric(best: str, sets: Iterable[str], reported: Collection[str]) -> tuple[str, float] | None:
     """The metric that ranks a run, such as "test/accuracy", and 1.0 if its greatest value is best, else -1.0.
 
-    It is the first of these among the `reported` ones: the metric that chooses checkpoints, the task's own on each
-    evaluation set. None if there is none.
+    It is the first of these among the `reported` ones: the metric that chooses checkpoints, `best` (the key
+    `checkpoint.best`), and the task's own on each of the evaluation `sets`. None if there is none.
     """
-    chosen = [metrics.parse_best(config.checkpoint.best)] if config.checkpoint.best else []
-    of_task = [(f"{name}/{kind}", 1.0) for name in config.data.eval for kind in MAIN_METRICS]
+    chosen = [metrics.parse_best(best)] if best else []
+    of_task = [(f"{name}/{kind}", 1.0) for name in sets for kind in MAIN_METRICS]
     return next((one for one in [*chosen, *of_task] if one[0] in reported), None)
 
 

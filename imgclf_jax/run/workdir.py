@@ -14,16 +14,14 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax.core import json_files, paths, processes, spec
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
+from imgclf_jax.core.typing import JsonMapping, JsonObject
 from imgclf_jax.data.info import DataInfo
 from imgclf_jax.run import lock
 from imgclf_jax.run.provenance import (
     find_differences,
     load_data_info,
     module_digests,
-    pin_groups,
     snapshots,
-    take_snapshot,
 )
 
 log = logging.getLogger(__name__)
@@ -76,10 +74,6 @@ class Workdir:
     def read_provenance(self) -> JsonObject:
         """The snapshot of the start that began the run; {} without one. Raises UserError as `read_snapshots` does."""
         return next(iter(self.read_snapshots()), {})
-
-    def pin_groups(self, config: ConfigDict) -> ConfigDict:
-        """See `provenance.pin_groups`."""
-        return pin_groups(config, self.read_provenance())
 
     def read_result(self) -> JsonObject:
         """The content of result.json; {} if the run has not ended, or if the file is damaged."""
@@ -151,30 +145,6 @@ class Workdir:
         folders = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
         return max((int(folder.name) for folder in folders if folder.name.isdecimal()), default=None)
 
-    def has_records(self) -> bool:
-        """Whether the directory has the config and the provenance of a run."""
-        return self.config.is_file() and self.provenance.is_file()
-
-    def check_config(self, config: ConfigDict, may_differ: Sequence[str] = ()) -> str:
-        """Raises UserError, naming the keys that differ, if the directory holds a run with another config.
-
-        Returns the config of that run as JSON if it differs only in the keys `may_differ` and `configs.free_keys`, and
-        "" if it does not differ.
-        """
-        if not self.config.is_file():
-            if self.has_checkpoints():
-                log.warning("%s is missing: assuming that the run was trained with the present config", self.config)
-            return ""
-        old = self.load_config()
-        lines = configs.difference(old, config, (*may_differ, *configs.free_keys(config)))
-        if not lines:
-            return configs.to_json(old) if configs.difference(old, config) else ""
-        hint = ""
-        if [line.partition(":")[0] for line in lines] == ["total"]:
-            hint = " add --extend to train this run up to the new total, if its schedule allows it,"
-        raise UserError(f"{self.path} holds a run with another config ({'; '.join(lines)}); use the old values,{hint} "
-                        "or pass another --workdir")  # fmt: skip
-
     def write_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Lists every parameter by path with its shape in parameters.txt: `rules` match these paths. Needs CLU."""
         with contextlib.suppress(ImportError):
@@ -210,27 +180,18 @@ class Workdir:
         step = self.read_result().get("step")
         return step if type(step) is int else 0
 
-    def take_snapshot(self, config: ConfigDict, data: DataInfo, **recorded: Json) -> JsonObject:
-        """The snapshot of this process, for a run that starts in the directory: see `provenance.take_snapshot`.
-
-        Raises UserError if the run there began with other data or weights, or has done more steps than the config's
-        `total`.
-        """
-        snapshot = take_snapshot(config, data, **recorded)
+    def check_snapshot(self, snapshot: JsonMapping) -> None:
+        """Raises UserError if the run in the directory began with other data or weights than those of `snapshot`."""
         for last in self._begun()[-1:]:
             if found := [one for one in find_differences(last, snapshot) if one.kind in ("data", "weights")]:
                 named = "; ".join(map(str, found[:_NAMED]))
                 raise UserError(f"{self.path} holds a run on other data or weights: {named}; restore them, or pass "
                                 "another --workdir")  # fmt: skip
-        total = configs.steps(config.total, "total", data.train_examples, config.batch_size)
-        if (done := self.last_checkpoint() or 0) > total:
-            raise UserError(f"total={config.total!r} is {total} steps, but the run in {self.path} has done {done}; "
-                            "pass its own total, extend it to more, or pass another --workdir")  # fmt: skip
-        return snapshot
 
-    def record(self, config: ConfigDict, snapshot: JsonMapping, start: int) -> None:
+    def record(self, config: str, snapshot: JsonMapping, start: int) -> None:
         """Appends the snapshot of the process that trains from step `start` on to provenance.json; writes config.json.
 
+        `config` is the config as JSON.
         Earlier snapshots of a later step go, since nothing is left of those processes. Logs what differs from the last.
         """
         kept = [one for one in self._begun() if one.get("step", 0) < start]
@@ -241,7 +202,7 @@ class Workdir:
         weights = {"init_from": kept[0]["init_from"]} if kept and "init_from" in kept[0] else {}
         first, *later = *kept, {**weights, **snapshot, "step": start}
         json_files.write(self.provenance, {**first, "resumed": later})
-        paths.write_atomically(self.config, configs.to_json(config))
+        paths.write_atomically(self.config, config)
 
     def _begun(self) -> list[JsonObject]:
         """The snapshots of the run, if it has begun: a kill may leave a provenance.json alone.

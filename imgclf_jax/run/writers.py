@@ -3,8 +3,8 @@
 All of them have the interface of `clu.metric_writers.MetricWriter`; TensorBoard's is CLU's `SummaryWriter`.
 """
 
-import concurrent.futures
 import contextlib
+import importlib.util
 import io
 import json
 import logging
@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from imgclf_jax import config as configs
 from imgclf_jax.core import json_files, paths, processes, spec, tensorflow_import
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import JsonMapping, JsonObject
@@ -93,34 +91,38 @@ class MetricsWriter:
 
     A record is one line: {"step": 100, "train/loss": …}. A run that resumes at `step` first drops the records after
     this step, and an incomplete last line after a crash; it then writes the same records again. Records that a killed
-    process had not flushed to a bucket belong to steps that are repeated. Raises UserError if metrics.jsonl cannot be
-    written or a writer cannot be made. A later error in another writer ends that writer alone.
+    process had not flushed to a bucket belong to steps that are repeated.
+
+    - `config` has the keys of the run, {"data.source": …}, for the other writers.
+    - `specs` names further writers, see `find_factories`; `tensorboard` adds TensorBoard's.
+
+    Raises UserError if metrics.jsonl cannot be written or a writer cannot be made. A later error in another writer ends
+    that writer alone.
     """
 
-    def __init__(self, workdir: Path, step: int, config: ConfigDict):
+    def __init__(self, workdir: Path, step: int, config: JsonMapping, tensorboard: bool = True, specs: str = ""):
         self._writers = dict[str, Writer]()
         self._records: RecordFile | None = None
         evaluated = False
         if not processes.index():
-            for name, make in find_factories(config.writers).items():
-                self._writers[name] = make(workdir, step)
-            if config.tensorboard:
+            self._writers = {name: make(workdir, step) for name, make in find_factories(specs).items()}
+            if tensorboard and importlib.util.find_spec("tensorflow"):
                 self._writers["TensorBoard"] = TensorBoard(workdir / "tb")
+            elif tensorboard:
+                log.info("TensorFlow is not installed: metrics are written to metrics.jsonl, and not for TensorBoard")
             path = workdir / "metrics.jsonl"
             if step and not path.exists():
                 log.warning("%s is missing: it will hold no record of the steps before %d", path, step)
             kept = [record for record in read_metrics(path) if record["step"] <= step]
             self._records = RecordFile(path, kept)
-            hparams = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in configs.flatten(config).items()}
-            self._tell("write_hparams", hparams)
+            self._tell("write_hparams", {k: json.dumps(v) if isinstance(v, dict) else v for k, v in config.items()})
             evaluated = any(record["step"] == step and TIMES[0] not in record for record in kept)
         # Whether the evaluation of this step is recorded, known to all processes. Only training records have a pace.
         self.evaluated = processes.broadcast(lambda: evaluated)
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Writes images [n, h, w, c] or [h, w, c] to the writers that have such a method."""
-        if images:
-            self._tell("write_images", step, images)
+        self._tell("write_images", step, images)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one record and hands it to the operating system, so a killed process does not lose it."""
@@ -151,16 +153,11 @@ class MetricsWriter:
 
 
 class TensorBoard:
-    """CLU's SummaryWriter for `folder`, which a thread makes at the first metrics, since it imports TensorFlow.
-
-    Every call returns at once, and raises the error of an earlier one. Without TensorFlow nothing is written.
-    """
+    """CLU's SummaryWriter for `folder`, made at the first metrics, since it imports TensorFlow."""
 
     def __init__(self, folder: Path):
         self._folder, self._hparams = folder, dict[str, Any]()
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
-        self._writer: Any = None
-        self._calls: list[concurrent.futures.Future[None]] = []
+        self._made: list[Writer] = []
 
     def write_hparams(self, hparams: JsonObject) -> None:
         """Keeps the hyperparameters until the first metrics."""
@@ -168,45 +165,31 @@ class TensorBoard:
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes the metrics of a step."""
-        self._submit("write_scalars", step, dict(scalars))
+        self._writer().write_scalars(step, scalars)
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Writes images [n, h, w, c] or [h, w, c] of one to four channels, uint8 or f32 in [0, 1], by their tags."""
-        self._submit("write_images", step, dict(images))
+        self._writer().write_images(step, images)
 
     def flush(self) -> None:
         """Hands the metrics so far to the file system."""
-        self._submit("flush")
+        for writer in self._made:
+            writer.flush()
 
     def close(self) -> None:
-        """Waits for all calls, and closes the files."""
-        self._submit("close")
-        self._thread.shutdown()
-        for call in self._calls:
-            call.result()
+        """Closes the files."""
+        for writer in self._made:
+            writer.close()
 
-    def _submit(self, method: str, *args: object) -> None:
-        while self._calls and self._calls[0].done():
-            self._calls.pop(0).result()
-        self._calls.append(self._thread.submit(self._call, method, *args))
+    def _writer(self) -> Any:
+        if not self._made:
+            tensorflow_import.wait_if_begun()
+            from clu.metric_writers import SummaryWriter
 
-    def _call(self, method: str, *args: object) -> None:
-        if self._writer is None:
-            if method in ("flush", "close"):
-                return
-            self._writer = self._make()
-        getattr(self._writer, method, _ignore)(*args)
-
-    def _make(self) -> Any:
-        if tensorflow_import.tensorflow().result() is None:
-            log.info("TensorFlow is not installed: metrics are written to metrics.jsonl, and not for TensorBoard")
-            return object()
-        from clu.metric_writers import SummaryWriter
-
-        paths.make_folder(self._folder)
-        writer = SummaryWriter(str(self._folder))
-        writer.write_hparams(self._hparams)
-        return writer
+            paths.make_folder(self._folder)
+            self._made = [SummaryWriter(str(self._folder))]
+            self._made[0].write_hparams(self._hparams)
+        return self._made[0]
 
 
 def _ignore(*_: object) -> None:
@@ -223,7 +206,7 @@ def _naming_errors(path: Path) -> Iterator[None]:
                         "same command again") from e  # fmt: skip
 
 
-def find_factories(text: str) -> dict[str, Callable[[Path, int], Writer]]:
+def find_factories(specs: str) -> dict[str, Callable[[Path, int], Writer]]:
     """The factories of the config's `writers`, by spec: functions (workdir, step) -> Writer.
 
     The user's function is passed `workdir` and `step` if it has parameters of these names. Raises UserError if it
@@ -231,21 +214,19 @@ def find_factories(text: str) -> dict[str, Callable[[Path, int], Writer]]:
     """
 
     def bind(call: spec.Call) -> Callable[[Path, int], Writer]:
-        made = spec.bind(call, {}, "writer", by_name=("workdir", "step"))
-        takes = spec.parameters(made.func, call, "writer").keys() - made.keywords.keys()
+        function = spec.bind(call, {}, "writer", by_name=("workdir", "step"))
+        takes = spec.parameters(function.func, call, "writer").keys() - function.keywords.keys()
 
         def make(workdir: Path, step: int) -> Writer:
-            try:
-                writer = made(**{k: v for k, v in (("workdir", workdir), ("step", step)) if k in takes})
-            except Exception as e:
-                raise UserError(f"writers={str(call)!r} failed to start: {type(e).__name__}: {reason(e)}") from e
+            passed = {"workdir": workdir, "step": step}
+            writer: Writer = function(**{name: value for name, value in passed.items() if name in takes})
             if missing := [name for name in _METHODS if not callable(getattr(writer, name, None))]:
                 raise UserError(f"writers={str(call)!r} has no method {missing[0]}; a writer has {', '.join(_METHODS)}")
             return writer
 
         return make
 
-    return {str(call): bind(call) for call in spec.parse(text)}
+    return {str(call): bind(call) for call in spec.parse(specs)}
 
 
 _METHODS = ("write_hparams", "write_scalars", "flush", "close")

@@ -44,8 +44,7 @@ def main(
             return 0
         records = held.enter_context(Records(run, timer, profile))
         records.digests.record(run.start, run.state.params)
-        shows = config.log_images and processes.count() == 1
-        if shows and not run.start:
+        if config.log_images and processes.count() == 1 and not run.start:
             records.metrics.write_images(0, pictures.first_batch(run.programs, run.images))  # while it compiles
         outcome = train(run, records)
         if outcome.signal:
@@ -54,7 +53,4 @@ def main(
         if outcome.signal or (outcome.step < run.cadences.total and not outcome.stopped_early):
             return STATUS_SAVED
         result.write(run, records, outcome)
-        if shows:
-            highest = pictures.highest_losses(run.programs, outcome.state, run.evals, records.beat)
-            records.metrics.write_images(outcome.step, highest)
         return 0

@@ -105,7 +105,6 @@ def _when_compiled(batches: Iterable[tuple[int, Batch]], run: Run, records: Reco
         run.record_start()  # not before: an extension that fails or is interrupted until here changes nothing
         log.info("compiled in %.2f s; the first step begins %.2f s after the command", seconds,
                  records.timer.since_main)  # fmt: skip
-        log.info("%s", run.rows.header())
     return itertools.chain(first, batches)
 
 

@@ -1,22 +1,16 @@
-"""Images of a run for TensorBoard: an augmented training batch, and the examples with the highest loss."""
-
-import dataclasses
-from collections.abc import Callable
+"""Augmented images of a training batch, for TensorBoard and the report."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imgclf_jax import metrics
 from imgclf_jax.augment.pixels import to_pixels
 from imgclf_jax.core import rng
 from imgclf_jax.core.typing import Batch, PyTree
 from imgclf_jax.data.stream import Images
 from imgclf_jax.programs import Programs
-from imgclf_jax.step import TrainState
-from imgclf_jax.train.evaluation import evaluate
 
-_AUGMENTED, _LOSSES = 16, 8
+_SHOWN = 16
 
 
 def augment_rows(programs: Programs, images: Images, ids: np.ndarray, step: int, rows: int) -> np.ndarray:
@@ -48,32 +42,6 @@ def first_batch(programs: Programs, images: Images) -> Batch:
     A method with `inputs` uses keys of its own, so it trains on other draws.
     """
     size = int(programs.recipe.config.batch_size)
-    ids = images.ids(programs.recipe.config.seed, np.arange(min(_AUGMENTED, size), dtype=np.int64))
+    ids = images.ids(programs.recipe.config.seed, np.arange(min(_SHOWN, size), dtype=np.int64))
     augmented = augment_rows(programs, images, ids, 0, size)
     return {"train/augmented": to_pixels(augmented, programs.recipe.config.augment)[0]}
-
-
-def highest_losses(
-    programs: Programs, state: TrainState, evals: dict[str, Images], stop: Callable[[], str] = str
-) -> Batch:
-    """The examples of each evaluation set with the highest loss, {name: uint8[h, w, c]}; {} unless they have classes.
-
-    A name says the set, the rank, the class, the predicted class and the loss. Evaluates the sets again; `stop`
-    is as in `evaluate`.
-    """
-    found: Batch = {}
-    names = programs.recipe.data.class_names
-    if not programs.recipe.method.predicts or len(names) > metrics.CONFUSION_CLASSES:
-        return found
-    for name, images in evals.items():
-        _, predictions = evaluate(dataclasses.replace(programs, predicting=True), state, images, stop)
-        if not isinstance(predictions, metrics.Predictions):
-            return found
-        own = predictions.for_seed(-1) if programs.recipe.num_seeds > 1 else predictions
-        losses = own.losses()
-        ids = own.highest_losses(_LOSSES)
-        for rank, (i, image) in enumerate(zip(ids, images.read(ids, ids)["image"], strict=True), 1):
-            label, predicted = names[own.labels[i]], names[own.predicted[i]]
-            what = "correct" if label == predicted else f"taken for {predicted}"
-            found[f"{name}/highest_losses/{rank}: {label}, {what}, loss {losses[i]:.3g}"] = image
-    return found

@@ -3,11 +3,12 @@
 import collections
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import numpy as np
 
+from imgclf_jax import config as configs
 from imgclf_jax.core import terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Batch, PyTree
@@ -17,6 +18,7 @@ from imgclf_jax.run.profiler import Profiler
 from imgclf_jax.run.timer import Timer
 from imgclf_jax.run.writers import MetricsWriter
 from imgclf_jax.step import NONFINITE_STEP, PER_STEP, TrainState
+from imgclf_jax.train import display
 from imgclf_jax.train.setup import Run
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,9 @@ class Records(contextlib.ExitStack):
         self._profiler = Profiler(profile, run.workdir.path)
         folder = run.workdir.path
         with contextlib.ExitStack() as files:
-            self.metrics = files.enter_context(contextlib.closing(MetricsWriter(folder, run.start, run.config)))
+            keys, config = configs.flatten(run.config), run.config
+            metrics = MetricsWriter(folder, run.start, keys, config.tensorboard, config.writers)
+            self.metrics = files.enter_context(contextlib.closing(metrics))
             self.digests = files.enter_context(contextlib.closing(Digests(folder, run.start, run.cadences.last)))
             files.enter_context(contextlib.closing(self._profiler))
             self.push(files.pop_all())
@@ -92,15 +96,19 @@ class Records(contextlib.ExitStack):
         self._pace = f"{pace['images_per_second']:,.0f} images/s, {pace['input_wait']:.0%} waiting for input"
         means = _means(sums, self._run.programs.recipe.task) | pace
         self.metrics.write_scalars(step, {f"train/{name}": value for name, value in means.items()})
-        log.info("%s", self._run.rows.training(step, means))
+        self._log(step, "train", means)
 
     def write_evaluation(self, step: int, results: Results) -> None:
         """Writes and logs the results of an evaluation, durably: early stopping and the best checkpoint use them."""
-        for row in self._run.rows.evaluations(step, results):
-            log.info("%s", row)
+        for name, values in results.items():
+            if values.keys() - {"examples"}:  # unless its method measures nothing there
+                self._log(step, name, values)
         scores = {f"{name}/{key}": value for name, values in results.items() for key, value in values.items()}
         self.metrics.write_scalars(step, scores)
         self.metrics.flush()
+
+    def _log(self, step: int, name: str, values: Mapping[str, float]) -> None:
+        log.info("%s", display.line(step, len(self._run.images) / self._run.config.batch_size, name, values))
 
     def save(self, step: int, state: TrainState, sums: PyTree) -> None:
         """Begins to save a checkpoint."""

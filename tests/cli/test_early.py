@@ -13,7 +13,6 @@ import pytest
 from imgclf_jax import config as configs
 from imgclf_jax.core import extras
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.train import display
 
 ROOT = Path(__file__).parents[2]
 
@@ -131,10 +130,3 @@ def test_a_python_that_an_extra_does_not_support(monkeypatch):
                                                                       "python_version < '3'"])  # fmt: skip
     assert re.fullmatch(r"its packages do not support Python 3\.\d+ yet: use an older one",
                         extras.how_to_install("tfds"))  # fmt: skip
-
-
-def test_a_run_recommends_only_what_is_installed(monkeypatch):
-    monkeypatch.setattr(extras, "missing", lambda extra: [])
-    assert any(" serve --workdir a" in line for line in display.next_commands("a", True))
-    monkeypatch.setattr(extras, "missing", lambda extra: ["starlette"])
-    assert not any("serve" in line for line in display.next_commands("a", True))

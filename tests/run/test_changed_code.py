@@ -42,8 +42,8 @@ def module(tmp_path, monkeypatch):
 
 def test_a_run_that_resumes_elsewhere_says_so_once(tmp_path, caplog):
     """provenance.json has a snapshot for each start. One that saved no checkpoint leaves none."""
-    workdir, config = Workdir(tmp_path), configs.default_config()
-    here = take_snapshot(config, DataInfo(8, (1, 1, 1), ("x",), "f"))
+    workdir, config = Workdir(tmp_path), configs.to_json(configs.default_config())
+    here = take_snapshot({}, DataInfo(8, (1, 1, 1), ("x",), "f"))
     workdir.record(config, here | {"processor": "Xeon", "init_from": {"sha256": "s"}}, 0)
     assert not caplog.text
     workdir.record(config, here, 5)
@@ -68,15 +68,15 @@ def test_a_run_that_resumes_elsewhere_says_so_once(tmp_path, caplog):
     ({"fixed_sha256": "b"}, "fixed_sha256 was a, here it is b"),
 ])  # fmt: skip
 def test_other_data_or_weights_are_refused(tmp_path, change, said):
-    workdir, config = Workdir(tmp_path), configs.default_config()
+    workdir, config = Workdir(tmp_path), configs.to_json(configs.default_config())
     further = {"evals": {"test": "a"}, "unreadable": [], "fixed_sha256": "a", "init_from": {"sha256": "a", "path": "x"}}
     data = DataInfo(8, (1, 1, 1), ("x",), "f")
-    workdir.record(config, workdir.take_snapshot(config, data, **further), 0)
-    workdir.take_snapshot(config, data, **further | {"init_from": {"sha256": "a", "path": "elsewhere"}})
+    workdir.record(config, take_snapshot({}, data, **further), 0)
+    workdir.check_snapshot(take_snapshot({}, data, **further | {"init_from": {"sha256": "a", "path": "elsewhere"}}))
     with pytest.raises(UserError, match=f"holds a run on other data or weights: {said}; restore them, or pass another"):
-        workdir.take_snapshot(config, change.pop("data", data), **further | change)
+        workdir.check_snapshot(take_snapshot({}, change.pop("data", data), **further | change))
     workdir.config.unlink()  # a kill left provenance.json alone: the run has not begun
-    workdir.take_snapshot(config, DataInfo(8, (1, 1, 1), ("x",), "g"))
+    workdir.check_snapshot(take_snapshot({}, DataInfo(8, (1, 1, 1), ("x",), "g")))
 
 
 @pytest.mark.thorough

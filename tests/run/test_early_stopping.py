@@ -9,7 +9,6 @@ import pytest
 from imgclf_jax import config as configs
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.recipe import Recipe
-from imgclf_jax.run import early_stopping
 from imgclf_jax.run.cadences import Cadences
 from imgclf_jax.run.early_stopping import EarlyStopping, find_reason
 from imgclf_jax.run.provenance import DataInfo
@@ -43,7 +42,7 @@ def test_a_patience_in_epochs_counts_evaluations_of_epochs(examples, patience, w
     """However many steps an epoch has, and whichever evaluation was the best one."""
     keys = {"stop": f"test/loss, patience {patience}", "eval_every": "1 epochs", "total": "200 epochs"}
     recipe = Recipe(config(batch_size=64, **keys), DataInfo(examples, (12, 12, 1), tuple("abcd"), ""))
-    stopping = early_stopping.build(recipe.config, recipe.patience)
+    stopping = recipe.early_stopping
     steps = Cadences(recipe.total, None, recipe.period("eval_every"), None).evaluations(recipe.total)
     for best in range(8):
         history = [(step, float(i != best)) for i, step in enumerate(steps)]
@@ -90,15 +89,16 @@ def config(**keys):
     return new
 
 
-@pytest.mark.parametrize(("stop", "metric", "sign"), [
-    ("test/loss, patience 5 epochs", "test/loss", -1.0),
-    (" max:test/my_score ,patience   10% ", "test/my_score", 1.0),
-    ("test/accuracy, patience 100 steps", "test/accuracy", 1.0),
+@pytest.mark.parametrize(("stop", "metric", "sign", "patience"), [
+    ("test/loss, patience 5 epochs", "test/loss", -1.0, 50),
+    (" max:test/my_score ,patience   10% ", "test/my_score", 1.0, 100),
+    ("test/accuracy, patience 200 steps", "test/accuracy", 1.0, 200),
 ])  # fmt: skip
-def test_the_key(stop, metric, sign):
-    found = early_stopping.build(config(stop=stop), Fraction(4))
-    assert (found.metric, found.sign, found.patience) == (metric, sign, 4)
-    assert early_stopping.build(config(), None) is None
+def test_the_key(stop, metric, sign, patience):
+    data = DataInfo(1280, (2, 2, 1), tuple("ab"), "")
+    found = Recipe(config(stop=stop, total="1000 steps", eval_every="1 steps"), data).early_stopping
+    assert (found.metric, found.sign, found.patience) == (metric, sign, patience)
+    assert Recipe(config(), data).early_stopping is None
 
 
 @pytest.mark.parametrize(("keys", "says"), [

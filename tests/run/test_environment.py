@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import pytest
 
-from imgclf_jax import config as configs
 from imgclf_jax.data.info import DataInfo
 from imgclf_jax.run import provenance
 
@@ -198,7 +197,7 @@ def test_where_a_run_goes_on(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
 
     def snapshot():
-        taken = provenance.take_snapshot(configs.default_config(), DataInfo(1, (1, 1, 1), ("x",), "f"))
+        taken = provenance.take_snapshot({}, DataInfo(1, (1, 1, 1), ("x",), "f"))
         return json.loads(json.dumps(taken))
 
     began = snapshot()

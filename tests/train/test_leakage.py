@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 
 from imgclf_jax import config as configs
-from imgclf_jax.data import sources, splits
-from imgclf_jax.train.leakage import initial_warnings, overlap_warnings, selecting_sets, selection_warnings
+from imgclf_jax.data import sampling, sources, splits
+from imgclf_jax.data.arrays import array_source
+from imgclf_jax.data.stream import Images
+from imgclf_jax.train.leakage import (
+    initial_warnings,
+    overlap_warnings,
+    selecting_sets,
+    selection_warnings,
+    unseen_class_warnings,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,7 +73,7 @@ def test_the_warning_of_an_overlap():
     data = config.data
     data.eval = {"val": "train[90%:]", "test": "test"}
     [sentence] = overlap_warnings(config, data, base)
-    assert sentence.startswith("the evaluation set val shares 10 of its 10 examples with the training split 'train': ")
+    assert sentence.startswith("the evaluation set val shares 10 of its 10 examples with data.train='train': ")
     data.sampling = "balanced"
     assert overlap_warnings(config, data, base) == [sentence]
     data.sampling = "subset('ids.npy')"
@@ -74,78 +82,21 @@ def test_the_warning_of_an_overlap():
     assert overlap_warnings(config, data, base) == []
 
 
-@pytest.mark.parametrize(("sampling", "train", "said"), [
-    ("subset('F/all.npy')", "train", "10 of its 10"),
-    ("subset('F/first.npy')", "train", ""),
-    ("subset('F/first.npy')", "train[50%:]+train[:50%]", "4 of its 10"),  # the ids are those of the joined parts
-    ("weighted('F/weights.npy')", "train", ""),
-    ("weighted('F/weights.npy')", "train[10:]+train[:10]", "10 of its 10"),
-    ("my_pkg.my_module:own", "train", "10 of its 10"),  # which may read everything
-    ("curriculum('F/weights.npy')", "train", "10 of its 10"),
-])  # fmt: skip
-def test_only_examples_that_the_sampling_draws_are_shared(sampling, train, said, tmp_path):
-    """`subset` of all examples passed as a holdout, and `weighted` with weights of 0 did not."""
-    np.save(tmp_path / "all.npy", np.arange(100))
-    np.save(tmp_path / "first.npy", np.arange(44))
-    np.save(tmp_path / "weights.npy", np.arange(100) < 90)
-    base, config = sources.fake(100, (2, 2, 1), 2), configs.default_config()
-    config.data.eval, config.data.train = {"val": "train[90%:]", "test": "test"}, train
-    config.data.sampling = sampling.replace("F", str(tmp_path))
-    found = overlap_warnings(config, config.data, base)
-    assert len(found) == bool(said)
-    assert not said or found[0].startswith(f"the evaluation set val shares {said} examples with the training split ")
-
-
 def test_the_overlap_of_a_further_stream():
-    """An unlabeled stream of test images is transductive learning: it was not said."""
+    """An unlabeled stream of test images is transductive learning."""
     base, config = sources.fake(100, (2, 2, 1), 2), configs.default_config()
     config.data.train, config.method = "train[:10%]", "fixmatch"
     config.data.extra = {"unlabeled": "train[10%:]+test|batch_size(8)"}
     config.data.eval = {"test": "test[50:]"}
     [sentence] = overlap_warnings(config, config.data, base)
     assert sentence == (
-        "the evaluation set test shares 50 of its 50 examples with data.extra.unlabeled, 'train[10%:]+test': if the "
-        "method learns from these images, its scores are transductive, not those of new data; else give the stream a "
-        "split without 'test[50:]'"
+        "the evaluation set test shares 50 of its 50 examples with data.extra.unlabeled='train[10%:]+test': its scores "
+        "are not those of new data; use a split without 'test[50:]'"
     )
-    config.data.extra.unlabeled = "train[10%:]"
+    config.data.extra.unlabeled = "folder('elsewhere')/test"
     assert overlap_warnings(config, config.data, base) == []
-    config.data.extra.unlabeled = "test|sampling('subset(\"ids.npy\")')"
+    config.data.extra.unlabeled, config.method = "test", "supervised"  # reads no stream
     assert overlap_warnings(config, config.data, base) == []
-    config.data.extra.unlabeled, config.method = "test", "supervised"  # reads no stream, which has its own warning
-    assert overlap_warnings(config, config.data, base) == []
-
-
-@pytest.mark.parametrize(("source", "stream", "text", "said"), [
-    ("folder('x')", "test", 'folder("x")/test[:4]', "4 of its 4 examples"),  # the source itself, spelled out
-    ("folder('x')", "folder( 'x' )/test", "test", "100 of its 100 examples"),
-    ("folder('x')", "folder('y')/train", "folder('y')/train[50%:]", "examples"),
-    ("folder('x')", "folder('y')", "folder('y')/train[-9:]", "examples"),
-    ("folder('x')", "folder('y')/train[:50%]", "folder('y')/train[50%:]", ""),
-    ("folder('x')", "folder('y')/test", "folder('x')/test", ""),
-    ("folder('x')", "test", "folder('x/')/test[:4]", "4 of its 4 examples"),
-    ("folder('x')", "test", "folder(path='./x', draw=0)/test[:4]", "4 of its 4 examples"),
-    ("folder('x')", "test", "folder('x', 5)/test[:4]", ""),
-    ("fake(64, (8, 8, 1))", "test", "fake(n=64, shape=(8, 8, 1))/test", "100 of its 100 examples"),
-    ("my_pkg:own(3)", "test", "my_pkg:own( 3 )/test", "100 of its 100 examples"),  # imports nothing
-])  # fmt: skip
-def test_streams_and_sets_are_compared_by_their_source(source, stream, text, said):
-    base, config = sources.fake(100, (2, 2, 1), 2), configs.default_config()
-    config.data.source, config.method, config.data.extra = source, "fixmatch", {"unlabeled": stream}
-    config.data.eval = {"set": text}
-    found = overlap_warnings(config, config.data, base)
-    assert len(found) == bool(said)
-    assert not said or found[0].startswith(f"the evaluation set set shares {said} with data.extra.unlabeled, ")
-
-
-def test_training_examples_of_one_source_are_not_in_another():
-    """`evaluate --config.data.source=…` warned of the training split of the run, by its name alone."""
-    base, trained = sources.fake(100, (2, 2, 1), 2), configs.default_config()
-    other = trained.copy_and_resolve_references()
-    trained.data.source, other.data.source = "folder('old')", "folder('new')"
-    other.data.eval = {"new": "train", "old": "folder('old')/train"}
-    [sentence] = overlap_warnings(trained, other.data, base)
-    assert sentence.startswith("the evaluation set old shares examples with the training split 'train': ")
 
 
 def test_weights_of_a_run_that_was_trained_on_an_evaluation_set(tmp_path):
@@ -159,8 +110,41 @@ def test_weights_of_a_run_that_was_trained_on_an_evaluation_set(tmp_path):
     config.init_from = str(tmp_path)
     [sentence] = initial_warnings(config, base)
     assert sentence.startswith(
-        f"the weights of init_from={str(tmp_path)!r} are of a run for which this holds: the evaluation set val shares "
-        "10 of its 10 examples with the training split 'train': "
+        f"the weights of init_from={str(tmp_path)!r} are of another run: the evaluation set val shares 10 of its "
+        "10 examples with data.train='train': "
     )
     config.data.source = "fake(100)"  # other examples
     assert initial_warnings(config, base) == []
+
+
+def labeled(names, labels, sampled="permutation"):
+    source = array_source(np.zeros((len(labels), 2, 2, 1), np.uint8), np.array(labels, np.int32), tuple(names))
+    return Images(source, "decode(1)", sampler=sampling.build(sampled, source))
+
+
+@pytest.mark.parametrize(("names", "train", "test", "said"), [
+    (("Cat", "cat", "dog"), [0, 2], [1, 1, 2], ["examples of 1 classes without", "such as 'cat'"]),
+    (("a", "b", "c", "d"), [0, 1], [2, 0, 3], ["examples of 2 classes without", "such as 'c'"]),
+    (("a", "b", "c"), [0, 1, 2], [2, 2], []),
+])  # fmt: skip
+def test_a_class_is_evaluated_that_no_training_example_has(names, train, test, said):
+    """Folders `train/Cat` and `test/cat`: all examples counted as wrong, silently."""
+    found = unseen_class_warnings(labeled(names, train), {"test": labeled(names, test)})
+    assert len(found) == bool(said)
+    assert all(words in sentence for sentence in found for words in said)
+
+
+def test_the_examples_that_a_sampling_leaves_out_train_no_class(tmp_path):
+    np.save(tmp_path / "ids.npy", [0, 3])
+    train = labeled("abc", [0, 1, 1, 2], f"subset({str(tmp_path / 'ids.npy')!r})")
+    [sentence] = unseen_class_warnings(train, {"test": labeled("abc", [0, 1, 2]), "val": labeled("abc", [0, 2])})
+    assert "the evaluation set test has examples of 1 classes" in sentence
+
+
+def test_data_without_known_labels_draw_no_warning():
+    """Targets, and labels that would take a pass over all examples."""
+    pixels, known = np.zeros((3, 2, 2, 1), np.uint8), labeled("ab", [0, 1])
+    of_targets = Images(array_source(pixels, np.eye(3, 1, dtype=np.float32), ("t",)), "decode(1)")
+    unknown = Images(sources.fake(9, (2, 2, 1), 2)["test"], "decode(1)")
+    for train, test in ((of_targets, of_targets), (known, unknown), (unknown, known)):
+        assert unseen_class_warnings(train, {"test": test}) == []

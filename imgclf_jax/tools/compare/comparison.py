@@ -89,7 +89,8 @@ def main_metric(runs: Sequence[Record]) -> tuple[str, float]:
     reported = {name for run in runs for name in run_metrics(run)}
     first = next((run for run in runs if run.final is not None), runs[0])
     name = next(iter(first.config.data.eval), "test")
-    return ranking.main_metric(first.config, reported) or (f"{name}/accuracy", 1.0)
+    best, sets = first.config.checkpoint.best, first.config.data.eval
+    return ranking.main_metric(best, sets, reported) or (f"{name}/accuracy", 1.0)
 
 
 def group_runs(runs: Sequence[Record]) -> list[Group]:

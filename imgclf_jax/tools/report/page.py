@@ -73,7 +73,8 @@ def _results(run: Record, findings: Findings) -> dict[str, JsonMapping]:
 
 def _headline(run: Record, findings: Findings) -> str:
     results = _results(run, findings)
-    found = main_metric(run.config, {f"{name}/{kind}" for name, values in results.items() for kind in values})
+    reported = {f"{name}/{kind}" for name, values in results.items() for kind in values}
+    found = main_metric(run.config.checkpoint.best, run.config.data.eval, reported)
     if found is None:
         return f"{run.step} steps"
     name, _, kind = found[0].partition("/")

@@ -48,7 +48,7 @@ def main(
     end = _last_step(record, steps)
     folder = paths.as_path(processes.broadcast(lambda: _folder(record, output)))
     found = _compare_configs(record.config, config)
-    config = pin_groups(config, record.provenance)
+    config.batch_norm = pin_groups(config.batch_norm, config.batch_size // config.accumulate, record.provenance)
     config.tensorboard, config.writers = False, ""
 
     def end_early(run: train.Run) -> train.Run:

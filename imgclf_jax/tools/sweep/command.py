@@ -288,5 +288,5 @@ def _find_error(status: int, file: Path) -> str:
 def _main_metric(config: ConfigDict, workdir: Workdir) -> str:
     """Formats the metric that the run is ranked by; "" without a result."""
     metrics = status.result(workdir)
-    found = main_metric(config, metrics)
+    found = main_metric(config.checkpoint.best, config.data.eval, metrics)
     return f"{found[0]} {status.format_metric(metrics, found[0])}" if found else ""

@@ -75,7 +75,7 @@ def describe(runs: Sequence[tuple[str, ConfigDict, Progress]], done: int, total:
     text = f"{done} of {total} runs done" + ("" if left is None else f", {duration(left)} left")
     for name, config, progress in runs:
         text += f"; step {progress.step:,} of {progress.total:,}" if progress.total else "; starting"
-        if metric := main_metric(config, progress.metrics):
+        if metric := main_metric(config.checkpoint.best, config.data.eval, progress.metrics):
             text += f", {metric[0]} {decimals(progress.metrics[metric[0]])}"
         text += f" ({printable(name)})"
     return text
@@ -119,7 +119,7 @@ def ranking(runs: Iterable[tuple[str, ConfigDict, Mapping[str, float]]], columns
     On a terminal of `columns` that is too narrow for a name and its metric, the metric has a line of its own.
     """
     ranked = [(metric[1] * metrics[metric[0]], metric[0], name, metrics) for name, config, metrics in runs
-              if (metric := main_metric(config, metrics))]  # fmt: skip
+              if (metric := main_metric(config.checkpoint.best, config.data.eval, metrics))]  # fmt: skip
     ranked = [one for one in ranked if math.isfinite(one[0]) and one[1] == ranked[0][1]]
     if len(ranked) < 2:
         return []

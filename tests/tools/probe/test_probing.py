@@ -180,7 +180,7 @@ def test_a_probe_that_is_fitted_to_what_it_is_scored_on_warns(tmp_path):
     config.data.train, config.data.sampling = "train+test[:10]", "subset('ids.npy')"  # which probes do not follow
     for place in (workdir, None):
         [sentence] = command._overlaps(config, place, base)
-        assert sentence.startswith("the evaluation set test shares 10 of its 100 examples with the training split ")
+        assert sentence.startswith("the evaluation set test shares 10 of its 100 examples with data.train=")
     config.data.train, config.data.eval = "train", {"val": "train[90%:]"}
     assert command._overlaps(config, workdir, base) == []  # `compare_with_record` has said it
     assert len(command._overlaps(config, None, base)) == 1
