@@ -172,8 +172,8 @@ class Workdir:
             self.result.unlink()
 
     def is_done(self, total: int) -> bool:
-        """Whether the run has ended: result.json is readable, and `has_ended` by it."""
-        return has_ended(self.read_result(), total)
+        """Whether the run has ended, with all its records: result.json is readable, and `has_ended` by it."""
+        return self.config.is_file() and self.provenance.is_file() and has_ended(self.read_result(), total)
 
     def last_step(self) -> int:
         """The step of result.json, at which the run ended; 0 without one that is readable."""

@@ -49,6 +49,6 @@ def test_a_transcript(tmp_path):
     text = "\n".join(said)
     for fact in ("data       digits: 1,437 images of 28x28x1, 10 classes of 139 to 146", "121,930 parameters",
                  "            block         output  parameters   FLOPs", "optimizer  adam", "seed       0",
-                 "  test   loss "):  # fmt: skip
+                 "  test   accuracy "):  # fmt: skip
         assert fact in text
     assert f"report --workdir {tmp_path}/run" in done.stdout
