@@ -99,11 +99,8 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     skipped = datasets.skipped_files(base, images)
     fingerprints = {name: images.source.fingerprint for name, images in evals.items()}
     groups = compiling.groups_of_statistics if config.batch_norm == "per_device" else 0
-<<<<<<< HEAD
     fixed = tree.sha256(compiling.fixed) if tree.named_leaves(compiling.fixed) else ""
-=======
-    keys, fixed = configs.flatten(config), tree.sha256(compiling.fixed) if compiling.fixed else ""
->>>>>>> 7824e35 (Training prints one line per record; fewer warnings and guards; run/ takes values, not a config)
+    keys = configs.flatten(config)
     processes.agree(lambda: {f"fixed arrays of method={config.method!r}": fixed})
 
     def snapshot_here() -> JsonObject:

@@ -104,7 +104,7 @@ def test_the_key(stop, metric, sign, patience):
 @pytest.mark.parametrize(("keys", "says"), [
     ({"stop": "test/loss"}, "write 'METRIC, patience DURATION', such as 'val/loss, patience 5 epochs'"),
     ({"stop": "test/loss, patience"}, "write 'METRIC, patience DURATION'"),
-    ({"stop": "val/loss, patience 5 epochs"}, "unknown metric in stop 'val/loss': did you mean 'test/loss'"),
+    ({"stop": "val/loss, patience 5 epochs"}, "stop='val/loss': unknown evaluation set 'val'"),
     ({"stop": "test/loss, patience 5 weeks"}, "is not a duration; write '5 epochs'"),
     ({"stop": "test/loss, patience 0 steps"}, "must be above zero"),
     ({"stop": "test/loss, patience 5 epochs", "eval_every": ""}, "needs evaluations; set eval_every"),
