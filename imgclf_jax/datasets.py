@@ -1,6 +1,5 @@
 """Opens the data that a config names. It alone reads the keys `data.*` and `preprocess`; `data/` takes their values."""
 
-import contextlib
 import keyword
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,18 +36,9 @@ def open_data(config: ConfigDict, text: str = "") -> dict[str, Source]:
     One process per host goes first, so the others reuse what it prepares, downloads or scans. Raises UserError if the
     data are missing, and unless all processes read the same.
     """
-    data, ops = config.data, [config.preprocess, config.preprocess_eval or config.preprocess]
-    with contextlib.suppress(UserError):  # ops that evaluation refuses
-        ops[1] = decode.evaluation_spec(config.preprocess_eval, config.preprocess)
-    return _open(text or data.source, config, *ops)
-
-
-def _open(text: str, config: ConfigDict, *preprocess: str) -> dict[str, Source]:
-    """Opens a source whose files must be images in the formats that these specs of host ops read."""
     data = config.data
-    formats = tuple(dict.fromkeys(name for ops in preprocess if ops.strip() for name in decode.formats_of(ops)))
     opened: dict[str, Source] = processes.once_a_host(
-        lambda: sources.open_splits(text, data.data_dir, data.manual_dir, data.unreadable, formats or decode.FORMATS)
+        lambda: sources.open_splits(text or data.source, data.data_dir, data.manual_dir, data.unreadable)
     )
     processes.agree(lambda: {f"the data of split {name}": source.fingerprint[:12] for name, source in opened.items()},
                     fix="all processes must read the same data: see data.source and data.data_dir")  # fmt: skip
@@ -81,7 +71,7 @@ def _extra_images(config: ConfigDict, name: str, stream: ExtraStream, base: Mapp
     """Opens a stream of `data.extra`. Raises UserError naming its key."""
     key = f"data.extra.{name}"
     try:
-        opened = _open(stream.source, config, stream.preprocess) if stream.source else base
+        opened = open_data(config, stream.source) if stream.source else base
         source = sources.take_split(opened, stream.split or _default_split(opened))
         sampler = _sampler(stream.sampling, source, f"{key} sampling")
         return Images(source, stream.preprocess, config.seed, config.data.threads, sampler)

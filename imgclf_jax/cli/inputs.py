@@ -112,7 +112,7 @@ def _expand(word: str, log_strays: bool = True) -> Iterable[Input]:
 
 def _list_folder(folder: str, log_strays: bool) -> Iterator[Input]:
     strays: Counter[str] = Counter()
-    for name, _ in image_files.walk(folder, strays):
+    for name in image_files.walk(folder, strays):
         yield Input(os.path.join(folder, name), found=True)
     if log_strays and (counted := image_files.describe_strays(strays)):
         log.info("%s: not used: %s", folder, counted)

@@ -1,26 +1,19 @@
 """Examples in memory, and the .npz files that hold them.
 
-Files are untrusted: their claimed sizes are checked against the file before memory is allocated.
+Files are untrusted: what they claim to hold is bounded by the machine's memory, and no pickled object is loaded.
 """
 
 import hashlib
-import io
-import math
-import shutil
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from imgclf_jax.core import cache, memory, paths
+from imgclf_jax.core import memory, paths
 from imgclf_jax.core.errors import UserError, reason
-from imgclf_jax.data.source import MAX_CLASSES, Source, check_finite
+from imgclf_jax.data.source import MAX_CLASSES, Source
 
 _UNNAMED_CLASSES = 1000  # up to which classes need neither names nor an example each
-_HEADER = 12_000  # bytes; NumPy itself refuses a longer array header
 
 
 def array_source(
@@ -37,18 +30,6 @@ def array_source(
                   columns=columns, thread_safe=True)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Member:
-    """An array in the file, known by its header."""
-
-    info: zipfile.ZipInfo
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def __str__(self) -> str:
-        return f"{self.dtype}{list(self.shape)}"
-
-
 def arrays(path: str) -> dict[str, Source]:
     """Reads an .npz file with the images and labels of each split.
 
@@ -58,105 +39,74 @@ def arrays(path: str) -> dict[str, Source]:
     - `NAME_targets` (`targets`), numbers [n] or [n, k], replace labels; `target_names` names the k targets.
     - `NAME_weights` (`weights`) [n] are the weights of the sampling 'weighted'.
 
-    A file in a bucket is first copied to the local disk. Raises UserError for a file that is damaged, of another kind,
-    or too large for the machine.
+    Raises UserError for a file that is damaged, of another kind, or larger than memory.
     """
+    where = f"arrays: in {path}"
+    content, splits = _load(path)
+    if len(kinds := {y.endswith("targets"): y for _, y in splits.values()}) > 1:
+        raise UserError(f"arrays: {path} holds {kinds[False]} and {kinds[True]}; give every split labels, or every "
+                        "split targets")  # fmt: skip
+    for x, y in splits.values():
+        _check(x, content[x], y, content[y], where)
+    shapes = {(*content[x].shape[1:], 1)[:3]: x for x, _ in splits.values()}
+    if len(shapes) > 1:
+        (a, first), (b, second) = list(shapes.items())[:2]
+        raise UserError(f"{where}, the images of {first} are {list(a)} and those of {second} are {list(b)}; "
+                        "all splits must have the same height, width and channels")  # fmt: skip
+    ys: dict[str, np.ndarray]
+    if True in kinds:
+        with np.errstate(over="ignore"):
+            ys = {y: content[y].reshape(len(content[y]), -1).astype(np.float32) for _, y in splits.values()}
+        names = _target_names(content.get("target_names"), ys, where)
+    else:
+        ys = {y: content[y].reshape(-1) for _, y in splits.values()}
+        names = _class_names(content.get("class_names"), ys, where)
+    out = {}
+    for split, (x, y) in splits.items():
+        images, weights = content[x], content.get(_weights_key(split, x))
+        try:
+            out[split] = array_source(images if images.ndim == 4 else images[..., None], ys[y], names, weights)
+        except UserError as e:
+            raise UserError(f"{where}, {y}: {e}") from e
+    return out
+
+
+def load_array(path: str) -> np.ndarray:
+    """Loads a .npy file. Raises UserError for one that is missing, damaged, or larger than memory."""
     file = paths.expand_user(path)
     try:
-        file = _local_copy(file) if paths.in_bucket(file) else file
+        memory.require(paths.size(file), path)
+        with paths.open_regular(file) as opened:
+            return np.lib.format.read_array(opened)
+    except UserError:
+        raise
+    except Exception as e:  # NumPy raises many types for damaged files
+        raise UserError(f"cannot read {path!r} as a .npy file: {reason(e)}") from e
+
+
+def _load(path: str) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, str]]]:
+    """Loads the arrays of an .npz file that its `_splits` may use. Returns them, and the splits."""
+    file = paths.expand_user(path)
+    try:
         with paths.open_regular(file) as opened, zipfile.ZipFile(opened) as content:
-            return _read(content, path)
+            infos = {info.filename.removesuffix(".npy"): info for info in content.infolist()}
+            splits = _splits(infos, path)
+            used = {key for split, (x, y) in splits.items() for key in (x, y, _weights_key(split, x))}
+            chosen = [key for key in infos if key in used | {"class_names", "target_names"}]
+            memory.require(sum(infos[key].file_size for key in chosen), f"arrays: {path}")
+            return {key: _array(content, infos[key]) for key in chosen}, splits
     except UserError:
         raise
     except Exception as e:  # zipfile, zlib and NumPy raise many types for damaged files
         raise UserError(f"arrays: cannot read {path!r} as an .npz file: {reason(e)}") from e
 
 
-def load_array(path: str, names: tuple[str, ...]) -> np.ndarray:
-    """Loads the array of a .npy file, or the one of an .npz file that has one of these names or is the only one.
-
-    Raises UserError for a file that is missing, damaged, or larger than memory.
-    """
-    file = paths.expand_user(path)
-    try:
-        file = _local_copy(file) if paths.in_bucket(file) else file
-        memory.require(paths.size(file), path)
-        if file.suffix == ".npy":
-            return np.asarray(np.load(io.BytesIO(paths.read(file)), allow_pickle=False))
-        with paths.open_regular(file) as opened, zipfile.ZipFile(opened) as content:
-            infos = {info.filename.removesuffix(".npy"): info for info in content.infolist()}
-            chosen = [infos[name] for name in names if name in infos] or list(infos.values())[: len(infos) == 1]
-            if not chosen:
-                raise UserError(f"{path} holds {sorted(infos)[:10]}; expected one array, or {' or '.join(names)}")
-            memory.require(chosen[0].file_size, path)
-            return _array(content, _member(content, chosen[0]))
-    except UserError:
-        raise
-    except Exception as e:  # zipfile, zlib and NumPy raise many types for damaged files
-        raise UserError(f"cannot read {path!r} as a .npy or .npz file: {reason(e)}") from e
-
-
-def _local_copy(file: Path) -> Path:
-    """Copies a file in a bucket to the user's cache folder, unless a copy of the same size and time is there."""
-    stat: Any = file.stat()  # of epath
-    identity = hashlib.sha256(repr((str(file), stat.length, stat.mtime)).encode()).hexdigest()[:32]
-    copy = cache.folder("buckets") / f"{identity}.npz"
-    if not copy.is_file():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("rb") as source, paths.replacing(copy) as target:
-            shutil.copyfileobj(source, target, 16 << 20)
-    return copy
-
-
-def _read(content: zipfile.ZipFile, path: str) -> dict[str, Source]:
-    infos = {info.filename.removesuffix(".npy"): info for info in content.infolist()}
-    splits = _splits(infos, path)
-    if len(kinds := {y.endswith("targets"): y for _, y in splits.values()}) > 1:
-        raise UserError(f"arrays: {path} holds {kinds[False]} and {kinds[True]}; give every split labels, or every "
-                        "split targets")  # fmt: skip
-    with_targets = True in kinds
-    names_key = "target_names" if with_targets else "class_names"
-    weights = {split: "weights" if x == "images" else f"{split}_weights" for split, (x, _) in splits.items()}
-    keys = [key for pair in splits.values() for key in pair]
-    keys += [key for key in (names_key, *weights.values()) if key in infos]
-    members = {key: _member(content, infos[key]) for key in keys}
-    for x, y in splits.values():
-        _check_members(x, members[x], y, members[y], with_targets, path)
-    shapes = {(*members[images].shape[1:], 1)[:3]: images for images, _ in splits.values()}
-    if len(shapes) > 1:
-        (a, first), (b, second) = list(shapes.items())[:2]
-        raise UserError(f"arrays: in {path}, the images of {first} are {list(a)} and those of {second} are {list(b)}; "
-                        "all splits must have the same height, width and channels")  # fmt: skip
-    memory.require(sum(member.info.file_size for member in members.values()), f"arrays: {path}")
-    ys = {y: _array(content, members[y]) for _, y in splits.values()}
-    if with_targets:
-        ys = {key: _as_targets(y, f"arrays: in {path}, {key}") for key, y in ys.items()}
-        names = _target_names(content, members.get(names_key), ys, path)
-    else:
-        ys = {key: y.reshape(-1) for key, y in ys.items()}
-        names = _class_names(content, members.get(names_key), list(ys.values()), path)
-        for key, labels in ys.items():
-            if int(labels.min()) < 0 or int(labels.max()) >= len(names):
-                raise UserError(f"arrays: in {path}, {key} has labels outside the {len(names)} classes, 0 to "
-                                f"{len(names) - 1}")  # fmt: skip
-    out = {}
-    for split, (x, y) in splits.items():
-        images = _array(content, members[x])
-        labels = ys[y] if with_targets else ys[y].astype(np.int32)
-        own = _array(content, members[weights[split]]) if weights[split] in members else None
-        if own is not None and own.shape != (len(images),):
-            raise UserError(f"arrays: in {path}, {weights[split]} is {own.dtype}{list(own.shape)} for {len(images)} "
-                            "images; expected one number per image")  # fmt: skip
-        out[split] = array_source(images[..., None] if images.ndim == 3 else images, labels, names, own)
-    return out
-
-
-def _as_targets(values: np.ndarray, where: str) -> np.ndarray:
-    """Converts numbers [n] or [n, k] to f32[n, k]. Raises UserError naming the first that is not finite."""
-    with np.errstate(over="ignore"):
-        targets = values.reshape(len(values), -1).astype(np.float32)
-    check_finite(targets, lambda i: f"{where}, example {i}")
-    return targets
+def _array(content: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    with content.open(info) as stream:
+        array = np.lib.format.read_array(stream)
+        if stream.read(1):  # reading to the end checks the CRC
+            raise ValueError(f"{info.filename!r} has bytes after its array")
+    return array
 
 
 def _splits(keys: Iterable[str], path: str) -> dict[str, tuple[str, str]]:
@@ -178,89 +128,54 @@ def _splits(keys: Iterable[str], path: str) -> dict[str, tuple[str, str]]:
             raise UserError(f"arrays: {path} holds both {out[split][0]} and {images}, two splits {split!r}; remove one")
         out[split] = images, ys[0]
     if not out:
-        holds = f"{keys[:10]}{'' if len(keys) <= 10 else ' and more'}"
-        raise UserError(f"arrays: {path} holds {holds}; expected x_NAME and y_NAME, such as x_train and y_train, or "
-                        "NAME_images and NAME_labels, or images and labels; or NAME_targets for labels")  # fmt: skip
+        raise UserError(f"arrays: {path} holds {keys[:10]}; expected x_NAME and y_NAME, such as x_train and y_train, "
+                        "or NAME_images and NAME_labels, or images and labels; or NAME_targets for labels")  # fmt: skip
     return out
 
 
-def _member(content: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
-    """Reads the header of an array. Raises ValueError if its size is not that of the member."""
-    with content.open(info) as stream:
-        start = io.BytesIO(stream.read(_HEADER))
-    version = np.lib.format.read_magic(start)
-    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in headers:
-        raise ValueError(f"{info.filename!r} has the unsupported .npy version {version}")
-    shape, _, dtype = headers[version](start)
-    nbytes = math.prod(shape) * dtype.itemsize
-    if not dtype.hasobject and (min(shape, default=0) < 0 or nbytes != info.file_size - start.tell()):
-        raise ValueError(f"{info.filename!r} is damaged: its size does not match {dtype}{list(shape)}")
-    return _Member(info, shape, dtype)
+def _weights_key(split: str, images: str) -> str:
+    return "weights" if images == "images" else f"{split}_weights"
 
 
-def _array(content: zipfile.ZipFile, member: _Member) -> np.ndarray:
-    with content.open(member.info) as stream:
-        array = np.lib.format.read_array(stream, allow_pickle=False)
-        if stream.read(1):  # reading to the end checks the CRC
-            raise ValueError(f"{member.info.filename!r} has bytes after its array")
-    return array
+def _check(x: str, images: np.ndarray, y: str, labels: np.ndarray, where: str) -> None:
+    """Raises UserError unless these are images and a label, or targets, for each."""
+    fits = images.dtype == np.uint8 and images.ndim in (3, 4) and images.size > 0 and (*images.shape, 1)[3] <= 4
+    if y.endswith("targets"):
+        fits = fits and labels.ndim in (1, 2) and labels.dtype.kind in "fiub"
+        expected = "real numbers [n] or [n, k]"
+    else:
+        fits = fits and labels.shape[1:] in ((), (1,)) and labels.dtype.kind in "iu"
+        expected = "whole numbers [n]"
+    if not fits or not labels.size or len(labels) != len(images):
+        raise UserError(f"{where}, {x} is {images.dtype}{list(images.shape)} and {y} is {labels.dtype}"
+                        f"{list(labels.shape)}; expected uint8[n, h, w] or uint8[n, h, w, c] with at least one pixel "
+                        f"and c from 1 to 4, and {expected}")  # fmt: skip
 
 
-def _check_members(x: str, images: _Member, y: str, labels: _Member, with_targets: bool, path: str) -> None:
-    """Raises UserError unless these are images and a label or targets for each, by their headers."""
-    n = images.shape[0] if images.shape else 0
-    are_images = images.dtype == np.uint8 and len(images.shape) in (3, 4) and min(images.shape) > 0
-    are_images = are_images and (len(images.shape) == 3 or images.shape[3] <= 4)
-    if with_targets:
-        fit = len(labels.shape) in (1, 2) and labels.shape[0] == n and min(labels.shape) > 0
-        if not are_images or not fit or labels.dtype.kind not in "fiub":
-            raise UserError(f"arrays: in {path}, {x} is {images} and {y} is {labels}; expected uint8[n, h, w] or "
-                            "uint8[n, h, w, c] with c from 1 to 4, and real numbers [n] or [n, k]")  # fmt: skip
-    elif not are_images or labels.shape not in ((n,), (n, 1)) or labels.dtype.kind not in "iu":
-        raise UserError(f"arrays: in {path}, {x} is {images} for {math.prod(labels.shape)} labels, {labels.dtype}; "
-                        "expected uint8[n, h, w] or uint8[n, h, w, c] with at least one pixel and c from 1 to 4, and n "
-                        "whole numbers")  # fmt: skip
+def _class_names(names: np.ndarray | None, labels: Mapping[str, np.ndarray], where: str) -> tuple[str, ...]:
+    if names is not None:
+        return _text(names, where, "class_names")
+    classes, examples = 1 + max(int(y.max()) for y in labels.values()), sum(map(len, labels.values()))
+    if classes > min(MAX_CLASSES, max(_UNNAMED_CLASSES, examples)):
+        raise UserError(f"{where}, the greatest of {examples} labels is {classes - 1}; number the classes 0, 1, 2, …, "
+                        "or name all of them in class_names")  # fmt: skip
+    return tuple(map(str, range(classes)))
 
 
-def _class_names(
-    content: zipfile.ZipFile, member: _Member | None, labels: Sequence[np.ndarray], path: str
-) -> tuple[str, ...]:
-    if member is None:
-        classes, examples = 1 + max(int(y.max()) for y in labels), sum(len(y) for y in labels)
-        if classes > min(MAX_CLASSES, max(_UNNAMED_CLASSES, examples)):
-            raise UserError(f"arrays: in {path}, the greatest of {examples} labels is {classes - 1}; number the "
-                            "classes 0, 1, 2, …, or name all of them in class_names")  # fmt: skip
-        return tuple(map(str, range(classes)))
-    return _text(content, member, path, "class_names", "class")
+def _target_names(names: np.ndarray | None, targets: Mapping[str, np.ndarray], where: str) -> tuple[str, ...]:
+    k = max(y.shape[1] for y in targets.values())  # the source refuses a split with fewer
+    if names is not None:
+        return _text(names, where, "target_names")
+    return ("target",) if k == 1 else tuple(map(str, range(k)))
 
 
-def _target_names(
-    content: zipfile.ZipFile, member: _Member | None, targets: Mapping[str, np.ndarray], path: str
-) -> tuple[str, ...]:
-    counts = {key: y.shape[1] for key, y in targets.items()}
-    if len(set(counts.values())) > 1:
-        raise UserError(f"arrays: in {path}, the splits have different numbers of targets: {counts}")
-    k = next(iter(counts.values()))
-    if member is None:
-        return ("target",) if k == 1 else tuple(map(str, range(k)))
-    names = _text(content, member, path, "target_names", "target")
-    if len(names) != k:
-        raise UserError(f"arrays: in {path}, target_names holds {len(names)} names for {k} target{'s' * (k > 1)}")
-    return names
-
-
-def _text(content: zipfile.ZipFile, member: _Member, path: str, key: str, what: str) -> tuple[str, ...]:
-    if member.dtype.kind not in "USiu" or len(member.shape) != 1 or member.shape[0] > MAX_CLASSES:
-        raise UserError(f"arrays: in {path}, {key} is {member}; expected one text per {what}, at most "
+def _text(array: np.ndarray, where: str, key: str) -> tuple[str, ...]:
+    if array.dtype.kind not in "USiu" or array.ndim != 1 or len(array) > MAX_CLASSES:
+        raise UserError(f"{where}, {key} is {array.dtype}{list(array.shape)}; expected one text per class, at most "
                         f"{MAX_CLASSES:,}: np.array(names, dtype=str)")  # fmt: skip
     try:
-        array = _array(content, member)
         names = [name.decode() if isinstance(name, bytes) else str(name) for name in array.tolist()]
         "".join(names).encode()  # lone surrogates cannot be printed
     except (ValueError, SystemError) as e:  # SystemError: CPython, for an invalid code point
-        raise UserError(f"arrays: in {path}, {key} is not text: {reason(e)}") from e
-    if len(set(names)) < len(names):
-        raise UserError(f"arrays: in {path}, {key} holds {len(names)} names, {len(set(names))} of them distinct; name "
-                        f"each {what} once")  # fmt: skip
+        raise UserError(f"{where}, {key} is not text: {reason(e)}") from e
     return tuple(names)

@@ -10,31 +10,29 @@ from typing import Any
 import numpy as np
 
 from imgclf_jax.core import paths
-from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.text import printable, utf8
+from imgclf_jax.core.errors import UserError, no_such, unknown
+from imgclf_jax.core.text import utf8
 from imgclf_jax.core.typing import Examples
 from imgclf_jax.data import image_check
+from imgclf_jax.data.image_check import Checked
 from imgclf_jax.data.source import Source
 
 log = logging.getLogger(__name__)
 
-LISTING = 16  # concurrent file system requests: a network file system is slow for each, but serves many at a time
-
 
 def file_source(
-    root: Path, files: Sequence[str], labels: np.ndarray, class_names: tuple[str, ...], digests: Mapping[str, str],
+    root: Path, files: Sequence[str], labels: np.ndarray, class_names: tuple[str, ...], checked: Checked,
     skipped: Sequence[str] = (), columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> Source:  # fmt: skip
     """The source of these files, relative to `root` or absolute.
 
-    `labels` are i32[n], or targets f32[n, k]. `digests` of the contents by file make the fingerprint, with the names,
-    the classes and the labels.
+    `labels` are i32[n], or targets f32[n, k]. The fingerprint covers names, contents, classes and labels.
     """
 
     def read(ids: np.ndarray) -> Examples:
         return {"image": [paths.read(root / files[i]) for i in ids]}
 
-    facts = json.dumps([[utf8(file) for file in files], class_names, [digests[file] for file in files]])
+    facts = json.dumps([[utf8(file) for file in files], class_names, [checked.digests[file] for file in files]])
     fingerprint = hashlib.sha256(facts.encode() + np.ascontiguousarray(labels).tobytes()).hexdigest()
     return Source(
         len(files), read, class_names, fingerprint, labels, lambda i: str(root / files[i]), columns or {},
@@ -47,16 +45,31 @@ def hashed(file: str) -> bytes:
     return hashlib.sha256(file.encode(errors="surrogateescape")).digest()
 
 
-def report_unreadable(kind: str, path: Path, reasons: Mapping[str, str], unreadable: str) -> None:
-    """Raises UserError naming the files in {path: reason}, or warns of them if `unreadable` is "skip".
+def open_folder(kind: str, path: str) -> Path:
+    """The folder of image files at `path`. Raises UserError naming the source `kind` if there is none."""
+    root = paths.expand_user(path)
+    if paths.in_bucket(root):
+        raise UserError(f"{kind}: {path!r} is in a bucket, where many small files are slow to read; mount it as a "
+                        "folder (gcsfuse, mountpoint-s3), or use arrays(…) or a TFDS data set there")  # fmt: skip
+    if not root.is_dir():
+        raise no_such(kind, "directory", path)
+    return root
 
-    Writes the full list to the cache folder. `kind` is the source's name in a config, `path` what it reads.
+
+def check_files(kind: str, root: Path, files: Sequence[str], unreadable: str, key: Path | None = None) -> Checked:
+    """Checks the image files of a source: see `image_check.check`.
+
+    Raises UserError naming the first unreadable ones, or warns of their number if `unreadable` is "skip".
     """
-    file = image_check.write_list(f"{printable(path.resolve().name)}-{image_check.identity(path)[:8]}", reasons)
-    listed = f"all are listed in {file}" if file else "the cache folder is not writable, so no file lists them"
-    if unreadable == "error":
-        shown = "; ".join(f"{file} ({reason})" for file, reason in sorted(reasons.items())[:3])
-        more = f" and {len(reasons) - 3} more; {listed}" if len(reasons) > 3 else ""
+    if unreadable not in ("error", "skip"):
+        raise UserError(unknown("value of unreadable", unreadable, ("error", "skip")))
+    checked = image_check.check(root, files, unreadable == "skip", key)
+    bad = checked.unreadable
+    if bad and unreadable == "error":
+        shown = "; ".join(f"{root / file} ({reason})" for file, reason in list(bad.items())[:3])
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise UserError(f"{kind}: unreadable image: {shown}{more}; repair, move or remove it, or skip all such files "
                         "by --config.data.unreadable=skip")  # fmt: skip
-    log.warning("%s: unreadable files left out: %d; %s", path, len(reasons), listed)
+    if bad:
+        log.warning("%s: unreadable files left out: %d, such as %s", key or root, len(bad), root / next(iter(bad)))
+    return checked

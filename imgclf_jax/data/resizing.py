@@ -1,6 +1,11 @@
-"""Host ops that crop and resize uint8[h, w, c] to uint8[h', w', c] by Pillow.
+"""Host ops that crop and resize uint8[h, w, c] to uint8[h', w', c].
 
-`pictures.check_pixels` refuses an image that would become too large before it is allocated.
+Pillow resizes, but for `inception_crop` and the method "area", which give the pixels of `tf.image` for the recipes of
+big_vision: truncated to uint8 instead of rounded, like a cast in TensorFlow. `check_pixels` refuses an image that would
+become too large before it is allocated.
+
+The ops also take a Pillow image, as `decode` opens it, and then may return one: to convert a photograph to an array
+takes half as long as to decode it.
 """
 
 import math
@@ -10,9 +15,12 @@ from PIL import Image
 
 from imgclf_jax.core import kinds
 from imgclf_jax.core.errors import UserError, unknown
-from imgclf_jax.data import pictures, tf_image
-from imgclf_jax.data.pictures import Picture
 
+type Picture = np.ndarray | Image.Image  # uint8[h, w, c], or 8 bits per channel
+
+MAX_PIXELS = 2**26  # 8192 by 8192; Pillow itself warns from 89 million and refuses from twice that
+MAX_SIDE = 2**20  # 16 times that of JPEG; Pillow holds a pointer per row
+_BLOCK = 1 << 20  # float64 values that `area` averages at a time
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -20,6 +28,53 @@ _FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 _LIKE = ("tensorflow", "torchvision")
+
+
+def check_pixels(what: str, height: int, width: int) -> None:
+    """Raises UserError if an image, or one between the passes of an op, would take too much memory."""
+    if height * width > MAX_PIXELS:
+        raise UserError(f"{what} has more than {MAX_PIXELS:,} pixels; make it smaller")
+    if max(height, width) > MAX_SIDE:
+        raise UserError(f"{what} has {height:,} by {width:,} pixels, but a side may have {MAX_SIDE:,}; crop it")
+
+
+def _check_size(op: str, **sides: int) -> None:
+    """Raises UserError naming `op` unless each side of its output has pixels."""
+    for name, side in sides.items():
+        if side < 1:
+            raise UserError(f"{op}({name}={side}): must be 1 or more")
+
+
+def _check_range(op: str, argument: str, value: tuple[float, float], most: float = math.inf) -> None:
+    """Raises UserError naming `op` unless a range from which it draws is a pair of ascending numbers above 0."""
+    if not (isinstance(value, tuple | list) and len(value) == 2 and 0 < value[0] <= value[1] <= most):
+        limit = "" if most == math.inf else f" <= {most}"
+        raise UserError(f"{op}({argument}={value}): must be a pair (low, high) with 0 < low <= high{limit}")
+
+
+def to_array(image: Picture) -> np.ndarray:
+    """Converts a Pillow image to [h, w, c]."""
+    array = np.asarray(image)
+    return array[..., None] if array.ndim == 2 and isinstance(image, Image.Image) else array
+
+
+def to_pillow(image: Picture) -> Image.Image:
+    """Converts uint8[h, w, c] to a Pillow image of 1 to 4 channels."""
+    if isinstance(image, Image.Image):
+        return image
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def size_of(image: Picture) -> tuple[int, int]:
+    """The height and width."""
+    return (image.height, image.width) if isinstance(image, Image.Image) else (image.shape[0], image.shape[1])
+
+
+def crop(image: Picture, top: int, left: int, height: int, width: int) -> Picture:
+    """Crops (height, width) pixels from (top, left) on."""
+    if isinstance(image, Image.Image):
+        return image.crop((left, top, left + width, top + height))
+    return image[top : top + height, left : left + width]
 
 
 def resize(image: Picture, height: int, width: int = 0, method: str = "bilinear") -> Picture:
@@ -31,17 +86,16 @@ def resize(image: Picture, height: int, width: int = 0, method: str = "bilinear"
     if method not in (*_FILTERS, "area"):
         raise UserError(f"resize(method={method!r}): allowed are {', '.join(_FILTERS)} and area")
     width = width or height
-    pictures.check_size("resize", height=height, width=width)
-    h, w = pictures.size_of(image)
+    _check_size("resize", height=height, width=width)
+    h, w = size_of(image)
     if (h, w) == (height, width):
         return image
     what = f"the image of {h:,} by {w:,} pixels, on its way to {height:,} by {width:,},"
     # `area` resizes the height first and Pillow the width, so a thin image may be larger in between.
-    pictures.check_pixels(what, max(h, height), max(w, width) if method == "area" else width)
+    check_pixels(what, max(h, height), max(w, width) if method == "area" else width)
     if method == "area":
-        return tf_image.area(pictures.to_array(image), height, width)
-    out = pictures.to_pillow(image).resize((width, height), _FILTERS[method])
-    return out if isinstance(image, Image.Image) else pictures.to_array(out)
+        return area(to_array(image), height, width)
+    return to_array(to_pillow(image).resize((width, height), _FILTERS[method]))
 
 
 def resize_small(image: Picture, size: int, method: str = "bilinear", like: str = "tensorflow") -> Picture:
@@ -50,8 +104,8 @@ def resize_small(image: Picture, size: int, method: str = "bilinear", like: str 
     The longer side is rounded to the nearest pixel, as in TensorFlow recipes, or truncated with `like="torchvision"`.
     Raises UserError if the image would become too large.
     """
-    pictures.check_size("resize_small", size=size)
-    h, w = pictures.size_of(image)
+    _check_size("resize_small", size=size)
+    h, w = size_of(image)
     if _as_torchvision(like):
         new = (size, size * w // h) if h <= w else (size * h // w, size)
     else:
@@ -67,14 +121,14 @@ def central_crop(image: Picture, height: int, width: int = 0, like: str = "tenso
     Raises UserError if the image is smaller.
     """
     width = width or height
-    pictures.check_size("central_crop", height=height, width=width)
-    h, w = pictures.size_of(image)
+    _check_size("central_crop", height=height, width=width)
+    h, w = size_of(image)
     if height > h or width > w:
         raise UserError(f"central_crop({height}, {width}): the image has only {h} by {w} pixels; resize it first")
     top, left = (h - height) // 2, (w - width) // 2
     if _as_torchvision(like):
         top, left = round((h - height) / 2), round((w - width) / 2)
-    return pictures.crop(image, top, left, height, width)
+    return crop(image, top, left, height, width)
 
 
 def _as_torchvision(like: str) -> bool:
@@ -93,10 +147,10 @@ def random_resized_crop(
     The share of the image's area is uniform in `scale`, the ratio w / h log-uniform in `ratio`. If ten draws do not
     fit, it takes the largest central crop within `ratio`.
     """
-    pictures.check_size("random_resized_crop", height=height, width=width or height)
-    pictures.check_range("random_resized_crop", "scale", scale, 1)
-    pictures.check_range("random_resized_crop", "ratio", ratio)
-    h, w = pictures.size_of(image)
+    _check_size("random_resized_crop", height=height, width=width or height)
+    _check_range("random_resized_crop", "scale", scale, 1)
+    _check_range("random_resized_crop", "ratio", ratio)
+    h, w = size_of(image)
     for _ in range(10):
         area = h * w * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
@@ -108,4 +162,84 @@ def random_resized_crop(
         crop_w = max(1, round(h * ratio[1])) if w / h > ratio[1] else w
         crop_h = max(1, round(w / ratio[0])) if w / h < ratio[0] else h
         top, left = (h - crop_h) // 2, (w - crop_w) // 2
-    return resize(pictures.crop(image, top, left, crop_h, crop_w), height, width or height, method)
+    return resize(crop(image, top, left, crop_h, crop_w), height, width or height, method)
+
+
+@kinds.random
+def inception_crop(
+    rng: np.random.Generator, image: Picture, height: int, width: int = 0, area: tuple[float, float] = (0.05, 1.0),
+    ratio: tuple[float, float] = (0.75, 1.33),
+) -> Picture:  # fmt: skip
+    """Crops a random height and aspect ratio and resizes it to (height, width), or (height, height), by `bilinear`.
+
+    As in TensorFlow's `sample_distorted_bounding_box`, the ratio w / h is uniform in `ratio`, and the height uniform
+    between those of the least and greatest `area` (a share of the image's), as far as it fits. Small crops are thus
+    more frequent than with `random_resized_crop`, whose area is uniform. If 100 draws do not fit, it takes the whole
+    image.
+    """
+    _check_size("inception_crop", height=height, width=width or height)
+    _check_range("inception_crop", "area", area, 1)
+    _check_range("inception_crop", "ratio", ratio)
+    h, w = size_of(image)
+    for _ in range(100):
+        if box := _crop(rng, h, w, area, rng.uniform(*ratio)):
+            image = crop(image, *box)
+            break
+    return bilinear(image, height, width or height)
+
+
+def _crop(
+    rng: np.random.Generator, h: int, w: int, area: tuple[float, float], aspect: float
+) -> tuple[int, int, int, int] | None:
+    """(top, left, height, width) of one attempt, or None if it has another area or does not fit."""
+    least, most = (share * h * w for share in area)
+    highest = min(round(math.sqrt(most / aspect)), math.floor((w + 0.5 - 1e-7) / aspect), h)
+    lowest = min(round(math.sqrt(least / aspect)), highest)
+    crop_h = lowest + int(rng.integers(highest - lowest + 1))
+    # Rounding may put the area outside its bounds; one row more or less corrects that.
+    if crop_h * round(crop_h * aspect) < least:
+        crop_h += 1
+    if crop_h * round(crop_h * aspect) > most:
+        crop_h -= 1
+    crop_w = round(crop_h * aspect)
+    if not (least <= crop_h * crop_w <= most and 0 < crop_h <= h and 0 < crop_w <= w):
+        return None
+    # As in TensorFlow, the last offset is never drawn.
+    top, left = (int(rng.integers(max(1, size - crop))) for size, crop in ((h, crop_h), (w, crop_w)))
+    return top, left, crop_h, crop_w
+
+
+def bilinear(image: Picture, height: int, width: int) -> np.ndarray:
+    """`tf.image.resize(method="bilinear", antialias=False)`: interpolates the four nearest pixels."""
+    check_pixels(f"the image resized to {height:,} by {width:,}", height, width)
+    picture = to_pillow(image)
+    box = (0, 0, picture.width, picture.height)
+    # Channel by channel, since Pillow weights colors by alpha.
+    channels = map(picture.getchannel, range(4)) if picture.mode == "RGBA" else [picture]
+    bands = [one.transform((width, height), Image.Transform.EXTENT, box, Image.Resampling.BILINEAR) for one in channels]
+    return to_array(Image.merge("RGBA", bands) if len(bands) > 1 else bands[0])
+
+
+def area(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """`tf.image.resize(method="area")`: the mean over the area of each output pixel."""
+    h, w, c = image.shape
+    columns, rows = (max(1, _BLOCK // (max(side) * c)) for side in ((h, height), (w, width)))
+    tall = np.empty((height, w, c))
+    for left in range(0, w, columns):
+        tall[:, left : left + columns] = _area(image[:, left : left + columns].astype(np.float64), height)
+    out = np.empty((height, width, c), np.uint8)
+    for top in range(0, height, rows):
+        mean = _area(tall[top : top + rows].swapaxes(0, 1), width).swapaxes(0, 1)
+        out[top : top + rows] = mean + 1e-6  # keeps an integer mean from truncating to the level below
+    return out
+
+
+def _area(x: np.ndarray, size: int) -> np.ndarray:
+    """Averages [n, …] to [size, …], by differences of the integral over the first axis."""
+    n = len(x)
+    edges = np.arange(size + 1) * (n / size)
+    below = np.minimum(edges.astype(int), n - 1)
+    integral = np.concatenate([np.zeros_like(x[:1]), np.cumsum(x, 0)])
+    at_edges = integral[below] + (edges - below).reshape(-1, *[1] * (x.ndim - 1)) * x[below]
+    out: np.ndarray = np.diff(at_edges, axis=0) * (size / n)
+    return out

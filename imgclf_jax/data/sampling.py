@@ -139,12 +139,12 @@ def balanced(source: Source) -> Sampler:
 def weighted(source: Source, by: str = "weight") -> Sampler:
     """Draws the example at each position independently, with a probability proportional to its weight.
 
-    `by` is a column of the source, or a .npy or .npz file with a weight per example. An epoch of the stream has as many
+    `by` is a column of the source, or a .npy file with a weight per example. An epoch of the stream has as many
     positions as examples.
     """
-    _check_text("by", by, "a column, or of a .npy or .npz file")
-    is_file = by.endswith((".npy", ".npz"))
-    weights = load_array(by, ("weights",)) if is_file else numbers(source, by)
+    _check_text("by", by, "a column or of a .npy file")
+    is_file = by.endswith(".npy")
+    weights = load_array(by) if is_file else numbers(source, by)
     what = by if is_file else f"the column {by!r}"
     if weights.shape != (source.size,) or weights.dtype.kind not in "fiub":
         raise UserError(f"{what} holds {weights.dtype}{list(weights.shape)}; expected a real number for each of the "
@@ -166,9 +166,9 @@ def weighted(source: Source, by: str = "weight") -> Sampler:
 
 
 def subset(source: Source, ids: str) -> Sampler:
-    """The examples whose ids are in a .npy or .npz file, each exactly once per epoch of the stream."""
-    _check_text("ids", ids, "a .npy or .npz file")
-    chosen, n = load_array(ids, ("ids",)), source.size
+    """The examples whose ids are in a .npy file, each exactly once per epoch of the stream."""
+    _check_text("ids", ids, "a .npy file")
+    chosen, n = load_array(ids), source.size
     if chosen.ndim != 1 or not chosen.size or chosen.dtype.kind not in "iu":
         raise UserError(f"{ids} holds {chosen.dtype}{list(chosen.shape)}; expected whole numbers [m], m above 0")
     if (wrong := chosen[(chosen < 0) | (chosen >= n)]).size:

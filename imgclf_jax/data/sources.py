@@ -12,7 +12,7 @@ import numpy as np
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Examples, Function, Value
-from imgclf_jax.data import decode, splits
+from imgclf_jax.data import splits
 from imgclf_jax.data.arrays import array_source, arrays
 from imgclf_jax.data.folder import folder
 from imgclf_jax.data.prepare import open_tfds
@@ -87,10 +87,7 @@ SOURCES: dict[str, Function] = {"digits": digits, "tfds": tfds, "folder": folder
                                 "fake": fake}  # fmt: skip
 
 
-def open_splits(
-    text: str, data_dir: str = "", manual_dir: str = "", unreadable: str = "error",
-    formats: tuple[str, ...] = decode.FORMATS,
-) -> dict[str, Source]:  # fmt: skip
+def open_splits(text: str, data_dir: str = "", manual_dir: str = "", unreadable: str = "error") -> dict[str, Source]:
     """Opens the base splits of the source that a spec names. Raises UserError if the data are missing."""
     try:
         call = spec.parse_one(text)
@@ -103,7 +100,7 @@ def open_splits(
     if make.func is tfds:
         make = functools.partial(make, **{"data_dir": data_dir, "manual_dir": manual_dir} | make.keywords)
     elif make.func in (folder, table):
-        make = functools.partial(make, **{"unreadable": unreadable, "formats": formats} | make.keywords)
+        make = functools.partial(make, **{"unreadable": unreadable} | make.keywords)
     try:
         opened: dict[str, Source] = make()
     except (TypeError, AttributeError) as e:

@@ -9,7 +9,6 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -17,12 +16,11 @@ import numpy as np
 from imgclf_jax.core import rng
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Batch
-from imgclf_jax.data import decode, decoded, image_check, sampling
+from imgclf_jax.data import decode, decoded, sampling
 from imgclf_jax.data.info import DataInfo
 from imgclf_jax.data.read_ahead import read_ahead
 from imgclf_jax.data.source import Source, read_examples, read_labels
 
-_SKIP = "; repair or remove the file, or skip all such files by --config.data.unreadable=skip in a new --workdir"
 _CACHE_BYTES = 1 << 30  # the largest decoded set to cache in memory
 # Mean bytes of encoded images below which one thread decodes them. Python takes most of the time, and threads hand over
 # the GIL for each image: two take 1.4 times as long as one for PNG images of 28 x 28 pixels, half as long for 64 x 64.
@@ -145,9 +143,7 @@ class Images:
         try:
             return self._ops(image, seed, position)
         except UserError as e:
-            name = self.source.example_name(example)
-            hint = _SKIP if Path(name).is_file() and not image_check.readable(Path(name), self.preprocess) else ""
-            raise UserError(f"{name}: {e}{hint}") from e
+            raise UserError(f"{self.source.example_name(example)}: {e}") from e
         except (TypeError, ValueError, ArithmeticError) as e:
             if ":" in self.preprocess:
                 raise  # the user needs the traceback into their own op

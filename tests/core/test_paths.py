@@ -114,7 +114,7 @@ UNKNOWN = "~no-such-user/photos"
     lambda: sources.open_splits(f"table('{UNKNOWN}/labels.csv')"),
     lambda: sources.open_splits(f"table('labels.csv', root={UNKNOWN!r})"),
     lambda: sources.open_splits(f"arrays('{UNKNOWN}.npz')"),
-    lambda: load_array(f"{UNKNOWN}/weights.npy", ("weights",)),
+    lambda: load_array(f"{UNKNOWN}/weights.npy"),
     lambda: sources.open_splits("tfds('mnist')", data_dir=UNKNOWN),
 ])  # fmt: skip
 def test_the_home_of_a_user_whom_nobody_knows(call):

@@ -49,17 +49,17 @@ def test_arrays_take_class_names_and_the_home_directory(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("data", "message"), [
     ({"pictures": X, "labels": Y}, "expected x_NAME and y_NAME, such as x_train and y_train"),
     ({"x_train": X}, "holds ['x_train']; expected x_NAME and y_NAME"),
-    ({"x_train": X / 255, "y_train": Y}, "x_train is float64[6, 4, 5] for 6 labels"),
-    ({"x_train": X[0], "y_train": Y}, "x_train is uint8[4, 5] for 6 labels"),
-    ({"x_train": np.uint8(3), "y_train": Y}, "x_train is uint8[] for 6 labels"),
-    ({"x_train": X, "y_train": Y[:5]}, "x_train is uint8[6, 4, 5] for 5 labels"),
-    ({"x_train": X[:0], "y_train": Y[:0]}, "x_train is uint8[0, 4, 5] for 0 labels"),
-    ({"x_train": X, "y_train": Y / 2}, "for 6 labels, float64; expected"),
-    ({"x_train": X, "y_train": np.array(list("abcabc"))}, "for 6 labels, <U1; expected"),
-    ({"x_train": X, "y_train": Y - 1}, "y_train has labels outside the 2 classes"),
-    ({"x_train": X, "y_train": Y, "class_names": ["a", "b"]}, "y_train has labels outside the 2 classes"),
-    ({"x_train": X, "y_train": Y, "class_names": ["a", "b", "a"]}, "class_names holds 3 names, 2 of them distinct"),
-    ({"x_train": X, "y_train": Y, "x_test": X, "y_test": Y.astype(float)}, "x_test is uint8[6, 4, 5] for 6 labels"),
+    ({"x_train": X / 255, "y_train": Y}, "x_train is float64[6, 4, 5] and y_train is int64[6]"),
+    ({"x_train": X[0], "y_train": Y}, "x_train is uint8[4, 5] and y_train is int64[6]"),
+    ({"x_train": np.uint8(3), "y_train": Y}, "x_train is uint8[] and y_train is int64[6]"),
+    ({"x_train": X, "y_train": Y[:5]}, "x_train is uint8[6, 4, 5] and y_train is int64[5]"),
+    ({"x_train": X[:0], "y_train": Y[:0]}, "x_train is uint8[0, 4, 5] and y_train is int64[0]"),
+    ({"x_train": X, "y_train": Y / 2}, "y_train is float64[6]; expected"),
+    ({"x_train": X, "y_train": np.array(list("abcabc"))}, "y_train is <U1[6]; expected"),
+    ({"x_train": X, "y_train": Y - 1}, "y_train: Source: labels are from -1 to 1 for 2 class_names"),
+    ({"x_train": X, "y_train": Y, "class_names": ["a", "b"]}, "y_train: Source: labels are from 0 to 2 for 2"),
+    ({"x_train": X, "y_train": Y, "class_names": ["a", "b", "a"]}, "class_names has 'a' twice"),
+    ({"x_train": X, "y_train": Y, "x_test": X, "y_test": Y.astype(float)}, "y_test is float64[6]; expected"),
 ])  # fmt: skip
 def test_arrays_of_another_kind_are_refused(tmp_path, data, message):
     with pytest.raises(UserError) as e:
@@ -119,7 +119,7 @@ def test_labels_name_no_more_classes_than_there_can_be(tmp_path):
             sources.open_splits(npz(tmp_path, x_train=X, y_train=np.where(Y == 2, wrong, Y)))
     with pytest.raises(UserError, match=f"the greatest of 6 labels is {2**64 - 1}"):
         sources.open_splits(npz(tmp_path, x_train=X, y_train=np.uint64(2**64 - 1) - Y.astype(np.uint64)))
-    with pytest.raises(UserError, match="y_train has labels outside the 3 classes"):
+    with pytest.raises(UserError, match=f"y_train: Source: labels are from 0 to {2**62} for 3"):
         sources.open_splits(npz(tmp_path, x_train=X, y_train=np.where(Y == 2, 2**62, Y), class_names=["a", "b", "c"]))
     assert len(open_one(npz(tmp_path, x_train=X, y_train=Y * 499)).class_names) == 999  # a few of ImageNet's, say
     assert open_one(npz(tmp_path, x_train=X, y_train=Y.astype(np.uint64))).labels.tolist() == Y.tolist()
@@ -130,7 +130,7 @@ def test_class_names_are_text(tmp_path):
         assert open_one(npz(tmp_path, x_train=X, y_train=Y, class_names=names)).class_names == ("cat", "dog", "Öl")
     assert open_one(npz(tmp_path, x_train=X, y_train=Y, class_names=[7, 8, 9])).class_names == ("7", "8", "9")
     for names, message in [
-        (np.array(["a", "b", None], dtype=object), r"class_names is object\[3\]; expected one text"),
+        (np.array(["a", "b", None], dtype=object), "Object arrays cannot be loaded"),
         (np.array([1.5, 2.5, 3.5]), r"float64\[3\]; expected one text"),
         (np.array([["a", "b", "c"]]), r"<U1\[1, 3\]; expected one text"),
         (np.zeros(1_000_001, "u1"), r"uint8\[1000001\]; expected one text per class, at most 1,000,000"),
@@ -179,14 +179,13 @@ def test_what_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
         sources.open_splits(npz(tmp_path, x_train=X, y_train=Y))
 
 
-def test_a_zip_that_lies_of_a_size_is_refused(tmp_path):
+def test_a_zip_that_lies_of_a_size_takes_no_more_memory(tmp_path):
     path = tmp_path / "data.npz"
     npz(tmp_path, x_train=X, y_train=Y)
     whole = path.read_bytes()
     entry = whole.index(b"PK\1\2")
     path.write_bytes(whole[: entry + 24] + b"\xf0\xff\xff\x7f" + whole[entry + 28 :])  # the unpacked size
-    with pytest.raises(UserError, match="cannot read"):
-        sources.open_splits(f"arrays({str(path)!r})")
+    np.testing.assert_array_equal(open_one(f"arrays({str(path)!r})").read(np.arange(6))["image"], X[..., None])
 
 
 def test_what_is_no_regular_file_is_not_opened(tmp_path):
@@ -197,4 +196,4 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path):
             sources.open_splits(f"arrays({str(path)!r})")
     os.mkfifo(tmp_path / "weights.npy")
     with pytest.raises(UserError, match="is a folder, pipe or device"):
-        load_array(str(tmp_path / "weights.npy"), ())
+        load_array(str(tmp_path / "weights.npy"))

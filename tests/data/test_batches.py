@@ -272,7 +272,7 @@ def test_a_users_host_op_cannot_change_the_source(form):
     if form == "png":
         Image.fromarray(image[..., 0]).save(file := io.BytesIO(), "PNG")
     given = image if form == "array" else file.getvalue()
-    with pytest.raises(UserError, match=r"example 0: .*:cut_out writes to a read-only array.*return a new array"):
+    with pytest.raises(ValueError, match="read-only"):
         stream.Images(stored([given]), f"decode(1)|{__name__}:cut_out")
     assert (image == 7).all()
     with pytest.raises(ValueError, match="cannot reshape"):  # the op's own error, with its traceback

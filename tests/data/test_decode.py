@@ -11,8 +11,8 @@ from PIL import Image
 
 from imgclf_jax.core import kinds, rng, spec
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import pictures
-from imgclf_jax.data.decode import HOST_OPS, build, decode, resize
+from imgclf_jax.data.decode import HOST_OPS, build, decode
+from imgclf_jax.data.resizing import resize
 
 
 def noise(*shape, high=256, dtype=np.uint8):
@@ -212,26 +212,6 @@ def test_draft_is_the_smallest_part_of_a_jpeg_that_is_large_enough(draft, expect
     image = decode(data, draft=draft)
     assert image.shape == (*expected, 3)
     assert np.abs(image.astype(int) - resize(decode(data), *expected)).max() <= 4
-
-
-@pytest.mark.parametrize("channels", [1, 3, 4])
-@pytest.mark.parametrize("image", [G, RGBA, DEEP[..., :1], noise(33, 1, 3), noise(1, 33, 3)])
-def test_pixels_are_copied_in_strips(monkeypatch, image, channels):
-    """Pillow holds the GIL while it copies an image, so that no other thread runs; a strip takes milliseconds."""
-    data, copied, copy = encode(image, "PNG"), [], Image.Image.tobytes
-    expected = decode(data, channels)
-
-    def noted(self, *args):
-        copied.append(self.size)
-        return copy(self, *args)
-
-    monkeypatch.setattr(pictures, "_STRIP", 8)
-    monkeypatch.setattr(Image.Image, "tobytes", noted)
-    found = decode(data, channels)
-    np.testing.assert_array_equal(found, expected)
-    assert found.dtype == np.uint8
-    assert all(w * h <= max(8, w) for w, h in copied)
-    assert sum(h for _, h in copied) >= len(image)
 
 
 SEEN = []

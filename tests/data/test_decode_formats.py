@@ -12,7 +12,7 @@ from PIL import EpsImagePlugin, Image, features
 from test_decode import encode, noise, png_of
 
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import decode
+from imgclf_jax.data import decode, resizing
 
 pytestmark = pytest.mark.usefixtures("a_gigabyte")
 
@@ -29,11 +29,8 @@ def test_no_other_program_is_run(monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")
     with pytest.raises(AssertionError, match="a program was called"):
         Image.open(io.BytesIO(EPS)).load()
-    for formats in (decode.FORMATS, ("JPEG", "TGA")):
-        with pytest.raises(UserError, match=r"in none of the formats JPEG, "):
-            decode.decode(EPS, 3, formats)
-    with pytest.raises(UserError, match="an EPS image is a program that Ghostscript runs"):
-        decode.decode(EPS, 3, ("JPEG", "eps"))
+    with pytest.raises(UserError, match=r"in none of the formats JPEG, "):
+        decode.decode(EPS)
 
 
 @pytest.mark.parametrize("form", ["AVIF", "MPO"])
@@ -42,20 +39,6 @@ def test_formats_that_are_decoded(form):
     if form == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
     assert decode.decode(encode(noise(12, 9, 3), form)).shape == (12, 9, 3)
-
-
-def test_another_format_is_named_in_the_config():
-    pixels = noise(12, 9, 3)
-    ops, _ = decode.build("decode(3, formats=('jpeg', 'TGA'))|resize(6)")
-    assert ops(encode(pixels, "TGA"), 0, 0).shape == (6, 6, 3)
-    with pytest.raises(UserError, match="in none of the formats"):
-        decode.decode(encode(pixels, "PCX"))
-    np.testing.assert_array_equal(decode.decode(encode(pixels, "PCX"), formats=("PCX",)), pixels)
-    with pytest.raises(UserError, match=r"unknown image format 'JPG': did you mean .*'JPEG"):
-        decode.decode(EPS, formats=("JPG",))
-    for formats in ("JPEG", (), (3,), None, 3):
-        with pytest.raises(UserError, match="must be a tuple of names"):
-            decode.decode(EPS, formats=formats)
 
 
 def bomb(h, w):
@@ -118,7 +101,7 @@ def test_the_mean_over_areas_takes_memory_for_a_part_at_a_time():
     """As float64, a photograph of 17 million pixels would take 400 MB, more than once."""
     image = np.zeros((4096, 4096, 3), np.uint8)
     image[:, 2048:] = 200
-    out = decode.resize(image, 16, method="area")
+    out = resizing.resize(image, 16, method="area")
     np.testing.assert_array_equal(out, np.repeat([0, 200], 8)[None, :, None] + np.zeros((16, 1, 3), np.uint8))
 
 

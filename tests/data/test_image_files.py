@@ -11,7 +11,7 @@ from test_folder import files, flat, write  # noqa: F401  a fixture
 
 from imgclf_jax.cli import early, inputs
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import image_files
+from imgclf_jax.data import image_check, image_files
 from imgclf_jax.data.folder import folder
 
 STRAYS = ("README", "README.md", "notes.txt", "Thumbs.db", "desktop.ini", ".DS_Store", "._1.png", "labels.csv",
@@ -36,15 +36,11 @@ def test_strays_are_counted_and_no_image(flat):
     write(flat / "cat" / "real.png")
     for name in STRAYS:
         (flat / "cat" / name).write_bytes(b"no image")
-    found = image_files.find(flat / "cat")
-    assert sorted(found.images) == sorted([*(f"{i}.png" for i in range(0, 12, 3)), "real.png"])
-    stat = (flat / "cat/real.png").stat()
-    assert found.images["real.png"] == (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    images, strays = image_files.find(flat / "cat")
+    assert sorted(images) == sorted([*(f"{i}.png" for i in range(0, 12, 3)), "real.png"])
     expected = {"README": 1, ".md": 1, ".txt": 1, ".db": 1, ".ini": 1, "hidden": 2, ".csv": 1, ".mp4": 1}
-    assert found.strays == expected
-    assert image_files.describe_strays(found.strays) == (
-        "9 non-image files (2 hidden, 1 .csv, 1 .db, 1 .ini, 1 .md, …)"
-    )
+    assert strays == expected
+    assert image_files.describe_strays(strays) == ("9 non-image files (2 hidden, 1 .csv, 1 .db, 1 .ini, 1 .md, …)")
     assert image_files.describe_strays(Counter()) == ""
 
 
@@ -72,14 +68,6 @@ def test_training_and_prediction_agree(flat, caplog):
     assert "12 non-image files" in first
 
 
-@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "webp", "tiff", "bmp", "ppm"])
-def test_an_image_without_an_image_s_suffix_is_one(flat, kind):
-    for name in ("x", "x.dat"):
-        write(flat / "cat" / f"{name}.{kind}")
-        (flat / "cat" / f"{name}.{kind}").rename(flat / "cat" / name)
-    assert {"cat/x", "cat/x.dat"} <= set(files(folder(str(flat))["train"], flat))
-
-
 def test_capitals_and_formats_that_are_not_read(flat):
     """A photograph in a format that Pillow does not know is named, not skipped."""
     write(flat / "cat" / "x.png")
@@ -95,8 +83,8 @@ def test_links_to_folders_are_followed_but_not_in_a_circle(flat, tmp_path):
     (tmp_path / "other" / "back").symlink_to(flat / "cat")
     (flat / "cat" / "more").symlink_to(tmp_path / "other")
     (flat / "cat" / "self").symlink_to(flat / "cat")
-    found = image_files.find(flat / "cat").images
-    assert sorted(found) == ["0.png", "3.png", "6.png", "9.png", "more/a.png"]
+    found, _ = image_files.find(flat / "cat")
+    assert found == ["0.png", "3.png", "6.png", "9.png", "more/a.png"]
 
 
 def test_a_link_that_leads_nowhere_is_one_unreadable_image(flat):
@@ -104,10 +92,11 @@ def test_a_link_that_leads_nowhere_is_one_unreadable_image(flat):
     targets = {"gone.png": "no.png", "loop.png": "loop.png", "long.png": "x" * 300, "loop": "loop"}
     for name, target in targets.items():
         (flat / "cat" / name).symlink_to(target)
-    found = image_files.find(flat / "cat")
-    assert list(found.broken) == ["gone.png", "long.png", "loop.png"]
-    assert "symbolic links" in found.broken["loop.png"]
-    assert found.strays == {"broken link": 1}
+    found, strays = image_files.find(flat / "cat")
+    unreadable = image_check.check(flat / "cat", found).unreadable
+    assert list(unreadable) == ["gone.png", "long.png", "loop.png"]
+    assert "symbolic links" in unreadable["loop.png"]
+    assert strays == {"broken link": 1}
 
 
 def test_a_folder_that_cannot_be_read_is_named(flat, monkeypatch):

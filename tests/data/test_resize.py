@@ -9,7 +9,7 @@ from test_decode import encode, noise, worst
 from imgclf_jax.core import rng as rngs
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode as ops
-from imgclf_jax.data.decode import central_crop, random_resized_crop, resize, resize_small
+from imgclf_jax.data.resizing import central_crop, random_resized_crop, resize, resize_small
 
 KERNELS = {  # method → (half its width, the kernel)
     "bilinear": (1, lambda x: 1 - x),

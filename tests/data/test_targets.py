@@ -69,15 +69,15 @@ def bad(value, i=7):
     ({"x_train": X, "y_train": T[:, 0] > 0, "train_targets": T}, "holds both y_train and train_targets; remove one"),
     ({"x_train": X, "train_targets": T, "x_test": X, "y_test": np.arange(N)},
      "holds y_test and train_targets; give every split labels, or every split targets"),
-    ({"x_train": X, "train_targets": bad(np.nan)}, "train_targets, example 7: target 1 is nan; targets must be"),
-    ({"x_train": X, "train_targets": bad(np.inf)}, "train_targets, example 7: target 1 is inf; targets must be"),
-    ({"x_train": X, "train_targets": bad(1e39)}, "train_targets, example 7: target 1 is inf; targets must be"),
+    ({"x_train": X, "train_targets": bad(np.nan)}, "train_targets: example 7: target 1 is nan; targets must be"),
+    ({"x_train": X, "train_targets": bad(np.inf)}, "train_targets: example 7: target 1 is inf; targets must be"),
+    ({"x_train": X, "train_targets": bad(1e39)}, "train_targets: example 7: target 1 is inf; targets must be"),
     ({"x_train": X, "train_targets": T[:5]}, "x_train is uint8[40, 5, 4, 1] and train_targets is float32[5, 3]"),
     ({"x_train": X, "train_targets": T.astype(complex)}, "train_targets is complex128[40, 3]; expected"),
     ({"x_train": X, "train_targets": T[:, :0]}, "train_targets is float32[40, 0]; expected"),
-    ({"x_train": X, "train_targets": T, "target_names": ["a", "b"]}, "target_names holds 2 names for 3 targets"),
-    ({"x_train": X, "train_targets": T, "target_names": list("aab")}, "target_names holds 3 names, 2 of them"),
-    ({"x_train": X, "train_targets": T, "x_test": X, "test_targets": T[:, :2]}, "different numbers of targets"),
+    ({"x_train": X, "train_targets": T, "target_names": ["a", "b"]}, "targets are float32[40, 3]; expected"),
+    ({"x_train": X, "train_targets": T, "target_names": list("aab")}, "class_names has 'a' twice"),
+    ({"x_train": X, "train_targets": T, "x_test": X, "test_targets": T[:, :2]}, "test_targets: Source: targets"),
 ])  # fmt: skip
 def test_targets_in_arrays_are_checked(tmp_path, data, message):
     with pytest.raises(UserError) as e:

@@ -8,7 +8,7 @@ from scipy import stats
 from sklearn.datasets import load_sample_image
 
 from imgclf_jax.core import rng as rngs
-from imgclf_jax.data import tf_image
+from imgclf_jax.data import resizing
 
 NOISE = np.random.default_rng(0).integers(0, 256, (137, 211, 3), np.uint8)
 
@@ -20,7 +20,7 @@ def own_crops(n, h, w, **settings):
         generator = rngs.generator(3, "crop", i)
         box = None
         while box is None:
-            box = tf_image._crop(generator, h, w, settings["area"], generator.uniform(*settings["ratio"]))
+            box = resizing._crop(generator, h, w, settings["area"], generator.uniform(*settings["ratio"]))
         boxes.append(box)
     return np.array(boxes)
 
@@ -58,13 +58,13 @@ def test_crops_are_distributed_as_tensorflows(h, w, area, ratio):
 def test_a_crop_is_cut_out_and_resized():
     for i in range(5):
         generator, again = (rngs.generator(0, "crop", i) for _ in range(2))
-        out = tf_image.inception_crop(generator, NOISE, 30, 40)
-        top, left, h, w = tf_image._crop(again, 137, 211, (0.05, 1.0), again.uniform(0.75, 1.33))
-        np.testing.assert_array_equal(out, tf_image.bilinear(NOISE[top : top + h, left : left + w], 30, 40))
+        out = resizing.inception_crop(generator, NOISE, 30, 40)
+        top, left, h, w = resizing._crop(again, 137, 211, (0.05, 1.0), again.uniform(0.75, 1.33))
+        np.testing.assert_array_equal(out, resizing.bilinear(NOISE[top : top + h, left : left + w], 30, 40))
     # An image so narrow that no draw fits is taken whole.
     narrow = NOISE[:, :2]
-    out = tf_image.inception_crop(rngs.generator(0, "crop", 0), narrow, 8, area=(0.9, 1.0))
-    np.testing.assert_array_equal(out, tf_image.bilinear(narrow, 8, 8))
+    out = resizing.inception_crop(rngs.generator(0, "crop", 0), narrow, 8, area=(0.9, 1.0))
+    np.testing.assert_array_equal(out, resizing.bilinear(narrow, 8, 8))
 
 
 @pytest.mark.parametrize("method", ["bilinear", "area"])
@@ -76,6 +76,6 @@ def test_sizes_are_tensorflows(method, channels):
         image = np.concatenate([image, image[::-1, :, :1]], 2)[..., :channels]
         for size in ((224, 224), (64, 80), (341, 256)):
             theirs = tf.image.resize(image, size, method=method, antialias=False).numpy()
-            difference = getattr(tf_image, method)(image, *size).astype(int) - np.clip(theirs, 0, 255).astype(np.uint8)
+            difference = getattr(resizing, method)(image, *size).astype(int) - np.clip(theirs, 0, 255).astype(np.uint8)
             assert set(np.unique(difference)) <= {-1, 0, 1}
             assert np.abs(theirs - np.rint(theirs))[difference != 0].max(initial=0) < near

@@ -123,7 +123,7 @@ def test_weights_after_a_kill_in_the_first_save(bucket, tmp_path):
 
 
 def test_data_in_a_bucket(bucket, tmp_path):
-    """An .npz file is copied once, and again when it has changed; a folder of images is refused, with the fix."""
+    """An .npz file is read anew at each start; a folder of images is refused, with the fix."""
     for classes in (4, 5):
         images = np.random.default_rng(0).integers(0, 256, (10 * classes, 8, 8, 1), np.uint8)
         np.savez(tmp_path / "a.npz", x_train=images, y_train=np.arange(10 * classes) % classes)

@@ -46,13 +46,13 @@ def main(
     report_host_ops(model.programs)
     top_k, thresholds = min(top_k, len(model.class_names)), _parse_thresholds(threshold, model)
     with_all = model.task is Task.MULTILABEL and format == "csv"
-    skipped: dict[str, str] = {}
+    skipped: list[str] = []
 
     def skips(image: inputs.Input, error: UserError) -> bool:
         may_skip = image.found and config.data.unreadable == "skip"
-        if not may_skip or image_check.readable(Path(image.path), model.programs.preprocess_eval):
+        if not may_skip or image_check.readable(Path(image.path)):
             return False
-        skipped[image.path] = str(error).removeprefix(f"{image.path}: ")
+        skipped.append(image.path)
         return True
 
     results = inputs.Results(model, "ranked", images, inputs.count(paths), "predicting", skips)
@@ -68,9 +68,7 @@ def main(
     errors: list[Exception] = []  # an error that ends the iteration early, such as an unreadable folder
     PRINT[format](until_error(records(), errors), make_columns(model, top_k))
     if skipped:
-        listed = image_check.write_list("predict", skipped)
-        log.warning("unreadable files left out: %d; all are listed in %s", len(skipped),
-                    listed or "no file, because the cache folder is not writable")  # fmt: skip
+        log.warning("unreadable files left out: %d, such as %s", len(skipped), skipped[0])
     return results.end("cannot classify", errors)
 
 

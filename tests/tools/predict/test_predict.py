@@ -15,7 +15,7 @@ from tolerance import rounding
 
 import launch
 from imgclf_jax.data import decode, sources
-from imgclf_jax.data.decode import resize
+from imgclf_jax.data.resizing import resize
 from imgclf_jax.data.source import read_examples
 from imgclf_jax.models import classifier
 from imgclf_jax.run.workdir import Workdir
