@@ -152,11 +152,12 @@ class ConvPool(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (*_pair(self.kernel_size), x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         k, window = self.kernel_size, self.window
-        h, w = (n - (n - k + 1) % window for n in x.shape[1:3])  # without what would fill no pooling window
-        y = conv(x[:, :h, :w], kernel, padding=0, dtype=self.dtype)
-        if wants_features_first():
+        crop_h, crop_w = ((n - k + 1) % window for n in x.shape[1:3])  # what would fill no pooling window
+        if wants_features_first():  # where im2col crops and pads in one pass
+            y = conv(x, kernel, padding=((0, -crop_h), (0, -crop_w)), dtype=self.dtype)
             return features_last(pool.pool_bias_relu(features_first(y), bias, window, self.dtype))
-        y = max_pool(y, window, window)
+        x = x[:, : x.shape[1] - crop_h, : x.shape[2] - crop_w]
+        y = max_pool(conv(x, kernel, padding=0, dtype=self.dtype), window, window)
         return nn.relu(add_bias(y, bias)).astype(self.dtype)
 
 
