@@ -7,7 +7,7 @@ float64. In multi-label classification, so is everything but the loss and the li
 import functools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,76 +18,17 @@ from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Array, Function
 from imgclf_jax.losses import Link, Task
-from imgclf_jax.scores import multilabel
-from imgclf_jax.scores.classification import FromLogits, Scores, label_ranks, predicted_classes
-from imgclf_jax.scores.multilabel import MultilabelScores
+from imgclf_jax.scores import classification, multilabel
+from imgclf_jax.scores.classification import Predictions, label_ranks, predicted_classes
+from imgclf_jax.scores.multilabel import TargetPredictions
 
 type Sums = dict[str, Any]
 OWN = "own/"  # prefix of the metrics that a method's `evaluate` returns
 NO_STEP = 2**31 - 1  # `nonfinite_step` when every step was finite
 CONFUSION_CLASSES = 1000  # the most classes with a confusion matrix; of 21,841 it would take 1.9 GB per batch
 
-
-class Predictions(NamedTuple):
-    """A model's predictions of n examples with labels, for whole-set metrics.
-
-    With several seeds all but the labels and the mask are [seeds + 1, n, …], the ensemble last.
-    """
-
-    labels: Array  # i32[n]
-    probabilities: Array  # f32[n, classes]
-    predicted: Array  # i32[n], from the logits: float32 rounds probabilities of distinct large logits to equal ones
-    ranks: Array  # i32[n], of the label among the logits: see `scores.label_ranks`
-    mask: Array | None = None  # bool[n], False for padding; None without padding
-    log_odds: Array | None = None  # f32[n, classes], see `losses.Link`; None for a link without
-
-    def losses(self) -> np.ndarray:
-        """The negative log-likelihood f64[n] of each label, on the host; nan without a label or a prediction."""
-        of_labels = self.probabilities if self.log_odds is None else self.log_odds
-        own = np.take_along_axis(np.asarray(of_labels, np.float64), np.asarray(self.labels)[:, None], 1)[:, 0]
-        if self.log_odds is None:
-            with np.errstate(divide="ignore"):
-                losses = np.maximum(-np.log(own), 0.0)
-        else:
-            losses = np.logaddexp(0.0, -own)  # float32 rounds small probabilities to 0
-        return np.where((self.labels >= 0) & (self.predicted >= 0), losses, np.nan)
-
-    def highest_losses(self, most: int) -> np.ndarray:
-        """The indices int[m] of the `most` examples with the highest loss; ties are in set order."""
-        losses = self.losses()
-        order = np.argsort(-losses, kind="stable")[:most]
-        return order[~np.isnan(losses[order])]
-
-    def for_seed(self, i: int) -> "Predictions":
-        """The predictions of one of several seeds, or of their ensemble, -1."""
-        log_odds = None if self.log_odds is None else self.log_odds[i]
-        return self._replace(
-            probabilities=self.probabilities[i], predicted=self.predicted[i], ranks=self.ranks[i], log_odds=log_odds
-        )
-
-    @property
-    def from_logits(self) -> FromLogits:
-        """What `scores.Scores` takes from the logits."""
-        return FromLogits(self.predicted, self.ranks, self.log_odds)
-
-
-class TargetPredictions(NamedTuple):
-    """A model's predictions of n examples with multi-label targets.
-
-    With several seeds `outputs` and `ranking` are [seeds + 1, n, k], the ensemble last.
-    """
-
-    targets: Array  # f32[n, k]
-    outputs: Array  # f32[n, k]: probabilities
-    ranking: Array  # f32[n, k]: orders the examples as the outputs do, but without ties by rounding
-    mask: Array | None = None  # bool[n], False for padding; None without padding
-
-    def for_seed(self, i: int) -> "TargetPredictions":
-        """The predictions of one of several seeds, or of their ensemble, -1."""
-        return self._replace(outputs=self.outputs[i], ranking=self.ranking[i])
-
-
 AnyPredictions = Predictions | TargetPredictions
+_OF_OUTPUTS = ("targets", "probabilities", "ranking", "log_odds")  # fields [..., n, k]; the others [..., n]
 
 
 def predict(
@@ -107,20 +48,16 @@ def predict(
 
 def concatenate[P: AnyPredictions](batches: Sequence[P]) -> P:
     """Concatenates the predictions of all batches on the host, without the padding."""
-    kind = type(batches[0])
-    # Examples are the last axis, except in fields with a number per output.
-    of_outputs = ("targets", "probabilities", "outputs", "ranking", "log_odds")
-    axes = {name: -2 if name in of_outputs else -1 for name in kind._fields}
-    fields = {
-        name: np.concatenate([_unpad(getattr(batch, name), batch.mask, axis) for batch in batches], axis)
-        for name, axis in axes.items() if name != "mask" and getattr(batches[0], name) is not None
-    }  # fmt: skip
-    out: Any = kind(**fields)
-    return out
 
+    def join(name: str) -> np.ndarray | None:
+        if name == "mask" or getattr(batches[0], name) is None:
+            return None
+        rest = (slice(None),) if name in _OF_OUTPUTS else ()
+        return np.concatenate([getattr(batch, name)[..., batch.mask, *rest] for batch in batches], -1 - len(rest))
 
-def _unpad(values: Array, mask: Array | None, axis: int) -> np.ndarray:
-    return values[..., mask, :] if axis == -2 else values[..., mask]
+    kind: Any = type(batches[0])
+    joined: P = kind(*map(join, kind._fields))
+    return joined
 
 
 def dominant_labels(targets: jax.Array) -> jax.Array:
@@ -246,34 +183,12 @@ def summarize(
     return out
 
 
-def auc(labels: np.ndarray, probabilities: np.ndarray, from_logits: FromLogits | None = None) -> float:
-    """Area under the ROC curve: of the second of two classes, else the one-vs-rest mean over the classes.
-
-    labels i32[n], probabilities f32[n, classes]. The mean skips classes that no example or every example has: see
-    `Scores.auc`. NaN if a probability is NaN.
-    """
-    return float(Scores(labels, probabilities, from_logits).auc(np.ones((1, len(labels))))[0])
-
-
-def balanced_accuracy(labels: np.ndarray, probabilities: np.ndarray, from_logits: FromLogits | None = None) -> float:
-    """The mean recall over the classes that have examples. labels i32[n], probabilities f32[n, classes]."""
-    counts = Scores(labels, probabilities, from_logits).class_counts(np.ones((1, len(labels))))
-    return float(counts.mean(counts.correct, counts.labelled, counts.labelled > 0)[0])
-
-
-def f1(labels: np.ndarray, probabilities: np.ndarray, from_logits: FromLogits | None = None) -> float:
-    """F1: of the second of two classes, else the mean over the classes that are labels or predictions.
-
-    labels i32[n], probabilities f32[n, classes].
-    """
-    counts = Scores(labels, probabilities, from_logits).class_counts(np.ones((1, len(labels))))
-    among = counts.present if probabilities.shape[1] > 2 else np.array([[False, True]])
-    return float(counts.mean(2 * counts.correct, counts.labelled + counts.predicted, among)[0])
-
-
-METRICS: dict[str, Callable[..., float]] = {"auc": auc, "balanced_accuracy": balanced_accuracy, "f1": f1}
 # The values of the config key `metrics`, by task.
-BY_TASK = {Task.CLASSES: METRICS, Task.SOFT: METRICS, Task.MULTILABEL: multilabel.METRICS}
+BY_TASK = {
+    Task.CLASSES: classification.METRICS,
+    Task.SOFT: classification.METRICS,
+    Task.MULTILABEL: multilabel.METRICS,
+}
 # The metrics that every run of a task reports, besides the loss and, for a loss with a likelihood, `nll`.
 REPORTED = {
     Task.CLASSES: ("accuracy", "top5"),
@@ -298,33 +213,46 @@ def build_whole_set(text: str, task: Task = Task.CLASSES, outputs: Sequence[str]
     Raises UserError for an unknown name, one that occurs twice, or one that results use for something else, and given
     `outputs` for arguments that a metric does not take.
     """
-    with_targets = task is Task.MULTILABEL
-    whole_set: dict[str, WholeSetMetric] = {"": _report} if with_targets else {}
-    reserved = reserved_names(task)
-    leading = ("targets", "probabilities", "ranking") if with_targets else ("labels", "probabilities", "from_logits")
+    whole_set: dict[str, WholeSetMetric] = {"": _report} if task is Task.MULTILABEL else {}
+    leading = ("targets" if task is Task.MULTILABEL else "labels", "probabilities")
     for call in spec.parse(text):
         name = call.name.rpartition(":")[2]
         if name in whole_set:
             raise UserError(f"metrics={text!r} names {name} twice; name each metric once")
-        if ":" in call.name and reserved.fullmatch(name):
-            raise UserError(f"metrics={text!r}: results use the name {name} for something else; rename your function")
         if ":" in call.name:
-            own = _call_with(spec.bind(call, BY_TASK[task], "metric", leading=leading[:2]))
-            whole_set[name] = functools.partial(_number, call.name, own)
-        else:
-            metric = spec.bind(call, BY_TASK[task], f"metric of {TASK_NAMES[task]}", leading=leading)
-            if metric.func is multilabel.f1 and outputs:
-                _check_f1(text, len(outputs), metric.keywords)
-            whole_set[name] = _call_with(metric, leading[2])
+            if reserved_names(task).fullmatch(name):
+                raise UserError(f"metrics={text!r}: results use the name {name} for something else; rename your "
+                                "function")  # fmt: skip
+            metric = spec.bind(call, {}, "metric", leading=leading)
+            whole_set[name] = functools.partial(_compute_user_metric, call.name, metric)
+            continue
+        whole_set[name] = metric = spec.bind(
+            call, BY_TASK[task], f"metric of {TASK_NAMES[task]}", leading=("predictions",)
+        )
+        if metric.func is multilabel.f1 and outputs:
+            multilabel.check_f1(len(outputs), **metric.keywords)
     return whole_set
 
 
-def _check_f1(text: str, classes: int, arguments: Mapping[str, Any]) -> None:
-    """Raises UserError naming the key `metrics` for arguments that the F1 of several labels does not take."""
-    try:
-        multilabel.check_f1(classes, **arguments)
-    except UserError as e:
-        raise UserError(f"metrics={text!r}: {e}") from e
+def _compute_user_metric(name: str, metric: Function, predictions: Any) -> float:
+    """The value of a user's metric. Raises UserError unless it is a real number."""
+    value = metric(*predictions[:2])
+    if np.ndim(value) or np.asarray(value).dtype.kind not in "fiu":
+        raise UserError(f"the metric {name} returns {value!r:.80}; it must return one real number")
+    return float(value)
+
+
+def _report(predictions: TargetPredictions) -> dict[str, float]:
+    """The metrics that every multi-label run reports."""
+    scores = predictions.compute(np.ones((1, len(predictions.targets))))
+    return {name: float(value[0]) for name, value in scores.items()}
+
+
+def check_names(text: str, tasks: Sequence[Task]) -> None:
+    """Raises UserError for a spec of metrics with a name that none of these tasks has. Needs no data."""
+    known = {name: metric for task in tasks for name, metric in BY_TASK[task].items()}
+    for call in spec.parse(text):
+        spec.lookup(call, known, "metric")
 
 
 def own_names(sums: Mapping[str, Any]) -> list[str]:
@@ -335,78 +263,45 @@ def own_names(sums: Mapping[str, Any]) -> list[str]:
 def reserved_names(task: Task, predicts: bool = True) -> re.Pattern[str]:
     """The names of metrics that results use themselves; those of a run that `predicts` nothing are fewer."""
     reported = ("loss", "nll", *REPORTED[task]) if predicts else ()
-    return re.compile("|".join(("examples", *reported, "ensemble_.*", ".*_std", *_OF_EVALUATE)))
+    of_evaluate = ("scores", "confusion", "classes", "class_(names|examples|predicted|correct)", "target_names")
+    return re.compile("|".join(("examples", *reported, "ensemble_.*", ".*_std", *of_evaluate)))
 
-
-# Further keys of `evaluate --format json`.
-_OF_EVALUATE = ("scores", "confusion", "classes", "class_(names|examples|predicted|correct)", "target_names")
 
 # The task in messages: "a run with …".
 TASK_NAMES = {Task.CLASSES: "classes", Task.SOFT: "classes", Task.MULTILABEL: "several labels"}
 
 
-def multilabel_scores(predictions: TargetPredictions) -> MultilabelScores:
-    """The scores of multi-label predictions."""
-    return MultilabelScores(predictions.targets, predictions.outputs, predictions.ranking)
-
-
-def check_names(text: str, tasks: Sequence[Task]) -> None:
-    """Raises UserError for a spec of metrics that no task of a loss has."""
-    errors = []
-    for task in tasks:
-        try:
-            build_whole_set(text, task)
-        except UserError as e:
-            errors.append(e)
-    if len(errors) == len(tasks):
-        raise errors[0]
-
-
-def _report(predictions: TargetPredictions) -> dict[str, float]:
-    """The metrics that every multi-label run reports."""
-    scores = multilabel_scores(predictions)
-    return {name: float(value[0]) for name, value in scores.compute(np.ones((1, len(predictions.targets)))).items()}
-
-
-def _number(name: str, metric: Function, predictions: Any) -> float:
-    """The value of a user's metric. Raises UserError unless it is a real number."""
-    value = metric(predictions)
-    if np.ndim(value) or np.asarray(value).dtype.kind not in "fiu":
-        raise UserError(f"the metric {name} returns {value!r:.80}; it must return one real number")
-    return float(value)
-
-
-def _call_with(metric: Callable[..., float], *fields: str) -> WholeSetMetric:
-    """Calls a metric with labels or targets, probabilities, and these fields of the predictions."""
-    return lambda predictions: metric(*predictions[:2], *(getattr(predictions, field) for field in fields))
-
-
-def parse_best(
-    text: str, outputs: Sequence[str] = (), task: Task | None = None, own: Collection[str] = (), predicts: bool = True,
-    key: str = "checkpoint.best",
-) -> tuple[str, float]:  # fmt: skip
+def parse_best(text: str, key: str = "checkpoint.best") -> tuple[str, float]:
     """Returns the metric that `text` of a config's `key` names, and 1.0 if its greatest value is best, else -1.0.
 
-    For example ("test/my_error", -1.0) for "min:test/my_error". `own` are the whole-set metrics and those of the
-    method; a run without `predicts` has no others. Raises UserError for a metric of unknown direction and, given a
-    `task` and the names of its classes or `outputs`, for one that evaluation does not report.
+    For example ("test/my_error", -1.0) for "min:test/my_error". Raises UserError for a metric of unknown direction.
     """
-    match = re.fullmatch(r"(?:(min|max):)?(.*)", text, re.DOTALL)
-    assert match
-    name = match[2]
-    kind = name.partition("/")[2]
-    reported = ("loss", "nll", *REPORTED[task]) if task and predicts else ()
-    known = dict.fromkeys((*reported, *filter(None, own)))
-    if task and kind not in known:
-        run = TASK_NAMES[task] if predicts else "a method that trains no head"
-        fix = f"it has {', '.join(known)}" if known else "it has no metric, so leave this empty"
-        raise UserError(f"{key}={text!r}: a run with {run} has no {kind}; {fix}")
-    if task and kind == "top5" and len(outputs) <= 5:
-        raise UserError(f"{key}={text!r}: top5 needs six classes or more, and the data have {len(outputs)}; name "
-                        "another metric")  # fmt: skip
-    directions = BEST if task is Task.CLASSES else BEST | TARGET_METRICS
-    direction = match[1] or directions.get(kind)
-    if direction is None:
+    direction, name = _split_direction(text)
+    direction = direction or (BEST | TARGET_METRICS).get(name.partition("/")[2], "")
+    if not direction:
         raise UserError(f"{key}={text!r}: write 'min:{name}' if the smallest value of your metric is best, "
                         f"or 'max:{name}' if the greatest is")  # fmt: skip
     return name, 1.0 if direction == "max" else -1.0
+
+
+def _split_direction(text: str) -> tuple[str, str]:
+    """("min", "test/loss") of "min:test/loss"; the direction may be ""."""
+    direction, colon, name = text.partition(":")
+    return (direction, name) if colon and direction in BEST.values() else ("", text)
+
+
+def check_best(
+    text: str, key: str, task: Task, outputs: Sequence[str], own: Collection[str] = (), predicts: bool = True
+) -> None:
+    """Raises UserError if `text` of a config's `key` names a metric that the run's evaluation does not report.
+
+    `outputs` names its classes. `own` are the whole-set metrics and those of the method; a run without `predicts` has
+    no others.
+    """
+    kind = _split_direction(text)[1].partition("/")[2]
+    reported = ("loss", "nll", *REPORTED[task]) if predicts else ()
+    known = [name for name in (*reported, *filter(None, own)) if name != "top5" or len(outputs) > 5]
+    if kind not in known:
+        run = TASK_NAMES[task] if predicts else "a method that trains no head"
+        fix = f"it has {', '.join(known)}" if known else "it has no metric, so leave this empty"
+        raise UserError(f"{key}={text!r}: a run with {run} has no {kind}; {fix}")

@@ -363,7 +363,7 @@ class Programs:
             own = [*recipe.whole_set_metrics]
             if recipe.method.evaluate:
                 own += metrics.own_names(self.traced_eval.out_info[0])
-            metrics.parse_best(text, recipe.data.class_names, recipe.task, own, recipe.method.predicts, key)
+            metrics.check_best(text, key, recipe.task, recipe.data.class_names, own, recipe.method.predicts)
 
     @property
     def _evaluates_forward(self) -> bool:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import thorough
+from scored import predictions, score
 from sklearn.metrics import (
     accuracy_score,
     balanced_accuracy_score,
@@ -26,7 +27,8 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.losses import Task
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.scores import classification as scores
+from imgclf_jax.scores import classification
+from imgclf_jax.scores.classification import Predictions
 from imgclf_jax.tools.evaluate import listing
 from imgclf_jax.train.evaluation import evaluate, evaluate_all
 from imgclf_jax.trained import restore
@@ -46,10 +48,10 @@ def test_an_absent_class():
     labels, probabilities = random_set(3)
     labels, probabilities = labels[labels != 1], probabilities[labels != 1]
     areas = [roc_auc_score(labels == c, probabilities[:, c]) for c in (0, 2)]
-    assert metrics.auc(labels, probabilities) == pytest.approx(np.mean(areas), abs=1e-12)
-    assert metrics.auc(labels, probabilities) == scores.score(labels, probabilities)["auc"]
-    assert 0 < metrics.balanced_accuracy(labels, probabilities) < 1
-    assert np.isnan(metrics.auc(labels[labels == 2], probabilities[labels == 2]))
+    assert classification.auc(predictions(labels, probabilities)) == pytest.approx(np.mean(areas), abs=1e-12)
+    assert classification.auc(predictions(labels, probabilities)) == score(labels, probabilities)["auc"]
+    assert 0 < classification.balanced_accuracy(predictions(labels, probabilities)) < 1
+    assert np.isnan(classification.auc(predictions(labels[labels == 2], probabilities[labels == 2])))
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
@@ -58,12 +60,12 @@ def test_scikit_learn_agrees_where_it_defines_them(classes):
     labels, probabilities = random_set(classes)
     given = probabilities[:, 1] if classes == 2 else probabilities
     area = roc_auc_score(labels, given, multi_class="ovr", average="macro")
-    assert metrics.auc(labels, probabilities) == pytest.approx(area, abs=1e-12)
+    assert classification.auc(predictions(labels, probabilities)) == pytest.approx(area, abs=1e-12)
     found = probabilities.argmax(1)
     recall = balanced_accuracy_score(labels, found)
-    assert metrics.balanced_accuracy(labels, probabilities) == pytest.approx(recall, abs=1e-12)
+    assert classification.balanced_accuracy(predictions(labels, probabilities)) == pytest.approx(recall, abs=1e-12)
     harmonic = f1_score(labels, found, average="binary" if classes == 2 else "macro")
-    assert metrics.f1(labels, probabilities) == pytest.approx(harmonic, abs=1e-12)
+    assert classification.f1(predictions(labels, probabilities)) == pytest.approx(harmonic, abs=1e-12)
 
 
 @pytest.mark.parametrize("seeds", [2, *thorough(1)])
@@ -76,15 +78,15 @@ def test_scores_are_of_the_predictions_that_are_counted(seeds):
     sums = jax.vmap(metrics.classification_sums, (0, None, None, None))(jnp.asarray(both), labels, {}, mask) if (
         seeds > 1) else metrics.classification_sums(jnp.asarray(both), labels, {}, mask)  # fmt: skip
     batch = metrics.predict(jnp.asarray(both), labels, losses.SIGMOID, mask)
-    predictions = metrics.concatenate([metrics.Predictions(*map(np.asarray, batch))])
+    everything = metrics.concatenate([Predictions(*map(np.asarray, batch))])
     whole_set = metrics.build_whole_set("balanced_accuracy|f1")
-    counted = metrics.summarize(jax.device_get(sums), predictions, whole_set)
-    own = predictions.for_seed(-1) if seeds > 1 else predictions
-    found = scores.score(own.labels, own.probabilities, own.from_logits)
+    counted = metrics.summarize(jax.device_get(sums), everything, whole_set)
+    own = everything.for_seed(-1) if seeds > 1 else everything
+    found = {name: value[0] for name, value in own.compute(np.ones((1, 6))).items()}
     ensemble = "ensemble_" if seeds > 1 else ""
     assert found["accuracy"] == counted[f"{ensemble}accuracy"] == counted[f"{ensemble}balanced_accuracy"] == 0
     assert found["top5"] == counted[f"{ensemble}top5"] == 3 / 6  # labels 3, 4 and 5 of the six that are counted
-    rows = listing.rows("test", "abdefg", own.labels, own.probabilities, "0123456", 1, from_logits=own.from_logits)
+    rows = listing.rows("test", "abdefg", own, "0123456", 1)
     assert [(row["class_1"], row["correct"]) for row in rows] == [*[("6", False)] * 5, ("0", False)]
 
 
@@ -113,9 +115,9 @@ def test_independent_classes_are_ordered_by_their_logits(seeds):
     own = own.for_seed(-1) if seeds > 1 else own
     assert (own.probabilities == 1).all()
     # Class 0: 20 and 23 against 18 and 19; class 1: 21 and 22 against 18 and 18.5.
-    assert metrics.auc(own.labels, own.probabilities, own.from_logits) == 1
-    assert metrics.auc(own.labels, own.probabilities) == 0.5
-    rows = listing.rows("test", "abcd", own.labels, own.probabilities, "012", 3, from_logits=own.from_logits)
+    assert classification.auc(own) == 1
+    assert classification.auc(predictions(own.labels, own.probabilities)) == 0.5
+    rows = listing.rows("test", "abcd", own, "012", 3)
     assert ["".join(row[f"class_{rank}"] for rank in (1, 2, 3)) for row in rows] == ["201", "210", "201", "102"]
 
 
@@ -130,8 +132,8 @@ def test_exclusive_classes_are_ordered_by_their_log_odds(seeds, classes):
     own = own.for_seed(-1) if seeds > 1 else own
     assert (own.probabilities[:, 1] == 1).all()
     assert metrics.build_whole_set("auc")["auc"](own) == 1
-    assert scores.score(own.labels, own.probabilities, own.from_logits)["auc"] == 1
-    assert metrics.auc(own.labels, own.probabilities) < 1
+    assert classification.auc(own) == 1
+    assert classification.auc(predictions(own.labels, own.probabilities)) < 1
 
 
 @pytest.mark.parametrize("link", [losses.SOFTMAX, losses.SIGMOID])
@@ -151,16 +153,16 @@ def test_an_own_metric_returns_one_number(value, monkeypatch):
     """result.json accepted anything, and a complex number ended the run in a traceback after training."""
     own = types.SimpleNamespace(score=lambda labels, probabilities: value)
     monkeypatch.setitem(sys.modules, "own", own)
-    predictions = metrics.Predictions(np.zeros(2, np.int32), np.ones((2, 2)) / 2, None, None)
+    made = predictions(np.zeros(2, np.int32), np.ones((2, 2)) / 2)
     with pytest.raises(UserError, match=r"the metric own:score returns .*; it must return one real number"):
-        metrics.build_whole_set("own:score")["score"](predictions)
+        metrics.build_whole_set("own:score")["score"](made)
     own.score = lambda labels, probabilities: np.float32(0.5)
-    assert metrics.build_whole_set("own:score")["score"](predictions) == 0.5
+    assert metrics.build_whole_set("own:score")["score"](made) == 0.5
 
 
 def test_every_metric_says_which_value_is_best():
     """Only loss and NLL are best when low; an own metric must declare its direction."""
-    assert set(metrics.BEST) == {"accuracy", "loss", "nll", "top5", *metrics.METRICS}
+    assert set(metrics.BEST) == {"accuracy", "loss", "nll", "top5", *classification.METRICS}
     assert [name for name, which in metrics.BEST.items() if which == "min"] == ["loss", "nll"]
     assert metrics.parse_best("val/loss") == ("val/loss", -1.0)
     assert metrics.parse_best("val/auc") == ("val/auc", 1.0)
@@ -175,7 +177,7 @@ def test_the_best_metric_is_one_that_evaluation_reports(task):
     """A misspelled name kept no checkpoint, and with `stop` ended the run in a traceback."""
     for kind in ("acuracy", "loss[ink]", "mean_average_precision" if task is Task.SOFT else "kl"):
         with pytest.raises(UserError, match=rf"stop=.*has no {re.escape(kind)}; it has loss, "):
-            metrics.parse_best(f"val/{kind}", ("ink", "brightness"), task, key="stop")
+            metrics.check_best(f"val/{kind}", "stop", task, ("ink", "brightness"))
 
 
 @pytest.mark.parametrize("arguments", [
@@ -186,7 +188,7 @@ def test_the_arguments_of_f1_are_checked_before_a_run(arguments):
     """They were checked at the first evaluation, after an epoch of training."""
     with pytest.raises(UserError) as e:
         metrics.build_whole_set(f"auc|f1({arguments})", Task.MULTILABEL, ("a", "b", "c"))
-    assert str(e.value).startswith(f"metrics={f'auc|f1({arguments})'!r}: f1(threshold=")
+    assert str(e.value).startswith("metrics: f1(threshold=")
     assert "threshold must be a number or 3 of them, one per class, and average 'macro' or 'micro'" in str(e.value)
 
 
@@ -309,7 +311,7 @@ def test_a_broken_model_scores_nothing(kind):
     for name in ("correct", "top5", "confusion", "class_correct", "class_predicted"):
         np.testing.assert_array_equal(sums[name], rest[name])
     np.testing.assert_array_equal(sums["class_examples"], whole["class_examples"])
-    assert scores.predicted_classes(BROKEN[kind](logits[:1])) == -1
+    assert classification.predicted_classes(BROKEN[kind](logits[:1])) == -1
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -317,16 +319,16 @@ def test_whole_sets_with_nan(classes):
     """AUC is NaN; a row with NaN predicts no class. All-NaN rows score nothing."""
     labels, probabilities = random_set(classes)
     probabilities[labels == 0] = np.nan
-    assert np.isnan(metrics.auc(labels, probabilities))
+    assert np.isnan(classification.auc(predictions(labels, probabilities)))
     found = np.where(labels == 0, -1, probabilities.argmax(1))
     recall = recall_score(labels, found, labels=range(classes), average="macro")
-    assert metrics.balanced_accuracy(labels, probabilities) == pytest.approx(recall, abs=1e-12)
+    assert classification.balanced_accuracy(predictions(labels, probabilities)) == pytest.approx(recall, abs=1e-12)
     counted = range(1, 2) if classes == 2 else range(classes)
     harmonic = f1_score(labels, found, labels=counted, average="macro", zero_division=0)
-    assert metrics.f1(labels, probabilities) == pytest.approx(harmonic, abs=1e-12)
-    nothing = np.full_like(probabilities, np.nan)
-    assert np.isnan(metrics.auc(labels, nothing))
-    assert metrics.balanced_accuracy(labels, nothing) == metrics.f1(labels, nothing) == 0
+    assert classification.f1(predictions(labels, probabilities)) == pytest.approx(harmonic, abs=1e-12)
+    nothing = predictions(labels, np.full_like(probabilities, np.nan))
+    assert np.isnan(classification.auc(nothing))
+    assert classification.balanced_accuracy(nothing) == classification.f1(nothing) == 0
 
 
 def test_of_several_seeds_one_may_be_broken():

@@ -17,10 +17,10 @@ from imgclf_jax.augment.tta import VIEWS
 from imgclf_jax.data.decode import HOST_OPS
 from imgclf_jax.data.sources import SOURCES
 from imgclf_jax.losses import LOSSES
-from imgclf_jax.metrics import METRICS
 from imgclf_jax.models.backbones import BACKBONES
 from imgclf_jax.optim.schedules import SCHEDULES
 from imgclf_jax.run.record import Record
+from imgclf_jax.scores.classification import METRICS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -6,7 +6,8 @@ import sklearn.metrics
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.scores import multilabel
-from imgclf_jax.scores.multilabel import MultilabelScores
+from imgclf_jax.scores.multilabel import TargetPredictions
+from imgclf_jax.tools.evaluate.by_class import best_thresholds
 
 
 def drawn(n=300, classes=7, decimals=2):
@@ -17,8 +18,12 @@ def drawn(n=300, classes=7, decimals=2):
     return targets, raw.astype(np.float32)
 
 
-def of_all(targets, probabilities, **more):
-    found = MultilabelScores(targets, probabilities, **more).compute(np.ones((1, len(targets))))
+def predictions(targets, probabilities, ranking=None):
+    return TargetPredictions(targets, probabilities, probabilities if ranking is None else ranking)
+
+
+def of_all(targets, probabilities, ranking=None):
+    found = predictions(targets, probabilities, ranking).compute(np.ones((1, len(targets))))
     return {name: float(value[0]) for name, value in found.items()}
 
 
@@ -35,13 +40,13 @@ def test_scores_are_scikit_learns(decimals):
     assert found == {name: pytest.approx(value, abs=1e-12) for name, value in expected.items()}
     assert 0 < found["exact_match"] < found["macro_f1"] < 1
     area = sklearn.metrics.roc_auc_score(targets, probabilities, average="macro")
-    assert multilabel.auc(targets, probabilities) == pytest.approx(area, abs=1e-12)
+    assert multilabel.auc(predictions(targets, probabilities)) == pytest.approx(area, abs=1e-12)
 
 
 def test_weights_of_examples_are_repetitions():
     targets, probabilities = drawn(60)
     counts = np.random.default_rng(0).integers(0, 4, 60)
-    weighted = MultilabelScores(targets, probabilities).compute(counts[None].astype(np.float64))
+    weighted = predictions(targets, probabilities).compute(counts[None].astype(np.float64))
     repeated = of_all(targets.repeat(counts, 0), probabilities.repeat(counts, 0))
     assert {name: float(value[0]) for name, value in weighted.items()} == pytest.approx(repeated, abs=1e-12)
 
@@ -78,13 +83,14 @@ def test_thresholds_may_differ_by_class():
     predicted = probabilities >= np.asarray(thresholds, np.float32)
     for average in ("macro", "micro"):
         expected = sklearn.metrics.f1_score(targets, predicted, average=average)
-        assert multilabel.f1(targets, probabilities, None, thresholds, average) == pytest.approx(expected, abs=1e-12)
+        found = multilabel.f1(predictions(targets, probabilities), thresholds, average)
+        assert found == pytest.approx(expected, abs=1e-12)
     with pytest.raises(UserError, match="threshold must be a number or 7 of them, one per class"):
-        multilabel.f1(targets, probabilities, None, (0.5, 0.5))
+        multilabel.f1(predictions(targets, probabilities), (0.5, 0.5))
 
 
 def test_the_best_threshold_is_that_of_the_greatest_f1():
     targets, probabilities = drawn(100)
-    for c, threshold in enumerate(MultilabelScores(targets, probabilities).best_thresholds()):
+    for c, threshold in enumerate(best_thresholds(predictions(targets, probabilities))):
         scores = [sklearn.metrics.f1_score(targets[:, c], probabilities[:, c] >= t) for t in probabilities[:, c]]
         assert sklearn.metrics.f1_score(targets[:, c], probabilities[:, c] >= threshold) == max(scores)

@@ -271,7 +271,7 @@ def test_the_report_has_the_sections_of_several_labels(runs, capsys, tmp_path):
     page = (tmp_path / "a.html").read_text()
     assert "test mean average precision" in page
     assert "accuracy" not in page.replace("train/accuracy", "")
-    for text in ("best threshold", "Reliability on test", "Average precision and decisions of each class"):
+    for text in ("best threshold", "Average precision and decisions of each class"):
         assert text in page
     assert "left out" not in page
 

@@ -17,7 +17,6 @@ from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.metrics import AnyPredictions, Predictions
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run.record import Record
-from imgclf_jax.scores.multilabel import MultilabelScores
 from imgclf_jax.train.evaluation import changed_sets, evaluate, open_evals
 from imgclf_jax.trained import Trained, restore
 
@@ -118,4 +117,4 @@ def _correct(predictions: AnyPredictions, seeds: int) -> np.ndarray:
     if isinstance(predictions, Predictions):
         return np.atleast_2d(np.asarray(predictions.ranks) == 0)[:seeds]
     each = [predictions] if seeds == 1 else [predictions.for_seed(i) for i in range(seeds)]
-    return np.stack([MultilabelScores(one.targets, one.outputs).exact for one in each])
+    return np.stack([one.exact for one in each])

@@ -21,10 +21,9 @@ from imgclf_jax.programs import Programs
 from imgclf_jax.run import digests
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.scores import classification as scores
-from imgclf_jax.scores import multilabel
-from imgclf_jax.scores.multilabel import MultilabelScores
+from imgclf_jax.scores.multilabel import TargetPredictions
 from imgclf_jax.tools.evaluate import attacked, by_class, corrupted, listing
+from imgclf_jax.tools.evaluate.intervals import with_intervals
 from imgclf_jax.train.evaluation import compare_with_record, evaluate, evaluate_all, open_evals
 from imgclf_jax.train.leakage import initial_warnings
 from imgclf_jax.trained import Trained, load_converted, load_programs, restore
@@ -106,7 +105,7 @@ class _Evaluated:
     metrics: dict[str, float]
     counts: dict[str, np.ndarray]  # see `by_class.counts`; {} for multi-label runs
     scores: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    multilabel: MultilabelScores | None = None
+    multilabel: TargetPredictions | None = None
     rows: list[JsonObject] = dataclasses.field(default_factory=list)  # of the predictions' file
 
 
@@ -120,20 +119,13 @@ def _evaluate(programs: Programs, model: Trained, name: str, images: stream.Imag
         return out
     predicted = predicted.for_seed(-1) if several else predicted
     examples = [images.source.listed_name(i) for i in range(len(images))] if top_k else []
-    if isinstance(predicted, metrics.TargetPredictions):
-        out.multilabel = own = metrics.multilabel_scores(predicted)
-        out.scores = scores.with_bootstrap(own.compute, len(images), predicted.targets.size)
-        if top_k:
-            out.rows += listing.target_rows(
-                name, examples, predicted.targets, predicted.outputs, names, own.exact, model.step
-            )
-        return out
-    labels, probabilities = predicted.labels, predicted.probabilities
-    if len(names) <= metrics.CONFUSION_CLASSES:
-        out.scores = scores.with_intervals(labels, probabilities, predicted.from_logits)
-    if top_k:
-        out.rows += listing.rows(name, examples, labels, probabilities, names, min(top_k, len(names)), model.step,
-                                 predicted.from_logits)  # fmt: skip
+    if isinstance(predicted, TargetPredictions):
+        out.multilabel = predicted
+        out.rows += listing.target_rows(name, examples, predicted, names, model.step)
+    elif top_k:
+        out.rows += listing.rows(name, examples, predicted, names, min(top_k, len(names)), model.step)
+    if out.multilabel or len(names) <= metrics.CONFUSION_CLASSES:
+        out.scores = with_intervals(predicted.compute, len(images), len(names))
     return out
 
 
@@ -143,7 +135,7 @@ def _as_json(one: _Evaluated, names: Sequence[str]) -> JsonObject:
         shown = ("confusion",) if "confusion" in one.counts else tuple(one.counts)
         out |= {"class_names": list(names)} | {key: one.counts[key].tolist() for key in shown}
     if one.multilabel:
-        out |= {"class_names": list(names), "classes": multilabel.by_class(one.multilabel, names)}
+        out |= {"class_names": list(names), "classes": by_class.multilabel(one.multilabel, names)}
     return out
 
 
@@ -212,8 +204,8 @@ def _print_scores(set_scores: dict[str, dict[str, float]]) -> None:
 
 def _print_classes(one: _Evaluated, names: Sequence[str], task: Task) -> None:
     if one.multilabel:
-        print_table(*multilabel.table(one.multilabel, names))
-        print_text(multilabel.THRESHOLD_NOTE)
+        print_table(*by_class.multilabel_table(one.multilabel, names))
+        print_text(by_class.THRESHOLD_NOTE)
     if one.counts:
         print_table(*by_class.table(names, one.counts))
         if "confusion" not in one.counts:

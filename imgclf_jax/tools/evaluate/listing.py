@@ -12,26 +12,23 @@ from imgclf_jax.core import paths
 from imgclf_jax.core.terminal import nonfinite_to_null
 from imgclf_jax.core.text import escape_surrogates
 from imgclf_jax.core.typing import JsonMapping, JsonObject
-from imgclf_jax.scores.classification import FromLogits, Scores
+from imgclf_jax.scores.classification import Predictions
+from imgclf_jax.scores.multilabel import TargetPredictions
 
 
 def rows(
-    name: str, examples: Sequence[str], labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], top: int,
-    step: int = 0, from_logits: FromLogits | None = None,
-) -> Iterable[JsonObject]:  # fmt: skip
+    name: str, examples: Sequence[str], predictions: Predictions, classes: Sequence[str], top: int, step: int = 0
+) -> Iterable[JsonObject]:
     """Yields a row for each example of the set `name`: its index or file, its label, and its `top` classes.
 
-    labels i32[n], probabilities f32[n, classes]; `from_logits` as in `scores.Scores`. The predicted class comes first;
-    ties between the others are in class order. An example without a prediction is not correct. Each row ends with the
-    checkpoint's `step`.
+    The predicted class comes first; ties between the others are in class order. An example without a prediction is not
+    correct. Each row ends with the checkpoint's `step`.
     """
-    scores = Scores(labels, probabilities, from_logits)
-    known = from_logits and from_logits.log_odds
-    order = np.array(probabilities if known is None else known)
-    predicts = np.flatnonzero(scores.predicted >= 0)
-    order[predicts, scores.predicted[predicts]] = np.inf
+    order = np.array(predictions.probabilities if predictions.log_odds is None else predictions.log_odds)
+    predicts = np.flatnonzero(predictions.predicted >= 0)
+    order[predicts, predictions.predicted[predicts]] = np.inf
     best = np.argsort(-order, axis=1, kind="stable")[:, :top]
-    columns = (examples, labels, scores.ranks == 0, best, probabilities)
+    columns = (examples, predictions.labels, predictions.ranks == 0, best, predictions.probabilities)
     for example, label, correct, ranked, own in zip(*columns, strict=True):
         row = {"set": name, "example": example, "label": classes[label], "correct": bool(correct)}
         for rank, c in enumerate(ranked, 1):
@@ -40,18 +37,17 @@ def rows(
 
 
 def target_rows(
-    name: str, examples: Sequence[str], targets: np.ndarray, outputs: np.ndarray, names: Sequence[str],
-    exact: np.ndarray, step: int = 0,
-) -> Iterable[JsonObject]:  # fmt: skip
+    name: str, examples: Sequence[str], predictions: TargetPredictions, names: Sequence[str], step: int = 0
+) -> Iterable[JsonObject]:
     """Yields a row for each example of the set `name`, with `target[NAME]` and `probability[NAME]` of each class.
 
-    targets, outputs f32[n, k]. `exact` bool[n] says whether all labels of an example are predicted and becomes
-    `correct`. Rows end as those of `rows` do.
+    `correct` says whether all labels of an example are predicted. Rows end as those of `rows` do.
     """
+    exact = predictions.exact
     for i, example in enumerate(examples):
         row: JsonObject = {"set": name, "example": example, "correct": bool(exact[i])}
-        row |= {f"target[{key}]": float(x) for key, x in zip(names, targets[i], strict=True)}
-        row |= {f"probability[{key}]": float(x) for key, x in zip(names, outputs[i], strict=True)}
+        row |= {f"target[{key}]": float(x) for key, x in zip(names, predictions.targets[i], strict=True)}
+        row |= {f"probability[{key}]": float(x) for key, x in zip(names, predictions.probabilities[i], strict=True)}
         yield row | {"step": step}
 
 

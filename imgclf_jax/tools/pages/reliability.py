@@ -2,11 +2,35 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
+
+from imgclf_jax.scores.classification import BINS, confidence_bins
 from imgclf_jax.tools.pages.charts import grid_line, label, svg, y_label
 
 _WIDTH, _LEFT, _RIGHT, _TOP = 420, 54, 12, 8
 _UPPER, _GAP, _LOWER, _BOTTOM = 220, 26, 60, 40
+
+
+class Reliability(NamedTuple):
+    """The examples in each bin of confidence, and their means, NaN for an empty bin."""
+
+    examples: np.ndarray  # i64[bins]
+    confidence: np.ndarray  # f64[bins]: the mean probability of the predicted class
+    accuracy: np.ndarray  # f64[bins]
+
+
+def bin_by_confidence(confidence: np.ndarray, correct: np.ndarray) -> Reliability:
+    """The reliability diagram of predictions (DeGroot and Fienberg 1983, Guo et al. 2017), without those that are NaN.
+
+    confidence f64[n], correct bool[n]. The bins are those of the calibration error.
+    """
+    known = ~np.isnan(confidence)
+    bins = confidence_bins(confidence[known])
+    count, *sums = (np.bincount(bins, weights, BINS) for weights in (None, confidence[known], correct[known]))
+    with np.errstate(invalid="ignore"):
+        return Reliability(count, *(total / count for total in sums))
 
 
 def diagram(title: str, examples: Sequence[int], confidence: Sequence[float], accuracy: Sequence[float]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.losses import SIGMOID, Task, link_of
-from imgclf_jax.scores.multilabel import MultilabelScores
+from imgclf_jax.scores.multilabel import TargetPredictions
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,8 @@ def probe_targets(
     predict = one_vs_rest(train, targets)
 
     def score(found: np.ndarray, truth: np.ndarray) -> float:
-        return float(MultilabelScores(truth, found).compute(np.ones((1, len(truth))))[SCORES[Task.MULTILABEL]][0])
+        scores = TargetPredictions(truth, found, found).compute(np.ones((1, len(truth))))
+        return float(scores[SCORES[Task.MULTILABEL]][0])
 
     for name, (test, truth) in tests.items():
         if head:

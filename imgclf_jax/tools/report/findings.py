@@ -15,10 +15,12 @@ from imgclf_jax.data import sources
 from imgclf_jax.data.source import Source
 from imgclf_jax.data.stream import Images
 from imgclf_jax.models.summary import Block
-from imgclf_jax.scores.classification import Reliability, reliability, with_bootstrap, with_intervals
-from imgclf_jax.scores.multilabel import MultilabelScores
+from imgclf_jax.scores.classification import Predictions
+from imgclf_jax.scores.multilabel import TargetPredictions
 from imgclf_jax.tools.evaluate import by_class
+from imgclf_jax.tools.evaluate.intervals import with_intervals
 from imgclf_jax.tools.explain import explanations
+from imgclf_jax.tools.pages.reliability import Reliability, bin_by_confidence
 from imgclf_jax.tools.report import augmentation as report_augmentation
 from imgclf_jax.tools.report import top_losses as report_top_losses
 from imgclf_jax.tools.report.augmentation import Augmented
@@ -44,7 +46,7 @@ class Evaluated:
     top_losses: tuple[TopLoss, ...] = ()  # the highest first
     wrong: int = 0  # the number of misclassified examples
     method: str = ""  # explains the top losses, see `explanations`
-    multilabel: MultilabelScores | None = None
+    multilabel: TargetPredictions | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,23 +117,21 @@ def _evaluate(model: Trained, evals: Mapping[str, Images]) -> tuple[Evaluated, .
             name, metrics.summarize(sums, predictions, programs.recipe.whole_set_metrics),
             by_class.counts(sums, programs.recipe.num_seeds), {},
         )  # fmt: skip
-        if few_classes and isinstance(predictions, metrics.Predictions):
+        if few_classes and isinstance(predictions, Predictions):
             own = predictions.for_seed(-1) if several else predictions
             highest = own.highest_losses(max(1, TOP_LOSSES // len(evals)))
             wrong = report_top_losses.count_mistakes(own)
-            arrays = own.labels, own.probabilities, own.from_logits
-            one = dataclasses.replace(
-                one, scores=with_intervals(*arrays), reliability=reliability(*arrays), wrong=wrong,
-            )  # fmt: skip
+            intervals = with_intervals(own.compute, len(images), len(model.class_names))
+            reliability = bin_by_confidence(own.probabilities.max(1), own.ranks == 0)
+            one = dataclasses.replace(one, scores=intervals, reliability=reliability, wrong=wrong)
             if highest.size:
                 method, explain = explainer()
                 log.info("explaining %d examples by %s", len(highest), method)
                 found = report_top_losses.describe(programs, images, own, highest, explain)
                 one = dataclasses.replace(one, top_losses=found, method=method)
-        elif isinstance(predictions, metrics.TargetPredictions):
+        elif isinstance(predictions, TargetPredictions):
             targets = predictions.for_seed(-1) if several else predictions
-            own_scores = metrics.multilabel_scores(targets)
-            intervals = with_bootstrap(own_scores.compute, len(images), targets.targets.size)
-            one = dataclasses.replace(one, scores=intervals, multilabel=own_scores)
+            intervals = with_intervals(targets.compute, len(images), len(model.class_names))
+            one = dataclasses.replace(one, scores=intervals, multilabel=targets)
         evaluated.append(one)
     return tuple(evaluated)

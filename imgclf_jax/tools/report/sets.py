@@ -8,8 +8,7 @@ import numpy as np
 
 from imgclf_jax.core.terminal import format_metrics
 from imgclf_jax.core.text import decimals, interval
-from imgclf_jax.scores import multilabel
-from imgclf_jax.scores.multilabel import MultilabelScores
+from imgclf_jax.scores.multilabel import TargetPredictions
 from imgclf_jax.tools.evaluate import by_class
 from imgclf_jax.tools.explain import heatmap
 from imgclf_jax.tools.pages import html, pictures
@@ -85,30 +84,15 @@ def _calibration(one: Evaluated) -> str:
             + html.details("The bins as a table", table(f"Calibration on {one.name}", columns, rows)))  # fmt: skip
 
 
-def _labels(name: str, scores: MultilabelScores, names: Sequence[str]) -> str:
-    """Returns the scores of each class of a multi-label set, and the calibration of its probabilities."""
-    columns, rows = multilabel.table(scores, names)
-    caption, shown = f"Average precision and decisions of each class on {name}", range(len(rows))
+def _labels(name: str, predictions: TargetPredictions, names: Sequence[str]) -> str:
+    """Returns the scores of each class of a multi-label set."""
+    columns, rows = by_class.multilabel_table(predictions, names)
+    caption = f"Average precision and decisions of each class on {name}"
     if len(rows) > _ROWS:
-        precisions = scores.average_precision(np.ones((1, len(scores.targets))))[0]
-        shown = np.argsort(precisions, kind="stable")[:_ROWS].tolist()  # NaN, of a class without examples, is last
+        precisions = predictions.average_precision(np.ones((1, len(predictions.targets))))[0]
+        shown = np.argsort(precisions, kind="stable")[:_ROWS]  # NaN, of a class without examples, is last
         rows, caption = [rows[i] for i in shown], f"{caption}: the {_ROWS} of {len(names):,} with the lowest"
-    bin_columns = ["class", "probability", "examples", "mean probability", "frequency"]
-    bins = [
-        [names[c], f"{i / 10:.1f} to {(i + 1) / 10:.1f}", str(int(n)), decimals(mean), decimals(frequency)]
-        for c in shown
-        for i, (n, mean, frequency) in enumerate(zip(*scores.reliability(c), strict=True))
-        if n
-    ]
-    note = "The model is overconfident in a class if its mean probability exceeds its frequency."
-    calibration = "<h3>Calibration</h3>" + paragraph(note, note=True)
-    calibration += html.details("The bins of each class", table(f"Reliability on {name}", bin_columns, bins))
-    return (
-        "<h3>Classes</h3>"
-        + table(caption, columns, rows)
-        + paragraph(multilabel.THRESHOLD_NOTE, note=True)
-        + calibration
-    )
+    return "<h3>Classes</h3>" + table(caption, columns, rows) + paragraph(by_class.THRESHOLD_NOTE, note=True)
 
 
 def _classes(one: Evaluated, names: Sequence[str]) -> str:

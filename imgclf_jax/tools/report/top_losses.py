@@ -7,8 +7,8 @@ import numpy as np
 
 from imgclf_jax.augment.pixels import to_pixels
 from imgclf_jax.data.stream import Images
-from imgclf_jax.metrics import Predictions
 from imgclf_jax.programs import Programs
+from imgclf_jax.scores.classification import Predictions
 from imgclf_jax.tools.explain.explanations import Explain
 
 

@@ -5,10 +5,12 @@ import json
 
 import numpy as np
 import pytest
+from scored import predictions
 
 from imgclf_jax.cli.table import COMMANDS
 from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.scores.multilabel import TargetPredictions
 from imgclf_jax.tools.evaluate import listing
 
 CLASSES = ("cat, tame", 'dog "big"', "é漢")
@@ -18,7 +20,7 @@ PROBABILITIES = np.array([[0.25, 0.25, 0.5], [0.125, 0.75, 0.125]], np.float32)
 
 @pytest.fixture
 def table():
-    return list(listing.rows("test", ["a b.png", "1"], LABELS, PROBABILITIES, CLASSES, 2, 7))
+    return list(listing.rows("test", ["a b.png", "1"], predictions(LABELS, PROBABILITIES), CLASSES, 2, 7))
 
 
 EXPECTED = [
@@ -40,13 +42,12 @@ def read(file):
 def test_names_that_are_no_utf_8(tmp_path, kind):
     """Their bytes are escaped as in the files of `features`; the evaluation was lost by a traceback."""
     file, name = tmp_path / f"predictions.{kind}", b"\xff".decode("utf-8", "surrogateescape")
-    listing.write(file, list(listing.rows("test", [f"{name}.png", "a"], LABELS, PROBABILITIES, (*"ab", name), 1)))
+    made = predictions(LABELS, PROBABILITIES)
+    listing.write(file, list(listing.rows("test", [f"{name}.png", "a"], made, (*"ab", name), 1)))
     first, second = read(file)
     assert [first[key] for key in ("example", "label", "class_1")] == [r"\udcff.png", r"\udcff", r"\udcff"]
     assert second["example"] == "a"
-    listing.write(
-        file, list(listing.target_rows("test", ["a"], np.ones((1, 1)), np.ones((1, 1)), [name], np.ones(1, bool)))
-    )
+    listing.write(file, list(listing.target_rows("test", ["a"], TargetPredictions(*np.ones((3, 1, 1))), [name])))
     assert r"target[\udcff]" in read(file)[0]
 
 
@@ -65,7 +66,7 @@ def test_what_is_written_is_read_back(tmp_path, table, kind):
 def test_a_model_that_predicts_nan_is_written_as_json(tmp_path):
     """JSON has no NaN, which strict readers refuse: it is null, as in --format=json."""
     file = tmp_path / "predictions.jsonl"
-    listing.write(file, list(listing.rows("test", ["a"], LABELS[:1], np.full((1, 3), np.nan), CLASSES, 1)))
+    listing.write(file, list(listing.rows("test", ["a"], predictions(LABELS[:1], np.full((1, 3), np.nan)), CLASSES, 1)))
     (line,) = file.read_text(encoding="utf-8").splitlines()
     assert json.loads(line, parse_constant=pytest.fail)["probability_1"] is None
 

@@ -25,9 +25,9 @@ from imgclf_jax.core.text import decimals
 from imgclf_jax.data import sampling, sources, stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
-from imgclf_jax.scores import classification as scores
-from imgclf_jax.scores.multilabel import MultilabelScores
+from imgclf_jax.scores.multilabel import TargetPredictions
 from imgclf_jax.tools.evaluate import by_class
+from imgclf_jax.tools.pages.reliability import bin_by_confidence
 from imgclf_jax.tools.report import augmentation as report_augmentation
 from imgclf_jax.tools.report import findings as report_findings
 from imgclf_jax.tools.report import sets as report_sets
@@ -89,7 +89,7 @@ def test_its_numbers_are_those_of_evaluate(trained, page, capsys):
     assert launch.main(["evaluate", f"--workdir={trained}", "--format=json"]) == 0
     found = json.loads(capsys.readouterr().out)["test"]
     rows = page.tables["Scores on test"][1:]
-    assert rows == [[name, f"{of['value']:.4f}", f"{of['low']:.4f} to {of['high']:.4f}"]
+    assert rows == [[name, f"{of['value']:.4f}", f"{of['low']:.4f} to {of['high']:.4f}" if "low" in of else ""]
                     for name, of in found["scores"].items()]  # fmt: skip
     top, head, first, *rest = page.tables["Confusion matrix on test"]
     assert (top, first[0]) == (["", "predicted class"], "true class")
@@ -141,8 +141,7 @@ def test_the_reliability_diagram_has_the_bins_of_a_loop(page, predictions):
 
 
 def test_edges_and_rows_without_predictions_of_reliability():
-    probabilities = np.array([[1.0, 0.0], [0.6, 0.4], [np.nan, 0.5], [0.4, 0.6]])
-    found = scores.reliability(np.array([0, 1, 0, 1]), probabilities)
+    found = bin_by_confidence(np.array([1.0, 0.6, np.nan, 0.6]), np.array([True, False, False, True]))
     assert found.examples.tolist() == [0] * 8 + [2] + [0] * 5 + [1]  # 0.6 is the upper edge of the ninth bin
     assert found.accuracy[[8, 14]].tolist() == [0.5, 1.0]
     assert np.isnan(found.confidence[0])
@@ -315,7 +314,7 @@ def test_of_many_labels_those_with_the_lowest_average_precision_are_shown():
         targets[[0, c + 1], c] = 1  # the mean of 1 and 2 / (c + 2)
     targets[:20_000, 100], targets[19_998, 100] = 1, 0  # almost 1
     names = [f"c{i}" for i in range(102)]  # the last has no example
-    page = Page(f"<main>{report_sets._labels('test', MultilabelScores(targets, outputs), names)}</main>")
+    page = Page(f"<main>{report_sets._labels('test', TargetPredictions(targets, outputs, outputs), names)}</main>")
     [rows] = [rows for caption, rows in page.tables.items() if "the 100 of 102 with the lowest" in caption]
     assert [row[0] for row in rows[1:]] == ["c0", *(f"c{i}" for i in range(99, 0, -1))]
     assert rows[1][2] == "<0.0001"

@@ -1,0 +1,55 @@
+"""Confidence intervals of scores, over test sets of the same size: Wilson's, and the percentile bootstrap."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+type Compute = Callable[[np.ndarray], Mapping[str, np.ndarray]]  # example weights f64[r, n] → {score: f64[r]}
+
+_PROPORTIONS = ("accuracy", "top5", "exact_match")  # of examples, so their intervals are Wilson's
+_BIASED = ("calibration_error",)  # resampling adds to its bias, so all percentiles may exceed the true error
+_SAMPLES = 1000
+_MAX_WEIGHTS = 1 << 22  # bootstrap weights in memory at a time
+_MAX_COST = 2_000_000_000  # numbers that a bootstrap may read, about ten seconds
+
+
+def with_intervals(compute: Compute, n: int, outputs: int) -> dict[str, dict[str, float]]:
+    """Returns {score: {"value", "low", "high"}} with the ends of its 95 % confidence interval, if known.
+
+    `compute` is that of predictions for n examples, with `outputs` probabilities each. The intervals
+    contain the score, and do not cover the variation over training seeds. Fractions of examples have the Wilson
+    interval, the others the percentile bootstrap (Efron 1979). The calibration error has none, nor have a NaN, a
+    perfect score that is the same on all resamples, and scores whose bootstrap would take minutes.
+    """
+    resampled = bootstrap(compute, n) if n * outputs * _SAMPLES <= _MAX_COST else {}
+    out = {}
+    for name, (value,) in compute(np.ones((1, n))).items():
+        out[name] = {"value": float(value)}
+        if np.isnan(value):
+            continue
+        low = high = value
+        if name in _PROPORTIONS:
+            low, high = _wilson_interval(round(value * n), n)
+        elif name in resampled and name not in _BIASED:
+            low, high = np.nanpercentile(resampled[name], [2.5, 97.5])  # AUC of a one-class sample is NaN
+        if low < high:
+            out[name] |= {"low": float(min(low, value)), "high": float(max(high, value))}
+    return out
+
+
+def bootstrap(compute: Compute, n: int, samples: int = _SAMPLES, seed: int = 0) -> dict[str, np.ndarray]:
+    """Returns {score: f64[samples]}: the scores of resamples of n examples with replacement; {} for one example."""
+    if n < 2:
+        return {}
+    generator = np.random.default_rng(seed)
+    sizes = np.diff([*range(0, samples, max(1, _MAX_WEIGHTS // n)), samples])
+    chunks = [compute(generator.multinomial(n, np.full(n, 1 / n), size).astype(np.float64)) for size in sizes]
+    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def _wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """The 95 % score interval of a proportion (Wilson 1927); its width is above zero for 0 and n successes too."""
+    from scipy import stats
+
+    interval = stats.binomtest(successes, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)

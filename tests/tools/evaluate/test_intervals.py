@@ -1,0 +1,108 @@
+"""Confidence intervals: Wilson's, and the bootstrap's against a slow computation and by its coverage."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+from scored import by_sklearn, example, predictions, score
+
+from imgclf_jax.tools.evaluate import intervals
+
+
+def ends(labels, probabilities):
+    found = intervals.with_intervals(predictions(labels, probabilities).compute, *probabilities.shape)
+    return {name: (score["low"], score["high"]) for name, score in found.items() if "low" in score}
+
+
+def test_the_bootstrap_is_that_of_the_slow_way():
+    labels, probabilities = example(80, 3)
+    found = intervals.bootstrap(predictions(labels, probabilities).compute, 80, samples=50, seed=5)
+    weights = np.random.default_rng(5).multinomial(80, np.full(80, 1 / 80), 50)
+    for i, row in enumerate(weights):
+        places = np.repeat(np.arange(80), row)
+        for name, value in by_sklearn(labels[places], probabilities[places]).items():
+            assert found[name][i] == pytest.approx(value, abs=1e-12), name
+
+
+def test_intervals_are_percentiles_of_the_bootstrap():
+    labels, probabilities = example(80, 3)
+    found, resampled = ends(labels, probabilities), intervals.bootstrap(predictions(labels, probabilities).compute, 80)
+    for name in resampled.keys() - {"accuracy", "calibration_error"}:
+        assert found[name] == pytest.approx(np.percentile(resampled[name], [2.5, 97.5]), abs=1e-12), name
+    right = int(sum(probabilities.argmax(1) == labels))
+    assert found["accuracy"] == pytest.approx(binomtest(right, 80).proportion_ci(method="wilson"), abs=1e-12)
+    assert "calibration_error" not in found  # resampling adds to its bias
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 1), (1, 1), (0, 10), (14, 14), (50, 50), (355, 360)])
+def test_intervals_of_proportions_are_scipys(right, n):
+    """They have a width even if all examples are right, or none, or there is only one."""
+    labels, probabilities = np.zeros(n, int), np.full((n, 6), 0.1) + np.eye(6)[(np.arange(n) >= right) * 5] * 0.4
+    for name, count in (("accuracy", right), ("top5", n)):
+        low, high = ends(labels, probabilities)[name]
+        assert (low, high) == pytest.approx(binomtest(count, n).proportion_ci(method="wilson"), abs=1e-12)
+        assert 0 <= low <= count / n <= high <= 1
+        assert high - low > 0.005
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_every_interval_holds_its_value(data):
+    """With few examples too, absent classes, equal probabilities, and confident models."""
+    n, classes = data.draw(st.integers(1, 12)), data.draw(st.integers(2, 7))
+    row = st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0, 30.0]), min_size=classes, max_size=classes)
+    probabilities = np.exp(data.draw(st.lists(row, min_size=n, max_size=n)))
+    probabilities /= probabilities.sum(1, keepdims=True)
+    labels = np.array(data.draw(st.lists(st.integers(0, classes - 1), min_size=n, max_size=n)))
+    found = ends(labels, probabilities)
+    resampled = intervals.bootstrap(predictions(labels, probabilities).compute, n)
+    for name, value in score(labels, probabilities).items():
+        if name in found:
+            assert found[name][0] <= value <= found[name][1], name
+            assert found[name][1] <= 2 if name == "brier" else found[name][1] <= 1 + 1e-9, name
+        else:
+            low, high = np.nanpercentile(resampled[name], [2.5, 97.5]) if n > 1 and not np.isnan(value) else (0, 0)
+            assert low == high or name == "calibration_error", name
+
+
+@pytest.mark.thorough
+def test_intervals_hold_the_truth_in_about_95_of_100_sets():
+    """The truth is the score on a very large set; 95 % ± 5 % of 150 sets of 300 examples contain it."""
+    truth = score(*example(200_000, 3, seed=1))
+    held = dict.fromkeys(("accuracy", "macro_precision", "macro_recall", "macro_f1", "auc", "brier"), 0)
+    for seed in range(150):
+        found = ends(*example(300, 3, seed=100 + seed))
+        for name in held:
+            held[name] += found[name][0] <= truth[name] <= found[name][1]
+    assert all(135 <= count <= 149 for count in held.values()), held
+
+
+def test_a_large_set_is_resampled_in_chunks(monkeypatch):
+    labels, probabilities = example(60, 3)
+    whole = ends(labels, probabilities)
+    monkeypatch.setattr(intervals, "_MAX_WEIGHTS", 60 * 7)
+    for name, interval in ends(labels, probabilities).items():
+        assert interval == pytest.approx(whole[name], abs=1e-14)
+    monkeypatch.setattr(intervals, "_MAX_COST", 10)
+    assert ends(labels, probabilities).keys() == {"accuracy"}
+
+
+def test_a_perfect_score_has_no_interval_of_no_width():
+    """24 of 24 right: accuracy has the Wilson interval, and what all resamples agree on has none."""
+    labels = np.arange(24) % 3
+    for confidence in (0.9, 1.0):
+        probabilities = np.full((24, 3), (1 - confidence) / 2)
+        probabilities[np.arange(24), labels] = confidence
+        found = intervals.with_intervals(predictions(labels, probabilities).compute, 24, 3)
+        assert found["accuracy"]["value"] == found["macro_f1"]["value"] == found["auc"]["value"] == 1
+        assert found["accuracy"]["low"] == pytest.approx(binomtest(24, 24).proportion_ci(method="wilson").low)
+        assert all(score["low"] < score["high"] for score in found.values() if "low" in score)
+        assert {"macro_precision", "macro_recall", "macro_f1", "auc"} <= {
+            name for name, score in found.items() if "low" not in score
+        }
+    perfect = intervals.with_intervals(lambda w: {"exact_match": np.ones(len(w)), "f1": np.ones(len(w))}, 24, 1)
+    assert perfect == {
+        "exact_match": {"value": 1.0, "low": found["accuracy"]["low"], "high": 1.0},
+        "f1": {"value": 1.0},
+    }
