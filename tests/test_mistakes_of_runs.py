@@ -254,13 +254,6 @@ def test_a_config_that_is_missing(mistake, copy, capsys):
     assert "config.json is missing: assuming that the run" in capsys.readouterr().err
 
 
-def test_a_start_that_fails_leaves_no_folder(mistake, tmp_path):
-    assert has(mistake(f"--workdir={tmp_path}/a/b", *FAKE, "--config.model=cnnn"), "unknown model 'cnnn'")
-    sentence = mistake(f"--workdir={tmp_path}/a/b", *FAKE, "--config.init_from=nowhere")
-    assert has(sentence, "there is no file or work directory 'nowhere'")
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("override", ["model=cnnn", "loss=none", "schedule=none(1)", "optimizer=none", "augment=none",
                                       "mix=none", "tta=none", "metrics=none"])  # fmt: skip
 def test_a_wrong_name_is_told_before_data_are_opened(mistake, tmp_path, monkeypatch, override):

@@ -28,7 +28,8 @@ class Cadences:
 
     def due(self, step: int) -> Due:
         """What to do after `step` steps."""
-        return Due(*(step == self.total or configs.is_due(step, every) for every in self._periods))
+        periods = self.log, self.eval, self.checkpoint
+        return Due(*(step == self.total or configs.is_due(step, every) for every in periods))
 
     def checks(self, step: int) -> bool:
         """Whether step `step` is computed twice."""
@@ -47,7 +48,3 @@ class Cadences:
     def last(self) -> int:
         """The number of steps to train."""
         return self.total if self.end is None else min(self.end, self.total)
-
-    @property
-    def _periods(self) -> tuple[Fraction | None, ...]:
-        return (self.log, self.eval, self.checkpoint)

@@ -9,7 +9,7 @@ checkpoints only once the new one is verified. Which one is best follows from me
 import concurrent.futures
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +47,6 @@ class CheckpointRemoved(UserError):
     """The run removed a checkpoint while it was being read."""
 
 
-@contextlib.contextmanager
-def _quiet_absl() -> Iterator[None]:
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(max(level, logging.ERROR))
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 type Leaf = Any  # an array or a jax.ShapeDtypeStruct
 
 
@@ -93,8 +82,7 @@ class Checkpoints:
             internals.teach_orbax_s3()
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_HANDLERS)
         try:
-            with _quiet_absl():  # Orbax warns that a read-only folder is read-only
-                self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
         except (ValueError, TypeError, KeyError) as e:  # from a _CHECKPOINT_METADATA with other values
             raise UserError(f"a checkpoint in {self.directory} has damaged metadata: {reason(e)}; remove it") from e
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")

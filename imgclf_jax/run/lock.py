@@ -24,22 +24,17 @@ _LOOK = 0.05  # seconds, in which a process that called `is_held` has let go of 
 def held(file: Path) -> Iterator[None]:
     """Holds the lock `file` inside, and removes it at the end. The file names its holder.
 
-    The operating system releases the lock (`flock`) however the process ends. Missing folders are created, and removed
-    again if they are empty at the end. Raises UserError, with host, process and time, if another process holds the
-    lock. Logs a warning if the file system has no locks.
+    The operating system releases the lock (`flock`) however the process ends. Missing folders are created. Raises
+    UserError, with host, process and time, if another process holds the lock. Logs a warning if the file system has no
+    locks.
     """
-    missing = [folder for folder in file.parents if not folder.exists()]
     file.parent.mkdir(parents=True, exist_ok=True)
     handle = _take(file)
-
     try:
         yield
     finally:
         file.unlink(missing_ok=True)  # while still locked, or it could remove the next holder's file
         handle.close()
-        with contextlib.suppress(OSError):  # not empty
-            for folder in missing:
-                folder.rmdir()
 
 
 def holder(file: Path) -> str:

@@ -3,7 +3,6 @@
 provenance.json is the snapshot of the first start, and has those of later starts under "resumed".
 """
 
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -215,14 +214,8 @@ _distributions = functools.cache(importlib.metadata.packages_distributions)  # p
 
 
 def _installed() -> dict[str, str]:
-    """The version of each installed package, from its folder's name, which is faster than reading its metadata."""
-    found: dict[str, str] = {}
-    for folder in sys.path:
-        with contextlib.suppress(OSError):
-            for name in os.listdir(folder or "."):
-                package, _, version = name.removesuffix(".dist-info").rpartition("-")
-                if name.endswith(".dist-info") and package:
-                    found.setdefault(package.replace("_", "-").lower(), version)  # the first on Python's path wins
+    """The version of each installed package, the most important first."""
+    found = {one.name.replace("_", "-").lower(): one.version for one in importlib.metadata.distributions()}
     return dict(sorted(found.items(), key=lambda one: (one[0] not in PACKAGES, one)))
 
 

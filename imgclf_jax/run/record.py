@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +19,6 @@ from imgclf_jax.run.provenance import snapshots
 from imgclf_jax.run.workdir import Workdir, has_ended
 
 log = logging.getLogger(__name__)
-
-_OF_A_RUN = {"checkpoints", "tb", "profile", "damaged"}  # folders in that of a run, which hold no other runs
 
 
 @dataclass(frozen=True)
@@ -172,38 +170,25 @@ def read(path: Path) -> Record:
 def find(folders: Sequence[str]) -> tuple[list[Record], list[str]]:
     """Finds the runs in and below the folders: returns their records, sorted by name, and sentences on damaged runs.
 
-    Logs these sentences. Raises UserError for a missing folder, and if there is no intact run.
+    Follows no links to folders. Logs the sentences. Raises UserError for a missing folder, and if there is no intact
+    run.
     """
     runs: list[Record] = []
     damaged: list[str] = []
-    seen = set[Path]()
+    places: dict[Path, Path] = {}  # by what they are, since folders may lie in one another
     for text in folders:
         folder = paths.as_path(text)
         if not folder.is_dir():
             raise UserError(f"{text} is not a directory; name work directories, or a folder that holds some")
-        for path in _runs_below(folder, seen):
-            try:
-                runs.append(read(path))
-            except UserError as e:
-                damaged.append(str(e))
-    for sentence in damaged:
-        log.error("skipped: %s", sentence)
+        for name in ("config.json", "result.json"):  # a result alone has lost its config, which reading it reports
+            for file in folder.rglob(name):
+                places.setdefault(file.parent.resolve(), file.parent)
+    for path in sorted(places.values()):
+        try:
+            runs.append(read(path))
+        except UserError as e:
+            log.error("skipped: %s", e)
+            damaged.append(str(e))
     if not runs:
         raise UserError(f"{', '.join(folders)}: no run there or below; a run's directory has a config.json")
     return runs, damaged
-
-
-def _runs_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    if (real := folder.resolve()) in seen:
-        return
-    seen.add(real)
-    # A folder with a result alone has lost its config, which reading it reports.
-    is_run = any((folder / name).is_file() for name in ("config.json", "result.json"))
-    if is_run:
-        yield folder
-    passed = _OF_A_RUN if is_run else set[str]()
-    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in passed):
-        if inner.is_symlink():  # what is written to a run must not land outside of what the person names
-            log.warning("skipped: %s is a link; name it itself to include the runs there", inner)
-        else:
-            yield from _runs_below(inner, seen)

@@ -1,27 +1,24 @@
 """Where the time of a training process goes: seconds by phase, images a second; and the watchdog of its phases."""
 
 import faulthandler
-import os
 import sys
 import time
-from pathlib import Path
 
-PHASES = ("import", "setup", "compile", "input", "steps", "evaluation", "checkpoint", "other")
+PHASES = ("setup", "compile", "input", "steps", "evaluation", "checkpoint", "other")
 PATIENCE = 6  # times the watchdog's limit, in phases that may take long
 _PATIENT = ("setup", "compile", "checkpoint")
 
 
 class Timer:
-    """Counts the seconds that this process spends in each of PHASES; they add up to its wall time.
+    """Counts the seconds that this process spends in each of PHASES; they add up to the time since it was made.
 
-    Time before this object was made counts as "import". With a `limit` in seconds, the process ends with status 1, and
-    the stacks of all threads on standard error, if `enter` is not called within it; set-up, compilation and checkpoints
-    may take PATIENCE times the limit. The watchdog is a timer in C, so a thread that holds the GIL cannot stop it.
+    With a `limit` in seconds, the process ends with status 1, and the stacks of all threads on standard error, if
+    `enter` is not called within it; set-up, compilation and checkpoints may take PATIENCE times the limit. The watchdog
+    is a timer in C, so a thread that holds the GIL cannot stop it.
     """
 
     def __init__(self, limit: float = 0.0):
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        self.seconds["import"] = _age()
         self.steps, self._limit = 0, limit
         self._made = self._since = time.monotonic()
         self._lap, self._lap_steps = dict(self.seconds), 0
@@ -67,13 +64,3 @@ class Timer:
         """[{"phase": …, "seconds": …}] of the phases that took any time, for result.json."""
         self.beat()
         return [{"phase": name, "seconds": round(seconds, 2)} for name, seconds in self.seconds.items() if seconds]
-
-
-def _age() -> float:
-    """The seconds since this process began; 0 where the system does not say."""
-    try:
-        fields = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5), after the boot
-        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
-    except (OSError, ValueError, IndexError, AttributeError):
-        return 0.0

@@ -1,7 +1,6 @@
 """The work directory: the names of its files, and the checks before a command uses it."""
 
 import contextlib
-import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,7 +100,7 @@ class Workdir:
     def held(self) -> Iterator[None]:
         """Creates the directory if it is missing, and holds its lock inside, so that one run at a time trains in it.
 
-        A directory that it created is removed again if it is empty at the end. Raises UserError if another run holds
+        Raises UserError if another run holds
         the lock or the directory cannot be written. Logs a warning for a bucket, which has no locks.
         """
         if paths.in_bucket(self.path):
@@ -161,9 +160,9 @@ class Workdir:
                 for one in find_differences(snapshot, {"modules": module_digests()})]  # fmt: skip
 
     def warn_of_changed_modules(self) -> None:
-        """Warns, once each, about the user's own modules that have changed since the run's last step."""
+        """Warns about the user's own modules that have changed since the run's last step."""
         for name in self.changed_modules():
-            _warn_once(f"{name} has changed since the run in {self.path} was trained: its outputs may differ")
+            log.warning("%s has changed since the run in %s was trained: its outputs may differ", name, self.path)
 
     def drop_later_result(self, start: int) -> None:
         """Removes result.json if it is from step `start`, from which the run trains on, or from a later one."""
@@ -221,8 +220,3 @@ def has_ended(result: JsonMapping, total: int | None) -> bool:
     A run that trains on has none: see `Workdir.drop_later_result`.
     """
     return type(result.get("step")) is int and (total in (None, result["step"]) or bool(result.get("stopped_early")))
-
-
-@functools.cache
-def _warn_once(sentence: str) -> None:
-    log.warning("%s", sentence)

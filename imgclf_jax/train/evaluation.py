@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -121,11 +121,11 @@ def open_set(programs: Programs, base: dict[str, Source], text: str, key: str) -
     if source.class_names == tuple(map(str, range(len(names)))) and not all(map(str.isdigit, names)):
         log.warning("%s=%r has no class names: its labels are taken as indices of the model's classes", key, text)
     elif source.class_names != names:
-        raise UserError(f"{key}={text!r} has the classes {_compare_names(source.class_names, names)}")
+        here, there = next(pair for pair in itertools.zip_longest(source.class_names, names) if pair[0] != pair[1])
+        raise UserError(f"{key}={text!r} has {len(source.class_names)} classes and the model {len(names)}: the first "
+                        f"that differs is {here!r} here and {there!r} in the model")  # fmt: skip
     if source.target_names != programs.recipe.data.target_names:
-        has = ("labels", "targets")
-        kinds = [has[bool(names)] for names in (source.target_names, programs.recipe.data.target_names)]
-        raise UserError(f"{key}={text!r} has {kinds[0]}, and the training examples have {kinds[1]}")
+        raise UserError(f"{key}={text!r}: one of this set and the training examples has targets, the other has labels")
     images = programs.eval_images(source)
     if images.shape != programs.recipe.data.image_shape:
         raise UserError(f"{key}: preprocess_eval={programs.preprocess_eval!r} gives images of "
@@ -133,17 +133,6 @@ def open_set(programs: Programs, base: dict[str, Source], text: str, key: str) -
                         "resize(height, width), or resize_small and central_crop, to both")  # fmt: skip
     check_targets(programs, images)
     return images
-
-
-def _compare_names(here: Sequence[str], trained: Sequence[str]) -> str:
-    """The first names and the number of the classes of an evaluation set and of a model, and the first that differ."""
-
-    def some(names: Sequence[str]) -> str:
-        return f"{list(names[:5])}{'…' * (len(names) > 5)} ({len(names)})"
-
-    i, (a, b) = next((i, pair) for i, pair in enumerate(itertools.zip_longest(here, trained)) if pair[0] != pair[1])
-    shown = ["missing" if name is None else repr(name) for name in (a, b)]
-    return f"{some(here)}, the model {some(trained)}: class {i} is {shown[0]} here and {shown[1]} in the model"
 
 
 def check_targets(programs: Programs, images: stream.Images) -> None:
@@ -155,35 +144,36 @@ def check_targets(programs: Programs, images: stream.Images) -> None:
             losses.check_targets(recipe.config.loss, recipe.task, source.labels, source.example_name)
 
 
-def changed(programs: Programs, trained: ConfigDict, base: dict[str, Source]) -> bool:
-    """Whether the source has changed since training, so that its splits may now mix with the training examples."""
-    if programs.recipe.config.data.source == trained.data.source:
+def data_changes(
+    programs: Programs, run: ConfigDict, recorded: Mapping[str, str], base: dict[str, Source],
+    evals: Mapping[str, stream.Images],
+) -> list[str]:  # fmt: skip
+    """A sentence for each set of examples that has changed since training.
+
+    - `run` is the config of the run, and `recorded` its fingerprints of the evaluation sets, by name.
+    - `base` are the splits of the present source, and `evals` the evaluation sets; a set whose spec is not that of the
+      run is not compared.
+    """
+    found, now = [], programs.recipe.config.data
+    if now.source == run.data.source:
         with contextlib.suppress(UserError):  # the training split may be gone, and only the evaluation sets are needed
-            train, recorded = sources.take_split(base, trained.data.train), programs.recipe.data.fingerprint
-            return recorded != train.fingerprint
-    return False
+            if sources.take_split(base, run.data.train).fingerprint != programs.recipe.data.fingerprint:
+                found.append("the data have changed since training: examples trained on may now be in an evaluation "
+                             "set")  # fmt: skip
+    for name, images in evals.items():
+        alike = (now.source, now.eval[name]) == (run.data.source, run.data.eval.get(name))
+        if alike and name in recorded and images.source.fingerprint != recorded[name]:
+            found.append(f"the evaluation set {name} has changed since training: its metrics are not those that the "
+                         "run recorded")  # fmt: skip
+    return found
 
 
 def compare_with_record(
     programs: Programs, workdir: Workdir, base: dict[str, Source], evals: Mapping[str, stream.Images]
 ) -> None:
-    """Warns if the data differ from the recorded ones."""
+    """Warns of changed code and data, and of evaluation sets that share examples with training."""
     workdir.warn_of_changed_modules()  # those of the data too, which are open by now
-    trained = workdir.load_config()
-    if changed(programs, trained, base):
-        log.warning("the data have changed since training: examples trained on may now be in an evaluation set")
-    for sentence in overlap_warnings(trained, programs.recipe.config.data, base):
+    trained, recorded = workdir.load_config(), workdir.read_provenance().get("evals", {})
+    for sentence in (*data_changes(programs, trained, recorded, base, evals),
+                     *overlap_warnings(trained, programs.recipe.config.data, base)):  # fmt: skip
         log.warning("%s", sentence)
-    for name in changed_sets(programs, trained, workdir.read_provenance().get("evals", {}), evals):
-        log.warning("the evaluation set %s has changed since training: its metrics are not those that the run recorded",
-                    name)  # fmt: skip
-
-
-def changed_sets(
-    programs: Programs, trained: ConfigDict, recorded: Mapping[str, str], evals: Mapping[str, stream.Images]
-) -> list[str]:
-    """The names of the evaluation sets whose spec is that of the run but whose examples have changed."""
-    now = programs.recipe.config.data
-    named_alike = [name for name in evals if name in recorded and (now.source, now.eval[name]) == (
-        trained.data.source, trained.data.eval.get(name))]  # fmt: skip
-    return [name for name in named_alike if evals[name].source.fingerprint != recorded[name]]

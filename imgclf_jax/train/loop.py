@@ -100,11 +100,10 @@ def _when_compiled(batches: Iterable[tuple[int, Batch]], run: Run, records: Reco
     records.timer.enter("input")
     if first := list(itertools.islice(batches, 1)):
         records.timer.enter("compile")
-        seconds = run.compiled.result()
+        run.compiled.result()
         processes.barrier()  # on CPU, collectives time out after half a minute
         run.record_start()  # not before: an extension that fails or is interrupted until here changes nothing
-        log.info("compiled in %.2f s; the first step begins %.2f s after the command", seconds,
-                 records.timer.since_main)  # fmt: skip
+        log.info("the first step begins %.2f s after the command", records.timer.since_main)
     return itertools.chain(first, batches)
 
 

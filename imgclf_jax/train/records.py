@@ -4,7 +4,7 @@ import collections
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -39,19 +39,12 @@ class Records(contextlib.ExitStack):
         self.timer, self._run, self._step, self._pace = timer, run, run.start, ""
         self._in_flight: collections.deque[Any] = collections.deque()
         self.images_per_step = int(run.config.batch_size) * run.programs.recipe.num_seeds
-        self._profiler = Profiler(profile, run.workdir.path)
-        folder = run.workdir.path
-        with contextlib.ExitStack() as files:
-            keys, config = configs.flatten(run.config), run.config
-            metrics = MetricsWriter(folder, run.start, keys, config.tensorboard, config.writers)
-            self.metrics = files.enter_context(contextlib.closing(metrics))
-            self.digests = files.enter_context(contextlib.closing(Digests(folder, run.start, run.cadences.last)))
-            files.enter_context(contextlib.closing(self._profiler))
-            self.push(files.pop_all())
-
-    def __enter__(self) -> Self:
+        config, folder = run.config, run.workdir.path
+        metrics = MetricsWriter(folder, run.start, configs.flatten(config), config.tensorboard, config.writers)
+        self.metrics = self.enter_context(contextlib.closing(metrics))
+        self.digests = self.enter_context(contextlib.closing(Digests(folder, run.start, run.cadences.last)))
+        self._profiler = self.enter_context(contextlib.closing(Profiler(profile, folder)))
         self.enter_context(terminal.showing(self._describe))
-        return self
 
     def watch(self, batches: Iterable[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
         """Yields each step with its batch; counts the time in which the devices wait for a batch, but for the first."""
@@ -139,17 +132,14 @@ def _means(sums: dict[str, np.ndarray], task: Task) -> dict[str, float]:
     `metrics.summarize`. Multi-label accuracy is `exact_match`.
     """
     total = {name: np.sum(value).item() for name, value in sums.items()}
-    own = sorted(total.keys() - {"steps", "examples", "loss", "correct", "skipped", NONFINITE_STEP, *PER_STEP})
-    right = {"exact_match" if task is Task.MULTILABEL else "accuracy": "correct"} if "correct" in total else {}
-    of_examples = {"loss": "loss", **right, **{name: name for name in own}}
     means = {"skipped": total["skipped"]} if "skipped" in total else {}
     if not total["steps"]:  # all were skipped
         return means
-    means |= {name: total[summed] / total["examples"] for name, summed in of_examples.items()}
-    means |= {name: total[name] / total["steps"] for name in PER_STEP}
+    correct = "exact_match" if task is Task.MULTILABEL else "accuracy"
     trained = sums["steps"] > 0  # [seeds], or []
-    if np.count_nonzero(trained) > 1:
-        for name, summed in of_examples.items():
-            each = sums[summed][trained] / sums["examples"][trained]
-            means[f"{name}_std"] = np.std(each, ddof=1).item()
-    return means
+    for name in sorted(sums.keys() - {"steps", "examples", "skipped", NONFINITE_STEP, *PER_STEP}):
+        shown = correct if name == "correct" else name
+        means[shown] = total[name] / total["examples"]
+        if np.count_nonzero(trained) > 1:
+            means[f"{shown}_std"] = np.std(sums[name][trained] / sums["examples"][trained], ddof=1).item()
+    return means | {name: total[name] / total["steps"] for name in PER_STEP}

@@ -3,7 +3,6 @@
 import concurrent.futures
 import logging
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -42,7 +41,7 @@ class Run:
     images: stream.Images  # to train on
     evals: dict[str, stream.Images]
     programs: Programs
-    compiled: concurrent.futures.Future[float]  # seconds of tracing and compiling `programs.train`
+    compiled: concurrent.futures.Future[Function]  # `programs.train`
     eval_compiled: concurrent.futures.Future[Function]
     checkpoints: Checkpoints
     cadences: Cadences
@@ -92,10 +91,10 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     if (done := processes.broadcast(workdir.last_checkpoint) or 0) > recipe.total:
         raise UserError(f"total={config.total!r} is {recipe.total} steps, but the run in {workdir.path} has done {done}"
                         "; pass its own total, extend it to more, or pass another --workdir")  # fmt: skip
-    tracing = _trace(compiling)
+    _ = compiling.traced_train, recipe.views, recipe.whole_set_metrics  # which shows errors in the config
     fresh = not processes.broadcast(workdir.has_checkpoints)
     weights = pretrained.load(compiling) if config.init_from and fresh else None
-    compiled, eval_compiled = _compile_in_background(compiling, tracing)
+    compiled, eval_compiled = _compile_in_background(compiling)
     skipped = datasets.skipped_files(base, images)
     fingerprints = {name: images.source.fingerprint for name, images in evals.items()}
     groups = compiling.groups_of_statistics if config.batch_norm == "per_device" else 0
@@ -183,24 +182,11 @@ def _pinned(config: ConfigDict, workdir: Workdir) -> ConfigDict:
     return config
 
 
-def _trace(compiling: Programs) -> float:
-    """Traces the train step, which shows errors in the config; returns the seconds it took."""
-    began = time.perf_counter()
-    _ = compiling.traced_train, compiling.recipe.views, compiling.recipe.whole_set_metrics
-    return time.perf_counter() - began
-
-
 def _compile_in_background(
-    compiling: Programs, tracing: float
-) -> tuple[concurrent.futures.Future[float], concurrent.futures.Future[Function]]:
-    """Compiles the train and eval programs in a thread; the first future holds the seconds, with those of tracing."""
-
-    def compile() -> float:
-        began = time.perf_counter()
-        _ = compiling.train
-        return tracing + time.perf_counter() - began
-
+    compiling: Programs,
+) -> tuple[concurrent.futures.Future[Function], concurrent.futures.Future[Function]]:
+    """Compiles the train and eval programs in a thread."""
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
-    futures = pool.submit(compile), pool.submit(lambda: compiling.eval)
+    futures = pool.submit(lambda: compiling.train), pool.submit(lambda: compiling.eval)
     pool.shutdown(wait=False)
     return futures

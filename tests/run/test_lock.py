@@ -38,15 +38,6 @@ def test_the_other_is_told_who_holds_it(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_folders_that_it_made_are_removed_if_they_are_empty(tmp_path):
-    with lock.held(tmp_path / "a" / "b" / "lock"):
-        pass
-    assert list(tmp_path.iterdir()) == []
-    with lock.held(tmp_path / "a" / "b" / "lock"):
-        (tmp_path / "a" / "mine").touch()
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["mine"]
-
-
 def test_two_in_one_process(tmp_path):
     with lock.held(tmp_path / "lock"):
         with pytest.raises(UserError, match="in use"), lock.held(tmp_path / "lock"):

@@ -17,7 +17,7 @@ from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.metrics import AnyPredictions, Predictions
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run.record import Record
-from imgclf_jax.train.evaluation import changed_sets, evaluate, open_evals
+from imgclf_jax.train.evaluation import data_changes, evaluate, open_evals
 from imgclf_jax.trained import Trained, restore
 
 log = logging.getLogger(__name__)
@@ -90,9 +90,10 @@ def make(run: Record, trust: bool) -> Correct:
         _check_checkpoint(run, model)
         model.programs.check_predicts()
         programs = dataclasses.replace(model.programs, predicting=True)
-        evals = open_evals(programs, datasets.open_data(run.config))
-        if differing := changed_sets(programs, run.config, run.evals, evals):
-            raise UserError(f"its evaluation set {differing[0]} has changed since training; restore the data")
+        base = datasets.open_data(run.config)
+        evals = open_evals(programs, base)
+        if changes := data_changes(programs, run.config, run.evals, base, evals):
+            raise UserError(f"{changes[0]}; restore the data")
         if modules := run.workdir.changed_modules():
             raise UserError(f"{modules[0]} has changed since training; restore it")
         made = {}

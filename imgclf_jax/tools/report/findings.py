@@ -25,7 +25,7 @@ from imgclf_jax.tools.report import augmentation as report_augmentation
 from imgclf_jax.tools.report import top_losses as report_top_losses
 from imgclf_jax.tools.report.augmentation import Augmented
 from imgclf_jax.tools.report.top_losses import TopLoss
-from imgclf_jax.train.evaluation import changed, changed_sets, evaluate, open_evals
+from imgclf_jax.train.evaluation import data_changes, evaluate, open_evals
 from imgclf_jax.train.leakage import overlap_warnings
 from imgclf_jax.trained import Trained
 
@@ -75,16 +75,12 @@ def find(model: Trained, recorded: ConfigDict, fingerprints: Mapping[str, str]) 
     with _noting(missing, "The data cannot be opened, so this page omits everything that needs them"):
         base = datasets.open_data(model.config)
     if base:
-        if changed(programs, recorded, base):
-            missing.append("The data have changed since training: examples trained on may now be in an evaluation set.")
         missing += [f"{sentence[0].upper()}{sentence[1:]}."
                     for sentence in overlap_warnings(recorded, model.config.data, base)]  # fmt: skip
         with _noting(missing, "The evaluation sets are omitted"):
             evals = open_evals(programs, base)
-            missing += [
-                f"The evaluation set {name} has changed since training: its metrics are not those of the curves."
-                for name in changed_sets(programs, recorded, fingerprints, evals)
-            ]
+            missing += [f"{sentence[0].upper()}{sentence[1:]}."
+                        for sentence in data_changes(programs, recorded, fingerprints, base, evals)]  # fmt: skip
             sets = _evaluate(model, evals)
         with _noting(missing, "The augmented images are omitted"):
             augmented = report_augmentation.draw(programs, sources.take_split(base, model.config.data.train))

@@ -138,8 +138,6 @@ def test_what_is_not_done_or_damaged(tmp_path, write):
     (write("b/result") / "result.json").write_text("[")
     (write("b/config") / "config.json").write_text("{}")
     (tmp_path / "c").mkdir()
-    (tmp_path / "a" / "done" / "checkpoints" / "x").mkdir(parents=True)
-    (tmp_path / "a" / "done" / "checkpoints" / "x" / "config.json").write_text("not a run")
     (tmp_path / "a" / "link").symlink_to(tmp_path / "a")
     runs, damaged = record.find([str(tmp_path), str(tmp_path / "a")])
     assert [run.workdir.path.name for run in runs] == ["done", "extended", "going"]

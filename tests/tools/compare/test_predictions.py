@@ -110,7 +110,7 @@ def test_predictions_are_of_the_result_or_not_used(arrays_run, capsys):
     arrays = dict(np.load(data))
     np.savez(data, **arrays | {"y_test": (arrays["y_test"] + 1) % 3})
     assert launch.main(["compare", str(folder), "--test"]) == 0
-    assert ": its evaluation set test has changed since training" in capsys.readouterr().err
+    assert ": the evaluation set test has changed since training" in capsys.readouterr().err
     assert not file.exists()
     data.write_bytes(before)
     assert launch.main(["compare", str(folder), "--test"]) == 0
