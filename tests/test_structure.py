@@ -209,7 +209,7 @@ def test_model_files_say_nothing_of_how_arrays_lie_in_memory():
 RAW = {
     "cli/main.py": "/dev/null", "core/stopping.py": "/dev/null",
     "cli/openers.py": "the person's config", "core/text.py": "/dev/null, standard output",
-    "core/cpuinfo.py": "/proc", "run/timer.py": "/proc",
+    "core/cpuinfo.py": "/proc",
     "tools/export/saved_model.py": "a folder of its own",
     "data/sources.py": "the package", "tools/pages/html.py": "the package", "tools/serve/app.py": "the package",
     "run/provenance.py": "code that is imported", "run/environment.py": "the cache", "data/decoded.py": "the cache",
