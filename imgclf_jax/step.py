@@ -163,7 +163,9 @@ def make_train_step(
         losses, sown = (changed.get(name, {}) for name in SOWN)
         updated = {name: value for name, value in changed.items() if name not in SOWN}
         updated = _keep_float32(updated, model_state)
-        _check_state(updated, model_state)
+        _refuse_difference(
+            "a step changes the model's state", updated, model_state, lambda x: jax.typeof(x).str_short()
+        )
         _check_sown(losses, part)
         loss = functools.reduce(jnp.add, map(jnp.mean, jax.tree.leaves(losses)), _mean_loss(out))
         return loss, (updated, (out.logits, _named_metrics(out.metrics, sown)))
@@ -192,13 +194,13 @@ def make_train_step(
         ))  # fmt: skip
         key = rng.key(state.seed, "dropout", state.step)
         (mean_loss, (model_state, (logits, named))), grads = take_gradient(state.params, state.model_state, whole, key)
-        _check_fits(grads, state.params, "a gradient function returns gradients")
+        _refuse_difference("gradients that do not fit the parameters", grads, state.params, _shape)
         with jax.named_scope(OPTIMIZER):
             updates, opt_state = optimizer.update(
                 grads, state.opt_state, state.params,
                 **take_gradient.extra_arguments(mean_loss, grads, state.model_state, whole, key),
             )  # fmt: skip
-        _check_fits(updates, state.params, "the optimizer returns updates")
+        _refuse_difference("updates of the optimizer that do not fit the parameters", updates, state.params, _shape)
         params = optax.apply_updates(state.params, shard(updates))
         (params, model_state), evaluated = average.update(
             state.eval_variables, (params, model_state), _updates(state), opt_state
@@ -234,11 +236,20 @@ def _updates(state: TrainState) -> jax.Array:
     return state.step - state.skipped
 
 
-def _check_fits(given: PyTree, params: Params, what: str) -> None:
-    """Raises UserError unless `given` has the paths and shapes of the parameters: other shapes would be broadcast."""
-    if wrong := _find_difference(given, params, lambda x: str(list(jnp.shape(x)))):
-        name, has, needs = wrong
-        raise UserError(f"{what} that do not fit the parameters: {name} is {has}, and the parameter is {needs}")
+def _refuse_difference(what: str, given: PyTree, wanted: PyTree, describe: Callable[[Any], str]) -> None:
+    """Raises UserError unless both have the same paths, and leaves of the same description: shape, or dtype and shape.
+
+    Other shapes would be broadcast, and the next step could not run on another state.
+    """
+    found, needed = ({name: describe(x) for name, x in tree.named_leaves(one)} for one in (given, wanted))
+    for name in {**needed, **found}:
+        has, needs = found.get(name, "nothing"), needed.get(name, "nothing")
+        if has != needs:
+            raise UserError(f"{what}: {name} is {has} instead of {needs}")
+
+
+def _shape(x: Any) -> str:
+    return str(list(jnp.shape(x)))
 
 
 def _keep_float32(new: ModelState, old: ModelState) -> ModelState:
@@ -251,21 +262,6 @@ def _keep_float32(new: ModelState, old: ModelState) -> ModelState:
 
     kept: ModelState = tree.map_named(cast, new)
     return kept
-
-
-def _check_state(new: ModelState, old: ModelState) -> None:
-    """Raises UserError unless a step keeps the names, dtypes and shapes of the state: the next step could not run."""
-    if wrong := _find_difference(new, old, lambda x: jax.typeof(x).str_short()):
-        name, has, had = wrong
-        raise UserError(f"a step changes the state of the model: {name} is {has}, and at first it is {had}; keep its "
-                        "dtype and shape")  # fmt: skip
-
-
-def _find_difference(given: PyTree, wanted: PyTree, describe: Callable[[Any], str]) -> tuple[str, str, str] | None:
-    """The first leaf whose description differs: its path, and both descriptions, "nothing" where it is absent."""
-    found, needed = ({name: describe(x) for name, x in tree.named_leaves(one)} for one in (given, wanted))
-    pairs = ((name, found.get(name, "nothing"), needed.get(name, "nothing")) for name in {**needed, **found})
-    return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
 
 def _check_sown(losses: PyTree, part: Batch) -> None:

@@ -175,7 +175,7 @@ def first_rows(tree):
     return jax.tree.map(lambda x: x[:1], tree)
 
 
-@pytest.mark.parametrize("part", ["a gradient function returns gradients", "the optimizer returns updates"])
+@pytest.mark.parametrize("part", ["gradients", "updates of the optimizer"])
 def test_gradients_and_updates_of_other_shapes_are_not_broadcast(part):
     """The gradient of a kernel's first row trained all its rows, silently."""
     model, plain = Classifier(Net(), 5), optax.sgd(1.0)

@@ -326,9 +326,9 @@ class Remembering(Classifier):
 
 @pytest.mark.parametrize(("change", "said"), [
     (lambda x: x + 1, None),
-    (lambda x: x.astype(jnp.bfloat16), r"memory/queue is bfloat16\[3\], and at first it is float32\[3\]"),
-    (lambda x: jnp.concatenate([x, x]), r"memory/queue is float32\[6\], and at first it is float32\[3\]"),
-    (lambda x: {}, r"memory/queue is nothing, and at first it is float32\[3\]"),
+    (lambda x: x.astype(jnp.bfloat16), r"memory/queue is bfloat16\[3\] instead of float32\[3\]"),
+    (lambda x: jnp.concatenate([x, x]), r"memory/queue is float32\[6\] instead of float32\[3\]"),
+    (lambda x: {}, r"memory/queue is nothing instead of float32\[3\]"),
     (lambda x: {"new": x}, r"memory/queue is nothing"),
 ])  # fmt: skip
 @pytest.mark.parametrize("accumulate", [1, 2])
