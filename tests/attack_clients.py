@@ -4,7 +4,6 @@ import collections
 import contextlib
 import http.client
 import io
-import json
 import os
 import random
 import re
@@ -25,8 +24,8 @@ from PIL import Image
 CLIENTS = 6  # hostile ones at once, each with an address of its own
 MEMORY, SLOW, END = 2 << 30, 2.0, 10.0  # bytes of the server; seconds of an answer to the polite client; until its end
 PATIENCE = 5.0  # seconds that a hostile client takes at most
-PREDICT = b"POST /predict HTTP/1.1\r\nHost: localhost\r\n"
-FORM = PREDICT + b"Content-Type: multipart/form-data; boundary=x\r\n"
+FORM = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+PART = b'--x\r\nContent-Disposition: form-data; name="images"; filename="a.png"\r\n\r\n%s\r\n'
 
 
 def png(side: int = 12, seed: int = 0) -> bytes:
@@ -44,8 +43,22 @@ def bomb(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(pieces)
 
 
+def jpeg_of_scans(side: int) -> bytes:
+    """A JPEG image of side² pixels and 490 scans, each of which covers all of them."""
+    file = io.BytesIO()
+    Image.new("L", (side, side)).save(file, "JPEG", progressive=True)
+    content = file.getvalue()
+    scan = content[content.rindex(b"\xff\xda") : -2]
+    return content[:-2] + scan * 480 + b"\xff\xd9"
+
+
 def with_length(head: bytes, body: bytes) -> bytes:
     return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def post(*images: bytes) -> bytes:
+    """A request of images."""
+    return with_length(FORM, b"".join(PART % image for image in images) + b"--x--\r\n")
 
 
 class Hostile:
@@ -71,43 +84,44 @@ class Hostile:
             connection.recv(read)
 
     def slow_headers(self) -> None:
-        self.send(*(b"%c" % byte for byte in PREDICT), pause=0.1)
+        self.send(*(b"%c" % byte for byte in FORM), pause=0.1)
 
     def slow_body(self) -> None:
-        self.send(PREDICT + b"Content-Length: 1000\r\n\r\n", *[b"x"] * 100, pause=0.1)
+        self.send(FORM + b"Content-Length: 1000\r\n\r\n" + PART[:-4], *[b"x"] * 100, pause=0.1)
 
     def endless_body(self) -> None:
-        self.send(PREDICT + b"Transfer-Encoding: chunked\r\n\r\n", *[b"10000\r\n" + bytes(65536) + b"\r\n"] * 500)
+        head = FORM + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (len(PART) - 4, PART[:-4])
+        self.send(head, *[b"10000\r\n" + bytes(65536) + b"\r\n"] * 500)
 
     def endless_header(self) -> None:
-        self.send(PREDICT, *[b"X-%d: " % i + b"a" * 4000 + b"\r\n" for i in range(200)])
+        self.send(FORM, *[b"X-%d: " % i + b"a" * 4000 + b"\r\n" for i in range(200)])
 
     def large_claims(self) -> None:
         claim = self.rng.choice((b"-1", b"9" * 30, b"1e9", b"20000001", b"19999999", b"5\r\nContent-Length: 6", b"0x5"))
-        self.send(PREDICT + b"Content-Length: " + claim + b"\r\n\r\n", b"x" * 100, pause=0.2)
+        self.send(FORM + b"Content-Length: " + claim + b"\r\n\r\n", b"x" * 100, pause=0.2)
 
     def tiny_chunks(self) -> None:
-        self.send(PREDICT + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * self.rng.choice((10, 50_000)))
+        self.send(FORM + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * self.rng.choice((10, 50_000)))
 
     def many_connections(self) -> None:
         with contextlib.ExitStack() as stack:
             for _ in range(self.rng.choice((20, 200))):
-                stack.enter_context(self.connect()).send(self.rng.choice((b"", b"GET / HT", PREDICT)))
+                stack.enter_context(self.connect()).send(self.rng.choice((b"", b"GET / HT", FORM)))
             time.sleep(self.rng.choice((0.1, 2.0)))
 
     def broken_image(self) -> None:
         content = bytearray(png(self.rng.choice((1, 12, 300)), 1))
         for _ in range(self.rng.choice((1, 5, 50))):
             content[self.rng.randrange(len(content))] = self.rng.randrange(256)
-        self.send(with_length(PREDICT, bytes(content[: self.rng.choice((len(content), len(content) // 2))])))
+        self.send(post(bytes(content[: self.rng.choice((len(content), len(content) // 2))])))
 
     def decompression_bomb(self) -> None:
-        route = self.rng.choice((PREDICT, PREDICT.replace(b"predict", b"explain")))
-        self.send(with_length(route, self.rng.choice(self.bombs)))
+        request = post(self.rng.choice(self.bombs))
+        explain = request.replace(b"/predict", b"/explain", 1).replace(b'"images"', b' "image"', 1)
+        self.send(self.rng.choice((request, explain)))
 
     def form_of_bombs(self) -> None:
-        part = b'--x\r\nContent-Disposition: form-data; name="a"; filename="a.png"\r\n\r\n%s\r\n'
-        self.send(with_length(FORM, part % self.rng.choice(self.bombs[:2]) * self.rng.choice((2, 64)) + b"--x--\r\n"))
+        self.send(post(*[self.rng.choice(self.bombs)] * self.rng.choice((2, 64))))
 
     def huge_form(self) -> None:
         name = b"n" * self.rng.choice((1, 100_000))
@@ -116,32 +130,36 @@ class Hostile:
         self.send(with_length(FORM, body))
 
     def many_images(self) -> None:
-        part = b'--x\r\nContent-Disposition: form-data; name="a"; filename="a.png"\r\n\r\n%s\r\n' % png(200)
-        self.send(with_length(FORM, part * 64 + b"--x--\r\n"))
+        self.send(post(*[png(200)] * 64))
 
-    def bad_json(self) -> None:
-        deep = b"[" * 200_000
-        value = self.rng.choice((deep, b'{"image": ' + deep, b'{"image": "%s"}' % (b"=" * 999), b'{"image": 1e999}',
-                                 b"\xff{",
-                                 b'{"images": ["' + b'", "'.join([b"QUJD"] * 5000) + b'"]}', b'{"a":1,' * 9999,
-                                 json.dumps({"image": "data:" * 9999}).encode(), b"9" * 100_000))  # fmt: skip
-        self.send(with_length(PREDICT + b"Content-Type: application/json\r\n", value))
+    def large_images(self) -> None:
+        self.send(post(*[png(1500)] * self.rng.choice((1, 8))))
+
+    def bad_form(self) -> None:
+        body = self.rng.choice((
+            b"--x\r\n" + b"a: b\r\n" * 100_000, b"--x\r\na: " + b"b" * 1_000_000, b"\r\n--" * 500_000,
+            PART[:-4] + b"\r\n--" * 500_000, PART % b"" * 20_000, PART.replace(b"filename", b"x") % b"" * 10_000,
+            b"--x--\r\n", b"x" * 1000, self.rng.randbytes(100_000),
+        ))  # fmt: skip
+        kind = self.rng.choice((b"multipart/form-data; boundary=x", b"application/json", b"multipart/form-data",
+                                b"application/x-www-form-urlencoded"))  # fmt: skip
+        self.send(with_length(FORM.replace(b"multipart/form-data; boundary=x", kind), body))
 
     def abrupt_close(self) -> None:
         with self.connect() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            connection.sendall(with_length(PREDICT, png())[: self.rng.choice((30, 90, 10**6))])
+            connection.sendall(post(png())[: self.rng.choice((30, 90, 10**6))])
             time.sleep(self.rng.choice((0.0, 0.01)))
 
     def pipeline(self) -> None:
-        route = self.rng.choice((b"/", b"/openapi.json", b"/metrics", b"/nothing", b"/model"))
+        route = self.rng.choice((b"/", b"/openapi.json", b"/docs", b"/nothing", b"/model"))
         requests = (b"GET " + route + b" HTTP/1.1\r\nHost: a\r\n\r\n") * 300
-        self.send(self.rng.choice((requests, with_length(PREDICT, png()) * 50)), pause=self.rng.choice((0.0, 3.0)))
+        self.send(self.rng.choice((requests, post(png()) * 50)), pause=self.rng.choice((0.0, 3.0)))
 
     def odd_request(self) -> None:
         lines = (b"GET http://evil/ HTTP/1.1", b"CONNECT evil:443 HTTP/1.1", b"GET /../../etc/passwd HTTP/1.1",
                  b"\x16\x03\x01", b"PRI * HTTP/2.0", b"GET / HTTP/0.9", b"TRACE / HTTP/1.1",
-                 b"POST /predict?topk=" + b"9" * 5000 + b" HTTP/1.1",
+                 b"POST /predict?top_k=" + b"9" * 5000 + b" HTTP/1.1",
                  b"GET /" + b"a" * 100_000 + b" HTTP/1.1", b"POST /explain?class=%00%ff&format=x HTTP/1.1",
                  b"OPTIONS /predict HTTP/1.1", b"GET /%0d%0aX:%20y HTTP/1.1")  # fmt: skip
         heads = (b"Host: evil.example", b"Origin: https://evil.example", b"Host: a\r\nHost: b", b"Expect: 100-continue",
@@ -155,7 +173,8 @@ class Hostile:
         attacks: list[Callable[[], None]] = [
             self.slow_headers, self.slow_body, self.endless_body, self.endless_header, self.large_claims,
             self.tiny_chunks, self.many_connections, self.broken_image, self.decompression_bomb, self.form_of_bombs,
-            self.huge_form, self.many_images, self.bad_json, self.abrupt_close, self.pipeline, self.odd_request,
+            self.huge_form, self.many_images, self.large_images, self.bad_form, self.abrupt_close,
+            self.pipeline, self.odd_request,
         ]  # fmt: skip
         attack = self.rng.choice(attacks)
         with contextlib.suppress(OSError):
@@ -192,7 +211,8 @@ def ask(port: int) -> tuple[int | str, float]:
     """Status, or why there is none, and seconds of a polite request."""
     began, connection = time.monotonic(), http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
-        connection.request("POST", "/predict", png(), {"Content-Type": "image/png"})
+        _, _, body = post(png()).partition(b"\r\n\r\n")
+        connection.request("POST", "/predict", body, {"Content-Type": "multipart/form-data; boundary=x"})
         answer = connection.getresponse()
         answer.read()
         return answer.status, time.monotonic() - began
@@ -205,7 +225,7 @@ def ask(port: int) -> tuple[int | str, float]:
 def attack_server(seconds: float, seed: int, root: Path, folder: Path, flags: tuple[str, ...]) -> int:
     """Lets hostile clients loose on a server until the time is over; prints the verdict; the number of faults."""
     server, port = start(root, folder, flags)
-    bombs = [bomb(side) for side in (1000, 3000, 10_000, 30_000)]
+    bombs = [*(bomb(side) for side in (1000, 3000, 8000, 30_000)), jpeg_of_scans(400), jpeg_of_scans(1400)]
     until, count, faults = time.monotonic() + seconds, collections.Counter[str](), collections.Counter[str]()
     now, slowest, most, answers = [""] * CLIENTS, 0.0, 0, 0
 

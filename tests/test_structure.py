@@ -211,7 +211,7 @@ RAW = {
     "cli/openers.py": "the person's config", "core/text.py": "/dev/null, standard output",
     "core/cpuinfo.py": "/proc",
     "tools/export/saved_model.py": "a folder of its own",
-    "data/sources.py": "the package", "tools/pages/html.py": "the package", "tools/serve/app.py": "the package",
+    "data/sources.py": "the package", "tools/pages/html.py": "the package",
     "run/provenance.py": "code that is imported", "run/environment.py": "the cache", "data/decoded.py": "the cache",
     "data/image_check.py": "the cache", "data/prepare.py": "the cache",
     "run/lock.py": "the lock, by its name", "run/workdir.py": "the result, by its name",

@@ -82,7 +82,6 @@ FLAGS: Mapping[str, dict[str, Any]] = {
     "port": _flag("the port to listen on (default: 8000; 0: a free one)", "N", 8000, type=_NATURAL),
     "cors": _flag("let pages of this origin send requests, or of any with '*'; repeat the flag for more (default: only "
                   "this server's page)", "ORIGIN", [], action="append"),
-    "request_log": _flag("log a line of JSON per request to this file; -: to standard error (default: no log)", "FILE"),
     "sweep": _flag("the values of a key, separated by semicolons; 'KEY=0..4' for integers, \"KEY=['a', 'b']\" for "
                    "strings with semicolons; repeat the flag for more keys", "'KEY=VALUE; VALUE'", [], action="append"),
     "jobs": _flag("how many runs train at once (default: 1); they share the cores and the accelerators' memory", "N", 1,
@@ -194,9 +193,8 @@ COMMANDS: Mapping[str, Command] = {
     "serve": Command(
         "serve a trained run as a web page and an HTTP API",
         "tools.serve.command", from_run_or_weights,
-        ("workdir", "checkpoint", "host", "port", "cors", "request_log", "trust"),
-        more="Drop, paste, draw or photograph images on the page. Programs send images to POST /predict; "
-             "/openapi.json describes the API.",
+        ("workdir", "checkpoint", "host", "port", "cors", "trust"),
+        more="Drop, paste or draw images on the page. Programs send images to POST /predict; /docs describes the API.",
         examples=("--workdir runs/a", "--workdir runs/a --host 0.0.0.0 --port 80"),
         extra="serve",
     ),

@@ -13,7 +13,7 @@ from imgclf_jax.core.errors import UserError
 
 _CLONE = Path(__file__).parents[2] / "launch.py"  # which an installed package lacks
 _MODULES = {
-    "serve": ("starlette", "uvicorn", "httptools", "prometheus_client", "python_multipart"),
+    "serve": ("fastapi", "uvicorn", "python_multipart"),
     "onnx": ("jax2onnx", "onnxruntime"),
     "plot": ("matplotlib",),
     "tfds": ("tensorflow_datasets",),

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 # What is missing here: JAX, which must not be imported, and what a plain install lacks.
 PROGRAM = """
 import contextlib, io, json, sys
-for name in ("jax", "starlette", "uvicorn", "matplotlib", "jax2onnx", "tensorflow", "tensorflow_datasets"):
+for name in ("jax", "fastapi", "uvicorn", "matplotlib", "jax2onnx", "tensorflow", "tensorflow_datasets"):
     sys.modules[name] = None
 sys.path.insert(0, sys.argv[1])
 import launch
@@ -51,7 +51,7 @@ REFUSED = {
     "export no/a.stablehlo --workdir=run": "export: the folder no does not exist; create it first",
     "export a.onnx --workdir=run": "export: a.onnx needs jax2onnx",
     "export a.savedmodel --workdir=run": "export: a.savedmodel needs tensorflow, which is not installed; run it by",
-    "serve --workdir=run": "serve needs starlette, uvicorn, which are not installed; run it by `uv run --extra serve ",
+    "serve --workdir=run": "serve needs fastapi, uvicorn, which are not installed; run it by `uv run --extra serve ",
     "probe --workdir=run --plot=a.png": "--plot=a.png needs matplotlib, which is not installed; run it by",
     "dryrun --chips=v5e": "--chips=v5e: allowed: ",
     "--config=folder:no": "folder: there is no directory 'no' (working directory: ",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 from cases import thorough
+from fastapi.testclient import TestClient
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -286,12 +287,8 @@ def test_export_says_the_task(runs, capsys, tmp_path):
 
 @pytest.mark.thorough
 def test_serve_answers_by_the_task(runs, pictures):
-    testclient = pytest.importorskip("starlette.testclient")
     model = restore(runs("pairs").load_config(), runs("pairs"), "latest")
     _, outputs = outputs_of(runs("pairs"))
-    with testclient.TestClient(app.build(model)) as client:
-        answer = client.post("/predict", content=pictures("pairs", runs)[0].read_bytes()).json()
-        schema = client.get("/openapi.json").json()["paths"]["/predict"]["post"]["responses"]["200"]
-    schema = schema["content"]["application/json"]["schema"]["oneOf"][0]
-    assert set(schema["required"]) == set(answer)
+    with TestClient(app.build(model)) as client:
+        [answer] = client.post("/predict", files={"images": pictures("pairs", runs)[0].read_bytes()}).json()
     assert len(answer["predictions"]) == (outputs[0] >= 0.5).sum()

@@ -1,61 +1,72 @@
-"""Limits on requests, and the shares of clients in what all requests use."""
+"""Limits on connections and on the memory of request bodies, so that no client takes the server from the others."""
 
-import contextlib
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+import asyncio
+from typing import Any
 
+import uvicorn
+from fastapi import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-@dataclass(frozen=True)
-class Limits:
-    """The limits of a request and of all requests together."""
-
-    body_bytes: int = 20_000_000
-    body_seconds: float = 15.0  # for sending the body
-    images: int = 64  # per request
-    answer_seconds: float = 30.0
-    # Totals over all requests. A client may take no more than it leaves free.
-    requests: int = 256  # concurrent requests whose bodies have arrived; each image of a request counts
-    small_body_bytes: int = 256_000  # the largest small body
-    small_bodies_bytes: int = 32_000_000
-    large_bodies_bytes: int = 96_000_000
+MAX_BODY = 20_000_000  # bytes of a request
+MAX_BODIES = 128_000_000  # bytes of all requests in progress; beyond it only small ones are accepted
+SMALL_BODY = 256_000
+MAX_CONNECTIONS = 1000  # beyond it, requests get 503
+SECONDS = 20.0
+GRACE = 4  # seconds for requests in progress after a signal
+_READ = 4096  # bytes that a connection reads in a turn of the event loop: h11 parses tiny chunks slowly
 
 
-class Refused(Exception):
-    """Refuses a request with an HTTP status and one sentence."""
+def server_settings(application: ASGIApp) -> uvicorn.Config:
+    """The settings of a uvicorn server with these limits."""
+    return uvicorn.Config(
+        application, http=TimedConnection, loop="asyncio", ws="none", limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=GRACE, access_log=False, server_header=False, proxy_headers=False, log_config=None,
+        log_level="critical",  # or clients could fill the log; the application logs its own failures
+    )  # fmt: skip
 
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.status, self.message = status, message
 
+class BoundedBodies:
+    """ASGI middleware that answers 503 to large bodies while those in progress hold MAX_BODIES."""
 
-class Share:
-    """A total that clients share. A client may take no more than it leaves free, so one never takes all."""
+    def __init__(self, app: ASGIApp) -> None:
+        self._app, self._held = app, 0
 
-    def __init__(self, total: int) -> None:
-        self._free, self._taken = total, Counter[str]()
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        size = 0
 
-    def take(self, client: str, number: int) -> bool:
-        """Takes `number` more for the client; returns False, without taking any, if that is too many."""
-        if self._taken[client] + number > self._free - number:
-            return False
-        self._free -= number
-        self._taken[client] += number
-        return True
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            more = len(message.get("body", b""))
+            size, self._held = size + more, self._held + more
+            if size > SMALL_BODY and self._held > MAX_BODIES:
+                raise HTTPException(503, "too many large images at once; try again in a second")
+            return message
 
-    def give_back(self, client: str, number: int) -> None:
-        """Returns `number` that the client had taken."""
-        self._free += number
-        self._taken[client] -= number
-        if not self._taken[client]:
-            del self._taken[client]
-
-    @contextlib.contextmanager
-    def held(self, client: str, number: int, message: str) -> Iterator[None]:
-        """Inside, the client holds `number`. Raises Refused with the message if that is too many."""
-        if not self.take(client, number):
-            raise Refused(503, message)
         try:
-            yield
+            await self._app(scope, counted, send)
         finally:
-            self.give_back(client, number)
+            self._held -= size
+
+
+class TimedConnection(H11Protocol):
+    """Closes a connection that begins no request for SECONDS, or whose request takes once or twice as long.
+
+    uvicorn's own timeout is for idle connections after an answer alone.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.max_size = _READ  # type: ignore[attr-defined]
+        self._timer = self.loop.call_later(SECONDS, self._close_unless_after, None)
+
+    def _close_unless_after(self, request: Any) -> None:
+        if self.cycle is request:
+            self.transport.abort()  # `close` would wait until the client has received everything
+        else:
+            self._timer = self.loop.call_later(SECONDS, self._close_unless_after, self.cycle)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()
+        super().connection_lost(exc)

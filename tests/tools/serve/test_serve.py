@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-import httpx
+import httpx2 as httpx
 import pytest
-from test_app import model, png  # noqa: F401  the former is a fixture
+from test_app import form, model, png  # noqa: F401  the former is a fixture
 
 import launch
 from imgclf_jax import config as configs
@@ -34,10 +34,10 @@ def test_it_says_where_it_is_and_ends_at_a_signal(number, tmp_path):
             r"serving step 2 of mlp\(widths=\(8,\)\) at (http://127\.0\.0\.1:\d+); press Ctrl-C to stop\n", line
         )
         assert where, line
-        assert httpx.post(f"{where[1]}/predict", content=png(0)).status_code == 200
+        assert httpx.post(f"{where[1]}/predict", files=form(png(0))).status_code == 200
         begun = time.monotonic()
         process.send_signal(number)
-        assert process.wait(20) == 0
+        assert process.wait(20) == 128 + number
         assert time.monotonic() - begun < 10
 
 
@@ -47,39 +47,22 @@ def test_class_names_in_another_locale():
     script = """
 import sys
 sys.path.insert(0, "tests/tools/serve")
-from starlette.testclient import TestClient
-from test_app import png, untrained
+from fastapi.testclient import TestClient
+from test_app import form, png, untrained
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.tools.serve import app
-from imgclf_jax.tools.serve.command import explainer
 
 model = untrained(DataInfo(64, (8, 8, 1), ("ö", "猫"), "-"), preprocess="decode(1)|resize(8)")
-with TestClient(app.build(model, explain=explainer(model))) as client:
+with TestClient(app.build(model)) as client:
     assert client.get("/model").json()["classes"] == ["ö", "猫"]
-    assert {one["class"] for one in client.post("/predict", content=png(0)).json()["predictions"]} == {"ö", "猫"}
-    told = client.post("/explain", params={"class": "猫", "format": "json"}, content=png(0)).json()
-    assert told["class"] == "猫", told
+    [found] = client.post("/predict", files=form(png(0))).json()
+    assert {one["class"] for one in found["predictions"]} == {"ö", "猫"}
+    assert client.post("/explain", params={"class": "猫"}, files={"image": png(0)}).status_code == 200
 """
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([sys.executable, "-"], input=script.encode(), capture_output=True, cwd=ROOT,
                           env={**os.environ, **ascii_only, "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()
-
-
-@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("", "0.0.0.0")])
-def test_a_signal_right_after_the_line_that_it_serves(host, shown, model, tmp_path, monkeypatch):  # noqa: F811
-    """Ends it as any later one does; and the line names an address."""
-    lines = []
-
-    def interrupted(line, flush):
-        lines.append(line)
-        signal.raise_signal(signal.SIGINT)
-
-    (tmp_path / "config.json").write_text(configs.to_json(model.config))
-    monkeypatch.setattr(serve, "load_trained", lambda *_: model)
-    monkeypatch.setattr(serve, "print", interrupted, raising=False)
-    assert launch.main(["serve", f"--workdir={tmp_path}", "--port=0", f"--host={host}"]) == 0
-    assert f"at http://{shown}:" in lines[0]
 
 
 def test_mistakes(model, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -89,5 +72,3 @@ def test_mistakes(model, tmp_path, monkeypatch, capsys):  # noqa: F811
         port = taken.getsockname()[1]
         assert launch.main(["serve", f"--workdir={tmp_path}", f"--port={port}"]) == 1
     assert f"serve: cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
-    assert launch.main(["serve", f"--workdir={tmp_path}", "--port=99999"]) == 1
-    assert "--port=99999: must be 0 to 65535" in capsys.readouterr().err
