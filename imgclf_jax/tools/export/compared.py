@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
 from imgclf_jax import losses
@@ -17,26 +16,23 @@ _MIN = 1e-30  # smaller probabilities count as equal
 _OF_SIGMOID = 1e-6  # onnxruntime's sigmoid has an absolute error of up to 1.7e-7
 
 
-def output_name(model: Trained, what: Outputs) -> str:
+def output_name(what: Outputs) -> str:
     """Returns the name of a file's output: "probabilities", "logits" or "features"."""
     return "probabilities" if what == "predict" else what
 
 
 def difference(run: Callable[[np.ndarray], np.ndarray], model: Trained, what: Outputs, program: str) -> float:
-    """Returns the largest difference of `run(uint8[b, h, w, c])` from the model's outputs on random images.
+    """Returns the largest difference of `run(uint8[b, h, w, c])` from the model's outputs on five random images.
 
     Raises UserError, naming the `program`, if it exceeds the rounding of the model's precision. Probabilities are
     compared by logarithm, because those of two overconfident networks may agree to 1e-9. Those of a sigmoid may also
     differ by 1e-6.
     """
     mesh = model.programs.mesh
-    shape = (_IMAGES, *model.programs.recipe.data.image_shape)
+    shape = (sharding.round_up(_IMAGES, mesh), *model.programs.recipe.data.image_shape)
     images = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
-    padded = np.zeros((sharding.round_up(_IMAGES, mesh), *shape[1:]), np.uint8)
-    padded[:_IMAGES] = images
-    batch = sharding.put_batch(padded[sharding.rows_here(len(padded), mesh)], mesh)
-    ours = np.asarray(jax.device_get(getattr(model.programs, what)(*model.state.evaluated, batch)))
-    ours, theirs = ours[..., :_IMAGES, :], run(images)
+    ours = np.asarray(model.programs.inference(what)(*model.state.evaluated, sharding.put_batch(images, mesh)))
+    ours, theirs = ours[..., :_IMAGES, :], run(images[:_IMAGES])
     judged, a, b = ("outputs", theirs, ours)
     if what == "predict":
         judged, a, b = ("log probabilities", *(np.log(np.maximum(x, _MIN)) for x in (theirs, ours)))

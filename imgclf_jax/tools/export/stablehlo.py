@@ -15,9 +15,9 @@ import jax
 import numpy as np
 from jax import export
 
-from imgclf_jax.core import platform, sharding, tree
+from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.text import escape_surrogates
-from imgclf_jax.core.typing import JsonObject
+from imgclf_jax.core.typing import JsonObject, PyTree, Variables
 from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared
 from imgclf_jax.trained import Trained
@@ -31,59 +31,46 @@ import json, zipfile, jax
 from jax import export
 
 archive = zipfile.ZipFile("{name}")
-content, about = bytearray(archive.read("model.stablehlo")), json.loads(archive.read("metadata.json"))
-try:
-    model = export.deserialize(content)
-except Exception as e:
-    raise ValueError(f"jax {{jax.__version__}} cannot load it: {{about['lifetime']}}") from e
-classes = about["class_names"]
+model = export.deserialize(bytearray(archive.read("model.stablehlo")))
+classes = json.loads(archive.read("metadata.json"))["class_names"]
 # {gives} = jax.jit(model.call)(images)   # {takes}"""
 
 
 def program(model: Trained, what: Outputs) -> export.Exported:
     """The function uint8[b, h, w, c] → f32, b being any number, lowered for all of PLATFORMS at once.
 
-    It is in XLA's own form, which runs everywhere, and for one device, since a mesh would be a part of the file.
+    It is for one device, since a mesh would be a part of the file.
     """
+    function, variables = program_of_variables(model, what)
+    return lower(lambda images: function(variables, images), model)
+
+
+def program_of_variables(model: Trained, what: Outputs) -> tuple[Callable[[Variables, jax.Array], jax.Array], Variables]:
+    """Returns the function (variables, images) → outputs, and the variables as NumPy arrays."""
     pure = model.programs.pure(what)
     params, model_state = jax.tree.map(sharding.fetch, model.state.evaluated)
 
-    def function(images: jax.Array) -> jax.Array:
+    def function(variables: Variables, images: jax.Array) -> jax.Array:
+        params, model_state = variables
         return pure(params, model_state, images)
 
-    return _lowered(function, model)
+    return function, (params, model_state)
 
 
-def program_of_weights(model: Trained, what: Outputs) -> tuple[export.Exported, dict[str, np.ndarray]]:
-    """As `program`, but the function takes the weights, in this order, before the images; and these by their names."""
-    pure = model.programs.pure(what)
-    params, model_state = jax.tree.map(sharding.fetch, model.state.evaluated)
-    variables = {"params": params, **model_state}
-    weights = dict(tree.named_leaves(variables))
-
-    def function(*args: jax.Array) -> jax.Array:
-        *arrays, images = args
-        own = tree.replace(variables, dict(zip(weights, arrays, strict=True)))
-        return pure(own.pop("params"), own, images)
-
-    return _lowered(function, model, *weights.values()), weights
-
-
-def _lowered(function: Callable[..., jax.Array], model: Trained, *weights: np.ndarray) -> export.Exported:
-    """Lowers a function of (*weights, images) for any number of images."""
+def lower(function: Callable[..., jax.Array], model: Trained, *arguments: PyTree) -> export.Exported:
+    """Lowers a function of (*arguments, images) for any number of images."""
     (b,) = export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((b, *model.programs.recipe.data.image_shape), np.uint8)
-    given = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in weights]
     # The matmul precision is the config's wherever the file runs; CPUs multiply float32 in full in any case.
     with platform.tracing_for(""), jax.default_matmul_precision(model.config.matmul_precision):
-        return export.export(jax.jit(function), platforms=PLATFORMS)(*given, images)
+        return export.export(jax.jit(function), platforms=PLATFORMS)(*jax.eval_shape(lambda: arguments), images)
 
 
 def metadata(model: Trained, what: Outputs, exported: export.Exported, today: datetime.date) -> JsonObject:
     """What the file takes and gives, as JSON values. Bytes of class names that are not UTF-8 are escaped."""
     recipe = model.programs.recipe
     return {
-        "gives": compared.output_name(model, what),
+        "gives": compared.output_name(what),
         "images": {"dtype": "uint8", "shape": ["b", *recipe.data.image_shape]},
         "host_ops": model.programs.preprocess_eval,
         "output": {"dtype": "float32", "shape": [str(n) if not isinstance(n, int) else n
@@ -101,13 +88,10 @@ def metadata(model: Trained, what: Outputs, exported: export.Exported, today: da
 def archive(model: Trained, what: Outputs, today: datetime.date) -> tuple[bytes, JsonObject, float]:
     """Returns the bytes of the file, its metadata, and the largest difference of its outputs from the model's.
 
-    Raises UserError if they differ by more than rounding on random images, on this process's first device.
+    Raises UserError if they differ by more than rounding on random images, on the first device.
     """
     exported = program(model, what)
-    until = (today + _LIVES).isoformat()
-    lifetime = (f"jax {jax.__version__} wrote it on {today.isoformat()}, and JAX promises that versions from this one "
-                f"to those of {until} load it; export the model again after that")  # fmt: skip
-    described = metadata(model, what, exported, today) | {"loads_until": until, "lifetime": lifetime}
+    described = metadata(model, what, exported, today) | {"loads_until": (today + _LIVES).isoformat()}
     serialized, content = exported.serialize(), io.BytesIO()
     loaded = jax.jit(export.deserialize(serialized).call)
     difference = compared.difference(lambda images: np.asarray(loaded(images)), model, what, "jax.export")

@@ -44,10 +44,12 @@ class Batcher:
                 rows = await asyncio.to_thread(self._compute, [image for image, _ in batch])
             except Exception as e:
                 for _, result in batch:
-                    result.cancelled() or result.set_exception(e)
+                    if not result.cancelled():
+                        result.set_exception(e)
             else:
                 for (_, result), row in zip(batch, rows, strict=True):
-                    result.cancelled() or result.set_result(row)
+                    if not result.cancelled():
+                        result.set_result(row)
 
     def _compute(self, images: list[np.ndarray]) -> np.ndarray:
         size = next(size for size in self._sizes if size >= len(images))
