@@ -142,7 +142,7 @@ def lower(name: str, kind: str, devices: list[Any], batch_size: int) -> Any:
     )
     form = platform.platform_of(mesh)  # ignored by linen's layers
     return (
-        jax.jit(platform.traced_for(form, step), out_shardings=replicated, donate_argnums=(0, 1))
+        jax.jit(platform.tracing_for(form)(step), out_shardings=replicated, donate_argnums=(0, 1))
         .trace(*state, *batch)
         .lower()
     )

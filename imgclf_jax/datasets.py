@@ -33,11 +33,11 @@ class ExtraStream:
 def open_data(config: ConfigDict, text: str = "") -> dict[str, Source]:
     """Opens the base splits of `data.source`, or of the source spec `text`, with the other keys of the config.
 
-    One process per host goes first, so the others reuse what it prepares, downloads or scans. Raises UserError if the
+    Process 0 goes first, so the others reuse what it prepares, downloads or scans. Raises UserError if the
     data are missing, and unless all processes read the same.
     """
     data = config.data
-    opened: dict[str, Source] = processes.once_a_host(
+    opened: dict[str, Source] = processes.first_in_process_0(
         lambda: sources.open_splits(text or data.source, data.data_dir, data.manual_dir, data.unreadable)
     )
     processes.agree(lambda: {f"the data of split {name}": source.fingerprint[:12] for name, source in opened.items()},

@@ -254,7 +254,7 @@ def load(workdir: str | os.PathLike[str], checkpoint: str = "", trust: bool = Fa
     config names code outside this package.
     """
     place = Workdir.from_text(os.fspath(workdir))
-    with contextlib.nullcontext() if trust else place.untrusted([os.fspath(workdir)]):
+    with contextlib.nullcontext() if trust else place.untrusted():
         config = place.load_config()
         check_names(config)
         model = restore(config, place, checkpoint)
@@ -310,7 +310,7 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
         with contextlib.suppress(CheckpointRemoved):  # a run in progress saves and removes checkpoints
             state, step = _choose(config, workdir, which, programs)
             # Restoring may have imported more.
-            processes.agree(provenance.process_facts, in_both=True)
+            processes.agree(provenance.process_facts)
             _ = programs.host_ops, programs.recipe.views, programs.recipe.whole_set_metrics  # import what they name
             workdir.warn_of_changed_modules()
             return Trained(programs, state, step)

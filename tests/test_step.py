@@ -61,7 +61,7 @@ def run(net, devices, accumulate=1, traced_for=""):
     whole = sharding.replicated(mesh)
     jitted = jax.jit(train_step, in_shardings=(whole, sharding.sharded(mesh)), out_shardings=whole)
     state = jax.device_put(state, whole)
-    lower = jitted.lower if not traced_for else platform.traced_for(traced_for, jitted.lower)
+    lower = jitted.lower if not traced_for else platform.tracing_for(traced_for)(jitted.lower)
     compiled = lower(state, sharding.put_batch(batch(), mesh)).compile()
     after, sums = compiled(state, sharding.put_batch(batch(), mesh))
     return jax.device_get(state), jax.device_get(after), jax.device_get(sums), compiled.as_text()

@@ -213,7 +213,7 @@ def test_a_directory_is_entered_once(tmp_path):
     assert sorted(name.count("/") for name in images) == list(range(1, 12))
     assert strays == {"link to a listed folder": 11 * 11 - 10 + 10 + 11}
     assert len(image_files.match(f"{tmp_path}/**/*.png")) == 11
-    assert len(list(inputs.find("predict", [str(tmp_path)]))) == 11
+    assert len(list(inputs.find([str(tmp_path)]))) == 11
 
 
 def test_a_config_of_other_types_as_weights(mistake, run):

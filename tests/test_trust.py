@@ -12,8 +12,6 @@ from cases import thorough
 from test_mistakes import FAKE, ROOT, _log_as_it_was, has, mistake  # noqa: F401  fixtures
 
 import launch
-from imgclf_jax.core import paths, spec
-from imgclf_jax.core.errors import Untrusted
 from imgclf_jax.run.record import Record
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -126,27 +124,6 @@ def test_a_run_that_names_a_place_on_the_network(mistake, trained, tmp_path, com
         argv[-1] = tmp_path / "b.zip"
     sentence = mistake(*argv, log=r"^\d\d:\d\d:\d\d")
     assert has(sentence, f"the run in {argv[-1] if 'zip' in str(argv[-1]) else run} names", named, "add --trust")
-
-
-def test_what_the_person_names_is_read():
-    """An address on the command line, and what lies below it; no other one that begins alike."""
-    words = [
-        "--config.data.source=arrays('s3://mine/a.npz')",
-        "--workdir=s3://mine/runs/",
-        "--x=\"tfds('mnist:3.0.1')\"",
-    ]
-    with spec.untrusted("the run", words):
-        for text in ("s3://mine/a.npz", "s3://mine/runs", "s3://mine/runs/1/checkpoints"):
-            assert str(paths.as_path(text)) == text
-        for text in ("s3://mine", "s3://mine/a.npz2", "s3://mine/runs2/1", "s3://other/runs"):
-            with pytest.raises(Untrusted, match="which is on the network"):
-                paths.as_path(text)
-        spec.check_download("mnist", "it")
-        with pytest.raises(Untrusted, match="the run names it; if you trust both"):
-            spec.check_download("cifar10", "it")
-    with spec.untrusted("the run", ["--config.data.source=tfds('cifar100')"]), pytest.raises(Untrusted):
-        spec.check_download("cifar10", "it")  # whose name is how the other one begins
-    assert str(paths.as_path("s3://other/runs")) == "s3://other/runs"
 
 
 @pytest.mark.parametrize("model", ["my_trusted_nets:Net(widths=(512,))",

@@ -22,7 +22,6 @@ class CommandLine:
 
     command: str
     program: list[str]  # starts this program in a new process
-    argv: list[str]  # all arguments
     config_file: str  # with its argument
     names_config: bool  # whether --config is given
     workdir: str  # "" if --workdir is not given
@@ -44,21 +43,18 @@ def find_config(path: str) -> str:
     A plain name such as `digits` is a config that ships, unless there is a file of that name. From now on, the user's
     own modules are also found in the config file's folder and the working directory.
     """
-    if not path:
-        raise UsageError("--config needs a file or a name, such as --config=digits")
     name, colon, argument = path.partition(":")
-    if not Path(name).is_file():
-        ships = sorted(file.stem for file in configs_folder().glob("*.py"))
-        if name in ships:
-            path = f"{configs_folder() / name}.py{colon}{argument}"
-        elif Path(name).stem in ships or re.fullmatch(r"\w+", name):
-            near = [f"{name}.py"] if Path(f"{name}.py").is_file() else [own for own in ships if Path(name).stem in own]
-            raise UserError(unknown("config", name, ships, near))
-    folder = Path(path.partition(":")[0]).resolve().parent
+    file = Path(name)
+    if not file.is_file():
+        ships = sorted(own.stem for own in configs_folder().glob("*.py"))
+        if name not in ships:
+            raise UserError(unknown("config", name, ships) + ", or a Python file")
+        file = configs_folder() / f"{name}.py"
+    folder = file.resolve().parent
     spec.folders[:] = [str(folder), str(Path.cwd())]
     if folder != configs_folder().resolve():  # for what the config imports; last, to shadow no installed package
         sys.path.append(str(folder))
-    return path
+    return f"{file}{colon}{argument}"
 
 
 def override(config: ConfigDict, overrides: Iterable[tuple[str, str]]) -> None:

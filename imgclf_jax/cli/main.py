@@ -13,11 +13,11 @@ from typing import Any, NoReturn
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.cli import arguments, early, table
+from imgclf_jax.cli import arguments
 from imgclf_jax.cli.command_line import CommandLine
-from imgclf_jax.cli.openers import from_record, tell
-from imgclf_jax.cli.table import COMMANDS
-from imgclf_jax.core import processes, stopping
+from imgclf_jax.cli.openers import from_record
+from imgclf_jax.cli.table import COMMANDS, PROCESSES
+from imgclf_jax.core import extras, processes, stopping
 from imgclf_jax.core.errors import UsageError, UserError, reason
 from imgclf_jax.core.text import prepare_streams, printable
 from imgclf_jax.run import environment
@@ -53,16 +53,18 @@ def run_and_exit(program: str, command: Sequence[str]) -> NoReturn:
     os._exit(status)  # a normal exit would wait for threads, such as a compilation
 
 
-def main(argv: list[str], program: str = "launch.py", command: Sequence[str] = ()) -> int:
+def main(argv: Sequence[str], program: str = "launch.py", command: Sequence[str] = ()) -> int:
     """Runs the command line `argv` (without the program's name) and returns the exit status.
 
     `program` is what help texts call it, and `command` starts it in a new process.
     """
     prepare_streams()
     try:
-        status = _run(argv, program, list(command) or [sys.executable, str(_CLONE / "launch.py")])
+        status = _run(arguments.parse(argv, program, list(command) or [sys.executable, str(_CLONE / "launch.py")]))
         sys.stdout.flush()
         return status
+    except SystemExit as e:  # after printing help or the version
+        return int(e.code or 0)
     except UsageError as e:
         print(f"error: {printable(str(e))}\nsee {program} --help", file=sys.stderr)
         return 2
@@ -81,49 +83,49 @@ def main(argv: list[str], program: str = "launch.py", command: Sequence[str] = (
         return 1
 
 
-def _run(argv: list[str], program: str, command: list[str]) -> int:
-    try:
-        line = arguments.parse(argv, program, command)
-    except SystemExit as e:  # after printing help or the version
-        return int(e.code or 0)
+def _run(line: CommandLine) -> int:
+    command = COMMANDS[line.command]
     environment.prepare()  # a config may import JAX
-    early.check(line.command, line.files, line.options)
-    return _dispatch(line, *COMMANDS[line.command].opens(line))
+    if command.extra:
+        extras.require(command.extra, line.command)
+    if command.before_jax:
+        module, _, function = command.before_jax.partition(":")
+        getattr(_module(module), function)(files=line.files, **line.options)
+    config, source = command.opens(line)
+    if line.command == "config":
+        return _print_keys(config)
+    if config:
+        environment.prepare(config.deterministic)
+    return _dispatch(line, config, source)
 
 
 def _dispatch(line: CommandLine, config: ConfigDict | None, source: Any) -> int:
     """Runs a command. `source` is the path of a work directory, a Record, or None."""
-    command, options = COMMANDS[line.command], dict(line.options)
-    if line.command == "config":
-        return _print_keys(config)
-    if config:
-        environment.prepare(config.deterministic)  # before the first import of JAX
-    if line.command == "train" and "jax" not in sys.modules:  # which takes seconds to import
-        tell(line, f"training {Path(line.config_file).name} in {source}")
     from imgclf_jax.cli import distributed
     from imgclf_jax.run.workdir import Workdir
 
+    command, options = COMMANDS[line.command], dict(line.options)
     source = Workdir.from_text(source) if isinstance(source, str) else source
+    process_flags = [options.pop(flag) for flag in PROCESSES] if command.distributed else []
+    keys = configs.flatten(config) if config else {}
+    agreed = {key: value for key, value in keys.items() if key not in configs.HOST_KEYS}
+    agreed |= {"command": line.command, "files": line.files} | {f"--{flag}": value for flag, value in options.items()}
     with contextlib.ExitStack() as stack:
-        if command.distributed:
-            process_flags = [options.pop(flag) for flag in table.PROCESSES]
-            keys = {key: value for key, value in configs.flatten(config or ConfigDict()).items()
-                    if key not in configs.HOST_KEYS}  # fmt: skip
-            flags = {f"--{flag}": value for flag, value in options.items()}
-            agreed = {"command": line.command, **keys, **flags, "files": line.files}
-            stack.enter_context(distributed.join(agreed, *process_flags))
-        else:
-            stack.enter_context(distributed.alone())
+        stack.enter_context(distributed.started(agreed, *process_flags))
         if config and "trust" in options and not options.pop("trust") and source:
-            stack.enter_context(source.untrusted(line.argv))
+            stack.enter_context(source.untrusted())
         more: list[Any] = [config, source] if config else []
         more += [line.files] if command.files and command.opens is not from_record else []
         more += [line] if command.needs_command_line else []
-        return int(importlib.import_module(f"imgclf_jax.{command.module}").main(*more, **options))
+        return int(_module(command.module).main(*more, **options))
 
 
-def _print_keys(config: ConfigDict) -> int:
-    current = configs.flatten(config)
+def _module(name: str) -> Any:
+    return importlib.import_module(f"imgclf_jax.{name}")
+
+
+def _print_keys(config: ConfigDict | None) -> int:
+    current = configs.flatten(config or configs.default_config())
     for key, (_, documentation) in configs.KEYS.items():
         print(f"{key} = {current[key]!r}\n    {documentation}")
     return 0

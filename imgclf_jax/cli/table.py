@@ -3,13 +3,13 @@
 import argparse
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from imgclf_jax.cli.openers import (
     Opener,
     from_file,
-    from_file_without_data,
     from_record,
     from_run,
     from_run_or_file,
@@ -47,6 +47,20 @@ def _steps(text: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
+def _output(*suffixes: str) -> Callable[[str], str]:
+    """The type of a flag for a file to write, with one of these suffixes if there are any."""
+
+    def path(text: str) -> str:
+        file = Path(text)
+        if text and suffixes and file.suffix not in suffixes:
+            raise argparse.ArgumentTypeError(f"{text}: the name must end in {' or '.join(suffixes)}")
+        if text and "://" not in text and not file.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{text}: the directory {str(file.parent)!r} does not exist")
+        return text
+
+    return path
+
+
 _POSITIVE, _NATURAL = _at_least(1), _at_least(0)
 
 # A flag means the same in every command.
@@ -57,7 +71,8 @@ FLAGS: Mapping[str, dict[str, Any]] = {
     "corruptions": _flag("measure accuracy on corrupted images, at five severities: all, or names", "all|NAME,..."),
     "attack": _flag("measure accuracy under attack: \"pgd(eps='8/255', steps=20)\", or an import path", "SPEC"),
     "format": {"help": "the output format (default: the first)"},  # see `Command.formats`
-    "predictions": _flag("write the prediction for each example to a .csv or .jsonl file", "FILE"),
+    "predictions": _flag("write the prediction for each example to a .csv or .jsonl file", "FILE",
+                         type=_output(".csv", ".jsonl")),
     "top_k": _flag("how many classes to show or write (default: 3)", "K", 3, type=_POSITIVE),
     "threshold": _flag("for multi-label models, predict classes of at least this probability (default: 0.5); give one "
                        "for all classes, or one per class, separated by commas", "P"),
@@ -87,7 +102,7 @@ FLAGS: Mapping[str, dict[str, Any]] = {
     "jobs": _flag("how many runs train at once (default: 1); they share the cores and the accelerators' memory", "N", 1,
                   type=_POSITIVE),
     "print": _switch("print the command of each run without starting any"),
-    "html": _flag("where to write the page, a self-contained HTML file without scripts", "FILE"),
+    "html": _flag("where to write the page, a self-contained HTML file without scripts", "FILE", type=_output()),
     "test": _switch("evaluate each finished run and save its predictions in its directory, for paired tests"),
     "output": _flag("where to write: a file, or a folder if there are several", "PATH"),
     "split": _flag("a split of the data, such as train, 'test[:100]' or \"folder('new')/train\" (default: the run's "
@@ -99,7 +114,7 @@ FLAGS: Mapping[str, dict[str, Any]] = {
     "window": _flag("the side of the occluding square, in pixels (default: an image's / 7)", "N", 0, type=_NATURAL),
     "k": _flag("how many neighbors, one number or several (default: 1,5,20,100)", "K,...", "1,5,20,100"),
     "draws": _flag("how many few-shot subsets to draw (default: 5)", "N", 5, type=_at_least(2)),
-    "plot": _flag("plot the accuracies to a .png file; needs matplotlib", "FILE"),
+    "plot": _flag("plot the accuracies to a .png file; needs matplotlib", "FILE", type=_output(".png")),
     "steps": _flag("how many steps to train (default: all recorded steps; find-lr: 200)", "N", None, type=_POSITIVE),
     "low": _flag("the first learning rate (default: 1e-7)", "X", 1e-7, type=float),
     "high": _flag("the last learning rate (default: 10)", "X", 10.0, type=float),
@@ -131,7 +146,6 @@ class Command:
     examples: tuple[str, ...] = ()  # each without "launch.py NAME"
     formats: tuple[str, ...] = ("table", "json")  # the values of --format, the first is the default
     extra: str = ""  # the extra that it needs
-    writes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # flags of output files → suffixes, () for any
     before_jax: str = ""  # "module:function", called with files and flags before JAX is imported
     needs_command_line: bool = False
 
@@ -156,28 +170,24 @@ COMMANDS: Mapping[str, Command] = {
          "trust", *PROCESSES),
         more="Any split, folder or .npz file can be an evaluation set: --config.data.eval.NAME=SPLIT, or "
              "--config.data.eval.NAME=SOURCE/SPLIT.",
-        examples=("--workdir runs/a", "--workdir runs/a --predictions all.csv", "--workdir runs/a --checkpoints=all",
-                  "--workdir runs/a --corruptions=all", "--workdir runs/a --attack \"pgd(eps='8/255', steps=20)\"",
+        examples=("--workdir runs/a --predictions all.csv", "--workdir runs/a --corruptions=all",
                   "--workdir runs/a --config.data.eval.new=\"folder('new')/train\""),
-        writes={"predictions": (".csv", ".jsonl")},
     ),
     "predict": Command(
         "classify new images with a trained run",
         "tools.predict.command", from_run_or_weights,
         ("workdir", "checkpoint", "format", "top_k", "threshold", "trust"), "FILE|DIR|GLOB|-",
         more="Quote a GLOB, such as 'photos/**/*.jpg'. With - the command reads file names from standard input, one "
-             "per line. Results appear in this order as they are computed.",
-        examples=("new.jpg --workdir runs/a", "photos --workdir runs/a --format csv > classes.csv",
-                  "- --workdir runs/a < files.txt"),
-        formats=("table", "json", "jsonl", "csv"),
+             "per line.",
+        examples=("new.jpg --workdir runs/a", "photos --workdir runs/a --format csv > classes.csv"),
+        formats=("table", "json", "jsonl", "csv"), before_jax="cli.inputs:check",
     ),
     "report": Command(
         "write a page about a trained run: learning curves, scores, confusions, worst mistakes, provenance",
         "tools.report.command", from_run, ("workdir", "checkpoint", "html", "trust"),
         more="The page goes to WORKDIR/report.html, or to --html. --config.data.eval.NAME=SPLIT adds an evaluation "
              "set. If the data are gone, the page omits the sections that need them.",
-        examples=("--workdir runs/a", "--workdir runs/a --checkpoint=best --html a.html"),
-        writes={"html": ()},
+        examples=("--workdir runs/a --checkpoint=best --html a.html",),
     ),
     "export": Command(
         "export a trained model for JAX, TensorFlow, ONNX or PyTorch",
@@ -186,27 +196,23 @@ COMMANDS: Mapping[str, Command] = {
         more="The suffix selects the format. .stablehlo: the function with its class names, for JAX on CPU, GPU and "
              "TPU. .savedmodel: the same for TensorFlow, as a folder. .onnx: the same for ONNX runtimes. .safetensors: "
              "the weights, under the parameter names of a PyTorch model.",
-        examples=("digits.stablehlo --workdir runs/digits", "digits.savedmodel --workdir runs/digits",
-                  "resnet.safetensors --workdir runs/a --names=torchvision"),
+        examples=("digits.stablehlo --workdir runs/digits", "resnet.safetensors --workdir runs/a --names=torchvision"),
         before_jax="tools.export.formats:check",
     ),
     "serve": Command(
         "serve a trained run as a web page and an HTTP API",
         "tools.serve.command", from_run_or_weights,
         ("workdir", "checkpoint", "host", "port", "cors", "trust"),
-        more="Drop, paste or draw images on the page. Programs send images to POST /predict; /docs describes the API.",
-        examples=("--workdir runs/a", "--workdir runs/a --host 0.0.0.0 --port 80"),
+        more="Programs send images to POST /predict; /docs describes the API.",
+        examples=("--workdir runs/a --host 0.0.0.0 --port 80",),
         extra="serve",
     ),
     "sweep": Command(
         "train a run for each combination of the values of several keys",
-        "tools.sweep.command", from_file_without_data, ("workdir", "sweep", "jobs", "print"),
-        more="Each run is a plain `train` in WORKDIR/KEY=VALUE,…, with its output in WORKDIR/KEY=VALUE,….log. Run the "
-             "same command again to continue: it skips finished runs and resumes the others. For any other list of "
-             "runs, let a function get_sweep() in the config file return dicts of keys and values. Several jobs on one "
-             "accelerator must fit into its memory together.",
-        examples=("--workdir runs/rates --sweep 'schedule=constant(1e-3); constant(3e-3)' --sweep seed=0..2",
-                  "--workdir runs/rates --sweep seed=0..2 --print > commands.txt"),
+        "tools.sweep.command", from_file, ("workdir", "sweep", "jobs", "print"),
+        more="Each run is a plain `train` in WORKDIR/KEY=VALUE,…. Run the same command again to continue. For any "
+             "other list of runs, let a function get_sweep() in the config file return dicts of keys and values.",
+        examples=("--workdir runs/rates --sweep 'schedule=constant(1e-3); constant(3e-3)' --sweep seed=0..2",),
         before_jax="tools.sweep.plan:use_cpu", needs_command_line=True,
     ),
     "compare": Command(
@@ -215,33 +221,29 @@ COMMANDS: Mapping[str, Command] = {
         more="The command finds every run below DIR. Runs that differ only in their seed share a row. The paired tests "
              "need predictions: add --test, or have `evaluate --predictions` write predictions.csv into a run's "
              "directory.",
-        examples=("runs/rates", "runs/rates --test --html rates.html", "runs/a runs/b --format csv > both.csv"),
-        formats=("table", "csv", "json"), writes={"html": ()},
+        examples=("runs/rates --test --html rates.html", "runs/a runs/b --format csv > both.csv"),
+        formats=("table", "csv", "json"),
     ),
     "status": Command(
         "show how far runs are, what went wrong, and where their time went",
         "tools.status.command", without_config, ("format",), "DIR",
-        more="The command finds every run below DIR. Goodput is the fraction of the wall time, over all restarts of a "
-             "run, that went into training steps. For one run, a second table has the time by phase.",
-        examples=("runs/a", "runs", "runs/a --format json"),
+        more="The command finds every run below DIR. For one run, a second table has the time by phase.",
+        examples=("runs", "runs/a --format json"),
     ),
     "features": Command(
         "write the network's features for images: one vector each, with names and labels",
         "tools.probe.features", from_run_or_weights,
         ("workdir", "checkpoint", "output", "split", "trust"), "[FILE|DIR|GLOB|-]",
-        more="Without images on the command line, the command uses those of --split.",
-        examples=("--workdir runs/a --output test.npz", "--workdir runs/a --split train --output train.npz",
-                  "photos --workdir runs/a --output photos.npz"),
-        writes={"output": (".npz",)},
+        more="--output is an .npz file. Without images on the command line, the command uses those of --split.",
+        examples=("--workdir runs/a --split train --output train.npz", "photos --workdir runs/a --output photos.npz"),
+        before_jax="cli.inputs:check",
     ),
     "probe": Command(
         "measure the features: nearest neighbors, a linear probe, few-shot classification",
         "tools.probe.command", from_run_or_weights,
         ("workdir", "checkpoint", "format", "k", "draws", "plot", "trust"),
         more="Each probe is fitted to the features of the training set and scored on each evaluation set.",
-        examples=("--workdir runs/a", "--workdir runs/a --plot curve.png",
-                  "--config my_config.py --config.init_from=weights.safetensors"),
-        writes={"plot": (".png",)},
+        examples=("--workdir runs/a --plot curve.png", "--config my_config.py --config.init_from=weights.safetensors"),
     ),
     "explain": Command(
         "draw heatmaps of the image regions that a trained run's predictions depend on",
@@ -250,17 +252,16 @@ COMMANDS: Mapping[str, Command] = {
         "FILE|DIR|GLOB|-",
         more="gradcam works for networks with feature maps, rollout for attention over patches, occlusion for any "
              "network. The heatmaps go to the folder --output (default: explained).",
-        examples=("new.jpg --workdir runs/a", "photos --workdir runs/a --method occlusion --output heat",
-                  "new.jpg --workdir runs/a --class dog"),
+        examples=("new.jpg --workdir runs/a --class dog", "photos --workdir runs/a --method occlusion --output heat"),
+        before_jax="cli.inputs:check",
     ),
     "reproduce": Command(
         "train a run again from its record, and compare every digest and metric",
         "tools.reproduce.command", from_record,
         ("output", "steps", "tolerance", "format", "bundle", "trust", *PROCESSES), "WORKDIR|BUNDLE",
-        more="The command names the first recorded step and parameter that differ, and all differences in config, "
-             "data, code, versions and devices. It trains in --output (default: a temporary directory, removed if "
-             "nothing differs). The exit status is 0 if the runs are equal, else 1.",
-        examples=("runs/a", "runs/a --steps=100", "runs/a --bundle=a.zip", "a.zip --config.data.data_dir=/data"),
+        more="It trains in --output (default: a temporary directory, removed if nothing differs). The exit status is 0 "
+             "if the runs are equal, else 1.",
+        examples=("runs/a --steps=100", "runs/a --bundle=a.zip", "a.zip --config.data.data_dir=/data"),
     ),
     "show-batch": Command(
         "draw the batch that a step trains on, with labels and ids",
@@ -272,7 +273,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "dryrun": Command(
         "compile a run for absent chips: memory, time and bottleneck",
-        "tools.dryrun.command", from_file_without_data,
+        "tools.dryrun.command", from_file,
         ("workdir", "chips", "shape", "classes", "targets", "examples", "format"),
         examples=("--config imagenet_resnet50 --chips v5e:2x4",),
         before_jax="tools.dryrun.topology:prepare_from_flags",
@@ -281,9 +282,8 @@ COMMANDS: Mapping[str, Command] = {
         "suggest a learning rate by a range test: a short run whose learning rate grows until the loss diverges",
         "tools.find_lr.command", from_file, ("steps", "low", "high", "format", "html"),
         more="Smith's range test: the loss over the learning rate, where it falls fastest, and a schedule to try. It "
-             "leaves no run behind. --html writes the plot.",
-        examples=("--config digits", "--config fashion_mnist --html lr.html",
-                  "--config digits --config.optimizer='sgd(momentum=0.9)' --low=1e-4 --high=10"),
+             "leaves no run behind.",
+        examples=("--config fashion_mnist --html lr.html",),
     ),
-    "config": Command("print the value and documentation of every key", "", from_file_without_data),
+    "config": Command("print the value and documentation of every key", "", from_file),
 }  # fmt: skip

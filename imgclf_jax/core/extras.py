@@ -1,17 +1,9 @@
 """Packages that a plain install omits: which extra of this package brings them, and how to install it."""
 
-import contextlib
-import importlib.metadata
 import importlib.util
-import shlex
-import sys
-from pathlib import Path
-
-from packaging.requirements import Requirement
 
 from imgclf_jax.core.errors import UserError
 
-_CLONE = Path(__file__).parents[2] / "launch.py"  # which an installed package lacks
 _MODULES = {
     "serve": ("fastapi", "uvicorn", "python_multipart"),
     "onnx": ("jax2onnx", "onnxruntime"),
@@ -42,14 +34,6 @@ def require(extra: str, what: str, *modules: str) -> None:
 
 
 def how_to_install(extra: str) -> str:
-    """The command that installs an extra: uv's in a clone, else pip's with names from this package's metadata."""
-    needed = None  # of a clone that is not installed
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        named = map(Requirement, importlib.metadata.requires("imgclf_jax") or ())
-        needed = [str(r).partition(";")[0] for r in named if r.marker and r.marker.evaluate({"extra": extra})]
-    if needed == []:
-        return f"its packages do not support Python {sys.version_info[0]}.{sys.version_info[1]} yet: use an older one"
-    if needed is None or _CLONE.is_file():
-        return f"run it by `uv run --{'group' if extra == 'onnx' else 'extra'} {extra} launch.py …`"
-    more = " && pip install --no-deps jax2onnx" if extra == "onnx" else ""  # pip refuses it, for its bound on Orbax
-    return f"install it by `pip install {shlex.join(needed)}{more}`"
+    """How to install an extra, or the dependency group `onnx`."""
+    kind = "group" if extra == "onnx" else "extra"
+    return f"run it by `uv run --{kind} {extra} launch.py …` in a clone, or install what its pyproject.toml lists"

@@ -1,13 +1,12 @@
-"""Helpers to read jaxprs and evaluate them equation by equation."""
+"""Helpers to read jaxprs."""
 
 import collections
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
-from jax.typing import ArrayLike
 
 type Atom = Var | Literal  # an operand of an equation
 
@@ -15,16 +14,6 @@ type Atom = Var | Literal  # an operand of an equation
 INLINED: Mapping[str, str] = {
     "jit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
 }  # fmt: skip
-
-
-def bind(
-    equation: JaxprEqn, operands: Sequence[ArrayLike], params: Mapping[str, object] | None = None
-) -> list[jax.Array]:
-    """Applies an equation's primitive to other operands, and with other parameters `params` if not None."""
-    primitive = equation.primitive
-    # `get_bind_params` is for primitives that bind a function, such as `shard_map`.
-    out = primitive.bind(*operands, **primitive.get_bind_params(equation.params if params is None else params))
-    return list(out) if primitive.multiple_results else [out]
 
 
 def aval_of(atom: Atom) -> jax.core.ShapedArray:
@@ -41,15 +30,6 @@ def inner(equation: JaxprEqn) -> list[Jaxpr | ClosedJaxpr]:
     return [v for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
 
 
-def holds(jaxpr: Jaxpr | ClosedJaxpr, primitive: str) -> bool:
-    """Whether a jaxpr, or one inside it such as the body of a loop, contains this primitive."""
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # unwrap a ClosedJaxpr
-    return any(
-        equation.primitive.name == primitive or any(holds(one, primitive) for one in inner(equation))
-        for equation in jaxpr.eqns
-    )
-
-
 def reads(jaxpr: Jaxpr, names: Mapping[Var, str]) -> Iterator[str]:
     """Yields the names of the variables that a jaxpr reads, in order and inside its calls too, with repetitions."""
     for equation in jaxpr.eqns:
@@ -61,16 +41,11 @@ def reads(jaxpr: Jaxpr, names: Mapping[Var, str]) -> Iterator[str]:
         yield from filter(None, operands)
 
 
-def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
-    """Counts the FLOPs of matmuls and convolutions, two per multiply-add; loops of unknown length count once.
-
-    Fused attention kernels count as their matmuls.
-    """
-    return sum(matmul_flops_by_scope(jaxpr).values())
-
-
 def matmul_flops_by_scope(jaxpr: Jaxpr | ClosedJaxpr, scope: str = "") -> dict[str, float]:
-    """`matmul_flops` by the name scope of the equations, such as "Classifier/backbone/conv1"."""
+    """Counts the FLOPs of matmuls and convolutions by name scope, such as "Classifier/backbone/conv1".
+
+    A multiply-add counts two, a loop of unknown length once, a fused attention kernel as its matmuls.
+    """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     total = collections.defaultdict[str, float](float)
     for equation in jaxpr.eqns:

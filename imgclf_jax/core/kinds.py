@@ -28,9 +28,6 @@ from imgclf_jax.core.typing import Function
 
 PLAIN, RANDOM, BY_EXAMPLE = "plain", "random", "by_example"
 
-# A plain op whose first parameter has such a name lacks its decorator.
-_RANDOM_NAMES = ("key", "keys", "rng", "rngs", "rng_key", "prng", "prng_key", "generator", "seed")
-
 
 def random[Op: Function](op: Op) -> Op:
     """Declares a random op: `(key, images, …)`, or `(rng, image, …)` on the host."""
@@ -58,19 +55,11 @@ def bind(
     """Binds the arguments of the op that a call names: see `spec.bind`.
 
     `family` names the ops, such as "device op"; `leading` has the leading arguments of each kind in the family. Raises
-    UserError for an op of another kind, and for a plain one that seems to lack its decorator.
+    UserError for an op of another kind.
     """
-    op = spec.lookup(call, table, family)
-    kind = kind_of(op)
+    kind = kind_of(spec.lookup(call, table, family))
     if kind not in leading:
         raise UserError(
             f"{family} {call.name!r} is declared @kinds.{kind}; allowed for a {family}: {', '.join(leading)}"
-        )
-    first = next(iter(spec.parameters(op, call, family)), "")
-    if kind == PLAIN and RANDOM in leading and first in _RANDOM_NAMES:
-        likely = BY_EXAMPLE if first == "seed" and BY_EXAMPLE in leading else RANDOM
-        raise UserError(
-            f"{family} {call.name!r} takes {first!r} first, but is not declared random; write 'from imgclf_jax.core "
-            f"import kinds' and '@kinds.{likely}' above the function, or rename the parameter"
         )
     return spec.bind(call, table, family, leading[kind])

@@ -12,10 +12,9 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
-from urllib.parse import unquote
 
 from imgclf_jax.core import extras, spec
 from imgclf_jax.core.errors import UserError, reason
@@ -27,7 +26,7 @@ _LINKED = "{} is a link, pipe or device, and a run holds only regular files and 
 
 
 def as_path(text: str) -> Path:
-    """Converts a path, `file:///PATH`, `gs://BUCKET/…` or `s3://BUCKET/…` to a path.
+    """Converts a path, `gs://BUCKET/…` or `s3://BUCKET/…` to a path.
 
     Raises UserError for other addresses, for a bucket whose driver is not installed, and for one that an untrusted
     config names (see `spec.untrusted`).
@@ -35,12 +34,9 @@ def as_path(text: str) -> Path:
     scheme, sign, rest = text.partition("://")
     if not sign or not scheme.isalnum():
         return Path(text)
-    if scheme == "file" and rest.startswith("/"):
-        return Path(unquote(rest))
     if scheme not in _DRIVERS or not rest.strip("/"):
-        raise UserError(f"{text!r} is not a path; allowed are a path, file:///PATH, gs://BUCKET/PATH or "
-                        "s3://BUCKET/PATH")  # fmt: skip
-    spec.check_network(text)
+        raise UserError(f"{text!r} is not a path; allowed are a path, gs://BUCKET/PATH or s3://BUCKET/PATH")
+    spec.check_trusted(f"{text!r}, which is on the network")
     extras.require("buckets", text, _DRIVERS[scheme])
     from etils import epath
 
@@ -49,13 +45,10 @@ def as_path(text: str) -> Path:
 
 def expand_user(text: str) -> Path:
     """`as_path` with `~` and `~NAME` replaced by home directories. Raises UserError also for an unknown user."""
-    path = as_path(text)
     try:
-        return path.expanduser()
+        return as_path(text).expanduser()
     except RuntimeError as e:
-        user, own = path.parts[0], f"~/{str(path)[1:]}"
-        fix = "" if user == "~" else f"{own!r} for a path in your own, or "
-        raise UserError(f"{text!r}: this system knows no home directory {user!r}; write {fix}the whole path") from e
+        raise UserError(f"{text!r}: {e} write the whole path") from e
 
 
 def in_bucket(path: Path) -> bool:
@@ -128,8 +121,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.fsync(folder)  # persists the new name too
         os.close(folder)
     except OSError as e:
-        if e.filename is None or e.filename == str(temporary):
-            raise OSError(e.errno, os.strerror(e.errno) if e.errno else reason(e), str(path)) from e
+        if e.filename in (None, str(temporary)):
+            raise OSError(e.errno, reason(e), str(path)) from e
         raise
     finally:
         with contextlib.suppress(OSError):
@@ -203,15 +196,6 @@ def read(file: Path) -> bytes:
     """The content of a regular file: see `open_regular`."""
     with open_regular(file) as opened:
         return bytes(opened.read())
-
-
-def check_output(file: Path, flag: str, suffixes: Sequence[str]) -> None:
-    """Raises UserError, naming the `flag`, unless a file with one of the `suffixes` can be written in its directory."""
-    if file.suffix not in suffixes:
-        names = " or ".join(filter(None, [", ".join(suffixes[:-1]), suffixes[-1]]))
-        raise UserError(f"{flag}={file}: the name must end in {names}")
-    if not file.parent.is_dir():
-        raise UserError(f"{flag}={file}: the directory {str(file.parent)!r} does not exist; create it first")
 
 
 def move(folder: Path, target: Path) -> None:

@@ -4,17 +4,17 @@ It is that of the mesh's devices, not of the machine that traces. So any machine
 the program of any platform.
 """
 
+import contextlib
 import functools
 import platform as host
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 
 import jax
 from jax import lax
-from jax.extend.core import ClosedJaxpr
 from jax.sharding import AbstractMesh, Mesh
 
-from imgclf_jax.core import internals, jaxprs
-from imgclf_jax.core.typing import Function, PyTree
+from imgclf_jax.core import internals
+from imgclf_jax.core.typing import PyTree
 
 # XLA compiler options. YNNPACK would take matmuls from oneDNN, and its fused sums give NaN in bfloat16 (jaxlib 0.12.0).
 ONEDNN_OPTIONS: dict[str, bool | str] = {
@@ -80,37 +80,18 @@ def compute_capability_of(mesh: Mesh | AbstractMesh) -> float:
     return min(float(getattr(device, "compute_capability", 0)) for device in mesh.devices.flat)
 
 
-def tracing_for(platform: str, compute_capability: float = 0.0, onednn: bool = False) -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def tracing_for(platform: str, compute_capability: float = 0.0, onednn: bool = False) -> Iterator[None]:
     """Inside, programs are traced for `platform`, and for GPUs of at least this `compute_capability`.
 
-    With `onednn` they are CPU programs of plain XLA operations, compiled with `ONEDNN_OPTIONS`.
+    With `onednn` they are CPU programs of plain XLA operations, compiled with `ONEDNN_OPTIONS`. It is a decorator too:
+    `tracing_for("tpu")(function)` is traced inside, in whichever thread.
     """
     internals.keep_matmuls_apart()
-    context: AbstractContextManager[None] = _traced_for((platform, compute_capability, onednn))
-    return context
-
-
-def traced_for(platform: str, function: Function) -> Function:
-    """Wraps `function` to be traced inside `tracing_for(platform)`, in whichever thread traces it."""
-
-    @functools.wraps(function)
-    def traced(*args: object, **kwargs: object) -> PyTree:
-        with tracing_for(platform):
-            return function(*args, **kwargs)
-
-    return traced
+    with _traced_for((platform, compute_capability, onednn)):
+        yield
 
 
 def cpu_barrier(x: PyTree) -> PyTree:
     """Returns the pytree x. On CPU, XLA does not fuse its computation into that of its readers."""
     return lax.optimization_barrier(x) if current() == "cpu" else x
-
-
-def slow_in_loops(jaxpr: ClosedJaxpr, platform: str) -> bool:
-    """Whether a program has an operation that is slow inside a loop on this platform.
-
-    On CPU those are XLA's own convolution and oneDNN's: they and their gradients take up to a hundred times as long in
-    a loop.
-    """
-    slow = "conv_general_dilated", *(f"cpu_onednn_conv_{role}" for role in range(3))
-    return platform == "cpu" and any(jaxprs.holds(jaxpr, name) for name in slow)

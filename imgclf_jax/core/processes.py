@@ -2,17 +2,14 @@
 
 Values travel through the key-value store of JAX's coordination service. The calls of `jax.experimental.multihost_utils`
 are device collectives, which need a running backend and on CPU time out after half a minute. If a process dies, JAX
-ends the others: see `start`.
+ends the others.
 """
 
 import concurrent.futures
-import ctypes
 import importlib.util
 import itertools
 import json
 import os
-import re
-import signal
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -28,11 +25,8 @@ _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 _SIGNS = ("JOB_COMPLETION_INDEX", "TPU_WORKER_ID", "MEGASCALE_COORDINATOR_ADDRESS", "JAX_COORDINATOR_ADDRESS")
 
 ALIKE = "start all processes with the same command, code, versions and environment"
-_LOST_PEER = re.compile("Gloo .* failed|remote process exited")  # by Gloo and by NCCL
 _count, _index = 1, 0
-_hosts: list[str] = []  # the host of each process
 _calls = itertools.count()  # numbers the exchanges, which all processes make in the same order
-_handler: object = None  # keeps the callback for SIGABRT alive, since C has a pointer to it
 
 
 class ProcessMismatch(UserError):
@@ -69,23 +63,23 @@ def start(
 
     - `coordinator` is the HOST:PORT of process 0, `number` the count of processes, `process` the index of this one.
     - `devices` are its devices: "all", or their numbers on this host, such as "0,1".
-    - If a process gives no sign of life for `heartbeat` seconds, JAX ends the others.
+    - If a process gives no sign of life for `heartbeat` seconds, JAX aborts the others.
 
-    JAX asks the cluster for whatever is not given. Raises UserError if the port is in use. A process that has not
-    joined all others within `timeout` seconds ends with status 1.
+    JAX asks the cluster for whatever is not given. Raises UserError if the flags do not fit together or the port is in
+    use. JAX aborts a process that has not joined all others within `timeout` seconds.
     """
-    global _count, _index, _hosts
+    global _count, _index
     if number == 1 or not (coordinator or number or has_started_several()):
         return
     import jax
 
     take_all = devices == "all" or (not devices and started_one_here())
-    local = [] if take_all else [int(i) for i in devices.split(",")] if devices else None  # []: all; None: JAX decides
-    jax.config.update("jax_enable_preemption_service", False)  # until `start_preemption_service`
-    _end_with_status_1(f"another process of this run died, or did not join within {timeout} s; see its log")
-    if coordinator and process == 0:
-        _check_port(int(coordinator.rpartition(":")[2]))
-    try:  # in a thread: Python handles signals only between the calls of the main thread
+    jax.config.update("jax_enable_preemption_service", False)  # until `stopping.stopping`
+    try:
+        local = [] if take_all else [int(i) for i in devices.split(",")] if devices else None  # []: all; None: JAX's
+        if coordinator and process == 0:  # two services of JAX could both listen on it
+            socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
+        # In a thread, since Python handles signals only between the calls of the main thread.
         concurrent.futures.ThreadPoolExecutor(1).submit(
             jax.distributed.initialize, coordinator or None, number, process, local, initialization_timeout=timeout,
             heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=86400,
@@ -93,46 +87,13 @@ def start(
     except Exception as e:  # from the network, or from the cluster's interface
         if not (coordinator or number) and "coordinator_address" in str(e):
             return  # JAX recognizes no cluster
-        raise UserError(f"the processes cannot join ({reason(e)}); start all within {timeout} s, with --coordinator, "
-                        "--num_processes and --process_id, or with --num_processes=1 to run alone") from e  # fmt: skip
+        raise UserError(f"the processes cannot join ({reason(e)}); start all within {timeout} s, with --coordinator (a "
+                        "free port of the host of process 0), --num_processes and --process_id, or with "
+                        "--num_processes=1 to run alone") from e  # fmt: skip
     state = internals.coordination_state()
     _count, _index = state.num_processes, state.process_id
     redirect_native_output()
     agree(lambda: {"--num_processes": _count})
-    _hosts = [f"host {name}" for name in gather(socket.gethostname())]
-
-
-def _check_port(port: int) -> None:
-    """Raises UserError if the port cannot be used. Two services of JAX could both listen on it."""
-    try:
-        socket.create_server(("", port)).close()
-    except OSError as e:
-        raise UserError(f"port {port} of host {socket.gethostname()} cannot be used ({e.strerror}); pass a free port "
-                        "of that host in --coordinator to all processes") from e  # fmt: skip
-
-
-def _end_with_status_1(sentence: str) -> None:
-    """Turns JAX's `abort` into a sentence and status 1."""
-    global _handler
-
-    def end(_: int) -> None:
-        os.write(2, f"error: process {_index}: {sentence}; run the same command again in all\n".encode())
-        os._exit(1)
-
-    _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
-    libc = ctypes.CDLL(None)
-    libc.signal.restype = ctypes.c_void_p
-    libc.signal(int(signal.SIGABRT), _handler)
-
-
-def named(process: int) -> str:
-    """A process and its host, in words."""
-    return f"process {process}" + (f" ({_hosts[process]})" if process < len(_hosts) else "")
-
-
-def has_lost_another(error: BaseException) -> bool:
-    """Whether this is the error of a collective whose other process has died."""
-    return _count > 1 and bool(_LOST_PEER.search(str(error)))
 
 
 def broadcast[T: Json](function: Callable[[], T]) -> T:
@@ -171,39 +132,27 @@ def barrier() -> None:
     gather(None)
 
 
-def agree(facts: Callable[[], JsonObject], fix: str = ALIKE, in_both: bool = False) -> None:
+def agree(facts: Callable[[], JsonObject], fix: str = ALIKE) -> None:
     """Raises ProcessMismatch in all processes unless all have equal facts; it names a process and what differs.
 
-    `facts` returns JSON values by name; a single process does not call it. With `in_both`, a name that one of two
-    processes lacks is not compared.
+    `facts` returns JSON values by name; a single process does not call it. A name that one of two processes lacks is
+    not compared, such as a package that one has not imported yet.
     """
     if _count == 1:
         return
-    call = next(_calls)
-    _set(call, facts())
-    expected = _get(call, 0)
-    for process in range(1, _count):
-        found = _get(call, process)
-        compared = expected.keys() & found.keys() if in_both else {**expected, **found}
-        if names := [name for name in compared if found.get(name) != expected.get(name)]:
-            more = f", and {len(names) - 3} more" if len(names) > 3 else ""
-            a, b = (", ".join(f"{name}={str(of.get(name))[:100]}" for name in names[:3]) for of in (found, expected))
-            raise ProcessMismatch(f"{named(process)} has {a}{more}, {named(0)} has {b}; {fix}")
+    expected, *others = gather(facts())
+    for process, found in enumerate(others, 1):
+        if names := [name for name in expected if name in found and found[name] != expected[name]][:3]:
+            a, b = (", ".join(f"{name}={str(of[name])[:100]}" for name in names) for of in (found, expected))
+            raise ProcessMismatch(f"process {process} has {a}, process 0 has {b}; {fix}")
 
 
-def once_a_host[T](function: Callable[[], T]) -> T:
-    """Calls `function` in process 0, then in one process of each other host, then in the remaining ones.
-
-    So a single process prepares the files on a disk, whether the disk is local to a host or shared.
-    """
-    if _count == 1:
-        return function()
-    own_turn = 0 if not index() else 1 if _hosts.index(_hosts[index()]) == index() else 2
-    for turn in range(3):
-        if own_turn == turn:
-            result = function()
-        barrier()
-    return result
+def first_in_process_0[T](function: Callable[[], T]) -> T:
+    """Calls `function` in process 0, then in the others, so that these find the files that it prepares."""
+    if not index():
+        result = function()
+    barrier()
+    return function() if index() else result
 
 
 def _client() -> Any:
@@ -221,19 +170,3 @@ def _get(call: int, process: int) -> Json:
         except Exception as e:  # Python handles signals in between
             if "DEADLINE_EXCEEDED" not in str(e):
                 raise
-
-
-def start_preemption_service() -> None:
-    """Lets JAX note SIGTERM from now on, for `reached_sync_point`. It replaces Python's handler of the signal."""
-    import jax
-
-    jax.config.update("jax_enable_preemption_service", True)
-    if not internals.coordination_state().preemption_sync_manager:
-        internals.coordination_state().initialize_preemption_sync_manager()
-
-
-def reached_sync_point(number: int) -> bool:
-    """Whether all processes stop at their call `number`, since one received SIGTERM. All must make every call."""
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.reached_preemption_sync_point(number))

@@ -51,17 +51,11 @@ def make_mesh(devices: list[jax.Device] | None = None, text: str = "data=-1") ->
 
 
 def _arranged(devices: list[jax.Device], shape: list[int]) -> np.ndarray:
-    """Arranges the devices to suit their network, as `jax.make_mesh` does: as a ring, or along the axes of a torus.
+    """Arranges the devices as a ring, or along the axes of a torus; devices without such an order keep their own.
 
-    It calls the functions beneath `jax.make_mesh`, which itself refuses several TPU slices and, except on v5e, refuses
-    to split a physical axis. The first axis is split over slices, or over GPU hosts, if possible. Devices that JAX
-    cannot arrange, such as part of a pod, keep the order of `devices`.
+    `jax.make_mesh` does so too, but except on v5e refuses to split a physical axis.
     """
-    slices = len({getattr(device, "slice_index", None) for device in devices})
     try:
-        if slices > 1:
-            inside, across = [shape[0] // slices, *shape[1:]], [slices, *[1] * (len(shape) - 1)]
-            return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     except (AssertionError, NotImplementedError, ValueError) as e:
         log.info("the devices keep their own order, since JAX has none for a mesh of %s: %s", shape, reason(e))

@@ -15,7 +15,7 @@ import itertools
 import re
 import sys
 import tokenize
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,46 +121,26 @@ def _literal(node: ast.expr, text: str) -> Value:
     )
 
 
-_guards: list[tuple[str, tuple[str, ...]]] = []  # of each untrusted owner of specs: its name, the command line
+_untrusted: list[str] = []  # the owners of specs that are being read
 
 
 @contextlib.contextmanager
-def untrusted(owner: str, words: Sequence[str] = ()) -> Iterator[None]:
+def untrusted(owner: str) -> Iterator[None]:
     """Refuses imports and network access by specs and paths inside, since these come from an untrusted `owner`.
 
-    Errors name the owner. Addresses in `words`, the user's command line, may be read. It holds for all threads, since
-    worker threads build specs too.
+    It holds for all threads, since worker threads build specs too.
     """
-    _guards.append(guard := (owner, tuple(words)))
+    _untrusted.append(owner)
     try:
         yield
     finally:
-        _guards.remove(guard)
+        _untrusted.remove(owner)
 
 
-def check_trusted(what: str, named: Callable[[str], bool] = lambda _: False) -> None:
-    """Raises Untrusted inside `untrusted`, unless a word of the command line has `named` it.
-
-    `what` is the thing that a spec names, and what it would run.
-    """
-    for owner, words in _guards:
-        if not any(map(named, words)):
-            raise Untrusted(f"{owner} names {what}; if you trust both, add --trust")
-
-
-def check_network(text: str) -> None:
-    """Raises Untrusted inside `untrusted` for a network address that the command line does not contain."""
-
-    def named(word: str) -> bool:
-        addresses = [address.rstrip("/") for address in re.findall(r"\w+://[^\s'\",)]+", word)]
-        return any(text.rstrip("/") == address or text.startswith(f"{address}/") for address in addresses)
-
-    check_trusted(f"{text!r}, which is on the network", named)
-
-
-def check_download(name: str, what: str) -> None:
-    """Raises Untrusted inside `untrusted` for the download `what`, unless the command line quotes its `name`."""
-    check_trusted(what, lambda word: bool(re.search(rf"""['"]{re.escape(name)}['":/]""", word)))
+def check_trusted(what: str) -> None:
+    """Raises Untrusted inside `untrusted`; `what` is the thing that a spec names, and what it would run."""
+    for owner in _untrusted:
+        raise Untrusted(f"{owner} names {what}; if you trust both, add --trust")
 
 
 def lookup(call: Call, table: Table, kind: str) -> Function:

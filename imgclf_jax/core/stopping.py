@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from imgclf_jax.core import processes
+from imgclf_jax.core import internals, processes
 
 type Handler = Callable[[int, FrameType | None], object] | int | None
 
@@ -72,7 +72,7 @@ def stopping() -> Iterator[Callable[[], str]]:
 
     def stop() -> str:
         nonlocal received, told
-        if several and not received and processes.reached_sync_point(next(_points)):
+        if several and not received and reached_sync_point(next(_points)):
             received = "SIGTERM"
         if received and not told:
             told = received
@@ -85,11 +85,27 @@ def stopping() -> Iterator[Callable[[], str]]:
     before = _handle(note)
     try:
         if several:
-            processes.start_preemption_service()
+            start_preemption_service()
         yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def start_preemption_service() -> None:
+    """Lets JAX note SIGTERM from now on, for `reached_sync_point`. It replaces Python's handler of the signal."""
+    import jax
+
+    jax.config.update("jax_enable_preemption_service", True)
+    if not internals.coordination_state().preemption_sync_manager:
+        internals.coordination_state().initialize_preemption_sync_manager()
+
+
+def reached_sync_point(number: int) -> bool:
+    """Whether all processes stop at their call `number`, since one received SIGTERM. All must make every call."""
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.reached_preemption_sync_point(number))
 
 
 def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Handler]:

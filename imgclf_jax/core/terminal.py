@@ -3,18 +3,15 @@
 import contextlib
 import copy
 import functools
-import itertools
 import json
 import logging
 import math
 import shutil
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.live import Live
 from rich.logging import RichHandler
@@ -25,8 +22,7 @@ from imgclf_jax.core import processes
 from imgclf_jax.core.text import decimals, printable
 from imgclf_jax.core.typing import Json
 
-_FIRST_LOGGED, _NEXT_LOGGED = 10.0, 60.0  # seconds until progress is logged where there is no terminal, and between
-_AT_ONCE = 1000  # rows of a streamed table
+_LOGGED = 60.0  # seconds between lines of progress where there is no terminal
 _WIDE = 1_000_000  # columns of an output that is no terminal, where a row is one line
 
 
@@ -45,10 +41,10 @@ def shows_progress() -> bool:
 
 
 @contextlib.contextmanager
-def showing(what: str | Callable[[], str], every: float = 0.0) -> Iterator[None]:
+def showing(what: str | Callable[[], str]) -> Iterator[None]:
     """While inside, shows `what`, or what it returns in another thread: on a terminal as a line that is replaced.
 
-    Elsewhere logs it after ten seconds, and then each minute, or `every` so many seconds. An empty text shows nothing.
+    Elsewhere logs it each minute. An empty text shows nothing.
     """
     describe = what if callable(what) else lambda: what
     if processes.index():
@@ -64,9 +60,7 @@ def showing(what: str | Callable[[], str], every: float = 0.0) -> Iterator[None]
     ended = threading.Event()
 
     def log_progress() -> None:
-        wait = every or _FIRST_LOGGED
-        while not ended.wait(wait):
-            wait = every or _NEXT_LOGGED
+        while not ended.wait(_LOGGED):
             if text := describe():
                 log.info("%s", text)
 
@@ -79,29 +73,23 @@ def showing(what: str | Callable[[], str], every: float = 0.0) -> Iterator[None]
         thread.join()
 
 
-def track[T](items: Iterable[T], total: int | None, what: str, weight: Callable[[T], int] = lambda _: 1) -> Iterator[T]:
-    """Yields the items, and shows how many the caller is done with, of the `total` if that is known.
-
-    An item counts as `weight(item)`.
-    """
+def track[T](items: Iterable[T], total: int, what: str, weight: Callable[[T], int] = lambda _: 1) -> Iterator[T]:
+    """Yields the items, and shows how many of the `total` the caller is done with; one counts as `weight(item)`."""
     done, began = 0, time.monotonic()
-    width = console().width if shows_progress() else None
-    with showing(lambda: describe_progress(what, done, total, time.monotonic() - began, width)):
+    with showing(lambda: describe_progress(what, done, total, time.monotonic() - began)):
         for item in items:
             yield item
             done += weight(item)
 
 
-def describe_progress(what: str, done: int, total: int | None, seconds: float, width: int | None = None) -> str:
-    """`evaluating test: 1,280 of 10,000, 640 a second, 14 s left`. If it exceeds `width` columns, `what` is cut."""
-    rate = done / seconds if seconds > 0 else 0.0
-    text = f": {min(done, total) if total else done:,}" + (f" of {total:,}" if total else "")
-    if done:
+def describe_progress(what: str, done: int, total: int, seconds: float) -> str:
+    """`evaluating test: 1,280 of 10,000, 640 a second, 14 s left`."""
+    text = f"{what}: {min(done, total):,} of {total:,}"
+    if done and seconds:
+        rate = done / seconds
         text += f", {rate:,.0f} a second" if rate >= 1 else f", {1 / rate:,.1f} s each"
-    if done and total and done < total:
-        text += f", {duration((total - done) / rate)} left"
-    what = printable(what)
-    return (what if width is None else shorten(what, max(8, width - len(text)))) + text
+        text += f", {duration((total - done) / rate)} left" if done < total else ""
+    return text
 
 
 def duration(seconds: float) -> str:
@@ -133,7 +121,6 @@ def setup_logging() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns about shapes, which have no type
-    sys.unraisablehook = _report_unraisable
 
 
 def _printable(record: logging.LogRecord) -> logging.LogRecord:
@@ -144,35 +131,14 @@ def _printable(record: logging.LogRecord) -> logging.LogRecord:
     return out
 
 
-_usual_hook = sys.unraisablehook
-
-
-def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Hides one message: after a failed save, TensorStore still calls an event loop that is already closed."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        _usual_hook(unraisable)
-
-
 def columns() -> int | None:
     """The width of standard output if that is a terminal; None elsewhere, where programs read lines of any length."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-def shorten(text: str, width: int) -> str:
-    """The text in at most `width` columns of a terminal; "…" stands for the rest."""
-    return text if cell_len(text) <= width else set_cell_size(text, max(0, width - 1)).rstrip() + "…"
-
-
-def print_text(text: str, indent: int = 0) -> None:
-    """Prints a paragraph on standard output; on a terminal in lines that end between words, from the second indented.
-
-    Escapes unprintable characters.
-    """
-    width, text = columns(), printable(text)
-    if width is not None and cell_len(text) > width:
-        text = textwrap.fill(text, max(20, width), subsequent_indent=" " * indent, break_long_words=False,
-                             break_on_hyphens=False)  # fmt: skip
-    print(text, flush=True)
+def print_text(text: str) -> None:
+    """Prints a line on standard output, with unprintable characters escaped."""
+    print(printable(text), flush=True)
 
 
 def print_json(value: Json) -> None:
@@ -189,25 +155,18 @@ def nonfinite_to_null(value: Json) -> Json:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], streamed: bool = False) -> None:
-    """Prints a table on standard output. Unless on a terminal, a row is one line of any length, for programs.
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table on standard output, with unprintable characters escaped.
 
-    On a narrow terminal cells go on in the next line. Escapes characters that are unprintable or missing from the
-    output's encoding. If `streamed`, prints rows as they come, a thousand at a time, and nothing without rows.
+    On a narrow terminal cells go on in the next line; elsewhere a row is one line of any length, for programs.
     """
-    for part, some in enumerate(itertools.batched(rows, _AT_ONCE) if streamed else [tuple(rows)]):
-        table = Table(show_header=not part)
-        for name in columns:
-            table.add_column(name, overflow="fold")
-        for row in some:
-            table.add_row(*map(_cell, row))
-        # A file may be called "a[b]:c:.png".
-        Console(width=None if sys.stdout.isatty() else _WIDE, markup=False, emoji=False).print(table)
-
-
-def _cell(text: str) -> str:
-    encoding = sys.stdout.encoding or "utf-8"
-    return printable(text).encode(encoding, "backslashreplace").decode(encoding)
+    table = Table()
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*map(printable, row))
+    # A file may be called "a[b]:c:.png".
+    Console(width=None if sys.stdout.isatty() else _WIDE, markup=False, emoji=False).print(table)
 
 
 def format_metrics(values: Mapping[str, float]) -> str:

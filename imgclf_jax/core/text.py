@@ -51,14 +51,7 @@ def utf8(name: str) -> str:
 
 
 def prepare_streams() -> None:
-    """Makes standard output and error accept any text, and opens closed streams.
-
-    Characters outside the encoding are escaped. A stream that was closed, as by `>&-`, becomes /dev/null: otherwise the
-    next opened file would get its descriptor, and C libraries would print into it.
-    """
-    for name in ("stdin", "stdout", "stderr"):  # in the order of their descriptors: `open` takes the lowest free one
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
+    """Makes standard output and error accept any text: characters outside the encoding are escaped."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -169,7 +169,7 @@ def _builder(name: str, data_dir: str) -> Builder:
 def _missing_files(builder: Builder, manual_dir: str) -> list[str]:
     """The addresses of the files to download, as far as TFDS has recorded them.
 
-    Raises UserError if the program may not download (see `spec.check_download`).
+    Raises UserError if the program may not download (see `spec.check_trusted`).
     """
     if manual_dir and not Path(manual_dir).is_dir():
         raise no_such("data.manual_dir", "directory", manual_dir)
@@ -178,5 +178,5 @@ def _missing_files(builder: Builder, manual_dir: str) -> list[str]:
     missing = {url: name for url, name in files.items() if not (manual_dir and Path(manual_dir, name).exists())}
     if missing or not files:
         what = f"TFDS data set {builder.name!r}, which is not prepared on this machine and would be downloaded"
-        spec.check_download(builder.name, what)
+        spec.check_trusted(what)
     return [url if url.endswith(name) else f"{url} (as {name})" for url, name in missing.items()]

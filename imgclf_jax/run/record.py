@@ -60,9 +60,9 @@ class Record:
         """The work directory at `path`."""
         return Workdir(self.path)
 
-    def untrusted(self, argv: Sequence[str] = ()) -> contextlib.AbstractContextManager[None]:
+    def untrusted(self) -> contextlib.AbstractContextManager[None]:
         """See `Workdir.untrusted`."""
-        return self.workdir.untrusted(argv)
+        return self.workdir.untrusted()
 
     @cached_property
     def config(self) -> ConfigDict:

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -89,12 +89,9 @@ class Workdir:
         examples = self.load_data_info().train_examples
         return configs.steps(config.total, "total", examples, config.batch_size)
 
-    def untrusted(self, argv: Sequence[str] = ()) -> contextlib.AbstractContextManager[None]:
-        """Inside, refuses imports and downloads that the run names, since anybody may have written it.
-
-        `argv` are the words of the command line, which are trusted: see `spec.untrusted`.
-        """
-        return spec.untrusted(f"the run in {self.path}", argv)
+    def untrusted(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, refuses imports and downloads that the run names, since anybody may have written it."""
+        return spec.untrusted(f"the run in {self.path}")
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

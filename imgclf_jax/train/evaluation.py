@@ -102,7 +102,7 @@ def open_evals(programs: Programs, base: dict[str, Source]) -> dict[str, stream.
     TFDS's cifar10_corrupted, are taken as indices.
     """
     report_host_ops(programs)
-    processes.agree(process_facts, in_both=True)  # more are imported by now
+    processes.agree(process_facts)  # more are imported by now
     evals = programs.recipe.config.data.eval.items()
     return {name: open_set(programs, base, text, f"data.eval.{name}") for name, text in evals}
 

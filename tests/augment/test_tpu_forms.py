@@ -25,7 +25,7 @@ NARROW, WIDE = ((0.3, 12.0, 9.0, 30.0, 0.9, 4), (0.99, 32.0, 32.0, 135.0, 0.99, 
 
 def in_both_forms(function, *args):
     """The results as traced for no platform and for TPU."""
-    return [np.asarray(jax.jit(platform.traced_for(name, function))(*args)) for name in ("", "tpu")]
+    return [np.asarray(jax.jit(platform.tracing_for(name)(function))(*args)) for name in ("", "tpu")]
 
 
 def assert_equal(function, *args):

@@ -1,7 +1,6 @@
 """What a newcomer types first and wrongly: each answer names what to type instead."""
 
 import ast
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,20 +31,11 @@ def says(capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize(("argv", "said"), [
     (["evaluate", "runs/photos"], "evaluate takes no files, but got 'runs/photos': if that is a run, pass "
      "--workdir=runs/photos"),
-    (["report", "--checkpoint=best", "runs/photos"], "report takes no files, but got 'runs/photos': if that is a run, "
-     "pass --workdir=runs/photos"),
-    (["batch_size=4"], "train takes no files, but got 'batch_size=4': it is a config key: write "
-     "--config.batch_size=4"),
-    (["train", "batch_size=4"], "train takes no files, but got 'batch_size=4': it is a config key: write "
-     "--config.batch_size=4"),
-    (["--batch_size=4"], "unknown flag '--batch_size=4': it is a config key: write --config.batch_size=4"),
-    (["--workdir=metric", "evaluate"], "train takes no files, but got 'evaluate': it is a command: give one "
-     "command, before all flags"),
-    (["--config.seed=1", "predict", "a.png"], "train takes no files, but got 'predict': it is a command: give one "
-     "command, before all flags"),
-    (["train", "evaluate"], "train takes no files, but got 'evaluate': it is a command: give one command, before "
-     "all flags"),
+    (["train", "batch_size=4"], "train does not take 'batch_size=4': it is a config key: write "
+     "--config.batch_size=VALUE"),
+    (["--batch_size=4"], "train does not take '--batch_size=4': it is a config key: write --config.batch_size=VALUE"),
     (["--config.seed", "--workdir=a"], "--config.seed needs a value: write --config.seed=VALUE"),
+    (["status", "runs", "--config.seed=3"], "status takes no config, but got --config.seed"),
 ])  # fmt: skip
 def test_a_name_or_a_place_that_is_another_one_here(says, argv, said):
     assert says(*argv) == (2, said)
@@ -74,20 +64,11 @@ def test_values_after_their_keys_are_no_files(says):
 
 @pytest.mark.parametrize(("words", "shown"), [
     (["--config.deterministic", "False"], False), (["--config.deterministic", "true"], True),
-    (["--config.deterministic"], True), (["--config.deterministic=false"], False),
+    (["--config.deterministic=false"], False),
 ])  # fmt: skip
 def test_a_value_of_true_or_false_after_its_key(capsys, words, shown):
     assert launch.main(["config", "--config.deterministic=True", *words, "--config.seed", "3"]) == 0
     assert {f"deterministic = {shown}", "seed = 3"} <= set(capsys.readouterr().out.splitlines())
-
-
-def test_another_word_after_a_key_that_is_true_or_false(says):
-    """It was swallowed, and the key was True."""
-    said = "config takes no files, but got 'no'"
-    assert says("config", "--config.seed", "3", "--config.deterministic", "no") == (2, said)
-    said = "config takes no files, but got 'junk'"
-    assert says("config", "--config.deterministic", "False", "junk") == (2, said)
-    assert says("reproduce", "--config.deterministic", "False", "--config.seed", "3", "runs/a")[1].startswith("runs/a ")
 
 
 @pytest.mark.parametrize("argv", [["predict", "cat.jpg"], ["evaluate"], ["report"], ["serve"]])
@@ -95,14 +76,14 @@ def test_no_run_is_named_and_there_is_none(says, tmp_path, argv):
     (tmp_path / "cat.jpg").touch()
     status, said = says(*argv)
     assert status == 1
-    assert said == (f"{argv[0]} needs a run: pass --workdir=DIR; the default, {tmp_path}/runs/digits, holds no run")
+    assert said == (f"{argv[0]} needs a run: pass --workdir=DIR; the default, runs/digits, holds no run")
 
 
 def test_no_run_is_named_and_the_usual_one_is_used(says, tmp_path):
     (tmp_path / "runs" / "digits").mkdir(parents=True)
     (tmp_path / "runs" / "digits" / "config.json").write_text("{}")
     (tmp_path / "cat.jpg").touch()
-    assert says("predict", "cat.jpg")[1].split(" ", 1)[1] == "without --workdir: using the run in runs/digits"
+    assert says("predict", "cat.jpg")[1] == "without --workdir: using the run in runs/digits"
 
 
 def test_heatmaps_go_to_a_folder(says, tmp_path):
@@ -112,9 +93,9 @@ def test_heatmaps_go_to_a_folder(says, tmp_path):
     assert said == (1, "explain: --output=cat.jpg is a file; name a folder for the heatmaps")
 
 
-def test_a_folder_without_a_run_is_named_in_full(says, tmp_path):
-    assert f"there is no {tmp_path}/elsewhere/config.json" in says("evaluate", "--workdir=elsewhere")[1]
-    assert f"there is no {tmp_path}/config.json" in says("reproduce", ".")[1]
+def test_a_folder_without_a_run_is_named(says, tmp_path):
+    assert "there is no elsewhere/config.json" in says("evaluate", "--workdir=elsewhere")[1]
+    assert "there is no config.json" in says("reproduce", ".")[1]
 
 
 @pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unable to initialize backend 'cuda': no plugin")])
@@ -123,11 +104,23 @@ def test_a_platform_that_is_not_here(monkeypatch, error):
         raise error
 
     monkeypatch.setattr("jax.devices", devices)
-    distributed.check_platforms()  # which JAX chooses
-    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    with pytest.raises(UserError, match=r"JAX_PLATFORMS='cuda': JAX finds no such device here.*unset it to use") as e:
-        distributed.check_platforms()
+    with pytest.raises(UserError, match=r"JAX finds no devices .*JAX_PLATFORMS") as e, distributed.started({}):
+        pass
     assert str(error) in str(e.value)
+
+
+def test_another_process_that_dies_ends_this_one_with_a_sentence(monkeypatch):
+    """JAX raises the error of a collective."""
+
+    def compute():
+        with distributed.started({}):
+            raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+
+    with pytest.raises(ValueError, match="Gloo"):  # of a single process
+        compute()
+    monkeypatch.setattr("imgclf_jax.core.processes.count", lambda: 2)
+    with pytest.raises(UserError, match="another process of this run has died"):
+        compute()
 
 
 def test_launch_py_can_be_read_by_an_older_python():
@@ -166,16 +159,6 @@ def helps():
     return [parser.format_help(), *(one.format_help() for one in own.values())]
 
 
-@pytest.mark.parametrize("columns", [40, 60, 80, 120, 200])
-def test_help_has_the_width_of_the_terminal(monkeypatch, columns):
-    """At most 120 columns. Commands to copy are not broken."""
-    monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size((columns, 24)))
-    for text in helps():
-        prose = text.partition("examples:")[0].replace("launch.py [COMMAND] [flags] [FILE|DIR ...]", "")
-        long = [line for line in prose.splitlines() if len(line) > min(columns, 120) and " " in line.strip()]
-        assert not [line for line in long if not line.startswith(("usage:", "exit", "    "))] or columns < 80, long
-
-
 def test_help_of_the_installed_package_has_nothing_of_a_clone(capsys):
     """Its examples can be typed in any folder: they named configs/folder.py, which only a clone has."""
     for words in (["--help"], *([name, "--help"] for name in table.COMMANDS)):
@@ -188,12 +171,10 @@ def test_help_of_the_installed_package_has_nothing_of_a_clone(capsys):
 @pytest.mark.parametrize(("name", "said"), [
     ("digts", "unknown config 'digts': did you mean 'digits'? allowed: cifar10_airbench, cifar10_resnet20, digits, "),
     ("airbench", "unknown config 'airbench': did you mean 'cifar10_airbench'? allowed: "),
-    ("mine", "unknown config 'mine': did you mean 'mine.py'? allowed: "),
     ("configs/folder.py:photos", "unknown config 'configs/folder.py': did you mean 'folder'? allowed: "),
     ("digits.py", "unknown config 'digits.py': did you mean 'digits'? allowed: "),
 ])  # fmt: skip
-def test_a_config_that_is_not_there(says, tmp_path, name, said):
-    (tmp_path / "mine.py").touch()
+def test_a_config_that_is_not_there(says, name, said):
     status, words = says("config", f"--config={name}")
     assert (status, words[: len(said)]) == (1, said)
 
@@ -211,29 +192,13 @@ def test_help_says_once_what_is_true_of_all_commands():
         assert "--workdir" not in text or "(default: runs/<config name>" in " ".join(text.split())
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["predict", "cat.jpg", "--config=b.py"], "predict uses the config that the run in a has recorded, not "
-     "--config=b.py, which differs in data.source, data.eval, tta, model; to change a key of the run's, pass "
-     "--config.KEY=VALUE"),
-    (["predict", "cat.jpg", "--config=b.py", "--config.data.source=digits", "--config.data.eval.new=test",
-      "--config.tta=flip"], "predict uses the config that the run in a has recorded, not --config=b.py, which differs "
-     "in data.eval, model; to change a key of the run's, pass --config.KEY=VALUE"),
-    (["predict", "cat.jpg", "--config=same.py"], ""),
-    (["predict", "cat.jpg"], ""),
-    (["report", "--config", "b.py"], "report uses the config that "),
-])  # fmt: skip
-def test_a_config_that_the_command_does_not_use(words, said, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "words", [["predict", "cat.jpg", "--workdir=a"], ["report", "--workdir=a"], ["reproduce", "a"]]
+)
+def test_a_config_that_the_command_does_not_use(words, tmp_path, says):
     """A run keeps the config it was trained with: another one was ignored silently, and its data not evaluated."""
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "config.json").write_text(configs.to_json(configs.default_config()))
-    body = "from imgclf_jax.config import default_config\n\n\ndef get_config():\n    config = default_config()\n"
-    other = "".join(f"    config.{key} = {value!r}\n" for key, value in {
-        "data.source": "folder('new')", "data.eval": {"new": "train"}, "model": "mlp", "tta": "flip",
-        "tensorboard": False}.items())  # fmt: skip
-    for name, keys in {"b.py": other, "same.py": ""}.items():
-        (tmp_path / name).write_text(f"{body}{keys}    return config\n")
     (tmp_path / "cat.jpg").touch()
-    assert launch.main([*words, "--workdir=a"]) == (words[0] == "predict")  # there is no checkpoint
-    first = capsys.readouterr().err.splitlines()[0]
-    assert first.partition(" ")[2].startswith(said) if said else first.startswith("error: ")
+    assert says(*words, "--config=digits") == (2, f"{words[0]} uses the config that the run in a has recorded: drop "
+                                                  "--config, and change a key by --config.KEY=VALUE")  # fmt: skip

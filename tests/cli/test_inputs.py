@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 import launch
-from imgclf_jax.cli import early, inputs
-from imgclf_jax.core import terminal
+from imgclf_jax.cli import inputs
 from imgclf_jax.core.errors import UserError
 
 FLAGS = ["--config.total=2 steps", "--config.model=mlp(widths=(8,))", "--config.schedule=constant(1e-2)",
@@ -40,7 +39,7 @@ def photos(tmp_path, monkeypatch):
 
 
 def found(*words):
-    return [image.path for image in inputs.find("predict", list(words))]
+    return [image.path for image in inputs.find(words)]
 
 
 def test_files_directories_and_patterns(photos):
@@ -50,14 +49,14 @@ def test_files_directories_and_patterns(photos):
     assert found("**/1.png") == ["b/1.png", "b/c/1.png"]
     assert found("*.png") == ["[d].png", "a.png", "b.png", "broken.png"]
     assert found("[d].png") == ["[d].png"]  # what is there is no pattern
-    assert [image.found for image in inputs.find("predict", ["a.png", "b", "b/?.jpg"])] == [False] + [True] * 4
-    for word, message in [("x.png", "no file or directory"), ("x*.png", "matches no file"), ("b/*/", "matches no file"),
+    assert [image.found for image in inputs.find(["a.png", "b", "b/?.jpg"])] == [False] + [True] * 4
+    for word, message in [("x.png", "no file or directory"), ("x*.png", "has no images"), ("b/*/", "has no images"),
                           ("empty", "has no images")]:  # fmt: skip
         (photos / "empty").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=message):
-            early.check("predict", ["a.png", word], {})
+            inputs.check(["a.png", word])
     with pytest.raises(UserError, match="name at least one image"):
-        early.check("predict", [], {})
+        inputs.find([])
 
 
 def output(capsys, run, *words):
@@ -111,22 +110,12 @@ def test_an_image_on_standard_input_is_no_list_of_names(monkeypatch, kind):
     Image.new("RGB", (9, 9), (200, 10, 90)).save(content, kind)
     text = io.TextIOWrapper(io.BytesIO(content.getvalue()), "utf-8", "surrogateescape")
     monkeypatch.setattr(sys, "stdin", text)
-    with pytest.raises(UserError, match=r"'-' reads one file name per line .*: explain FILE$"):
-        list(inputs.find("explain", ["-"]))
+    with pytest.raises(UserError, match=r"'-' reads one file name per line .*name the image"):
+        inputs.find(["-"])
 
 
 def test_a_name_on_standard_input_that_is_not_utf8(tmp_path, monkeypatch):
     """Names the same file as on the command line."""
     name = os.fsdecode(b"caf\xe9.png")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a.png\n" + os.fsencode(name) + b"\n"), "utf-8"))
-    assert [image.path for image in inputs.find("predict", ["-", "-"])] == ["a.png", name]
-
-
-def test_a_long_table_is_printed_in_parts(capsys):
-    """With one header, and columns that fit the widest row so far."""
-    printed = [[name, "x"] for name in ("a", "bb", "ccc", "dddddddd")]
-    terminal.print_table(["file", "top 1"], iter(printed), 2)
-    lines = capsys.readouterr().out.splitlines()
-    cells = [[cell.strip() for cell in line.strip("│┃").split("│" if "│" in line else "┃")]
-             for line in lines if "│" in line or "┃" in line]  # fmt: skip
-    assert cells == [["file", "top 1"], *printed]
+    assert [image.path for image in inputs.find(["-", "-"])] == ["a.png", name]

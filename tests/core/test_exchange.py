@@ -61,7 +61,6 @@ def three(monkeypatch):
     store = Store()
     monkeypatch.setattr(processes, "_count", 3)
     monkeypatch.setattr(processes, "_client", lambda: store)
-    monkeypatch.setattr(processes, "_hosts", ["host a", "host b", "host b"])
     monkeypatch.setattr(processes, "index", lambda: HERE.number)
     monkeypatch.setattr(processes, "_calls", Calls())
 
@@ -116,30 +115,29 @@ def test_values_are_gathered_by_the_number_of_the_process(three):
     assert three(lambda number: processes.gather(number * 10)) == {key: [0, 10, 20] for key in range(3)}
 
 
-def test_data_are_prepared_once_a_host(three):
-    """First by process 0, then by the first process of the other host; the rest only look at them."""
+def test_data_are_prepared_by_process_0(three):
+    """The others only look at them."""
     began, lock = [], threading.Lock()
 
     def prepare():
         with lock:
             began.append(HERE.number)
         time.sleep(0.05)
-        return sorted(began)
+        return began[0]
 
-    results = three(lambda _: processes.once_a_host(prepare))
-    assert began == [0, 1, 2]
-    assert results == {0: [0], 1: [0, 1], 2: [0, 1, 2]}
+    assert three(lambda _: processes.first_in_process_0(prepare)) == dict.fromkeys(range(3), 0)
+    assert sorted(began) == [0, 1, 2]
 
 
 def test_what_differs_is_named_with_its_process(three):
     """The same error in all processes; only the first names of a long list."""
-    facts = [{"seed": 1, "model": "cnn", "total": "2 epochs"}] * 2 + [{"seed": 2, "model": "cnn", "new": None}]
+    facts = [{"seed": 1, "model": "cnn", "total": "2 epochs"}] * 2 + [{"seed": 2, "model": "cnn", "total": None}]
     told = three(lambda number: processes.agree(lambda: facts[number]))
     assert {str(error) for error in told.values()} == {
-        "process 2 (host b) has seed=2, total=None, process 0 (host a) has seed=1, total=2 epochs; " + processes.ALIKE
+        "process 2 has seed=2, total=None, process 0 has seed=1, total=2 epochs; " + processes.ALIKE
     }
     one = [{"seed": 1}, {"seed": 1}, {"other": 2}]
-    assert three(lambda number: processes.agree(lambda: one[number], in_both=True)) == dict.fromkeys(range(3))
+    assert three(lambda number: processes.agree(lambda: one[number])) == dict.fromkeys(range(3))
     assert three(lambda number: processes.agree(lambda: {"x": (1, 2.5)})) == dict.fromkeys(range(3))
 
 
@@ -153,9 +151,7 @@ def test_data_that_differ_are_named(three):
 
     told = {str(error) for error in three(open_data).values()}
     assert len(told) == 1
-    assert re.match(
-        r"process 2 \(host b\) has the data of split train=\w+, .* all processes must read the same data", *told
-    )
+    assert re.match(r"process 2 has the data of split train=\w+, .* all processes must read the same data", *told)
 
 
 def test_work_directories_that_differ_are_told(three, tmp_path, monkeypatch):
@@ -165,9 +161,7 @@ def test_work_directories_that_differ_are_told(three, tmp_path, monkeypatch):
     with place.held():
         assert three(lambda _: place.check_shared()) == dict.fromkeys(range(3))
         told = three(lambda number: (place if number < 2 else Workdir(tmp_path / "b")).check_shared())
-    assert {str(error).partition("=")[0] for error in told.values()} == {
-        "process 2 (host b) has the lock in the work directory"
-    }
+    assert {str(error).partition("=")[0] for error in told.values()} == {"process 2 has the lock in the work directory"}
     assert all(str(error).endswith("on a disk that the hosts share") for error in told.values())
 
 
@@ -206,5 +200,5 @@ def test_all_wait_until_process_0_has_verified_a_checkpoint(three, checkpoints):
 def test_one_process_alone_asks_nobody():
     assert processes.broadcast(lambda: (1, 2)) == (1, 2)
     assert processes.gather(3) == [3]
-    assert processes.once_a_host(lambda: 4) == 4
+    assert processes.first_in_process_0(lambda: 4) == 4
     processes.agree(lambda: 1 / 0)

@@ -16,7 +16,6 @@ def _no_cluster(monkeypatch):
     for name in (*CLUSTERS, "SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda _: None)
-    monkeypatch.setattr(processes, "_end_with_status_1", lambda _: None)
 
 
 @pytest.mark.parametrize(("environment", "several"), [
@@ -58,8 +57,18 @@ def test_the_only_process_of_a_host_takes_all_its_devices(monkeypatch, tasks, al
 def test_a_port_in_use_is_refused_in_a_sentence():
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} of host .* cannot be used .*; pass a free port of that host"):
+        with pytest.raises(UserError, match=r"cannot join .Address already in use.*a free port"):
             processes.start(f"localhost:{port}", 2, 0)
+
+
+@pytest.mark.parametrize("flags", [
+    {"number": 2}, {"coordinator": "localhost:1", "number": 2, "process": 2},
+    {"coordinator": "localhost", "number": 2, "process": 0},
+    {"coordinator": "localhost:1", "number": 2, "process": 1, "devices": "x"},
+])  # fmt: skip
+def test_flags_that_do_not_fit_together(flags):
+    with pytest.raises(UserError, match=r"cannot join .*with --coordinator"):
+        processes.start(**flags)
 
 
 def test_processes_that_cannot_join_say_what_to_do(monkeypatch):
@@ -69,11 +78,3 @@ def test_processes_that_cannot_join_say_what_to_do(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(UserError, match=r"cannot join \(DEADLINE.*within 7 s, with --coordinator"):
         processes.start("a:1", 2, 1, timeout=7)
-
-
-def test_the_error_of_a_collective_says_that_another_process_died(monkeypatch):
-    error = ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
-    assert not processes.has_lost_another(error)  # of a single process
-    monkeypatch.setattr(processes, "_count", 2)
-    assert processes.has_lost_another(error)
-    assert not processes.has_lost_another(ValueError("RESOURCE_EXHAUSTED: out of memory"))

@@ -49,15 +49,6 @@ def test_an_axis_lies_along_one_of_the_torus():
     assert all(links(list(row), 16, 16) == {1} for row in (*mesh, *mesh.T))
 
 
-def test_the_first_axis_is_split_over_slices():
-    chips = pod(4, 2) + pod(4, 2, slice_index=1)
-    for shape in ([16], [4, 4], [2, 8]):
-        mesh = sharding._arranged(chips, shape)
-        assert [c.slice_index for c in mesh.flat] == [0] * 8 + [1] * 8
-        assert len(set(mesh.flat)) == 16
-    assert list(sharding._arranged(chips, [1, 16]).flat) == chips  # it cannot be
-
-
 def test_some_chips_of_a_pod_keep_their_order():
     some = [pod(4, 4)[i] for i in (0, 5, 3)]
     assert list(sharding._arranged(some, [3])) == some

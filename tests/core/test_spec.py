@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from imgclf_jax.core import spec
+from imgclf_jax.core import paths, spec
 from imgclf_jax.core.errors import Untrusted, UserError
 from imgclf_jax.data.sources import SOURCES
 from imgclf_jax.losses import LOSSES
@@ -259,12 +259,11 @@ def test_untrusted_specs_are_refused_in_every_thread():
         return ""
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        with spec.untrusted("a"), spec.untrusted("b", ["s3://b/x"]):
+        with spec.untrusted("a"), spec.untrusted("b"):
             assert [refused(), pool.submit(refused).result()] == ["a", "a"]
             with pytest.raises(Untrusted, match="a names 's3://b/x'"):
-                spec.check_network("s3://b/x")
-        with spec.untrusted("b", ["s3://b/x"]):
-            spec.check_network("s3://b/x")
+                paths.as_path("s3://b/x")
+        with spec.untrusted("b"):
             assert pool.submit(refused).result() == "b"
         assert [refused(), pool.submit(refused).result()] == ["", ""]
 

@@ -76,8 +76,8 @@ def test_several_processes_ask_jax_with_the_number_of_the_call(monkeypatch):
     """Its sync point must be asked for in every call; the answer stays once it is reached."""
     asked = []
     monkeypatch.setattr(processes, "_count", 2)
-    monkeypatch.setattr(processes, "start_preemption_service", lambda: None)
-    monkeypatch.setattr(processes, "reached_sync_point", lambda number: asked.append(number) or len(asked) == 3)
+    monkeypatch.setattr(stopping, "start_preemption_service", lambda: None)
+    monkeypatch.setattr(stopping, "reached_sync_point", lambda number: asked.append(number) or len(asked) == 3)
     with stopping.stopping() as stop:
         assert [stop() for _ in range(5)] == ["", "", *["SIGTERM"] * 3]
     assert asked == list(range(asked[0], asked[0] + 3))

@@ -26,7 +26,7 @@ def printed(monkeypatch, columns, rows, width):
     shown = Terminal() if width else io.StringIO()
     monkeypatch.setattr(sys, "stdout", shown)
     monkeypatch.setenv("COLUMNS", str(width or 80))
-    terminal.print_table(columns, iter(rows), streamed=True)
+    terminal.print_table(columns, iter(rows))
     return re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue())
 
 

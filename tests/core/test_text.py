@@ -62,19 +62,9 @@ def shell(command, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize(("command", "status"), [
-    ("$PYTHON launch.py config >&-", 0),
-    ("$PYTHON launch.py config >&- 2>&- <&-", 0),
-    ("$PYTHON launch.py trian 2>&-", 2),
-])  # fmt: skip
-def test_closed_streams(command, status):
-    assert shell(command) == (status, b"", b"")
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
-@pytest.mark.parametrize("command", ["--help", "config"])
-def test_output_that_cannot_be_written(command):
-    status, _, err = shell(f"$PYTHON launch.py {command} >/dev/full")
+def test_output_that_cannot_be_written():
+    status, _, err = shell("$PYTHON launch.py config >/dev/full")
     assert (status, err.count(b"\n")) == (1, 1)
     assert err.startswith(b"error: standard output or a file: No space left on device")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_folder import files, flat, write  # noqa: F401  a fixture
 
-from imgclf_jax.cli import early, inputs
+from imgclf_jax.cli import inputs
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import image_check, image_files
 from imgclf_jax.data.folder import folder
@@ -20,7 +20,7 @@ STRAYS = ("README", "README.md", "notes.txt", "Thumbs.db", "desktop.ini", ".DS_S
 
 def find_files(words: list[str]) -> list[Path]:
     """The images that `predict` finds for these words."""
-    return [Path(image.path) for image in inputs.find("predict", words)]
+    return [Path(image.path) for image in inputs.find(words)]
 
 
 def add_special_files(directory):
@@ -117,7 +117,7 @@ def test_what_predict_is_told_to_read(flat):
     add_special_files(flat)
     for name in ("pipe.png", "socket.png"):
         with pytest.raises(UserError, match=f"{name}' is a pipe, socket or device; name image files"):
-            early._check_images("predict", [str(flat / name)])
+            inputs.check([str(flat / name)])
     (flat / "notes.txt").write_text("named, so it is tried")
     assert find_files([str(flat / "notes.txt")]) == [flat / "notes.txt"]
 

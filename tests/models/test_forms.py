@@ -133,7 +133,7 @@ def test_both_forms_are_equal_and_differentiable_with_ordinary_edits_in_the_midd
         ((out, y), gradient), ((first, _), change) = jax.jvp(run, (params,), (direction,))
         return (y, gradient), (out, along(other, gradient)), (first, along(direction, gradient), along(other, change))
 
-    runs = {form: jax.jit(platform.traced_for(form, derivatives)) for form in FORMS}
+    runs = {form: jax.jit(platform.tracing_for(form)(derivatives)) for form in FORMS}
     # So small that hardly a ReLU changes its side, and large beside the rounding of float64.
     step, moved = 3e-8, lambda s: jax.tree.map(lambda p, d: p + s * d, params, direction)
     above, below = (runs["gpu"](moved(s), direction, other)[1] for s in (step, -step))
@@ -144,14 +144,14 @@ def test_both_forms_are_equal_and_differentiable_with_ordinary_edits_in_the_midd
         first, reverse, second = found[form][2]
         np.testing.assert_allclose([first, reverse], expected[0], rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(second, expected[1], rtol=1e-4, atol=1e-5)
-    linear = platform.traced_for("cpu", lambda params, d: jax.linearize(value, params, has_aux=True)[1](d))  # traced
+    linear = platform.tracing_for("cpu")(lambda params, d: jax.linearize(value, params, has_aux=True)[1](d))  # traced
     jax.eval_shape(linear, params, direction)
 
 
 def traced(name, form, precision):
     """The jaxpr of the gradient's program in a form."""
     logits, params = build(name, precision)
-    return jax.jit(platform.traced_for(form, jax.grad(lambda params: jnp.sum(logits(params))))).trace(params)
+    return jax.jit(platform.tracing_for(form)(jax.grad(lambda params: jnp.sum(logits(params))))).trace(params)
 
 
 @pytest.mark.parametrize(

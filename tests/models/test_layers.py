@@ -60,7 +60,7 @@ def test_conv_is_flax_conv(kernel, strides, padding, dilation, groups):
         return jnp.sum(jnp.sin(y)), y
 
     expected, *results = (
-        jax.jit(platform.traced_for(form, jax.value_and_grad(functools.partial(scalar, layer), (0, 1), True)))(
+        jax.jit(platform.tracing_for(form)(jax.value_and_grad(functools.partial(scalar, layer), (0, 1), True)))(
             params, x
         )
         for layer, form in ((theirs, ""), (ours, "cpu"), (ours, "gpu"), (ours, "tpu"))
@@ -75,7 +75,7 @@ def test_conv_is_flax_conv(kernel, strides, padding, dilation, groups):
 def test_convolutions_of_few_channels_in_float32_are_matmuls_on_tpu(channels, dtype, convolutions):
     """XLA's TPU compiler is slow with their kernel's gradient in six passes of bfloat16."""
     x, kernel = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((2, 6, 6, channels), (3, 3, channels, 4)))
-    step = platform.traced_for("tpu", jax.grad(lambda *args: jnp.sum(jnp.sin(conv(*args))), (0, 1)))
+    step = platform.tracing_for("tpu")(jax.grad(lambda *args: jnp.sum(jnp.sin(conv(*args))), (0, 1)))
     assert str(jax.make_jaxpr(step)(x, kernel)).count("conv_general_dilated[") == convolutions
 
 
@@ -84,7 +84,7 @@ def test_a_convolution_as_a_matmul_is_accurate_to_float32():
     x, kernel = normal(0, 4, 9, 9, 3), normal(1, 3, 3, 3, 8)
 
     def gradients(form, dtype):
-        scalar = platform.traced_for(form, lambda x, k: (y := conv(x, k, (1, 2)), jnp.sum(y**2))[::-1])
+        scalar = platform.tracing_for(form)(lambda x, k: (y := conv(x, k, (1, 2)), jnp.sum(y**2))[::-1])
         (_, y), grads = jax.jit(jax.value_and_grad(scalar, (0, 1), True))(x.astype(dtype), kernel.astype(dtype))
         return [np.asarray(a, np.float64) for a in (y, *grads)]
 
@@ -135,7 +135,7 @@ def compiled_network(batch_size, mesh):
     params = shapes(network, x)
     whole, split = sharding.replicated(mesh), NamedSharding(mesh, PartitionSpec("data"))
     grad = jax.grad(lambda params, x: jnp.mean(network.apply(params, x) ** 2))
-    grad = platform.traced_for("cpu", grad)
+    grad = platform.tracing_for("cpu")(grad)
     return jax.jit(grad, in_shardings=(whole, split), out_shardings=whole).lower(params, x).compile()
 
 

@@ -170,7 +170,7 @@ def test_swapped_parts_are_the_same_in_every_form(name, other):
             return jnp.sum(jnp.sin(logits)), (logits, statistics)
 
         run = jax.value_and_grad(value, has_aux=True)
-        cpu, accelerator = (jax.jit(platform.traced_for(form, run))(variables["params"]) for form in ("cpu", other))
+        cpu, accelerator = (jax.jit(platform.tracing_for(form)(run))(variables["params"]) for form in ("cpu", other))
     assert_equal(cpu, accelerator)
 
 

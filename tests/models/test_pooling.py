@@ -71,7 +71,7 @@ def test_conv_pool_is_convolution_bias_relu_and_pool_in_that_order(kernel, pool,
         return layer.apply({"params": params}, x)
 
     expected, *results = (
-        jax.jit(platform.traced_for(form, jax.value_and_grad(functools.partial(scalar, f), (0, 1), True)))(params, x)
+        jax.jit(platform.tracing_for(form)(jax.value_and_grad(functools.partial(scalar, f), (0, 1), True)))(params, x)
         for f, form in ((usual, ""), (ours, "cpu"), (ours, "gpu"))
     )
     assert 0.05 < np.mean(np.asarray(expected[0][1]) == 0) < 0.9
@@ -117,7 +117,7 @@ def test_max_pool_on_gpu_scatters_nothing(size, window, strides, padding):
     weights = normal(1, *usual(x).shape, dtype=np.float32)
     ours = functools.partial(layers.max_pool, window=window, strides=strides, padding=padding)
     run = [jax.value_and_grad(lambda x, f=f: (jnp.sum((y := f(x)) * weights), y), has_aux=True) for f in (ours, usual)]
-    programs = [jax.jit(f).lower(x) for f in (platform.traced_for("gpu", run[0]), run[1])]
+    programs = [jax.jit(f).lower(x) for f in (platform.tracing_for("gpu")(run[0]), run[1])]
     ((_, y), gradient), ((_, y_usual), expected) = (program.compile()(x) for program in programs)
     np.testing.assert_array_equal(y, y_usual)
     np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-6)

@@ -206,7 +206,7 @@ def _print(result: JsonObject) -> None:
     rows += [("compile time", compiled), ("chip data", result["source"])]
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
-        terminal.print_text(f"  {name:<{width}}  {text}", indent=width + 4)
+        terminal.print_text(f"  {name:<{width}}  {text}")
 
 
 def _duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ from imgclf_jax.core.text import decimals, utf8
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.explain.explanations import TITLES, build, draw
-from imgclf_jax.trained import load_trained, report_host_ops, until_error
+from imgclf_jax.trained import load_trained, report_host_ops
 
 type Record = JsonObject
 
@@ -35,7 +35,7 @@ def main(
     wanted = others["class"]
     folder = Path(output or "explained")
     skip = functools.partial(_is_figure, os.path.realpath(folder))
-    images = inputs.find("explain", files, skip)
+    images = inputs.find(files, skip)
     if folder.is_file():
         raise UserError(f"explain: --output={folder} is a file; name a folder for the heatmaps")
     model = load_trained(config, workdir, checkpoint)
@@ -45,8 +45,7 @@ def main(
         raise UserError(unknown("class", wanted, model.class_names))
     method, explain = build(model, method, layer, window, bool(wanted))
     folder.mkdir(parents=True, exist_ok=True)
-    results = inputs.Results(model, "ranked", images, inputs.count(files, skip), "explaining")
-    errors: list[Exception] = []  # an error that ends the iteration early
+    results = inputs.Results(images, model.stream("ranked", [image.path for image in images]), "explaining")
 
     def records() -> Iterator[Record]:
         taken: set[Path] = set()
@@ -64,13 +63,13 @@ def main(
                    "greatest": float(values.max()), "picture": str(target)}  # fmt: skip
 
     if format == "json":
-        terminal.print_json(list(until_error(records(), errors)))
+        terminal.print_json(list(records()))
     else:
         rows = ([r["file"], r["class"], decimals(r["probability"]), r["method"], f"{r['greatest']:.3g}",
-                 r["picture"]] for r in until_error(records(), errors))  # fmt: skip
+                 r["picture"]] for r in records())  # fmt: skip
         columns = ["file", "class", "probability", "method", "greatest value", "picture"]
-        terminal.print_table(columns, rows, streamed=True)
-    return results.end("cannot explain", errors)
+        terminal.print_table(columns, rows)
+    return int(results.failed > 0)
 
 
 def _is_figure(folder: str, path: str) -> bool:

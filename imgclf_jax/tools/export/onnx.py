@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.jaxprs import INLINED, Atom, bind
+from imgclf_jax.core.jaxprs import INLINED, Atom
 from imgclf_jax.core.text import one_per_line
 from imgclf_jax.core.typing import Function, PyTree
 from imgclf_jax.step import Outputs
@@ -97,7 +97,9 @@ def _run(
         elif name in replacements:
             out = [replacements[name](*operands, **equation.params)]
         else:
-            out = [*bind(equation, operands)]
+            primitive = equation.primitive
+            found = primitive.bind(*operands, **primitive.get_bind_params(equation.params))
+            out = list(found) if primitive.multiple_results else [found]
         values.update(zip(equation.outvars, out, strict=True))
     return [read(v) for v in jaxpr.outvars]
 

@@ -19,7 +19,7 @@ from imgclf_jax.core.typing import Json, JsonObject
 from imgclf_jax.data import image_check
 from imgclf_jax.losses import Task
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.trained import Trained, load_trained, report_host_ops, until_error
+from imgclf_jax.trained import Trained, load_trained, report_host_ops
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def main(
     - `workdir` is the run to use; None uses the weights that `init_from` names and the classes of the config's source.
     - `format` is "table", "json" (a list), "jsonl" (an object per line) or "csv".
     """
-    images = inputs.find("predict", paths)
+    images = inputs.find(paths)
     model = load_trained(config, workdir, checkpoint)
     report_host_ops(model.programs)
     top_k, thresholds = min(top_k, len(model.class_names)), _parse_thresholds(threshold, model)
@@ -55,7 +55,7 @@ def main(
         skipped.append(image.path)
         return True
 
-    results = inputs.Results(model, "ranked", images, inputs.count(paths), "predicting", skips)
+    results = inputs.Results(images, model.stream("ranked", [image.path for image in images]), "predicting", skips)
 
     def records() -> Iterator[Record]:
         for image, result in results:
@@ -65,11 +65,10 @@ def main(
             more = {"probabilities": result[0]} if with_all else {}
             yield {"file": utf8(image.path), **model.describe(result, top_k, thresholds), **more}
 
-    errors: list[Exception] = []  # an error that ends the iteration early, such as an unreadable folder
-    PRINT[format](until_error(records(), errors), make_columns(model, top_k))
+    PRINT[format](records(), make_columns(model, top_k))
     if skipped:
         log.warning("unreadable files left out: %d, such as %s", len(skipped), skipped[0])
-    return results.end("cannot classify", errors)
+    return int(results.failed > 0)
 
 
 def _parse_thresholds(text: str, model: Trained) -> np.ndarray:
@@ -122,7 +121,7 @@ def make_columns(model: Trained, top_k: int) -> Columns:
 
 def _print_table(records: Iterator[Record], columns: Columns) -> None:
     rows = ([r["file"], *columns.table_cells(r)] for r in records if "error" not in r)
-    terminal.print_table(["file", *columns.table], rows, streamed=True)
+    terminal.print_table(["file", *columns.table], rows)
 
 
 def _print_json(records: Iterator[Record], columns: Columns) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import datasets
-from imgclf_jax.core import memory, sharding, terminal
+from imgclf_jax.core import extras, memory, sharding, terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import decimals
 from imgclf_jax.core.typing import JsonObject
@@ -44,6 +44,8 @@ def main(
     - `plot` is a .png file for a plot, or "".
     """
     ks = _parse_ks(k)
+    if plot:
+        extras.require("plot", f"--plot={plot}")
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = datasets.open_data(config)
     model = restored or load_converted(config, base, whole=False)

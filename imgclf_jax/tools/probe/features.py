@@ -17,7 +17,7 @@ from imgclf_jax.data.source import Source
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.probe import embeddings, feature_sets
 from imgclf_jax.train.evaluation import compare_with_record, open_evals, open_set
-from imgclf_jax.trained import Trained, load_converted, report_host_ops, restore, until_error
+from imgclf_jax.trained import Trained, load_converted, report_host_ops, restore
 
 _ROWS = 1024  # images per write
 
@@ -34,11 +34,12 @@ def main(
     if paths and split:
         raise UserError(f"features: name images either by --split={split} or as {paths[0]!r}; drop one")
     file = Path(output)
-    images = inputs.find("features", paths) if paths else iter(())
+    if file.suffix != ".npz" or not file.parent.is_dir():
+        raise UserError(f"features: --output={output}: name an .npz file to write, in a directory that exists")
+    images = inputs.find(paths) if paths else []
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = {} if restored and paths else datasets.open_data(config)
     model = restored or load_converted(config, base, whole=False)
-    errors: list[Exception] = []  # an error that ends the iteration early
     results: inputs.Results | None = None
     with contextlib.ExitStack() as stack:
         with_targets = bool(model.programs.recipe.data.target_names)
@@ -46,15 +47,13 @@ def main(
         add = stack.enter_context(writing)
         if paths:
             report_host_ops(model.programs)
-            total, listed = inputs.count(paths), until_error(images, errors)
-            results = inputs.Results(model, "features", listed, total, "computing features")
+            outputs = model.stream("features", [image.path for image in images])
+            results = inputs.Results(images, outputs, "computing features")
             written = _add_files(model, results, paths, add)
-            if errors and not written:
-                raise errors[0]
         else:
             written = _add_sets(model, workdir, base, split, add)
     print(f"{file}: features of {written} images")
-    return results.end("no features for", errors) if results else 0
+    return int(results.failed > 0) if results else 0
 
 
 def _add_sets(model: Trained, workdir: Workdir | None, base: dict[str, Source], split: str, add: embeddings.Add) -> int:

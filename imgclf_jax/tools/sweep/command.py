@@ -240,7 +240,7 @@ class _Sweep:
         detail = _main_metric(run.config, self._workdir(run)) if outcome.startswith("done") else error
         row = status.row(run.name, self._width, f"{outcome:<11}  {duration:>9}  {detail}".rstrip(), terminal.columns())
         for line in row:
-            terminal.print_text(line, indent=4)
+            terminal.print_text(line)
 
     @contextlib.contextmanager
     def _stopped_with_errors(self) -> Iterator[None]:

@@ -7,9 +7,6 @@ import numpy as np
 import pytest
 from scored import predictions
 
-from imgclf_jax.cli.table import COMMANDS
-from imgclf_jax.core import paths
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.scores.multilabel import TargetPredictions
 from imgclf_jax.tools.evaluate import listing
 
@@ -69,10 +66,3 @@ def test_a_model_that_predicts_nan_is_written_as_json(tmp_path):
     listing.write(file, list(listing.rows("test", ["a"], predictions(LABELS[:1], np.full((1, 3), np.nan)), CLASSES, 1)))
     (line,) = file.read_text(encoding="utf-8").splitlines()
     assert json.loads(line, parse_constant=pytest.fail)["probability_1"] is None
-
-
-def test_other_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"--predictions=.*x.txt: the name must end in .csv or .jsonl"):
-        paths.check_output(tmp_path / "x.txt", "--predictions", COMMANDS["evaluate"].writes["predictions"])
-    with pytest.raises(UserError, match=r"--predictions=.*x.csv: the directory '.*/no' does not exist; create it"):
-        paths.check_output(tmp_path / "no" / "x.csv", "--predictions", COMMANDS["evaluate"].writes["predictions"])

@@ -94,7 +94,7 @@ def exported(network):
 
 def of_a_run(network):
     """The program of a run."""
-    return platform.traced_for("cpu", network)
+    return platform.tracing_for("cpu")(network)
 
 
 @pytest.mark.optimized

@@ -5,8 +5,6 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from imgclf_jax.cli.table import COMMANDS
-from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.tools.probe import embeddings
 
@@ -76,9 +74,3 @@ def test_names_that_are_no_utf_8(tmp_path):
     with embeddings.writing(tmp_path / "a.npz", CLASSES) as add:
         add("", [name], LABELS[:1], np.ones((1, 1, 2), np.float32))
     assert np.load(tmp_path / "a.npz")["names"].tolist() == [r"\udcff.png"]
-
-
-def test_only_files_that_can_be_written(tmp_path):
-    for name, message in [("a.csv", "must end in .npz"), ("no/a.npz", "does not exist")]:
-        with pytest.raises(UserError, match=message):
-            paths.check_output(tmp_path / name, "--output", COMMANDS["features"].writes["output"])

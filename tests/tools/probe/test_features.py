@@ -88,7 +88,7 @@ def test_features_of_files(run, photos, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "a.npz: features of 6 images" in out
     assert "error: photos/broken.png: " in err
-    assert "error: no features for 1 of 7 images" in err
+    assert "error: 1 of 7 images failed" in err
     found = load(tmp_path / "a.npz")
     places = {name: i for i, name in enumerate(found["names"].tolist())}
     examples = read_examples(sources.digits()["test"], np.arange(6))
@@ -286,4 +286,4 @@ def test_an_image_that_does_not_decode_is_named_and_the_others_are_explained(run
     out, err = capsys.readouterr()
     assert out.count("gradcam") == 12  # the method, and in the picture's name
     assert "error: photos/broken.png: " in err
-    assert "cannot explain 1 of 7 images" in err
+    assert "1 of 7 images failed" in err
