@@ -184,7 +184,7 @@ class Round:
         several = len(started) > 1
         for process in self.rng.choice(([started[0]], [started[-1]], started)):
             process.kill()
-        return {-signal.SIGKILL, *([1] if several else [])}
+        return {-signal.SIGKILL, *([1, -signal.SIGABRT] if several else [])}
 
     def ask(self, started: list[subprocess.Popen]) -> set[int]:
         """A signal to a process or to its group, once or twice."""
@@ -196,7 +196,7 @@ class Round:
             time.sleep(0.05)
         self.count[number.name] += 1
         # Before Python runs the first line of launch.py the operating system's own end is what happens.
-        return {75, 128 + number, -number, *([1] if len(started) > 1 else [])}
+        return {75, 128 + number, -number, *([1, -signal.SIGABRT] if len(started) > 1 else [])}
 
     def pause(self, started: list[subprocess.Popen]) -> set[int]:
         """All processes are suspended, as a scheduler does."""
