@@ -156,7 +156,7 @@ def nonfinite_to_null(value: Json) -> Json:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table on standard output, with unprintable characters escaped.
+    """Prints a table on standard output, with unprintable characters escaped; nothing without rows.
 
     On a narrow terminal cells go on in the next line; elsewhere a row is one line of any length, for programs.
     """
@@ -165,8 +165,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*map(printable, row))
-    # A file may be called "a[b]:c:.png".
-    Console(width=None if sys.stdout.isatty() else _WIDE, markup=False, emoji=False).print(table)
+    if table.row_count:  # a file may be called "a[b]:c:.png"
+        Console(width=None if sys.stdout.isatty() else _WIDE, markup=False, emoji=False).print(table)
 
 
 def format_metrics(values: Mapping[str, float]) -> str:

@@ -107,8 +107,8 @@ def test_features_of_several_seeds(seeds, photos, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    ([], "name the file to write: --output FILE.npz"),
-    (["--output=a.csv"], "must end in .npz"),
+    ([], "--output=: name an .npz file to write"),
+    (["--output=a.csv"], "--output=a.csv: name an .npz file to write"),
     (["--output=a.npz", "--split=test", "photos"], "drop one"),
     (["--output=a.npz", "--split=tset"], "unknown split 'tset': did you mean 'test'"),
 ])  # fmt: skip
@@ -170,7 +170,7 @@ def test_the_table_and_the_plot_of_probe(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(probe.probing, "STRENGTHS", (1.0,))
     flags = ["probe", f"--workdir={run}", "--config.data.train=train[:100]", "--draws=2"]
     for plot, message in [("a.jpg", "must end in .png"), (tmp_path / "no" / "a.png", "does not exist")]:
-        assert launch.main([*flags, f"--plot={plot}"]) == 1
+        assert launch.main([*flags, f"--plot={plot}"]) == 2
         assert message in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda name: None)
