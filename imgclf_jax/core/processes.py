@@ -140,8 +140,11 @@ def agree(facts: Callable[[], JsonObject], fix: str = ALIKE) -> None:
     """
     if _count == 1:
         return
-    expected, *others = gather(facts())
-    for process, found in enumerate(others, 1):
+    call = next(_calls)
+    _set(call, facts())
+    expected = _get(call, 0)
+    for process in range(1, _count):
+        found = _get(call, process)
         if names := [name for name in expected if name in found and found[name] != expected[name]][:3]:
             a, b = (", ".join(f"{name}={str(of[name])[:100]}" for name in names) for of in (found, expected))
             raise ProcessMismatch(f"process {process} has {a}, process 0 has {b}; {fix}")
