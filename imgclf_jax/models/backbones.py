@@ -12,7 +12,6 @@ from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.models.airbench import AirBench
 from imgclf_jax.models.convnext import ConvNeXt
 from imgclf_jax.models.layers import ConvPool, Dense, FlatDense
-from imgclf_jax.models.recurrent import GRUCell, LSTMCell
 from imgclf_jax.models.resnet import ResNet, ResNetCIFAR, WideResNet
 from imgclf_jax.models.vit import Mixer, ViT
 
@@ -76,7 +75,7 @@ class RNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        cells = {"lstm": LSTMCell, "gru": GRUCell}
+        cells = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell}
         if self.cell not in cells:
             raise UserError(unknown("rnn cell", self.cell, cells))
 

@@ -28,7 +28,7 @@ _NOT_IN_A_LINE = {"examples", "grad_norm", "param_norm"}  # metrics.jsonl has th
 
 
 def head(compiling: Programs, images: stream.Images, base: Mapping[str, Source], workdir: Workdir, fresh: bool) -> str:
-    """What is trained, on what and how. A run that begins (`fresh`) also has a table of its model's blocks."""
+    """What is trained, on what and how. A run that begins (`fresh`) also has its model's parameters."""
     recipe, config = compiling.recipe, compiling.recipe.config
     shape = "x".join(map(str, images.shape))
     options = [f"{key}={config[key]}" for key in ("clip", "accumulate", "ema", "method", "gradient", "stop")
@@ -38,7 +38,7 @@ def head(compiling: Programs, images: stream.Images, base: Mapping[str, Source],
     facts = {
         "data": f"{printable(config.data.source)}: {len(images):,} images of {shape}, {_classes(images.source)}\n"
                 + datasets.describe_use(config, base),
-        "model": printable(config.model) + (f": {_blocks(recipe)}" if fresh else ""),
+        "model": printable(config.model) + (f": {_parameters(recipe)}" if fresh else ""),
         "optimizer": ", ".join([config.optimizer, *options]),
         "schedule": config.schedule,
         "steps": f"{recipe.total:,} of {config.batch_size} images, {epochs:.4g} epochs",
@@ -60,15 +60,12 @@ def _classes(source: Source) -> str:
     return f"{len(names)} classes of {counts.min():,} to {counts.max():,}"
 
 
-def _blocks(recipe: Recipe) -> str:
-    """The model's parameters and FLOPs, and a table of its blocks."""
-    blocks = [block for block in summary.summarize(recipe.model, recipe.data.image_shape, recipe.parameters)
-              if recipe.method.predicts or block.name != "head"]  # fmt: skip
-    rows = [summary.COLUMNS, *summary.rows(blocks)]
-    name, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = ["  ".join([f" {row[0]:<{name}}", *(f"{cell:>{n}}" for cell, n in zip(row[1:], others, strict=True))])
-             for row in rows]  # fmt: skip
-    return "\n".join([f"{rows[-1][2]} parameters, {rows[-1][3]} FLOPs an image", *table])
+def _parameters(recipe: Recipe) -> str:
+    """The model's parameters, also by module, and its FLOPs."""
+    counts = summary.parameters_by_module(recipe.parameters)
+    flops = summary.forward_flops(recipe.model, recipe.data.image_shape) / 1e6
+    total = f"{sum(counts.values()):,} parameters, {flops:,.3g} MFLOPs an image"
+    return "\n".join([total, *(f"  {name:<16}{count:>12,}" for name, count in counts.items())])
 
 
 def _devices(mesh: Mesh) -> str:

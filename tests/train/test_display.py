@@ -48,7 +48,7 @@ def test_a_transcript(tmp_path):
     said = [line for line in lines if not line.startswith("import time:")]
     text = "\n".join(said)
     for fact in ("data       digits: 1,437 images of 28x28x1, 10 classes of 139 to 146", "121,930 parameters",
-                 "            block         output  parameters   FLOPs", "optimizer  adam", "seed       0",
+                 "dense                102,464", "optimizer  adam", "seed       0",
                  "  test   accuracy "):  # fmt: skip
         assert fact in text
     assert f"report --workdir {tmp_path}/run" in done.stdout

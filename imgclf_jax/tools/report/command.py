@@ -39,8 +39,10 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
             findings = Findings(step=model.step, missing=(sentence,))
             log.info("%s", sentence)
         recipe = model.programs.recipe
-        blocks = summary.summarize(recipe.model, recipe.data.image_shape, recipe.parameters)
-        findings = dataclasses.replace(findings, blocks=tuple(blocks))
+        findings = dataclasses.replace(
+            findings, parameters=summary.parameters_by_module(recipe.parameters),
+            flops=summary.forward_flops(recipe.model, recipe.data.image_shape),
+        )  # fmt: skip
     else:
         findings = Findings(missing=("There is no checkpoint yet, so this page omits everything that needs a model.",))
         log.warning("%s", findings.missing[0])

@@ -14,7 +14,6 @@ from imgclf_jax.core.errors import Untrusted, UserError
 from imgclf_jax.data import sources
 from imgclf_jax.data.source import Source
 from imgclf_jax.data.stream import Images
-from imgclf_jax.models.summary import Block
 from imgclf_jax.scores.classification import Predictions
 from imgclf_jax.scores.multilabel import TargetPredictions
 from imgclf_jax.tools.evaluate import by_class
@@ -57,7 +56,8 @@ class Findings:
     sets: tuple[Evaluated, ...] = ()
     augmented: Augmented | None = None
     missing: tuple[str, ...] = ()
-    blocks: tuple[Block, ...] = ()  # of the model
+    parameters: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by module of the model
+    flops: float = 0.0  # of the model's forward pass of an image
 
 
 def find(model: Trained, recorded: ConfigDict, fingerprints: Mapping[str, str]) -> Findings:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from imgclf_jax.config import KEYS, flatten
 from imgclf_jax.core.text import decimals, interval
 from imgclf_jax.core.typing import JsonMapping
-from imgclf_jax.models import summary
 from imgclf_jax.run.provenance import PACKAGES, find_differences
 from imgclf_jax.run.ranking import MAIN_METRICS, main_metric
 from imgclf_jax.run.record import Record
@@ -22,7 +21,6 @@ from imgclf_jax.tools.report import sets as report_sets
 from imgclf_jax.tools.report.findings import Evaluated, Findings
 
 _MAX_CHANGES = 8  # differences of two starts of the run that are named
-_LONG = 24  # rows above which the table of blocks is closed
 
 
 class Section(NamedTuple):
@@ -116,15 +114,13 @@ def _summarize_set(one: Evaluated) -> str:
 
 
 def _model(findings: Findings) -> str:
-    """Tabulates the model's blocks with their output shapes, parameters and FLOPs."""
-    if not findings.blocks:
+    """Tabulates the parameters of the model's modules."""
+    if not findings.parameters:
         return ""
-    *_, (_, _, parameters, flops) = rows = summary.rows(findings.blocks)
-    total = (
-        f"{parameters} parameters, {flops} FLOPs for the forward pass of an image: two per multiply-add of a matmul."
-    )
-    layers = table("Blocks of the model", summary.COLUMNS, rows)
-    return paragraph(total) + (html.details("Blocks", layers) if len(rows) > _LONG else layers)
+    total = f"{sum(findings.parameters.values()):,} parameters, {findings.flops / 1e6:,.3g} MFLOPs"
+    total += " for the forward pass of an image: two per multiply-add of a matmul."
+    rows = [[name, f"{count:,}"] for name, count in findings.parameters.items()]
+    return paragraph(total) + table("Parameters of the model", ["module", "parameters"], rows)
 
 
 def _configuration(run: Record) -> str:
