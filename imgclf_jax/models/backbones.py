@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.models.airbench import AirBench
 from imgclf_jax.models.convnext import ConvNeXt
-from imgclf_jax.models.layers import ConvPool, Dense, FlatDense
+from imgclf_jax.models.layers import ConvPool, Dense
 from imgclf_jax.models.resnet import ResNet, ResNetCIFAR, WideResNet
 from imgclf_jax.models.vit import Mixer, ViT
 
@@ -40,7 +40,8 @@ class CNN(nn.Module):
                     "pooling; resize them to a larger size or use fewer widths"
                 )
             x = ConvPool(width, self.kernel, dtype=self.dtype, name=f"block{i}")(x)  # [b, ~h/2, ~w/2, width]
-        return nn.relu(FlatDense(self.hidden, dtype=self.dtype, kernel_init=_dense_init, name="dense")(x))
+        x = x.reshape(x.shape[0], -1)
+        return nn.relu(Dense(self.hidden, dtype=self.dtype, kernel_init=_dense_init, name="dense")(x))
 
 
 class MLP(nn.Module):

@@ -3,8 +3,7 @@
 import functools
 import inspect
 import sys
-from collections.abc import Collection
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -67,64 +66,29 @@ def build(text: str, num_classes: int, precision: str) -> Classifier:
     A backbone is a linen or an nnx module, or a function that makes one. If it takes `dtype`, it computes in
     `precision` ("float32" or "bfloat16") unless the spec sets `dtype`. Every spec accepts `head_init`, a spec of
     HEAD_INITS in quotes such as 'zeros' or 'normal(0.01)'; the backbone does not see it. Raises UserError for an
-    unknown backbone, for arguments that do not fit, and for sizes below 1.
+    unknown backbone, for arguments that do not fit, and for a `dropout` or `drop_path` outside [0, 1).
     """
     call = spec.parse_one(text)
-    head_init = call.kwargs.get("head_init", "glorot_uniform")
-    if not isinstance(head_init, str):
-        raise UserError(f"model={text!r}: head_init={head_init!r} must be in quotes, such as 'zeros' or 'normal(0.01)'")
-    make_init = spec.bind(spec.parse_one(head_init), HEAD_INITS, "head_init")
-    backbone_kwargs = {name: value for name, value in call.kwargs.items() if name != "head_init"}
-    backbone = _build_backbone(spec.Call(call.name, call.args, backbone_kwargs), text, jnp.dtype(precision))
+    kwargs = dict(call.kwargs)
+    make_init = spec.bind(spec.parse_one(str(kwargs.pop("head_init", "glorot_uniform"))), HEAD_INITS, "head_init")
+    for name in ("dropout", "drop_path"):
+        if name in kwargs and not 0 <= kwargs[name] < 1:
+            raise UserError(f"model={text!r}: {name}={kwargs[name]!r} must be a number from 0 to below 1")
+    make = _bind(spec.Call(call.name, call.args, kwargs))
+    takes_dtype = "dtype" in inspect.signature(make.func).parameters and "dtype" not in make.keywords
+    backbone = make(**{"dtype": jnp.dtype(precision)} if takes_dtype else {})
+    if not isinstance(backbone, nn.Module):
+        raise UserError(f"model={text!r} is a {type(backbone).__name__}, not a flax.linen.Module or an nnx.Module")
     return Classifier(backbone, num_classes, head_init=make_init())
 
 
-def _build_backbone(call: spec.Call, text: str, dtype: DTypeLike) -> nn.Module:
+def _bind(call: spec.Call) -> functools.partial[Any]:
+    """The constructor of the backbone that `call` names, with its arguments."""
     made = spec.lookup(call, BACKBONES, "model")
-    if _is_nnx(made):
-        from imgclf_jax.models.from_nnx import constructor
+    nnx = sys.modules.get("flax.nnx")  # importing it takes a second; the module of an nnx class has done so
+    if nnx is None or not inspect.isclass(made) or not issubclass(made, nnx.Module):
+        return parts.bind(call, BACKBONES)
+    from imgclf_jax.models.from_nnx import constructor
 
-        named = spec.Call(made.__name__, call.args, call.kwargs)
-        make = spec.bind(named, {named.name: constructor(made)}, "model")
-        fields: Collection[str] = inspect.signature(make.func).parameters
-    else:
-        try:
-            make = parts.bind(call, BACKBONES)
-        except UserError as e:
-            if inspect.isclass(made):
-                raise
-            raise UserError(f"{_no_module(call.name, made)}: {e}") from e
-        fields = inspect.signature(make.func).parameters
-    if call.name in BACKBONES:
-        _check_values(text, make)
-    settings = {"dtype": dtype} if "dtype" in fields and "dtype" not in make.keywords else {}
-    backbone = make(**settings)
-    if not isinstance(backbone, nn.Module):
-        raise UserError(_no_module(call.name, made))
-    return backbone
-
-
-def _no_module(name: str, made: object) -> str:
-    kind = f"a {type(made).__name__}" if not inspect.isclass(made) else "another class"
-    return f"model {name!r} is {kind}; name a class, a flax.linen.Module or an nnx.Module"
-
-
-def _is_nnx(made: object) -> TypeGuard[type[Any]]:
-    """Whether `made` is an nnx module class. Looks up `flax.nnx` instead of importing it, which takes a second."""
-    nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and inspect.isclass(made) and issubclass(made, nnx.Module)
-
-
-def _check_values(text: str, make: functools.partial[Any]) -> None:
-    """Raises UserError for arguments of a built-in backbone that are out of range.
-
-    Integers, such as a width or the patch size, are 1 or more; `dropout` and `drop_path` are in [0, 1).
-    """
-    arguments = inspect.signature(make.func).bind(*make.args, **make.keywords).arguments
-    for name, value in arguments.items():
-        if name in ("dropout", "drop_path") and not (isinstance(value, int | float) and 0 <= value < 1):
-            raise UserError(f"model={text!r}: {name}={value!r} must be a number from 0 to below 1")
-        if make.func.__dataclass_fields__[name].type not in (int, tuple[int, ...]):  # type: ignore[attr-defined]
-            continue
-        if any(isinstance(size, int) and size < 1 for size in (value if isinstance(value, tuple | list) else [value])):
-            raise UserError(f"model={text!r}: {name}={value!r} must be 1 or more")
+    named = spec.Call(made.__name__, call.args, call.kwargs)
+    return spec.bind(named, {named.name: constructor(made)}, "model")

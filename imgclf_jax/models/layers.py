@@ -161,25 +161,6 @@ class ConvPool(nn.Module):
         return nn.relu(add_bias(y, bias)).astype(self.dtype)
 
 
-class FlatDense(nn.Module):
-    """`nn.Dense` over the flattened image, [b, h, w, c] → [b, features]: the same parameters and results."""
-
-    features: int
-    dtype: DTypeLike = jnp.float32
-    kernel_init: Initializer = nn.initializers.lecun_normal()
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        b, h, w, c = x.shape
-        kernel = self.param("kernel", self.kernel_init, (h * w * c, self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        if wants_features_first():
-            y = features_last(matmuls.flat_dense(features_first(x), kernel, self.dtype))
-        else:
-            y = jnp.dot(x.reshape(b, -1).astype(self.dtype), kernel.astype(self.dtype))
-        return add_bias(y, bias).astype(self.dtype)
-
-
 class Dense(nn.Module):
     """`nn.Dense` over the last axis, [..., c] → [..., features]: the same parameters; the result is in `dtype`."""
 

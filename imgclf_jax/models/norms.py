@@ -86,47 +86,23 @@ class BatchNorm(nn.Module):
         return y.astype(self.dtype)
 
 
-class LayerNorm(nn.Module):
-    """`nn.LayerNorm` over the last axis (Ba et al. 2016, arXiv:1607.06450): the same parameters and results."""
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` over the last axis (Ba et al. 2016, arXiv:1607.06450), computed in at least float32."""
 
-    epsilon: float = 1e-6
-    dtype: DTypeLike = jnp.float32
-    scale_init: Initializer = nn.initializers.ones
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", self.scale_init, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        x = dtypes.upcast(x)
-        return _layer_norm(self.epsilon, x, scale.astype(x.dtype), bias.astype(x.dtype)).astype(self.dtype)
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
+        with jax.numpy_dtype_promotion("standard"):  # which linen relies on
+            return super().__call__(dtypes.upcast(x))
 
 
-class GroupNorm(nn.Module):
-    """`nn.GroupNorm` (Wu and He 2018, arXiv:1803.08494): the same parameters and results.
+class GroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm` (Wu and He 2018, arXiv:1803.08494), computed in at least float32.
 
     Normalizes each example over its pixels or tokens and over groups of c / num_groups adjacent channels.
     """
 
-    num_groups: int = 32
-    epsilon: float = 1e-6
-    dtype: DTypeLike = jnp.float32
-    scale_init: Initializer = nn.initializers.ones
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        c = x.shape[-1]
-        if self.num_groups < 1 or c % self.num_groups:
-            raise UserError(f"group_norm(num_groups={self.num_groups}): {c} channels do not divide into "
-                            f"{self.num_groups} groups; choose a divisor of every layer's channels")  # fmt: skip
-        scale = self.param("scale", self.scale_init, (c,))
-        bias = self.param("bias", nn.initializers.zeros, (c,))
-        x = dtypes.upcast(x)
-        grouped = x.reshape(*x.shape[:-1], self.num_groups, -1)  # [b, …, groups, c / groups]
-        axes = (*range(1, grouped.ndim - 2), grouped.ndim - 1)
-        mean = jnp.mean(grouped, axes, keepdims=True)
-        var = jnp.maximum(jnp.mean(lax.square(grouped), axes, keepdims=True) - lax.square(mean), 0)
-        normal = ((grouped - mean) * lax.rsqrt(var + self.epsilon)).reshape(x.shape)
-        return (normal * scale.astype(x.dtype) + bias.astype(x.dtype)).astype(self.dtype)
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
+        with jax.numpy_dtype_promotion("standard"):  # which linen relies on
+            return super().__call__(dtypes.upcast(x))
 
 
 def _on_cpu() -> bool:
@@ -175,34 +151,3 @@ def _batch_norm_jvp(
     slope = inverse * d_scale - factor * inverse * inverse * half_d_var
     d_y = _spread(factor, x) * d_x + _spread(d_bias - factor * d_mean, x) + again * _spread(slope, x)
     return (y, mean, var), (d_y, d_mean, 2 * half_d_var)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _layer_norm(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    mean, inverse = _moments(epsilon, x)
-    return (x - mean) * inverse * _spread(scale, x) + _spread(bias, x)
-
-
-def _moments(epsilon: float, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The mean and the reciprocal standard deviation over the features, whose axis keeps size 1."""
-    mean = jnp.mean(x, -1, keepdims=True)
-    var = jnp.maximum(jnp.mean(lax.square(x), -1, keepdims=True) - lax.square(mean), 0)
-    return mean, lax.rsqrt(var + epsilon)
-
-
-@_layer_norm.defjvp
-def _layer_norm_jvp(
-    epsilon: float, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
-) -> tuple[PyTree, PyTree]:
-    x, scale, bias = primals
-    d_x, d_scale, d_bias = tangents
-    mean, inverse = _moments(epsilon, x)
-    # Recomputed rather than stored, as in `_batch_norm_jvp`.
-    normal, again = (
-        (z - m) * i for z, m, i in (platform.cpu_barrier((x, mean, inverse)), platform.cpu_barrier((x, mean, inverse)))
-    )
-    first, second = (inverse * jnp.mean(z, -1, keepdims=True) for z in (d_x, again * d_x))
-    # With the barrier, the transpose computes the cotangent of its argument once for both terms.
-    slope = platform.cpu_barrier(_spread(d_scale, x) - _spread(scale, x) * second)
-    d_y = _spread(scale, x) * (inverse * d_x - first) + normal * slope
-    return _layer_norm(epsilon, x, scale, bias), d_y + _spread(d_bias, x)

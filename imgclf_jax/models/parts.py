@@ -23,7 +23,7 @@ import jax
 from flax import linen as nn
 
 from imgclf_jax.core import spec
-from imgclf_jax.core.errors import Untrusted, UserError
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import ModuleDef
 from imgclf_jax.models.layers import gelu
 from imgclf_jax.models.norms import BatchNorm, GroupNorm, LayerNorm
@@ -46,43 +46,19 @@ _PASSED = ("dtype", "scale_init", *_OF_BATCH_NORM)
 def bind(call: spec.Call, backbones: Mapping[str, object]) -> functools.partial[Any]:
     """The backbone that `call` names, with its arguments bound and its `norm` and `activation` resolved.
 
-    Raises UserError for a name, an argument or a class that does not fit.
+    Raises UserError for a name or an argument that does not fit.
     """
     made = spec.bind(call, backbones, "model")
-    swappable = getattr(made.func, "swappable", ())
-    if not swappable:
-        return made
     settings = inspect.signature(made.func).bind_partial(*made.args, **made.keywords).arguments
-    for key, value in settings.items():
-        if key in swappable:
-            settings[key] = _resolve(key, value, call)
-        elif key == "block":
-            raise UserError(f"model={str(call)!r}: a spec names no block; name a function of your own that returns "
-                            f"{made.func.__name__}(block=MyBlock)")  # fmt: skip
-    return functools.partial(made.func, **settings)
-
-
-def _resolve(key: str, value: object, call: spec.Call) -> object:
-    names: Mapping[str, object] = NORMS if key == "norm" else ACTIVATIONS
-    try:
-        if not isinstance(value, str):
-            raise UserError(f"{key}={value!r} is not a spec; quote it, as in {key}='{next(iter(names))}'")
-        inner = spec.parse_one(value)
+    swappable = [key for key in getattr(made.func, "swappable", ()) if key in settings]
+    for key in swappable:
+        inner = spec.parse_one(str(settings[key]))
         if key == "norm":
-            part = spec.bind(inner, names, key, by_name=_PASSED)
-            if not (inspect.isclass(part.func) and issubclass(part.func, nn.Module)):
-                raise UserError(f"norm {inner.name!r} is not a subclass of flax.linen.Module")
-            if "dtype" not in part.func.__dataclass_fields__:
-                raise UserError(f"norm {inner.name!r} has no field 'dtype', which backbones set to the precision")
+            part = spec.bind(inner, NORMS, key, by_name=_PASSED)
         else:
-            part = spec.bind(inner, names, key, leading=("x",))
-            if inspect.isclass(part.func):
-                raise UserError(f"activation {inner.name!r} is a class; it must be a function of an array, as 'gelu'")
-    except Untrusted:
-        raise
-    except UserError as e:
-        raise UserError(f"model={str(call)!r}: {e}") from e
-    return part if part.args or part.keywords else part.func
+            part = spec.bind(inner, ACTIVATIONS, key, leading=("x",))
+        settings[key] = part if part.args or part.keywords else part.func
+    return functools.partial(made.func, **settings) if swappable else made
 
 
 def has_swapped(module: nn.Module) -> bool:
@@ -104,12 +80,10 @@ class Norm:
         It passes `train`, linen's `use_running_average`, or neither. Raises UserError if the class lacks a field that
         the network sets; `momentum`, `epsilon` and `use_scale` are for classes that have them.
         """
-        made = self.cls.func if isinstance(self.cls, functools.partial) else self.cls
-        bound = self.cls.keywords if isinstance(self.cls, functools.partial) else {}
         passed = dict(self.passed) if scale == 1 else {**self.passed, "scale_init": nn.initializers.constant(scale)}
-        fields = inspect.signature(made).parameters
+        fields, bound = inspect.signature(self.cls).parameters, getattr(self.cls, "keywords", {})
         if missing := [key for key in passed if key not in (*fields, *_OF_BATCH_NORM)]:
-            raise UserError(f"norm {made.__name__} has no field {missing[0]!r}, which this network sets")
+            raise UserError(f"norm {self.cls} has no field {missing[0]!r}, which this network sets")
         module = self.cls(**{k: v for k, v in passed.items() if k in fields and k not in bound}, name=name)
         takes = inspect.signature(type(module).__call__).parameters
 

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import ModuleDef, Value
+from imgclf_jax.core.typing import ModuleDef
 from imgclf_jax.models import parts
 from imgclf_jax.models.layers import Conv, max_pool, mean_pool
 from imgclf_jax.models.norms import BatchNorm
@@ -33,16 +33,6 @@ def _stages(
         for j in range(blocks):
             x = block(features=features * 2**i, strides=2 if i and not j else 1, name=f"layer{i + 1}_{j}")(x, train)
     return x
-
-
-def _blocks_per_stage(model: str, depth: Value, extra: int, usual: str) -> int:
-    """Returns n for a network of depth 6n + `extra`. Raises UserError if `depth` has no such n ≥ 1."""
-    n, rest = divmod(depth - extra, 6) if isinstance(depth, int) else (0, 0)
-    if n < 1 or rest:
-        near = "" if n < 1 else f"; the nearest are {6 * n + extra} and {6 * n + 6 + extra}"
-        raise UserError(f"{model}(depth={depth!r}): the depth must be 6n + {extra} with n of 1 or more, "
-                        f"such as {usual}{near}")  # fmt: skip
-    return n
 
 
 class BasicBlock(nn.Module):
@@ -113,8 +103,8 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        if self.depth not in list(_STAGES):
-            raise UserError(f"resnet(depth={self.depth!r}): the depth must be one of {', '.join(map(str, _STAGES))}")
+        if self.depth not in _STAGES:
+            raise UserError(f"resnet(depth={self.depth!r}): the depth must be one of {list(_STAGES)}")
         norm = parts.norms(self.norm, momentum=self.momentum, dtype=self.dtype)
         x = _conv(64, 7, 2, self.dtype, "conv1")(x)  # h/2, w/2, 64 channels
         x = max_pool(self.activation(norm("bn1")(x, train)), 3, 2, 1)  # h/4, w/4
@@ -143,13 +133,14 @@ class ResNetCIFAR(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        n = _blocks_per_stage("resnet_cifar", self.depth, 2, "20, 32, 44, 56 and 110")
+        if self.depth % 6 != 2 or self.depth < 8:
+            raise UserError(f"resnet_cifar(depth={self.depth}): the depth must be 6n + 2, such as 20 or 56")
         norm = parts.norms(self.norm, momentum=self.momentum, dtype=self.dtype)
         x = self.activation(norm("bn1")(_conv(16, 3, 1, self.dtype, "conv1")(x), train))
         block = partial(
             self.block, norm=norm, activation=self.activation, dtype=self.dtype, shortcut=self.shortcut, last_scale=1.0
         )
-        return mean_pool(_stages(block, 16, [n] * 3, x, train))
+        return mean_pool(_stages(block, 16, [self.depth // 6] * 3, x, train))
 
 
 class WideBlock(nn.Module):
@@ -188,9 +179,10 @@ class WideResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        n = _blocks_per_stage("wide_resnet", self.depth, 4, "16, 22, 28 and 40")
+        if self.depth % 6 != 4 or self.depth < 10:
+            raise UserError(f"wide_resnet(depth={self.depth}): the depth must be 6n + 4, such as 28 or 40")
         norm = parts.norms(self.norm, momentum=self.momentum, dtype=self.dtype)
         x = _conv(16, 3, 1, self.dtype, "conv1")(x)
         block = partial(self.block, norm=norm, activation=self.activation, dtype=self.dtype, dropout=self.dropout)
-        x = _stages(block, 16 * self.width, [n] * 3, x, train)
+        x = _stages(block, 16 * self.width, [self.depth // 6] * 3, x, train)
         return mean_pool(self.activation(norm("bn1")(x, train)))

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.models import layers
-from imgclf_jax.models.layers import Conv, ConvPool, Dense, FlatDense, conv
+from imgclf_jax.models.layers import Conv, ConvPool, Dense, conv
 
 pytestmark = pytest.mark.optimized
 
@@ -112,25 +112,9 @@ def test_bfloat16_products_are_summed_in_float32():
     np.testing.assert_array_equal(low, high)
 
 
-@pytest.mark.usefixtures("float64", "form")
-def test_flat_dense_is_flax_dense_on_the_flattened_image():
-    x = jnp.asarray(normal(0, 3, 4, 5, 2))
-    ours, theirs = FlatDense(7, dtype=jnp.float64), nn.Dense(7, dtype=jnp.float64)
-    params = drawn(shapes(ours, x)["params"])
-    functions = [
-        lambda params, x: ours.apply({"params": params}, x),
-        lambda params, x: theirs.apply({"params": params}, x.reshape(3, -1)),
-    ]
-    results = [
-        jax.jit(jax.value_and_grad(lambda *args, f=f: jnp.sum(jnp.sin(f(*args))), argnums=(0, 1)))(params, x)
-        for f in functions
-    ]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), *results)
-
-
 def compiled_network(batch_size, mesh):
     """Two blocks and their gradients for CPU, with the batch sharded over `mesh`."""
-    network = nn.Sequential([ConvPool(8), ConvPool(16), FlatDense(10)])
+    network = nn.Sequential([ConvPool(8), ConvPool(16), lambda x: x.mean((1, 2))])
     x = jnp.zeros((batch_size, 28, 28, 1))
     params = shapes(network, x)
     whole, split = sharding.replicated(mesh), NamedSharding(mesh, PartitionSpec("data"))
@@ -167,9 +151,7 @@ def test_drop_path_drops_whole_examples():
 
 
 @pytest.mark.usefixtures("form")
-@pytest.mark.parametrize(
-    "layer", [Conv(2, 1), ConvPool(2, 1, 1), Dense(2), FlatDense(2)], ids=["conv", "conv_pool", "dense", "flat_dense"]
-)
+@pytest.mark.parametrize("layer", [Conv(2, 1), ConvPool(2, 1, 1), Dense(2)], ids=["conv", "conv_pool", "dense"])
 def test_the_gradient_of_a_bias_is_not_rounded_to_bfloat16(layer):
     """The sum of 1,001 ones, which bfloat16 rounds to 1,000."""
     x = jnp.zeros((1001, 1, 1, 3), jnp.bfloat16)

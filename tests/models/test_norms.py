@@ -79,7 +79,7 @@ def test_dense_and_layer_norm_on_tokens_are_flaxs():
 def test_group_norm_is_flaxs(shape):
     """The same parameters, results and gradients as nn.GroupNorm, in float64."""
     x = jnp.asarray(normal(0, *shape)) * 2 + 1
-    ours = GroupNorm(2, 1e-3, dtype=jnp.float64)
+    ours = GroupNorm(2, epsilon=1e-3, dtype=jnp.float64)
     theirs = nn.GroupNorm(2, epsilon=1e-3, param_dtype=jnp.float64, force_float32_reductions=False)
     params = {"scale": jnp.asarray(normal(1, 6)), "bias": jnp.asarray(normal(2, 6))}
     shapes = [jax.tree.map(jnp.shape, jax.eval_shape(f.init, jax.random.key(0), x)) for f in (ours, theirs)]

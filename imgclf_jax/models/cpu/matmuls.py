@@ -98,35 +98,3 @@ def conv(
     `pads` are ((top, bottom), (left, right)); negative padding crops.
     """
     return _conv_product(x, kernel, strides=strides, pads=pads, dilation=dilation, dtype=jnp.dtype(dtype))
-
-
-def _by_feature(kernel: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-    """The kernel [h * w * c, d] of flattened images of `shape` [c, h, w, b] → [c * h * w, d]."""
-    c, h, w, _ = shape
-    return kernel.astype(dtype).reshape(h, w, c, -1).transpose(2, 0, 1, 3).reshape(c * h * w, -1)
-
-
-def _flat_dense(x: jax.Array, kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
-    weights = _by_feature(kernel, x.shape, dtype).T
-    return _matmul(weights, x.astype(dtype).reshape(-1, x.shape[3]), accumulator(dtype))
-
-
-def _flat_dense_images(
-    gradient: jax.Array, kernel: jax.Array, like: jax.ShapeDtypeStruct, dtype: DTypeLike
-) -> jax.Array:
-    return _matmul(_by_feature(kernel, like.shape, dtype), gradient.astype(dtype), dtype).reshape(like.shape)
-
-
-def _flat_dense_kernel(x: jax.Array, gradient: jax.Array, like: jax.ShapeDtypeStruct, dtype: DTypeLike) -> jax.Array:
-    c, h, w, b = x.shape
-    transposed = lax.optimization_barrier(gradient.astype(dtype).T)  # [b, d]
-    d_kernel = _matmul(x.astype(dtype).reshape(-1, b), transposed, accumulator(dtype))
-    return d_kernel.reshape(c, h, w, -1).transpose(1, 2, 0, 3).reshape(like.shape)
-
-
-_flat_dense_product = multilinear("flat_dense", _flat_dense, _flat_dense_images, _flat_dense_kernel)
-
-
-def flat_dense(x: jax.Array, kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Flattened images times the kernel, [c, h, w, b] and [h * w * c, d] → [d, b] in float32 (or float64)."""
-    return _flat_dense_product(x, kernel, dtype=jnp.dtype(dtype))
