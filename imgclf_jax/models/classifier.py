@@ -91,4 +91,4 @@ def _bind(call: spec.Call) -> functools.partial[Any]:
     from imgclf_jax.models.from_nnx import constructor
 
     named = spec.Call(made.__name__, call.args, call.kwargs)
-    return spec.bind(named, {named.name: constructor(made)}, "model")
+    return spec.bind(named, {named.name: constructor(cast(Any, made))}, "model")

@@ -142,13 +142,13 @@ def _read_zip(content: zipfile.ZipFile) -> tuple[Unpickled, _Storages]:
     if (order := f"{folder}byteorder") in names:
         _check_order(content.getinfo(order).file_size == 6 and member("byteorder").tobytes() == b"little")
     _check_pickle(content.getinfo(pickles[0]).file_size)
-    tree, _ = unpickle.load(unpickle.Stream(member("data.pkl")))
+    tree, _ = unpickle.load(io.BytesIO(member("data.pkl")))
     return tree, lambda storage: member(f"data/{storage.key}").view(storage.dtype)
 
 
 def _read_legacy(file: IO[bytes]) -> tuple[Unpickled, _Storages]:
     """Reads the older format: five pickles (magic number, version, machine, content, storage keys), then storages."""
-    stream = unpickle.Stream(file.read(unpickle.MAX_BYTES))
+    stream = io.BytesIO(file.read(unpickle.MAX_BYTES))
     file_size = file.seek(0, io.SEEK_END)
     try:
         magic, protocol, machine = (unpickle.load(stream)[0] for _ in range(3))

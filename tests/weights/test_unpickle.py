@@ -1,6 +1,7 @@
 """Pickles built to fill the memory or run forever are refused right away; plain data are read correctly."""
 
 import collections
+import io
 import pickle
 import struct
 import tracemalloc
@@ -14,29 +15,25 @@ from hypothesis import strategies as st
 
 from imgclf_jax.weights import unpickle
 
-KEYS = st.one_of(
-    st.text(max_size=4), st.integers(-(2**59), 2**59), st.booleans(), st.none(), st.floats(), st.binary(max_size=4)
-)
-LEAVES = st.one_of(KEYS, st.integers(), st.just(()))
+KEYS = st.one_of(st.text(max_size=4), st.integers(-(2**59), 2**59))
+LEAVES = st.one_of(KEYS, st.booleans(), st.none(), st.floats(), st.binary(max_size=4), st.integers(), st.just(()))
 PLAIN = st.recursive(
     LEAVES,
     lambda inner: st.one_of(
         st.lists(inner, max_size=4),
         st.lists(inner, max_size=4).map(tuple),
-        st.dictionaries(st.one_of(KEYS, st.tuples(KEYS, KEYS)), inner, max_size=4),
+        st.dictionaries(KEYS, inner, max_size=4),
         st.dictionaries(KEYS, inner, max_size=4).map(collections.OrderedDict),
-        st.frozensets(KEYS, max_size=4),
-        st.sets(KEYS, max_size=4),
     ),
     max_leaves=12,
 )
 
 
 def load(content):
-    return unpickle.load(unpickle.Stream(content))[0]
+    return unpickle.load(io.BytesIO(content))[0]
 
 
-@given(PLAIN, st.sampled_from([4, 5]))  # earlier ones write bytes and sets as calls
+@given(PLAIN, st.sampled_from([3, 4, 5]))  # earlier ones write bytes as calls
 def test_plain_data_come_out_as_python_reads_them(value, protocol):
     """An object referenced twice is one object."""
     content = pickle.dumps([value, value], protocol)
@@ -47,6 +44,12 @@ def test_plain_data_come_out_as_python_reads_them(value, protocol):
         assert got is again
 
 
+def test_the_ordered_dicts_of_python_2():
+    """They are calls with a list of pairs."""
+    content = b"\x80\2" + call("collections.OrderedDict", b"](](U\1aK\1e](U\1bK\2ee\x85") + b"."
+    assert load(content) == collections.OrderedDict(a=1, b=2)
+
+
 def call(name, arguments):
     module, _, function = name.rpartition(".")
     return f"c{module}\n{function}\n".encode() + arguments + b"R"
@@ -54,36 +57,34 @@ def call(name, arguments):
 
 TUPLES = b")" + b"q\0" + b"h\0\x86q\0" * 60  # a tuple of a tuple twice, 60 deep: 2**60 leaves in 240 bytes
 MANY = b"](" + b"N" * 200_000 + b"e" + b"q\1"  # a list of 200,000 at place 1 of the memo
-PAIRS = b"}(" + b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(50_000)) + b"uq\1"
+PAIRS = b"](" + b"".join(b"J" + struct.pack("<i", i) + b"N\x86" for i in range(50_000)) + b"eq\1"
 ROW = b"(" + b"N" * 200_000 + b"tq\1"  # a tuple of 200,000
 STORAGE = b"(" + torch_format.text("storage") + b"ctorch\nFloatStorage\n" + torch_format.text("0") + b"NNtQq\2"
 BOMBS = {
     "a memo of 2**31 places": (b"Nr\xff\xff\xff\x7f.", None),
     "a number of 2**31 bytes": (b"\x8b\xff\xff\xff\x7f1.", "EOFError"),
     "a text of 2**62 bytes": (b"\x8d" + struct.pack("<Q", 2**62) + b"x.", "EOFError"),
-    "an array of 2**40 bytes": (b"\x96" + struct.pack("<Q", 2**40) + b"x.", "EOFError"),
-    "a frame of 2**62 bytes": (b"\x80\4\x95" + struct.pack("<Q", 2**62) + b"N.", "EOFError"),
-    "a key of 2**60 leaves": (b"}" + TUPLES + b"Ns.", "no plain value"),
-    "keys of 2**60 leaves": (b"}(" + TUPLES + b"Nu.", "no plain value"),
-    "a dict of 2**60 leaves": (b"(" + TUPLES + b"Nd.", "no plain value"),
-    "a set of 2**60 leaves": (b"\x8f(" + TUPLES + b"\x90.", "no plain value"),
-    "a frozen set of 2**60 leaves": (b"(" + TUPLES + b"\x91.", "no plain value"),
-    "a call for a set of 2**60 leaves": (b"]" + TUPLES + b"aq\1" + call("builtins.set", b"h\1\x85"), "no plain value"),
+    "an array of 2**40 bytes": (b"\x96" + struct.pack("<Q", 2**40) + b"x.", "KeyError"),
+    "a frame of 2**62 bytes": (b"\x80\4\x95" + struct.pack("<Q", 2**62) + b"N", "EOFError"),
+    "a key of 2**60 leaves": (b"}" + TUPLES + b"Ns.", "neither a text"),
+    "keys of 2**60 leaves": (b"}(" + TUPLES + b"Nu.", "neither a text"),
+    "a dict of 2**60 leaves": (b"(" + TUPLES + b"Nd.", "KeyError"),
+    "a set of 2**60 leaves": (b"\x8f(" + TUPLES + b"\x90.", "KeyError"),
+    "a frozen set of 2**60 leaves": (b"(" + TUPLES + b"\x91.", "KeyError"),
+    "a call for a set": (b"]" + TUPLES + b"aq\1" + call("builtins.set", b"h\1\x85"), "asks for builtins.set"),
     "a call for a dict of 2**60 leaves": (
-        b"]]" + TUPLES + b"aNaaq\1" + call("collections.OrderedDict", b"h\1\x85") + b".", "no plain value"
+        b"]]" + TUPLES + b"aNaaq\1" + call("collections.OrderedDict", b"h\1\x85") + b".", "neither a text"
     ),
-    "a storage of 2**60 leaves": (TUPLES + b"Q.", "a malformed storage"),
+    "a storage of 2**60 leaves": (TUPLES + b"Q.", "Error"),
     "a storage's name of 2**60 leaves": (b"(" + torch_format.text("storage") + TUPLES + b"h\0NNtQ.", "malformed"),
-    "keys with one hash": (b"}\x8a\x08" + struct.pack("<q", 2**61 - 1) + b"Ns.", "no plain value"),
-    "lists of lists": (MANY + call("builtins.list", b"h\1\x85") * 20_000 + b".", "again and again"),
+    "keys with one hash": (b"}\x8a\x08" + struct.pack("<q", 2**61 - 1) + b"Ns.", "neither a text"),
     "tuples of lists": (MANY + call("torch.Size", b"h\1\x85") * 20_000 + b".", "again and again"),
-    "dicts of dicts": (PAIRS + call("builtins.dict", b"h\1\x85") * 20_000 + b".", "again and again"),
-    "lists of a text": (torch_format.text("x" * 9999) + b"q\1" + call("builtins.list", b"h\1\x85"), "malformed"),
-    "places of a device": (ROW + call("torch.device", b"h\1") * 20_000 + b".", "a malformed call"),
-    "a call without a function": (b")N)R.", "a malformed call"),
+    "dicts of dicts": (PAIRS + call("collections.OrderedDict", b"h\1\x85") * 20_000 + b".", "again and again"),
+    "places of a device": (ROW + call("torch.device", b"h\1") * 20_000 + b".", "again and again"),
+    "a call without a function": (b")N)R.", "TypeError"),
     "attributes of many dicts": (PAIRS + (call("collections.OrderedDict", b")") + b"h\1b") * 1000 + b".", None),
     "a tensor of many axes": (
-        STORAGE + MANY + call("torch._utils._rebuild_tensor", b"(h\2K\0h\1h\1t") + b".", "no valid shape"
+        STORAGE + ROW + call("torch._utils._rebuild_tensor", b"(h\2K\0h\1h\1t") + b".", "Error"
     ),
     "a tensor of great sizes": (
         STORAGE + call("torch._utils._rebuild_tensor", b"(h\2K\0" + torch_format.integers([2**60]) * 2 + b"t"),
@@ -91,13 +92,14 @@ BOMBS = {
     ),
     "a list within itself": (b"]q\0h\0ah\0h\0a.", None),
     "lists 100,000 deep": (b"]" * 100_000 + b"a" * 99_999 + b".", None),
-    "an instance": (b"(ibuiltins\nlist\n.", "unknown opcode"),
-    "an object": (b"cbuiltins\nlist\n)\x81.", "unknown opcode"),
-    "an extension": (b"\x82\1.", "unknown opcode"),
+    "an instance": (b"(ibuiltins\nlist\n.", "KeyError"),
+    "an object": (b"ccollections\nOrderedDict\n)\x81.", "KeyError"),
+    "an extension": (b"\x82\1.", "KeyError"),
     "no end": (b"N", "EOFError"),
     "a name cut short": (b"ctorch\nFloat", "EOFError"),
     "nothing to take": (b"a.", "IndexError"),
-    "nothing at this place": (b"h\7.", "no memo entry"),
+    "nothing at this place": (b"h\7.", "not found"),
+    "an attribute of a function": (b"ctorch\nSize\n}X\1\0\0\0aK\1sb.", "something else than a dict"),
 }  # fmt: skip
 LONG = "attributes of many dicts", "a tensor of many axes", "lists 100,000 deep"
 
@@ -121,6 +123,6 @@ def test_a_pickle_takes_neither_memory_nor_time(name):
 
 def test_tensors_are_descriptions():
     content = b"\x80\2" + torch_format.tensor("7", 12, 2, (2, 3), (1, 2)) + b"."
-    tensor, dtypes = unpickle.load(unpickle.Stream(content))
+    tensor, dtypes = unpickle.load(io.BytesIO(content))
     assert tensor == unpickle.Tensor(unpickle.Storage("7", np.dtype("<f4")), 2, (2, 3), (1, 2))
     assert dtypes == {"7": np.dtype("<f4")}
