@@ -5,8 +5,11 @@
 
 import functools
 import os
+import pickle
 from contextlib import AbstractContextManager
 from typing import Any
+
+PythonUnpickler: Any = pickle._Unpickler  # it has a table of its opcodes; the public one is C, and has not
 
 
 def coordination_state() -> Any:

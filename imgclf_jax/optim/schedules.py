@@ -105,14 +105,11 @@ def build(text: str, steps: Steps, total: int) -> optax.Schedule:
 
     `steps` converts a duration to whole steps; it raises UserError for text that is no duration.
     """
-    schedule = _bind(text)(steps, total)
+    schedule: optax.Schedule = _bind(text)(steps, total)
     if not callable(schedule):
-        kind = "an optimizer, whose key is optimizer" if isinstance(schedule, optax.GradientTransformation) else (
-            f"a {type(schedule).__name__}")  # fmt: skip
-        raise UserError(f"schedule={text!r} returns {kind}; it must return a function from the step to the learning "
-                        "rate")  # fmt: skip
-    built: optax.Schedule = schedule
-    return built
+        raise UserError(f"schedule={text!r} returns a {type(schedule).__name__}; it must return a function from the "
+                        "step to the learning rate")  # fmt: skip
+    return schedule
 
 
 def check_name(text: str) -> None:
@@ -121,9 +118,4 @@ def check_name(text: str) -> None:
 
 
 def _bind(text: str) -> functools.partial[Any]:
-    call = spec.parse_one(text)
-    schedule = spec.bind(call, SCHEDULES, "schedule", leading=("steps", "total"))
-    for name, value in schedule.keywords.items() if call.name in SCHEDULES else ():
-        if isinstance(value, int | float) and value < 0:
-            raise UserError(f"schedule={text!r}: {name}={value} must be 0 or more")
-    return schedule
+    return spec.bind(spec.parse_one(text), SCHEDULES, "schedule", leading=("steps", "total"))

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from imgclf_jax.core import internals
 from imgclf_jax.core.typing import Function
 
 MAX_BYTES = 4 << 20  # of a pickle; a ResNet-152 has 0.1 MB
@@ -102,10 +103,7 @@ def _key(key: Unpickled) -> str | int:
     return key
 
 
-_Base: Any = pickle._Unpickler
-
-
-class _Unpickler(_Base):  # type: ignore[misc]
+class _Unpickler(internals.PythonUnpickler):
     def __init__(self, file: io.BytesIO):
         super().__init__(file)
         self.dtypes: dict[str, np.dtype] = {}
@@ -150,7 +148,10 @@ class _Unpickler(_Base):  # type: ignore[misc]
         self._set_items(items)
 
     dispatch: ClassVar = {
-        **{opcode[0]: _Base.dispatch[opcode[0]] for opcode in (getattr(pickle, name) for name in _OPCODES)},
+        **{
+            opcode[0]: internals.PythonUnpickler.dispatch[opcode[0]]
+            for opcode in (getattr(pickle, name) for name in _OPCODES)
+        },
         pickle.REDUCE[0]: _reduce,
         pickle.BUILD[0]: _build,
         pickle.SETITEM[0]: _set_item,

@@ -97,11 +97,12 @@ def test_what_does_not_fit_together_is_told(text, message, more):
 
 def test_schedules_and_optimizers_are_not_mixed_up():
     with pytest.raises(
-        UserError, match=r"optimizer='optax:cosine_decay_schedule\(100\)': .* returns a function, such as"
+        UserError, match=r"optimizer='optax:cosine_decay_schedule\(100\)': .* returns a function, not an"
     ):
         optimizers.build("optax:cosine_decay_schedule(100)", optax.constant_schedule(0.1), 0.0)
     with pytest.raises(
-        UserError, match=r"schedule='.*:rate_of_an_optimizer' returns an optimizer, whose key is optimizer"
+        UserError,
+        match=r"schedule='.*:rate_of_an_optimizer' returns a GradientTransformation.*; it must return a function",
     ):
         schedules.build(f"{__name__}:rate_of_an_optimizer", int, 10)
 
