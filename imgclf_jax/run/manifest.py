@@ -39,14 +39,14 @@ def digest(folder: Path) -> str:
 def find_fault(folder: Path) -> str:
     """Says what is wrong with the files in `folder`: "" for nothing, ABSENT without a manifest."""
     try:
-        files = json.loads(paths.read(folder / NAME))
+        files = {name: [int(size), int(crc)] for name, (size, crc) in json.loads(paths.read(folder / NAME)).items()}
     except FileNotFoundError:
         return ABSENT
     except OSError as e:
         return f"{NAME} cannot be read: {e.strerror}"
-    except (ValueError, RecursionError):
-        return f"{NAME} is not JSON"
-    if not isinstance(files, dict) or not files or not all(map(_is_entry, files.values())):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        files = {}
+    if not files:
         return f"{NAME} does not hold the size and checksum of each file"
     for name, expected in files.items():
         file = folder / name
@@ -58,10 +58,6 @@ def find_fault(folder: Path) -> str:
         if _measure(file) != expected:
             return f"the file {name} has changed"
     return ""
-
-
-def _is_entry(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value)
 
 
 def _measure(file: Path, sync: bool = False) -> list[int]:

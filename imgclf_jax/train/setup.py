@@ -92,9 +92,9 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
         raise UserError(f"total={config.total!r} is {recipe.total} steps, but the run in {workdir.path} has done {done}"
                         "; pass its own total, extend it to more, or pass another --workdir")  # fmt: skip
     _ = compiling.traced_train, recipe.views, recipe.whole_set_metrics  # which shows errors in the config
-    fresh = not processes.broadcast(workdir.has_checkpoints)
-    weights = pretrained.load(compiling) if config.init_from and fresh else None
-    compiled, eval_compiled = _compile_in_background(compiling)
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
+    start, run = checkpoints.restore_latest(compiling.shape) or (0, None)
+    weights = pretrained.load(compiling) if config.init_from and run is None else None
     skipped = datasets.skipped_files(base, images)
     fingerprints = {name: images.source.fingerprint for name, images in evals.items()}
     groups = compiling.groups_of_statistics if config.batch_norm == "per_device" else 0
@@ -111,12 +111,8 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
         return snapshot
 
     snapshot = processes.broadcast(snapshot_here)
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
-    start, run = checkpoints.restore_latest(compiling.shape) or (0, None)
+    compiled, eval_compiled = _compile_in_background(compiling)
     if run is None:
-        if config.init_from and weights is None:  # a bucket keeps the folder of a checkpoint that was never complete
-            weights = pretrained.load(compiling)
-            snapshot = processes.broadcast(snapshot_here)
         run = compiling.init(images=compiling.first_images(images), weights=weights.taken if weights else None)
         if not processes.index():
             workdir.write_parameters(recipe.parameters)
