@@ -58,7 +58,7 @@ else:
     from imgclf_jax.run import checkpoint, writers
     owner, name, after = {
         "data": (datasets.sources, "open_splits", False),
-        "compile": (train_setup, "_trace", False),
+        "compile": (train_setup, "_compile_in_background", False),
         "log": (writers.MetricsWriter, "write_scalars", True),
         "evaluation": (evaluation, "evaluate", False),
         "save": (checkpoint.Checkpoints, "save", True),
@@ -106,7 +106,7 @@ def check(moment: str, name: str, how: str, workdir: Path) -> None:
     if moment in BEFORE:
         assert done.returncode == 128 + signal.Signals[name], done.stderr
         assert done.stderr.splitlines()[-1] == f"{name}: stopped; nothing is lost; run the same command again"
-        assert not workdir.exists()
+        assert not [path for path in workdir.rglob("*") if path.is_file()]
     else:
         assert done.returncode == 75, done.stderr
         assert f"{name}: stopping after this step" in done.stderr

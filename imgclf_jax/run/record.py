@@ -170,8 +170,8 @@ def read(path: Path) -> Record:
 def find(folders: Sequence[str]) -> tuple[list[Record], list[str]]:
     """Finds the runs in and below the folders: returns their records, sorted by name, and sentences on damaged runs.
 
-    Follows no links to folders. Logs the sentences. Raises UserError for a missing folder, and if there is no intact
-    run.
+    Follows no links to folders, since what is written to a run must not land elsewhere. Logs the sentences. Raises
+    UserError for a missing folder, and if there is no intact run.
     """
     runs: list[Record] = []
     damaged: list[str] = []
@@ -180,6 +180,8 @@ def find(folders: Sequence[str]) -> tuple[list[Record], list[str]]:
         folder = paths.as_path(text)
         if not folder.is_dir():
             raise UserError(f"{text} is not a directory; name work directories, or a folder that holds some")
+        for link in (path for path in folder.iterdir() if path.is_symlink() and path.is_dir()):
+            log.warning("skipped: %s is a link; name it itself to include the runs there", link)
         for name in ("config.json", "result.json"):  # a result alone has lost its config, which reading it reports
             for file in folder.rglob(name):
                 places.setdefault(file.parent.resolve(), file.parent)
