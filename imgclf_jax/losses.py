@@ -11,7 +11,6 @@ the class counts of the training split, so all classes have equal total weight.
 
 import enum
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -125,8 +124,6 @@ def with_tasks[F: Callable[..., jax.Array]](*tasks: Task) -> Callable[[F], F]:
     @with_tasks(Task.MULTILABEL)
     def my_loss(logits, targets): ...
     """
-    if len(set(tasks) - {Task.CLASSES}) > 1 or not tasks:
-        raise ValueError(f"with_tasks{tasks}: declare CLASSES, one task with targets, or both")
 
     def declare(loss: F) -> F:
         loss.tasks = tasks  # type: ignore[attr-defined]
@@ -177,11 +174,10 @@ def task_of(loss: Loss | str, has_targets: bool) -> Task:
 
 
 def _check_for_targets(text: str, task: Task) -> None:
-    call = spec.parse_one(text)
     if needs_class_counts(text):
         raise UserError(f"loss={text!r}: 'balanced' counts labels, but the data have targets; write numbers instead")
-    given = dict(zip(list(inspect.signature(sigmoid).parameters)[2:], call.args, strict=False)) | call.kwargs
-    if task is Task.MULTILABEL and call.name == "sigmoid" and given.get("class_weights") is not None:
+    given = spec.bind(spec.parse_one(text), LOSSES, "loss", leading=("logits", "labels"))
+    if task is Task.MULTILABEL and given.func is sigmoid and given.keywords.get("class_weights") is not None:
         raise UserError(f"loss={text!r}: class_weights needs one label per example; for several labels use "
                         "positive_weights, one number per class")  # fmt: skip
 
@@ -194,18 +190,12 @@ def check_targets(text: str, task: Task, targets: np.ndarray, name: Callable[[in
     outside = np.flatnonzero(((targets < 0) | (targets > 1)).any(1))
     if outside.size:
         i = int(outside[0])
-        raise UserError(f"loss={text!r}: {name(i)} has the target {_row(targets[i])}, outside of [0, 1]")
+        raise UserError(f"loss={text!r}: {name(i)} has the target {targets[i][:5].tolist()}, outside of [0, 1]")
     sums = targets.sum(1, dtype=np.float64)
     wrong = np.flatnonzero(np.abs(sums - 1) > _SUM_TOLERANCE)
     if task is Task.SOFT and wrong.size:
-        problem = f"loss={text!r}: the target of {name(int(wrong[0]))} sums to {sums[wrong[0]]:g}, not to 1"
-        if np.isin(targets, (0, 1)).all():
-            raise UserError(f"{problem}; for independent columns of 0 and 1 use 'sigmoid'")
-        raise UserError(f"{problem}; divide each row by its sum, or use 'sigmoid' for independent probabilities")
-
-
-def _row(target: np.ndarray) -> str:
-    return f"[{', '.join(f'{x:g}' for x in target[:5])}{', …' if len(target) > 5 else ''}]"
+        raise UserError(f"loss={text!r}: the target of {name(int(wrong[0]))} sums to {sums[wrong[0]]:g}, not to 1; "
+                        "divide each row by its sum, or use 'sigmoid' for independent columns")  # fmt: skip
 
 
 def softmax(

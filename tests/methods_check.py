@@ -42,7 +42,6 @@ SPECS: dict[str, dict[str, str]] = {
     "pgd": {"gradient": "pgd(eps='8/255', steps=2, step_size='4/255')"},
     "pgd|sam": {"gradient": "pgd(eps='8/255', steps=2, step_size='4/255')|sam(0.05)"},
     "distill": {"method": "distill('{teacher}')"},
-    "distill features": {"method": "distill('{teacher}', features=0.01, width=64)"},
     "simclr": {"method": "simclr(width=16)"},
     "supcon": {"method": "supcon(width=16)"},
     "fixmatch": {"method": "fixmatch(threshold=0.2)", **UNLABELED},

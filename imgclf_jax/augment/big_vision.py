@@ -12,6 +12,7 @@ Tests compare each op with the original, bit for bit, with one exception: where 
 `sharpness` or the grey image of `color` is an integer or nearly so, TensorFlow's float32 may be one level lower.
 """
 
+import functools
 import math
 
 import jax
@@ -58,15 +59,11 @@ def apply(
 
     (y, x), side = centre, int(magnitude / FULL * _CUTOUT)
     inside = geometry.in_box(h, w, y - side, x - side, y + side, x + side)
-    return jnp.where(_is(op, "cutout", images) & inside, fill, images)
-
-
-def _is(op: jax.Array, name: str, like: jax.Array) -> jax.Array:
-    return photometric.broadcast_along_batch(op == OPS.index(name), like)
+    return jnp.where((op == OPS.index("cutout"))[:, None, None, None] & inside, fill, images)
 
 
 def _change_colors(images: jax.Array, op: jax.Array, magnitude: int) -> jax.Array:
-    b, h, w, c = images.shape
+    b, h, w, _ = images.shape
     part = magnitude / FULL
     levels = jnp.arange(256, dtype=jnp.uint8).reshape(1, 256, 1, 1)
     factor = jnp.full(b, part * 1.8 + 0.1, jnp.float32)
@@ -80,15 +77,9 @@ def _change_colors(images: jax.Array, op: jax.Array, magnitude: int) -> jax.Arra
         "brightness": photometric.brightness(levels, factor[:1]),
         "solarize_add": jnp.where(levels < 128, levels + jnp.uint8(int(part * _ADDITION)), levels),  # 127 + 110 < 256
     }  # uint8[b or 1, 256, 1, 1 or c]
-    table = jnp.broadcast_to(levels, (b, 256, 1, c))
-    for name, other in tables.items():
-        table = jnp.where(_is(op, name, table), other, table)
-    # On CPU, the barriers keep fusion from recomputing the table, grey and smooth images for each pixel.
-    images = photometric.lookup(images, cpu_barrier(table)[:, :, 0])
-    grey, smooth = cpu_barrier((_grey(images), photometric.smooth(images, cut=True)))
-    is_color = _is(op, "color", images)
-    blended = photometric.blend(jnp.where(is_color, grey, smooth), images, factor)
-    return jnp.where(is_color | _is(op, "sharpness", images), blended, images)
+    is_op = {name: (op == i)[:, None, None, None] for i, name in enumerate(OPS)}
+    smooth = functools.partial(photometric.smooth, cut=True)
+    return photometric.apply_ops(images, is_op, tables, _grey, smooth, factor)
 
 
 def _stretch(levels: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:

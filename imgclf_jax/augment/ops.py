@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from imgclf_jax.augment import geometry, photometric, policies
+from imgclf_jax.augment import geometry, policies
 from imgclf_jax.core import kinds, platform, rng, spec
 from imgclf_jax.core.errors import UserError
 
@@ -145,34 +145,13 @@ def _noise(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Arra
 def _check_erasing(
     images: jax.Array, probability: float, area: tuple[float, float], aspect: tuple[float, float], fill: float | str
 ) -> None:
-    if not 0 <= probability <= 1:
-        raise UserError(f"random_erasing(probability={probability}): allowed are 0 to 1")
-    if not (len(area) == 2 and 0 < area[0] <= area[1] <= 1):
-        raise UserError(f"random_erasing(area={area}): must be a pair (low, high) with 0 < low <= high <= 1")
-    if not (len(aspect) == 2 and 0 < aspect[0] <= aspect[1]):
-        raise UserError(f"random_erasing(aspect={aspect}): must be a pair (low, high) with 0 < low <= high")
-    if isinstance(fill, str) and fill not in ("pixel", "color"):
-        raise UserError(f"random_erasing(fill={fill!r}): allowed are a number, 'pixel' and 'color'")
-    if images.dtype == jnp.uint8 and not isinstance(fill, str) and fill not in range(256):
-        raise UserError(f"random_erasing(fill={fill}) of uint8 images: allowed are 0 to 255; or put it after normalize")
-
-
-def invert(images: jax.Array) -> jax.Array:
-    """255 - x, in evaluation too; before `normalize`, on uint8."""
-    photometric.check("invert", images)
-    return photometric.on_colors(photometric.invert, images)
-
-
-def autocontrast(images: jax.Array) -> jax.Array:
-    """Stretches each channel of an image to 0 … 255, in evaluation too; before `normalize`, on uint8."""
-    photometric.check("autocontrast", images)
-    return photometric.on_colors(photometric.autocontrast, images)
-
-
-def equalize(images: jax.Array) -> jax.Array:
-    """Flattens the histogram of each channel of an image, in evaluation too; before `normalize`, on uint8."""
-    photometric.check("equalize", images)
-    return photometric.on_colors(photometric.equalize, images)
+    if not (0 <= probability <= 1 and 0 < area[0] <= area[1] <= 1 and 0 < aspect[0] <= aspect[1]):
+        raise UserError(f"random_erasing(probability={probability}, area={area}, aspect={aspect}): probability must be "
+                        "0 to 1; area and aspect pairs (low, high) with 0 < low <= high, area at most 1")  # fmt: skip
+    allowed = ("pixel", "color", *(range(256) if images.dtype == jnp.uint8 else ()))
+    if fill not in allowed and (isinstance(fill, str) or images.dtype == jnp.uint8):
+        raise UserError(f"random_erasing(fill={fill!r}): allowed are 'pixel', 'color' and a number, of uint8 images "
+                        "from 0 to 255; or put it after normalize")  # fmt: skip
 
 
 DEVICE_OPS: dict[str, Callable] = {
@@ -184,9 +163,6 @@ DEVICE_OPS: dict[str, Callable] = {
     "color_jitter": policies.color_jitter,
     "randaugment": policies.randaugment,
     "trivialaugment": policies.trivialaugment,
-    "invert": invert,
-    "autocontrast": autocontrast,
-    "equalize": equalize,
     "normalize": normalize,
 }
 

@@ -5,7 +5,7 @@ Images are uint8[b, h, w, c] with c = 1 or 3; a `factor` is f32[b], one per imag
 `PIL.ImageOps` and `PIL.ImageEnhance`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -107,16 +107,6 @@ def smooth(images: jax.Array, cut: bool = False) -> jax.Array:
     return images.at[:, 1:-1, 1:-1].set(inner)
 
 
-def sharpness(images: jax.Array, factor: jax.Array) -> jax.Array:
-    """Blends with the smoothed image."""
-    return blend(smooth(images), images, factor)
-
-
-def invert(images: jax.Array) -> jax.Array:
-    """255 - x."""
-    return 255 - images
-
-
 def posterize(images: jax.Array, bits: jax.Array) -> jax.Array:
     """Keeps the highest `bits` i32[b], 1 to 8, of each value."""
     keep = (256 - (1 << (8 - bits))).astype(jnp.uint8)
@@ -134,19 +124,14 @@ def extremes(images: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def stretch(levels: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    """floor(255 (x - low) / (high - low)), clipped to 0 … 255; x if low = high."""
+    """floor(255 (x - low) / (high - low)), clipped to 0 … 255; x if low = high: autocontrast.
+
+    Pillow computes x * scale + offset in float64, and may be one level lower where the exact value is an integer.
+    """
     x, low, high = (v.astype(jnp.float32) for v in (levels, low, high))
     # The half keeps an integer quotient from rounding down, and lifts no other to the next integer.
     stretched = jnp.clip((255 * (x - low) + 0.5) / jnp.maximum(high - low, 1), 0, 255).astype(jnp.uint8)
     return jnp.where(high > low, stretched, levels)
-
-
-def autocontrast(images: jax.Array) -> jax.Array:
-    """Stretches each channel to 0 … 255.
-
-    Pillow computes x * scale + offset in float64, and may be one level lower where the exact value is an integer.
-    """
-    return stretch(images, *extremes(images))
 
 
 def histogram(images: jax.Array) -> jax.Array:
@@ -196,9 +181,25 @@ def lookup(images: jax.Array, table: jax.Array) -> jax.Array:
     return jnp.take_along_axis(table, values, 1, mode="promise_in_bounds").reshape(images.shape)
 
 
-def equalize(images: jax.Array) -> jax.Array:
-    """Equalizes the histogram of each channel."""
-    return lookup(images, equalization(images))
+def apply_ops(
+    images: jax.Array, is_op: Mapping[str, jax.Array], tables: Mapping[str, jax.Array],
+    grey: Callable[[jax.Array], jax.Array], smooth: Callable[[jax.Array], jax.Array], factor: jax.Array,
+) -> jax.Array:  # fmt: skip
+    """Applies to each image its own op: a lookup table, or "color" or "sharpness"; images of other ops pass unchanged.
+
+    - `is_op` bool[b, 1, 1, 1] by name says which images have an op.
+    - `tables` uint8[b or 1, 256, 1, 1 or c] are those of the other ops.
+    - "color" blends with `grey(images)`, "sharpness" with `smooth(images)`, by `factor` f32[b].
+    """
+    b, _, _, c = images.shape
+    table = jnp.broadcast_to(jnp.arange(256, dtype=jnp.uint8)[:, None, None], (b, 256, 1, c))
+    for name, other in tables.items():
+        table = jnp.where(is_op[name], other, table)
+    # On CPU, the barriers keep fusion from recomputing the table, grey and smooth images for each pixel.
+    images = lookup(images, platform.cpu_barrier(table)[:, :, 0])
+    greyed, smoothed = platform.cpu_barrier((grey(images), smooth(images)))
+    blended = blend(jnp.where(is_op["color"], greyed, smoothed), images, factor)
+    return jnp.where(is_op["color"] | is_op["sharpness"], blended, images)
 
 
 def hue(images: jax.Array, shift: jax.Array) -> jax.Array:

@@ -83,9 +83,8 @@ def apply(images: jax.Array, op: jax.Array, strength: Strengths, fill: jax.Array
 
 
 def _change_colors(images: jax.Array, op: jax.Array, strength: Strengths) -> jax.Array:
-    b, _, _, c = images.shape
     is_op = {name: (op == i)[:, None, None, None] for i, name in enumerate(OPS)}
-    levels = jnp.broadcast_to(jnp.arange(256, dtype=jnp.uint8)[:, None, None], (b, 256, 1, 1))
+    levels = jnp.broadcast_to(jnp.arange(256, dtype=jnp.uint8)[:, None, None], (len(images), 256, 1, 1))
     tables = {
         "brightness": photometric.brightness(levels, strength.factor),
         "contrast": photometric.blend(photometric.mean_grey(images), levels, strength.factor),
@@ -94,15 +93,7 @@ def _change_colors(images: jax.Array, op: jax.Array, strength: Strengths) -> jax
         "autocontrast": photometric.stretch(levels, *photometric.extremes(images)),
         "equalize": photometric.equalization(images)[:, :, None],
     }  # uint8[b, 256, 1, 1 or c]
-    table = jnp.broadcast_to(levels, (b, 256, 1, c))
-    for name, other in tables.items():
-        table = jnp.where(is_op[name], other, table)
-    # On CPU, the barriers keep fusion from recomputing the table, grey and smooth images for each pixel.
-    images = photometric.lookup(images, cpu_barrier(table)[:, :, 0])
-    grey, smooth = cpu_barrier((photometric.grey(images), photometric.smooth(images)))
-    degenerate = jnp.where(is_op["color"], grey, smooth)
-    blended = photometric.blend(degenerate, images, strength.factor)
-    return jnp.where(is_op["color"] | is_op["sharpness"], blended, images)
+    return photometric.apply_ops(images, is_op, tables, photometric.grey, photometric.smooth, strength.factor)
 
 
 def _draw_and_apply(

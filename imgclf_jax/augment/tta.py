@@ -58,18 +58,10 @@ def build(text: str) -> Views:
     views = NONE
     for call in reversed(spec.parse(text)):
         op = kinds.bind(call, VIEWS, "view", {kinds.PLAIN: ()})()
-        if not isinstance(op, list | tuple) or not op or not all(map(_is_view, op)):
-            raise UserError(f"tta={text!r}: {call.name} returns {op!r:.80}; return [(weight, function of images), ...]")
         if not math.isclose(total := math.fsum(weight for weight, _ in op), 1, rel_tol=1e-6):
             raise UserError(f"tta={text!r}: the weights of {call.name} sum to {total:g}; make them sum to 1")
         views = [(a * b, _compose(first, second)) for a, first in views for b, second in op]
     return views
-
-
-def _is_view(view: object) -> bool:
-    """Whether this is a finite weight and a function."""
-    return (isinstance(view, tuple) and len(view) == 2 and isinstance(view[0], int | float) and math.isfinite(view[0])
-            and callable(view[1]))  # fmt: skip
 
 
 def _compose(first: Callable[..., jax.Array], second: Callable[..., jax.Array]) -> Callable[[jax.Array], jax.Array]:

@@ -90,11 +90,8 @@ def check_examples(batch: Batch, given: Batch, parts: int) -> None:
     lengths = [len(stream["image"]) for stream in (given, *given.values()) if isinstance(stream, dict)]
     for name, x in tree.named_leaves(batch):
         if not any(jnp.ndim(x) and len(x) and len(x) % n == 0 for n in lengths):
-            raise UserError(
-                f"accumulate={parts} splits what the method's inputs return by example, but {name!r} has the shape "
-                f"{list(jnp.shape(x))}, and a batch has {lengths[0]} examples; compute it in the method's loss, or set "
-                "accumulate=1"
-            )
+            raise UserError(f"accumulate={parts} splits the method's inputs by example, but {name!r} has the shape "
+                            f"{list(jnp.shape(x))}; compute it in the method's loss, or set accumulate=1")  # fmt: skip
 
 
 def _split(batch: Batch, parts: int) -> Batch:

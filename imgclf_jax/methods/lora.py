@@ -1,8 +1,6 @@
 """LoRA: low-rank adapters on the kernels of a frozen backbone."""
 
-import functools
 import inspect
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,8 +18,6 @@ from imgclf_jax.methods.supervised import supervised
 from imgclf_jax.models.classifier import Classifier
 from imgclf_jax.optim import rules
 
-log = logging.getLogger(__name__)
-
 _ADAPTERS = "lora"  # the name below the backbone's parameters
 PREFIX = f"params/backbone/{_ADAPTERS}/"  # of the adapters' paths
 
@@ -35,9 +31,9 @@ def lora(problem: Problem, rank: int = 8, alpha: float = 8.0, pattern: str = "ba
     the rest of the backbone is frozen as by `rules.freeze`, without optimizer state and with BatchNorm and dropout in
     evaluation mode. The key `init_from` loads the weights to adapt, under the names of the plain model.
 
-    Kernels of other ranks are flattened to [all axes but the last, the last], with a warning. This is right for 1-D
-    convolutions. But the layers of an `nn.scan`, [layers, d, f], share one B, and so do the heads of query, key and
-    value in linen's attention, [d, heads, f], where the paper's W is [d, heads * f].
+    Kernels of other ranks are flattened to [all axes but the last, the last]. This is right for 1-D convolutions. But
+    the layers of an `nn.scan`, [layers, d, f], share one B, and so do the heads of query, key and value in linen's
+    attention, [d, heads, f], where the paper's W is [d, heads * f]: exclude those by `pattern`.
 
     `export` to .safetensors writes merged weights under the plain names, and `init_from` of such a run loads them.
     Raises UserError for numbers out of range, and if `pattern` matches nothing or a parameter that is no kernel.
@@ -72,8 +68,6 @@ class Adapted(nn.Module):
             self.base(images, train=train)
         base_params = {name: x for name, x in self.variables["params"].items() if name != _ADAPTERS}
         kernels = match_kernels(base_params, self.pattern)
-        if train and (others := [path for path, shape in kernels.items() if len(shape) not in (2, 4)]):
-            _warn_of_others(tuple(others), kernels[others[0]])
         adapters = self.param(_ADAPTERS, lambda key: init_adapters(key, kernels, self.rank))
 
         def merged(variables: Variables) -> Variables:
@@ -98,13 +92,6 @@ def match_kernels(params: Params, pattern: str) -> dict[str, tuple[int, ...]]:
             raise UserError(f"method: lora(pattern={pattern!r}) matches {name} {list(shapes[name])}; match only "
                             "kernels, as 'backbone/.*kernel' does")  # fmt: skip
     return {name.removeprefix("backbone/"): shapes[name] for name in matched}
-
-
-@functools.cache  # once, although a program may be traced several times
-def _warn_of_others(paths: tuple[str, ...], shape: tuple[int, ...]) -> None:
-    log.warning("method: lora flattens kernels that are neither [d, f] nor [kh, kw, c, f] (%d, such as backbone/%s %s "
-                "to [%d, %d]); exclude by pattern those whose layer multiplies by another matrix, such as layers under "
-                "nn.scan", len(paths), paths[0], list(shape), math.prod(shape[:-1]), shape[-1])  # fmt: skip
 
 
 def init_adapters(key: jax.Array, kernels: Mapping[str, tuple[int, ...]], rank: int) -> Params:

@@ -52,9 +52,6 @@ def build(text: str, problem: Problem) -> Method:
     method = spec.bind(spec.parse_one(text), METHODS, "method", leading=("problem",))(problem)
     if not isinstance(method, Method):
         raise UserError(f"method={text!r} returns a {type(method).__name__}; return imgclf_jax.methods.Method(loss)")
-    if not callable(method.loss):
-        raise UserError(f"method={text!r}: its loss is a {type(method.loss).__name__}; it must be a function "
-                        "(model, batch, fixed) -> Loss")  # fmt: skip
     return method
 
 

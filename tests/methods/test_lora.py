@@ -1,6 +1,5 @@
 """LoRA: the paper's update of kernels, a frozen base, and merged weights for other programs."""
 
-import functools
 import json
 
 import jax
@@ -179,25 +178,6 @@ def test_adapters_of_random_weights_are_warned_of(fake_config, tmp_path, caplog)
     fake_config.method = "lora(rank=1)"
     train_setup.set_up(fake_config, Workdir(tmp_path))
     assert "method='lora(rank=1)' freezes weights that are random without init_from" in caplog.text
-
-
-class Attention(nn.Module):
-    """linen's attention, with kernels [d, heads, d / heads] whose matrices are [d, d]."""
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        return jnp.mean(nn.MultiHeadDotProductAttention(2, name="attention")(x.reshape(len(x), -1, 4)), 1)
-
-
-@pytest.mark.parametrize(("net", "warnings"), [(Attention(), 1), (Net(), 0)])
-def test_kernels_that_may_be_flattened_wrongly_are_warned_of_in_training(net, warnings, caplog):
-    module, x = Adapted(net, rank=2, alpha=2.0, pattern="backbone/.*kernel"), jnp.ones((1, 4, 4, 1))
-    variables = jax.eval_shape(module.init, jax.random.key(0), x)
-    jax.eval_shape(module.apply, variables, x)
-    assert not caplog.records
-    jax.eval_shape(functools.partial(module.apply, train=True), variables, x)
-    assert len(caplog.records) == warnings
-    assert not warnings or "(4, such as backbone/attention/key/kernel [4, 2, 2] to [8, 2])" in caplog.text
 
 
 def test_mistakes_get_a_sentence(tmp_path, capsys):

@@ -364,10 +364,6 @@ def test_batch_norm_trains_in_float64():
     assert {x.dtype for x in jax.tree.leaves(after.model_state)} == {np.dtype(np.float32)}
 
 
-def no_loss(problem):
-    return Method(loss="softmax")
-
-
 def not_a_method(problem):
     return {"loss": 1}
 
@@ -403,7 +399,6 @@ def number(problem):
 @pytest.mark.parametrize(("key", "value", "said"), [
     ("method", "supervized", "unknown method 'supervized'"),
     ("method", "methods_check:prototypes(weigth=1)", "unknown argument 'weigth': did you mean 'weight'"),
-    ("method", f"{__name__}:no_loss", "its loss is a str; it must be a function"),
     ("method", f"{__name__}:not_a_method", "returns a dict; return imgclf_jax.methods.Method"),
     ("method", f"{__name__}:scalar", r"values of the shape \[\]; return one number per example"),
     ("method", f"{__name__}:bare", "the method's loss returns a .*; return imgclf_jax.methods.Loss"),

@@ -12,7 +12,7 @@ VARIANTS = {
     "accumulate": {"num_seeds": "2", "accumulate": "2", "model": "mlp(widths=(8,))"},
     "sharded": {"mesh": "fsdp=-1", "precision": "bfloat16", "model": "mlp(widths=(128, 128))"},
 }
-VARIED = ("pgd|sam", "distill features", "simclr", "fixmatch", "mean_teacher", "lora", "own")
+VARIED = ("pgd|sam", "distill", "simclr", "fixmatch", "mean_teacher", "lora", "own")
 
 
 @pytest.fixture(scope="module")

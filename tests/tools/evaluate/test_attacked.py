@@ -188,7 +188,6 @@ def test_it_writes_nothing_that_compare_may_take_for_clean_predictions(linear, c
     (["--attack=pgd", "--corruptions=all"], "--corruptions and --attack print different things"),
     (["--attack=pgd", "--predictions=a.csv"], "--attack and --predictions print different things"),
     (["--attack=pgd", "--checkpoints=all"], "--checkpoints and --attack print different things"),
-    (["--attack=pgd", "--config.augment=normalize|invert"], "an attack needs a fixed scale"),
 ])  # fmt: skip
 def test_mistakes(linear, capsys, words, message):
     assert launch.main(["evaluate", f"--workdir={linear.path}", *words]) == 1
