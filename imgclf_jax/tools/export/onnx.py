@@ -40,7 +40,7 @@ def archive(model: Trained, what: Outputs) -> tuple[bytes, float]:
     programs = model.programs
     params, model_state = jax.tree.map(sharding.fetch, model.state.evaluated)
     pure = programs.pure(what)
-    output = compared.output_name(model, what)
+    output = compared.output_name(what)
     (b,) = export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((b, *programs.recipe.data.image_shape), np.uint8)
     with platform.tracing_for(""):

@@ -20,11 +20,10 @@ from jax.extend import mlir
 from jax.extend.mlir import passmanager
 from jax.extend.mlir.dialects import stablehlo as dialect
 
-from imgclf_jax.core import paths
-from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.core import paths, tree
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.tensorflow_import import tensorflow
 from imgclf_jax.core.text import escape_surrogates
-from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared, stablehlo
 from imgclf_jax.trained import Trained
@@ -41,8 +40,8 @@ function = model.signatures["serving_default"]
 # {gives} = function(images=images)["{gives}"].numpy()   # {takes}"""
 
 
-def write(model: Trained, what: Outputs, folder: Path, today: datetime.date) -> tuple[JsonObject, float]:
-    """Writes the SavedModel; returns its metadata, and the largest difference of TensorFlow's outputs.
+def write(model: Trained, what: Outputs, folder: Path, today: datetime.date) -> float:
+    """Writes the SavedModel, and returns the largest difference of TensorFlow's outputs.
 
     The signature `serving_default` maps `images`, uint8[b, h, w, c] with b ≥ 1, to `probabilities`, `logits` or
     `features`; `class_names` takes nothing and returns strings. The metadata are in
@@ -50,26 +49,21 @@ def write(model: Trained, what: Outputs, folder: Path, today: datetime.date) -> 
     random images. Raises UserError if it does not match.
     """
     tf: Any = tensorflow().result()
-    exported, weights = stablehlo.program_of_weights(model, what)
+    function, variables = stablehlo.function_of_variables(model, what)
+    exported = stablehlo.lower(function, model, variables)
     described = stablehlo.metadata(model, what, exported, today)
     gives = described["gives"]
     with paths.replacing_folder(folder) as temporary:
-        try:
-            module = _module(tf, exported, weights, model, gives)
-            tf.saved_model.save(module, str(temporary), {"serving_default": module.call, "class_names": module.names})
-            function = tf.saved_model.load(str(temporary)).signatures["serving_default"]
-            difference = compared.difference(
-                lambda images: np.asarray(function(images=tf.constant(images))[gives]), model, what, "TensorFlow"
-            )
-        except tf.errors.InvalidArgumentError as e:
-            raise UserError(f"export: TensorFlow {tf.__version__} cannot run model={model.config.model!r}; export it "
-                            "as .stablehlo") from e  # fmt: skip
-        except tf.errors.OpError as e:
-            raise OSError(None, reason(e), str(folder)) from e
+        module = _module(tf, exported, dict(tree.named_leaves(variables)), model, gives)
+        tf.saved_model.save(module, str(temporary), {"serving_default": module.call, "class_names": module.names})
+        loaded = tf.saved_model.load(str(temporary)).signatures["serving_default"]
+        difference = compared.difference(
+            lambda images: np.asarray(loaded(images=tf.constant(images))[gives]), model, what, "TensorFlow"
+        )
         extra = temporary / "assets.extra"
         extra.mkdir()
         paths.write_atomically(extra / "metadata.json", json.dumps(described, indent=2, ensure_ascii=False))
-    return described, difference
+    return difference
 
 
 def _module(

@@ -9,7 +9,6 @@ import datetime
 import io
 import json
 import zipfile
-from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -17,7 +16,7 @@ from jax import export
 
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.text import escape_surrogates
-from imgclf_jax.core.typing import JsonObject, PyTree, Variables
+from imgclf_jax.core.typing import Function, JsonObject, PyTree, Variables
 from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared
 from imgclf_jax.trained import Trained
@@ -41,23 +40,23 @@ def program(model: Trained, what: Outputs) -> export.Exported:
 
     It is for one device, since a mesh would be a part of the file.
     """
-    function, variables = program_of_variables(model, what)
+    function, variables = function_of_variables(model, what)
     return lower(lambda images: function(variables, images), model)
 
 
-def program_of_variables(model: Trained, what: Outputs) -> tuple[Callable[[Variables, jax.Array], jax.Array], Variables]:
-    """Returns the function (variables, images) → outputs, and the variables as NumPy arrays."""
+def function_of_variables(model: Trained, what: Outputs) -> tuple[Function, Variables]:
+    """Returns the function (variables, images) → outputs, and the variables {"params", …} as NumPy arrays."""
     pure = model.programs.pure(what)
     params, model_state = jax.tree.map(sharding.fetch, model.state.evaluated)
 
     def function(variables: Variables, images: jax.Array) -> jax.Array:
-        params, model_state = variables
-        return pure(params, model_state, images)
+        own = dict(variables)
+        return pure(own.pop("params"), own, images)
 
-    return function, (params, model_state)
+    return function, {"params": params, **model_state}
 
 
-def lower(function: Callable[..., jax.Array], model: Trained, *arguments: PyTree) -> export.Exported:
+def lower(function: Function, model: Trained, *arguments: PyTree) -> export.Exported:
     """Lowers a function of (*arguments, images) for any number of images."""
     (b,) = export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((b, *model.programs.recipe.data.image_shape), np.uint8)
@@ -85,17 +84,18 @@ def metadata(model: Trained, what: Outputs, exported: export.Exported, today: da
     }  # fmt: skip
 
 
-def archive(model: Trained, what: Outputs, today: datetime.date) -> tuple[bytes, JsonObject, float]:
-    """Returns the bytes of the file, its metadata, and the largest difference of its outputs from the model's.
+def archive(model: Trained, what: Outputs, today: datetime.date) -> tuple[bytes, str, float]:
+    """Returns the bytes of the file, the day until JAX loads it, and the largest difference of its outputs.
 
     Raises UserError if they differ by more than rounding on random images, on the first device.
     """
     exported = program(model, what)
-    described = metadata(model, what, exported, today) | {"loads_until": (today + _LIVES).isoformat()}
+    until = (today + _LIVES).isoformat()
+    described = metadata(model, what, exported, today) | {"loads_until": until}
     serialized, content = exported.serialize(), io.BytesIO()
     loaded = jax.jit(export.deserialize(serialized).call)
-    difference = compared.difference(lambda images: np.asarray(loaded(images)), model, what, "jax.export")
+    difference = compared.difference(lambda images: np.asarray(loaded(images)), model, what, "JAX")
     with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as file:
         file.writestr(zipfile.ZipInfo("model.stablehlo", _MADE), bytes(serialized))
         file.writestr(zipfile.ZipInfo("metadata.json", _MADE), json.dumps(described, indent=2, ensure_ascii=False))
-    return content.getvalue(), described, difference
+    return content.getvalue(), until, difference

@@ -25,7 +25,7 @@ def test_a_wrong_translation_of_a_network_that_is_sure_is_found(what):
         def outputs(images):
             padded = np.zeros((8, *images.shape[1:]), np.uint8)
             padded[: len(images)] = images
-            return np.asarray(getattr(other.programs, what)(*other.state.evaluated, padded))[: len(images)]
+            return np.asarray(other.programs.inference(what)(*other.state.evaluated, padded))[: len(images)]
 
         return outputs
 

@@ -43,8 +43,8 @@ def test_the_printed_lines_load_it_without_this_package_and_jax(run, tmp_path, c
     capsys.readouterr()
     assert launch.main(["export", "probabilities.savedmodel", f"--workdir={run}"]) == 0
     first, second, _, loader = capsys.readouterr().out.split("\n", 3)
-    assert first.endswith("probabilities of uint8 images [b, 28, 28, 1], for cpu, cuda, tpu")
-    assert second.startswith("TensorFlow's outputs match on five random images, up to ")
+    assert first.endswith("probabilities of uint8 images [b, 28, 28, 1]")
+    assert second.startswith("TensorFlow's outputs match the model's on five random images, up to ")
     assert launch.main(["export", "logits.savedmodel", "--gives=logits", f"--workdir={run}"]) == 0
     images = np.random.default_rng(0).integers(256, size=(5, 28, 28, 1), dtype=np.uint8)
     np.save("images.npy", images)
@@ -117,7 +117,7 @@ def test_what_is_no_saved_model_stays(run, tmp_path, capsys):  # noqa: F811
 
 
 @pytest.mark.thorough
-def test_operations_that_tensorflow_does_not_know_are_said(run, tmp_path, monkeypatch):  # noqa: F811
+def test_operations_that_tensorflow_does_not_know_are_said():
     exported = export.export(jax.jit(lambda x: x.astype(jnp.float8_e3m4).astype(jnp.float32)))(
         jax.ShapeDtypeStruct((2,), np.float32)
     )
@@ -125,10 +125,6 @@ def test_operations_that_tensorflow_does_not_know_are_said(run, tmp_path, monkey
         UserError, match=r"TensorFlow reads StableHLO 0\.9\.0, but the model's operation vhlo.convert_v1 is newer"
     ):
         saved_model.portable(exported)
-    monkeypatch.setattr(saved_model, "portable", lambda exported: b"no module")
-    with pytest.raises(UserError, match=r"TensorFlow .* cannot run model='mlp\(widths=\(8,\)\)'; export it as"):
-        saved_model.write(imgclf_jax.load(run), "predict", tmp_path / "a.savedmodel", datetime.date(2026, 1, 1))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_composite_operations_are_calls():
@@ -147,7 +143,7 @@ def test_every_backbone(spec, tmp_path):
 
     model, images = made(spec, "flip")
     folder = tmp_path / "a.savedmodel"
-    _, difference = saved_model.write(model, "predict", folder, datetime.date(2026, 1, 1))
+    difference = saved_model.write(model, "predict", folder, datetime.date(2026, 1, 1))
     assert difference < 1e-5
     function = tf.saved_model.load(folder).signatures["serving_default"]
     found = function(images=images[:7])["probabilities"]  # `write` has compared five
