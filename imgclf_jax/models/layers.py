@@ -93,21 +93,8 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def spread(parameter: jax.Array, x: jax.Array) -> jax.Array:
-    """Casts a parameter to x's dtype and broadcasts it to x's shape; its gradient is summed in float32."""
-    return _spread(x.shape, x.dtype, parameter)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _spread(shape: tuple[int, ...], dtype: DTypeLike, parameter: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(parameter.astype(dtype), shape)
-
-
-@_spread.defjvp
-def _spread_jvp(
-    shape: tuple[int, ...], dtype: DTypeLike, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
-) -> tuple[jax.Array, jax.Array]:
-    # Broadcast, then cast: the transpose then casts up before it sums.
-    return _spread(shape, dtype, *primals), jnp.broadcast_to(tangents[0], shape).astype(dtype)
+    """Broadcasts a parameter to x's shape, then casts it to x's dtype; so its gradient is summed in float32."""
+    return jnp.broadcast_to(parameter, x.shape).astype(x.dtype)
 
 
 class Conv(nn.Module):
