@@ -119,8 +119,7 @@ class Recipe:
     def average(self) -> weight_averages.Average:
         """The weight average that evaluation uses: an EMA, or what the optimizer maintains."""
         lookahead = optimizers.split_lookahead(self.config.optimizer)[1]
-        steps = self._steps_for("optimizer")
-        return weight_averages.build(self.config.ema, lookahead, steps, self.total, self.optimizer)
+        return weight_averages.build(self.config.ema, lookahead, self.total, self.optimizer)
 
     @cached_property
     def rules(self) -> rules.Rules:

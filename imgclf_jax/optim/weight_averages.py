@@ -78,21 +78,16 @@ def ema(decay: float) -> Average:
     return Average(_copy, update)
 
 
-def lookahead(
-    steps: Callable[[str], int], total: int, k: int = 5, alpha: float = 0.5, power: float = 0.0, start: str = ""
-) -> Average:
+def lookahead(total: int, k: int = 5, alpha: float = 0.5, power: float = 0.0) -> Average:
     """Lookahead (Zhang et al. 2019, arXiv:1907.08610): every `k` steps s ← s + alpha (v - s), v ← s.
 
     s are the slow weights, v the trained ones; the optimizer state is kept when v is reset. If `power` is above 0,
-    1 - (1 - alpha) (steps done / total)**power replaces alpha, falling from 1 to `alpha`. Until the first multiple of k
-    after the duration `start`, s equals v. airbench94, whose decay is 0.95 per step, averages from the first step on:
-    lookahead(5, 0.226219, power=3), since 1 - 0.95**5 = 0.226219.
+    1 - (1 - alpha) (steps done / total)**power replaces alpha, falling from 1 to `alpha`. airbench94, whose decay is
+    0.95 per step, has lookahead(5, 0.226219, power=3), since 1 - 0.95**5 = 0.226219.
     """
     if type(k) is not int or k < 1 or not 0 < alpha <= 1 or power < 0:
         raise UserError(f"lookahead(k={k!r}, alpha={alpha}, power={power}): k must be an integer of 1 or more, "
                         "alpha above 0 and at most 1, power 0 or more")  # fmt: skip
-    first = steps(start)
-    begin = k * (first // k + 1) if first else 0
 
     def update(
         slow: Averages, fast: ParamsAndState, step: jax.Array, opt_state: OptState = None
@@ -100,7 +95,7 @@ def lookahead(
         done = step + 1
         is_due = done % k == 0
         weight = 1 - (1 - alpha) * (done.astype(jnp.float32) / total) ** power
-        slow = optax.tree.where(done <= begin, fast, optax.tree.where(is_due, _interpolate(slow, fast, weight), slow))
+        slow = optax.tree.where(is_due, _interpolate(slow, fast, weight), slow)
         return optax.tree.where(is_due, slow, fast), slow
 
     return Average(_copy, update)
@@ -119,16 +114,12 @@ def from_optimizer(evaluated: Evaluated) -> Average:
 
 
 def build(
-    decay: float, call: spec.Call | None, steps: Callable[[str], int], total: int,
-    optimizer: optax.GradientTransformation | None = None,
-) -> Average:  # fmt: skip
+    decay: float, call: spec.Call | None, total: int, optimizer: optax.GradientTransformation | None = None
+) -> Average:
     """The average of the key `ema`, of `lookahead(…)` in an optimizer spec, or of an optimizer with `evaluated`.
 
-    - `decay` is the key `ema`; 0 means none.
-    - `call` is the `lookahead(…)`, or None.
-    - `steps` converts a duration to whole steps of `total`.
-
-    Raises UserError if more than one is set.
+    `decay` is the key `ema`, 0 for none; `call` is the `lookahead(…)`, or None. Raises UserError if more than one is
+    set.
     """
     if optimizer is not None and (evaluated := evaluated_by(optimizer)):
         if decay or call:
@@ -139,7 +130,7 @@ def build(
         return ema(decay) if decay else NONE
     if decay:
         raise UserError(f"ema={decay} and {call} both choose the weights to evaluate; remove one")
-    return spec.bind(call, {"lookahead": lookahead}, "optimizer", leading=("steps", "total"))(steps, total)
+    return spec.bind(call, {"lookahead": lookahead}, "optimizer", leading=("total",))(total)
 
 
 def _copy(variables: ParamsAndState) -> ParamsAndState:

@@ -48,7 +48,7 @@ def train(average, optimizer=None):
 
 def build(text, decay=0.0):
     call = optimizers.split_lookahead(text)[1]
-    return weight_averages.build(decay, call, lambda duration: int(duration.split()[0]) if duration else 0, STEPS)
+    return weight_averages.build(decay, call, STEPS)
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.999])
@@ -97,28 +97,6 @@ def test_lookahead_with_a_schedule_is_airbench94s():
         np.testing.assert_allclose(averaged, average[0], rtol=0, atol=1e-5)
         np.testing.assert_allclose((state if n == STEPS else own_state)["mean"], total, rtol=0, atol=1e-5)
         np.testing.assert_allclose(state["mean"], average[1], rtol=0, atol=1e-5)
-
-
-def test_lookahead_that_starts_later():
-    """Every 5 steps after step 12 an average with decay 0.95**5 (n / total)**3 is copied back, with the statistics."""
-    ours = train(build(f"sgd|lookahead(5, {1 - 0.95**5}, power=3, start='12 steps')"))
-    params, average = START.astype(np.float64), None
-    for n, grads in enumerate(GRADS, 1):
-        params = params - 0.1 * grads
-        total = params.sum()
-        if n > 12 and n % 5 == 0:
-            if average is None:
-                average = (params, total)
-            else:
-                decay = 0.95**5 * (n / STEPS) ** 3
-                average = tuple(decay * a + (1 - decay) * x for a, x in zip(average, (params, total), strict=True))
-                params, total = average
-        own, (averaged, state), own_state = ours[n - 1]
-        np.testing.assert_allclose(own, params, rtol=0, atol=1e-5)
-        np.testing.assert_allclose(own_state["mean"], total, rtol=0, atol=1e-5)
-        expected, expected_total = (params, total) if average is None else average
-        np.testing.assert_allclose(averaged, expected, rtol=0, atol=1e-5)
-        np.testing.assert_allclose(state["mean"], expected_total, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("text", "decay", "message"), [
