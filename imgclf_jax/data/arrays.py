@@ -27,7 +27,7 @@ def array_source(
             digest.update(np.ascontiguousarray(array).data)
     columns = {} if weights is None else {"weight": weights}
     return Source(len(images), lambda ids: {"image": images[ids]}, class_names, digest.hexdigest(), labels,
-                  columns=columns, thread_safe=True)  # fmt: skip
+                  columns=columns)  # fmt: skip
 
 
 def arrays(path: str) -> dict[str, Source]:

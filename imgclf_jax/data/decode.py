@@ -192,11 +192,6 @@ def _read_only(image: Picture) -> np.ndarray:
     return view
 
 
-def only_decodes(preprocess: str) -> bool:
-    """Whether a spec of host ops is `decode` alone."""
-    return len(spec.parse(preprocess)) == 1
-
-
 def _resized_centre(height: int, width: int = 0, method: str = "bilinear", **_: object) -> list[spec.Call]:
     """The counterpart of random_resized_crop: the central 7/8 of the shorter side, as in 224 of 256 pixels."""
     size = round(max(height, width) * 8 / 7)
@@ -210,8 +205,7 @@ def evaluation_spec(preprocess_eval: str, preprocess: str) -> str:
     Replaces a random op of `preprocess` by its counterpart, such as random_resized_crop(224) by
     resize_small(256)|central_crop(224). Raises UserError if there is none, and for a random `preprocess_eval`.
     """
-    explicit = bool(preprocess_eval.strip())
-    key, text = ("preprocess_eval", preprocess_eval) if explicit else ("preprocess", preprocess)
+    key, text = ("preprocess_eval", preprocess_eval) if preprocess_eval.strip() else ("preprocess", preprocess)
     calls, ops = _bind(text, key)
     if all(kinds.kind_of(op) == kinds.PLAIN for op in ops):
         return text
@@ -219,11 +213,9 @@ def evaluation_spec(preprocess_eval: str, preprocess: str) -> str:
     for call, op in zip(calls, ops, strict=True):
         if kinds.kind_of(op) == kinds.PLAIN:
             replaced.append(call)
-            continue
-        replacement = _resized_centre(**op.keywords) if call.name == "random_resized_crop" else []
-        if explicit or not replacement:
-            words = "|".join(map(str, replacement))
-            fix = f"write {words} instead" if replacement else "set preprocess_eval to deterministic host ops"
-            raise UserError(f"{key}={text!r}: {call.name} is random, but evaluation must be deterministic; {fix}")
-        replaced += replacement
+        elif call.name == "random_resized_crop" and key == "preprocess":
+            replaced += _resized_centre(**op.keywords)
+        else:
+            raise UserError(f"{key}={text!r}: {call.name} is random, but evaluation must be deterministic; set "
+                            "preprocess_eval to deterministic host ops")  # fmt: skip
     return "|".join(map(str, replaced))

@@ -1,16 +1,19 @@
 """Sources of image files, for `folder` and `table`."""
 
+import concurrent.futures
+import functools
 import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import numpy as np
 
 from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError, no_such, unknown
+from imgclf_jax.core.split_folders import split_order
 from imgclf_jax.core.text import utf8
 from imgclf_jax.core.typing import Examples
 from imgclf_jax.data import image_check
@@ -19,25 +22,41 @@ from imgclf_jax.data.source import Source
 
 log = logging.getLogger(__name__)
 
+_readers = concurrent.futures.ThreadPoolExecutor(image_check.THREADS, "read-files")
 
-def file_source(
-    root: Path, files: Sequence[str], labels: np.ndarray, class_names: tuple[str, ...], checked: Checked,
-    skipped: Sequence[str] = (), columns: Mapping[str, Sequence[Any]] | None = None,
-) -> Source:  # fmt: skip
-    """The source of these files, relative to `root` or absolute.
 
-    `labels` are i32[n], or targets f32[n, k]. The fingerprint covers names, contents, classes and labels.
+def file_sources(
+    root: Path, files: Sequence[str], splits: Sequence[str], labels: np.ndarray, class_names: tuple[str, ...],
+    checked: Checked, columns: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> dict[str, Source]:  # fmt: skip
+    """The sources of the readable ones of these files, by the split of each: train, val and test first.
+
+    The files are relative to `root` or absolute, `labels` i32[n], or targets f32[n, k]. Examples are in the order of a
+    hash of their files, and the fingerprints cover names, contents, classes and labels. Raises UserError for a split
+    without a readable file.
     """
+    skipped, out = tuple(utf8(str(root / file)) for file in checked.unreadable), {}
+    for split in sorted(set(splits), key=split_order):
+        rows = [row for row, other in enumerate(splits) if other == split and files[row] in checked.digests]
+        if not rows:
+            raise UserError(f"{root}: the split {split!r} has no readable image; add some, or remove the split")
+        rows.sort(key=lambda row: (hashed(files[row]), row))
+        own, y = [files[row] for row in rows], labels[rows]
+        facts = json.dumps([[utf8(file) for file in own], class_names, [checked.digests[file] for file in own]])
+        fingerprint = hashlib.sha256(facts.encode() + np.ascontiguousarray(y).tobytes()).hexdigest()
+        paths_of = [root / file for file in own]
+        own_columns = {name: [values[row] for row in rows] for name, values in columns.items()}
+        out[split] = Source(len(own), functools.partial(_read, paths_of), class_names, fingerprint, y,
+                            functools.partial(_name, paths_of), own_columns, skipped)  # fmt: skip
+    return out
 
-    def read(ids: np.ndarray) -> Examples:
-        return {"image": [paths.read(root / files[i]) for i in ids]}
 
-    facts = json.dumps([[utf8(file) for file in files], class_names, [checked.digests[file] for file in files]])
-    fingerprint = hashlib.sha256(facts.encode() + np.ascontiguousarray(labels).tobytes()).hexdigest()
-    return Source(
-        len(files), read, class_names, fingerprint, labels, lambda i: str(root / files[i]), columns or {},
-        tuple(utf8(str(root / file)) for file in sorted(skipped)), thread_safe=True,
-    )  # fmt: skip
+def _read(files: Sequence[Path], ids: np.ndarray) -> Examples:
+    return {"image": list(_readers.map(lambda i: paths.read(files[i]), ids))}
+
+
+def _name(files: Sequence[Path], i: int) -> str:
+    return str(files[i])
 
 
 def hashed(file: str) -> bytes:
@@ -56,14 +75,14 @@ def open_folder(kind: str, path: str) -> Path:
     return root
 
 
-def check_files(kind: str, root: Path, files: Sequence[str], unreadable: str, key: Path | None = None) -> Checked:
+def check_files(kind: str, root: Path, files: Sequence[str], unreadable: str) -> Checked:
     """Checks the image files of a source: see `image_check.check`.
 
     Raises UserError naming the first unreadable ones, or warns of their number if `unreadable` is "skip".
     """
     if unreadable not in ("error", "skip"):
         raise UserError(unknown("value of unreadable", unreadable, ("error", "skip")))
-    checked = image_check.check(root, files, unreadable == "skip", key)
+    checked = image_check.check(root, files, unreadable == "skip")
     bad = checked.unreadable
     if bad and unreadable == "error":
         shown = "; ".join(f"{root / file} ({reason})" for file, reason in list(bad.items())[:3])
@@ -71,5 +90,5 @@ def check_files(kind: str, root: Path, files: Sequence[str], unreadable: str, ke
         raise UserError(f"{kind}: unreadable image: {shown}{more}; repair, move or remove it, or skip all such files "
                         "by --config.data.unreadable=skip")  # fmt: skip
     if bad:
-        log.warning("%s: unreadable files left out: %d, such as %s", key or root, len(bad), root / next(iter(bad)))
+        log.warning("%s: unreadable files left out: %d, such as %s", root, len(bad), root / next(iter(bad)))
     return checked

@@ -42,18 +42,18 @@ class _Entry(NamedTuple):
     digest: str = ""
 
 
-def check(root: Path, files: Sequence[str], decode_all: bool = False, key: Path | None = None) -> Checked:
+def check(root: Path, files: Sequence[str], decode_all: bool = False) -> Checked:
     """Finds the files in `root` that are not readable images, and digests the others (SHA-256).
 
     It decodes every file with `decode_all` or if all have less than 256 MiB together. Otherwise it reads only the
     headers, and a damaged image is named when training reaches it. Results are remembered by size and change times in
-    the user's cache folder, for `root` or for the table `key` of the files.
+    the user's cache folder.
     """
     found = dict(zip(files, _map(lambda name: _stamp(root / name), files), strict=True))
     reasons = {name: stamp for name, stamp in found.items() if isinstance(stamp, str)}
     stamps = {name: stamp for name, stamp in found.items() if not isinstance(stamp, str)}
     deep = decode_all or sum(size for size, *_ in stamps.values()) < _MAX_DECODED
-    record = cache.folder("checked") / f"{hashlib.sha256(os.fsencode((key or root).resolve())).hexdigest()[:32]}.json"
+    record = cache.folder("checked") / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]}.json"
     known = _load(record)
     entries = {name: entry for name, stamp in stamps.items()
                if (entry := known.get(name)) and entry.stamp == stamp
@@ -61,10 +61,10 @@ def check(root: Path, files: Sequence[str], decode_all: bool = False, key: Path 
     todo = [name for name in stamps if name not in entries]
     results = zip(todo, _map(lambda name: _check(root / name, stamps[name], deep), todo), strict=True)
     try:
-        entries |= terminal.track(results, len(todo), f"checking {(key or root).name}")
+        entries |= terminal.track(results, len(todo), f"checking {root.name}")
     finally:
         if todo:
-            _save(record, entries)
+            _save(record, known | entries)
     reasons |= {name: entry.reason for name, entry in entries.items() if entry.reason}
     digests = {name: entry.digest for name, entry in entries.items() if not entry.reason}
     return Checked(dict(sorted(reasons.items())), digests)

@@ -14,7 +14,7 @@ _FORMATS = """apng avif avifs bmp bw cur dcx dds dib gif icb icns ico j2c j2k jf
 _SUFFIXES = frozenset("." + name for name in _FORMATS.split())
 
 
-def walk(folder: Path | str, strays: Counter[str], recursive: bool = True) -> Iterator[str]:
+def walk(folder: Path | str, strays: Counter[str]) -> Iterator[str]:
     """Yields the images below `folder`, their names relative to it, and counts other files by kind in `strays`.
 
     They are sorted by name within each folder, which is listed when it is reached. An image has the suffix of an image
@@ -38,8 +38,7 @@ def walk(folder: Path | str, strays: Counter[str], recursive: bool = True) -> It
             if entry.name.startswith("."):
                 strays["hidden"] += 1
             elif os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
-                if recursive:
-                    yield from inside(f"{prefix}{entry.name}/")
+                yield from inside(f"{prefix}{entry.name}/")
             elif kind := _kind_of_stray(entry):
                 strays[kind] += 1
             else:

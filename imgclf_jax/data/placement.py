@@ -9,7 +9,7 @@ A batch is what a step trains on, {"image": uint8[b, h, w, c], "label": i32[b]}.
 
 On TPU the table of a data set on the accelerator holds each image as whole tiles, uint8[n, 8 m, 128]. Of
 uint8[n, h, w, c] XLA would make a copy in another layout at each step, four times as large for images of 32 x 32 x 3,
-whose rows are padded to 128. For the same reason targets are transposed there, "target_columns" f32[k, n].
+whose rows are padded to 128.
 """
 
 import functools
@@ -45,21 +45,16 @@ def batch_shape(rows: int, image_shape: tuple[int, ...], targets: int, mesh: Mes
 
 def table_shape(examples: int, image_shape: tuple[int, ...], targets: int, mesh: Mesh) -> Batch:
     """The shapes, dtypes and shardings of a data set of images [h, w, c] that is kept on the devices."""
-    name, (shape, dtype) = _y_spec(targets)
-    y = {"target_columns": (targets, examples)} if _is_transposed(targets, mesh) else {name: (examples, *shape)}
-    shapes = {"image": ((examples, *_table_shape(image_shape, mesh)), "uint8"), **{k: (x, dtype) for k, x in y.items()}}
+    name, y = _y_spec(targets)
+    values = {"image": (_table_shape(image_shape, mesh), "uint8"), name: y}
     replicated = sharding.replicated(mesh)
-    return {name: jax.ShapeDtypeStruct(*values, sharding=replicated) for name, values in shapes.items()}
+    return {name: jax.ShapeDtypeStruct((examples, *shape), dtype, sharding=replicated)
+            for name, (shape, dtype) in values.items()}  # fmt: skip
 
 
 def _y_spec(targets: int) -> tuple[str, tuple[tuple[int, ...], str]]:
     """The name, shape and dtype of an example's label or targets in a batch."""
     return ("target", ((targets,), "float32")) if targets else ("label", ((), "int32"))
-
-
-def _is_transposed(targets: int, mesh: Mesh) -> bool:
-    """Whether the table of targets is transposed: TPU would pad the row of each example to 128 numbers."""
-    return bool(targets) and platform.platform_of(mesh) == "tpu"
 
 
 def _table_shape(image_shape: tuple[int, ...], mesh: Mesh) -> tuple[int, ...]:
@@ -73,8 +68,6 @@ def _table_shape(image_shape: tuple[int, ...], mesh: Mesh) -> tuple[int, ...]:
 def _to_table(examples: Batch, mesh: Mesh) -> Batch:
     """Converts examples to a table for these devices, padding the last tile of each image with zeros."""
     images, table = examples["image"], dict(examples)
-    if "target" in table and _is_transposed(table["target"].shape[1], mesh):
-        table["target_columns"] = np.ascontiguousarray(table.pop("target").T)
     if (shape := _table_shape(images.shape[1:], mesh)) != images.shape[1:]:
         flat = images.reshape(len(images), -1)
         table["image"] = np.pad(flat, ((0, 0), (0, math.prod(shape) - flat.shape[1]))).reshape(-1, *shape)
@@ -86,11 +79,7 @@ def gather(table: Batch, ids: jax.Array, image_shape: tuple[int, ...]) -> Batch:
 
     `image_shape` is (h, w, c), since a table of tiles does not have it.
     """
-    table = dict(table)
-    columns = table.pop("target_columns", None)
     batch = {name: values.at[ids].get(mode="promise_in_bounds") for name, values in table.items()}
-    if columns is not None:
-        batch["target"] = columns.at[:, ids].get(mode="promise_in_bounds").T
     if batch["image"].shape[1:] != image_shape:
         flat = batch["image"].reshape(ids.size, -1)
         batch["image"] = flat[:, : math.prod(image_shape)].reshape(ids.size, *image_shape)

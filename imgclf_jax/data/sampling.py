@@ -15,7 +15,7 @@ import numpy as np
 
 from imgclf_jax.core import rng, spec
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import Function, Value
+from imgclf_jax.core.typing import Function
 from imgclf_jax.data.arrays import load_array
 from imgclf_jax.data.source import Source, numbers, read_labels
 
@@ -142,8 +142,7 @@ def weighted(source: Source, by: str = "weight") -> Sampler:
     `by` is a column of the source, or a .npy file with a weight per example. An epoch of the stream has as many
     positions as examples.
     """
-    _check_text("by", by, "a column or of a .npy file")
-    is_file = by.endswith(".npy")
+    is_file = str(by).endswith(".npy")
     weights = load_array(by) if is_file else numbers(source, by)
     what = by if is_file else f"the column {by!r}"
     if weights.shape != (source.size,) or weights.dtype.kind not in "fiub":
@@ -167,16 +166,14 @@ def weighted(source: Source, by: str = "weight") -> Sampler:
 
 def subset(source: Source, ids: str) -> Sampler:
     """The examples whose ids are in a .npy file, each exactly once per epoch of the stream."""
-    _check_text("ids", ids, "a .npy file")
-    chosen, n = load_array(ids), source.size
+    chosen, n = load_array(str(ids)), source.size
     if chosen.ndim != 1 or not chosen.size or chosen.dtype.kind not in "iu":
         raise UserError(f"{ids} holds {chosen.dtype}{list(chosen.shape)}; expected whole numbers [m], m above 0")
     if (wrong := chosen[(chosen < 0) | (chosen >= n)]).size:
         raise UserError(f"{ids} has the id {wrong[0]}, but the split has {n} examples, 0 to {n - 1}")
     chosen = chosen.astype(np.int64)
     if len(np.unique(chosen)) < len(chosen):
-        twice = int(np.argmax(np.bincount(chosen)))
-        raise UserError(f"{ids} has the id {twice} more than once; use weighted(…) for unequal frequencies")
+        raise UserError(f"{ids} has an id more than once; use weighted(…) for unequal frequencies")
     m = len(chosen)
 
     def ids_at(seed: int, positions: np.ndarray) -> np.ndarray:
@@ -241,12 +238,6 @@ def _user_sampler(function: Function, n: int, where: str) -> Sampler:
         raise UserError(f"{where}: the attribute epoch is {epoch!r}; it must be a whole number of 1 or more, the "
                         "positions in an epoch of the stream")  # fmt: skip
     return Sampler(ids, int(epoch))
-
-
-def _check_text(argument: str, value: Value, what: str) -> None:
-    """Raises UserError unless an argument of a sampling is text, the name of `what`."""
-    if not isinstance(value, str):
-        raise UserError(f"{argument}={value!r} must be text, the name of {what}")
 
 
 def _digest(values: np.ndarray) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from imgclf_jax.core.typing import Array, Examples
 
 MAX_CLASSES = 1_000_000
 
-_reading = threading.RLock()  # around `read` of sources that are not thread-safe; one, as splits may share a file
+_reading = threading.RLock()  # around every `read`: splits may share a file handle, and its position
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,8 +23,8 @@ class Source:
     """The examples of one split.
 
     `read(ids)` maps ids int64[b] in [0, size) to {"image": uint8[b, h, w, c], or a list of bytes, arrays [h, w, c] or
-    Pillow images} and, unless `labels` are given, "label" i32[b], in the order of the ids. Raises UserError for fields
-    that fit no data set.
+    Pillow images} and, unless `labels` are given, "label" i32[b], in the order of the ids. One thread at a time calls
+    it. Raises UserError for fields that fit no data set.
     """
 
     size: int  # the number of examples
@@ -34,7 +35,6 @@ class Source:
     example_name: Callable[[int], str] = "example {}".format  # for messages and listings, such as the file
     columns: Mapping[str, Sequence[Any] | np.ndarray] = field(default_factory=dict)  # more values [size] by name
     skipped_files: tuple[str, ...] = ()  # unreadable files that are no examples, sorted
-    thread_safe: bool = False  # whether several threads may call `read` at once
     cache_key: str = ""  # changes whenever a stored byte may have; "": decoded images are not cached on disk
 
     def __post_init__(self) -> None:
@@ -44,8 +44,8 @@ class Source:
         if not isinstance(names, list | tuple) or not all(type(name) is str for name in names):
             raise UserError(f"Source(class_names={names!r:.80}): must be a tuple of strings")
         if len(set(names)) < len(names):
-            twice = next(name for i, name in enumerate(names) if name in names[:i])
-            raise UserError(f"Source: class_names has {twice!r} twice; give each class its own name")
+            raise UserError(f"Source: class_names has {Counter(names).most_common(1)[0][0]!r} twice; give each class "
+                            "its own name")  # fmt: skip
         if not isinstance(self.fingerprint, str):
             raise UserError(f"Source(fingerprint={self.fingerprint!r:.80}): must be a string")
         object.__setattr__(self, "class_names", tuple(names))
@@ -105,11 +105,8 @@ def read_examples(source: Source, ids: np.ndarray) -> Examples:
 
     Raises UserError unless `source.read` returns one image per id and, if its labels are unknown, one label.
     """
-    if source.thread_safe:
+    with _reading:
         examples = source.read(ids)
-    else:
-        with _reading:
-            examples = source.read(ids)
     if not isinstance(examples, Mapping) or "image" not in examples:
         raise UserError(f"the source's read returns a {type(examples).__name__}; return {{'image': …, 'label': …}}")
     if (images := len(examples["image"])) != len(ids):
@@ -137,9 +134,10 @@ def concatenate(parts: Sequence[tuple[Source, int, int]]) -> Source:
         raise UserError("it joins splits with different class_names; give all splits the same ones")
     starts = np.cumsum([0] + [stop - start for _, start, stop in parts])
 
-    def locate(i: int) -> tuple[Source, int]:
+    def name(i: int) -> str:
         p = int(np.searchsorted(starts, i, side="right")) - 1
-        return parts[p][0], int(i - starts[p] + parts[p][1])
+        source, start, _ = parts[p]
+        return source.example_name(int(i - starts[p] + start))
 
     def read(ids: np.ndarray) -> Examples:
         which = np.searchsorted(starts, ids, side="right") - 1
@@ -154,24 +152,16 @@ def concatenate(parts: Sequence[tuple[Source, int, int]]) -> Source:
                     images[row] = image
         return {"image": images, "label": labels}
 
-    def read_one(ids: np.ndarray) -> Examples:
-        return read_examples(first, ids + parts[0][1])
-
-    def name(i: int) -> str:
-        source, own = locate(i)
-        return source.example_name(own)
-
     prints = [(source.fingerprint, start, stop) for source, start, stop in parts]
     known = [source.labels[start:stop] for source, start, stop in parts if source.labels is not None]
     shared = set.intersection(*(set(source.columns) for source, _, _ in parts))
     keys = [source.cache_key for source, _, _ in parts]
     return Source(
-        int(starts[-1]), read if len(parts) > 1 else read_one, first.class_names,
-        hashlib.sha256(repr(prints).encode()).hexdigest(),
+        int(starts[-1]), read, first.class_names, hashlib.sha256(repr(prints).encode()).hexdigest(),
         np.concatenate(known) if len(known) == len(parts) else None, name,
         {key: np.concatenate([np.asarray(source.columns[key])[start:stop] for source, start, stop in parts])
          for key in sorted(shared)},
-        tuple(sorted({file for source, _, _ in parts for file in source.skipped_files})), thread_safe=True,
+        tuple(sorted({file for source, _, _ in parts for file in source.skipped_files})),
         cache_key=" ".join(keys) if all(keys) else "",
     )  # fmt: skip
 

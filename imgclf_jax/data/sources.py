@@ -11,7 +11,7 @@ import numpy as np
 
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import Examples, Function, Value
+from imgclf_jax.core.typing import Examples, Function
 from imgclf_jax.data import splits
 from imgclf_jax.data.arrays import array_source, arrays
 from imgclf_jax.data.folder import folder
@@ -44,17 +44,12 @@ def fake(n: int = 1024, shape: tuple[int, int, int] = (28, 28, 1), classes: int 
     for impossible numbers, and for images larger than 16 MiB.
     """
 
-    def in_range(value: Value, most: int) -> bool:
-        return type(value) is int and 1 <= value <= most
-
-    if not in_range(n, 2**48):
-        raise UserError(f"fake(n={n!r}): n must be a whole number from 1 to 2**48")
-    sized = isinstance(shape, (tuple, list)) and len(shape) == 3 and all(in_range(size, 2**24) for size in shape)
-    if not sized or shape[2] > 4 or math.prod(shape) > 2**24:
-        raise UserError(f"fake(shape={shape!r}): shape must be (height, width, channels), such as (28, 28, 1), with 1 "
-                        "to 4 channels and at most 2**24 values")  # fmt: skip
-    if not in_range(classes, MAX_CLASSES):
-        raise UserError(f"fake(classes={classes!r}): classes must be a whole number from 1 to {MAX_CLASSES:,}")
+    numbers = (n, classes, *shape) if isinstance(shape, (tuple, list)) and len(shape) == 3 else (0,)
+    whole = all(type(number) is int and number > 0 for number in numbers)
+    if not whole or n > 2**48 or classes > MAX_CLASSES or shape[2] > 4 or math.prod(shape) > 2**24:
+        raise UserError(f"fake({n!r}, {shape!r}, {classes!r}): expected at most 2**48 examples, a shape (height, "
+                        "width, channels), such as (28, 28, 1), with 1 to 4 channels and at most 2**24 values, and at "
+                        f"most {MAX_CLASSES:,} classes")  # fmt: skip
     names, size = tuple(str(c) for c in range(classes)), math.prod(shape)
 
     def read(ids: np.ndarray, offset: int) -> Examples:
@@ -68,7 +63,7 @@ def fake(n: int = 1024, shape: tuple[int, int, int] = (28, 28, 1), classes: int 
 
     def source(offset: int) -> Source:
         fingerprint = hashlib.sha256(f"fake {n} {tuple(shape)} {classes} {offset}".encode()).hexdigest()
-        return Source(n, functools.partial(read, offset=offset), names, fingerprint, thread_safe=True)
+        return Source(n, functools.partial(read, offset=offset), names, fingerprint)
 
     return {"train": source(0), "test": source(n)}
 
@@ -90,8 +85,7 @@ SOURCES: dict[str, Function] = {"digits": digits, "tfds": tfds, "folder": folder
 def open_splits(text: str, data_dir: str = "", manual_dir: str = "", unreadable: str = "error") -> dict[str, Source]:
     """Opens the base splits of the source that a spec names. Raises UserError if the data are missing."""
     try:
-        call = spec.parse_one(text)
-        make = spec.bind(call, SOURCES, "source")
+        make = spec.bind(spec.parse_one(text), SOURCES, "source")
     except UserError as e:
         if text in SOURCES or not re.fullmatch(r"[\w./~-]+", text):
             raise
@@ -101,12 +95,7 @@ def open_splits(text: str, data_dir: str = "", manual_dir: str = "", unreadable:
         make = functools.partial(make, **{"data_dir": data_dir, "manual_dir": manual_dir} | make.keywords)
     elif make.func in (folder, table):
         make = functools.partial(make, **{"unreadable": unreadable} | make.keywords)
-    try:
-        opened: dict[str, Source] = make()
-    except (TypeError, AttributeError) as e:
-        if ":" in call.name:
-            raise  # the user needs the traceback into their own source
-        raise UserError(f"data.source={text!r} fails: {e}; check the types of its arguments") from e
+    opened: dict[str, Source] = make()
     if not isinstance(opened, Mapping) or not opened or not all(isinstance(one, Source) for one in opened.values()):
         holds = {split: type(one).__name__ for split, one in opened.items()} if isinstance(opened, Mapping) else opened
         raise UserError(f"data.source={text!r} returns {holds!r:.80}; return a dict {{'train': source}} of "

@@ -63,11 +63,6 @@ def check_disjoint(text: str, sizes: Mapping[str, int]) -> None:
                         f"only {different} differ; write parts that do not overlap")  # fmt: skip
 
 
-def base_splits(text: str) -> list[str]:
-    """The names of the base splits in a split's text; those of pieces outside the syntax are left out."""
-    return [match[1] for piece in text.split("+") if (match := _PART.fullmatch(piece))]
-
-
 def describe(
     train: str, evals: Mapping[str, str], sizes: Mapping[str, int], extra: Mapping[str, str] = MappingProxyType({})
 ) -> str:

@@ -22,8 +22,8 @@ from imgclf_jax.data.read_ahead import read_ahead
 from imgclf_jax.data.source import Source, read_examples, read_labels
 
 _CACHE_BYTES = 1 << 30  # the largest decoded set to cache in memory
-# Mean bytes of encoded images below which one thread decodes them. Python takes most of the time, and threads hand over
-# the GIL for each image: two take 1.4 times as long as one for PNG images of 28 x 28 pixels, half as long for 64 x 64.
+# Mean bytes of an image below which one thread decodes them. Python takes most of the time, and threads hand over the
+# GIL for each image: two take 1.4 times as long as one for PNG images of 28 x 28 pixels, half as long for 64 x 64.
 _SMALL = 4096
 
 
@@ -46,7 +46,6 @@ class Images:
         self.source, self.preprocess, self.seed, self.extra = source, preprocess, seed, extra
         self.sampler = sampler or sampling.permutation(source)
         self._ops, self.random = decode.build(preprocess)
-        self._only_decodes = decode.only_decodes(preprocess)
         self._threads = threads or os.cpu_count() or 1
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
         self._cache: np.ndarray | None = None
@@ -123,7 +122,8 @@ class Images:
         def decode_share(rows: np.ndarray) -> list[np.ndarray]:
             return [self._decode_one(encoded[i], int(ids[i]), int(positions[i]), seed) for i in rows]
 
-        threads = 1 if self._only_decodes and _are_small(encoded) else min(self._threads, len(ids))
+        nbytes = sum(len(x) if isinstance(x, bytes) else getattr(x, "nbytes", _SMALL) for x in encoded)
+        threads = 1 if nbytes < _SMALL * len(ids) else min(self._threads, len(ids))
         shares = np.array_split(np.arange(len(ids)), threads)
         images = [image for share in self._pool.map(decode_share, shares) for image in share]
         if wrong := [image for image in images if image.dtype != np.uint8 or image.ndim != 3]:
@@ -148,12 +148,6 @@ class Images:
             if ":" in self.preprocess:
                 raise  # the user needs the traceback into their own op
             raise UserError(f"preprocess={self.preprocess!r} fails: {e}") from e
-
-
-def _are_small(encoded: Sequence[bytes | np.ndarray]) -> bool:
-    if not all(isinstance(x, bytes | np.ndarray) for x in encoded):  # such as Pillow images
-        return False
-    return sum(x.nbytes if isinstance(x, np.ndarray) else len(x) for x in encoded) < _SMALL * len(encoded)
 
 
 @dataclass(frozen=True)

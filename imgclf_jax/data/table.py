@@ -14,8 +14,7 @@ import numpy as np
 
 from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError, no_such, reason, unknown
-from imgclf_jax.core.split_folders import split_order
-from imgclf_jax.data.file_source import check_files, file_source, hashed, open_folder
+from imgclf_jax.data.file_source import check_files, file_sources, open_folder
 from imgclf_jax.data.source import MAX_CLASSES, Source, check_finite, to_numbers
 
 log = logging.getLogger(__name__)
@@ -72,18 +71,8 @@ def table(
         if not re.fullmatch(r"[\w.-]+", name):
             raise content.fail(row, f"the split {name!r}: allowed are letters, digits, '_', '.' and '-'")
 
-    checked = check_files("table", base, sorted(set(files)), unreadable, table_path)
-    out = {}
-    for name in sorted(set(splits), key=split_order):
-        rows = [row for row, other in enumerate(splits) if other == name]
-        kept = sorted((row for row in rows if files[row] in checked.digests), key=lambda row: (hashed(files[row]), row))
-        if not kept:
-            raise UserError(f"table: the split {name!r} of {table_path} has no readable image; repair some or remove "
-                            "its rows")  # fmt: skip
-        skipped = {files[row] for row in rows} & checked.unreadable.keys()
-        columns = {column: [values[row] for row in kept] for column, values in content.columns.items()}
-        out[name] = file_source(base, [files[row] for row in kept], labels[kept], class_names, checked, tuple(skipped),
-                                columns)  # fmt: skip
+    checked = check_files("table", base, sorted(set(files)), unreadable)
+    out = file_sources(base, files, splits, labels, class_names, checked, content.columns)
     _warn_of_shared_files(table_path, out)
     return out
 

@@ -1,15 +1,13 @@
-"""Caches between runs: decoded sets, and TFDS's facts about a data set that it prepared."""
+"""A cache of decoded sets between runs."""
 
 import io
-import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from imgclf_jax.core import cache
-from imgclf_jax.data import decoded, prepare, sources, stream
+from imgclf_jax.data import decoded, stream
 from imgclf_jax.data.source import Source
 
 
@@ -110,62 +108,3 @@ def test_a_cache_folder_that_cannot_be_written_is_done_without(monkeypatch, tmp_
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert read_all(encoded())["image"].shape == (12, 7, 7, 1)
-
-
-class Examples:
-    def __getitems__(self, ids):
-        return [{"image": b"", "label": i % 2} for i in ids]
-
-
-@pytest.fixture
-def tfds(monkeypatch, tmp_path):
-    """A stand-in for TFDS that counts calls: a builder whose data are prepared in a directory."""
-    directory = tmp_path / "prepared"
-    directory.mkdir()
-    (directory / "dataset_info.json").write_text('{"version": "1.0.0"}')
-    (directory / "train.array_record").write_bytes(b"12345")
-    splits = {"train": SimpleNamespace(num_examples=20, num_bytes=5)}
-    label = SimpleNamespace(names=["cat", "dog"])
-    info = SimpleNamespace(full_name="pictures/1.0.0", splits=splits, features={"label": label})
-    calls = []
-
-    def prepare_tfds(*args):
-        calls.append(args)
-        return SimpleNamespace(info=info, data_path=directory), {"train": Examples()}
-
-    monkeypatch.setattr(prepare, "prepare_tfds", prepare_tfds)
-    return directory, calls
-
-
-def test_what_tfds_said_is_remembered(tfds):
-    """The second run takes names and sizes from the cache without TFDS, and opens the examples at the first read."""
-    _, calls = tfds
-    first = sources.open_splits("tfds('pictures')", "here")["train"]
-    assert len(calls) == 1
-    again = sources.open_splits("tfds('pictures')", "here")["train"]
-    assert (again.size, again.class_names, again.fingerprint) == (20, ("cat", "dog"), first.fingerprint)
-    assert len(calls) == 1
-    for _ in range(2):
-        assert again.read(np.arange(3))["label"].tolist() == [0, 1, 0]
-    assert len(calls) == 2
-    sources.open_splits("tfds('pictures')", "elsewhere")
-    assert len(calls) == 3
-
-
-@pytest.mark.parametrize("change", ["info", "size", "contents", "gone", "record"])
-def test_tfds_is_asked_again_where_something_changed(tfds, change):
-    directory, calls = tfds
-    sources.open_splits("tfds('pictures')")
-    (record,) = cache.folder("tfds").iterdir()
-    if change == "info":
-        (directory / "dataset_info.json").write_text('{"version": "1.0.1"}')
-    elif change == "size":
-        (directory / "train.array_record").write_bytes(b"123")
-    elif change == "contents":
-        (directory / "train.array_record").write_bytes(b"54321")
-    elif change == "gone":
-        (directory / "train.array_record").unlink()
-    else:
-        record.write_text(json.dumps([1]))
-    sources.open_splits("tfds('pictures')")
-    assert len(calls) == 2

@@ -49,7 +49,7 @@ def test_an_empty_key_follows_preprocess(preprocess, expected):
 @pytest.mark.parametrize(("evaluation", "preprocess", "words"), [
     ("decode(1)|random_resized_crop(8)", "decode(1)|resize(8)",
      "preprocess_eval='decode(1)|random_resized_crop(8)': random_resized_crop is random, but "
-     "evaluation must be deterministic; write resize_small(9)|central_crop(8) instead"),
+     "evaluation must be deterministic; set preprocess_eval to deterministic host ops"),
     ("", f"decode(1)|{__name__}:noisy", f"preprocess='decode(1)|{__name__}:noisy': {__name__}:noisy is random, "
      "but evaluation must be deterministic; set preprocess_eval to deterministic host ops"),
     (f"decode(1)|{__name__}:noisy", "decode(1)", "set preprocess_eval to deterministic host ops"),

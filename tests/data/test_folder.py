@@ -208,7 +208,7 @@ def test_the_root_of_a_file_system_is_refused(tmp_path, monkeypatch, path):
     """The config of a bundle named it, and `reproduce` listed the whole disk."""
     (tmp_path / "link").symlink_to("/")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(image_files, "walk", lambda *_, **__: pytest.fail("the disk is listed"))
+    monkeypatch.setattr(image_files, "walk", lambda *_: pytest.fail("the disk is listed"))
     with pytest.raises(UserError, match="is the root of a file system"):
         folder(path)
 
