@@ -213,7 +213,7 @@ RAW = {
     "tools/export/saved_model.py": "a folder of its own",
     "data/sources.py": "the package", "tools/pages/html.py": "the package",
     "run/provenance.py": "code that is imported", "run/environment.py": "the cache", "data/decoded.py": "the cache",
-    "data/image_check.py": "the cache", "data/prepare.py": "the cache",
+    "data/image_check.py": "the cache",
     "run/lock.py": "the lock, by its name", "run/workdir.py": "the result, by its name",
     "tools/reproduce/command.py": "a folder of its own",
     "tools/probe/embeddings.py": "a file without a name", "tools/explain/command.py": "the person's output",

@@ -197,7 +197,7 @@ def test_broken_and_missing_files_are_listed_at_the_start(images):
 def test_skipping_leaves_no_split_without_images(images):
     for row in ROWS[9:]:
         (images / row["file"]).unlink()
-    with pytest.raises(UserError, match=r"the split 'test' of .* has no readable image"):
+    with pytest.raises(UserError, match="the split 'test' has no readable image"):
         table(write_csv(images / "t.csv"), unreadable="skip", targets="age")
 
 
