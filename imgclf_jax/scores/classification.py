@@ -56,20 +56,6 @@ class Predictions(NamedTuple):
             probabilities=self.probabilities[i], predicted=self.predicted[i], ranks=self.ranks[i], log_odds=log_odds
         )
 
-    def losses(self) -> np.ndarray:
-        """The negative log-likelihood f64[n] of each label, on the host; nan without a label or a prediction."""
-        values = self.probabilities if self.log_odds is None else self.log_odds
-        own = np.take_along_axis(np.asarray(values, np.float64), np.asarray(self.labels)[:, None], 1)[:, 0]
-        with np.errstate(divide="ignore"):  # by log-odds, since float32 rounds small probabilities to 0
-            losses = np.maximum(-np.log(own), 0.0) if self.log_odds is None else np.logaddexp(0.0, -own)
-        return np.where((self.labels >= 0) & (self.predicted >= 0), losses, np.nan)
-
-    def highest_losses(self, most: int) -> np.ndarray:
-        """The indices int[m] of the `most` examples with the highest loss; ties are in set order."""
-        losses = self.losses()
-        order = np.argsort(-losses, kind="stable")[:most]
-        return order[~np.isnan(losses[order])]
-
     def compute(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Returns {name: f64[r]} for example weights f64[r, n], such as counts in a bootstrap sample.
 

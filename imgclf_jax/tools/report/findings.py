@@ -115,7 +115,7 @@ def _evaluate(model: Trained, evals: Mapping[str, Images]) -> tuple[Evaluated, .
         )  # fmt: skip
         if few_classes and isinstance(predictions, Predictions):
             own = predictions.for_seed(-1) if several else predictions
-            highest = own.highest_losses(max(1, TOP_LOSSES // len(evals)))
+            highest = report_top_losses.highest_losses(own, max(1, TOP_LOSSES // len(evals)))
             wrong = report_top_losses.count_mistakes(own)
             intervals = with_intervals(own.compute, len(images), len(model.class_names))
             reliability = bin_by_confidence(own.probabilities.max(1), own.ranks == 0)

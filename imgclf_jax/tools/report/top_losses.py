@@ -31,6 +31,22 @@ def count_mistakes(predictions: Predictions) -> int:
     return int((predictions.ranks > 0).sum())
 
 
+def label_losses(predictions: Predictions) -> np.ndarray:
+    """The negative log-likelihood f64[n] of each label; nan without a label or a prediction."""
+    values = predictions.probabilities if predictions.log_odds is None else predictions.log_odds
+    own = np.take_along_axis(np.asarray(values, np.float64), np.asarray(predictions.labels)[:, None], 1)[:, 0]
+    with np.errstate(divide="ignore"):  # by log-odds, since float32 rounds small probabilities to 0
+        losses = np.maximum(-np.log(own), 0.0) if predictions.log_odds is None else np.logaddexp(0.0, -own)
+    return np.where((predictions.labels >= 0) & (predictions.predicted >= 0), losses, np.nan)
+
+
+def highest_losses(predictions: Predictions, most: int) -> np.ndarray:
+    """The indices int[m] of the `most` examples with the highest loss; ties are in set order."""
+    losses = label_losses(predictions)
+    order = np.argsort(-losses, kind="stable")[:most]
+    return order[~np.isnan(losses[order])]
+
+
 def describe(
     programs: Programs, images: Images, predictions: Predictions, indices: np.ndarray, explain: Explain
 ) -> tuple[TopLoss, ...]:
@@ -45,7 +61,7 @@ def describe(
         augmented = np.asarray(jax.jit(lambda x: augment(None, x))(pixels))
     shown, _ = to_pixels(augmented, programs.recipe.config.augment)
     rows = zip(
-        indices, predictions.losses()[indices], shown, explain(pixels, predictions.predicted[indices]), strict=True
+        indices, label_losses(predictions)[indices], shown, explain(pixels, predictions.predicted[indices]), strict=True
     )
     found = []
     for i, loss, image, heat in rows:
