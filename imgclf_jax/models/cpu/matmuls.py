@@ -1,4 +1,4 @@
-"""Convolutions and dense layers on CPU, as matmuls (im2col) on feature-first arrays.
+"""Convolutions on CPU, as matmuls (im2col) on feature-first arrays.
 
 On CPU, XLA's convolutions and their gradients are slow, and a matmul reaches peak only with long contiguous rows. On
 images [c, h, w, b], with the batch innermost, im2col copies whole rows, element-wise operations vectorize, and no
