@@ -31,7 +31,6 @@ type Augment = Callable[..., jax.Array]  # (key, images uint8[b, h, w, c]) → f
 Outputs = Literal["predict", "ranked", "logits", "features"]
 type Inference = Callable[[Params, ModelState, jax.Array], jax.Array]  # images uint8[b, h, w, c] → f32[b, …]
 SOWN = ("losses", "metrics")  # collections that a step reads, and that are not part of the state
-OPTIMIZER = "optimizer"  # the name scope of the optimizer's update
 PER_STEP = ("grad_norm", "param_norm", "learning_rate")  # summed over steps; all others over examples
 NONFINITE_STEP = "nonfinite_step"  # the number of the first such step, not a sum
 _OWN_METRICS = (*PER_STEP, NONFINITE_STEP, "steps", "examples", "correct", "loss", "skipped", "accuracy",
@@ -195,7 +194,7 @@ def make_train_step(
         key = rng.key(state.seed, "dropout", state.step)
         (mean_loss, (model_state, (logits, named))), grads = take_gradient(state.params, state.model_state, whole, key)
         _refuse_difference("gradients that do not fit the parameters", grads, state.params, _shape)
-        with jax.named_scope(OPTIMIZER):
+        with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(
                 grads, state.opt_state, state.params,
                 **take_gradient.extra_arguments(mean_loss, grads, state.model_state, whole, key),

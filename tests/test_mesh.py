@@ -111,15 +111,15 @@ def test_inference_on_a_sharded_model(config):
     for what in ("predict", "features"):
         expected, ours = (getattr(of, what)(*state.evaluated, images) for of, state in ((whole, a), (split, b)))
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
-    assert "all-gather" in counts.count_program(split.eval).collectives
+    assert "all-gather" in counts.collective_bytes(split.eval)
 
 
 @pytest.mark.thorough
 def test_what_is_exchanged(config):
     """Parameters are all-gathered; with a replicated state only gradients are all-reduced."""
     whole, split = programs(config), programs(config, "data=2, fsdp=4")
-    assert set(counts.count_program(whole.train).collectives) == {"all-reduce"}
-    assert "all-gather" in counts.count_program(split.train).collectives
+    assert set(counts.collective_bytes(whole.train)) == {"all-reduce"}
+    assert "all-gather" in counts.collective_bytes(split.train)
 
 
 def test_rules_choose_the_axis(config):
@@ -204,7 +204,7 @@ def test_batch_norm_by_groups_exchanges_no_statistics(config):
     """Only gradients, running averages and metric sums are all-reduced."""
     keys = {"model": "resnet_cifar(8)", "batch_size": 32}
     whole, groups = (
-        counts.count_program(programs(config, batch_norm=text, **keys).train).collectives["all-reduce"][0]
+        counts.collective_bytes(programs(config, batch_norm=text, **keys).train)["all-reduce"][0]
         for text in ("global", "groups(4)")
     )
     assert groups < whole / 3

@@ -80,3 +80,31 @@ def test_bytes_per_device():
     whole = jax.ShapeDtypeStruct((16, 3), "float32", sharding=sharding.replicated(mesh))
     split = jax.ShapeDtypeStruct((16, 3), "bfloat16", sharding=sharding.sharded(mesh))
     assert counts.bytes_per_device({"a": whole, "b": split, "c": np.zeros(5, np.int8)}) == 16 * 3 * 4 + 2 * 3 * 2 + 5
+
+
+HLO = """
+  %all-reduce = f32[16,2]{1,0} all-reduce(%a), channel_id=1, replica_groups={{0,1}}, to_apply=%sum
+  ROOT %both = (bf16[8]{0}, f32[]) all-reduce(%a, %b), channel_id=2, to_apply=%sum
+  %start = (f32[4]{0}, f32[32]{0}) all-gather-start(%a), channel_id=3, dimensions={0}
+  %done = f32[32]{0} all-gather-done(%start)
+  %move = (u8[4]{0}, u8[4]{0}, u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1}}
+  %fusion = pred[64]{0} fusion(%all-reduce), kind=kLoop, calls=%fused
+"""
+
+
+def test_collectives_of_hlo_text():
+    """Results count, and those of an asynchronous start without its operands."""
+
+    class Compiled:
+        def as_text(self):
+            return HLO
+
+    assert counts.collective_bytes(Compiled()) == {
+        "all-reduce": (2, 128 + 16 + 4), "all-gather": (1, 128), "collective-permute": (1, 4)}  # fmt: skip
+
+
+def test_collectives_of_a_program():
+    mesh = sharding.make_mesh()
+    split = jax.device_put(np.ones((16, 4), np.float32), sharding.sharded(mesh))
+    total = jax.jit(lambda x: x.sum(0), out_shardings=sharding.replicated(mesh)).lower(split).compile()
+    assert counts.collective_bytes(total) == {"all-reduce": (1, 4 * 4)}

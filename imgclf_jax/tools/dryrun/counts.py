@@ -1,26 +1,31 @@
-"""Counts of a compiled program: memory traffic, collectives and sizes."""
+"""Counts of a compiled program: sizes, and the collectives in its HLO text."""
 
+import collections
 import math
-from dataclasses import dataclass
+import re
 
 import jax
 
 from imgclf_jax.core.typing import PyTree
-from imgclf_jax.tools.dryrun import traffic
+
+_COLLECTIVE = re.compile(
+    r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\((.*?)\)"
+)
+_ARRAY = re.compile(r"(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Counts of one step on one device."""
-
-    bytes: float  # read from and written to the device's memory, after fusion
-    collectives: dict[str, tuple[int, int]]  # kind → (count, bytes of the results)
-
-
-def count_program(compiled: jax.stages.Compiled) -> Counts:
-    """Counts a compiled program (see `traffic`): one step, with all microbatches of gradient accumulation."""
-    module = traffic.Module(compiled.as_text() or "")
-    return Counts(float(module.traffic()), module.collectives())
+def collective_bytes(compiled: jax.stages.Compiled) -> dict[str, tuple[int, int]]:
+    """Returns {kind: (count, bytes of the results)} of the collectives in a program; a loop's body counts once."""
+    found = collections.defaultdict[str, tuple[int, int]](lambda: (0, 0))
+    for result, kind, start, operands in _COLLECTIVE.findall(compiled.as_text() or ""):
+        sizes = [math.prod(int(n) for n in shape.split(",") if n) * (int(bits) if bits else 8) // 8
+                 for _, bits, shape in _ARRAY.findall(result)]  # fmt: skip
+        n = operands.count("%")
+        if start and len(sizes) >= 2 * n:  # an asynchronous start also returns its operands
+            sizes = sizes[n : 2 * n]
+        count, size = found[kind]
+        found[kind] = count + 1, size + sum(sizes)
+    return dict(found)
 
 
 def bytes_per_device(tree: PyTree) -> int:

@@ -20,6 +20,16 @@ class Chip:
     a_host: int  # chips per host
     source: str
 
+    def peak(self, precision: str, matmul_precision: str) -> float:
+        """Returns the peak matmul FLOP/s for the config's `precision` and `matmul_precision`.
+
+        With `precision` "float32", `matmul_precision` applies: "bfloat16" is one bfloat16 pass on a TPU, and
+        TensorFloat-32 on a GPU.
+        """
+        if precision == "bfloat16" or (matmul_precision == "bfloat16" and self.platform == "tpu"):
+            return self.flops
+        return self.flops_float32 if matmul_precision == "float32" else self.flops_tensorfloat32
+
 
 # A TPU computes a float32 matmul in three bfloat16 passes at JAX's precision "high", and in six at "highest". A GPU's
 # figures are those of tensor cores and of float32 units, dense, without the doubling for sparsity.
