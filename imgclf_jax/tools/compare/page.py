@@ -7,7 +7,7 @@ from imgclf_jax.run.ranking import MAIN_METRICS
 from imgclf_jax.tools.compare import tables as compare_tables
 from imgclf_jax.tools.compare.comparison import Comparison, Group, best, common, shown
 from imgclf_jax.tools.pages import html
-from imgclf_jax.tools.pages.charts import COLORS, Line, Unit, chart, thinned
+from imgclf_jax.tools.pages.charts import COLORS, Line, chart, thinned
 from imgclf_jax.tools.pages.html import paragraph, table, text
 
 
@@ -57,12 +57,10 @@ def _curves(groups: Sequence[Group]) -> str:
         name for group in drawn for run in (*group.done, *group.unfinished) for name in run.config.data.eval
     )
     names = [*(f"{name}/{kind}" for name in sets for kind in (*MAIN_METRICS, "nll", "loss")), "train/loss"]
-    per = {run.steps_per_epoch for group in drawn for run in (*group.done, *group.unfinished)}
-    epochs = Unit("epoch", one) if len(per) == 1 and (one := per.pop()) else None
     figures = []
     for name in names:
         lines = [line for i, group in enumerate(drawn) if (line := _line(group, name, i))]
-        figures.append(html.figure(name, chart(name, "step", lines, epochs)))
+        figures.append(html.figure(name, chart(name, "step", lines)))
     if not any(figures):
         return ""
     legend = html.legend([(group.label, i, False) for i, group in enumerate(drawn)])

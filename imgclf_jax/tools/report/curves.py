@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from imgclf_jax.core.typing import JsonMapping
 from imgclf_jax.run.record import Record
 from imgclf_jax.tools.pages import html
-from imgclf_jax.tools.pages.charts import COLORS, Line, Unit, chart, thinned
+from imgclf_jax.tools.pages.charts import COLORS, Line, chart, thinned
 from imgclf_jax.tools.pages.html import paragraph
 
 # Training logs besides metrics: their captions and scale factors.
@@ -32,26 +32,24 @@ def curves(run: Record) -> str:
             is_metric = group in sets or (group == "train" and kind not in _OTHERS)
             if is_metric and kind != "examples" and not kind.endswith("_std"):
                 kinds[kind.removeprefix("ensemble_")] = None
-    epochs = Unit("epoch", per) if (per := run.steps_per_epoch) else None
     figures, drawn = [], dict[tuple[str, int, bool], None]()
     for kind in kinds:
         lines = [_line(run.metrics, name, f"{name}/{kind}", color) for color, name in enumerate(("train", *sets))]
         lines += [_line(run.metrics, f"{name}, ensemble", f"{name}/ensemble_{kind}", color, dashed=True)
                   for color, name in enumerate(sets, 1)]  # fmt: skip
-        figures.append(_figure(kind, lines, epochs))
+        figures.append(_figure(kind, lines))
         drawn.update({(line.name, line.color, line.dashed): None for line in lines if line.points})
     for name, (caption, scale) in _OTHERS.items():
-        figures.append(_figure(caption, [_line(run.metrics, "train", f"train/{name}", 0, scale=scale)], epochs))
-    absent = [caption for name, (caption, _) in _OTHERS.items() if not any(f"train/{name}" in r for r in run.metrics)]
+        figures.append(_figure(caption, [_line(run.metrics, "train", f"train/{name}", 0, scale=scale)]))
     notes = [f"Lines are means over {run.config.num_seeds} seeds. Bands are one standard deviation to each side, if "
              "logged."] if run.config.num_seeds > 1 else []  # fmt: skip
-    notes += [f"Not logged: {', '.join(absent)}."] if absent else []
+    notes += [f"An epoch is {per:.6g} steps."] if (per := run.steps_per_epoch) else []
     return (html.legend(list(drawn)) + (paragraph(" ".join(notes), note=True) if notes else "")
             + html.charts(figures))  # fmt: skip
 
 
-def _figure(caption: str, lines: Sequence[Line], epochs: Unit | None) -> str:
-    return html.figure(caption, chart(caption, "step", [line for line in lines if line.points], epochs))
+def _figure(caption: str, lines: Sequence[Line]) -> str:
+    return html.figure(caption, chart(caption, "step", [line for line in lines if line.points]))
 
 
 def _line(

@@ -1,4 +1,4 @@
-"""The content of a report that needs the model or the data: evaluations, top losses, augmented images."""
+"""The content of a report that needs the model or the data: evaluations and top losses."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import datasets, metrics
 from imgclf_jax.core.errors import Untrusted, UserError
-from imgclf_jax.data import sources
 from imgclf_jax.data.source import Source
 from imgclf_jax.data.stream import Images
 from imgclf_jax.scores.classification import Predictions
@@ -19,10 +18,8 @@ from imgclf_jax.scores.multilabel import TargetPredictions
 from imgclf_jax.tools.evaluate import by_class
 from imgclf_jax.tools.evaluate.intervals import with_intervals
 from imgclf_jax.tools.explain import explanations
-from imgclf_jax.tools.pages.reliability import Reliability, bin_by_confidence
-from imgclf_jax.tools.report import augmentation as report_augmentation
 from imgclf_jax.tools.report import top_losses as report_top_losses
-from imgclf_jax.tools.report.augmentation import Augmented
+from imgclf_jax.tools.report.calibration import Reliability, bin_by_confidence
 from imgclf_jax.tools.report.top_losses import TopLoss
 from imgclf_jax.train.evaluation import data_changes, evaluate, open_evals
 from imgclf_jax.train.leakage import overlap_warnings
@@ -54,14 +51,13 @@ class Findings:
 
     step: int | None = None  # of the checkpoint
     sets: tuple[Evaluated, ...] = ()
-    augmented: Augmented | None = None
     missing: tuple[str, ...] = ()
     parameters: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by module of the model
     flops: float = 0.0  # of the model's forward pass of an image
 
 
 def find(model: Trained, recorded: ConfigDict, fingerprints: Mapping[str, str]) -> Findings:
-    """Evaluates a model on all of its sets, and draws augmented images.
+    """Evaluates a model on all of its sets.
 
     - `recorded` is the config of its run; the model's config may have more evaluation sets.
     - `fingerprints` are those of the evaluation sets that the run recorded, by name.
@@ -70,7 +66,6 @@ def find(model: Trained, recorded: ConfigDict, fingerprints: Mapping[str, str]) 
     """
     programs, base = model.programs, dict[str, Source]()
     sets: tuple[Evaluated, ...] = ()
-    augmented = None
     missing: list[str] = []
     with _noting(missing, "The data cannot be opened, so this page omits everything that needs them"):
         base = datasets.open_data(model.config)
@@ -82,11 +77,9 @@ def find(model: Trained, recorded: ConfigDict, fingerprints: Mapping[str, str]) 
             missing += [f"{sentence[0].upper()}{sentence[1:]}."
                         for sentence in data_changes(programs, recorded, fingerprints, base, evals)]  # fmt: skip
             sets = _evaluate(model, evals)
-        with _noting(missing, "The augmented images are omitted"):
-            augmented = report_augmentation.draw(programs, sources.take_split(base, model.config.data.train))
     for sentence in missing:
         log.warning("%s", sentence)
-    return Findings(model.step, sets, augmented, tuple(missing))
+    return Findings(model.step, sets, tuple(missing))
 
 
 @contextlib.contextmanager

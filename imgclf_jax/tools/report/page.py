@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from imgclf_jax.config import KEYS, flatten
-from imgclf_jax.core.text import decimals, interval
+from imgclf_jax.core.text import decimals
 from imgclf_jax.core.typing import JsonMapping
 from imgclf_jax.run.provenance import PACKAGES, find_differences
-from imgclf_jax.run.ranking import MAIN_METRICS, main_metric
+from imgclf_jax.run.ranking import main_metric
 from imgclf_jax.run.record import Record
 from imgclf_jax.tools.pages import html
 from imgclf_jax.tools.pages.html import paragraph, table, text
 from imgclf_jax.tools.report import curves as report_curves
 from imgclf_jax.tools.report import sets as report_sets
-from imgclf_jax.tools.report.findings import Evaluated, Findings
+from imgclf_jax.tools.report.findings import Findings
 
 _MAX_CHANGES = 8  # differences of two starts of the run that are named
 
@@ -41,10 +41,6 @@ def page(run: Record, provenance: JsonMapping, findings: Findings, names: Sequen
     for i, evaluated in enumerate(findings.sets):
         inner = report_sets.set_section(evaluated, names, config.num_seeds)
         sections.append(Section(f"set-{i}", f"Evaluation set {evaluated.name}", inner))
-    if findings.augmented:
-        ops = " and ".join(dict.fromkeys(filter(None, (config.preprocess, config.augment))))
-        inner = report_sets.augmentation_section(findings.augmented, ops, config.mix)
-        sections.append(Section("augmentation", "Augmentation", inner))
     sections += [
         Section("configuration", "Configuration", _configuration(run)),
         Section("provenance", "Provenance", _provenance(run, provenance, findings)),
@@ -84,7 +80,6 @@ def _headline(run: Record, findings: Findings) -> str:
 def _summary(run: Record, findings: Findings) -> str:
     summary = f"{run.config.model} on {run.config.data.source}"
     summary += "." if findings.step is None else f", at step {findings.step}."
-    summary += "".join(f" {_summarize_set(one)}" for one in findings.sets)
     if run.final is None:
         summary += f" The run is unfinished: its last record is from step {run.step}" + (
             f" of {run.total}." if run.total else ".")  # fmt: skip
@@ -94,23 +89,6 @@ def _summary(run: Record, findings: Findings) -> str:
         seeds = f"{run.seeds[0]} to {run.seeds[-1]}"
         summary += f" It trained {run.config.num_seeds} seeds, {seeds}, at once; ± is their sample standard deviation."
     return paragraph(summary)
-
-
-def _summarize_set(one: Evaluated) -> str:
-    if one.multilabel is not None:
-        kind = next(kind for kind in MAIN_METRICS if kind in one.metrics)
-        score = one.scores.get(kind, {})
-        summary = (f"On {one.metrics['examples']} examples of {one.name}, {kind.replace('_', ' ')} is "
-                   f"{decimals(score['value'])}")  # fmt: skip
-        summary += f" (95 % interval {interval(score['low'], score['high'])})" if "low" in score else ""
-        return summary + (" for the ensemble." if f"ensemble_{kind}" in one.metrics else ".")
-    classifier = "the ensemble" if "ensemble_accuracy" in one.metrics else "the model"
-    correct = int(one.counts["class_correct"].sum())
-    summary = f"On {one.name}, {classifier} classifies {correct} of {one.metrics['examples']} examples correctly"
-    score = one.scores.get("accuracy", {})
-    if "low" in score:
-        summary += f" ({decimals(score['value'])}, 95 % interval {interval(score['low'], score['high'])})"
-    return f"{summary}."
 
 
 def _model(findings: Findings) -> str:
@@ -140,8 +118,7 @@ def _provenance(run: Record, provenance: JsonMapping, findings: Findings) -> str
     git, data, result = provenance.get("git") or {}, provenance.get("data") or {}, run.final or {}
     devices = Counter(provenance.get("devices") or ())
     facts = {
-        "trained": ", ".join(f"{result[key]} {unit}" for key, unit in _LENGTHS.items()
-                             if result.get(key) is not None),
+        "trained": result and f"{result['step']} steps in {result.get('seconds')} s by the process that ended the run",
         "started": provenance.get("started"),
         "digest of the parameters": result.get("params_sha256"),
         "checkpoint of this page": findings.step is not None and f"step {findings.step}",
@@ -150,31 +127,19 @@ def _provenance(run: Record, provenance: JsonMapping, findings: Findings) -> str
         "processes": provenance.get("processes"),
         "training examples": data.get("train_examples"),
         "images": " x ".join(map(str, data.get("image_shape") or ())),
-        "targets" if data.get("target_names") else "classes": len(data.get("class_names") or ()),
         "fingerprint of the training data": data.get("fingerprint"),
-        "unreadable files": len(provenance.get("unreadable") or ()) or "none",
+        "unreadable files": len(provenance.get("unreadable") or ()),
+        "started from": ", ".join(f"{key} {value}" for key, value in (provenance.get("init_from") or {}).items()),
         "Python": provenance.get("python"),
         "platform": provenance.get("platform"),
         "packages": ", ".join(f"{name} {version}" for name, version in (provenance.get("packages") or {}).items()
                               if name in PACKAGES),
     }  # fmt: skip
-    if start := provenance.get("init_from"):
-        facts["started from"] = ", ".join(f"{key} {value}" for key, value in start.items())
     for before, after in itertools.pairwise(run.snapshots):
         changed = "; ".join(map(str, find_differences(before, after)[:_MAX_CHANGES]))
         facts[f"resumed at step {after.get('step')}"] = changed or "nothing else changed"
     rows = "".join(f"<dt>{text(name)}</dt><dd>{text(str(value))}</dd>" for name, value in facts.items() if value)
-    absent = [name for name, value in facts.items() if not value]
-    note = paragraph(f"Not recorded: {', '.join(absent)}.", note=True) if absent else ""
-    return f'<dl class="facts">{rows}</dl>{note}'
-
-
-_LENGTHS = {
-    "step": "steps",
-    "epochs": "epochs",
-    "seconds": "seconds",
-    "images_per_second": "images/s",
-}  # the last two cover only the process that finished the run
+    return f'<dl class="facts">{rows}</dl>'
 
 
 def _commands(run: Record, provenance: JsonMapping, findings: Findings) -> str:
@@ -190,6 +155,4 @@ def _commands(run: Record, provenance: JsonMapping, findings: Findings) -> str:
     flag = [] if findings.step is None else [f"--checkpoint={findings.step}"]
     lines += [shlex.join(["uv", "run", "launch.py", command, workdir, *flag]) for command in ("evaluate", "report")]
     note = "The run's config.json has the value of every key, even if the config file has changed since."
-    if not train:
-        note += " The run's own command line was not recorded."
     return html.code("Commands", lines) + paragraph(note, note=True)

@@ -1,8 +1,7 @@
-"""The sections of a report about an evaluation set and about augmentation."""
+"""The section of a report about an evaluation set."""
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -12,9 +11,8 @@ from imgclf_jax.scores.multilabel import TargetPredictions
 from imgclf_jax.tools.evaluate import by_class
 from imgclf_jax.tools.explain import heatmap
 from imgclf_jax.tools.pages import html, pictures
+from imgclf_jax.tools.pages.charts import Line, chart
 from imgclf_jax.tools.pages.html import paragraph, region, table, text
-from imgclf_jax.tools.pages.reliability import diagram
-from imgclf_jax.tools.report.augmentation import Augmented
 from imgclf_jax.tools.report.findings import Evaluated
 from imgclf_jax.tools.report.top_losses import TopLoss
 
@@ -77,9 +75,11 @@ def _calibration(one: Evaluated) -> str:
     rows = [[f"{i / bins:.3f} to {(i + 1) / bins:.3f}", str(int(n)), *(decimals(v) if n else "" for v in means)]
             for i, (n, *means) in enumerate(zip(*one.reliability, strict=True))]  # fmt: skip
     columns = ["confidence", "examples", "mean confidence", "accuracy"]
-    svg = diagram(f"Reliability on {one.name}", *(values.tolist() for values in one.reliability))
-    note = (f"Bars show the accuracy in {bins} bins of confidence, dots the mean confidence. The model is "
-            "overconfident in bins with dots below the dashed line.")  # fmt: skip
+    points = [(mean, own) for n, mean, own in zip(*one.reliability, strict=True) if n]
+    title = f"Reliability on {one.name}: accuracy by mean confidence"
+    svg = chart(title, "confidence", [Line("diagonal", 8, [(0, 0), (1, 1)], dashed=True), Line("accuracy", 0, points)],
+                "The values are in the table below.")  # fmt: skip
+    note = f"Accuracy in {bins} bins of confidence. The model is overconfident where the line is below the diagonal."
     return (f"<h3>Calibration</h3><figure>{svg}</figure>" + paragraph(note, note=True)
             + html.details("The bins as a table", table(f"Calibration on {one.name}", columns, rows)))  # fmt: skip
 
@@ -188,30 +188,3 @@ def _top_loss(example: TopLoss, names: Sequence[str], method: str) -> str:
         f"loss {example.loss:.3g}<br>{text(example.example)}"
         f"<br>Right: {text(method_text)}{'' if peak else ', where nothing stands out'}</figcaption></figure>"
     )
-
-
-def augmentation_section(augmented: Augmented, ops: str, mix: str) -> str:
-    """Returns a table with a row for each training image: the original, and several draws."""
-    note = f"Training images before and after augmentation: {ops}."
-    if augmented.differs:
-        note += f" They differ from the draws of training: {augmented.differs}."
-    else:
-        note += " The first draw is what the run, or its first seed, trains on at step 0; the others have the keys of "
-        note += "later steps."
-    if augmented.stretched:
-        note += " The draws are stretched from their smallest to their largest value, because an op may have any range."
-    if mix:
-        note += f" Training then mixes pairs of images with {mix}, which is not shown."
-    caption = "Augmented training images"
-    columns = ["example", "original", *(f"step {step}" for step in augmented.steps)]
-    head = "".join(f'<th scope="col">{text(name)}</th>' for name in columns)
-    lines = []
-    for name, image, draws in zip(augmented.names, augmented.images, augmented.draws, strict=True):
-        cells = [pictures.tag(image, f"{name}, original")]
-        cells += [pictures.tag(own, f"{name} at step {step}") for own, step in zip(draws, augmented.steps, strict=True)]
-        lines.append(
-            f'<tr><th scope="row">{text(Path(name).name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
-        )
-    shown = (f'<table class="draws"><caption>{caption}</caption><thead><tr>{head}</tr></thead>'
-             f"<tbody>{''.join(lines)}</tbody></table>")  # fmt: skip
-    return paragraph(note) + region(caption, shown)

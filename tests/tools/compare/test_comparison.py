@@ -362,12 +362,11 @@ def test_ticks(low, high):
 
 @pytest.mark.parametrize(("low", "high"), [(1.0, 1.00003), (123_456.1, 123_458.9), (0.5, 0.9)])
 def test_no_two_ticks_have_one_label(low, high):
-    """Also where they differ in the seventh digit; others have as few digits as before."""
+    """Also where they differ in the seventh digit."""
     lines = [charts.Line("n", 0, [(0, low), (9, high)])]
     texts = ET.fromstring(charts.chart("t", "x", lines)).iter("text")
     labels = [one.text for one in texts if one.get("text-anchor") == "end"]
     assert len(set(labels)) == len(labels) > 2
-    assert charts.tick_labels([0.5, 0.6]) == ["0.5", "0.6"]
 
 
 def test_a_chart_has_its_points():
@@ -412,10 +411,9 @@ def test_the_ends_of_a_line_do_not_stretch_a_logarithmic_axis():
         assert points[-1].get("cy") == points[-2].get("cy") == points[0].get("cy") == "240.0"
 
 
-def test_a_chart_says_values_and_epochs():
+def test_a_chart_says_its_values():
     points = [(x, float(x)) for x in range(0, 1001, 1)]
-    svg = ET.fromstring(charts.chart("t", "step", [charts.Line("n", 0, points)], charts.Unit("epoch", 50.0)))
+    svg = ET.fromstring(charts.chart("t", "step", [charts.Line("n", 0, points)]))
     titles = [one.find("title").text for one in svg.iter("circle")]
-    assert (len(titles), titles[0], titles[-1]) == (100, "n, step 0, epoch 0: 0", "n, step 1000, epoch 20: 1000")
-    texts = [one.text for one in svg.iter("text")]
-    assert {"step", "epoch", "1k", "20"} < set(texts)
+    assert (len(titles), titles[0], titles[-1]) == (100, "n, step 0: 0", "n, step 1000: 1000")
+    assert {"step", "1k"} < {one.text for one in svg.iter("text")}

@@ -17,28 +17,21 @@ from PIL import Image
 
 import launch
 from imgclf_jax import config as configs
-from imgclf_jax import datasets, losses, metrics
+from imgclf_jax import losses, metrics
 from imgclf_jax.augment import ops
 from imgclf_jax.augment.pixels import to_pixels
-from imgclf_jax.core import rng
 from imgclf_jax.core.text import decimals
-from imgclf_jax.data import sampling, sources, stream
-from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe
 from imgclf_jax.scores.multilabel import TargetPredictions
 from imgclf_jax.tools.evaluate import by_class
-from imgclf_jax.tools.pages.reliability import bin_by_confidence
-from imgclf_jax.tools.report import augmentation as report_augmentation
 from imgclf_jax.tools.report import findings as report_findings
 from imgclf_jax.tools.report import sets as report_sets
 from imgclf_jax.tools.report import top_losses as report_top_losses
-from imgclf_jax.tools.reproduce import show_batch
+from imgclf_jax.tools.report.calibration import bin_by_confidence
 from imgclf_jax.trained import load
 
 pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.thorough]
 
 NAMES = ("<script>alert(1)<", "a & 'b'", 'dog" onload="x')  # as folders may be called
-AUGMENT = "pad_crop(2)|normalize((0.5, 0.4, 0.3), 0.25)|random_erasing(0.9)"
 
 
 def reported(workdir: Path, *flags: str) -> str:
@@ -57,7 +50,8 @@ def trained(tmp_path_factory) -> Path:
                 pixels = draw.integers(256, size=(9, 12, 3), dtype=np.uint8) // (1 + (i == 0))
                 Image.fromarray(pixels).save(folder / split / name / f"{k}.png")
     config = [f"--config.data.source=folder({str(folder)!r})", "--config.preprocess=decode(3)|random_resized_crop(8)",
-              f"--config.augment={AUGMENT}", "--config.model=mlp(widths=(4,))", "--config.batch_size=9",
+              "--config.augment=pad_crop(2)|normalize(0.5, 0.25)",
+              "--config.model=mlp(widths=(4,))", "--config.batch_size=9",
               "--config.total=24 steps", "--config.log_every=6 steps", "--config.eval_every=12 steps",
               "--config.schedule=constant(1e-2)"]  # fmt: skip
     workdir = tmp_path_factory.mktemp("trained") / "run"
@@ -156,7 +150,7 @@ def test_it_is_well_formed_and_refers_to_nothing(text, page):
         assert not any(name.startswith("on") for name in attributes)
     places = {attributes.get("id") for _, attributes in page.tags}
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
-    assert len(links) == 7
+    assert len(links) == 6
     assert {link.removeprefix("#") for link in links} <= places
     for name in NAMES:  # unchanged for who reads the page
         assert name in page.tables["Confusion matrix on test"][1]
@@ -169,7 +163,7 @@ def test_it_can_be_read_aloud(page):
     assert levels.count(1) == 1
     assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
     tables = [tag for tag, _ in page.tags if tag == "table"]
-    assert len(tables) == len([tag for tag, _ in page.tags if tag == "caption"]) == len(page.tables) == 7
+    assert len(tables) == len([tag for tag, _ in page.tags if tag == "caption"]) == len(page.tables) == 6
     assert all(own.get("scope") in ("col", "row", "colgroup", "rowgroup") for tag, own in page.tags if tag == "th")
     assert all(own["alt"] for tag, own in page.tags if tag == "img")
     assert all(own.get("aria-label") or own.get("aria-hidden") for tag, own in page.tags if tag == "svg")
@@ -197,64 +191,6 @@ def test_the_parameters_of_the_model(trained, page):
     assert sum(int(row[1].replace(",", "")) for row in modules) == total
     flops = 2 * (8 * 8 * 3 * 4 + 4 * 3)
     assert f"{total:,} parameters, {flops / 1e6:.3g} MFLOPs for the forward pass" in page.text
-
-
-def test_draws_are_those_of_training(trained, page):
-    """The first draw is what step 0 trains on: the rows of its batch, augmented with the key of the step."""
-    programs = load(trained).programs
-    config = programs.recipe.config
-    source = sources.take_split(datasets.open_data(config), config.data.train)
-    found = report_augmentation.draw(programs, source)
-    images = stream.Images(source, config.preprocess, config.seed)
-    augment = jax.jit(ops.build(AUGMENT, train=True))
-    for k, step in enumerate(found.steps):
-        [batch] = stream.train_batches(images, config.seed, 9, step, step + 1)
-        given = augment(rng.key(config.seed, "augment", step), batch["image"])
-        wanted = np.clip(np.asarray(given[:8]) * 0.25 + np.array([0.5, 0.4, 0.3]), 0, 1)
-        assert np.allclose(found.draws[:, k], wanted, atol=1e-6) == (k == 0)  # the others are of the same images
-    assert found.steps == (0, 3, 6, 8)  # of 24 examples in batches of 9
-    assert not found.differs
-    rows = page.tables["Augmented training images"]
-    assert rows[0] == ["example", "original", "step 0", "step 3", "step 6", "step 8"]
-    ids = sampling.example_ids(config.seed, 0, 9, 24)[:8]
-    assert [row[0] for row in rows[1:]] == [Path(source.example_name(i)).name for i in ids]
-
-
-def test_draws_of_a_method_with_keys_of_its_own(trained):
-    """The page said that the first draw is what step 0 trains on."""
-    config = load(trained).config.copy_and_resolve_references()
-    with config.unlocked():
-        config.method = "mean_teacher"
-    images = datasets.open_train_images(config)
-    programs = Programs(Recipe(config, load(trained).programs.recipe.data))
-    found = report_augmentation.draw(programs, images.source)
-    wanted = to_pixels(show_batch.batch_at(programs, images, 0).arrays["image"][:8], config.augment)[0]
-    assert np.abs(found.draws[:, 0] - wanted).max() > 0.1
-    note = "They differ from the draws of training: method='mean_teacher' uses keys of its own."
-    assert html.escape(note) in report_sets.augmentation_section(found, config.augment, "")
-
-
-def test_draws_by_example_follow_the_epochs(trained, monkeypatch):
-    """An image is mirrored in every other epoch; a batch that is too large is drawn in a smaller one."""
-    programs = load(trained).programs
-    config = programs.recipe.config.copy_and_resolve_references()
-    config.preprocess, config.augment = "decode(3)|resize(8)", "flip_alternating|normalize"
-    programs = Programs(Recipe(config, programs.recipe.data), programs.mesh)
-    monkeypatch.setattr(report_augmentation, "_MAX_BYTES", 1)
-    found = report_augmentation.draw(programs, sources.take_split(datasets.open_data(config), config.data.train))
-    assert found.differs == "to save memory, their batch is smaller"
-    first, second, third, fourth = found.draws.swapaxes(0, 1)
-    np.testing.assert_array_equal(first, third)
-    np.testing.assert_array_equal(second, fourth)
-    np.testing.assert_array_equal(first[:, :, ::-1], second)
-    plain = [np.allclose(np.float32(image) / np.float32(255), own, atol=1e-6)
-             for image, own in zip(found.images, first, strict=True)]  # fmt: skip
-    assert 0 < sum(plain) < len(plain)  # some are mirrored in the first epoch
-
-
-def test_a_run_without_augmentation_has_no_draws():
-    assert not ops.is_random("normalize")
-    assert ops.is_random("normalize|flip_alternating")
 
 
 @pytest.mark.parametrize(

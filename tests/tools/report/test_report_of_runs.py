@@ -50,7 +50,6 @@ def test_several_seeds_and_many_classes(tmp_path, capsys):
     assert page.tables["Scores on test"][1][1] == f"{found['ensemble_accuracy']:.4f}"
     assert "Everything below describes the ensemble" in page.text
     assert "when a square covers the region (occlusion). It uses the ensemble's probability." in page.text
-    assert f"the ensemble classifies {round(96 * found['ensemble_accuracy'])} of 96 examples correctly" in page.text
     wrong = np.array(found["confusion"]) * ~np.eye(40, dtype=bool)
     [rows] = [rows for caption, rows in page.tables.items() if "most often confused" in caption]
     assert len(rows) == 1 + min(30, np.count_nonzero(wrong))
@@ -61,7 +60,6 @@ def test_several_seeds_and_many_classes(tmp_path, capsys):
     assert (
         bands == ["band c0", "band c1"] * 2 + ["band c1"] * 2
     )  # loss and accuracy of training and test, NLL and top-5 of test
-    assert page.tables.keys().isdisjoint({"Augmented training images"})  # nothing draws
 
 
 def test_top_losses_are_explained(trained, text):
@@ -120,19 +118,13 @@ def test_a_run_that_names_code_is_refused(copy, capsys, key):
 
 
 def test_a_run_of_before(copy, tmp_path):
-    """It names what was not recorded; an unfinished run says so; the file may be elsewhere."""
-    records = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
-    kept = [{k: v for k, v in record.items() if k not in ("train/input_wait", "train/grad_norm")} for record in records]
-    (copy / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    """It has what was recorded; an unfinished run says so; the file may be elsewhere."""
     provenance = json.loads((copy / "provenance.json").read_text())
     (copy / "provenance.json").write_text(json.dumps({"data": provenance["data"]}))
     (copy / "result.json").unlink()
     file = tmp_path / "elsewhere.html"
     assert launch.main(["report", f"--workdir={copy}", f"--html={file}"]) == 0
     page = Page(file.read_text())
-    assert "Not logged: gradient norm, waiting for input" in page.text
-    assert "Not recorded: trained, started, digest of the parameters, commit, devices" in page.text
-    assert "The run's own command line was not recorded." in page.text
     assert "The run is unfinished: its last record is from step 24 of 24." in page.text
     assert "Scores on test" in page.tables
 
@@ -143,8 +135,7 @@ def test_entries_that_no_run_writes_count_as_not_recorded(copy):
     damaged = dict.fromkeys(("git", "devices", "packages", "unreadable", "init_from", "resumed", "command"), -1e28)
     for more in (damaged, {"git": {"commit": -1e28}, "resumed": [3, {"step": "x"}]}):
         (copy / "provenance.json").write_text(json.dumps(provenance | more))
-        text = Page(reported(copy)).text
-        assert "commit" in text.partition("Not recorded: ")[2].partition(".")[0]
+        assert "commit" not in Page(reported(copy)).text
         shutil.rmtree(copy / "checkpoints", ignore_errors=True)  # once with a model is enough
 
 
