@@ -12,7 +12,7 @@ y_train, x_test and y_test; without one, made-up images of the same shape stand 
                 and without deterministic kernels, with what these cost
     forms       each backbone's loss and gradient on the accelerator beside those on CPU, in float32
     airbench    airbench94 over seeds: accuracy and seconds
-    throughput  ResNet-50 and ViT-S/16 at 224 px in bfloat16: training images a second, `dryrun`'s bound, PyTorch's AMP
+    throughput  ResNet-50 and ViT-S/16 at 224 px in bfloat16: training images a second, `dryrun`'s estimate, PyTorch's AMP
 
 Writes accelerator.json and prints it as a table in Markdown.
 """
@@ -172,7 +172,7 @@ def airbench(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def throughput(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row for each network: training images a second, beside PyTorch and the bound of `dryrun`."""
+    """A row for each network: training images a second, beside PyTorch and the estimate of `dryrun`."""
     models = {
         "resnet50": ("imagenet_resnet50.py", "resnet50"),
         "vit_s16": ("imagenet_vit_s16.py", "vit_small_patch16_224"),
@@ -196,7 +196,7 @@ def throughput(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         own = max(speeds) if speeds else json.loads((workdir / "result.json").read_text())["images_per_second"]
         row: dict[str, Any] = {"network": name, "images a second": round(own)}
         if bound := _bound(args.device["kind"], flags):
-            row |= {"dryrun's bound": round(bound), "share of the bound": round(own / bound, 2)}
+            row |= {"dryrun's estimate": round(bound), "share of the estimate": round(own / bound, 2)}
         if torch_speed := _torch_speed(torch_name, size, batch, args.small):
             row |= {"PyTorch AMP": round(torch_speed), "ratio": round(own / torch_speed, 2)}
         yield row
@@ -204,7 +204,7 @@ def throughput(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def _bound(kind: str, flags: list[str]) -> float | None:
-    """The most images a second that `dryrun` allows the chip; None without its figures or its compiler."""
+    """The images a second that `dryrun` estimates for the chip; None without its figures or its compiler."""
     kind = kind.lower().replace(" lite", "e")  # "TPU v5 lite" is a v5e
     chip = next((chip for chip in ("h100", "a100", "v5e", "v5p", "v6e") if chip in kind), None)
     if chip is None:

@@ -32,7 +32,7 @@ TOUCHED = {
     "report": ("report.html",), "show-batch": ("batch-0.png",), "dryrun": ("dryrun-cpu-1.json",),
     "evaluate": ("predictions.csv",), "status": (*READ, "lock"),
     "compare": ("predictions.npz", "predictions.csv", "predictions.jsonl"),
-    "sweep": ("lock", "sweep.json", "seed=0", "seed=0.log", "seed=1.log", "seed=1/lock", "seed=1/result.json"),
+    "sweep": ("lock", "seed=0", "seed=0.log", "seed=1.log", "seed=1/lock", "seed=1/result.json"),
 }  # fmt: skip
 OBSTACLES = ("a link to its original", "a link to a file", "a link to a folder", "a hard link", "a dangling link",
              "a pipe", "a pipe with a writer", "a link to a pipe", "a link to a device", "a folder")  # fmt: skip

@@ -36,10 +36,9 @@ HEAVY = {
     "tensorflow_datasets": {"data.prepare"},
     "clu": {"run.workdir", "run.writers"},
     "sklearn": {"tools.probe.probing"},
-    "matplotlib": {"tools.probe.accuracy_plot"},
     "orbax": {"core.internals", "run.checkpoint"},
 }
-INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "sklearn", "matplotlib"}
+INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "sklearn"}
 # What prints help and configs, and so must not import JAX: these and all that they import.
 LIGHT = {
     "launch",

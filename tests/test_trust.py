@@ -152,7 +152,7 @@ def test_a_file_that_is_called_like_a_library(tmp_path, place):
 
 
 @pytest.mark.parametrize(("program", "words"), [
-    ([str(ROOT / "launch.py")], ["probe", "--plot=p.png"]),
+    ([str(ROOT / "launch.py")], ["probe"]),
     *thorough(([str(ROOT / "launch.py")], ["export", "x.onnx"])),
     (["-m", "imgclf_jax"], ["evaluate"]),
 ])  # fmt: skip

@@ -114,7 +114,6 @@ FLAGS: Mapping[str, dict[str, Any]] = {
     "window": _flag("the side of the occluding square, in pixels (default: an image's / 7)", "N", 0, type=_NATURAL),
     "k": _flag("how many neighbors, one number or several (default: 1,5,20,100)", "K,...", "1,5,20,100"),
     "draws": _flag("how many few-shot subsets to draw (default: 5)", "N", 5, type=_at_least(2)),
-    "plot": _flag("plot the accuracies to a .png file; needs matplotlib", "FILE", type=_output(".png")),
     "steps": _flag("how many steps to train (default: all recorded steps; find-lr: 200)", "N", None, type=_POSITIVE),
     "low": _flag("the first learning rate (default: 1e-7)", "X", 1e-7, type=float),
     "high": _flag("the last learning rate (default: 10)", "X", 10.0, type=float),
@@ -241,9 +240,9 @@ COMMANDS: Mapping[str, Command] = {
     "probe": Command(
         "measure the features: nearest neighbors, a linear probe, few-shot classification",
         "tools.probe.command", from_run_or_weights,
-        ("workdir", "checkpoint", "format", "k", "draws", "plot", "trust"),
+        ("workdir", "checkpoint", "format", "k", "draws", "trust"),
         more="Each probe is fitted to the features of the training set and scored on each evaluation set.",
-        examples=("--workdir runs/a --plot curve.png", "--config my_config.py --config.init_from=weights.safetensors"),
+        examples=("--workdir runs/a", "--config my_config.py --config.init_from=weights.safetensors"),
     ),
     "explain": Command(
         "draw heatmaps of the image regions that a trained run's predictions depend on",

@@ -7,7 +7,6 @@ from imgclf_jax.core.errors import UserError
 _MODULES = {
     "serve": ("fastapi", "uvicorn", "python_multipart"),
     "onnx": ("jax2onnx", "onnxruntime"),
-    "plot": ("matplotlib",),
     "tfds": ("tensorflow_datasets",),
     "tpu": ("libtpu",),
     "cuda-compiler": ("jax_plugins.xla_cuda12",),

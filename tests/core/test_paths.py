@@ -14,7 +14,7 @@ from imgclf_jax.data import sources
 from imgclf_jax.data.arrays import load_array
 from imgclf_jax.run import bundle
 from imgclf_jax.tools.evaluate import listing
-from imgclf_jax.tools.probe import accuracy_plot, embeddings
+from imgclf_jax.tools.probe import embeddings
 
 NOISE = np.random.default_rng(0)
 
@@ -35,14 +35,9 @@ def rows():
 
 
 def features(path):
-    with embeddings.writing(path, ["a", "b"]) as add:
-        add("test", [str(i) for i in range(5000)], np.zeros(5000, np.int32), NOISE.random((1, 5000, 8), np.float32))
-
-
-def plot(path):
-    pytest.importorskip("matplotlib")
-    few = {"set": "a", "method": "few images", "shots": 1, "mean": 0.5, "deviation": 0.1}
-    accuracy_plot.draw(path, [few, {"set": "a", "method": "nearest neighbors", "k": 20, "mean": 0.5}], "title")
+    found = embeddings.Embeddings()
+    found.add("test", list(map(str, range(5000))), np.zeros(5000, np.int32), NOISE.random((1, 5000, 8), np.float32))
+    found.write(path, ["a", "b"])
 
 
 WRITERS = {
@@ -50,7 +45,6 @@ WRITERS = {
     "predictions.csv": lambda path: listing.write(path, rows()),
     "predictions.jsonl": lambda path: listing.write(path, rows()),
     "features.npz": features,
-    "plot.png": plot,
 }
 
 

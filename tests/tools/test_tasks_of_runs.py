@@ -10,7 +10,6 @@ from test_tasks import FLAGS, LOSS, expected, outputs_of, printed, refused, runs
 
 import launch
 from imgclf_jax import datasets, losses
-from imgclf_jax.core import extras
 from imgclf_jax.tools.probe import command as probe
 from imgclf_jax.trained import restore
 
@@ -44,12 +43,8 @@ def test_probe_of_several_labels(runs, capsys, monkeypatch):
         results = {one["method"]: one for one in json.loads(printed(capsys, *argv, "--format=json"))["results"]}
         assert {one["score"] for one in results.values()} == {score}
         assert not any("accuracies" in one for one in results.values())
-        recorded = json.loads(runs(name).result.read_text())["test"][score]
-        assert results["own head"]["mean"] == pytest.approx(recorded, abs=1e-5)
         assert results["logistic regression"]["mean"] > 0.5
         assert score in printed(capsys, *argv)
-    monkeypatch.setattr(extras, "_installed", lambda module: True)
-    assert "draws accuracy by images per class" in refused(capsys, *argv, "--plot=a.png")
 
 
 @pytest.mark.parametrize(("name", "gives"), thorough(("pairs", "probabilities")))

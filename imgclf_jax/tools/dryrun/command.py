@@ -98,7 +98,11 @@ def report(programs: Programs, chips: topology.Chips) -> JsonObject:
 
 
 def _times(programs: Programs, chips: topology.Chips, chip: Chip, result: JsonObject) -> JsonObject:
-    """Estimates the shortest time of a step: that of the slowest of computation, memory and network (a roofline)."""
+    """Estimates the time of a step: that of the slowest of computation, memory and network (a roofline).
+
+    Computation and network take at least as long. XLA's count of memory traffic includes on-chip memory, so memory may
+    take less.
+    """
     config, n = programs.recipe.config, chips.count
     a_host = chips.shape[-1] if chip.platform == "gpu" else n  # links reach all chips of a TPU slice
     seconds = {
@@ -145,9 +149,9 @@ def _print(result: JsonObject) -> None:
     if "seconds" in result:
         seconds = result["seconds"]
         each = ", ".join(f"{name} {seconds[name] * 1e3:.3g} ms" for name in ("compute", "memory", "network"))
-        rows += [("step", f"about {seconds['step'] * 1e3:.3g} ms at best, bound by {result['bound_by']}: {each}"),
-                 ("images per second", f"about {result['images_per_second']:,.0f} at best"),
-                 ("whole run", f"about {result['run_seconds'] / 3600:.3g} h at best for {result['steps']:,} steps, "
+        rows += [("step", f"about {seconds['step'] * 1e3:.3g} ms, bound by {result['bound_by']}: {each}"),
+                 ("images per second", f"about {result['images_per_second']:,.0f}"),
+                 ("whole run", f"about {result['run_seconds'] / 3600:.3g} h for {result['steps']:,} steps, "
                                f"{result['chip_hours']:.3g} chip-hours, without evaluation"),
                  ("chip data", result["source"])]  # fmt: skip
     rows.append(("compile time", ", ".join(f"{name} {s} s" for name, s in result["compile_seconds"].items())))

@@ -3,25 +3,22 @@
 import logging
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import datasets
-from imgclf_jax.core import extras, memory, sharding, terminal
+from imgclf_jax.core import terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import decimals
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import sources
 from imgclf_jax.data.source import Source
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.scores.classification import predicted_classes
-from imgclf_jax.tools.probe import accuracy_plot, feature_sets, probing
+from imgclf_jax.tools.probe import feature_sets, probing
 from imgclf_jax.train.evaluation import compare_with_record, open_evals
 from imgclf_jax.train.leakage import initial_warnings, overlap_warnings
-from imgclf_jax.trained import Trained, load_converted, restore
+from imgclf_jax.trained import load_converted, restore
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +28,7 @@ SHOTS = (1, 5, 10, 25)
 type Record = JsonObject
 
 
-def main(
-    config: ConfigDict, workdir: Workdir | None, checkpoint: str, format: str, k: str, draws: int, plot: str
-) -> int:
+def main(config: ConfigDict, workdir: Workdir | None, checkpoint: str, format: str, k: str, draws: int) -> int:
     """Prints the accuracies on each evaluation set of probes that are fitted to the training features.
 
     The probes are k-nearest neighbors, a linear probe, and linear probes on few images per class.
@@ -41,47 +36,36 @@ def main(
     - `workdir` is the run to use; None uses the weights that `init_from` names, with or without a head.
     - `k` lists the numbers of neighbors, separated by commas.
     - `draws` is the number of few-shot subsets.
-    - `plot` is a .png file for a plot, or "".
     """
     ks = _parse_ks(k)
-    if plot:
-        extras.require("plot", f"--plot={plot}")
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = datasets.open_data(config)
     model = restored or load_converted(config, base, whole=False)
-    if plot and model.task in probing.SCORES:
-        raise UserError(f"--plot={plot} draws accuracy by images per class, but this run has no accuracy; drop it")
     sets = open_evals(model.programs, base)
     if workdir:
         compare_with_record(model.programs, workdir, base, sets)
     for sentence in _overlaps(config, workdir, base):
         log.warning("%s", sentence)
     training = model.programs.eval_images(sources.take_split(base, model.config.data.train))
-    _check_memory(model, len(training) + sum(map(len, sets.values())))
     with terminal.showing("computing features"):
         train, labels = feature_sets.compute(model, training)
         tests = {name: feature_sets.compute(model, images) for name, images in sets.items()}
     if labels.ndim == 2 and model.task not in probing.SCORES:  # the dominant labels
         labels, tests = labels.argmax(1), {name: (x, y.argmax(1)) for name, (x, y) in tests.items()}
-    has_head = restored and model.programs.recipe.method.predicts and probing.ranks_by_logits(model.task, config.loss)
-    heads = [_fetch_head(model, seed) if has_head else None for seed in range(len(train))]
     records = []
     for seed, features in enumerate(train):
         with terminal.showing(f"probing{f' seed {seed}' if len(train) > 1 else ''}"):
             own = {name: (x[seed], y) for name, (x, y) in tests.items()}
             if model.task in probing.SCORES:
-                records.append(list(probing.probe_targets(features, labels, own, heads[seed])))
+                records.append(list(probing.probe_targets(features, labels, own)))
                 continue
-            records.append(list(probe(features, labels, own, ks, draws, len(model.class_names), heads[seed])))
+            records.append(list(probe(features, labels, own, ks, draws, len(model.class_names))))
     joined = [{**seeds[0], "accuracies": [a for record in seeds for a in record["accuracies"]]}
               | ({"C": [record["C"] for record in seeds]} if "C" in seeds[0] else {})
               for seeds in zip(*records, strict=True)]  # fmt: skip
     for record in joined:
         record |= {"mean": float(np.mean(record["accuracies"]))}
         record |= {"deviation": float(np.std(record["accuracies"], ddof=1)) if len(record["accuracies"]) > 1 else None}
-    if plot:
-        accuracy_plot.draw(Path(plot), joined, f"{model.config.model}, {len(labels)} training images")
-        log.info("wrote %s", plot)
     if format == "json":
         if model.task in probing.SCORES:  # these are not accuracies
             joined = [{("scores" if key == "accuracies" else key): value for key, value in record.items()}
@@ -107,12 +91,11 @@ def _overlaps(config: ConfigDict, workdir: Workdir | None, base: dict[str, Sourc
 
 def probe(
     train: np.ndarray, labels: np.ndarray, tests: dict[str, tuple[np.ndarray, np.ndarray]], ks: list[int], draws: int,
-    classes: int, head: tuple[np.ndarray, np.ndarray] | None = None,
+    classes: int,
 ) -> Iterable[Record]:  # fmt: skip
     """Yields the records of one network, from features f32[n, d] and labels i32[n] of the training and test sets.
 
-    `head` is the kernel f32[d, classes] and the bias f32[classes] of the network's own head, or None. Raises UserError
-    if all labels are of one class.
+    Raises UserError if all labels are of one class.
     """
     if labels.min() == labels.max():
         raise UserError(f"all {len(labels)} training images are of one class, which leaves a probe nothing to learn; "
@@ -140,21 +123,12 @@ def probe(
         def accuracy(predicted: np.ndarray, truth: np.ndarray = truth) -> float:
             return float((predicted == truth).mean())
 
-        if head:
-            logits = test.astype(np.float64) @ head[0] + head[1]
-            yield {"set": name, "method": "own head", "accuracies": [accuracy(predicted_classes(logits))]}
         for k, predicted in probing.nearest_neighbors(train, labels, test, ks, classes).items():
             yield {"set": name, "method": "nearest neighbors", "k": k, "accuracies": [accuracy(predicted)]}
         yield {"set": name, "method": "linear probe", "C": strength, "accuracies": [accuracy(linear.predict(test))]}
         for shot, models in few.items():
             accuracies = [accuracy(model.predict(test)) for model in models]
             yield {"set": name, "method": "few images", "shots": shot, "accuracies": accuracies}
-
-
-def _fetch_head(model: Trained, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    params = model.state.evaluated[0]["head"]
-    kernel, bias = (sharding.fetch(params[name]).astype(np.float64) for name in ("kernel", "bias"))
-    return (kernel[seed], bias[seed]) if model.programs.recipe.num_seeds > 1 else (kernel, bias)
 
 
 def _parse_ks(text: str) -> list[int]:
@@ -164,23 +138,16 @@ def _parse_ks(text: str) -> list[int]:
     return sorted({int(part) for part in text.split(",")})
 
 
-def _check_memory(model: Trained, examples: int) -> None:
-    """Raises UserError unless the features of so many examples fit into memory; classifiers copy them to f64."""
-    size, shape = model.programs.eval_batch_size, model.programs.recipe.data.image_shape
-    batch = jax.eval_shape(model.programs.pure("features"), *model.state.evaluated, np.zeros((size, *shape), np.uint8))
-    needed = 3 * 4 * examples * batch.size // size
-    memory.require(needed, f"to learn from the features of {examples} images (--config.data.train='train[:10%]' uses "
-                   "fewer)")  # fmt: skip
-
-
 def _print(records: list[Record], score: str) -> None:
     rows = []
     for record in records:
-        name = {"nearest neighbors": lambda r: f"nearest neighbors, k = {r['k']}",
-                "linear probe": lambda r: f"linear probe, C = {', '.join(f'{c:g}' for c in r['C'])}",
-                "few images": lambda r: f"linear probe on {r['shots']} per class",
-                "logistic regression": lambda r: "logistic regression for each class",
-                "own head": lambda r: "the network's own head"}[record["method"]](record)  # fmt: skip
+        name = record["method"]
+        if name == "few images":
+            name = f"linear probe on {record['shots']} per class"
+        elif "k" in record:
+            name += f", k = {record['k']}"
+        elif "C" in record:
+            name += f", C = {', '.join(f'{c:g}' for c in record['C'])}"
         spread = "" if record["deviation"] is None else f" ± {decimals(record['deviation'])}"
         rows.append([record["set"], name, f"{decimals(record['mean'])}{spread}"])
     terminal.print_table(["set", "classifier" if score == "accuracy" else "predictor", score], rows)

@@ -1,6 +1,5 @@
 """The command `features`: writes a trained model's features for images, with names and labels."""
 
-import contextlib
 import itertools
 import os
 from pathlib import Path
@@ -29,7 +28,7 @@ def main(
 
     - `workdir` is the run to use; None uses the weights that `init_from` names, with or without a head.
     - `paths` are the images, or `split` is a split of the data; with neither, the evaluation sets are used.
-    - `output` is the file; see `embeddings.writing` for its format.
+    - `output` is the file; see `Embeddings.write` for its format.
     """
     if paths and split:
         raise UserError(f"features: name images either by --split={split} or as {paths[0]!r}; drop one")
@@ -40,23 +39,24 @@ def main(
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = {} if restored and paths else datasets.open_data(config)
     model = restored or load_converted(config, base, whole=False)
+    found = embeddings.Embeddings()
     results: inputs.Results | None = None
-    with contextlib.ExitStack() as stack:
-        with_targets = bool(model.programs.recipe.data.target_names)
-        writing = embeddings.writing(file, model.class_names, with_targets)
-        add = stack.enter_context(writing)
-        if paths:
-            report_host_ops(model.programs)
-            outputs = model.stream("features", [image.path for image in images])
-            results = inputs.Results(images, outputs, "computing features")
-            written = _add_files(model, results, paths, add)
-        else:
-            written = _add_sets(model, workdir, base, split, add)
-    print(f"{file}: features of {written} images")
+    if paths:
+        report_host_ops(model.programs)
+        results = inputs.Results(
+            images, model.stream("features", [image.path for image in images]), "computing features"
+        )
+        _add_files(model, results, paths, found)
+    else:
+        _add_sets(model, workdir, base, split, found)
+    found.write(file, model.class_names)
+    print(f"{file}: features of {len(found.names)} images")
     return int(results.failed > 0) if results else 0
 
 
-def _add_sets(model: Trained, workdir: Workdir | None, base: dict[str, Source], split: str, add: embeddings.Add) -> int:
+def _add_sets(
+    model: Trained, workdir: Workdir | None, base: dict[str, Source], split: str, found: embeddings.Embeddings
+) -> None:
     if split:
         report_host_ops(model.programs)
         sets = {split: open_set(model.programs, base, split, "--split")}
@@ -68,14 +68,11 @@ def _add_sets(model: Trained, workdir: Workdir | None, base: dict[str, Source], 
         done, batches = 0, -(-len(images) // model.programs.eval_batch_size)
         for features, labels in terminal.track(feature_sets.compute_batches(model, images), batches, name):
             ids = range(done, done + len(labels))
-            add(name, [utf8(images.source.listed_name(i)) for i in ids], labels, features)
+            found.add(name, [utf8(images.source.listed_name(i)) for i in ids], labels, features)
             done += len(labels)
-    return sum(map(len, sets.values()))
 
 
-def _add_files(model: Trained, results: inputs.Results, words: list[str], add: embeddings.Add) -> int:
-    """Adds the images' features, and returns their number."""
-    written = 0
+def _add_files(model: Trained, results: inputs.Results, words: list[str], found: embeddings.Embeddings) -> None:
     succeeded = ((image, np.atleast_2d(row)) for image, row in results if not isinstance(row, UserError))  # [seeds, d]
     folders = [os.path.join(word, "") for word in words if os.path.isdir(word)]
     for batch in itertools.batched(succeeded, _ROWS):
@@ -83,9 +80,7 @@ def _add_files(model: Trained, results: inputs.Results, words: list[str], add: e
             labels = np.full((len(batch), len(targets)), np.nan, np.float32)
         else:
             labels = np.array([label_of(image, folders, model.class_names) for image, _ in batch], np.int32)
-        add("", [utf8(image.path) for image, _ in batch], labels, np.stack([row for _, row in batch], 1))
-        written += len(batch)
-    return written
+        found.add("", [utf8(image.path) for image, _ in batch], labels, np.stack([row for _, row in batch], 1))
 
 
 def label_of(image: inputs.Input, folders: list[str], class_names: tuple[str, ...]) -> int:

@@ -6,11 +6,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.losses import SIGMOID, Task, link_of
+from imgclf_jax.losses import Task
 from imgclf_jax.scores.multilabel import TargetPredictions
 
 log = logging.getLogger(__name__)
@@ -20,7 +19,6 @@ TEMPERATURE = 0.07  # of the neighbors' votes
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of logistic regression, the inverse penalty
 _FOLDS = 5
 _MAX_TO_CHOOSE = 5_000  # examples in the cross-validation of C
-_CHUNK = 1 << 23  # similarities in memory at once
 _ITERATIONS = 1000
 _FOR_THREADS = 1_000_000  # numbers
 
@@ -31,64 +29,37 @@ def nearest_neighbors(
     """Returns {k: predicted classes int[m]} for test features f32[m, d], given training features f32[n, d], k ≤ n.
 
     The k training examples of the largest cosine similarity vote for their labels with weights exp(similarity / 0.07),
-    as in Wu et al. 2018 (arXiv:1805.01978, section 3.4). Ties go to the first example and the first class.
+    as in Wu et al. 2018 (arXiv:1805.01978, section 3.4). Of classes with equal votes the first is predicted.
     """
-    from sklearn.preprocessing import normalize
+    from sklearn.neighbors import NearestNeighbors
 
-    keys, queries = normalize(train), normalize(test)  # rows of zeros stay zero
-    out = {k: np.empty(len(test), np.int64) for k in ks}
-    rows = max(1, _CHUNK // len(train))
-    for first in range(0, len(test), rows):
-        similarity = queries[first : first + rows] @ keys.T  # [rows, n]
-        order = np.asarray(jax.lax.top_k(similarity, max(ks))[1])  # [rows, k]; of equal values the first
-        votes = np.exp(np.take_along_axis(similarity, order, 1).astype(np.float64) / TEMPERATURE)
-        for k in ks:
-            total = np.zeros((len(order), classes))
-            np.add.at(total, (np.arange(len(order))[:, None], labels[order[:, :k]]), votes[:, :k])
-            out[k][first : first + rows] = total.argmax(1)
+    distances, order = NearestNeighbors(n_neighbors=max(ks), metric="cosine").fit(train).kneighbors(test)  # [m, k]
+    votes, out = np.exp((1 - distances) / TEMPERATURE), {}
+    for k in ks:
+        total = np.zeros((len(test), classes))
+        np.add.at(total, (np.arange(len(test))[:, None], labels[order[:, :k]]), votes[:, :k])
+        out[k] = total.argmax(1)
     return out
 
 
 def choose_strength(train: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the best C of STRENGTHS in five-fold cross-validation on the training set; ties go to the smallest.
+    """Returns the best C of STRENGTHS in stratified five-fold cross-validation on the training set.
 
-    Folds are stratified. At most 5,000 examples are used: up to five of each class, drawn at random, and others drawn
-    from all the rest. If five of each are more than that, they are of as many classes, in random order, as fit. A class
-    with a single example is not used, and one with fewer than five reduces the number of folds. If fewer than two
-    classes have two examples, C is 1, and the log says so.
+    At most 5,000 examples are used, drawn at random. C is 1 if these are of one class, or of classes of one example.
     """
-    from sklearn.model_selection import StratifiedKFold, cross_val_score
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
-    drawn = _draw_to_choose(labels)
-    train, labels = train[drawn], labels[drawn]
-    counts = np.unique(labels, return_counts=True)[1]
-    if len(counts) < 2:
-        log.info("using C = 1, because cross-validation needs two classes with at least two training images each")
+    drawn = np.sort(np.random.default_rng(0).permutation(len(labels))[:_MAX_TO_CHOOSE])
+    counts = np.unique(labels[drawn], return_counts=True)[1]
+    folds = min(_FOLDS, int(counts.max()))
+    if len(counts) < 2 or folds < 2:
         return 1.0
-    folds = min(_FOLDS, int(counts.min()))
     split = StratifiedKFold(folds, shuffle=True, random_state=0)
-    with _fitting(train.size):
-        means = [cross_val_score(_classifier(c), train, labels, cv=split).mean() for c in STRENGTHS]
-    return STRENGTHS[int(np.argmax(means))]
-
-
-def _draw_to_choose(labels: np.ndarray) -> np.ndarray:
-    """Draws the examples of `choose_strength` from labels [n] of any kind; returns sorted indices."""
-    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    usable = np.flatnonzero(counts[inverse] > 1)
-    if len(usable) <= _MAX_TO_CHOOSE:
-        return usable
-    rng = np.random.default_rng([0, 0])
-    shuffled = rng.permutation(usable)
-    by_class = shuffled[np.argsort(inverse[shuffled], kind="stable")]
-    few = [members[:_FOLDS] for members in np.split(by_class, np.cumsum(counts[counts > 1])[:-1])]
-    order = rng.permutation(len(few))
-    fitting = order[np.cumsum([len(few[c]) for c in order]) <= _MAX_TO_CHOOSE]
-    drawn = np.concatenate([few[c] for c in fitting])
-    if len(fitting) == len(few):
-        others = np.setdiff1d(usable, drawn)
-        drawn = np.concatenate([drawn, rng.choice(others, _MAX_TO_CHOOSE - len(drawn), replace=False)])
-    return np.sort(drawn)
+    # A fold may lack all examples of a rare class: its fit fails, and scores 0 with every C.
+    search = GridSearchCV(_classifier(1.0), {"logisticregression__C": STRENGTHS}, cv=split, refit=False, error_score=0)
+    with _fitting(train[drawn].size):
+        search.fit(train[drawn], labels[drawn])
+    return float(search.best_params_["logisticregression__C"])
 
 
 def linear_probe(train: np.ndarray, labels: np.ndarray, strength: float) -> Any:
@@ -122,30 +93,18 @@ def one_vs_rest(train: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray]
     )
 
 
-def ranks_by_logits(task: Task, loss: str) -> bool:
-    """Whether the head's logits determine the task's score, which a user's own link may prevent."""
-    return task not in SCORES or link_of(loss) == SIGMOID
-
-
 def probe_targets(
-    train: np.ndarray, targets: np.ndarray, tests: dict[str, tuple[np.ndarray, np.ndarray]],
-    head: tuple[np.ndarray, np.ndarray] | None = None,
-) -> Iterator[JsonObject]:  # fmt: skip
-    """The records of `probe` for targets f32[n, k], scored by mean average precision.
+    train: np.ndarray, targets: np.ndarray, tests: dict[str, tuple[np.ndarray, np.ndarray]]
+) -> Iterator[JsonObject]:
+    """Yields the records of `probe` for targets f32[n, k], scored by mean average precision.
 
     A linear probe is logistic regression of each class by itself.
     """
     predict = one_vs_rest(train, targets)
-
-    def score(found: np.ndarray, truth: np.ndarray) -> float:
-        scores = TargetPredictions(truth, found, found).compute(np.ones((1, len(truth))))
-        return float(scores[SCORES[Task.MULTILABEL]][0])
-
     for name, (test, truth) in tests.items():
-        if head:
-            own = test.astype(np.float64) @ head[0] + head[1]
-            yield {"set": name, "method": "own head", "accuracies": [score(own, truth)]}
-        yield {"set": name, "method": "logistic regression", "accuracies": [score(predict(test), truth)]}
+        found = predict(test)
+        scores = TargetPredictions(truth, found, found).compute(np.ones((1, len(truth))))
+        yield {"set": name, "method": "logistic regression", "accuracies": [float(scores[SCORES[Task.MULTILABEL]][0])]}
 
 
 def _classifier(strength: float) -> Any:
@@ -158,12 +117,11 @@ def _classifier(strength: float) -> Any:
 
 @contextlib.contextmanager
 def _fitting(numbers: int) -> Iterator[None]:
-    """Silences scikit-learn's convergence warnings, and limits small fits to one thread, which is ten times faster."""
-    from sklearn.exceptions import ConvergenceWarning
+    """Silences scikit-learn's warnings, and limits small fits to one thread, which is ten times faster."""
     from threadpoolctl import threadpool_limits
 
     with warnings.catch_warnings(), threadpool_limits(1 if numbers < _FOR_THREADS else None):
-        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore")
         yield
 
 

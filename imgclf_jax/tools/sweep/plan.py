@@ -4,24 +4,18 @@ import ast
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import json_files
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.typing import Value
 
-FILE = "sweep.json"
-
 Settings = dict[str, str]  # the keys that a run sets, with values as on the command line
 
-_VALUE = 28  # longest value in a name
 _NAME = 120  # longest name
 _MAX = 10_000  # runs
 _FORMS = "write 'KEY=VALUE; VALUE', 'KEY=0..4' for integers, or a Python list, \"KEY=['a', 'b']\""
@@ -32,14 +26,14 @@ def use_cpu(**_: object) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Run:
     """A run of a sweep: the name of its directory, and the keys it sets."""
 
     name: str
     settings: Settings
     values: dict[str, Value]  # the settings as config values
-    config: ConfigDict = dataclasses.field(compare=False)
+    config: ConfigDict
 
     @property
     def words(self) -> list[str]:
@@ -69,7 +63,7 @@ def load_sweep(path_and_arg: str) -> list[dict[str, Value]] | None:
 def parse(text: str) -> tuple[str, list[str]]:
     """Parses the key and the values of `--sweep`, in one of three forms.
 
-    - `model=mlp; cnn(width=32)`: values separated by semicolons, except those in brackets and quotes
+    - `model=mlp; cnn(width=32)`: values separated by semicolons
     - `seed=0..4`: integers, including the last one
     - `augment=['', 'flip_lr', 'pad_crop(2)|flip_lr']`: a list of Python literals, for any values
 
@@ -95,10 +89,9 @@ def parse(text: str) -> tuple[str, list[str]]:
         if not 0 <= last - first < _MAX:
             raise UserError(f"--sweep={text!r}: the range must be ascending, with at most {_MAX} numbers")
         return key, [str(number) for number in range(first, last + 1)]
-    parts = [part.strip() for part in _split(rest, text)]
+    parts = [part.strip() for part in rest.split(";")]
     if "" in parts:
-        raise UserError(f"--sweep={text!r}: a value is empty; if you mean the empty string, write a Python list, "
-                        f"\"{key}=['', 'x']\"")  # fmt: skip
+        raise UserError(f"--sweep={text!r}: a value is empty; {_FORMS}")
     return key, parts
 
 
@@ -113,28 +106,6 @@ def _text(value: Value, where: str) -> str:
     if not isinstance(value, str | int | float):
         raise UserError(f"{where}: {value!r} is not a config value; allowed: strings, numbers, True and False")
     return value if isinstance(value, str) else repr(value)
-
-
-def _split(values: str, text: str) -> list[str]:
-    """Splits at semicolons outside of brackets and quotes."""
-    parts, depth, quote = [""], 0, ""
-    for c in values:
-        if quote:
-            quote = "" if c == quote else quote
-        elif c in "'\"":
-            quote = c
-        elif c in "([{":
-            depth += 1
-        elif c in ")]}":
-            depth -= 1
-        if c == ";" and not depth and not quote:
-            parts.append("")
-        else:
-            parts[-1] += c
-    if depth or quote:
-        raise UserError(f"--sweep={text!r}: unbalanced brackets or quotes; write such values in a Python list, "
-                        "\"KEY=['a', 'b']\"")  # fmt: skip
-    return parts
 
 
 def combine(planned: Sequence[dict[str, Value]] | None, sweeps: Iterable[str]) -> list[Settings]:
@@ -172,93 +143,31 @@ def value_of(config: ConfigDict, key: str) -> Value:
     return config
 
 
-def make(
-    settings: Sequence[Settings], make_config: Callable[[Settings], ConfigDict], recorded: dict[str, dict[str, Value]]
-) -> list[Run]:
-    """Makes the runs of a plan.
-
-    - `make_config` returns the config of a run, and raises UserError for invalid values.
-    - `recorded` has the values of earlier runs by name; they keep their names.
+def make(settings: Sequence[Settings], make_config: Callable[[Settings], ConfigDict]) -> list[Run]:
+    """Makes the runs of a plan; `make_config` returns the config of a run, and raises UserError for invalid values.
 
     Raises UserError for duplicate runs.
     """
-    names = {_identity(values): name for name, values in recorded.items()}
-    taken = {name.casefold() for name in recorded}  # some file systems ignore case
     runs: dict[str, Run] = {}
     for own in settings:
         config = make_config(own)
         values = {key: value_of(config, key) for key in own}
-        name = names.get(_identity(values)) or _free_name(own, taken)
-        if name in runs:
+        if any(run.values == values for run in runs.values()):
             raise UserError(f"the sweep has the run {', '.join(f'{k}={v!r}' for k, v in values.items()) or '{}'} twice;"
                             " name each once")  # fmt: skip
-        names[_identity(values)] = name
-        taken.add(name.casefold())
+        name = _name(values, {name.casefold() for name in runs})  # some file systems ignore case
         runs[name] = Run(name, own, values, config)
     return list(runs.values())
 
 
-def _identity(values: dict[str, Value]) -> str:
-    return json.dumps(values, sort_keys=True)
+def _name(values: dict[str, Value], taken: set[str]) -> str:
+    """Names a run `key=value,key=value`, with a hash if that is long or taken.
 
-
-def _free_name(settings: Settings, taken: set[str]) -> str:
-    """Names a run `key=value,key=value`, with a hash if other values have taken that name."""
-    full = ",".join(f"{key}={text}" for key, text in settings.items())
-    name = ",".join(f"{_safe(key)}={_short(text)}" for key, text in settings.items()) or "base"
-    if len(name) > _NAME:
-        name = f"{name[: _NAME - 7]}-{_hash(full)}"
-    return f"{name}-{_hash(full)}" if name.casefold() in taken else name
-
-
-def _safe(text: str) -> str:
-    """Replaces characters that are special to shells, globs or file systems by dashes, with none at the ends."""
-    safe = re.sub(r"[^A-Za-z0-9._+-]+", "-", text).rstrip("-.")
-    return safe if re.match(r"-[0-9.]", text) else safe.lstrip("-.")
-
-
-def _short(text: str) -> str:
-    safe = _safe(text)
-    return safe if len(safe) <= _VALUE else f"{safe[: _VALUE - 7].rstrip('-.')}-{_hash(text)}"
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:6]
-
-
-def load(file: Path, base: ConfigDict, keys: set[str]) -> dict[str, dict[str, Value]]:
-    """Loads the values of the recorded runs by name; {} without a file.
-
-    Raises UserError if the file is damaged, or if it records other keys than `keys` or another `base` config.
+    Dashes replace characters that are special to shells, globs or file systems.
     """
-    if not file.is_file():
-        return {}
-    try:
-        plan = json_files.read(file)
-        old, runs = configs.from_json(json.dumps(plan["base"]), str(file)), dict(plan["runs"])
-        old_keys = set(plan["keys"])
-        if not all(isinstance(values, dict) and set(values) <= old_keys for values in runs.values()):
-            raise TypeError
-        if not all(re.fullmatch(r"[\w.+=,-]*[\w+=,-]", name, re.ASCII) for name in runs):
-            raise ValueError("a name that no sweep gives, such as a path elsewhere")
-    except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{file} is damaged; remove it, and run the same command again: existing runs keep their "
-                        "directories") from e  # fmt: skip
-    if old_keys != keys:
-        then, now = (", ".join(sorted(names)) or "no key" for names in (old_keys, keys))
-        raise UserError(f"{file.parent} has a sweep of {then}, but this one sweeps {now}; sweep the same keys, or pass "
-                        "another --workdir")  # fmt: skip
-    lines = configs.difference(old, base)
-    if lines := [line for line in lines if line.partition(":")[0] not in keys]:
-        raise UserError(f"{file.parent} has a sweep with another config ({'; '.join(lines)}); use the old values, or "
-                        "pass another --workdir")  # fmt: skip
-    return runs
-
-
-def save(
-    file: Path, config_file: str, base: ConfigDict, keys: Sequence[str], runs: Sequence[Run],
-    recorded: dict[str, dict[str, Value]],
-) -> None:  # fmt: skip
-    """Writes the plan: the config, the keys, and the values of each run by name."""
-    all_runs = recorded | {run.name: run.values for run in runs}
-    json_files.write(file, {"config": config_file, "keys": list(keys), "runs": all_runs, "base": base.to_dict()})
+    full = ",".join(f"{key}={value}" for key, value in values.items()) or "base"
+    name = re.sub(r"[^A-Za-z0-9._+=,-]+", "-", full)
+    name = re.sub(r"(?<==)-(?![0-9.])|-+(?=,|$)", "", name)  # but -1 keeps its sign
+    if len(name) > _NAME or name.casefold() in taken:
+        name = f"{name[: _NAME - 7]}-{hashlib.sha256(full.encode(errors='surrogatepass')).hexdigest()[:6]}"
+    return name

@@ -20,7 +20,7 @@ def test_the_colours_grow_lighter_evenly():
     steps = np.diff(lightness(rgb))
     assert steps.min() > 0
     assert steps.max() < 2.2 * steps.mean()
-    colormaps = pytest.importorskip("matplotlib", reason="it comes with the extra `plot`").colormaps
+    colormaps = pytest.importorskip("matplotlib", reason="it comes with the group `peers`").colormaps
     np.testing.assert_allclose(rgb, colormaps["viridis"](np.linspace(0, 1, 101))[:, :3], atol=0.03)
     np.testing.assert_array_equal(heatmap.colormap(np.array([-1.0, 2.0])), heatmap.COLORS[[0, -1]].astype(np.uint8))
 

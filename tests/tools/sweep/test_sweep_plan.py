@@ -1,4 +1,4 @@
-"""The plan of a `sweep`: values, directory names, and its file."""
+"""The plan of a `sweep`: values and directory names."""
 
 import re
 
@@ -23,7 +23,6 @@ def get_config(arg="x"):
     ("schedule=constant(1e-3); cosine(1e-3, warmup='5 epochs')", "schedule",
      ["constant(1e-3)", "cosine(1e-3, warmup='5 epochs')"]),
     ("augment=pad_crop(2)|flip; normalize", "augment", ["pad_crop(2)|flip", "normalize"]),
-    ("model=my:Net(name='a;b', sizes=[1; 2]); mlp", "model", ["my:Net(name='a;b', sizes=[1; 2])", "mlp"]),
     ("augment=['', 'flip; x', 'a=b']", "augment", ["", "flip; x", "a=b"]),
     ("clip=[0, 0.5, 1e-3]", "clip", ["0", "0.5", "0.001"]),
     ("deterministic=[True, False]", "deterministic", ["True", "False"]),
@@ -44,8 +43,6 @@ def test_values(text, key, values):
     ("seed=0..99999999", "the range must be ascending"),
     ("augment=flip;", "a value is empty"),
     ("augment=", "a value is empty"),
-    ("model=mlp(1; cnn", "unbalanced brackets or quotes"),
-    ("data.source=folder('it's'); digits", "unbalanced brackets or quotes"),
     ("seed=[0, x]", "is not a list of Python literals"),
     ("seed=[]", "has no values"),
     ("seed=[[1]]", "[1] is not a config value"),
@@ -85,67 +82,30 @@ def typed(settings):
     return config
 
 
-def make(settings, recorded=None):
-    return [run.name for run in sweep_plan.make(settings, typed, recorded or {})]
-
-
-SAFE = re.compile(r"[A-Za-z0-9._+=,-]+")
+def make(settings):
+    return [run.name for run in sweep_plan.make(settings, typed)]
 
 
 def test_names_are_readable_and_safe():
     values = [{"schedule": "constant(1e-3)", "seed": "0"}, {"data.source": "folder('/a b/[c]/é')"}, {"augment": ""},
               {"model": "cnn(widths=(32, 64), hidden=128)|x"}, {"clip": "-1"}, {}]  # fmt: skip
     names = make(values)
-    assert names[0] == "schedule=constant-1e-3,seed=0"
-    assert names[1] == "data.source=folder-a-b-c"
-    assert names[2] == "augment="
-    assert re.fullmatch(r"model=cnn-widths-32-64-hidd-[0-9a-f]{6}", names[3])
-    assert names[4:] == ["clip=-1", "base"]
-    assert all(SAFE.fullmatch(name) for name in names)
+    assert names == ["schedule=constant-1e-3,seed=0", "data.source=folder-a-b-c", "augment=",
+                     "model=cnn-widths=-32,-64-,-hidden=128-x", "clip=-1", "base"]  # fmt: skip
 
 
-def test_names_are_unique():
+def test_names_are_unique_and_short():
     """Names that become equal, also on a case-insensitive file system, get a hash."""
-    names = make([{"model": m} for m in ("cnn(1)", "cnn[1]", "CNN(1)", "cnn-1", "ä", "ö")])
-    assert len({name.casefold() for name in names}) == 6
+    names = make([{"model": m} for m in ("cnn(1)", "cnn[1]", "CNN(1)", "cnn-1", "ä", "ö", "x" * 300)])
+    assert len({name.casefold() for name in names}) == 7
     assert names[0] == "model=cnn-1"
+    assert max(map(len, names)) <= 120
 
 
-def test_names_stay():
-    """However a value is written, and whatever was added since."""
-    first = sweep_plan.make([{"clip": "0.5"}, {"model": "cnn[1]"}], typed, {})
-    recorded = {run.name: run.values for run in first}
-    again = make([{"model": "cnn(1)"}, {"model": "cnn[1]"}, {"clip": "5e-1"}], recorded)
-    assert again[1:] == ["model=cnn-1", "clip=0.5"]
-    assert re.fullmatch(r"model=cnn-1-[0-9a-f]{6}", again[0])
-
-
-PATHS = ("../elsewhere", "/elsewhere", "", ".", "..", "a/b")  # a run trains in the directory of its name
-
-
-def test_the_file(tmp_path):
-    """It returns the names, and refuses other keys and another config."""
-    file, base = tmp_path / "sweep.json", default_config()
-    assert sweep_plan.load(file, base, {"seed"}) == {}
-    runs = sweep_plan.make([{"seed": "0"}, {"seed": "1"}], typed, {})
-    sweep_plan.save(file, "c.py", base, ["seed"], runs, {"seed=9": {"seed": 9}})
-    assert sweep_plan.load(file, base, {"seed"}) == {
-        "seed=9": {"seed": 9},
-        "seed=0": {"seed": 0},
-        "seed=1": {"seed": 1},
-    }
-    with pytest.raises(UserError, match="has a sweep of seed, but this one sweeps model; sweep the same keys"):
-        sweep_plan.load(file, base, {"model"})
-    base.seed = 5  # each run sets it
-    assert sweep_plan.load(file, base, {"seed"})
-    base.total = "7 epochs"
-    with pytest.raises(UserError, match=r"with another config .*total: '20 epochs' → '7 epochs'"):
-        sweep_plan.load(file, base, {"seed"})
-    for damaged in ("{", "[]", '{"base": {}}', file.read_text().replace('"seed": 9', '"sed": 9'),
-                    *[file.read_text().replace('"seed=9"', f'"{name}"') for name in PATHS]):  # fmt: skip
-        file.write_text(damaged)
-        with pytest.raises(UserError, match="is damaged"):
-            sweep_plan.load(file, base, {"seed"})
+def test_names_do_not_depend_on_how_a_value_is_written():
+    assert make([{"clip": "0.5"}]) == make([{"clip": "5e-1"}])
+    with pytest.raises(UserError, match=r"the sweep has the run clip=0\.5 twice"):
+        make([{"clip": "0.5"}, {"clip": "5e-1"}])
 
 
 @pytest.mark.parametrize(("function", "result"), [
