@@ -26,8 +26,6 @@ from imgclf_jax.train import command as train
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 12  # most differences in a table
-
 
 def main(
     config: ConfigDict, record: Record, output: str, steps: int | None, tolerance: float, format: str, bundle: str
@@ -58,7 +56,7 @@ def main(
                             f"pass --steps={total}, or a longer total")  # fmt: skip
         processes.broadcast(lambda: _check_earlier(run, output))
         found.extend(list_differences(record.snapshots, run.snapshot))
-        for difference in found[:_SHOWN]:
+        for difference in found:
             log.warning("%s differs: %s", difference.kind, difference)
         if run.start >= end:
             log.warning("--output=%s has been trained up to step %d before, by the present code: it is compared "
@@ -89,7 +87,7 @@ def main(
         if format == "json":
             print_json(_as_json(word, end, compared, found, str(folder) if kept else None))
         else:
-            _print(word, end, compared, found, record, tolerance)
+            _print(word, end, compared, found, tolerance)
             if kept:
                 print(f"the new run is in {printable(str(folder))}")
         if not kept:
@@ -160,9 +158,7 @@ _SENTENCES = {
 }
 
 
-def _print(
-    word: str, end: int, compared: Comparison, found: list[Difference], record: Record, tolerance: float
-) -> None:
+def _print(word: str, end: int, compared: Comparison, found: list[Difference], tolerance: float) -> None:
     largest = compared.largest
     sentence = _SENTENCES[word].format(tolerance=tolerance, most=ROUNDING, first=compared.first_step)
     by_most = f" (largest relative difference of a metric: {largest.relative:.2g})" if largest else ""
@@ -172,30 +168,19 @@ def _print(
         f"Compared up to step {end}: all parameters at {digests} steps, and {values} metric values at {metric_steps} "
         "steps."
     )
-    if compared.missing:
-        step, name = compared.missing[0]
-        print_text(
-            f"{len(compared.missing)} recorded values are missing in the new run, the first is {name} at step {step}."
-        )
+    for step, name in compared.missing[:1]:
+        print_text(f"{len(compared.missing)} recorded values are missing, the first is {name} at step {step}.")
     rows = []
     if params := compared.parameters:
         until = "" if params.equal_until is None else f"; equal at step {params.equal_until}"
         names = f"{params.names[0]}, and {len(params.names) - 1} more of {params.of}" if params.names else "unknown"
         rows.append(["parameters", str(params.step), names + until, params.recorded, params.here])
-    for name, value in (("first metric", compared.first_value), ("metric that differs most", largest)):
-        if value:
-            rows.append([name, str(value.step), value.name, f"{value.recorded:.9g}", f"{value.here:.9g}"])
+    if value := compared.first_value:
+        rows.append(["first metric", str(value.step), value.name, f"{value.recorded:.9g}", f"{value.here:.9g}"])
     if rows:
         print_table(["what differs", "step", "name", "recorded", "here"], rows)
     if found:
-        print_table(["what else differs", "", "recorded", "here"], [list(one) for one in found[:_SHOWN]])
-        if len(found) > _SHOWN:
-            print(f"and {len(found) - _SHOWN} more, which --format=json lists")
-    elif rows:
-        print_text(
-            "Nothing else in the records differs. They do not cover files of installed packages and nondeterministic "
-            "kernels."
-        )
+        print_table(["what else differs", "", "recorded", "here"], [list(one) for one in found])
 
 
 def _as_json(word: str, end: int, compared: Comparison, found: list[Difference], output: str | None) -> JsonObject:

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import datasets
-from imgclf_jax.augment.pixels import denormalize
+from imgclf_jax.augment.pixels import to_pixels
 from imgclf_jax.core import paths, sharding, terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
@@ -21,6 +21,7 @@ from imgclf_jax.recipe import check_names
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import make_inputs
 from imgclf_jax.tools.pages import contact_sheet
+from imgclf_jax.tools.pages.pictures import to_uint8
 
 _LINES = 4  # most numbers or labels below an image
 
@@ -52,26 +53,25 @@ def main(
         raise UserError(f"--step={step}: must be 0 to {total - 1}, because the run has {total} steps")
     batch = batch_at(programs, images, step, raw)
     count = min(count, len(batch.ids))
-    pixels, how = visible(batch.arrays["image"][:count], config.augment)
+    pixels, stretched = batch.arrays["image"][:count], False
+    if pixels.dtype != np.uint8:
+        pixels, stretched = to_pixels(pixels, config.augment)
     examples = describe(batch, programs.recipe.data.class_names, count)
     captions = [[f"id {example['id']}", *_label_lines(example)] for example in examples]
-    picture = contact_sheet.draw(pixels, captions)
     content = io.BytesIO()
-    picture.save(content, "PNG")
+    contact_sheet.draw(to_uint8(pixels), captions).save(content, "PNG")
     file.parent.mkdir(parents=True, exist_ok=True)
     paths.write_atomically(file, content.getvalue())
     if format == "json":
-        terminal.print_json({"step": step, "seed": config.seed, "file": str(file), "pixels": how, "examples": examples})
+        terminal.print_json({"step": step, "seed": config.seed, "file": str(file), "stretched": stretched,
+                             "examples": examples})  # fmt: skip
         return 0
-    first = f"the first {count} of " if count < len(batch.ids) else ""
     seeds = f", the first of {config.num_seeds} seeds" if config.num_seeds > 1 else ""
-    epochs = sorted(set(batch.epochs.tolist()))
-    print(f"step {step} of {total}{seeds}: {first}{len(batch.ids)} examples, epoch {' and '.join(map(str, epochs))} "
-          f"(counted from 0), ids {', '.join(map(str, batch.ids[:6].tolist()))}, …")  # fmt: skip
-    print(f"pixels {list(pixels.shape[1:])}: {how}")
-    factor = contact_sheet.scale(max(pixels.shape[1:3]))
-    scaled = "" if factor == 1 else f", with each image scaled by {factor:.2g}"
-    print(f"wrote {printable(str(file))}{scaled}")
+    print(f"step {step} of {total}{seeds}: the first {count} of {len(batch.ids)} examples, ids "
+          f"{', '.join(map(str, batch.ids[:6].tolist()))}, …")  # fmt: skip
+    if stretched:
+        print("black is the smallest value, white the largest, since an op of your own leaves 0 to 1")
+    print(f"wrote {printable(str(file))}")
     return 0
 
 
@@ -133,20 +133,3 @@ def _label_lines(example: JsonObject) -> list[str]:
     if len(shares) == 1:
         return [*map(printable, shares)]
     return [f"{'+ ' * bool(i)}{share:.2f}  {printable(name)}" for i, (name, share) in enumerate(shares.items())]
-
-
-def visible(images: np.ndarray, augment: str) -> tuple[np.ndarray, str]:
-    """Converts images [b, h, w, c], uint8 or float, to viewable uint8; also returns a description.
-
-    Undoes the `normalize` of the spec `augment`. Where a user's own op leaves 0 to 1, the smallest value becomes black,
-    and the largest white.
-    """
-    if images.dtype == np.uint8:
-        return images, "0 to 255, as the host ops return them"
-    values, (low, high), formula = denormalize(images, augment)
-    outside = float(np.mean((values < low - 1e-3) | (values > high + 1e-3)))
-    how = f"denormalized by {formula}; " if formula else ""
-    how += f"{low:.4g} is shown black, {high:.4g} white"
-    if outside:
-        how += f", and {outside:.1%} of the values are clipped"
-    return np.rint(255 * ((values - low) / (high - low)).clip(0, 1)).astype(np.uint8), how

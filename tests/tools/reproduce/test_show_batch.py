@@ -18,7 +18,7 @@ from imgclf_jax.config import default_config
 from imgclf_jax.data import sampling, sources, stream
 from imgclf_jax.programs import programs_for_images
 from imgclf_jax.tools.pages import contact_sheet
-from imgclf_jax.tools.reproduce.show_batch import batch_at, describe, visible
+from imgclf_jax.tools.reproduce.show_batch import batch_at, describe
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -93,23 +93,6 @@ def test_labels():
     assert [row["id"] for row in rows] == found.ids[:3].tolist()
 
 
-def test_normalized_images_are_turned_back():
-    images = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3) * 10
-    for augment in ("", "normalize", "flip_lr|normalize(0.5, 0.25)", "normalize((0.1, 0.2, 0.3), std=(0.3, 0.2, 0.1))"):
-        floats = np.array(ops.build(augment, train=False)(None, images))
-        back, how = visible(floats, augment)
-        np.testing.assert_array_equal(back, images)
-        assert how.endswith("0 is shown black, 1 white")
-    assert visible(images, "normalize")[0] is images
-    floats[0, 0, 0, 0] = 100
-    assert "4.2% of the values" in visible(floats, augment)[1]  # one of 24
-    back, how = visible(np.float32([[[[-3.0]], [[1.0]], [[0.0]]]]), "my_ops:own")
-    assert (back.ravel().tolist(), how) == ([0, 255, 191], "-3 is shown black, 1 white")
-    back, how = visible(np.float32([[[[-4.0]], [[4.0]], [[0.0]]]]), "normalize(0.5, 0.25)|my_ops:own")
-    assert back.ravel().tolist() == [0, 255, 128]
-    assert how == "denormalized by x * 0.25 + 0.5; -0.5 is shown black, 1.5 white"
-
-
 def test_the_picture_has_the_pixels():
     """Enlarged by an integer factor, in rows, in the order of the batch."""
     images = np.random.default_rng(0).integers(256, size=(40, 28, 28, 1), dtype=np.uint8)
@@ -143,9 +126,8 @@ def test_of_a_config_and_of_a_run(tmp_path, monkeypatch, capsys):
     assert launch.main(["show-batch", f"--workdir={tmp_path}/run", "--step=1", "--raw"]) == 0
     out = capsys.readouterr().out.splitlines()
     ids = ", ".join(map(str, sampling.example_ids(3, 1, 12, 60)[:6]))
-    assert out[0] == f"step 1 of 2, the first of 2 seeds: 12 examples, epoch 0 (counted from 0), ids {ids}, …"
-    assert out[1] == "pixels [8, 8, 1]: 0 to 255, as the host ops return them"
-    assert out[2] == f"wrote {tmp_path}/run/batch-1.png, with each image scaled by 11"
+    assert out == [f"step 1 of 2, the first of 2 seeds: the first 12 of 12 examples, ids {ids}, …",
+                   f"wrote {tmp_path}/run/batch-1.png"]  # fmt: skip
     assert (tmp_path / "run" / "batch-1.png").is_file()
     assert launch.main(["show-batch", f"--workdir={tmp_path}/run", "--step=2"]) == 1
     assert "--step=2: must be 0 to 1, because the run has 2 steps" in capsys.readouterr().err
