@@ -96,7 +96,7 @@ def test_memory_of_each_device(config, shard, most):
         return counts.bytes_per_device((state.params, state.opt_state))
 
     assert held(split) <= most * held(whole)
-    arguments = [of.train.memory_analysis().argument_size_in_bytes for of in (whole, split)]
+    arguments = [of.traced_train.lower().compile().memory_analysis().argument_size_in_bytes for of in (whole, split)]
     batch = counts.bytes_per_device(whole.batch_shape)
     assert arguments[1] - batch <= (most + 0.02) * (arguments[0] - batch)
 
@@ -109,17 +109,17 @@ def test_inference_on_a_sharded_model(config):
     a, b = (of.init(0, weights=weights)["state"] for of in (whole, split))
     assert not b.params["backbone"]["dense0"]["kernel"].sharding.is_fully_replicated
     for what in ("predict", "features"):
-        expected, ours = (getattr(of, what)(*state.evaluated, images) for of, state in ((whole, a), (split, b)))
+        expected, ours = (of.inference(what)(*state.evaluated, images) for of, state in ((whole, a), (split, b)))
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
-    assert "all-gather" in counts.collective_bytes(split.eval)
+    assert "all-gather" in counts.collective_bytes(split.traced_eval.lower().compile())
 
 
 @pytest.mark.thorough
 def test_what_is_exchanged(config):
     """Parameters are all-gathered; with a replicated state only gradients are all-reduced."""
     whole, split = programs(config), programs(config, "data=2, fsdp=4")
-    assert set(counts.collective_bytes(whole.train)) == {"all-reduce"}
-    assert "all-gather" in counts.collective_bytes(split.train)
+    assert set(counts.collective_bytes(whole.traced_train.lower().compile())) == {"all-reduce"}
+    assert "all-gather" in counts.collective_bytes(split.traced_train.lower().compile())
 
 
 def test_rules_choose_the_axis(config):
@@ -204,7 +204,9 @@ def test_batch_norm_by_groups_exchanges_no_statistics(config):
     """Only gradients, running averages and metric sums are all-reduced."""
     keys = {"model": "resnet_cifar(8)", "batch_size": 32}
     whole, groups = (
-        counts.collective_bytes(programs(config, batch_norm=text, **keys).train)["all-reduce"][0]
+        counts.collective_bytes(programs(config, batch_norm=text, **keys).traced_train.lower().compile())["all-reduce"][
+            0
+        ]
         for text in ("global", "groups(4)")
     )
     assert groups < whole / 3
