@@ -12,7 +12,7 @@ y_train, x_test and y_test; without one, made-up images of the same shape stand 
                 and without deterministic kernels, with what these cost
     forms       each backbone's loss and gradient on the accelerator beside those on CPU, in float32
     airbench    airbench94 over seeds: accuracy and seconds
-    throughput  ResNet-50 and ViT-S/16 at 224 px in bfloat16: training images a second, `dryrun`'s estimate, PyTorch
+    throughput  ResNet-50 and ViT-S/16 at 224 px in bfloat16: training images a second, `dryrun`'s estimate, timm
 
 Writes accelerator.json and prints it as a table in Markdown.
 """
