@@ -161,13 +161,14 @@ def make(settings: Sequence[Settings], make_config: Callable[[Settings], ConfigD
 
 
 def _name(values: dict[str, Value], taken: set[str]) -> str:
-    """Names a run `key=value,key=value`, with a hash if that is long or taken.
-
-    Dashes replace characters that are special to shells, globs or file systems.
-    """
-    full = ",".join(f"{key}={value}" for key, value in values.items()) or "base"
-    name = re.sub(r"[^A-Za-z0-9._+=,-]+", "-", full)
-    name = re.sub(r"(?<==)-(?![0-9.])|-+(?=,|$)", "", name)  # but -1 keeps its sign
+    """Names a run `key=value,key=value`, with a hash if that is long or taken."""
+    name = ",".join(f"{key}={_safe(value)}" for key, value in values.items()) or "base"
     if len(name) > _NAME or name.casefold() in taken:
-        name = f"{name[: _NAME - 7]}-{hashlib.sha256(full.encode(errors='surrogatepass')).hexdigest()[:6]}"
+        digest = hashlib.sha256(repr(values).encode(errors="surrogatepass")).hexdigest()
+        name = f"{name[: _NAME - 7]}-{digest[:6]}"
     return name
+
+
+def _safe(value: Value) -> str:
+    """Replaces characters that are special to shells, globs or file systems by dashes, with none at the ends."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", value).strip("-") if isinstance(value, str) else repr(value)

@@ -50,7 +50,7 @@ def trained(tmp_path_factory) -> Path:
                 pixels = draw.integers(256, size=(9, 12, 3), dtype=np.uint8) // (1 + (i == 0))
                 Image.fromarray(pixels).save(folder / split / name / f"{k}.png")
     config = [f"--config.data.source=folder({str(folder)!r})", "--config.preprocess=decode(3)|random_resized_crop(8)",
-              "--config.augment=pad_crop(2)|normalize(0.5, 0.25)",
+              "--config.augment=pad_crop(2)|normalize((0.5, 0.4, 0.3), 0.25)|random_erasing(0.9)",
               "--config.model=mlp(widths=(4,))", "--config.batch_size=9",
               "--config.total=24 steps", "--config.log_every=6 steps", "--config.eval_every=12 steps",
               "--config.schedule=constant(1e-2)"]  # fmt: skip

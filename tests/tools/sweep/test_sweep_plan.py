@@ -91,7 +91,7 @@ def test_names_are_readable_and_safe():
               {"model": "cnn(widths=(32, 64), hidden=128)|x"}, {"clip": "-1"}, {}]  # fmt: skip
     names = make(values)
     assert names == ["schedule=constant-1e-3,seed=0", "data.source=folder-a-b-c", "augment=",
-                     "model=cnn-widths=-32,-64-,-hidden=128-x", "clip=-1", "base"]  # fmt: skip
+                     "model=cnn-widths-32-64-hidden-128-x", "clip=-1.0", "base"]  # fmt: skip
 
 
 def test_names_are_unique_and_short():
