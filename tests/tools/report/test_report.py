@@ -113,8 +113,10 @@ def test_top_losses_are_those_of_a_loop(page, predictions):
     for item, row in zip(shown, ranked, strict=False):
         p = label_probability(row)
         other = f"taken for {row['class_1']} ({decimals(float(row['probability_1']))})"
-        assert item.removesuffix(", where nothing stands out") == (f"{row['label']} ({decimals(p)}), {'correct' if row['correct'] == 'True' else other}, "
-                        f"loss {-math.log(p):.3g}{row['example']}Right: occlusion for {row['class_1']}")  # fmt: skip
+        own = "correct" if row["correct"] == "True" else other
+        assert item.removesuffix(", where nothing stands out") == (
+            f"{row['label']} ({decimals(p)}), {own}, loss {-math.log(p):.3g}{row['example']}Right: occlusion for "
+            f"{row['class_1']}")  # fmt: skip
     assert any(", correct, loss" in item for item in shown)
     wrong = sum(row["correct"] == "False" for row in predictions)
     assert f"{wrong} of 42 examples are misclassified. These have the highest loss" in page.text
