@@ -210,9 +210,7 @@ def test_batch_norm_by_groups_exchanges_no_statistics(config):
     """Only gradients, running averages and metric sums are all-reduced."""
     keys = {"model": "resnet_cifar(8)", "batch_size": 32}
     whole, groups = (
-        counts.collective_bytes(programs(config, batch_norm=text, **keys).traced_train.lower().compile())["all-reduce"][
-            0
-        ]
+        counts.collective_bytes(compiled(programs(config, batch_norm=text, **keys), "train"))["all-reduce"][0]
         for text in ("global", "groups(4)")
     )
     assert groups < whole / 3
