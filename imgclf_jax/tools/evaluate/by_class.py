@@ -42,17 +42,6 @@ def table(names: Sequence[str], counts: Mapping[str, np.ndarray]) -> tuple[list[
     return columns, rows
 
 
-def most_confused(confusion: np.ndarray, most: int) -> list[tuple[int, int, int]]:
-    """Returns (label, prediction, count) of the `most` most frequent confusions in int[label, prediction].
-
-    Ties are ordered by label, then by prediction.
-    """
-    wrong = confusion * ~np.eye(len(confusion), dtype=bool)
-    order = np.argsort(-wrong.ravel(), kind="stable")[:most]
-    pairs = [divmod(int(index), len(confusion)) for index in order]
-    return [(*pair, int(wrong[pair])) for pair in pairs if wrong[pair]]
-
-
 def multilabel(predictions: TargetPredictions, names: Sequence[str]) -> list[JsonObject]:
     """Returns a dict per class: examples, average precision, precision, recall, F1 and best threshold.
 

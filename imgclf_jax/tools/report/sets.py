@@ -18,7 +18,6 @@ from imgclf_jax.tools.report.top_losses import TopLoss
 
 _FULL = 30  # classes up to which the page shows the full confusion matrix
 _NARROW = 12  # classes up to which the table and the matrix fit side by side
-_PAIRS = 30  # most confusions in a list
 _ROWS = 100  # most classes in a table
 _LONG = 3  # longer class names are rotated above a column
 
@@ -31,7 +30,9 @@ def set_section(one: Evaluated, names: Sequence[str], num_seeds: int) -> str:
     if not one.scores:
         parts.append(paragraph(f"This page omits scores, calibration and top losses, because the probabilities of "
                                f"{len(names):,} classes may not fit into memory.", note=True))  # fmt: skip
-    tables = _classes(one, names), _confusion(one, names)
+    tables = [_classes(one, names)]
+    if (confusion := one.counts.get("confusion")) is not None and len(names) <= _FULL:
+        tables.append("<h3>Confusion matrix</h3>" + _matrix(f"Confusion matrix on {one.name}", confusion, names))
     parts += [_side_by_side(_scores(one), _calibration(one)),
               *([_side_by_side(*tables)] if len(names) <= _NARROW else tables)]  # fmt: skip
     return "".join((*parts, _top_losses(one, names, num_seeds)))
@@ -104,21 +105,6 @@ def _classes(one: Evaluated, names: Sequence[str]) -> str:
         rows = [rows[i] for i in np.argsort(recall, kind="stable")[:_ROWS]]
         caption += f": the {_ROWS} of {len(names):,} with the lowest recall"
     return "<h3>Classes</h3>" + table(caption, columns, rows)
-
-
-def _confusion(one: Evaluated, names: Sequence[str]) -> str:
-    confusion = one.counts.get("confusion")
-    if confusion is None:
-        return ""
-    if len(names) <= _FULL:
-        return "<h3>Confusion matrix</h3>" + _matrix(f"Confusion matrix on {one.name}", confusion, names)
-    pairs = by_class.most_confused(confusion, _PAIRS)
-    if not pairs:
-        return ""
-    rows = [[names[label], names[predicted], str(count), decimals(count / confusion[label].sum())]
-            for label, predicted, count in pairs]  # fmt: skip
-    columns = ["class", "taken for", "examples", "share of the class"]
-    return "<h3>Most frequent confusions</h3>" + table(f"The classes most often confused on {one.name}", columns, rows)
 
 
 def _matrix(caption: str, confusion: np.ndarray, names: Sequence[str]) -> str:

@@ -22,7 +22,6 @@ from imgclf_jax.augment import ops
 from imgclf_jax.augment.pixels import to_pixels
 from imgclf_jax.core.text import decimals
 from imgclf_jax.scores.multilabel import TargetPredictions
-from imgclf_jax.tools.evaluate import by_class
 from imgclf_jax.tools.report import findings as report_findings
 from imgclf_jax.tools.report import sets as report_sets
 from imgclf_jax.tools.report import top_losses as report_top_losses
@@ -255,13 +254,6 @@ def test_of_many_labels_those_with_the_lowest_average_precision_are_shown():
     [rows] = [rows for caption, rows in page.tables.items() if "the 100 of 102 with the lowest" in caption]
     assert [row[0] for row in rows[1:]] == ["c0", *(f"c{i}" for i in range(99, 0, -1))]
     assert rows[1][2] == "<0.0001"
-
-
-def test_confusions_by_how_frequent_they_are():
-    confusion = np.random.default_rng(0).integers(9, size=(6, 6))
-    pairs = [(i, j, int(confusion[i, j])) for i in range(6) for j in range(6) if i != j and confusion[i, j]]
-    assert by_class.most_confused(confusion, 7) == sorted(pairs, key=lambda one: (-one[2], one[:2]))[:7]
-    assert by_class.most_confused(np.eye(3, dtype=int), 7) == []
 
 
 def test_values_of_the_command_line_that_are_not_the_runs(tmp_path):
