@@ -215,7 +215,7 @@ RAW = {
     "data/image_check.py": "the cache",
     "run/lock.py": "the lock, by its name", "run/workdir.py": "the result, by its name",
     "tools/reproduce/command.py": "a folder of its own",
-    "tools/probe/embeddings.py": "a file without a name", "tools/explain/command.py": "the person's output",
+    "tools/explain/command.py": "the person's output",
     "tools/find_lr/command.py": "the person's output", "tools/reproduce/show_batch.py": "the person's output",
     "tools/dryrun/command.py": "the work directory itself",
     "run/writers.py": "a bucket",

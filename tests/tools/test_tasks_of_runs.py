@@ -76,26 +76,11 @@ def test_compare_and_reproduce(tmp_path, capsys, name):
     dirs = [tmp_path / f"run{i}" for i in range(3)]
     found = json.loads(printed(capsys, "compare", *dirs, "--test", "--format=json"))
     shown = printed(capsys, "compare", *dirs, f"--html={tmp_path / 'a.html'}")
-    tested = {one["score"]: one for one in found["comparisons"]}
-    results = [json.loads((path / "result.json").read_text())["test"] for path in dirs]
-    assert set(tested) == {"exact_match", "mean_average_precision"}
-    for score, one in tested.items():  # the best are the first two, or the third
-        values = [result[score] for result in results]
-        assert abs(one["difference"]["value"]) == pytest.approx(abs(np.mean(values[:2]) - values[2]), abs=1e-5)
-        assert one["difference"]["low"] < one["difference"]["value"] < one["difference"]["high"]
-    if name == "pairs":
-        one = tested["exact_match"]
-        exact = [json.loads((path / "result.json").read_text())["test"]["exact_match"] for path in dirs]
-        best = [exact[2], np.mean(exact[:2])]
-        assert abs(one["difference"]["value"]) == pytest.approx(abs(best[0] - best[1]), abs=1e-6)
-        assert "exact match (all labels of an example correct)" in shown
-    assert "the paired bootstrap" in shown.lower()
-    listed = ["evaluate", f"--workdir={dirs[0]}", "--checkpoint=latest", f"--predictions={dirs[0] / 'predictions.csv'}"]
-    (dirs[0] / "predictions.npz").unlink()
-    printed(capsys, *listed)
-    again = json.loads(printed(capsys, "compare", *dirs, "--format=json"))["comparisons"]
-    for one in again:
-        assert one["difference"] == pytest.approx(tested[one["score"]]["difference"], abs=1e-6)
+    [one] = found["comparisons"]
+    exact = [json.loads((path / "result.json").read_text())["test"]["exact_match"] for path in dirs]
+    assert abs(one["difference"]["value"]) == pytest.approx(abs(exact[2] - np.mean(exact[:2])), abs=1e-6)
+    assert one["difference"]["low"] < one["difference"]["value"] < one["difference"]["high"]
+    assert "with all labels, if there are several" in " ".join(shown.split())
     assert "test/mean_average_precision" in (tmp_path / "a.html").read_text()
     assert "accuracy" not in shown
     capsys.readouterr()

@@ -87,10 +87,10 @@ def notes(groups: Sequence[Group], comparisons: Sequence[Comparison], tested: bo
         number = sum(len(c.p) for c in comparisons)
         sizes = ", ".join(f"{n} of {name}" for name, n in dict.fromkeys((c.set, c.examples) for c in comparisons))
         notes.append(
-            f"The difference is a group's mean accuracy minus that of the best, {groups[0].label}, on the same "
-            f"examples ({sizes}); with several labels, an example is right if all of its labels are. Student's "
-            "interval covers other examples and, with several seeds, other seeds. McNemar's test compares runs of "
-            "the same seed; the table shows the smallest and the largest p over the seeds. Holm's method adjusts p for "
+            f"The difference is a group's share of correct examples (with all labels, if there are several) minus that "
+            f"of the best, {groups[0].label}, on the same examples ({sizes}). Student's interval covers other examples "
+            "and, with several seeds, other seeds. McNemar's test compares runs of the same seed; the table shows the "
+            "smallest and the largest p over the seeds. Holm's method adjusts p for "
             f"{number} test{'s' * (number != 1)}. No adjustment is made for choosing the best group on these same "
             "examples."
         )
