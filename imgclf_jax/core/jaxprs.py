@@ -1,6 +1,5 @@
 """Helpers to read jaxprs."""
 
-import collections
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -41,40 +40,34 @@ def reads(jaxpr: Jaxpr, names: Mapping[Var, str]) -> Iterator[str]:
         yield from filter(None, operands)
 
 
-def matmul_flops_by_scope(jaxpr: Jaxpr | ClosedJaxpr, scope: str = "") -> dict[str, float]:
-    """Counts the FLOPs of matmuls and convolutions by name scope, such as "Classifier/backbone/conv1".
+def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
+    """Counts the FLOPs of matmuls and convolutions.
 
     A multiply-add counts two, a loop of unknown length once, a fused attention kernel as its matmuls.
     """
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    total = collections.defaultdict[str, float](float)
-    for equation in jaxpr.eqns:
+    total = 0.0
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = equation.primitive.name, equation.params
-        here = "/".join(filter(None, (scope, str(equation.source_info.name_stack))))
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             lhs, out = aval_of(equation.invars[0]), aval_of(equation.outvars[0])
-            total[here] += 2 * out.size * math.prod(lhs.shape[i] for i in contracted)
+            total += 2 * out.size * math.prod(lhs.shape[i] for i in contracted)
         elif name == "conv_general_dilated":
             numbers = params["dimension_numbers"]
             kernel, out = aval_of(equation.invars[1]), aval_of(equation.outvars[0])
             taps = math.prod(kernel.shape[i] for i in numbers.rhs_spec[1:])  # input features and positions
             spread = math.prod(params["lhs_dilation"])  # zeros between inputs are free
-            total[here] += 2 * out.size * taps / (spread * params["batch_group_count"])
+            total += 2 * out.size * taps / (spread * params["batch_group_count"])
         elif name.startswith("dot_product_attention"):
             b, queries, heads, width = aval_of(equation.invars[0]).shape
             keys = aval_of(equation.invars[1]).shape[1]
             matmuls = 5 if "bwd" in name else 2
-            total[here] += matmuls * 2 * b * heads * queries * keys * width
+            total += matmuls * 2 * b * heads * queries * keys * width
         else:
-            bodies = [matmul_flops_by_scope(one, here) for one in inner(equation)]
+            bodies = [matmul_flops(one) for one in inner(equation)]
             times = params.get("length", 1) if name == "scan" else 1
             if name == "shard_map":  # the body describes one shard
                 split = {axis for spec in params["in_specs"] for axis in jax.tree.leaves(tuple(spec))}
                 times = math.prod(params["mesh"].shape[axis] for axis in split)
-            if name == "cond":
-                bodies = [max(bodies, key=lambda body: sum(body.values()), default={})]
-            for body in bodies:
-                for key, value in body.items():
-                    total[key] += value * times
-    return dict(total)
+            total += times * (max(bodies, default=0.0) if name == "cond" else sum(bodies))
+    return total

@@ -29,4 +29,4 @@ def forward_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> float:
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     with platform.tracing_for("tpu"):  # where layers are plain matmuls and convolutions
         init = jax.make_jaxpr(lambda x: model.init_with_output(rng.init_streams(jax.random.key(0)), x, train=False))
-        return sum(jaxprs.matmul_flops_by_scope(init(images)).values())
+        return jaxprs.matmul_flops(init(images))

@@ -92,7 +92,7 @@ def test_where_the_data_are_gone(copy, text, capsys):
     page = Page(reported(copy))
     assert "The data cannot be opened, so this page omits everything that needs them: " in page.text
     assert "/nowhere/at/all" in page.text
-    assert list(page.tables) == ["Blocks of the model", "Keys that differ from their defaults"]
+    assert list(page.tables) == ["Parameters of the model", "Keys that differ from their defaults"]
     assert page.items == [item for item in Page(text).items if ", loss " not in item]
     accuracy = json.loads((copy / "result.json").read_text())["test"]["accuracy"]
     assert f"copy: test accuracy {accuracy:.4f}" in page.text
@@ -156,5 +156,5 @@ def test_mistakes_of_who_asks(copy, tmp_path, capsys):
     assert launch.main(["report", f"--workdir={tmp_path / 'none'}"]) == 1
     assert "holds no run" in capsys.readouterr().err
     shutil.rmtree(copy / "checkpoints")
-    assert launch.main(["report", f"--workdir={copy}", f"--html={tmp_path}/no/a.html"]) == 1
-    assert f"--html={tmp_path}/no/a.html: the directory '{tmp_path}/no' does not exist" in capsys.readouterr().err
+    assert launch.main(["report", f"--workdir={copy}", f"--html={tmp_path}/no/a.html"]) == 2
+    assert f"--html: {tmp_path}/no/a.html: the directory '{tmp_path}/no' does not exist" in capsys.readouterr().err
