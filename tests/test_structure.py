@@ -216,7 +216,7 @@ RAW = {
     "run/lock.py": "the lock, by its name", "run/workdir.py": "the result, by its name",
     "tools/reproduce/command.py": "a folder of its own",
     "tools/explain/command.py": "the person's output",
-    "tools/find_lr/command.py": "the person's output", "tools/reproduce/show_batch.py": "the person's output",
+    "tools/reproduce/show_batch.py": "the person's output",
     "tools/dryrun/command.py": "the work directory itself",
     "run/writers.py": "a bucket",
 }  # fmt: skip

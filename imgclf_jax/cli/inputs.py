@@ -6,8 +6,8 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from imgclf_jax.core import terminal
 from imgclf_jax.core.errors import UserError, no_such
@@ -15,13 +15,6 @@ from imgclf_jax.core.text import printable
 from imgclf_jax.data import image_files
 
 log = logging.getLogger(__name__)
-
-
-class Input(NamedTuple):
-    """An image file. `found`: a directory or a pattern contained it, rather than its own name being given."""
-
-    path: str
-    found: bool = False
 
 
 def check(files: Sequence[str], **_: object) -> None:
@@ -35,7 +28,7 @@ def check(files: Sequence[str], **_: object) -> None:
             raise UserError(f"{word!r} has no images")
 
 
-def find(words: Sequence[str], skip: Callable[[str], bool] = lambda path: False) -> list[Input]:
+def find(words: Sequence[str]) -> list[str]:
     """The image files that `words` name, in order. A word is one of:
 
     - a file;
@@ -43,31 +36,27 @@ def find(words: Sequence[str], skip: Callable[[str], bool] = lambda path: False)
     - a pattern of Python's `pathlib`, with `**` for folders of any depth;
     - `-` for standard input, where each line names a file.
 
-    Files of directories and patterns are left out if `skip(path)` is true. Raises UserError if there are none, or if
-    standard input is not text.
+    Raises UserError if there are none, or if standard input is not text.
     """
     images = [image for word in words for image in (_read_stdin() if word == "-" else _expand(word))]
     if not images:
         raise UserError("name at least one image: FILE|DIR|GLOB|-")
-    return [image for image in images if not (image.found and skip(image.path))]
+    return images
 
 
 class Results:
     """The images, each with the model's outputs or the error if it is unusable: see `Trained.stream`.
 
-    Iterating prints each failure and counts them in `failed`. An error for which `skips(image, error)` holds is none.
+    Iterating prints each failure and counts them in `failed`.
     """
 
-    def __init__(
-        self, images: Sequence[Input], outputs: Iterable[Any], doing: str,
-        skips: Callable[[Input, UserError], bool] = lambda image, error: False,
-    ):  # fmt: skip
+    def __init__(self, images: Sequence[str], outputs: Iterable[Any], doing: str):
         self._results = terminal.track(zip(images, outputs, strict=True), len(images), doing)
-        self._skips, self._count, self.failed = skips, len(images), 0
+        self._count, self.failed = len(images), 0
 
-    def __iter__(self) -> Iterator[tuple[Input, Any]]:
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
         for image, result in self._results:
-            if isinstance(result, UserError) and not self._skips(image, result):
+            if isinstance(result, UserError):
                 self.failed += 1
                 print(f"error: {printable(str(result))}", file=sys.stderr)
             yield image, result
@@ -75,24 +64,24 @@ class Results:
             print(f"error: {self.failed} of {self._count} images failed", file=sys.stderr)
 
 
-def _expand(word: str) -> Iterator[Input]:
+def _expand(word: str) -> Iterator[str]:
     if os.path.isdir(word):
         strays: Counter[str] = Counter()
         for name in image_files.walk(word, strays):
-            yield Input(os.path.join(word, name), found=True)
+            yield os.path.join(word, name)
         if counted := image_files.describe_strays(strays):
             log.info("%s: not used: %s", word, counted)
     elif os.path.exists(word):
-        yield Input(word)
+        yield word
     else:
-        yield from (Input(name, found=True) for name in image_files.match(word))
+        yield from image_files.match(word)
 
 
-def _read_stdin() -> Iterator[Input]:
+def _read_stdin() -> Iterator[str]:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # as Python decodes the names on the command line
     for line in sys.stdin:
         if "\0" in line:
             raise UserError("'-' reads one file name per line from standard input, but got binary data; name the image")
         if name := line.rstrip("\r\n"):
-            yield Input(name)
+            yield name

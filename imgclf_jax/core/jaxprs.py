@@ -9,11 +9,6 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 type Atom = Var | Literal  # an operand of an equation
 
-# Calls to inline after differentiation, which has used their custom derivatives: the parameter with their jaxpr.
-INLINED: Mapping[str, str] = {
-    "jit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
-}  # fmt: skip
-
 
 def aval_of(atom: Atom) -> jax.core.ShapedArray:
     """The shape and dtype of an array in a jaxpr."""

@@ -98,15 +98,6 @@ def _check(file: Path, stamp: Stamp, deep: bool) -> _Entry:
         return _Entry(stamp, deep, str(e))
 
 
-def readable(file: Path) -> bool:
-    """Whether the image file can be read and decoded."""
-    try:
-        decode.decode(decode.read_file(file))
-    except (OSError, UserError):
-        return False
-    return True
-
-
 def _decoder() -> Json:
     return [PIL.__version__, _FORM]
 

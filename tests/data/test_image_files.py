@@ -20,7 +20,7 @@ STRAYS = ("README", "README.md", "notes.txt", "Thumbs.db", "desktop.ini", ".DS_S
 
 def find_files(words: list[str]) -> list[Path]:
     """The images that `predict` finds for these words."""
-    return [Path(image.path) for image in inputs.find(words)]
+    return [Path(image) for image in inputs.find(words)]
 
 
 def add_special_files(directory):

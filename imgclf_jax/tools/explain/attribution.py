@@ -14,11 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.core import tracers
-from jax.extend.core import Jaxpr
 
 from imgclf_jax.core import dtypes
 from imgclf_jax.core.errors import UserError, unknown
-from imgclf_jax.core.jaxprs import INLINED, Atom
 from imgclf_jax.core.typing import Arguments, Function, ModelState, Params, PyTree, Variables
 from imgclf_jax.models.classifier import Classifier
 
@@ -97,9 +95,10 @@ def inspect(model: nn.Module, variables: Variables, image_shape: Sequence[int]) 
         return _attention_maps(state)
 
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    closed, maps = jax.make_jaxpr(run, return_shape=True)(variables, image)
-    positions = {name: _position(closed.jaxpr, x) for name, x in zip(sorted(maps), closed.jaxpr.outvars, strict=True)}
-    return Structure(layers, {name: maps[name].shape for name in sorted(maps, key=positions.__getitem__)})
+    maps = jax.eval_shape(run, variables, image)
+    order = {f"{layer.name}/{layer.call}": position for position, layer in enumerate(layers)}
+    known = maps.keys() <= order.keys()  # or the order of some is out of reach
+    return Structure(layers, {name: maps[name].shape for name in sorted(maps, key=order.__getitem__)} if known else {})
 
 
 def choose_layer(structure: Structure, name: str = "") -> Layer:
@@ -198,7 +197,7 @@ def occlusion(
     - `images` are uint8[n, h, w, c], `labels` int[n].
     - `window` is the side of the square in pixels (default: a seventh of the image's shorter side, at least
       2 if that fits).
-    - `size` bounds the batch of a call of `predict`, which may mix occlusions of several images.
+    - `size` bounds the batch of a call of `predict`.
     """
     n, h, w = images.shape[:3]
     window = window or min(max(2, round(min(h, w) / 7)), h, w)
@@ -206,24 +205,22 @@ def occlusion(
         raise UserError(f"--window={window}: must be 1 to {min(h, w)}, because the network's input is {h} x {w} pixels")
     corners = list(itertools.product(_starts(h, window), _starts(w, window)))
 
-    def occlude() -> Iterator[tuple[np.ndarray, int]]:
-        """Yields each image and its label, followed by its occlusions."""
-        for image, label in zip(images, labels.tolist(), strict=True):
-            yield image, label
-            color = np.round(image.mean((0, 1))).astype(np.uint8)
-            for i, j in corners:
-                occluded = image.copy()
-                occluded[i : i + window, j : j + window] = color
-                yield occluded, label
+    def occluded(image: np.ndarray) -> Iterator[np.ndarray]:
+        """Yields the image, followed by its occlusions."""
+        yield image
+        color = np.round(image.mean((0, 1))).astype(np.uint8)
+        for i, j in corners:
+            copy = image.copy()
+            copy[i : i + window, j : j + window] = color
+            yield copy
 
-    outputs: list[float] = []
-    for batch in itertools.batched(occlude(), size):
-        probabilities = predict(np.stack([image for image, _ in batch]))
-        outputs += probabilities[np.arange(len(batch)), [label for _, label in batch]].tolist()
-    by_image = np.array(outputs).reshape(n, 1 + len(corners))
     drop, count = np.zeros((n, h, w)), np.zeros((h, w))
-    for value, (i, j) in zip((by_image[:, :1] - by_image[:, 1:]).T, corners, strict=True):
-        drop[:, i : i + window, j : j + window] += value[:, None, None]
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        batches = itertools.batched(occluded(image), size)
+        whole, *covered = np.concatenate([predict(np.stack(batch))[:, label] for batch in batches])
+        for value, (i, j) in zip(covered, corners, strict=True):
+            drop[number, i : i + window, j : j + window] += whole - value
+    for i, j in corners:
         count[i : i + window, j : j + window] += 1
     return drop / count
 
@@ -270,17 +267,6 @@ def _attention_maps(state: Variables) -> dict[str, jax.Array]:
         if keys[-2:-1] == [_MAPS] and x.ndim == 4:
             maps["/".join([*keys[:-2], str(keys[-1])])] = x
     return maps
-
-
-def _position(jaxpr: Jaxpr, variable: Atom) -> tuple[int, ...]:
-    """Returns where a variable is computed: the equation's index, then the position inside it if it is a call."""
-    for index, equation in enumerate(jaxpr.eqns):
-        if variable in equation.outvars:
-            if not (body := INLINED.get(equation.primitive.name)):
-                return (index,)
-            inner = equation.params[body].jaxpr
-            return index, *_position(inner, inner.outvars[equation.outvars.index(variable)])
-    return ()
 
 
 def _tokens_fit(structure: Structure) -> bool:

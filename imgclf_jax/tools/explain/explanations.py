@@ -98,9 +98,8 @@ def predict(model: Trained, images: np.ndarray, size: int = 1, ranked: bool = Fa
     Batches are padded to `size`, at least b, so that calls with the same `size` share one program.
     """
     mesh = model.programs.mesh
-    size = sharding.round_up(size, mesh)
-    batch = np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), np.uint8)])
-    here = batch[sharding.rows_here(size, mesh)]
+    batch = np.zeros((sharding.round_up(size, mesh), *images.shape[1:]), np.uint8)
+    batch[: len(images)] = images
     program = model.programs.inference("ranked" if ranked else "predict")
-    out = program(*model.state.evaluated, sharding.put_batch(here, mesh))
-    return np.asarray(jax.device_get(out))[..., : len(images), :]
+    out = program(*model.state.evaluated, sharding.put_batch(batch, mesh))
+    return np.asarray(out)[..., : len(images), :]

@@ -1,6 +1,5 @@
 """Heatmap figures, drawn with Pillow: the image, the heatmap over it, a color scale and a title."""
 
-import io
 import textwrap
 from collections.abc import Sequence
 
@@ -46,29 +45,8 @@ def scale(values: np.ndarray, signed: bool) -> np.ndarray:
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """Overlays a heatmap [h', w'] in [0, 1], enlarged bilinearly, on uint8[h, w, 1 to 4] in gray: uint8[h, w, 3]."""
     gray = np.asarray(Image.fromarray(_rgb(image)).convert("L"), np.float64)[..., None]
-    return np.rint(0.45 * gray + 0.55 * _enlarge(heat, image.shape[:2])).astype(np.uint8)
-
-
-def color(values: np.ndarray, size: tuple[int, int], signed: bool) -> np.ndarray:
-    """The heatmap [h', w'] alone, as colors uint8[h, w, 3] for an image of (h, w) pixels. See `scale` for `signed`."""
-    return _enlarge(scale(values, signed), size)
-
-
-def ends(values: np.ndarray, signed: bool) -> tuple[float, float]:
-    """The values at the lower and upper end of the color scale."""
-    return (0.0, max(0.0, float(values.max()))) if signed else (float(values.min()), float(values.max()))
-
-
-def png(image: np.ndarray) -> bytes:
-    """Encodes uint8[h, w, 1 to 4] as a PNG in gray or RGB, without alpha."""
-    content = io.BytesIO()
-    Image.fromarray(_rgb(image)).save(content, "PNG")
-    return content.getvalue()
-
-
-def _enlarge(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    large = Image.fromarray(heat.astype(np.float32)).resize(size[::-1], Image.Resampling.BILINEAR)
-    return colormap(np.asarray(large))
+    large = Image.fromarray(heat.astype(np.float32)).resize(image.shape[1::-1], Image.Resampling.BILINEAR)
+    return np.rint(0.45 * gray + 0.55 * colormap(np.asarray(large))).astype(np.uint8)
 
 
 def peak(values: np.ndarray, signed: bool) -> str:
@@ -93,7 +71,7 @@ def draw(image: np.ndarray, values: np.ndarray, signed: bool, title: Sequence[st
     large = rgb.repeat(factor, 0).repeat(factor, 1)
     h, w = large.shape[:2]
     font = ImageFont.load_default(_TEXT)
-    marks = [f"{end:.3g}" for end in reversed(ends(values, signed))]
+    marks = [f"{values.max():.3g}", f"{0.0 if signed else values.min():.3g}"]
     right = max(int(font.getlength(mark)) for mark in marks) + 2 * _MARGIN + _BAR
     width = 2 * w + 2 * _MARGIN + _MARGIN + right
     lines = [part for line in title for part in textwrap.wrap(line, max(1, int(width / (0.55 * _TEXT))))]

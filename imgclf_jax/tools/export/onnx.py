@@ -19,14 +19,17 @@ from jax.typing import ArrayLike
 
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.jaxprs import INLINED, Atom
+from imgclf_jax.core.jaxprs import Atom
 from imgclf_jax.core.text import one_per_line
 from imgclf_jax.core.typing import Function, PyTree
 from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared
 from imgclf_jax.trained import Trained
 
-_CALLS = {**INLINED, "remat2": "jaxpr", "checkpoint": "jaxpr"}
+_CALLS = {  # the parameter with the jaxpr of a call
+    "jit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
+    "remat2": "jaxpr", "checkpoint": "jaxpr",
+}  # fmt: skip
 
 
 def archive(model: Trained, what: Outputs) -> tuple[bytes, float]:

@@ -4,10 +4,9 @@ A short training run raises the learning rate at every step until the loss diver
 exponentially, so that a few hundred steps cover many orders of magnitude, and the loss is smoothed.
 """
 
-import logging
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,10 +14,8 @@ import optax
 from ml_collections import ConfigDict
 
 from imgclf_jax import datasets, programs
-from imgclf_jax.core import paths, spec
+from imgclf_jax.core import paths, spec, terminal
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.terminal import print_json
-from imgclf_jax.core.text import printable
 from imgclf_jax.data import stream
 from imgclf_jax.optim import schedules
 from imgclf_jax.programs import Programs
@@ -28,53 +25,18 @@ from imgclf_jax.tools.pages.charts import Line, chart
 from imgclf_jax.trained import load_teacher
 from imgclf_jax.weights import pretrained
 
-log = logging.getLogger(__name__)
-
 _STEPS = 200
 _SMOOTHING = 0.95  # decay of the moving average of the loss, over about twenty steps
 _DIVERGED = 4  # times the smallest smoothed loss so far: the test ends, as in fastai
 _FEWEST = 10  # steps below which no slope can be read
 
 
-@dataclass(frozen=True)
-class RangeTest:
+class RangeTest(NamedTuple):
     """The training loss at each step of a range test, up to the step at which it diverged."""
 
     rates: np.ndarray  # f64[n], growing
     losses: np.ndarray  # f64[n], of the batch of each step
-
-    @property
-    def smoothed(self) -> np.ndarray:
-        """f64[n]: the exponential moving average of the losses, see `_with_average`."""
-        return np.array([average for _, average in _with_average(self.losses)])
-
-    @property
-    def lowest(self) -> float:
-        """The learning rate of the smallest smoothed loss; beyond it training gets worse."""
-        return float(self.rates[int(np.argmin(self.smoothed))])
-
-    @property
-    def steepest(self) -> float:
-        """The learning rate, below `lowest`, at which the smoothed loss falls fastest per decade of the rate.
-
-        The first tenth of the steps is left out, as in fastai: the average of few losses follows their noise. Raises
-        UserError if the loss falls nowhere.
-        """
-        smoothed = self.smoothed
-        first, end = len(smoothed) // 10, int(np.argmin(smoothed)) + 1
-        if end < first + 2:
-            raise UserError("the loss never falls, so the range test suggests no learning rate; check the data and the "
-                            "model, or give a smaller --low")  # fmt: skip
-        slopes = np.gradient(smoothed, np.log10(self.rates))[first:end]
-        return float(self.rates[first + int(np.argmin(slopes))])
-
-
-def _with_average(losses: Iterable[float]) -> Iterator[tuple[float, float]]:
-    """Pairs each loss with the exponential moving average so far, bias-corrected as in Adam."""
-    average = 0.0
-    for i, loss in enumerate(losses, 1):
-        average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
-        yield loss, average / (1 - _SMOOTHING**i)
+    smoothed: np.ndarray  # f64[n], their moving average
 
 
 def ramp(steps: schedules.Steps, total: int, low: float, high: float) -> optax.Schedule:
@@ -90,7 +52,7 @@ def main(
     Nothing is written but the page `html`. Raises UserError if the loss diverges at once or never falls.
     """
     del workdir  # a trial leaves no run
-    steps = _STEPS if steps is None else steps
+    steps = steps or _STEPS
     if not 0 < low < high < math.inf:
         raise UserError(f"--low={low:g} --high={high:g}: give two learning rates, 0 < low < high")
     if steps < _FEWEST:
@@ -100,18 +62,21 @@ def main(
     trial.on_bad_step = "stop"  # a step that is skipped has no loss, and the next one its rate
     trial.schedule = str(spec.Call(f"{__name__}:ramp", (low, high)))
     test = measure(trial, low, high)
-    suggested = _with_rate(config.schedule, test.steepest)
+    steepest, lowest = suggest(test)
+    schedule = _with_rate(config.schedule, steepest)
+    said = f"the loss falls fastest at {steepest:.2g}, and is lowest at {lowest:.2g}"
+    said += f"\ntry --config.schedule={schedule!r}" if schedule else ""
     if format == "json":
-        print_json({"suggestion": test.steepest, "lowest": test.lowest, "schedule": suggested,
-                    "learning_rates": test.rates.tolist(), "losses": test.losses.tolist(),
-                    "smoothed": test.smoothed.tolist()})  # fmt: skip
+        terminal.print_json({"suggestion": steepest, "lowest": lowest, "schedule": schedule,
+                             "learning_rates": test.rates.tolist(), "losses": test.losses.tolist(),
+                             "smoothed": test.smoothed.tolist()})  # fmt: skip
     else:
-        print("\n".join(_table(test, suggested)))
+        print(f"{'learning rate':>13}  {'loss':>10}")
+        for i in np.unique(np.linspace(0, len(test.rates) - 1, 12).astype(int)):
+            print(f"{test.rates[i]:>13.2e}  {test.smoothed[i]:>10.4g}")
+        print(said)
     if html:
-        path = paths.as_path(html)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pages.write(path, page(test, config, suggested))
-        log.info("the plot is in %s", printable(str(path)))
+        pages.write(paths.as_path(html), page(test, config, said))
     return 0
 
 
@@ -121,33 +86,45 @@ def measure(config: ConfigDict, low: float, high: float) -> RangeTest:
     images = datasets.open_train_images(config)
     compiled = programs.programs_for_images(config, images, load=load_teacher)
     compiled.check_size()
-    total, losses = compiled.recipe.total, list[float]()
-    rates = np.geomspace(low, high, total)
-    best = math.inf
-    for step, (loss, smoothed) in enumerate(_with_average(_losses(compiled, images, total))):
+    rates, losses, smoothed = np.geomspace(low, high, compiled.recipe.total), list[float](), list[float]()
+    average = 0.0
+    for step, loss in enumerate(_losses(compiled, images), 1):
         if not math.isfinite(loss):
             break
+        average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
         losses.append(loss)
-        if smoothed > _DIVERGED * best > 0:
+        smoothed.append(average / (1 - _SMOOTHING**step))  # bias-corrected as in Adam
+        if smoothed[-1] > _DIVERGED * min(smoothed) > 0:
             break
-        best = min(best, smoothed)
-        if (step + 1) % max(1, total // 10) == 0:
-            log.info("step %d of %d: learning rate %.2g, loss %.4g", step + 1, total, rates[step], smoothed)
     if len(losses) < _FEWEST:
         raise UserError(f"the loss diverges after {len(losses)} steps, at a learning rate of {rates[len(losses)]:.2g}; "
                         "give a smaller --low")  # fmt: skip
-    return RangeTest(rates[: len(losses)], np.array(losses))
+    return RangeTest(rates[: len(losses)], np.array(losses), np.array(smoothed))
 
 
-def _losses(compiled: Programs, images: stream.Images, total: int) -> Iterator[float]:
+def _losses(compiled: Programs, images: stream.Images) -> Iterator[float]:
     """The mean training loss of each step, over the seeds if there are several."""
-    weights = pretrained.load(compiled) if compiled.recipe.config.init_from else None
-    run = compiled.init(images=compiled.first_images(images), weights=weights.taken if weights else None)
-    state = run["state"]
-    for _, batch in compiled.batches(images, range(total)):
+    weights = pretrained.load(compiled).taken if compiled.recipe.config.init_from else None
+    state = compiled.init(images=compiled.first_images(images), weights=weights)["state"]
+    total = compiled.recipe.total
+    for _, batch in terminal.track(compiled.batches(images, range(total)), total, "training"):
         state, sums = compiled.train(state, compiled.zero_sums(), batch)
         done = jax.device_get(sums)
         yield float(np.sum(done["loss"]) / np.sum(done["examples"]))
+
+
+def suggest(test: RangeTest) -> tuple[float, float]:
+    """Returns the learning rate at which the smoothed loss falls fastest per decade, and that of its minimum.
+
+    The former is below the latter, beyond which training gets worse. The first tenth of the steps is left out, as in
+    fastai: the average of few losses follows their noise. Raises UserError if the loss falls nowhere.
+    """
+    first, last = len(test.rates) // 10, int(np.argmin(test.smoothed))
+    if last <= first:
+        raise UserError("the loss never falls, so the range test suggests no learning rate; check the data and the "
+                        "model, or give a smaller --low")  # fmt: skip
+    slopes = np.gradient(test.smoothed, np.log10(test.rates))[first : last + 1]
+    return float(test.rates[first + int(np.argmin(slopes))]), float(test.rates[last])
 
 
 def _with_rate(schedule: str, rate: float) -> str:
@@ -161,29 +138,15 @@ def _with_rate(schedule: str, rate: float) -> str:
     return str(spec.Call(call.name, (rate, *call.args[1:]), call.kwargs))
 
 
-def _table(test: RangeTest, suggested: str) -> Iterator[str]:
-    yield f"{'learning rate':>13}  {'loss':>10}"
-    shown = np.unique(np.linspace(0, len(test.rates) - 1, 12).astype(int))
-    smoothed = test.smoothed
-    yield from (f"{test.rates[i]:>13.2e}  {smoothed[i]:>10.4g}" for i in shown)
-    yield f"the loss falls fastest at {test.steepest:.2g}, and is lowest at {test.lowest:.2g}"
-    if suggested:
-        yield f"try --config.schedule={suggested!r}"
-
-
-def page(test: RangeTest, config: ConfigDict, suggested: str) -> str:
-    """The loss over the learning rate, as one HTML file without scripts."""
-    x = np.log10(test.rates)
-    lines = [
-        Line("loss of each step", 1, list(zip(x.tolist(), test.losses.tolist(), strict=True))),
-        Line("smoothed", 0, list(zip(x.tolist(), test.smoothed.tolist(), strict=True))),
-    ]
-    said = f"The smoothed loss falls fastest at {test.steepest:.2g} and is lowest at {test.lowest:.2g}."
-    more = f" Try schedule={suggested!r}." if suggested else ""
+def page(test: RangeTest, config: ConfigDict, said: str) -> str:
+    """The loss over the learning rate, with the sentence `said`, as one HTML file without scripts."""
+    x = np.log10(test.rates).tolist()
+    lines = [Line("loss of each step", 1, list(zip(x, test.losses.tolist(), strict=True))),
+             Line("smoothed", 0, list(zip(x, test.smoothed.tolist(), strict=True)))]  # fmt: skip
     curve = chart("training loss", "log10 of the learning rate", lines, description=said)
     title = f"Learning-rate range test of {config.model}"
     return pages.document(title, [
-        f"<h1>{pages.text(title)}</h1>", pages.paragraph(said + more),
+        f"<h1>{pages.text(title)}</h1>", pages.paragraph(said),
         pages.legend([(line.name, line.color, False) for line in lines]),
         pages.charts([pages.figure("training loss", curve)]),
         pages.paragraph(f"optimizer={config.optimizer!r}, batch_size={config.batch_size}, seed={config.seed}", True),

@@ -2,10 +2,8 @@
 
 import csv
 import json
-import logging
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,12 +14,9 @@ from imgclf_jax.core import terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import decimals, printable, utf8
 from imgclf_jax.core.typing import Json, JsonObject
-from imgclf_jax.data import image_check
 from imgclf_jax.losses import Task
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.trained import Trained, load_trained, report_host_ops
-
-log = logging.getLogger(__name__)
 
 # {"file", "predictions": [{"class", "probability"}]}, {"file", "values": {target: number}} or {"file", "error"};
 # multi-label records also have "probabilities" f32[classes]
@@ -35,8 +30,7 @@ def main(
     """Prints the predictions for each image, in order as they are computed; returns 1 if an image fails, else 0.
 
     These are the `top_k` classes, or the classes of a multi-label model from `threshold` on (see `Trained.describe`).
-    With a `sigmoid` loss, probabilities do not sum to 1 (see `losses.Link`). With
-    `data.unreadable` "skip", unreadable files in directories do not count as failures; the log tells their number.
+    With a `sigmoid` loss, probabilities do not sum to 1 (see `losses.Link`).
 
     - `workdir` is the run to use; None uses the weights that `init_from` names and the classes of the config's source.
     - `format` is "table", "json" (a list), "jsonl" (an object per line) or "csv".
@@ -46,28 +40,17 @@ def main(
     report_host_ops(model.programs)
     top_k, thresholds = min(top_k, len(model.class_names)), _parse_thresholds(threshold, model)
     with_all = model.task is Task.MULTILABEL and format == "csv"
-    skipped: list[str] = []
-
-    def skips(image: inputs.Input, error: UserError) -> bool:
-        may_skip = image.found and config.data.unreadable == "skip"
-        if not may_skip or image_check.readable(Path(image.path)):
-            return False
-        skipped.append(image.path)
-        return True
-
-    results = inputs.Results(images, model.stream("ranked", [image.path for image in images]), "predicting", skips)
+    results = inputs.Results(images, model.stream("ranked", images), "predicting")
 
     def records() -> Iterator[Record]:
         for image, result in results:
             if isinstance(result, UserError):
-                yield {"file": utf8(image.path), "error": str(result)}
+                yield {"file": utf8(image), "error": str(result)}
                 continue
             more = {"probabilities": result[0]} if with_all else {}
-            yield {"file": utf8(image.path), **model.describe(result, top_k, thresholds), **more}
+            yield {"file": utf8(image), **model.describe(result, top_k, thresholds), **more}
 
     PRINT[format](records(), make_columns(model, top_k))
-    if skipped:
-        log.warning("unreadable files left out: %d, such as %s", len(skipped), skipped[0])
     return int(results.failed > 0)
 
 

@@ -43,9 +43,7 @@ def main(
     results: inputs.Results | None = None
     if paths:
         report_host_ops(model.programs)
-        results = inputs.Results(
-            images, model.stream("features", [image.path for image in images]), "computing features"
-        )
+        results = inputs.Results(images, model.stream("features", images), "computing features")
         _add_files(model, results, paths, found)
     else:
         _add_sets(model, workdir, base, split, found)
@@ -80,14 +78,14 @@ def _add_files(model: Trained, results: inputs.Results, words: list[str], found:
             labels = np.full((len(batch), len(targets)), np.nan, np.float32)
         else:
             labels = np.array([label_of(image, folders, model.class_names) for image, _ in batch], np.int32)
-        found.add("", [utf8(image.path) for image, _ in batch], labels, np.stack([row for _, row in batch], 1))
+        found.add("", [utf8(image) for image, _ in batch], labels, np.stack([row for _, row in batch], 1))
 
 
-def label_of(image: inputs.Input, folders: list[str], class_names: tuple[str, ...]) -> int:
+def label_of(image: str, folders: list[str], class_names: tuple[str, ...]) -> int:
     """Returns the class named by the image's subfolder of one of `folders`, such as "photos/", or -1."""
     for folder in folders:
-        if image.found and image.path.startswith(folder):
-            name = utf8(image.path.removeprefix(folder).split(os.sep)[0])
+        if image.startswith(folder):
+            name = utf8(image.removeprefix(folder).split(os.sep)[0])
             if name in class_names:
                 return class_names.index(name)
     return -1

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from imgclf_jax.tools.explain import command, heatmap
+from imgclf_jax.tools.explain import heatmap
 
 BACKGROUND = (255, 255, 255)
 
@@ -66,9 +66,3 @@ def test_the_image_is_beside_the_map_over_it(channels):
     np.testing.assert_array_equal(picture[top, bar], heatmap.COLORS[-1])
     np.testing.assert_array_equal(picture[top + 255, bar], heatmap.COLORS[0])
     assert (picture[:top] != BACKGROUND).any()  # the title
-
-
-def test_files_of_classes_with_like_names():
-    """The figure for the class "a b" overwrote that for "a,b"."""
-    names = ("cat", "a,b", "T-shirt/top", "a b")
-    assert [command.name_class(name, names) for name in names] == ["cat", "a_b.1", "T-shirt_top", "a_b.3"]
