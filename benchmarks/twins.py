@@ -76,7 +76,7 @@ def measure(name: str, kind: str, devices: list[Any], batch_size: int) -> dict[s
     seconds = time.process_time() - began
     text = compiled.as_text()
     return {
-        "bytes": compiled.cost_analysis()["bytes accessed"],
+        "bytes": (compiled.cost_analysis() or {}).get("bytes accessed", 0),
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
         "float32_products": float32_products(lowered.as_text()),
         "costly": dict(Counter(_COSTLY.findall(text))),

@@ -88,10 +88,10 @@ def report(programs: Programs, chips: topology.Chips) -> JsonObject:
     sizes["peak"] = (code.argument_size_in_bytes + code.output_size_in_bytes - code.alias_size_in_bytes
                      + code.temp_size_in_bytes + code.generated_code_size_in_bytes)  # fmt: skip
     collectives = counts.collective_bytes(compiled["train"])
+    traffic = (compiled["train"].cost_analysis() or {}).get("bytes accessed")  # of the loop over microbatches once
     result |= {
         "fits": sizes["peak"] <= sizes["capacity"],
-        # XLA counts the loop over microbatches once.
-        "bytes": float((compiled["train"].cost_analysis() or {}).get("bytes accessed", 0)) * config.accumulate,
+        "bytes": traffic and float(traffic) * config.accumulate,
         "collectives": {kind: {"count": n, "bytes": size} for kind, (n, size) in collectives.items()},
     }
     return result | (_times(programs, chips, chip, result) if chip else {})
@@ -101,13 +101,13 @@ def _times(programs: Programs, chips: topology.Chips, chip: Chip, result: JsonOb
     """Estimates the time of a step: that of the slowest of computation, memory and network (a roofline).
 
     Computation and network take at least as long. XLA's count of memory traffic includes on-chip memory, so memory may
-    take less.
+    take less. For GPUs XLA counts none, so the time of a step is a lower bound.
     """
     config, n = programs.recipe.config, chips.count
     a_host = chips.shape[-1] if chip.platform == "gpu" else n  # links reach all chips of a TPU slice
     seconds = {
         "compute": result["flops"] / chip.peak(config.precision, config.matmul_precision),
-        "memory": result["bytes"] / chip.bandwidth,
+        **({"memory": result["bytes"] / chip.bandwidth} if result["bytes"] else {}),
         "network": sum(collective_seconds(chip, n, a_host, kind, one["bytes"])
                        for kind, one in result["collectives"].items()),
     }  # fmt: skip
@@ -142,16 +142,17 @@ def _print(result: JsonObject) -> None:
         rows.append(("peak memory", f"{format_bytes(sizes['peak'])} of {format_bytes(sizes['capacity'])}"))
     rows.append(("fits", "yes" if result["fits"] else "; ".join(["no", result.get("compiler", ""), _ADVICE])))
     rows.append(("matmul FLOPs", f"{result['flops']:.3g} per step and chip"))
-    if "bytes" in result:
+    if result.get("bytes"):
         rows.append(("memory traffic", f"{format_bytes(result['bytes'])} per step and chip, by XLA's cost analysis"))
-        rows += [(kind, f"{of['count']} per step, {format_bytes(of['bytes'])}")
-                 for kind, of in result["collectives"].items()]  # fmt: skip
+    rows += [(kind, f"{of['count']} per step, {format_bytes(of['bytes'])}")
+             for kind, of in result.get("collectives", {}).items()]  # fmt: skip
     if "seconds" in result:
         seconds = result["seconds"]
-        each = ", ".join(f"{name} {seconds[name] * 1e3:.3g} ms" for name in ("compute", "memory", "network"))
-        rows += [("step", f"about {seconds['step'] * 1e3:.3g} ms, bound by {result['bound_by']}: {each}"),
-                 ("images per second", f"about {result['images_per_second']:,.0f}"),
-                 ("whole run", f"about {result['run_seconds'] / 3600:.3g} h for {result['steps']:,} steps, "
+        least, most = ("about", "about") if "memory" in seconds else ("at least", "at most")
+        each = ", ".join(f"{name} {value * 1e3:.3g} ms" for name, value in seconds.items() if name != "step")
+        rows += [("step", f"{least} {seconds['step'] * 1e3:.3g} ms, bound by {result['bound_by']}: {each}"),
+                 ("images per second", f"{most} {result['images_per_second']:,.0f}"),
+                 ("whole run", f"{least} {result['run_seconds'] / 3600:.3g} h for {result['steps']:,} steps, "
                                f"{result['chip_hours']:.3g} chip-hours, without evaluation"),
                  ("chip data", result["source"])]  # fmt: skip
     rows.append(("compile time", ", ".join(f"{name} {s} s" for name, s in result["compile_seconds"].items())))

@@ -241,7 +241,7 @@ def test_scores_and_predictions(trained, tmp_path, capsys):
 
     assert launch.main(["evaluate", *flags]) == 0
     assert f"macro_f1 │ {found['scores']['macro_f1']['value']:.4f}" in " ".join(capsys.readouterr().out.split())
-    assert launch.main(["evaluate", *flags, "--predictions=x.txt"]) == 1
+    assert launch.main(["evaluate", *flags, "--predictions=x.txt"]) == 2
 
 
 def test_an_unknown_attack_is_named(trained, capsys):
