@@ -161,7 +161,7 @@ def test_many_classes(trained, counted, command, monkeypatch):
     monkeypatch.setattr(metrics, "CONFUSION_CLASSES", 9)
     out = command(trained.path)
     assert rows(out) == [row[:-1] for row in whole]
-    assert "'most often taken for' needs the confusion matrix" in out
+    assert "There is no confusion matrix for more than" in out
     assert "up to 9 classes; these data have 10." in out
     result = json.loads(command(trained.path, "--format=json"))["test"]
     assert "confusion" not in result
