@@ -108,7 +108,7 @@ FLAGS: Mapping[str, dict[str, Any]] = {
     "split": _flag("a split of the data, such as train, 'test[:100]' or \"folder('new')/train\" (default: the run's "
                    "evaluation sets)", "SPLIT"),
     "method": {"help": "the attribution method (default: auto, which fits the network)", "default": "auto",
-               "choices": ("auto", "gradcam", "rollout", "occlusion")},
+               "choices": ("auto", "gradcam", "occlusion")},
     "class": _flag("the class to explain (default: the predicted one)", "NAME"),
     "layer": _flag("the layer whose feature maps Grad-CAM uses (default: the last one with feature maps)", "NAME"),
     "window": _flag("the side of the occluding square, in pixels (default: an image's / 7)", "N", 0, type=_NATURAL),
@@ -249,8 +249,8 @@ COMMANDS: Mapping[str, Command] = {
         "tools.explain.command", from_run_or_weights,
         ("workdir", "checkpoint", "format", "method", "class", "layer", "window", "output", "trust"),
         "FILE|DIR|GLOB|-",
-        more="gradcam works for networks with feature maps, rollout for attention over patches, occlusion for any "
-             "network. The heatmaps go to the folder --output (default: explained).",
+        more="gradcam works for networks with feature maps, occlusion for any network. The heatmaps go to the folder "
+             "--output (default: explained).",
         examples=("new.jpg --workdir runs/a --class dog", "photos --workdir runs/a --method occlusion --output heat"),
         before_jax="cli.inputs:check",
     ),

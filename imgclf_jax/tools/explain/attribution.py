@@ -1,4 +1,4 @@
-"""Attribution methods as pure functions: Grad-CAM, attention rollout and occlusion.
+"""Attribution methods as pure functions: Grad-CAM and occlusion.
 
 Each returns a map of the importance of image regions. Flax's method interceptors read the layers' outputs, so any linen
 network works unchanged.
@@ -23,7 +23,6 @@ from imgclf_jax.models.classifier import Classifier
 # (params, model_state, images uint8[b, h, w, c], labels i32[b]) → f32[b, h', w']
 type Explain = Callable[[Params, ModelState, jax.Array, jax.Array], jax.Array]
 
-_MAPS = "attention"  # the name under which attention layers sow f32[b, heads, queries, keys] into `intermediates`
 _INSPECTIONS = itertools.count()
 
 
@@ -39,35 +38,6 @@ class Layer(NamedTuple):
     call: int | None
 
 
-class Structure(NamedTuple):
-    """The backbone's layer calls, and the shapes of its attention maps by `_attention_maps`'s names, both in order."""
-
-    layers: list[Layer]
-    attention: dict[str, tuple[int, ...]]
-
-    @property
-    def spatial(self) -> list[Layer]:
-        """The layers with feature maps [b, h, w, c] larger than 1 x 1."""
-        return [x for x in self.layers if len(x.shape) == 4 and x.shape[1] * x.shape[2] > 1 and x.call is not None]
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of the patches, which are those of the last feature maps; (0, 0) without any."""
-        return self.spatial[-1].shape[1:3] if self.spatial else (0, 0)  # type: ignore[return-value]
-
-    @property
-    def best(self) -> str:
-        """The method that fits this network: "gradcam", "rollout", or else "occlusion".
-
-        Grad-CAM if the last spatial output is a feature map; rollout if it is tokens and all attention maps are over
-        the patches.
-        """
-        outputs = [layer for layer in self.layers if len(layer.shape) > 2 and np.prod(layer.shape[1:-1]) > 1]
-        if outputs and len(outputs[-1].shape) == 4 and outputs[-1].call is not None:
-            return "gradcam"
-        return "rollout" if self.attention and _tokens_fit(self) else "occlusion"
-
-
 def without_remat(model: Classifier) -> Classifier:
     """Returns the classifier without `remat`, which hides its blocks' layers from interceptors."""
     outer = model.backbone
@@ -78,37 +48,43 @@ def without_remat(model: Classifier) -> Classifier:
     return model.clone(backbone=plain if inner is outer else outer.clone(base=plain))
 
 
-def inspect(model: nn.Module, variables: Variables, image_shape: Sequence[int]) -> Structure:
-    """Traces the classifier on an image [h, w, c], without computing, and returns its structure."""
+def inspect(model: nn.Module, variables: Variables, image_shape: Sequence[int]) -> list[Layer]:
+    """Traces the classifier on an image [h, w, c], without computing; the backbone's layer calls in order."""
     layers: list[Layer] = []
     # A collection of a new name makes `nn.jit` miss JAX's trace cache, whose hits do not call the interceptor.
     fresh = f"inspection {next(_INSPECTIONS)}"
 
-    def run(variables: Variables, images: jax.Array) -> dict[str, jax.Array]:
+    def run(variables: Variables, images: jax.Array) -> PyTree:
         def record(name: str, call: int | None, y: PyTree) -> PyTree:
             if name.startswith("backbone/") and isinstance(y, jax.Array):
                 layers.append(Layer(name.removeprefix("backbone/"), y.shape, call))
             return y
 
         with nn.intercept_methods(_on_outputs(record)):
-            _, state = model.apply(variables, images, train=False, mutable=["intermediates", fresh])
-        return _attention_maps(state)
+            return model.apply(variables, images, train=False, mutable=[fresh])
 
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    maps = jax.eval_shape(run, variables, image)
-    order = {f"{layer.name}/{layer.call}": position for position, layer in enumerate(layers)}
-    known = maps.keys() <= order.keys()  # or the order of some is out of reach
-    return Structure(layers, {name: maps[name].shape for name in sorted(maps, key=order.__getitem__)} if known else {})
+    jax.eval_shape(run, variables, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+    return layers
 
 
-def choose_layer(structure: Structure, name: str = "") -> Layer:
-    """Returns the layer for Grad-CAM: the last call of `name`, or of any layer with feature maps. Raises UserError."""
-    if not structure.spatial:
+def best_method(layers: Sequence[Layer]) -> str:
+    """Returns "gradcam" if the last output with more than one position is a feature map in reach, else "occlusion"."""
+    outputs = [layer for layer in layers if len(layer.shape) > 2 and np.prod(layer.shape[1:-1]) > 1]
+    return "gradcam" if outputs and len(outputs[-1].shape) == 4 and outputs[-1].call is not None else "occlusion"
+
+
+def choose_layer(layers: Sequence[Layer], name: str = "") -> Layer:
+    """Returns the layer for Grad-CAM: the last call of `name`, or of any layer, with feature maps [b, h, w, c].
+
+    Raises UserError if there is none.
+    """
+    spatial = [x for x in layers if len(x.shape) == 4 and x.shape[1] * x.shape[2] > 1 and x.call is not None]
+    if not spatial:
         raise UserError("gradcam needs a layer with feature maps [b, h, w, c], which this network lacks; "
                         "--method=occlusion explains any network")  # fmt: skip
-    matches = [layer for layer in structure.spatial if name in ("", layer.name)]
+    matches = [layer for layer in spatial if name in ("", layer.name)]
     if not matches:
-        raise UserError(unknown("layer with feature maps", name, {layer.name for layer in structure.spatial}))
+        raise UserError(unknown("layer with feature maps", name, {layer.name for layer in spatial}))
     return matches[-1]
 
 
@@ -131,57 +107,20 @@ def make_gradcam(model: nn.Module, augment: Callable[..., jax.Array], layer: Lay
                 if (name, call) != (f"backbone/{layer.name}", layer.call):
                     return y
                 outputs.append(y)
-                return y if delta is None else y + delta.astype(y.dtype)
+                return y + delta.astype(y.dtype)
 
             with nn.intercept_methods(_on_outputs(shift)):
                 logits: Any = model.apply(variables, images, train=False)
             return dtypes.upcast(jnp.take_along_axis(logits, labels[:, None], 1)).sum(), dtypes.upcast(outputs[0])
 
-        maps = jax.eval_shape(logit, None)[1]
-        gradients, features = jax.grad(logit, has_aux=True)(jnp.zeros(maps.shape, maps.dtype))
+        zeros = jnp.zeros((len(images), *layer.shape[1:]), jnp.float32)
+        gradients, features = jax.grad(logit, has_aux=True)(zeros)
         weights = jnp.mean(gradients, (1, 2))  # [b, c]
         return nn.relu(jnp.sum(weights[:, None, None] * features, -1))  # [b, h', w']
 
-    return _mean_over_seeds(gradcam, num_seeds)
-
-
-def make_rollout(
-    model: nn.Module, augment: Callable[..., jax.Array], structure: Structure, num_seeds: int = 1
-) -> Explain:
-    """Returns attention rollout (Abnar and Zuidema 2020, arXiv:2005.00928), maps f32[b, rows, columns] of the patches.
-
-    A map is how much of each patch reaches the class token through all layers or, without a class token, all tokens on
-    average (see `rollout`). It does not depend on the label. Seeds are as in `make_gradcam`. Raises UserError if the
-    network has no attention maps over its patches.
-    """
-    if not structure.attention or not _tokens_fit(structure):
-        raise UserError("rollout needs attention maps over the image patches, sown as 'attention', which this network "
-                        "lacks; --method=occlusion explains any network")  # fmt: skip
-    rows, columns = structure.grid
-
-    def explain(params: Params, model_state: ModelState, images: jax.Array, labels: jax.Array) -> jax.Array:
-        variables = {"params": params, **model_state}
-        _, state = model.apply(variables, augment(None, images), train=False, mutable=["intermediates"])
-        maps = _attention_maps(state)
-        flow = rollout([maps[name] for name in structure.attention])  # [b, n, n]
-        class_tokens = flow.shape[-1] - rows * columns  # they come first
-        relevance = flow[:, 0] if class_tokens else jnp.mean(flow, 1)  # [b, n]
-        return relevance[:, class_tokens:].reshape(-1, rows, columns)
-
-    return _mean_over_seeds(explain, num_seeds)
-
-
-def rollout(maps: Sequence[jax.Array]) -> jax.Array:
-    """Returns the flow f32[b, n, n] from each input token (last axis) to each output token through all layers.
-
-    `maps` are the layers' attention f32[b, heads, n, n], in order. The flow is the product of A = (W + I) / 2 over the
-    layers, with W the mean over heads and I for the residual connection.
-    """
-    flow = jnp.eye(maps[0].shape[-1], dtype=maps[0].dtype)[None]
-    for attention in maps:
-        layer = (jnp.mean(attention, 1) + jnp.eye(attention.shape[-1], dtype=attention.dtype)) / 2  # rows sum to 1
-        flow = jnp.matmul(layer, flow, precision="highest")
-    return flow
+    if num_seeds == 1:
+        return gradcam
+    return lambda *args: jnp.mean(jax.vmap(gradcam, (0, 0, None, None))(*args), 0)
 
 
 def occlusion(
@@ -231,12 +170,6 @@ def _starts(length: int, window: int) -> list[int]:
     return sorted({*range(0, last, max(1, window // 2)), last})
 
 
-def _mean_over_seeds(explain: Explain, num_seeds: int) -> Explain:
-    if num_seeds == 1:
-        return explain
-    return lambda *args: jnp.mean(jax.vmap(explain, (0, 0, None, None))(*args), 0)
-
-
 def _on_outputs(replace: Callable[[str, int | None, PyTree], PyTree]) -> Function:
     """Returns an interceptor that replaces the output of each module call by `replace(name, call, output)`.
 
@@ -257,19 +190,3 @@ def _on_outputs(replace: Callable[[str, int | None, PyTree], PyTree]) -> Functio
         return replace(name, calls[name] - 1, y)
 
     return intercept
-
-
-def _attention_maps(state: Variables) -> dict[str, jax.Array]:
-    """Returns the attention maps by call, named LAYER/CALL such as "block10/attn/0"."""
-    maps = {}
-    for path, x in jax.tree.leaves_with_path(state.get("intermediates", {}).get("backbone", {})):
-        keys = [key.key if isinstance(key, jax.tree_util.DictKey) else key.idx for key in path]
-        if keys[-2:-1] == [_MAPS] and x.ndim == 4:
-            maps["/".join([*keys[:-2], str(keys[-1])])] = x
-    return maps
-
-
-def _tokens_fit(structure: Structure) -> bool:
-    """Whether all attention maps are over the patches, with or without a class token."""
-    n = structure.grid[0] * structure.grid[1]
-    return n > 1 and all(shape[-1] == shape[-2] and shape[-1] - n in (0, 1) for shape in structure.attention.values())

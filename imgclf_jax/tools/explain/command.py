@@ -28,7 +28,7 @@ def main(
     - `others["class"]` names the class to explain, "" the predicted one.
     - `method`, `layer` and `window` are those of `explanations.build`. The heatmap of several seeds is their mean.
 
-    Raises UserError for an unknown class or layer, and for a method that does not fit the network or the class.
+    Raises UserError for an unknown class or layer, and for a method that does not fit the network.
     """
     wanted = others["class"]
     folder = Path(output or "explained")
@@ -38,7 +38,7 @@ def main(
     report_host_ops(model.programs)
     if wanted and wanted not in model.class_names:
         raise UserError(unknown("class", wanted, model.class_names))
-    method, explain = build(model, method, layer, window, bool(wanted))
+    method, explain = build(model, method, layer, window)
     folder.mkdir(parents=True, exist_ok=True)
     results = inputs.Results(images, model.stream("ranked", images), "explaining")
 

@@ -16,7 +16,6 @@ from imgclf_jax.trained import Trained
 
 TITLES = {
     "gradcam": "Grad-CAM: evidence for the class",
-    "rollout": "attention rollout: attention, for any class",
     "occlusion": "occlusion: drop of the probability",
 }
 
@@ -26,13 +25,10 @@ _ROWS = 8  # images per batch; more large ones may not fit into memory
 type Explain = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def build(
-    model: Trained, method: str = "auto", layer: str = "", window: int = 0, for_class: bool = False
-) -> tuple[str, Explain]:
+def build(model: Trained, method: str = "auto", layer: str = "", window: int = 0) -> tuple[str, Explain]:
     """Returns the name of the method, and the function that explains images.
 
-    - `method` is "gradcam", "rollout", "occlusion", or "auto" for the one that fits the network and, with `for_class`,
-      distinguishes classes.
+    - `method` is "gradcam", "occlusion", or "auto" for the one that fits the network.
     - `layer` is for Grad-CAM, `window` for occlusion; see `attribution`.
 
     The map of several seeds is the mean of the seeds' maps; occlusion explains their ensemble. Raises UserError if the
@@ -42,13 +38,9 @@ def build(
     recipe, classifier = programs.recipe, attribution.without_remat(programs.recipe.model)
     one_seed = jax.tree.map(lambda x: x[0], params) if recipe.num_seeds > 1 else params
     with programs.tracing():
-        variables = {"params": one_seed[0], **one_seed[1]}
-        structure = attribution.inspect(classifier, variables, recipe.data.image_shape)
+        layers = attribution.inspect(classifier, {"params": one_seed[0], **one_seed[1]}, recipe.data.image_shape)
     if method == "auto":
-        method = "gradcam" if layer else "occlusion" if window else structure.best
-        method = "occlusion" if method == "rollout" and for_class else method
-    if method == "rollout" and for_class:
-        raise UserError("rollout is the same for every class: drop --class, or use --method=occlusion")
+        method = "gradcam" if layer else "occlusion" if window else attribution.best_method(layers)
     for flag, value, needed in (("layer", layer, "gradcam"), ("window", window, "occlusion")):
         if value and method != needed:
             raise UserError(f"--{flag} needs --method={needed}, but the method is {method}; drop one of the two")
@@ -56,12 +48,8 @@ def build(
         size = sharding.round_up(min(model.config.batch_size, 128), programs.mesh)
         probabilities = functools.partial(predict, model, size=size)
         return method, lambda images, labels: attribution.occlusion(probabilities, images, labels, window, size)
-    augment, seeds = recipe.augment(train=False), recipe.num_seeds
-    pure = (
-        attribution.make_gradcam(classifier, augment, attribution.choose_layer(structure, layer), seeds)
-        if method == "gradcam"
-        else attribution.make_rollout(classifier, augment, structure, seeds)
-    )
+    chosen = attribution.choose_layer(layers, layer)
+    pure = attribution.make_gradcam(classifier, recipe.augment(train=False), chosen, recipe.num_seeds)
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(programs.mesh))
     def traced(*args: PyTree) -> jax.Array:

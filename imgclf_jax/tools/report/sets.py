@@ -150,10 +150,9 @@ def _top_losses(one: Evaluated, names: Sequence[str], num_seeds: int) -> str:
 
 _METHODS = {
     "gradcam": "the evidence for the predicted class (Grad-CAM)",
-    "rollout": "what the network attends to, whatever the class (attention rollout)",
     "occlusion": "how much the probability of the predicted class drops when a square covers the region (occlusion)",
 }
-_SHORT = {"gradcam": "Grad-CAM", "rollout": "attention rollout", "occlusion": "occlusion"}
+_SHORT = {"gradcam": "Grad-CAM", "occlusion": "occlusion"}
 _COLORS = 64  # in the image of a heatmap
 
 
@@ -165,7 +164,7 @@ def _top_loss(example: TopLoss, names: Sequence[str], method: str) -> str:
     signed = method == "occlusion"
     overlay = heatmap.overlay(pictures.to_uint8(example.image), heatmap.scale(example.heat, signed))
     peak = heatmap.peak(example.heat, signed)
-    method_text = _SHORT[method] + ("" if method == "rollout" else f" for {predicted}")
+    method_text = f"{_SHORT[method]} for {predicted}"
     alt = f"{example.example}, {method_text}: " + (f"most at {peak}" if peak else "nothing stands out")
     other = "correct" if right else f"taken for <strong>{text(predicted)}</strong> ({decimals(example.probability)})"
     return (

@@ -130,14 +130,12 @@ def build(model: Trained, name: str = "", hosts: Sequence[str] = ("*",), cors: S
 
 def make_explainer(model: Trained) -> Explainer:
     """Returns the function that draws a PNG for the bytes of an image file and a class, None for the predicted one."""
-    predicted = explanations.build(model)
-    chosen = explanations.build(model, for_class=True) if predicted[0] == "rollout" else predicted
+    method, explain = explanations.build(model)
 
     def draw(content: bytes, label: int | None) -> bytes:
         pixels = model.prepare(content)
         outputs = explanations.predict(model, pixels[None], ranked=True)[:, 0]
         _refuse_nan(outputs)
-        method, explain = predicted if label is None else chosen
         label = int(outputs[1].argmax()) if label is None else label
         title = f"{model.class_names[label]}, probability {decimals(outputs[0, label])}"
         return explanations.draw(method, explain, pixels, label, title)[0]

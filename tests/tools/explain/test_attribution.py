@@ -1,4 +1,4 @@
-"""Grad-CAM, attention rollout and occlusion against their definitions, in NumPy."""
+"""Grad-CAM and occlusion against their definitions, in NumPy."""
 
 import functools
 
@@ -12,9 +12,9 @@ from flax import linen as nn
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.models.backbones import CNN, MLP, RNN
 from imgclf_jax.models.classifier import Classifier
-from imgclf_jax.models.layers import Conv, Dense, mean_pool
+from imgclf_jax.models.layers import Conv, mean_pool
 from imgclf_jax.models.resnet import ResNet, ResNetCIFAR
-from imgclf_jax.models.vit import Attention, Mixer, ViT
+from imgclf_jax.models.vit import Mixer, ViT
 from imgclf_jax.tools.explain import attribution
 
 SHAPE = (8, 8, 1)
@@ -51,16 +51,6 @@ class Scanned(nn.Module):
         x = nn.Conv(2, (3, 3), name="first")(x)
         stack = nn.scan(Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
         return mean_pool(stack(name="steps")(x, None)[0])
-
-
-class Tokens(nn.Module):
-    """A user's own transformer with two layers, without a class token."""
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        x = Conv(8, 4, 4, "VALID", name="patch")(x).reshape(x.shape[0], 4, 8)
-        x = x + Attention(2, name="a")(x)
-        return mean_pool(x + Attention(2, name="b")(Dense(8, name="between")(x)))
 
 
 def scaled(key, images):
@@ -132,12 +122,12 @@ def test_gradcam_of_several_seeds_is_the_mean_of_their_maps():
 def test_the_last_call_of_a_layer_is_taken():
     """Its gradient is that of one call, by finite differences of the head's logit."""
     model, variables = made(Shared())
-    structure = attribution.inspect(model, variables, SHAPE)
-    assert [layer.name for layer in structure.spatial] == ["conv", "conv"]
+    layers = attribution.inspect(model, variables, SHAPE)
+    assert [layer.name for layer in layers] == ["conv", "conv"]
     x = images(1)
     [first, last] = (jax.jit(attribution.make_gradcam(model, scaled, layer))(*split(variables), x, LABELS[:1])
-                     for layer in structure.spatial)  # fmt: skip
-    assert attribution.choose_layer(structure, "conv") == structure.spatial[1]
+                     for layer in layers)  # fmt: skip
+    assert attribution.choose_layer(layers, "conv") == layers[1]
     bound = model.bind(variables)
     conv = {"params": variables["params"]["backbone"]["conv"]}
     a = nn.Conv(1, (3, 3)).apply(conv, nn.relu(nn.Conv(1, (3, 3)).apply(conv, scaled(None, x))))
@@ -201,22 +191,7 @@ def test_inspecting_a_network_again_shows_the_same():
     model, variables = made(jitted_network())
     first, second = (attribution.inspect(model, variables, SHAPE) for _ in range(2))
     assert first == second
-    assert "block/inner" in [layer.name for layer in first.layers]
-
-
-def test_attention_inside_of_jit_is_not_ordered_by_guess():
-    """JAX traces only the first of equal layers, so the order of the others is unknown; occlusion is used instead."""
-    jitted = nn.jit(Attention)
-
-    class Network(nn.Module):
-        @nn.compact
-        def __call__(self, x, train=False):
-            x = Conv(8, 4, 4, "VALID", name="patch")(x).reshape(x.shape[0], 4, 8)
-            for name in ("a", "c", "b"):
-                x = x + jitted(2, name=name)(x)
-            return mean_pool(x)
-
-    assert attribution.inspect(*made(Network()), SHAPE).best == "occlusion"
+    assert "block/inner" in [layer.name for layer in first]
 
 
 @pytest.mark.parametrize(("backbone", "method", "layer"), [
@@ -227,76 +202,23 @@ def test_attention_inside_of_jit_is_not_ordered_by_guess():
     (MLP((4,)), "occlusion", None),
     (RNN(features=4), "occlusion", None),
     (Mixer("S", 4), "occlusion", "patch"),
-    (ViT("Ti", 4), "rollout", "patch"),
-    (ViT("Ti", 4, pool="mean", remat="block"), "rollout", "patch"),
-    (Tokens(), "rollout", "patch"),
+    (ViT("Ti", 4), "occlusion", "patch"),
 ])  # fmt: skip
 def test_what_a_network_shows(backbone, method, layer, shallow):
     """The method that suits it, and its last feature maps with more than one position."""
     model = attribution.without_remat(Classifier(backbone, 3))
-    structure = attribution.inspect(model, shapes(model), SHAPE)
-    assert structure.best == method
+    layers = attribution.inspect(model, shapes(model), SHAPE)
+    assert attribution.best_method(layers) == method
     if layer:
-        assert attribution.choose_layer(structure).name == layer
+        assert attribution.choose_layer(layers).name == layer
     else:
         with pytest.raises(UserError, match="--method=occlusion"):
-            attribution.choose_layer(structure)
-    if method != "rollout":
-        with pytest.raises(UserError, match=r"attention maps over the image patches"):
-            attribution.make_rollout(model, scaled, structure)
+            attribution.choose_layer(layers)
 
 
 def test_layers_by_name():
-    structure = attribution.inspect(*made(CNN(widths=(2, 2), kernel=2)), SHAPE)
-    assert attribution.choose_layer(structure, "block0").shape == (1, 3, 3, 2)
-
-
-def attention_of(variables, name, tokens):
-    """A layer's maps by the definition of attention, [b, heads, n, n], and its output; two heads."""
-    params = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"]["backbone"][name])
-    b, n, d = tokens.shape
-    qkv = tokens @ params["qkv"]["kernel"] + params["qkv"]["bias"]
-    q, k, v = qkv.reshape(b, n, 3, 2, d // 2).transpose(2, 0, 3, 1, 4)  # [b, heads, n, d / heads]
-    scores = np.exp(q @ k.swapaxes(2, 3) / np.sqrt(d // 2))
-    maps = scores / scores.sum(-1, keepdims=True)
-    y = (maps @ v).transpose(0, 2, 1, 3).reshape(b, n, d)
-    return maps, y @ params["proj"]["kernel"] + params["proj"]["bias"]
-
-
-@pytest.mark.thorough
-def test_rollout_is_its_definition(form):
-    """A user's own network without a class token: the product of (mean over heads + identity) / 2, from its weights."""
-    model, variables = made(Tokens())
-    structure = attribution.inspect(model, variables, SHAPE)
-    maps = jax.jit(attribution.make_rollout(model, scaled, structure))(*split(variables), images(), LABELS)
-    params = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"]["backbone"])
-    patches = (images() / 128 - 1).reshape(3, 2, 4, 2, 4, 1).transpose(0, 1, 3, 2, 4, 5).reshape(3, 4, 16)
-    x = patches @ params["patch"]["kernel"].reshape(16, 8) + params["patch"]["bias"]
-    first, y = attention_of(variables, "a", x)
-    x = x + y
-    second, _ = attention_of(variables, "b", x @ params["between"]["kernel"] + params["between"]["bias"])
-    flows = [m.mean(1) / 2 + np.eye(4) / 2 for m in (first, second)]
-    expected = (flows[1] @ flows[0]).mean(1).reshape(3, 2, 2)
-    np.testing.assert_allclose(maps, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(np.asarray(maps).sum((1, 2)), 1, rtol=1e-5)
-
-
-@pytest.mark.thorough
-def test_rollout_of_a_vit_begins_at_the_class_token(shallow, monkeypatch):
-    """From the maps that it sows, in the order of its blocks, of which there are more than ten."""
-    from imgclf_jax.models import vit
-
-    monkeypatch.setitem(vit._VIT, "Ti", (8, 11, 2))
-    model, variables = made(ViT("Ti", 4))
-    structure = attribution.inspect(model, variables, SHAPE)
-    maps = jax.jit(attribution.make_rollout(model, scaled, structure))(*split(variables), images(), LABELS)
-    apply = jax.jit(functools.partial(model.apply, train=False, mutable=["intermediates"]))
-    shown = apply(variables, scaled(None, images()))[1]
-    flow = np.eye(5)
-    for i in range(11):
-        each = np.asarray(shown["intermediates"]["backbone"][f"block{i}"]["attn"]["attention"][0], np.float64)
-        flow = (each.mean(1) + np.eye(5)) / 2 @ flow
-    np.testing.assert_allclose(np.asarray(maps).reshape(3, 4), flow[:, 0, 1:], rtol=1e-4)
+    layers = attribution.inspect(*made(CNN(widths=(2, 2), kernel=2)), SHAPE)
+    assert attribution.choose_layer(layers, "block0").shape == (1, 3, 3, 2)
 
 
 @pytest.mark.parametrize(

@@ -251,8 +251,6 @@ def test_maps_of_several_seeds_are_the_mean_of_theirs(seeds):
 @pytest.mark.parametrize(("flags", "message"), [
     (["--class=eleven"], "unknown class 'eleven'"),
     (["--layer=block7"], "unknown layer with feature maps 'block7': did you mean 'block0'"),
-    (["--method=rollout"], "rollout needs attention maps over the image patches"),
-    (["--method=rollout", "--class=1"], "rollout is the same for every class: drop --class"),
     (["--method=occlusion", "--layer=block0"], "--layer needs --method=gradcam, but the method is occlusion"),
     (["--method=gradcam", "--window=2"], "--window needs --method=occlusion, but the method is gradcam"),
     (["--window=9"], "--window=9: must be 1 to 8, because the network's input is 8 x 8 pixels"),
