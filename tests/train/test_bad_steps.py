@@ -148,7 +148,7 @@ def test_a_run_that_skips_everything_ends(poisoned, tmp_path, one_device):
 def test_weight_averages_count_updates_and_not_skipped_steps(decay, text):
     """Lookahead synchronizes every k updates (Zhang et al. 2019): a skipped step was a lost synchronization."""
     model, optimizer = Classifier(Flat(), 2), optax.sgd(0.1)
-    average = weight_averages.build(decay, optimizers.split_lookahead(text)[1], lambda text: 0, 9)
+    average = weight_averages.build(decay, optimizers.split_lookahead(text)[1], 9)
     one = jax.jit(steps.make_train_step(
         model, softmax, optimizer, optax.constant_schedule(0.1), poisoned_where_255, average, skip_nonfinite=True
     ))  # fmt: skip
