@@ -29,7 +29,7 @@ def main(config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoi
     - `gives` is the output of the exported function: "probabilities", "logits" or "features".
     - `names` is the naming scheme of PyTorch weights (see `torch_state.naming`).
 
-    Raises UserError for parameters or statistics that hold NaN; `formats.check` has checked the flags.
+    Raises UserError for parameters or statistics that hold NaN; `formats.check` has checked the files.
     """
     model = load_trained(config, workdir, checkpoint)
     params, model_state = model.state.evaluated

@@ -8,7 +8,6 @@ which holds at most 2 GB.
 
 import datetime
 import json
-import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +20,6 @@ from jax.extend.mlir import passmanager
 from jax.extend.mlir.dialects import stablehlo as dialect
 
 from imgclf_jax.core import paths, tree
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.tensorflow_import import tensorflow
 from imgclf_jax.core.text import escape_surrogates
 from imgclf_jax.step import Outputs
@@ -95,9 +93,8 @@ def _module(
 def portable(exported: export.Exported) -> bytes:
     """Returns the module in the oldest version of StableHLO, with composites such as `erf` replaced by calls.
 
-    TensorFlow cannot refine the dynamic batch size inside composites. Raises UserError for a newer operation.
+    TensorFlow cannot refine the dynamic batch size inside composites. An operation that is newer raises JAX's error.
     """
-    oldest = dialect.get_minimum_version()
     dummy: Any = jax.jit(lambda: 0).lower().compiler_ir()
     with dummy.context:  # has JAX's dialects registered
         dialect.register_stablehlo_passes()
@@ -105,9 +102,4 @@ def portable(exported: export.Exported) -> bytes:
         calls = "builtin.module(func.func(stablehlo-legalize-composite-to-call))"
         passmanager.PassManager.parse(calls).run(module.operation)
         text = str(module)
-    try:
-        return bytes(mlir.serialize_portable_artifact(text, oldest))
-    except jax.errors.JaxRuntimeError as e:
-        operation = re.search(r"operation '(\S+)'", str(e))
-        raise UserError(f"export: TensorFlow reads StableHLO {oldest}, but the model's operation "
-                        f"{operation[1] if operation else ''} is newer; export it as .stablehlo") from e  # fmt: skip
+    return bytes(mlir.serialize_portable_artifact(text, dialect.get_minimum_version()))

@@ -181,8 +181,6 @@ def test_mistakes(run, tmp_path, capsys):
         ([str(tmp_path / "none" / "a.stablehlo")], "does not exist; create it first"),
         ([], "name the file to write"),
         ([str(tmp_path / "a.safetensors"), "--names=timm"], "unknown names of a MLP 'timm'"),
-        ([str(tmp_path / "a.safetensors"), "--gives=features"], "--gives=features is for the other formats"),
-        ([str(tmp_path / "a.stablehlo"), "--names=own"], "--names=own is for .safetensors"),
     ]:
         capsys.readouterr()
         assert launch.main(["export", f"--workdir={run}", *words]) == 1
