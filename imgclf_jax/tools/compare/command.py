@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from imgclf_jax.core import terminal
 from imgclf_jax.core.typing import JsonObject
@@ -62,25 +61,20 @@ def _print_tables(groups: Sequence[Group], comparisons: Sequence[Comparison], te
             terminal.print_table(columns, rows)
     for line in compare_tables.notes(groups, comparisons, test):
         terminal.print_text(line)
-    columns, rows = compare_tables.unfinished(groups)
-    if rows:
-        terminal.print_table(columns, rows)
 
 
 def _print_csv(groups: Sequence[Group]) -> None:
     """Prints a row per group: its keys, seeds and unfinished runs, and each metric's mean and standard deviation."""
-    metrics = list(dict.fromkeys(name for group in groups for name in group.metrics()))
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    keys = list(groups[0].settings)
-    writer.writerow([*keys, "seeds", "unfinished", *(f"{name}{end}" for name in metrics for end in ("", "_std"))])
+    rows = []
     for group in groups:
-        values, cells = group.metrics(), list[Any]()
-        for name in metrics:
-            value = values.get(name)
-            cells += ["", ""] if value is None else [value.mean, "" if math.isnan(value.std) else value.std]
-        seeds = " ".join(map(str, group.seeds))
-        row = [shown(value) if isinstance(value, dict) else value for value in group.settings.values()]
-        writer.writerow([*row, seeds, len(group.unfinished), *cells])
+        settings = {key: shown(v) if isinstance(v, dict) else v for key, v in group.settings.items()}
+        row = {**settings, "seeds": " ".join(map(str, group.seeds)), "unfinished": len(group.unfinished)}
+        for name, value in group.metrics().items():
+            row |= {name: value.mean, f"{name}_std": "" if math.isnan(value.std) else value.std}
+        rows.append(row)
+    writer = csv.DictWriter(sys.stdout, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
 
 
 def _as_json(

@@ -15,11 +15,9 @@ def page(
     groups: Sequence[Group], comparisons: Sequence[Comparison], metric: str, damaged: Sequence[str], tested: bool
 ) -> str:
     """Returns the page as HTML. All text from the runs is escaped. `tested` is that of `tables.notes`."""
-    done = sum(len(group.done) for group in groups)
-    left = sum(len(group.unfinished) for group in groups)
     keys = len(groups[0].settings)
     title = "Runs compared by " + (", ".join(groups[0].settings) or "their seed")
-    body = [f"<h1>{text(title)}</h1>", _summary(groups, metric, done, left)]
+    body = [f"<h1>{text(title)}</h1>", _summary(groups, metric)]
     columns, rows = compare_tables.results(groups)
     if rows:
         ranked = best(groups, metric) is not None
@@ -31,9 +29,6 @@ def page(
                     + table(f"Each against {groups[0].label}", columns, rows, keys))  # fmt: skip
     body += [paragraph(line, note=True) for line in compare_tables.notes(groups, comparisons, tested)]
     body.append(_curves(groups))
-    columns, rows = compare_tables.unfinished(groups)
-    if rows:
-        body.append("<h2>Unfinished runs</h2>" + table("The tables above do not include these runs", columns, rows, 1))
     if damaged:
         body.append("<h2>Skipped</h2><ul>" + "".join(f"<li>{text(line)}</li>" for line in damaged) + "</ul>")
     same = "".join(f"<dt>{text(key)}</dt><dd>{text(shown(value))}</dd>" for key, value in common(groups).items())
@@ -41,12 +36,11 @@ def page(
     return html.document(title, body)
 
 
-def _summary(groups: Sequence[Group], metric: str, done: int, left: int) -> str:
-    first = groups[0].metrics().get(metric)
-    summary = f"{done} run{'s' * (done != 1)} finished"
-    summary += f", {left} unfinished." if left else "."
-    if first and best(groups, metric) and len(groups) > 1:
-        summary += f" {groups[0].label} has the best {metric}: {compare_tables.spread_text(first)}."
+def _summary(groups: Sequence[Group], metric: str) -> str:
+    done = sum(len(group.done) for group in groups)
+    summary = f"{done} run{'s' * (done != 1)} finished."
+    if len(groups) > 1 and (first := best(groups, metric)):
+        summary += f" {first.label} has the best {metric}: {compare_tables.spread_text(first.metrics()[metric])}."
     return paragraph(summary)
 
 

@@ -3,10 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from imgclf_jax.core.terminal import format_metrics
 from imgclf_jax.core.text import decimals
-from imgclf_jax.run.ranking import MAIN_METRICS
-from imgclf_jax.run.record import Record
 from imgclf_jax.tools.compare.comparison import Comparison, Group
 from imgclf_jax.tools.compare.paired import Spread
 
@@ -63,22 +60,11 @@ def _range(values: Mapping[int, float]) -> str:
     return " to ".join(dict.fromkeys(map(decimals, ends)))
 
 
-def unfinished(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
-    """Returns the columns and rows of the unfinished runs."""
-    rows = [[run.name, f"{run.step} of {run.total}" if run.total else str(run.step), format_metrics(_latest(run))]
-            for group in groups for run in group.unfinished]  # fmt: skip
-    return ["unfinished run", "step", "its latest metrics"], rows
-
-
-def _latest(run: Record) -> dict[str, float]:
-    shown_metrics = ("train/loss", "train/accuracy", *(f"{name}/{kind}" for name in run.config.data.eval
-                                                for kind in (*MAIN_METRICS, "loss", "nll")))  # fmt: skip
-    return {name: value for name, value in run.latest().items() if name in shown_metrics}
-
-
 def notes(groups: Sequence[Group], comparisons: Sequence[Comparison], tested: bool) -> list[str]:
     """Explains the tables, a sentence or paragraph each. `tested` says whether missing predictions were made."""
     notes = []
+    if left := sum(len(group.unfinished) for group in groups):
+        notes.append(f"{left} run{'s are' if left > 1 else ' is'} unfinished and left out: `status` shows how far.")
     if groups[0].done and not _columns(groups):
         notes.append("No run has evaluation metrics: a method that trains no head has none unless it defines them.")
     if any(len(group.seeds) > 1 for group in groups):
