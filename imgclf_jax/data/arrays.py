@@ -144,7 +144,7 @@ def _check(x: str, images: np.ndarray, y: str, labels: np.ndarray, where: str) -
         fits = fits and labels.ndim in (1, 2) and labels.dtype.kind in "fiub"
         expected = "real numbers [n] or [n, k]"
     else:
-        fits = fits and labels.shape[1:] in ((), (1,)) and labels.dtype.kind in "iu"
+        fits = fits and labels.ndim > 0 and labels.shape[1:] in ((), (1,)) and labels.dtype.kind in "iu"
         expected = "whole numbers [n]"
     if not fits or not labels.size or len(labels) != len(images):
         raise UserError(f"{where}, {x} is {images.dtype}{list(images.shape)} and {y} is {labels.dtype}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from imgclf_jax.core import spec
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Examples, Function
 from imgclf_jax.data import splits
 from imgclf_jax.data.arrays import array_source, arrays
@@ -95,7 +95,12 @@ def open_splits(text: str, data_dir: str = "", manual_dir: str = "", unreadable:
         make = functools.partial(make, **{"data_dir": data_dir, "manual_dir": manual_dir} | make.keywords)
     elif make.func in (folder, table):
         make = functools.partial(make, **{"unreadable": unreadable} | make.keywords)
-    opened: dict[str, Source] = make()
+    try:
+        opened: dict[str, Source] = make()
+    except (AttributeError, TypeError) as e:
+        if spec.names_code(text):
+            raise
+        raise UserError(f"data.source={text!r} fails: {reason(e)}") from e
     if not isinstance(opened, Mapping) or not opened or not all(isinstance(one, Source) for one in opened.values()):
         holds = {split: type(one).__name__ for split, one in opened.items()} if isinstance(opened, Mapping) else opened
         raise UserError(f"data.source={text!r} returns {holds!r:.80}; return a dict {{'train': source}} of "

@@ -86,13 +86,6 @@ def test_no_run_is_named_and_the_usual_one_is_used(says, tmp_path):
     assert says("predict", "cat.jpg")[1] == "without --workdir: using the run in runs/digits"
 
 
-def test_heatmaps_go_to_a_folder(says, tmp_path):
-    (tmp_path / "config.json").write_text(configs.to_json(configs.default_config()))
-    (tmp_path / "cat.jpg").touch()
-    said = says("explain", "cat.jpg", "--workdir=.", "--output=cat.jpg")
-    assert said == (1, "explain: --output=cat.jpg is a file; name a folder for the heatmaps")
-
-
 def test_a_folder_without_a_run_is_named(says, tmp_path):
     assert "there is no elsewhere/config.json" in says("evaluate", "--workdir=elsewhere")[1]
     assert "there is no config.json" in says("reproduce", ".")[1]

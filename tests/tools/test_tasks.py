@@ -134,7 +134,7 @@ def test_training_records_the_metrics_of_the_task(runs, name):
 
 
 @pytest.mark.parametrize(("name", "flags", "said"), [
-    ("pairs", ["--config.loss=softmax"], "sums to 2, not to 1; for independent columns of 0 and 1 use 'sigmoid'"),
+    ("pairs", ["--config.loss=softmax"], "sums to 2, not to 1; divide each row by its sum, or use 'sigmoid'"),
     ("pairs", ["--config.metrics=balanced_accuracy"], "unknown metric of several labels 'balanced_accuracy'"),
     ("pairs", ["--config.checkpoint.best=test/accuracy"], "a run with several labels has no accuracy; it has "
                                                           "loss, nll, mean_average_precision"),
@@ -145,7 +145,7 @@ def test_what_does_not_fit_the_data_is_told(tmp_path, capsys, name, flags, said)
     argv = [f"--workdir={tmp_path / 'run'}", f"--config.data.source={source}", f"--config.loss={LOSS[name]}", *FLAGS]
     assert launch.main([*argv, *flags]) == 1
     assert said in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()  # all is checked before a run begins
+    assert not (tmp_path / "run" / "config.json").exists()  # all is checked before a run begins
 
 
 def printed(capsys, *argv):

@@ -160,7 +160,7 @@ def test_a_complete_model_has_the_classes_of_its_source(tmp_path):
         assert len(pretrained.load(of_two, whole=True).taken) == 4
     save_file(arrays, file, {"class_names": one_per_line(["a\nb", "c"])})
     for names, fits in ((("a\nb", "c"), True), (("a", "b\nc"), False)):
-        with contextlib.nullcontext() if fits else pytest.raises(UserError, match=r"has \d+ classes and the model"):
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="has the classes"):
             pretrained.load(programs(file, "mlp(widths=(4,))", (3, 3, 1), 2, names), whole=True)
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), of_two.state_shape.params)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
