@@ -81,10 +81,15 @@ class Checkpoints:
         if str(self.directory).startswith("s3://"):
             internals.teach_orbax_s3()
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_HANDLERS)
+        absl = logging.getLogger("absl")
+        level = absl.level
+        absl.setLevel(logging.ERROR)  # Orbax warns that a read-only folder is read-only
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
         except (ValueError, TypeError, KeyError) as e:  # from a _CHECKPOINT_METADATA with other values
             raise UserError(f"a checkpoint in {self.directory} has damaged metadata: {reason(e)}; remove it") from e
+        finally:
+            absl.setLevel(level)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: concurrent.futures.Future[None] | None = None
         self._read_back = False  # whether this process has read a checkpoint back
