@@ -1,12 +1,11 @@
 """Losses: functions of logits f32[b, k] and labels i32[b] or targets f32[b, k] to one loss per example, f32[b].
 
-A loss declares its tasks (see `Task`) and its `Link`, from logits to probabilities. Metrics, mixing and the
-tools follow the task.
+A loss declares its `Link`, from logits to probabilities. Metrics, mixing and the tools follow the link and the data.
 
 `class_weights`, one number per class, multiply the losses of the examples of each class, as in Keras and scikit-learn;
-a soft target t gets the expected weighted loss, sum_c t_c w_c loss(c), as in PyTorch. The batch loss is the mean over
-examples, whereas PyTorch divides by the sum of the labels' weights. The weights 'balanced' are n / (classes * count) by
-the class counts of the training split, so all classes have equal total weight.
+they need labels. The batch loss is the mean over examples, whereas PyTorch divides by the sum of the labels' weights.
+The weights 'balanced' are n / (classes * count) by the class counts of the training split, so all classes have equal
+total weight.
 """
 
 import enum
@@ -103,7 +102,7 @@ SIGMOID = Link(jax.nn.sigmoid, _sigmoid_ensemble, _sigmoid_nll, lambda logits: l
 
 
 def with_link[F: Callable[..., jax.Array]](link: Link) -> Callable[[F], F]:
-    """Decorator that declares the link of a loss. By default it is SIGMOID for MULTILABEL, else SOFTMAX.
+    """Decorator that declares the link of a loss, which is SOFTMAX by default.
 
     @with_link(SIGMOID)
     def my_loss(logits, labels): ...
@@ -116,70 +115,25 @@ def with_link[F: Callable[..., jax.Array]](link: Link) -> Callable[[F], F]:
     return declare
 
 
-def with_tasks[F: Callable[..., jax.Array]](*tasks: Task) -> Callable[[F], F]:
-    """Decorator that declares the tasks of a loss: CLASSES for labels, and at most one of the others for targets.
-
-    By default the link decides: SIGMOID means CLASSES and MULTILABEL, any other CLASSES and SOFT.
-
-    @with_tasks(Task.MULTILABEL)
-    def my_loss(logits, targets): ...
-    """
-
-    def declare(loss: F) -> F:
-        loss.tasks = tasks  # type: ignore[attr-defined]
-        return loss
-
-    return declare
-
-
 def link_of(loss: Loss | str) -> Link:
     """The link of a loss, given as a function or a spec. Raises UserError for a spec that names no loss."""
-    function = _function(loss)
-    tasks = spec.declared(function, "tasks", ())
-    link: Link = spec.declared(function, "link", SIGMOID if Task.MULTILABEL in tasks else SOFTMAX)
+    function = spec.lookup(spec.parse_one(loss), LOSSES, "loss") if isinstance(loss, str) else loss
+    link: Link = spec.declared(function, "link", SOFTMAX)
     return link
 
 
-def tasks_of(loss: Loss | str) -> tuple[Task, ...]:
-    """The tasks of a loss, given as a function or a spec: see `with_tasks`."""
-    function, link = _function(loss), link_of(loss)
-    default = (Task.CLASSES, Task.MULTILABEL if link == SIGMOID else Task.SOFT)
-    tasks: tuple[Task, ...] = spec.declared(function, "tasks", default)
-    return tasks
+def tasks_of(text: str) -> tuple[Task, Task]:
+    """The tasks of a loss spec on data with labels, and on data with targets."""
+    return Task.CLASSES, Task.MULTILABEL if link_of(text) == SIGMOID else Task.SOFT
 
 
-def _function(loss: Loss | str) -> Loss:
-    return spec.lookup(spec.parse_one(loss), LOSSES, "loss") if isinstance(loss, str) else loss
-
-
-def task_of(loss: Loss | str, has_targets: bool) -> Task:
-    """The task of a loss, given as a function or a spec, on data with targets or with labels.
-
-    Raises UserError if the loss cannot train on such data.
-    """
-    name = loss if isinstance(loss, str) else spec.declared(loss, "__name__", "loss")
-    tasks = tasks_of(loss)
-    if has_targets:
-        task = next((task for task in tasks if task is not Task.CLASSES), None)
-        if task is None:
-            raise UserError(f"loss={name!r} trains on class labels, but the data have targets: use 'softmax' for "
-                            "distributions, 'sigmoid' for several labels")  # fmt: skip
-        if isinstance(loss, str):
-            _check_for_targets(loss, task)
-        return task
-    if Task.CLASSES not in tasks:
-        raise UserError(f"loss={name!r} trains on targets, but the data have class labels: use 'softmax' or "
-                        "'sigmoid', or a source with targets")  # fmt: skip
-    return Task.CLASSES
-
-
-def _check_for_targets(text: str, task: Task) -> None:
-    if needs_class_counts(text):
-        raise UserError(f"loss={text!r}: 'balanced' counts labels, but the data have targets; write numbers instead")
+def task_of(text: str, has_targets: bool) -> Task:
+    """The task of a loss spec on data with targets or with labels. Raises UserError for class weights of targets."""
     given = spec.bind(spec.parse_one(text), LOSSES, "loss", leading=("logits", "labels"))
-    if task is Task.MULTILABEL and given.func is sigmoid and given.keywords.get("class_weights") is not None:
-        raise UserError(f"loss={text!r}: class_weights needs one label per example; for several labels use "
-                        "positive_weights, one number per class")  # fmt: skip
+    if has_targets and given.func in LOSSES.values() and given.keywords.get("class_weights") is not None:
+        raise UserError(f"loss={text!r}: class_weights needs one label per example, but the data have targets; for "
+                        "several labels use positive_weights, one number per class")  # fmt: skip
+    return tasks_of(text)[has_targets]
 
 
 def check_targets(text: str, task: Task, targets: np.ndarray, name: Callable[[int], str] = "example {}".format) -> None:
@@ -207,13 +161,8 @@ def softmax(
     arXiv:1512.00567, section 7).
     """
     _check_smoothing("softmax", label_smoothing)
-
-    def cross_entropy(labels: jax.Array) -> jax.Array:
-        if label_smoothing == 0.0 and labels.ndim == 1:
-            return _softmax_nll(logits, labels)
-        return optax.softmax_cross_entropy(logits, _smoothed(_targets(logits, labels), label_smoothing))
-
-    return _class_weighted(cross_entropy, logits, labels, class_weights)
+    targets = _smoothed_targets(logits, labels, label_smoothing) if label_smoothing else labels
+    return _class_weighted(_softmax_nll(logits, targets), logits, labels, class_weights)
 
 
 @with_link(SIGMOID)
@@ -230,16 +179,13 @@ def sigmoid(
     - `positive_weights`, one number per class, multiply the loss of true classes, as PyTorch's `pos_weight` does.
     """
     _check_smoothing("sigmoid", label_smoothing)
-
-    def cross_entropy(labels: jax.Array) -> jax.Array:
-        targets = _smoothed(_targets(logits, labels), label_smoothing)
-        entropies = optax.sigmoid_binary_cross_entropy(logits, targets)  # [b, classes]
-        if positive_weights is not None:
-            weights = _check_weights("positive_weights", positive_weights, logits)
-            entropies += (weights - 1) * targets * jax.nn.softplus(-logits)
-        return jnp.mean(entropies, -1) if mean else jnp.sum(entropies, -1)
-
-    return _class_weighted(cross_entropy, logits, labels, class_weights)
+    targets = _smoothed_targets(logits, labels, label_smoothing)
+    entropies = optax.sigmoid_binary_cross_entropy(logits, targets)  # [b, classes]
+    if positive_weights is not None:
+        weights = _check_weights("positive_weights", positive_weights, logits)
+        entropies += (weights - 1) * targets * jax.nn.softplus(-logits)
+    losses = jnp.mean(entropies, -1) if mean else jnp.sum(entropies, -1)
+    return _class_weighted(losses, logits, labels, class_weights)
 
 
 def focal(
@@ -250,14 +196,11 @@ def focal(
     Lin et al. 2017 (arXiv:1708.02002), equation 5, for mutually exclusive classes. The paper's alpha of a class is
     `alpha` times its class weight. `gamma` is 0 or more; 0 is the cross-entropy. A soft target gets the expected loss.
     """
-    if gamma < 0 or alpha <= 0:
-        raise UserError(f"focal(gamma={gamma}, alpha={alpha}): gamma must be 0 or more, alpha above 0")
     log_p = jax.nn.log_softmax(logits)  # [b, classes]
     below_one = jnp.minimum(log_p, -jnp.finfo(log_p.dtype).tiny)  # for gamma < 1 the gradient at p = 1 is infinite
     factor = (-jnp.expm1(below_one)) ** gamma  # [b, classes]
-    return _class_weighted(
-        lambda labels: -alpha * jnp.sum(_targets(logits, labels) * factor * log_p, -1), logits, labels, class_weights
-    )
+    losses = -alpha * jnp.sum(_smoothed_targets(logits, labels, 0.0) * factor * log_p, -1)
+    return _class_weighted(losses, logits, labels, class_weights)
 
 
 def _check_smoothing(name: str, value: float) -> None:
@@ -265,36 +208,22 @@ def _check_smoothing(name: str, value: float) -> None:
         raise UserError(f"{name}(label_smoothing={value}): allowed are 0 to below 1")
 
 
-def _targets(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """f32[b, classes]: one-hot labels, or the targets themselves."""
-    return jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype) if labels.ndim == 1 else labels
-
-
-def _smoothed(targets: jax.Array, smoothing: float) -> jax.Array:
+def _smoothed_targets(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
+    """f32[b, classes]: one-hot labels, or the targets themselves, smoothed."""
+    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype) if labels.ndim == 1 else labels
     return optax.smooth_labels(targets, smoothing) if smoothing else targets
 
 
-def _class_weighted(
-    loss: Callable[[jax.Array], jax.Array], logits: jax.Array, labels: jax.Array, weights: Weights
-) -> jax.Array:
-    """`loss(labels)` times the weight of each label or, for targets f32[b, classes], the expected weighted loss."""
-    if weights is None:
-        return loss(labels)
-    table = _check_weights("class_weights", weights, logits)
-    if labels.ndim == 1:
-        return loss(labels) * table[labels]
-    targets = labels * table
-    targets /= jnp.maximum(jnp.sum(targets, -1, keepdims=True), jnp.finfo(targets.dtype).tiny)
-    return loss(targets) * (labels @ table)
+def _class_weighted(losses: jax.Array, logits: jax.Array, labels: jax.Array, weights: Weights) -> jax.Array:
+    """The losses f32[b] times the weight of each label i32[b]."""
+    return losses if weights is None else losses * _check_weights("class_weights", weights, logits)[labels]
 
 
 def _check_weights(name: str, weights: Sequence[float], logits: jax.Array) -> jax.Array:
     """f32[classes]: the weights. Raises UserError unless there is one of 0 or more per class, and one above 0."""
     classes = logits.shape[-1]
     if isinstance(weights, str) or len(weights) != classes or min(weights) < 0 or not any(weights):
-        allowed = "'balanced', or " if name == "class_weights" else ""
-        raise UserError(f"{name}={weights!r}: allowed are {allowed}{classes} numbers of 0 or more, one per class, "
-                        "not all 0")  # fmt: skip
+        raise UserError(f"{name}={weights!r}: allowed are {classes} numbers of 0 or more, one per class, not all 0")
     return jnp.asarray(weights, logits.dtype)
 
 

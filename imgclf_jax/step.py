@@ -195,10 +195,7 @@ def make_train_step(
         (mean_loss, (model_state, (logits, named))), grads = take_gradient(state.params, state.model_state, whole, key)
         _refuse_difference("gradients that do not fit the parameters", grads, state.params, _shape)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(
-                grads, state.opt_state, state.params,
-                **take_gradient.extra_arguments(mean_loss, grads, state.model_state, whole, key),
-            )  # fmt: skip
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=mean_loss)
         _refuse_difference("updates of the optimizer that do not fit the parameters", updates, state.params, _shape)
         params = optax.apply_updates(state.params, shard(updates))
         (params, model_state), evaluated = average.update(

@@ -14,16 +14,11 @@ import jax.numpy as jnp
 
 from imgclf_jax.core import platform, tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import Arguments, Batch, ModelState, Params
+from imgclf_jax.core.typing import Batch, ModelState, Params
 
 # (params, model_state, batch, key) → ((loss f32[], aux), grads); transforms pass `aux` through.
 type LossAndGrads = tuple[tuple[jax.Array, Any], Params]  # ((loss f32[], aux), grads)
 type GradientFunction = Callable[[Params, ModelState, Batch, jax.Array], LossAndGrads]
-
-
-def _no_pixel_range() -> tuple[jax.Array, jax.Array]:
-    raise UserError("gradient: this train step does not know the pixel range of its images; pass pixel_range to "
-                    "methods.table.build_gradient")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,49 +31,15 @@ class Gradient:
     - `images(params, model_state, batch, key)` f32[b, h, w, c] is the gradient of the summed example losses with
       respect to batch["image"].
     - `pixel_range()` returns the smallest and largest pixel value in batch["image"], f32[1, 1, 1, c] each. It raises
-      UserError if the key `augment` has no fixed scale.
+      UserError if the key `augment` has no fixed scale. It is None in a step that was built without one.
     """
 
     function: GradientFunction
     images: Callable[..., jax.Array]
-    pixel_range: Callable[[], tuple[jax.Array, jax.Array]] = _no_pixel_range
+    pixel_range: Callable[[], tuple[jax.Array, jax.Array]] | None = None
 
     def __call__(self, params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> LossAndGrads:
         return self.function(params, model_state, batch, key)
-
-    def value(self, model_state: ModelState, batch: Batch, key: jax.Array) -> Callable[[Params], jax.Array]:
-        """Returns the loss f32[] as a function of the parameters whose derivative is this gradient."""
-
-        @jax.custom_vjp
-        def value(params: Params) -> jax.Array:
-            return self(params, model_state, batch, key)[0][0]
-
-        def forward(params: Params) -> tuple[jax.Array, Params]:
-            (loss, _), grads = self(params, model_state, batch, key)
-            return loss, grads
-
-        def backward(grads: Params, loss: jax.Array) -> tuple[Params]:
-            return (jax.tree.map(lambda g: g * loss.astype(g.dtype), grads),)
-
-        value.defvjp(forward, backward)
-
-        def value_fn(params: Params, grad_fn: object = None, obj_fn: object = None) -> jax.Array:
-            return value(params)  # optax's line searches pass all extra arguments
-
-        return value_fn
-
-    def extra_arguments(
-        self, value: jax.Array, grads: Params, model_state: ModelState, batch: Batch, key: jax.Array
-    ) -> Arguments:
-        """optax's extra arguments of an update: `value`, `grad`, `value_fn` (Sophia's `obj_fn`) and `grad_fn`."""
-        value_fn = self.value(model_state, batch, key)
-        return {
-            "value": value,
-            "grad": grads,
-            "value_fn": value_fn,
-            "obj_fn": value_fn,
-            "grad_fn": lambda params, *_: self(params, model_state, batch, key)[1],
-        }
 
 
 def check_examples(batch: Batch, given: Batch, parts: int) -> None:

@@ -158,8 +158,7 @@ def _by_group(
 ) -> optax.GradientTransformation:
     """Applies to each group of parameters its own transform; parameters of other groups keep every bit.
 
-    `group(path)` names the group of a parameter. A transform sees the dict of its own parameters by path, and functions
-    of these, in which all others are constants: `value_fn`, `obj_fn` and `grad_fn`.
+    `group(path)` names the group of a parameter. A transform sees the dict of its own parameters by path.
     """
     extended = {name: optax.with_extra_args_support(transform) for name, transform in transforms.items()}
 
@@ -172,25 +171,11 @@ def _by_group(
         return {label: transform.init(own[label]) for label, transform in extended.items() if own[label]}
 
     def update(updates: Params, state: OptState, params: Params = None, **extra: Any) -> tuple[Params, OptState]:
-        def on_own(name: str, value: Any, label: str) -> Any:
-            if name == "grad":
-                return split(value)[label]
-            if not callable(value):
-                return value
-
-            @functools.wraps(value)  # optax reads the signature
-            def function(own: Params, *args: Any, **kwargs: Any) -> Any:
-                out = value(_replace(params, own), *args, **kwargs)
-                return split(out)[label] if name == "grad_fn" else out
-
-            return function
-
         given, own, new = split(updates), split(params), {}
         # The rest is frozen: x + -0.0 is x for every x, while -0.0 + 0.0 is 0.0.
         out = jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
         for label in state:
-            more = {name: on_own(name, value, label) for name, value in extra.items()}
-            changed, new[label] = extended[label].update(given[label], state[label], own[label], **more)
+            changed, new[label] = extended[label].update(given[label], state[label], own[label], **extra)
             out = _replace(out, changed)
         return out, new
 

@@ -187,8 +187,7 @@ WAYS = {
     "add_decayed_weights(5e-4)|sgd(momentum=0.9)|lookahead(4, 0.5)": {"rules.decay": ".*(bias|scale)=0"},
     "adam": {"schedule": "constant(1e-2)", "ema": 0.9, "accumulate": 2},
     "schedule_free_adamw(weight_decay=1e-2)": {"schedule": "constant(1e-2)", "rules.freeze": "backbone/Conv_0/.*"},
-    "optax.contrib:sophia(update_interval=3)": {"schedule": "constant(1e-2)", "accumulate": 2},
-    "optax:lbfgs(memory_size=3)": {"schedule": "constant(1.0)"},
+    "optax.contrib:prodigy": {"schedule": "constant(1.0)", "accumulate": 2},
     "adamw": {"schedule": "constant(1e-2)", "rules.freeze": "backbone/Conv_0/.*", "rules.layer_decay": 0.75},
 }
 

@@ -6,20 +6,13 @@ import optax
 import pytest
 
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.methods.gradients import Gradient
 from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
 
 
 def run(text, params, **more):
     """Traces the first update, with the arguments of the train step."""
     optimizer = optimizers.build(text, optax.constant_schedule(0.1), 0.5, rules.Rules(**more))
-    gradient = Gradient(lambda params, *_: ((jnp.float32(1), None), params), None)
-
-    def update(params):
-        extra = gradient.extra_arguments(jnp.float32(1), params, None, None, None)
-        return optimizer.update(params, optimizer.init(params), params, **extra)
-
-    jax.eval_shape(update, params)
+    jax.eval_shape(lambda params: optimizer.update(params, optimizer.init(params), params, value=1.0), params)
 
 
 def schedule_free(learning_rate):
