@@ -252,7 +252,8 @@ class Programs:
     @once
     def _fixed(self) -> PyTree:
         """The method's arrays that are not trained, on the host; None if there are none."""
-        return self.recipe.method.load_fixed()
+        fixed = self.recipe.method.fixed
+        return fixed() if callable(fixed) else fixed
 
     @once
     def fixed(self) -> PyTree:

@@ -138,16 +138,10 @@ def randaugment(
         raise UserError(unknown("randaugment ops", ops, ("torchvision", "big_vision")))
     default_fill, strongest = (0, BINS - 1) if ops == "torchvision" else (big_vision.FILL, big_vision.FULL)
     fill_colors = _check_fill("randaugment", images, default_fill if fill is None else fill)
-    if num_ops < 1:
-        raise UserError(f"randaugment(num_ops={num_ops}): must be 1 or more")
-    if magnitude not in range(strongest + 1) or magnitude_std < 0:
-        raise UserError(
-            f"randaugment(magnitude={magnitude}, magnitude_std={magnitude_std}, ops={ops!r}): magnitude must be a "
-            f"whole number from 0 to {strongest}, magnitude_std 0 or more"
-        )
+    if magnitude not in range(strongest + 1) or (magnitude_std and ops == "big_vision"):
+        raise UserError(f"randaugment(magnitude={magnitude}, magnitude_std={magnitude_std}, ops={ops!r}): magnitude "
+                        f"must be a whole number from 0 to {strongest}, without noise for 'big_vision'")  # fmt: skip
     if ops == "big_vision":
-        if magnitude_std:
-            raise UserError("randaugment(ops='big_vision') has a fixed magnitude: leave out magnitude_std")
         return big_vision.randaugment(key, images, num_ops, magnitude, fill_colors)
     b, h, w, _ = images.shape
     ranges = Ranges(0.3, 150 / 331 * w, 150 / 331 * h, 30.0, 0.9, 4)
@@ -198,10 +192,7 @@ def color_jitter(
         middle, least, most = (0.0, -0.5, 0.5) if name == "hue" else (1.0, 0.0, math.inf)
         low, high = value if isinstance(value, tuple) else (max(least, middle - value), middle + value)
         if not least <= low <= high <= most:
-            allowed = "0 to 0.5, or a pair (low, high) within -0.5 to 0.5"
-            if name != "hue":
-                allowed = "0 or more, or a pair (low, high) of 0 or more"
-            raise UserError(f"color_jitter({name}={value}): allowed are {allowed}")
+            raise UserError(f"color_jitter({name}={value}): its range must lie within {least} and {most}")
         if (low, high) != (middle, middle):
             drawn = jax.random.uniform(jax.random.fold_in(key, i), images.shape[:1], minval=low, maxval=high)
             if name == "hue":  # fusion would recompute the colors for each use

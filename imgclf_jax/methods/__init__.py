@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from imgclf_jax.core import tree
-from imgclf_jax.core.errors import Untrusted, UserError
-from imgclf_jax.core.typing import Batch, Function, Initializer, PyTree, Variables
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Batch, Initializer, PyTree, Variables
 from imgclf_jax.losses import SOFTMAX, Link, Task
 
 
@@ -68,15 +66,6 @@ class Method:
     freeze: str = ""
     merge: Callable[[Variables], Variables] | None = None
 
-    def load_fixed(self) -> PyTree:
-        """Returns the pytree `fixed`. Call it outside of a trace. Raises UserError for leaves that are no arrays."""
-        found = self.fixed() if callable(self.fixed) else self.fixed
-        for name, leaf in tree.named_leaves(found):
-            if not isinstance(leaf, np.ndarray | np.generic | jax.Array):
-                raise UserError(f"method: fixed{f'/{name}' if name else ''} is {leaf!r:.80}, but its leaves must be "
-                                "arrays; convert it by np.asarray, or use it in loss directly")  # fmt: skip
-        return found
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -91,7 +80,7 @@ class Problem:
     normalization: str  # the ops of the key `augment` that evaluation applies too
     task: Task
     build_augment: Callable[[str], Callable[..., jax.Array]] = field(repr=False)  # spec → (key, images) → images
-    loader: Function | None = field(default=None, repr=False)
+    loader: Any = field(default=None, repr=False)  # `trained.load_teacher`; None in programs that only evaluate
     link: Link = SOFTMAX  # maps logits to probabilities, from the key `loss`
     mix: Callable[[jax.Array, Batch], Batch] = lambda key, batch: batch  # mixes f32 images and labels by the key `mix`
     examples: int = 0  # of the training split; batch["id"] numbers them from 0
@@ -106,7 +95,7 @@ class Problem:
 
         `checkpoint` is "best", "latest" or a step. `trust` allows importing code that the run's config names.
         """
-        return Teacher(self, run, checkpoint, trust)
+        return Teacher(lambda: self.loader(self, run, checkpoint, trust))
 
 
 class Teacher:
@@ -120,22 +109,16 @@ class Teacher:
     Images are normalized as in this run.
     """
 
-    def __init__(self, problem: Problem, run: str, checkpoint: str, trust: bool):
-        self._problem, self._run, self._args = problem, run, (run, checkpoint, trust)
+    def __init__(self, load: Callable[[], dict[str, Any]]):
+        self._load = load
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        if self._problem.loader is None:
-            raise UserError(f"the method reads the run {self._run!r}, but these programs were built without a loader; "
-                            "pass load=trained.load_teacher when you build them")  # fmt: skip
         with jax.ensure_compile_time_eval():
             try:
-                attributes = self._problem.loader(self._problem, *self._args)
-            except Untrusted as e:
-                how = "a method of your own may call problem.load(run, trust=True)"
-                raise Untrusted(f"method: {str(e).replace('add --trust', how)}") from e
+                self.__dict__.update(self._load())
             except UserError as e:
-                raise UserError(f"method: {e}") from e
-        self.__dict__.update(attributes)
+                how = "a method of your own may call problem.load(run, trust=True)"
+                raise type(e)(f"method: {str(e).replace('add --trust', how)}") from e
         return self.__dict__[name]

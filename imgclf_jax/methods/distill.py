@@ -17,12 +17,11 @@ def distill(problem: Problem, teacher: str, alpha: float = 0.5, temperature: flo
 
     `teacher` is a work directory, read in training only. With softmax losses the divergence is between softmax
     distributions (Hinton et al. 2015, arXiv:1503.02531); with sigmoid losses it is summed over the Bernoulli
-    distributions of the classes. Raises UserError for numbers out of range, for a loss without probabilities, and if
-    the teacher's loss, classes, images or normalization do not match.
+    distributions of the classes. Raises UserError for a loss without probabilities, and if the teacher's loss, classes,
+    images or normalization do not match.
     """
-    if not 0 <= alpha <= 1 or not 0 < temperature < float("inf"):
-        raise UserError(f"method: distill(alpha={alpha}, temperature={temperature}): alpha must be 0 to 1, temperature "
-                        "above 0")  # fmt: skip
+    if not 0 <= alpha <= 1:
+        raise UserError(f"method: distill(alpha={alpha}): alpha must be 0 to 1")
     divergence = _DIVERGENCES.get(problem.link)
     if divergence is None:
         raise UserError("method: distill compares softmax or sigmoid probabilities, but the loss of this run has "

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from imgclf_jax.core import dtypes, spec
+from imgclf_jax.core import dtypes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import PyTree
-from imgclf_jax.losses import SOFTMAX, Task
+from imgclf_jax.losses import SOFTMAX
 from imgclf_jax.methods import Batch, Loss, Method, Problem
 
 STREAM = "unlabeled"  # the key below `data.extra`
@@ -30,16 +30,12 @@ def fixmatch(
     code. The default `strong` suits images of about 28 by 28 pixels that must not be mirrored.
 
     Metrics: `mask_rate` is the fraction of unlabeled images at or above the threshold, `unlabeled_loss` the second term
-    without its weight. Raises UserError for numbers out of range, for a loss other than softmax, and if the stream is
-    missing or has images of another shape.
+    without its weight. Raises UserError for a threshold out of range, for a loss other than softmax, and if the stream
+    is missing or has images of another shape.
     """
-    if not 0 <= threshold <= 1 or not 0 <= weight < float("inf"):
-        raise UserError(f"method: fixmatch(threshold={threshold}, weight={weight}): threshold must be 0 to 1, weight 0 "
-                        "or more")  # fmt: skip
-    if any(call.name == "normalize" for call in spec.parse(strong)):
-        raise UserError(f"method: fixmatch(strong={strong!r}): remove normalize; the run's normalization follows these "
-                        "ops")  # fmt: skip
-    check_task("fixmatch", problem)
+    if not 0 <= threshold <= 1:
+        raise UserError(f"method: fixmatch(threshold={threshold}): must be 0 to 1")
+    check_link("fixmatch", problem)
     strongly = problem.build_augment("|".join(filter(None, (strong, problem.normalization))))
 
     def inputs(key: jax.Array, batch: Batch, augment: Callable[..., jax.Array]) -> Batch:
@@ -79,9 +75,9 @@ def pseudo_label_losses(weak: jax.Array, strong: jax.Array, threshold: float) ->
     return jnp.where(mask, losses, 0 * greatest), mask.astype(jnp.float32)
 
 
-def check_task(name: str, problem: Problem) -> None:
+def check_link(name: str, problem: Problem) -> None:
     """Raises UserError unless the run predicts a single class by softmax."""
-    if problem.task not in (Task.CLASSES, Task.SOFT) or problem.link is not SOFTMAX:
+    if problem.link is not SOFTMAX:
         raise UserError(f"method: {name} compares softmax probabilities, which the loss of this run does not train; "
                         "use a single-label loss such as 'softmax'")  # fmt: skip
 

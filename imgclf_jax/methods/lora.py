@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +30,12 @@ def lora(problem: Problem, rank: int = 8, alpha: float = 8.0, pattern: str = "ba
     the rest of the backbone is frozen as by `rules.freeze`, without optimizer state and with BatchNorm and dropout in
     evaluation mode. The key `init_from` loads the weights to adapt, under the names of the plain model.
 
-    Kernels of other ranks are flattened to [all axes but the last, the last]. This is right for 1-D convolutions. But
-    the layers of an `nn.scan`, [layers, d, f], share one B, and so do the heads of query, key and value in linen's
-    attention, [d, heads, f], where the paper's W is [d, heads * f]: exclude those by `pattern`.
+    All axes but the last are flattened, so the layers of an `nn.scan`, [layers, d, f], share one B, and so do the heads
+    of linen's attention, [d, heads, f], where the paper's W is [d, heads * f]: exclude those by `pattern`.
 
     `export` to .safetensors writes merged weights under the plain names, and `init_from` of such a run loads them.
-    Raises UserError for numbers out of range, and if `pattern` matches nothing or a parameter that is no kernel.
+    Raises UserError if `pattern` matches nothing, or a parameter that is no kernel.
     """
-    if rank < 1 or not 0 < alpha < float("inf"):
-        raise UserError(f"method: lora(rank={rank}, alpha={alpha}): rank must be 1 or more, alpha above 0")
 
     def model(backbone: nn.Module, problem: Problem) -> nn.Module:
         adapted = Adapted(backbone, rank, alpha, pattern)
@@ -126,11 +122,10 @@ def merge(variables: Variables, scale: float) -> Params:
 
 
 def scale_of(method: str) -> float:
-    """alpha / rank of a method spec if it is `lora`, also by its import path, else 0. Imports nothing."""
+    """alpha / rank of a method spec if it is `lora`, else 0. Imports nothing."""
     call = spec.parse_one(method)
-    if call.name not in ("lora", f"{__name__}:lora"):
+    if call.name != "lora":
         return 0.0
-    bound = spec.bind(replace(call, name="lora"), {"lora": lora}, "method", leading=("problem",))
-    signature = inspect.signature(lora).bind(None, *bound.args, **bound.keywords)
-    signature.apply_defaults()
-    return float(signature.arguments["alpha"] / signature.arguments["rank"])
+    bound = inspect.signature(lora).bind(None, *call.args, **call.kwargs)
+    bound.apply_defaults()
+    return float(bound.arguments["alpha"] / bound.arguments["rank"])

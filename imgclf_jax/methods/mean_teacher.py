@@ -7,10 +7,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from imgclf_jax.core import rng
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import PyTree
 from imgclf_jax.methods import Batch, Loss, Method, Problem
-from imgclf_jax.methods.fixmatch import STREAM, check_task, forward_together, unlabeled_stream
+from imgclf_jax.methods.fixmatch import STREAM, check_link, forward_together, unlabeled_stream
 from imgclf_jax.models.classifier import Classifier
 
 _NEVER = -1  # the step of the last update before the first one
@@ -89,13 +88,10 @@ def mean_teacher(problem: Problem, decay: float = 0.999, weight: float = 100.0, 
     better.
 
     Evaluation, prediction and export use the student; evaluation also reports `teacher_accuracy`. To use averaged
-    weights everywhere, set the key `ema`. Raises UserError for numbers out of range, for a loss other than softmax, and
+    weights everywhere, set the key `ema`. Raises UserError for a loss other than softmax and
     for unlabeled images of another shape.
     """
-    if not 0 <= decay < 1 or not 0 <= weight < float("inf"):
-        raise UserError(f"method: mean_teacher(decay={decay}, weight={weight}): decay must be 0 or more and below 1, "
-                        "weight 0 or more")  # fmt: skip
-    check_task("mean_teacher", problem)
+    check_link("mean_teacher", problem)
     ramp_steps = problem.steps(ramp)
 
     def inputs(key: jax.Array, batch: Batch, augment: Callable[..., jax.Array]) -> Batch:

@@ -26,15 +26,14 @@ def pgd(
     statistics; in the authors' program the passes of the attack do so too. The step's loss and metrics are those of the
     adversarial examples. A step costs `steps` more gradients.
     """
-    radius, size = _sizes("gradient", eps, steps, step_size)
-    low, high = gradient.pixel_range()
 
     def adversarial(params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> LossAndGrads:
         def image_gradient(images: jax.Array) -> jax.Array:
             return gradient.images(params, model_state, {**batch, "image": images}, key)
 
         keys = jax.random.split(rng.fold(key, "pgd"), len(batch["image"]))
-        images = _ascend(image_gradient, batch["image"], keys, low, high, radius, steps, size, random_start)
+        low, high = gradient.pixel_range()
+        images = attack(image_gradient, batch["image"], keys, low, high, eps, steps, step_size, random_start)
         return gradient(params, model_state, {**batch, "image": images}, key)
 
     return adversarial
@@ -55,14 +54,8 @@ def attack(
     - `eps`, the radius, and `step_size` are numbers or fractions such as '8/255', on a scale where pixels are 0 to 1.
       The default step size, 2.5 eps / steps, can reach every point of the ball.
     """
-    radius, size = _sizes("--attack", eps, steps, step_size)
-    return _ascend(gradient, images, keys, low, high, radius, steps, size, random_start)
-
-
-def _ascend(
-    gradient: Callable[[jax.Array], jax.Array], images: jax.Array, keys: jax.Array, low: jax.Array, high: jax.Array,
-    radius: float, steps: int, size: float, random_start: bool,
-) -> jax.Array:  # fmt: skip
+    radius = _length("eps", eps)
+    size = 2.5 * radius / steps if step_size is None else _length("step_size", step_size)
     unit = high - low  # the pixel range 0 to 1 on the scale of `images`
     lower = jnp.maximum(images - radius * unit, jnp.minimum(images, low))
     upper = jnp.minimum(images + radius * unit, jnp.maximum(images, high))
@@ -78,18 +71,10 @@ def _ascend(
     return jax.lax.fori_loop(0, steps, ascend, start, unroll=True if platform.current() == "cpu" else None)
 
 
-def _sizes(where: str, eps: Value, steps: Value, step_size: Value) -> tuple[float, float]:
-    """Returns (eps, step_size) as numbers. Raises UserError, prefixed with `where`, for invalid arguments."""
-    if not isinstance(steps, int) or steps < 1:
-        raise UserError(f"{where}: pgd(steps={steps!r}): must be an integer of 1 or more")
-    radius = _length(where, "eps", eps)
-    return radius, 2.5 * radius / steps if step_size is None else _length(where, "step_size", step_size)
-
-
-def _length(where: str, name: str, value: Value) -> float:
+def _length(name: str, value: Value) -> float:
     fraction = re.fullmatch(r"\s*(\d+\.?\d*)\s*/\s*(\d+)\s*", value) if isinstance(value, str) else None
     number = float(fraction[1]) / int(fraction[2]) if fraction and int(fraction[2]) else value
     if not isinstance(number, int | float) or not 0 < number <= 1:
-        raise UserError(f"{where}: pgd({name}={value!r}): must be above 0 and at most 1, the full range of a pixel; "
+        raise UserError(f"pgd({name}={value!r}): must be above 0 and at most 1, the full range of a pixel; "
                         "write a number or a fraction such as '8/255'")  # fmt: skip
     return number

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 
 from imgclf_jax.core import tree
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Batch, ModelState, Params
 from imgclf_jax.methods.gradients import Gradient, GradientFunction, LossAndGrads
 
@@ -22,7 +21,6 @@ def sam(gradient: Gradient, rho: float = 0.05) -> GradientFunction:
     norm covers all parameters, and g is the gradient of the global batch: one perturbation for all microbatches and
     devices, where the authors' program has one per device.
     """
-    _check("sam", rho=rho)
     return _at_worst_point(gradient, rho, lambda params, grads: grads)
 
 
@@ -32,7 +30,6 @@ def asam(gradient: Gradient, rho: float = 0.5, eta: float = 0.01) -> GradientFun
     Algorithm 1 of Kwon et al. 2021 (arXiv:2102.11600). As in the authors' program, T is `|w| + eta` for weights (here
     parameters named `kernel`, `scale` or `embedding`) and 1 for the rest, such as biases. Otherwise like `sam`.
     """
-    _check("asam", rho=rho, eta=eta)
 
     def scaled(params: Params, grads: Params) -> Params:
         def scale(name: str, w: jax.Array, g: jax.Array) -> jax.Array:
@@ -54,9 +51,3 @@ def _at_worst_point(gradient: Gradient, rho: float, scaled: Callable[[Params, Pa
         return out, gradient(worst, model_state, batch, key)[1]
 
     return sharp
-
-
-def _check(name: str, **values: float) -> None:
-    for key, value in values.items():
-        if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise UserError(f"gradient: {name}({key}={value!r}): must be a number of 0 or more")

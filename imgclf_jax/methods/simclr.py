@@ -34,10 +34,6 @@ def contrastive(
     name: str, classes: Callable[[Batch], jax.Array], temperature: float, width: int, hidden: int
 ) -> Method:
     """A method that attracts the views of images with equal `classes(batch)` i32[b]; see `contrast`."""
-    if temperature <= 0:
-        raise UserError(f"method: {name}(temperature={temperature}): must be above 0")
-    if width < 1 or hidden < 0:
-        raise UserError(f"method: {name}(width={width}, hidden={hidden}): width must be 1 or more, hidden 0 or more")
 
     def inputs(key: jax.Array, batch: Batch, augment: Callable[..., jax.Array]) -> Batch:
         first, second = (augment(k, batch["image"]) for k in jax.random.split(key))

@@ -2,7 +2,6 @@
 
 import jax
 
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import Batch, Method, Problem
 from imgclf_jax.methods.simclr import contrastive
 
@@ -13,13 +12,10 @@ def supcon(problem: Problem, temperature: float = 0.1, width: int = 128, hidden:
     The positives of a view are all other views of its class in the global batch, or in its microbatch with
     `accumulate`; at least the second view of the same image. Projector and head are as in `simclr`: train the head
     afterwards, for example by the command `probe`. `contrastive_accuracy` is the fraction of views whose most similar
-    view in the batch is of the same class. Raises UserError for data without labels.
+    view in the batch is of the same class.
     """
 
     def classes(batch: Batch) -> jax.Array:
-        if "label" not in batch:
-            raise UserError("method: supcon needs class labels, but these data have targets instead of labels; "
-                            "simclr needs neither")  # fmt: skip
         labels: jax.Array = batch["label"]
         return labels
 

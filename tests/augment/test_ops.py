@@ -93,12 +93,6 @@ def test_cutout_fills_a_square_cut_off_at_the_border(size, fill):
     assert (areas.min() < areas.max()) == (1 < size < 40)
 
 
-@pytest.mark.parametrize("size", [0, -2, 2.5])
-def test_cutout_refuses_a_square_without_pixels(size):
-    with pytest.raises(UserError, match=rf"cutout\(size={size}\): must be a whole number of 1 or more"):
-        cutout(KEY, jnp.zeros((1, 4, 4, 1), jnp.uint8), size)
-
-
 @pytest.mark.parametrize("fill", [-1.0, 0.5, 256.0])
 def test_cutout_refuses_a_fill_that_uint8_cannot_hold(fill):
     with pytest.raises(UserError, match=r"fill=.*0 to 255"):
@@ -171,11 +165,7 @@ def test_random_erasing_draws_area_aspect_and_place():
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("random_erasing(1.5)", "probability=1.5.*0 to 1"),
-    ("random_erasing(area=(0.5, 0.1))", r"area=\(0.5, 0.1\)"),
-    ("random_erasing(area=(0.0, 0.1))", r"area=\(0.0, 0.1\)"),
-    ("random_erasing(aspect=(2.0, 1.0))", r"aspect=\(2.0, 1.0\)"),
-    ("random_erasing(fill='noise')", "fill='noise'.*'pixel', 'color' and a number"),
+    ("random_erasing(fill='noise')", "fill='noise'.*any number"),
     ("random_erasing(fill=0.5)", "fill=0.5.*0 to 255"),
 ])  # fmt: skip
 def test_random_erasing_refuses_wrong_arguments(text, message):
@@ -205,9 +195,8 @@ def test_normalize(mean, std):
 @pytest.mark.parametrize(("text", "message"), [
     ("normalize((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))", r"divide those of pixels from 0 to 255 by 255"),
     ("normalize(0.5, 127.5)", r"normalize\(mean=0.5, std=127.5\): "),
-    ("normalize(-0.5, 0.5)", r"mean must be from 0 to 1"),
-    ("normalize(0.5, std=0)", r"std above 0 and at most 1"),
-    ("normalize(0.5, (0.2, 0.0, 0.2))", r"std above 0 and at most 1"),
+    ("normalize(0.5, std=0)", r"std must be above 0, and both at most 1"),
+    ("normalize(0.5, (0.2, 0.0, 0.2))", r"std must be above 0, and both at most 1"),
 ])  # fmt: skip
 def test_normalize_refuses_statistics_of_another_scale(text, message):
     """Those of 0 to 255 made nearly constant images, silently, and a standard deviation of 0 made NaN."""

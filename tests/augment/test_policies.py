@@ -233,17 +233,15 @@ def test_barriers_are_for_the_cpu_alone(text):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("randaugment(0)", "num_ops=0.*1 or more"),
     ("randaugment(2, 31)", "magnitude=31.*0 to 30"),
-    ("randaugment(2, 9, -1.0)", "magnitude_std=-1.0.*0 or more"),
     ("randaugment(2, 11, ops='big_vision')", "magnitude=11.*0 to 10"),
-    ("randaugment(2, 5, 1.0, ops='big_vision')", "leave out magnitude_std"),
+    ("randaugment(2, 5, 1.0, ops='big_vision')", "without noise for 'big_vision'"),
     ("randaugment(ops='bigvision')", "unknown randaugment ops 'bigvision': did you mean 'big_vision'"),
     ("randaugment(fill=300)", "fill=300.*from 0 to 255"),
     ("trivialaugment(fill=(1, 2))", r"fill=\(1, 2\).*one per channel"),
     ("color_jitter(brightness=-1)", "brightness=-1"),
     ("color_jitter(hue=0.6)", "hue=0.6.*0.5"),
-    ("color_jitter(contrast=(2.0, 1.0))", r"contrast=.*or a pair \(low, high\)"),
+    ("color_jitter(contrast=(2.0, 1.0))", r"contrast=\(2.0, 1.0\)\): its range must lie within 0.0 and inf"),
 ])  # fmt: skip
 def test_wrong_arguments_are_refused(text, message):
     with pytest.raises(UserError, match=message):

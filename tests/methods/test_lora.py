@@ -182,7 +182,6 @@ def test_adapters_of_random_weights_are_warned_of(fake_config, tmp_path, caplog)
 
 def test_mistakes_get_a_sentence(tmp_path, capsys):
     for method, said in (
-        ("lora(rank=0)", "rank must be 1 or more"),
         ("lora(pattern='backbone/qkv/kernel')", r"method: lora(pattern): 'backbone/qkv/kernel' matches no parameter"),
         ("lora(pattern='backbone/.*')", "match only kernels"),
     ):
@@ -194,8 +193,5 @@ def test_mistakes_get_a_sentence(tmp_path, capsys):
     flags = "--config.model=mlp", "--config.method=lora", "--config.rules.freeze=backbone/.*"
     assert launch.main([f"--workdir={tmp_path / 'run'}", *FLAGS, *flags]) == 1
     assert "which the method trains; remove the backbone from rules.freeze" in capsys.readouterr().err
-    with pytest.raises(UserError, match="unknown argument"):
-        lora.scale_of("lora(rnak=1)")
     assert lora.scale_of("lora(16, alpha=4)") == 0.25
-    assert lora.scale_of("imgclf_jax.methods.lora:lora(16, alpha=4)") == 0.25
     assert lora.scale_of("my_methods:lora(16)") == 0

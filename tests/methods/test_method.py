@@ -392,10 +392,6 @@ def taken(problem):
     return Method(loss)
 
 
-def number(problem):
-    return Method(lambda model, batch, fixed: Loss(model(batch["image"], train=True)[:, 0]), fixed={"scale": 3})
-
-
 @pytest.mark.parametrize(("key", "value", "said"), [
     ("method", "supervized", "unknown method 'supervized'"),
     ("method", "methods_check:prototypes(weigth=1)", "unknown argument 'weigth': did you mean 'weight'"),
@@ -404,7 +400,6 @@ def number(problem):
     ("method", f"{__name__}:bare", "the method's loss returns a .*; return imgclf_jax.methods.Loss"),
     ("method", f"{__name__}:matrix", r"the metric 'confusion' has the shape \[16, 4\]"),
     ("method", f"{__name__}:taken", "a metric is called 'grad_norm', which every step has; rename it"),
-    ("method", f"{__name__}:number", "method: fixed/scale is 3, but its leaves must be arrays"),
     ("gradient", "sharp", "unknown gradient 'sharp'"),
     ("gradient", f"{__name__}:sam(roh=1)", "unknown argument 'roh': did you mean 'rho'"),
 ])  # fmt: skip

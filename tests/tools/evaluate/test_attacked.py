@@ -183,7 +183,7 @@ def test_it_writes_nothing_that_compare_may_take_for_clean_predictions(linear, c
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(("words", "message"), [
-    (["--attack=pgd(eps=8)"], "--attack: pgd(eps=8): must be above 0 and at most 1"),
+    (["--attack=pgd(eps=8)"], "pgd(eps=8): must be above 0 and at most 1"),
     (["--attack=pgd(epsilon=0.1)"], "unknown argument 'epsilon'"),
     (["--attack=pgd", "--corruptions=all"], "--corruptions and --attack print different things"),
     (["--attack=pgd", "--predictions=a.csv"], "--attack and --predictions print different things"),
