@@ -36,7 +36,7 @@ class Gradient:
 
     function: GradientFunction
     images: Callable[..., jax.Array]
-    pixel_range: Callable[[], tuple[jax.Array, jax.Array]] | None = None
+    pixel_range: Any = None
 
     def __call__(self, params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> LossAndGrads:
         return self.function(params, model_state, batch, key)
