@@ -65,8 +65,8 @@ KEYS: dict[str, tuple[Value, str]] = {
                 "empty means one view."),
     "model": ("cnn", "The backbone: cnn, resnet(depth=50), …, or an import path; vit(head_init='zeros') initializes "
                      "its head."),
-    "batch_norm": ("global", "Which examples BatchNorm statistics cover: 'global' (SyncBatchNorm), 'per_device', or "
-                             "'groups(32)' (ghost: 32 examples of the batch, with all their views)."),
+    "batch_norm": ("global", "Which examples BatchNorm statistics cover: 'global' (SyncBatchNorm), or 'groups(32)' "
+                             "(ghost: 32 examples of the batch, with all their views)."),
     "init_from": ("", "Initial weights: a work directory, a PyTorch file (.pth, .pt, .th) or a .safetensors file."),
     "init_strict": (True, "Refuse `init_from` if more than the head differs from the model; False loads what fits."),
     "loss": ("softmax", "softmax, sigmoid (a binary cross-entropy per class), focal, or an import "

@@ -101,7 +101,7 @@ class Programs:
     def groups_of_statistics(self) -> int:
         """The number of groups that the key `batch_norm` splits a batch into for BatchNorm statistics, in training."""
         config = self.recipe.config
-        return norms.groups(config.batch_norm, config.batch_size // config.accumulate, self.mesh.size)
+        return norms.groups(config.batch_norm, config.batch_size // config.accumulate)
 
     def _matmul_precision(self) -> contextlib.AbstractContextManager[object]:
         """Inside, float32 matmuls have the config's `matmul_precision`; on CPU they are always float32."""

@@ -1,27 +1,18 @@
 """`mesh` and `shard`: a sharded run is the run whose state is replicated."""
 
-import dataclasses
-import json
-import math
-
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import launch
-from imgclf_jax.config import default_config
 from imgclf_jax.core import sharding, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
-from imgclf_jax.run.provenance import DataInfo, pin_groups
-from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.run.writers import read_metrics
+from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.tools.dryrun import counts
-from imgclf_jax.train import command as train_command
-from imgclf_jax.train.setup import Run
 from imgclf_jax.trained import load
 
 DATA = DataInfo(640, (8, 8, 3), tuple("abcd"), "")
@@ -214,40 +205,3 @@ def test_batch_norm_by_groups_exchanges_no_statistics(config):
         for text in ("global", "groups(4)")
     )
     assert groups < whole / 3
-
-
-@pytest.mark.thorough
-def test_batch_norm_of_each_device_keeps_its_groups_on_other_devices(tmp_path, monkeypatch):
-    """A run of four devices that resumes on two keeps its groups; it had become another recipe silently."""
-    make_mesh = sharding.make_mesh
-
-    def train_on(count: int, name: str, end: int = 8) -> float:
-        monkeypatch.setattr(sharding, "make_mesh", lambda *_, **__: make_mesh(jax.devices()[:count]))
-        config = default_config()
-        config.update_from_flattened_dict({
-            "data.source": "fake(64, (12, 12, 1), 4)", "preprocess": "decode(1)",
-            "model": "smooth_net:Smooth(widths=(4,))", "batch_norm": "per_device", "batch_size": 16,
-            "total": "8 steps", "schedule": "constant(1e-2)",
-            "log_every": "", "eval_every": "", "checkpoint_every": "4 steps", "tensorboard": False})  # fmt: skip
-
-        def until(run: Run) -> Run:
-            return dataclasses.replace(run, cadences=dataclasses.replace(run.cadences, end=end))
-
-        train_command.main(config, Workdir(tmp_path / name), transform_run=until)
-        lines = read_metrics(tmp_path / name / "metrics.jsonl")
-        return lines[-1]["test/loss"] if lines else math.nan
-
-    four, two = train_on(4, "four"), train_on(2, "two")
-    assert abs(four - two) > 1e-3  # so that being equal says something
-    train_on(4, "moved", end=4)
-    assert train_on(2, "moved") == pytest.approx(four, rel=1e-5)
-    config = json.loads((tmp_path / "moved" / "config.json").read_text())
-    provenance = json.loads((tmp_path / "moved" / "provenance.json").read_text())
-    assert (config["batch_norm"], provenance["batch_norm_groups"]) == ("per_device", 4)
-
-
-@pytest.mark.parametrize(("recorded", "expected"), [
-    ({"batch_norm_groups": 4, "devices": ["cpu"] * 8}, "groups(4)"), ({"batch_norm_groups": 5}, "per_device"),
-    ({"batch_norm_groups": 0}, "per_device"), ({}, "per_device")])  # fmt: skip
-def test_the_groups_that_a_run_began_with(recorded, expected):
-    assert pin_groups("per_device", 16, recorded) == expected

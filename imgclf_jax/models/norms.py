@@ -27,19 +27,19 @@ def statistics_over(groups: int) -> AbstractContextManager[None]:
     return context
 
 
-def groups(text: str, images: int, devices: int) -> int:
+def groups(text: str, images: int) -> int:
     """The number of BatchNorm groups in a batch of `images`, from the key `batch_norm`.
 
-    The key is 'global' (SyncBatchNorm), 'per_device', or 'groups(N)' (ghost batch norm over N images each). A method
+    The key is 'global' (SyncBatchNorm) or 'groups(N)' (ghost batch norm over N images each). A method
     that passes more images through the model, such as two views of each or unlabeled ones, splits them into as many
     groups, each with N images of the batch and the others' equal share. Raises UserError for another key, and if
     `images` is not a multiple of N.
     """
-    if text in ("global", "per_device"):
-        return 1 if text == "global" else devices
+    if text == "global":
+        return 1
     size = re.fullmatch(r"groups\(([1-9]\d*)\)", text.replace(" ", ""))
     if not size:
-        raise UserError(f"batch_norm={text!r}: allowed are 'global', 'per_device' and 'groups(N)' of N images each")
+        raise UserError(f"batch_norm={text!r}: allowed are 'global' and 'groups(N)' of N images each")
     if images % int(size[1]):
         raise UserError(f"batch_norm={text!r}: {images} images do not divide into groups of {size[1]}")
     return images // int(size[1])

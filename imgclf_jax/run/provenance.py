@@ -41,9 +41,8 @@ _OPTIONS_OF_NO_RESULT = f"{_OF_ONE_PROCESS}|platform|process|coordinat"
 # The kind of each entry of a snapshot that is compared, and the most important first. The others are only shown.
 _KINDS = {
     "data": "data", "evals": "data", "unreadable": "data", "init_from": "weights", "fixed_sha256": "weights",
-    "keys": "config", "batch_norm_groups": "config", "code": "code", "modules": "code", "python": "version",
-    "packages": "version", "platform": "device", "processor": "device", "devices": "device", "processes": "device",
-    "flags": "flags",
+    "keys": "config", "code": "code", "modules": "code", "python": "version", "packages": "version",
+    "platform": "device", "processor": "device", "devices": "device", "processes": "device", "flags": "flags",
 }  # fmt: skip
 # The types of entries that commands read, in a file that anybody may have written.
 _TYPES: dict[str, type] = {
@@ -284,14 +283,3 @@ def load_data_info(path: Path) -> DataInfo:
         what = "is damaged; remove it" if path.is_file() else "is missing"
         raise UserError(f"{path} {what}, and run train again with the config and work directory of this run, which "
                         "writes it anew from the data") from e  # fmt: skip
-
-
-def pin_groups(batch_norm: str, images: int, recorded: JsonMapping) -> str:
-    """The key `batch_norm` of a run that continues: 'per_device' keeps the groups of the devices that it began on.
-
-    `images` is the size of a microbatch, and `recorded` the run's first snapshot.
-    """
-    groups = recorded.get("batch_norm_groups")
-    if batch_norm == "per_device" and isinstance(groups, int) and groups > 0 and images % groups == 0:
-        return f"groups({images // groups})"
-    return batch_norm

@@ -3,6 +3,7 @@
 All of them have the interface of `clu.metric_writers.MetricWriter`; TensorBoard's is CLU's `SummaryWriter`.
 """
 
+import concurrent.futures
 import contextlib
 import importlib.util
 import io
@@ -153,11 +154,16 @@ class MetricsWriter:
 
 
 class TensorBoard:
-    """CLU's SummaryWriter for `folder`, made at the first metrics, since it imports TensorFlow."""
+    """CLU's SummaryWriter for `folder`, made by the first metrics and called in a thread, since it imports TensorFlow.
+
+    A method raises the error of an earlier call. Only `close` waits for all calls, so a killed process may lose the
+    last ones.
+    """
 
     def __init__(self, folder: Path):
-        self._folder, self._hparams = folder, dict[str, Any]()
-        self._made: list[Writer] = []
+        self._folder, self._hparams, self._made = folder, dict[str, Any](), list[Any]()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
+        self._calls: list[concurrent.futures.Future[object]] = []
 
     def write_hparams(self, hparams: JsonObject) -> None:
         """Keeps the hyperparameters until the first metrics."""
@@ -165,21 +171,29 @@ class TensorBoard:
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes the metrics of a step."""
-        self._writer().write_scalars(step, scalars)
+        self._submit(lambda: self._writer().write_scalars(step, scalars))
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Writes images [n, h, w, c] or [h, w, c] of one to four channels, uint8 or f32 in [0, 1], by their tags."""
-        self._writer().write_images(step, images)
+        self._submit(lambda: self._writer().write_images(step, images))
 
     def flush(self) -> None:
-        """Hands the metrics so far to the file system."""
-        for writer in self._made:
-            writer.flush()
+        """Begins to hand the metrics so far to the file system."""
+        self._submit(lambda: [writer.flush() for writer in self._made])
 
     def close(self) -> None:
-        """Closes the files."""
-        for writer in self._made:
-            writer.close()
+        """Closes the files once all is written."""
+        with self._thread:
+            self._submit(lambda: [writer.close() for writer in self._made])
+        self._raise_errors()
+
+    def _submit(self, call: Callable[[], object]) -> None:
+        self._raise_errors()
+        self._calls.append(self._thread.submit(call))
+
+    def _raise_errors(self) -> None:
+        while self._calls and self._calls[0].done():
+            self._calls.pop(0).result()
 
     def _writer(self) -> Any:
         if not self._made:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from jax.sharding import Mesh
 
 from imgclf_jax import datasets
@@ -30,13 +29,13 @@ _NOT_IN_A_LINE = {"examples", "grad_norm", "param_norm"}  # metrics.jsonl has th
 def head(compiling: Programs, images: stream.Images, base: Mapping[str, Source], workdir: Workdir, fresh: bool) -> str:
     """What is trained, on what and how. A run that begins (`fresh`) also has its model's parameters."""
     recipe, config = compiling.recipe, compiling.recipe.config
-    shape = "x".join(map(str, images.shape))
+    shape, classes = "x".join(map(str, images.shape)), len(recipe.data.class_names)
     options = [f"{key}={config[key]}" for key in ("clip", "accumulate", "ema", "method", "gradient", "stop")
                if config[key] != KEYS[key][0]]  # fmt: skip
     seeds = f" to {config.seed + recipe.num_seeds - 1}, trained at once" if recipe.num_seeds > 1 else ""
     epochs = recipe.total * config.batch_size / len(images)
     facts = {
-        "data": f"{printable(config.data.source)}: {len(images):,} images of {shape}, {_classes(images.source)}\n"
+        "data": f"{printable(config.data.source)}: {len(images):,} images of {shape}, {classes} classes\n"
                 + datasets.describe_use(config, base),
         "model": printable(config.model) + (f": {_parameters(recipe)}" if fresh else ""),
         "optimizer": ", ".join([config.optimizer, *options]),
@@ -47,17 +46,6 @@ def head(compiling: Programs, images: stream.Images, base: Mapping[str, Source],
         "workdir": printable(str(workdir.path)),
     }  # fmt: skip
     return "\n".join(f"  {name:<11}" + text.replace("\n", "\n" + " " * 13) for name, text in facts.items())
-
-
-def _classes(source: Source) -> str:
-    """The number of classes and, where the labels are known, the least and greatest number of their examples."""
-    if source.target_names:
-        return f"{len(source.target_names)} targets"
-    names = source.class_names
-    if source.labels is None:
-        return f"{len(names)} classes"
-    counts = np.bincount(source.labels, minlength=len(names))
-    return f"{len(names)} classes of {counts.min():,} to {counts.max():,}"
 
 
 def _parameters(recipe: Recipe) -> str:

@@ -1,9 +1,8 @@
-"""Warnings about evaluation sets: shared with training, selected on, or of classes that training never sees."""
+"""Warnings about evaluation sets that training shares or selects on."""
 
 import contextlib
 from collections.abc import Mapping
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import datasets
@@ -13,7 +12,6 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.split_folders import role_of
 from imgclf_jax.data import splits
 from imgclf_jax.data.source import Source
-from imgclf_jax.data.stream import Images
 from imgclf_jax.run.workdir import Workdir
 
 
@@ -66,20 +64,3 @@ def initial_warnings(config: ConfigDict, base: Mapping[str, Source]) -> list[str
         return []
     found = overlap_warnings(folder.load_config(), config.data, base)
     return [f"the weights of init_from={config.init_from!r} are of another run: {one}" for one in found]
-
-
-def unseen_class_warnings(train: Images, evals: Mapping[str, Images]) -> list[str]:
-    """A sentence for each evaluation set with a class of which training draws no example.
-
-    Names its first such class. Sets without labels in memory are skipped.
-    """
-    labels, names = train.source.labels, train.source.class_names
-    if labels is None or train.source.target_names:
-        return []
-    drawn = labels if train.sampler.drawn is None else labels[train.sampler.drawn]
-    found = []
-    for name, images in evals.items():
-        if images.source.labels is not None and (unseen := np.setdiff1d(images.source.labels, drawn)).size:
-            found.append(f"the evaluation set {name} has examples of {unseen.size} classes without a training example, "
-                         f"such as {names[unseen[0]]!r}; are they spelled alike?")  # fmt: skip
-    return found

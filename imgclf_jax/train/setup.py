@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax import datasets, metrics, programs
 from imgclf_jax.core import processes, tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import Function, JsonObject
+from imgclf_jax.core.typing import Function, Json, JsonObject, PyTree
 from imgclf_jax.data import stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
@@ -20,12 +21,12 @@ from imgclf_jax.run import early_stopping, writers
 from imgclf_jax.run.cadences import Cadences
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.early_stopping import EarlyStopping
-from imgclf_jax.run.provenance import pin_groups, take_snapshot
+from imgclf_jax.run.provenance import take_snapshot
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import TrainState
 from imgclf_jax.train import display, extension
 from imgclf_jax.train.evaluation import check_targets, open_evals
-from imgclf_jax.train.leakage import initial_warnings, overlap_warnings, selection_warnings, unseen_class_warnings
+from imgclf_jax.train.leakage import initial_warnings, overlap_warnings, selection_warnings
 from imgclf_jax.trained import load_teacher
 from imgclf_jax.weights import pretrained
 
@@ -77,71 +78,85 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
 
     base = datasets.open_data(config)
     images = datasets.open_train_images(config, base)
-    compiling = programs.programs_for_images(_pinned(config, workdir), images, load=load_teacher)
+    compiling = programs.programs_for_images(config, images, load=load_teacher)
     recipe = compiling.recipe
     check_targets(compiling, images)
     compiling.check_best()
     evals = open_evals(compiling, base)
     compiling.check_size()
-    cadences = Cadences(recipe.total, *map(recipe.period, configs.CADENCES), check=recipe.period("check_every"))
-    if min(cadences.total, cadences.log or math.inf) * config.batch_size >= 2**31:
-        raise UserError(f"log_every={config.log_every!r}: training metrics are sums over fewer than 2**31 examples; "
-                        "log more often")  # fmt: skip
-
-    if (done := processes.broadcast(workdir.last_checkpoint) or 0) > recipe.total:
-        raise UserError(f"total={config.total!r} is {recipe.total} steps, but the run in {workdir.path} has done {done}"
-                        "; pass its own total, extend it to more, or pass another --workdir")  # fmt: skip
+    cadences = _cadences(recipe, workdir)
     _ = compiling.traced_train, recipe.views, recipe.whole_set_metrics  # which shows errors in the config
+
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
-    start, run = checkpoints.restore_latest(compiling.shape) or (0, None)
-    weights = pretrained.load(compiling) if config.init_from and run is None else None
-    skipped = datasets.skipped_files(base, images)
-    fingerprints = {name: images.source.fingerprint for name, images in evals.items()}
-    groups = compiling.groups_of_statistics if config.batch_norm == "per_device" else 0
-    fixed = tree.sha256(compiling.fixed) if tree.named_leaves(compiling.fixed) else ""
-    keys = configs.flatten(config)
-    processes.agree(lambda: {f"fixed arrays of method={config.method!r}": fixed})
-
-    def snapshot_here() -> JsonObject:
-        source = {"init_from": weights.source} if weights else {}
-        snapshot = take_snapshot({key: keys[key] for key in ("total", *configs.FREE_KEYS)}, recipe.data,
-                                 evals=fingerprints, unreadable=skipped, fixed_sha256=fixed, batch_norm_groups=groups,
-                                 **source)  # fmt: skip
-        workdir.check_snapshot(snapshot)
-        return snapshot
-
-    snapshot = processes.broadcast(snapshot_here)
+    start, restored = checkpoints.restore_latest(compiling.shape) or (0, None)
+    weights = pretrained.load(compiling) if config.init_from and restored is None else None
+    snapshot = _snapshot(compiling, workdir, weights.source if weights else None,
+                         evals={name: one.source.fingerprint for name, one in evals.items()},
+                         unreadable=datasets.skipped_files(base, images))  # fmt: skip
     compiled, eval_compiled = _compile_in_background(compiling)
-    if run is None:
-        run = compiling.init(images=compiling.first_images(images), weights=weights.taken if weights else None)
-        if not processes.index():
-            workdir.write_parameters(recipe.parameters)
-        if recipe.rules:
-            log.info("rules:\n%s", recipe.rules.table(recipe.parameters))
-    else:
+    if restored is not None:
         log.info("resuming at step %d of %d", start, recipe.total)
+    run = restored or _initialize(compiling, images, weights.taken if weights else None, workdir)
     if total_before != config.total:
         old = config.copy_and_resolve_references()
         old.total = total_before
         extension.check(Recipe(old, recipe.data), recipe, start, workdir.path)
-    for sentence in () if processes.index() else _warnings(recipe, images, evals, base):
-        log.warning("%s", sentence)
     _ = compiling.traced_eval  # traced while the train step compiles: what fails in evaluation ends the run here
     if not processes.index():
+        for sentence in _warnings(recipe, base):
+            log.warning("%s", sentence)
         log.info("the run:\n%s", display.head(compiling, images, base, workdir, fresh=not start))
     return Run(config, workdir, images, evals, compiling, compiled, eval_compiled, checkpoints, cadences,
                recipe.early_stopping, start, snapshot, run["state"], run["sums"])  # fmt: skip
 
 
-def _warnings(
-    recipe: Recipe, images: stream.Images, evals: dict[str, stream.Images], base: datasets.Splits
-) -> Iterator[str]:
+def _cadences(recipe: Recipe, workdir: Workdir) -> Cadences:
+    """The cadences of a run. Raises UserError if they do not fit the metrics or the checkpoints in `workdir`."""
+    config = recipe.config
+    cadences = Cadences(recipe.total, *map(recipe.period, configs.CADENCES), check=recipe.period("check_every"))
+    if min(cadences.total, cadences.log or math.inf) * config.batch_size >= 2**31:
+        raise UserError(f"log_every={config.log_every!r}: training metrics are sums over fewer than 2**31 examples; "
+                        "log more often")  # fmt: skip
+    if (done := processes.broadcast(workdir.last_checkpoint) or 0) > recipe.total:
+        raise UserError(f"total={config.total!r} is {recipe.total} steps, but the run in {workdir.path} has done {done}"
+                        "; pass its own total, extend it to more, or pass another --workdir")  # fmt: skip
+    return cadences
+
+
+def _snapshot(compiling: Programs, workdir: Workdir, init_from: Json, **recorded: Json) -> JsonObject:
+    """This start's snapshot, see `run.provenance`, in all processes. Raises UserError if the run began with others."""
+    recipe, config = compiling.recipe, compiling.recipe.config
+    fixed = tree.sha256(compiling.fixed) if tree.named_leaves(compiling.fixed) else ""
+    processes.agree(lambda: {f"fixed arrays of method={config.method!r}": fixed})
+
+    def take() -> JsonObject:
+        keys = configs.flatten(config)
+        source = {"init_from": init_from} if init_from else {}
+        snapshot = take_snapshot({key: keys[key] for key in ("total", *configs.FREE_KEYS)}, recipe.data,
+                                 **recorded, fixed_sha256=fixed, **source)  # fmt: skip
+        workdir.check_snapshot(snapshot)
+        return snapshot
+
+    return processes.broadcast(take)
+
+
+def _initialize(
+    compiling: Programs, images: stream.Images, weights: dict[str, np.ndarray] | None, workdir: Workdir
+) -> PyTree:
+    """The state and metric accumulator of step 0, with the parameters of `weights` where there are any."""
+    recipe = compiling.recipe
+    if not processes.index():
+        workdir.write_parameters(recipe.parameters)
+    if recipe.rules:
+        log.info("rules:\n%s", recipe.rules.table(recipe.parameters))
+    return compiling.init(images=compiling.first_images(images), weights=weights)
+
+
+def _warnings(recipe: Recipe, base: datasets.Splits) -> Iterator[str]:
     """Yields a sentence for each setting that is probably a mistake."""
     config = recipe.config
     yield from overlap_warnings(config, config.data, base)
     yield from initial_warnings(config, base)
-    if recipe.method.predicts:
-        yield from unseen_class_warnings(images, evals)
     yield from selection_warnings(config)
     if recipe.method.freeze and not config.init_from:
         yield (f"method={config.method!r} freezes weights that are random without init_from; name the run or file to "
@@ -165,17 +180,6 @@ def _recorded_total(config: ConfigDict, workdir: Workdir, extend: bool) -> str:
         raise UserError(f"{workdir.path} holds a run with another config ({'; '.join(lines)}); use the old values,"
                         f"{hint} or pass another --workdir")  # fmt: skip
     return str(old.total)
-
-
-def _pinned(config: ConfigDict, workdir: Workdir) -> ConfigDict:
-    """The config to compile. With `batch_norm='per_device'` it keeps the groups of the devices the run began on."""
-    images = config.batch_size // config.accumulate
-    text = processes.broadcast(lambda: pin_groups(config.batch_norm, images, workdir.read_provenance()))
-    if text != config.batch_norm:
-        log.info("batch_norm=%r is %s, as on the devices that the run began on", config.batch_norm, text)
-        config = config.copy_and_resolve_references()
-        config.batch_norm = text
-    return config
 
 
 def _compile_in_background(

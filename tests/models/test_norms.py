@@ -145,9 +145,8 @@ def test_batch_norm_over_groups_is_that_of_each_group():
 
 
 def test_groups():
-    assert norms.groups("global", 256, 8) == 1
-    assert norms.groups("per_device", 256, 8) == 8
-    assert norms.groups("groups(32)", 256, 2) == 8
+    assert norms.groups("global", 256) == 1
+    assert norms.groups("groups(32)", 256) == 8
     for text, message in (("groups(33)", "256 images do not divide into groups of 33"), ("local", "allowed are")):
         with pytest.raises(UserError, match=message):
-            norms.groups(text, 256, 8)
+            norms.groups(text, 256)

@@ -3,19 +3,15 @@
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from imgclf_jax import config as configs
-from imgclf_jax.data import sampling, sources, splits
-from imgclf_jax.data.arrays import array_source
-from imgclf_jax.data.stream import Images
+from imgclf_jax.data import sources, splits
 from imgclf_jax.train.leakage import (
     initial_warnings,
     overlap_warnings,
     selecting_sets,
     selection_warnings,
-    unseen_class_warnings,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -115,36 +111,3 @@ def test_weights_of_a_run_that_was_trained_on_an_evaluation_set(tmp_path):
     )
     config.data.source = "fake(100)"  # other examples
     assert initial_warnings(config, base) == []
-
-
-def labeled(names, labels, sampled="permutation"):
-    source = array_source(np.zeros((len(labels), 2, 2, 1), np.uint8), np.array(labels, np.int32), tuple(names))
-    return Images(source, "decode(1)", sampler=sampling.build(sampled, source))
-
-
-@pytest.mark.parametrize(("names", "train", "test", "said"), [
-    (("Cat", "cat", "dog"), [0, 2], [1, 1, 2], ["examples of 1 classes without", "such as 'cat'"]),
-    (("a", "b", "c", "d"), [0, 1], [2, 0, 3], ["examples of 2 classes without", "such as 'c'"]),
-    (("a", "b", "c"), [0, 1, 2], [2, 2], []),
-])  # fmt: skip
-def test_a_class_is_evaluated_that_no_training_example_has(names, train, test, said):
-    """Folders `train/Cat` and `test/cat`: all examples counted as wrong, silently."""
-    found = unseen_class_warnings(labeled(names, train), {"test": labeled(names, test)})
-    assert len(found) == bool(said)
-    assert all(words in sentence for sentence in found for words in said)
-
-
-def test_the_examples_that_a_sampling_leaves_out_train_no_class(tmp_path):
-    np.save(tmp_path / "ids.npy", [0, 3])
-    train = labeled("abc", [0, 1, 1, 2], f"subset({str(tmp_path / 'ids.npy')!r})")
-    [sentence] = unseen_class_warnings(train, {"test": labeled("abc", [0, 1, 2]), "val": labeled("abc", [0, 2])})
-    assert "the evaluation set test has examples of 1 classes" in sentence
-
-
-def test_data_without_known_labels_draw_no_warning():
-    """Targets, and labels that would take a pass over all examples."""
-    pixels, known = np.zeros((3, 2, 2, 1), np.uint8), labeled("ab", [0, 1])
-    of_targets = Images(array_source(pixels, np.eye(3, 1, dtype=np.float32), ("t",)), "decode(1)")
-    unknown = Images(sources.fake(9, (2, 2, 1), 2)["test"], "decode(1)")
-    for train, test in ((of_targets, of_targets), (known, unknown), (unknown, known)):
-        assert unseen_class_warnings(train, {"test": test}) == []

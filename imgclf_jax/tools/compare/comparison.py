@@ -142,7 +142,7 @@ def differing_origins(groups: Sequence[Group]) -> list[str]:
     for group in groups:
         for run in group.done[1:]:
             for one in find_differences(group.done[0].provenance, run.provenance):
-                if one.what.startswith(("data.", "init_from.", "fixed_sha256", "batch_norm_groups", "modules.")):
+                if one.what.startswith(("data.", "init_from.", "fixed_sha256", "modules.")):
                     found[f"{group.done[0].name} and {run.name} recorded a different {one.what}: their mean is of "
                           "different runs"] = None  # fmt: skip
     first: dict[tuple[str, str], Record] = {}

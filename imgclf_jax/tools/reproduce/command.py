@@ -18,7 +18,7 @@ from imgclf_jax.core.stopping import STATUS_SAVED
 from imgclf_jax.core.terminal import print_json, print_table, print_text
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.run.provenance import Difference, find_differences, pin_groups
+from imgclf_jax.run.provenance import Difference, find_differences
 from imgclf_jax.run.record import Record
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.reproduce.reproduction import ROUNDING, Comparison, compare, list_differences, verdict
@@ -46,7 +46,6 @@ def main(
     end = _last_step(record, steps)
     folder = paths.as_path(processes.broadcast(lambda: _folder(record, output)))
     found = _compare_configs(record.config, config)
-    config.batch_norm = pin_groups(config.batch_norm, config.batch_size // config.accumulate, record.provenance)
     config.tensorboard, config.writers = False, ""
 
     def end_early(run: train.Run) -> train.Run:
