@@ -276,18 +276,13 @@ def parse_best(text: str, key: str = "checkpoint.best") -> tuple[str, float]:
 
     For example ("test/my_error", -1.0) for "min:test/my_error". Raises UserError for a metric of unknown direction.
     """
-    direction, name = _split_direction(text)
-    direction = direction or (BEST | TARGET_METRICS).get(name.partition("/")[2], "")
+    direction, _, name = text.partition(":")
+    if direction not in BEST.values():
+        direction, name = (BEST | TARGET_METRICS).get(text.partition("/")[2], ""), text
     if not direction:
         raise UserError(f"{key}={text!r}: write 'min:{name}' if the smallest value of your metric is best, "
                         f"or 'max:{name}' if the greatest is")  # fmt: skip
     return name, 1.0 if direction == "max" else -1.0
-
-
-def _split_direction(text: str) -> tuple[str, str]:
-    """("min", "test/loss") of "min:test/loss"; the direction may be ""."""
-    direction, colon, name = text.partition(":")
-    return (direction, name) if colon and direction in BEST.values() else ("", text)
 
 
 def check_best(
@@ -298,7 +293,7 @@ def check_best(
     `outputs` names its classes. `own` are the whole-set metrics and those of the method; a run without `predicts` has
     no others.
     """
-    kind = _split_direction(text)[1].partition("/")[2]
+    kind = text.partition("/")[2]
     reported = ("loss", "nll", *REPORTED[task]) if predicts else ()
     known = [name for name in (*reported, *filter(None, own)) if name != "top5" or len(outputs) > 5]
     if kind not in known:

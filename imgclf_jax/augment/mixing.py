@@ -93,7 +93,8 @@ def build(text: str) -> Mix | None:
     ops = [kinds.bind(call, MIXES, "mixing op", _LEADING) for call in spec.parse(text)]
     if not ops:
         return None
-    probabilities = [_probability(op) for op in ops]
+    arguments = [inspect.signature(op).parameters.get("probability") for op in ops]
+    probabilities: list[Any] = [argument and argument.default for argument in arguments]  # given, the op's own, or None
     known = [p for p in probabilities if p is not None]
     if not all(isinstance(p, int | float) and 0 <= p <= 1 for p in known) or (total := sum(known)) > 1 + 1e-6:
         raise UserError(f"mix={text!r}: each probability must be from 0 to 1, and their sum at most 1")
@@ -111,12 +112,6 @@ def build(text: str) -> Mix | None:
         return jax.lax.switch(choice, branches, key_op, images)
 
     return mix
-
-
-def _probability(op: Callable[..., Mixed]) -> Any:
-    """The value of an op's argument `probability`, given or default; None if it has none."""
-    argument = inspect.signature(op).parameters.get("probability")
-    return argument and argument.default
 
 
 def _with_key(op: Callable[..., Mixed]) -> Mix:

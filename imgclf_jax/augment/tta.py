@@ -33,8 +33,6 @@ def translate(pad: int = 1) -> Views:
 
     The border is padded by reflection, as in airbench94 (Jordan 2024, arXiv:2404.00498, section 3.5).
     """
-    if not isinstance(pad, int) or pad < 1:
-        raise UserError(f"translate(pad={pad!r}): must be a whole number of 1 or more")
 
     def crop(images: jax.Array, offset: int) -> jax.Array:
         h, w = images.shape[1:3]

@@ -111,8 +111,6 @@ def test_the_config_key_reaches_evaluation_and_prediction(trained):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("flop", "unknown view 'flop': did you mean 'flip'"),
-    ("translate(0)", "pad=0.*1 or more"),
-    ("translate('x')", "pad='x'.*1 or more"),
 ])  # fmt: skip
 def test_wrong_specs_are_refused(text, message):
     with pytest.raises(UserError, match=message):
