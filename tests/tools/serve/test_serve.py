@@ -35,6 +35,11 @@ def test_it_says_where_it_is_and_ends_at_a_signal(number, tmp_path):
         )
         assert where, line
         assert httpx.post(f"{where[1]}/predict", files=form(png(0))).status_code == 200
+        with httpx.Client() as client:  # no answer waits for the client's delayed acknowledgment, of 40 ms
+            begun = time.monotonic()
+            for _ in range(40):
+                client.get(f"{where[1]}/model")
+            assert time.monotonic() - begun < 1
         begun = time.monotonic()
         process.send_signal(number)
         assert process.wait(20) == 128 + number
