@@ -36,8 +36,6 @@ KEYS: dict[str, tuple[Value, str]] = {
                                     "'bfloat16'."),
     "deterministic": (True, "Use deterministic GPU kernels, so a repeated run reproduces every bit."),
     "mesh": ("data=-1", "The device mesh; -1 takes all remaining devices. 'data=-1, fsdp=4' shards the train state."),
-    "shard": ("all", "What fsdp shards: 'all' (parameters, optimizer state, weight averages) or the 'optimizer' state "
-                     "alone."),
     "data.source": ("digits", "digits, tfds('name'), folder('path'), table('labels.csv'), arrays('file.npz') or "
                               "fake(n, shape, classes)."),
     "data.train": ("train", "The split to train on, in TFDS syntax: 'train[:90%]', 'train[1000:]+extra'."),
@@ -118,10 +116,10 @@ _MIN = {"batch_size": 1, "checkpoint.keep": 1, "data.threads": 0, "accumulate": 
 _CHOICES = {"precision": ("float32", "bfloat16"), "data.placement": ("host", "device"),
             "data.unreadable": ("error", "skip"), "on_bad_step": ("stop", "skip")}  # fmt: skip
 
-# Keys of where and how a run computes: a resumed run may change them. `mesh` and `shard` are among them, although
+# Keys of where and how a run computes: a resumed run may change them. `mesh` is among them, although
 # another number of devices changes results by rounding.
 LOCATION_KEYS = ("data.data_dir", "data.manual_dir", "data.placement", "data.threads", "tensorboard",
-                 "log_images", "writers", "watchdog", "mesh", "shard", "rules.shard")  # fmt: skip
+                 "log_images", "writers", "watchdog", "mesh", "rules.shard")  # fmt: skip
 
 CADENCES = ("log_every", "eval_every", "checkpoint_every")
 

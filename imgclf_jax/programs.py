@@ -140,7 +140,7 @@ class Programs:
         """Weights by path, sharded like the parameters of one seed, so that no device holds all of them."""
         if weights is None:
             return None
-        shardings = partition.state_shardings(dict(weights), self._axes, self.mesh, self.recipe.config.shard)
+        shardings = partition.state_shardings(dict(weights), self._axes, self.mesh)
         return {name: sharding.put(x, shardings[name]) for name, x in weights.items()}
 
     @once
@@ -164,7 +164,7 @@ class Programs:
         with self.tracing():
             shapes = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), "uint32"))
         leading = int(self.recipe.num_seeds > 1)
-        state = partition.state_shardings(shapes, self._axes, self.mesh, self.recipe.config.shard, leading)
+        state = partition.state_shardings(shapes, self._axes, self.mesh, leading)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state)
 
     def check_size(self) -> None:
@@ -175,11 +175,10 @@ class Programs:
     def _axes(self) -> dict[str, int | None]:
         """The axis along which each parameter is sharded over the mesh's `fsdp`, by path; empty without it."""
         config, parts = self.recipe.config, self.mesh.shape.get("fsdp", 1)
-        partition.check_mode(config.shard)
         return partition.build(config.rules.shard, self.recipe.parameters, parts) if parts > 1 else {}
 
     def _shard(self, tree: PyTree) -> PyTree:
-        """Constrains gradients or updates to the shardings of their parameters, with `shard="optimizer"` too."""
+        """Constrains gradients or updates to the shardings of their parameters."""
         if not self._axes:
             return tree
         return jax.lax.with_sharding_constraint(tree, partition.state_shardings(tree, self._axes, self.mesh))
@@ -187,8 +186,7 @@ class Programs:
     def _fixed_shardings(self, fixed: PyTree) -> PyTree:
         """The shardings of a method's `fixed` arrays: over the mesh's `fsdp`, each along its largest axis."""
         shapes, parts = {name: x.shape for name, x in tree.named_leaves(fixed)}, self.mesh.shape.get("fsdp", 1)
-        whole = parts == 1 or self.recipe.config.shard != "all"
-        return partition.state_shardings(fixed, {} if whole else partition.build("", shapes, parts), self.mesh)
+        return partition.state_shardings(fixed, partition.build("", shapes, parts) if parts > 1 else {}, self.mesh)
 
     def first_images(self, images: Images) -> np.ndarray | None:
         """The first 5,000 training images, normalized, for a backbone with `init_on_images`; else None."""

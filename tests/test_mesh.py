@@ -62,40 +62,37 @@ WAYS = {
     "muon": {"optimizer": "muon"},
     "statistics": {"accumulate": 2, "model": "resnet_cifar(8)", "optimizer": "sgd(momentum=0.9)"},
 }
-QUICK = [("adam", "all")]
-SLOW = [(way, shard) for way in WAYS for shard in ("all", "optimizer") if (way, shard) not in QUICK]
+SLOW = [pytest.param(way, marks=pytest.mark.slow) for way in WAYS if way != "adam"]
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("way", "shard"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
-def test_the_losses_are_those_of_data_parallel(config, way, shard):
+@pytest.mark.parametrize("way", ["adam", *SLOW])
+def test_the_losses_are_those_of_data_parallel(config, way):
     """Over ten steps to 1e-6, over 100 to 1e-5; parameters and averages too, before rounding grows."""
     whole = programs(config, **WAYS[way])
-    split = programs(config, "data=2, fsdp=4", shard=shard, **WAYS[way])
+    split = programs(config, "data=2, fsdp=4", **WAYS[way])
     (a, losses), (b, others) = train(whole, 100), train(split, 100)
     np.testing.assert_allclose(losses[:10], others[:10], rtol=1e-6)
     np.testing.assert_allclose(losses, others, rtol=1e-5)
     assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(b.opt_state))
-    parts = [not x.sharding.is_fully_replicated for x in jax.tree.leaves(b.params)]
-    assert any(parts) == (shard == "all")
+    assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(b.params))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), a.evaluated, b.evaluated)
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("shard", "most"), [("all", 0.3), ("optimizer", 0.51)])
-def test_memory_of_each_device(config, shard, most):
+def test_memory_of_each_device(config):
     """On four devices, parameters and Adam's state take at most 0.3 of the total, by the compiler's count too."""
     devices = jax.devices()[:4]
-    whole, split = programs(config, devices=devices), programs(config, "fsdp=-1", devices=devices, shard=shard)
+    whole, split = programs(config, devices=devices), programs(config, "fsdp=-1", devices=devices)
 
     def held(of):
         state = of.shape["state"]
         return counts.bytes_per_device((state.params, state.opt_state))
 
-    assert held(split) <= most * held(whole)
+    assert held(split) <= 0.3 * held(whole)
     arguments = [compiled(of, "train").memory_analysis().argument_size_in_bytes for of in (whole, split)]
     batch = counts.bytes_per_device(whole.batch_shape)
-    assert arguments[1] - batch <= (most + 0.02) * (arguments[0] - batch)
+    assert arguments[1] - batch <= 0.32 * (arguments[0] - batch)
 
 
 def test_inference_on_a_sharded_model(config):
@@ -134,7 +131,6 @@ def test_rules_choose_the_axis(config):
     ({"rules.shard": "head/kernel=1"}, r"axis 1 of head/kernel, \[128, 4\], does not divide into 8 shards"),
     ({"rules.shard": "head/kernel=x"}, "is not PATTERN=AXIS or PATTERN=none"),
     ({"rules.shard": "nothing=0"}, "rules.shard: 'nothing' matches no parameter"),
-    ({"shard": "params"}, "unknown shard 'params'.*allowed: all, optimizer"),
 ])  # fmt: skip
 def test_mistakes(config, keys, message):
     with pytest.raises(UserError, match=message):

@@ -37,9 +37,6 @@ def _schedule_free(make: Callable[..., optax.GradientTransformation]) -> Functio
 
     @functools.wraps(make)
     def evaluating(*args: Any, **kwargs: Any) -> optax.GradientTransformation:
-        if kwargs.get("warmup_steps"):
-            raise UserError(f"optimizer: {make.__name__} takes no warmup_steps here; warm up in the schedule, as in "
-                            "schedule=\"constant(1e-2, warmup='5%')\"")  # fmt: skip
         return with_evaluated(make(*args, **kwargs), optax.contrib.schedule_free_eval_params)
 
     return evaluating
@@ -57,13 +54,13 @@ _TRANSFORMS = ("adaptive_grad_clip", "add_decayed_weights", "centralize", "clip"
                "clip_by_global_norm")  # fmt: skip
 TRANSFORMS: dict[str, Function] = {name: getattr(optax, name) for name in _TRANSFORMS}  # before the optimizer
 
+_SCHEDULE_FREE = optax.contrib.ScheduleFreeState
 # Transforms that would train or evaluate the wrong parameters, by their states.
 _UNFIT = {
     optax.contrib.DifferentiallyPrivateAggregateState: "it needs per-example gradients",
-    optax.contrib.SAMState: "it needs a second gradient at each step, as gradient='sam(rho=0.05)' computes it",
+    optax.contrib.SAMState: "gradient='sam(rho=0.05)' computes its second gradient",
+    _SCHEDULE_FREE: "it evaluates other parameters than it trains: declare them by with_evaluated",
 }
-_SCHEDULE_FREE = ("it evaluates other parameters than it trains; use schedule_free_adamw or schedule_free_sgd, or "
-                  "return imgclf_jax.optim.weight_averages.with_evaluated(optimizer, evaluated)")  # fmt: skip
 
 _DECAYS = ("weight_decay", "weight_decay_rate", "adam_weight_decay")  # the weight decay's names in optax
 _NO_RULES = Rules()
@@ -105,8 +102,6 @@ def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _NO_R
     try:
         parts = [_with_decay(maker, own, rules) for maker, own in zip(makers, decays, strict=True)]
     except ValueError as e:  # optax raises it for arguments out of range
-        if spec.names_code(text) and not last.name.startswith("optax"):
-            raise
         raise UserError(f"optimizer={text!r}: {e}") from e
     if not isinstance(parts[-1], optax.GradientTransformation):
         raise UserError(f"optimizer={text!r}: {last.name} returns a {type(parts[-1]).__name__}, not an "
@@ -121,7 +116,8 @@ def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _NO_R
     if evaluated and len(chain) > 1:
         out = with_evaluated(out, lambda state, params: evaluated(state[-1], params))
     if rules.frozen:
-        out = _by_group({"trained": out}, lambda name: "frozen" if name in rules.frozen else "trained")
+        groups = {"trained": out, "frozen": optax.stateless(_keep)}
+        out = _by_group(groups, lambda name: "frozen" if name in rules.frozen else "trained")
     return _with_checks(text, out)
 
 
@@ -156,42 +152,28 @@ def _with_decay(
 def _by_group(
     transforms: Mapping[str, optax.GradientTransformation], group: Callable[[str], str]
 ) -> optax.GradientTransformation:
-    """Applies to each group of parameters its own transform; parameters of other groups keep every bit.
-
-    `group(path)` names the group of a parameter. A transform sees the dict of its own parameters by path.
-    """
-    extended = {name: optax.with_extra_args_support(transform) for name, transform in transforms.items()}
-
-    def split(params: Params) -> dict[str, Params]:
-        named = tree.named_leaves(params)
-        return {label: {name: x for name, x in named if group(name) == label} for label in transforms}
-
-    def init(params: Params) -> OptState:
-        own = split(params)
-        return {label: transform.init(own[label]) for label, transform in extended.items() if own[label]}
-
-    def update(updates: Params, state: OptState, params: Params = None, **extra: Any) -> tuple[Params, OptState]:
-        given, own, new = split(updates), split(params), {}
-        # The rest is frozen: x + -0.0 is x for every x, while -0.0 + 0.0 is 0.0.
-        out = jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
-        for label in state:
-            changed, new[label] = extended[label].update(given[label], state[label], own[label], **extra)
-            out = _replace(out, changed)
-        return out, new
+    """`optax.partition` by `group(path)`, which names the transform of a parameter."""
+    out = optax.partition(transforms, lambda params: tree.map_named(lambda name, x: group(name), params))
 
     def evaluated(state: OptState, params: Params) -> Params:
-        own = split(params)
-        for label, part in state.items():
+        for label, part in state.inner_states.items():
             if function := evaluated_by(transforms[label]):
-                params = _replace(params, function(part, own[label]))
+                mask = lambda name, x, label=label: x if group(name) == label else optax.MaskedNode()  # noqa: E731
+                params = _merge(function(part.inner_state, tree.map_named(mask, params)), params)
         return params
 
-    out = optax.GradientTransformationExtraArgs(init, update)
     return with_evaluated(out, evaluated) if any(map(evaluated_by, transforms.values())) else out
 
 
-def _replace(params: Params, own: Mapping[str, jax.Array]) -> Params:
-    return tree.map_named(lambda name, x: own.get(name, x), params)
+def _merge(own: Params, params: Params) -> Params:
+    """`own`, with the masked parameters from `params`."""
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+    return jax.tree.map(lambda x, p: p if is_masked(x) else x, own, params, is_leaf=is_masked)
+
+
+def _keep(updates: Params, params: Params) -> Params:
+    """Updates that keep every bit: x + -0.0 is x for every x, while -0.0 + 0.0 is 0.0."""
+    return jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
 
 
 def _scale_by_name(factors: Mapping[str, float]) -> optax.GradientTransformation:
@@ -204,13 +186,12 @@ def _scale_by_name(factors: Mapping[str, float]) -> optax.GradientTransformation
 def _with_checks(text: str, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """Runs an optimizer under standard dtype promotion; its `init` raises UserError for an unfit transform."""
     evaluated, extended = evaluated_by(optimizer), optax.with_extra_args_support(optimizer)
-    unfit = _UNFIT if evaluated else {**_UNFIT, optax.contrib.ScheduleFreeState: _SCHEDULE_FREE}
+    unfit = {kind: reason for kind, reason in _UNFIT.items() if not evaluated or kind is not _SCHEDULE_FREE}
 
     def init(params: Params) -> OptState:
         def check(part: Any) -> Any:
             if reason := unfit.get(type(part)):
-                raise UserError(f"optimizer={text!r}: a transformation with the state {type(part).__name__} cannot be "
-                                f"used, since {reason}")  # fmt: skip
+                raise UserError(f"optimizer={text!r}: {type(part).__name__} cannot be used, since {reason}")
             # Later states are not weakly typed.
             return jax.lax.convert_element_type(part, part.dtype) if getattr(part, "weak_type", False) else part
 

@@ -12,11 +12,10 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imgclf_jax.core import tree
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import PyTree
 from imgclf_jax.optim import rules
 
-MODES = ("all", "optimizer")
 _MIN_ELEMENTS = 2**14  # smaller arrays are replicated: communicating them costs more than it saves
 
 
@@ -48,27 +47,18 @@ def _largest_axis(shape: Sequence[int], parts: int) -> int | None:
     return max(divisible, key=lambda i: shape[i]) if divisible and math.prod(shape) >= _MIN_ELEMENTS else None
 
 
-def check_mode(text: str) -> None:
-    """Raises UserError unless `text` is a value of the key `shard`."""
-    if text not in MODES:
-        raise UserError(unknown("shard", text, MODES))
-
-
-def state_shardings(
-    state: PyTree, axes: Mapping[str, int | None], mesh: Mesh, mode: str = "all", leading: int = 0
-) -> PyTree:
+def state_shardings(state: PyTree, axes: Mapping[str, int | None], mesh: Mesh, leading: int = 0) -> PyTree:
     """The sharding of each array of a pytree of parameters, or of arrays of their shapes, such as Adam's moments.
 
-    An array takes the axis of the longest parameter path that its own path ends with. With the `mode` "optimizer" only
-    arrays below `opt_state` are sharded (ZeRO stage 1). `leading` axes precede the parameter's: the axis of the seeds.
+    An array takes the axis of the longest parameter path that its own path ends with. `leading` axes precede the
+    parameter's: the axis of the seeds.
     """
 
     def sharding(name: str, x: jax.ShapeDtypeStruct) -> NamedSharding:
         parts = name.split("/")
         axis = next((axes[end] for i in range(len(parts)) if (end := "/".join(parts[i:])) in axes), None)
         index = -1 if axis is None else len(x.shape) + axis
-        replicated = index < leading or x.shape[index] % mesh.shape["fsdp"]
-        if replicated or (mode == "optimizer" and "opt_state" not in parts):
+        if index < leading or x.shape[index] % mesh.shape["fsdp"]:
             return NamedSharding(mesh, PartitionSpec())
         return NamedSharding(mesh, PartitionSpec(*[None] * index, "fsdp"))
 

@@ -350,18 +350,6 @@ def test_decay_multiplies_the_weight_decay():
             np.testing.assert_allclose(ours[name], p, rtol=0, atol=atol, err_msg=f"{text} {name}")
 
 
-@pytest.mark.parametrize("frozen", [[], ["a"]])
-def test_a_decay_factor_may_have_no_parameter(frozen):
-    """None keeps the factor 1, or all that do are frozen: sophia cannot compute without parameters."""
-    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
-    decay = {name: 0.5 for name in params if name not in frozen}
-    ruled = rules.Rules(decay=decay, frozen=frozenset(frozen))
-    optimizer = optimizers.build("optax.contrib:sophia(weight_decay=0.5)", optax.constant_schedule(0.125), 0.0, ruled)
-    obj_fn = lambda params: optax.tree.norm(params, squared=True)  # noqa: E731
-    updates, _ = jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p, obj_fn=obj_fn), params)
-    assert {name: x.shape for name, x in updates.items()} == {"a": (2,), "b": (3,)}
-
-
 @pytest.mark.parametrize(("text", "message"), [
     ("sgd(momentum=0.9)", r"rules\.decay: optimizer='sgd\(momentum=0\.9\)' has no weight decay to multiply; use"),
     ("adamw(weight_decay=0)", "has no weight decay to multiply"),
