@@ -1,8 +1,5 @@
 """Loads the weights of `init_from`, a file or another run: takes those that fit the model and reports the rest."""
 
-import contextlib
-import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -14,21 +11,18 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import errors, traverse_util
 
 from imgclf_jax import losses
+from imgclf_jax.augment import ops
 from imgclf_jax.core import paths, processes, spec, tree
 from imgclf_jax.core.errors import UserError, no_such
 from imgclf_jax.core.text import one_per_line
 from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.data import decode
 from imgclf_jax.methods import lora
 from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe
 from imgclf_jax.run import digests
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.step import apply_backbone
 from imgclf_jax.weights import files, torch_names
 
 log = logging.getLogger(__name__)
@@ -47,7 +41,6 @@ class Weights:
     source: JsonObject  # for provenance.json: the path, its SHA-256 and, for a work directory, the step
     taken: dict[str, np.ndarray] = field(default_factory=dict)
     resized: list[str] = field(default_factory=list)  # position embeddings resized from another grid
-    assumed: str = ""  # the grid, no square, that positions are taken for, if the file does not say theirs
     head: str = ""  # why the head starts from random weights; empty if it is taken
     left_out: list[str] = field(default_factory=list)  # modules added by the other run's method, such as a projector
     fresh: list[str] = field(default_factory=list)  # modules added by this run's method, which stay random
@@ -69,8 +62,6 @@ class Weights:
         """One sentence: how many arrays were taken, and what happened to the others."""
         parts = [f"{len(self.taken)} arrays taken", *self.faults]
         parts += [f"positions resized ({', '.join(self.resized)})"] if self.resized else []
-        parts += [f"positions taken for those of {self.assumed} patches, since the file does not say its grid"
-                  ] if self.assumed else []  # fmt: skip
         parts += [f"a new head ({self.head})"] if self.head else []
         for modules, what in ((self.left_out, "left out"), (self.fresh, "from random weights")):
             parts += [f"{what}: {', '.join(modules)}"] if modules else []
@@ -86,7 +77,7 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     UserError for a file or work directory that cannot be read, and, unless `config.init_strict` is False, for LoRA
     adapters that are not merged and for any other difference. With `whole`, also raises UserError if any parameter,
     including the head's, stays random, and if a run or an exported file says that the head is for other classes or was
-    trained with another normalization, link or model (see `_compare_predictions`).
+    trained with another normalization, link or model.
     """
     config = programs.recipe.config
     path = paths.expand_user(config.init_from)
@@ -124,21 +115,9 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     if config.init_strict and weights.faults:
         raise UserError(f"{what} does not fit model={config.model!r}: {'; '.join(weights.faults)}; set model to the "
                         "model of these weights, or take what fits with init_strict=False")  # fmt: skip
-    if whole and (weights.head or weights.missing or weights.misfits):
-        lacking = f"the head ({weights.head})" if weights.head else _some(weights.missing + weights.misfits)
-        raise UserError(f"{what} is not a complete model: it lacks {lacking}; train it on these data first")
-    here, record = programs.recipe.data.class_names, _read_record(path) if whole else {}
-    instead = f", or pass --workdir={config.init_from} instead" if path.is_dir() else ""
-    if (theirs := record.pop("class_names", "")) not in ("", one_per_line(here)):
-        raise UserError(f"{what} has the classes {theirs.split('\n')[:5]}…, and data.source={config.data.source!r} has "
-                        f"{list(here)[:5]}…: its predictions would have wrong names; name the source of its classes"
-                        f"{instead}")  # fmt: skip
-    wrong, unsure = _compare_predictions(programs, weights.taken, record)
-    if wrong:
-        raise UserError(f"{what} was trained with {wrong}: its predictions would be wrong; give both the same{instead}")
-    if unsure:
-        log.warning("%s was trained with %s: its predictions may be wrong", what, unsure)
-    log.log(logging.WARNING if weights.faults or weights.assumed else logging.INFO, "%s: %s", what, weights.report())
+    if whole:
+        _check_whole(programs, weights, _read_record(path), what)
+    log.log(logging.WARNING if weights.faults else logging.INFO, "%s: %s", what, weights.report())
     return weights
 
 
@@ -236,8 +215,6 @@ def _fit(
             continue
         elif array.shape == own[name].shape and (not name.endswith(_POSITIONS) or their_grid in (None, grid)):
             weights.taken[name] = np.array(array, own[name].dtype)
-            if name.endswith(_POSITIONS) and grid and grid[0] != grid[1] and not their_grid:
-                weights.assumed = "{}x{}".format(*grid)
         elif (
             name.endswith(_POSITIONS)
             and grid
@@ -275,64 +252,31 @@ def _written_grid(path: Path) -> Grid | None:
 def _read_record(path: Path) -> dict[str, str]:
     """What a run recorded, or `export` wrote into a .safetensors file, about its predictions; {} for others.
 
-    These are keys of the config, `host_ops`, which evaluation applies, and `class_names`, one per line.
+    These are keys of the config, and `class_names`, one per line.
     """
-    if not path.is_dir():
-        return {key: text for key, text in files.read_metadata(path).items() if isinstance(text, str)}
     workdir = Workdir(path)
-    config = json.loads(paths.read(workdir.config))
-    record = {key: text for key, text in config.items() if isinstance(text, str)}
-    record["class_names"] = one_per_line(workdir.load_data_info().class_names if workdir.provenance.is_file() else ())
-    if "preprocess" in record:
-        with contextlib.suppress(UserError), spec.untrusted(str(path)):
-            record["host_ops"] = decode.evaluation_spec(record.get("preprocess_eval", ""), record["preprocess"])
-    return record
+    record = json.loads(paths.read(workdir.config)) if path.is_dir() else files.read_metadata(path)
+    if path.is_dir() and workdir.provenance.is_file():
+        record["class_names"] = one_per_line(workdir.load_data_info().class_names)
+    return {key: text for key, text in record.items() if isinstance(text, str)}
 
 
-def _compare_predictions(
-    programs: Programs, taken: Mapping[str, np.ndarray], record: Mapping[str, str]
-) -> tuple[str, str]:
-    """The recorded keys with which predictions would be wrong here, and those with which they may be, with both values.
-
-    Unsure are keys that name code, which is not run, and host ops besides `decode`, since other data may need others.
-    """
-    recipe = programs.recipe
-    theirs = dataclasses.replace(recipe, config=recipe.config.copy_and_resolve_references())
-
-    def features(recipe: Recipe) -> np.ndarray:
-        images = np.random.default_rng(0).normal(size=(1, *recipe.data.image_shape)).astype(np.float32)
-        variables = traverse_util.unflatten_dict(dict(taken), sep="/")
-        return np.asarray(jax.jit(functools.partial(apply_backbone, recipe.plain_model))(variables, images))
-
-    def have_same_features() -> bool:  # unlike dropout or `remat`, an activation changes them
-        ours = features(recipe)
-        return np.allclose(features(theirs), ours, 1e-2, 1e-2 * float(np.abs(ours).max()), equal_nan=True)
-
-    checks = {
-        "augment": lambda: theirs.normalization == recipe.normalization,
-        "loss": lambda: losses.link_of(theirs.config.loss) == losses.link_of(recipe.config.loss),
-        "model": have_same_features,
-    }
-    wrong, unsure = {}, {}
-    for key, check in checks.items():
-        if (text := record.get(key, recipe.config[key])) != recipe.config[key]:
-            theirs.config[key] = text
-            try:
-                with spec.untrusted("its record"):
-                    if not check():
-                        wrong[key] = text, recipe.config[key]
-            except (UserError, errors.FlaxError):
-                unsure[key] = text, recipe.config[key]
-    ops = record.get("host_ops", programs.preprocess_eval), programs.preprocess_eval
-    resized, own = ([call for call in spec.parse(text) if call.name != "decode"] for text in ops)
-    if resized != own:
-        unsure["preprocess_eval"] = ops
-
-    def describe(keys: Mapping[str, tuple[str, str]]) -> str:
-        trained, here = (", ".join(f"{key}={pair[i]!r}" for key, pair in keys.items()) for i in (0, 1))
-        return f"{trained}, and this command has {here}" if keys else ""
-
-    return describe(wrong), describe(unsure)
+def _check_whole(programs: Programs, weights: Weights, record: Mapping[str, str], what: str) -> None:
+    """Raises UserError if the weights lack a part of the model, or if their `record` says they predict otherwise."""
+    config, here = programs.recipe.config, programs.recipe.data.class_names
+    if weights.head or weights.missing or weights.misfits:
+        lacking = f"the head ({weights.head})" if weights.head else _some(weights.missing + weights.misfits)
+        raise UserError(f"{what} is not a complete model: it lacks {lacking}; train it on these data first")
+    instead = f", or pass --workdir={config.init_from} instead" if "step" in weights.source else ""
+    if (theirs := record.get("class_names", "")) not in ("", one_per_line(here)):
+        raise UserError(f"{what} has the classes {theirs.split('\n')[:5]}…, and data.source={config.data.source!r} has "
+                        f"{list(here)[:5]}…: its predictions would have wrong names; name the source of its classes"
+                        f"{instead}")  # fmt: skip
+    for key, meaning in (("augment", ops.evaluation_spec), ("loss", losses.link_of), ("model", spec.parse)):
+        text = record.get(key, config[key])
+        if text != config[key] and (spec.names_code(text) or meaning(text) != meaning(config[key])):
+            raise UserError(f"{what} was trained with {key}={text!r}, and this command has {key}={config[key]!r}: its "
+                            f"predictions would be wrong; give both the same{instead}")  # fmt: skip
 
 
 def _resize_positions(

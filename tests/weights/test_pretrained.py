@@ -173,27 +173,27 @@ def test_a_complete_model_has_the_classes_of_its_source(tmp_path):
         pretrained.load(programs(tmp_path, "mlp(widths=(4,))", (3, 3, 1), classes=2), whole=True)
 
 
-@pytest.mark.parametrize(("key", "recorded", "error", "warning"), [
+@pytest.mark.parametrize(("key", "recorded", "error"), [
     ("augment", "pad_crop(2)|normalize(mean=0.4)", "was trained with augment='pad_crop(2)|normalize(mean=0.4)', and "
-     "this command has augment='normalize': its predictions would be wrong; give both the same", ""),
-    ("augment", "flip_lr|normalize", "", ""),  # random ops are those of training
-    ("loss", "sigmoid", "was trained with loss='sigmoid', and this command has loss='softmax'", ""),
-    ("loss", "softmax(label_smoothing=0.1)", "", ""),
-    ("model", "mlp((4,), activation='tanh')", """was trained with model="mlp((4,), activation='tanh')", and""", ""),
-    ("model", "mlp((4,), dropout=0.5)", "", ""),
-    ("model", "elsewhere:net", "", "was trained with model='elsewhere:net', and this command has model='mlp"),
-    ("preprocess", "decode(1, formats=('PNG',))", "", ""),
-    ("preprocess", "decode(1)|resize(3)", "", "preprocess_eval='decode(1)': its predictions may be wrong"),
+     "this command has augment='normalize': its predictions would be wrong; give both the same"),
+    ("augment", "flip_lr|normalize", ""),  # random ops are those of training
+    ("augment", "elsewhere:scale", "was trained with augment='elsewhere:scale', and"),
+    ("loss", "sigmoid", "was trained with loss='sigmoid', and this command has loss='softmax'"),
+    ("loss", "softmax(label_smoothing=0.1)", ""),
+    ("model", "mlp((4,), activation='tanh')", """was trained with model="mlp((4,), activation='tanh')", and"""),
+    ("model", "mlp( widths=(4,) )", ""),
+    ("model", "elsewhere:net", "was trained with model='elsewhere:net', and this command has model='mlp"),
+    ("preprocess", "decode(1)|resize(3)", ""),
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", ["file", "run"])
-def test_a_complete_model_predicts_as_its_run(tmp_path, caplog, kind, key, recorded, error, warning):
+def test_a_complete_model_predicts_as_its_run(tmp_path, kind, key, recorded, error):
     """Arrays also fit another normalization, link or activation: accuracy fell from 97 to 46 %, without a word."""
     where = tmp_path / "a.safetensors" if kind == "file" else tmp_path
     of_two = programs(where, "mlp(widths=(4,))", (3, 3, 1), 2, augment="normalize", preprocess="decode(1)")
     if kind == "file":
         shapes = {"dense0.weight": (4, 9), "dense0.bias": (4,), "head.weight": (2, 4), "head.bias": (2,)}
         arrays = {name: draw(name, shape) for name, shape in shapes.items()}
-        save_file(arrays, where, {key.replace("preprocess", "host_ops"): recorded})
+        save_file(arrays, where, {key: recorded})
     else:
         checkpoints, digests = Checkpoints(tmp_path / "checkpoints"), Digests(tmp_path, 0, 1)
         params = of_two.init(0)["state"].params
@@ -205,9 +205,6 @@ def test_a_complete_model_predicts_as_its_run(tmp_path, caplog, kind, key, recor
     assert len(pretrained.load(of_two).taken) == 4
     with pytest.raises(UserError, match=re.escape(error)) if error else contextlib.nullcontext():
         pretrained.load(of_two, whole=True)
-    warned = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
-    assert bool(warned) == bool(warning)
-    assert warning in "".join(warned)
 
 
 @pytest.mark.thorough
@@ -244,7 +241,7 @@ def test_positions_of_a_grid_that_is_not_square(tmp_path, monkeypatch):
 def test_as_many_patches_in_another_grid(tmp_path, monkeypatch, caplog):
     """A grid of 2 by 8 has as many patches as one of 4 by 4; timm takes such positions as they are.
 
-    A file of `export` says which grid it is. Of another one the log says what is assumed.
+    A file of `export` says which grid it is.
     """
     monkeypatch.setitem(vit._VIT, "Ti", (48, 2, 3))
     model = "vit('Ti', patch=8, pool='mean')"
@@ -257,15 +254,14 @@ def test_as_many_patches_in_another_grid(tmp_path, monkeypatch, caplog):
         ({"grid": "2x8"}, (2, 8), "arrays taken"),
         ({"grid": "4x4"}, (2, 8), "positions resized (4x4 to 2x8)"),
         ({}, (4, 4), "arrays taken"),
-        ({}, (2, 8), "positions taken for those of 2x8 patches, since the file does not say its grid"),
-        ({"grid": "x8"}, (2, 8), "since the file does not say its grid"),
+        ({}, (2, 8), "arrays taken"),
+        ({"grid": "x8"}, (2, 8), "arrays taken"),
     ):
         save_file(arrays | {"pos_embed": table}, file, metadata)
         caplog.clear()
         with caplog.at_level(logging.INFO, "imgclf_jax"):
             found = pretrained.load(programs(file, model, (8 * h, 8 * w, 3), 5))
         assert said in caplog.text
-        assert ("does not say" in caplog.text) == ("does not say" in said)
         theirs = tuple(map(int, metadata["grid"].split("x"))) if metadata.get("grid", "x8") != "x8" else (h, w)
         expected = jax.image.resize(table.reshape(*theirs, 48), (h, w, 48), "cubic", antialias=True)
         got = found.taken["params/backbone/positions_embedding"]
