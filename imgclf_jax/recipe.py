@@ -128,11 +128,9 @@ class Recipe:
         also_frozen = self.method.freeze
         if not (keys.lr or keys.decay or keys.freeze or keys.layer_decay or also_frozen):
             return rules.Rules()
-        names = list(self.parameters)
-        if keys.layer_decay and (by_use := getattr(self.backbone, "parameters_by_use", None)):  # of an nnx module
-            order = {f"backbone/{name}": i for i, name in enumerate(by_use(self.data.image_shape))}
-            names.sort(key=lambda name: order.get(name, len(order)))
-        return rules.build(keys.lr, keys.decay, keys.freeze, keys.layer_decay, names, also_frozen)
+        if keys.layer_decay and getattr(self.backbone, "sorts_parameters", False):
+            raise UserError("rules.layer_decay: the layers of an nnx model have no order; set rules.lr")
+        return rules.build(keys.lr, keys.decay, keys.freeze, keys.layer_decay, list(self.parameters), also_frozen)
 
     @cached_property
     def parameters(self) -> dict[str, tuple[int, ...]]:

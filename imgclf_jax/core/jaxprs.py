@@ -1,7 +1,6 @@
 """Helpers to read jaxprs."""
 
 import math
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,17 +21,6 @@ def inner(equation: JaxprEqn) -> list[Jaxpr | ClosedJaxpr]:
     parameters = equation.params.values()
     values = [v for value in parameters for v in (value if isinstance(value, tuple | list) else (value,))]
     return [v for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
-
-
-def reads(jaxpr: Jaxpr, names: Mapping[Var, str]) -> Iterator[str]:
-    """Yields the names of the variables that a jaxpr reads, in order and inside its calls too, with repetitions."""
-    for equation in jaxpr.eqns:
-        operands = [names.get(atom, "") if isinstance(atom, Var) else "" for atom in equation.invars]
-        for body in (getattr(one, "jaxpr", one) for one in inner(equation)):
-            # A body's inputs are the last operands: a conditional has its index before them.
-            known = zip(reversed(body.invars), reversed(operands), strict=False)
-            yield from reads(body, {variable: name for variable, name in known if name})
-        yield from filter(None, operands)
 
 
 def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:

@@ -8,11 +8,9 @@ import inspect
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from flax.core import FrozenDict
 
-from imgclf_jax.core import jaxprs, rng, tree
 from imgclf_jax.core.typing import Function
 
 
@@ -23,18 +21,11 @@ class FromNnx(nnx.bridge.ToLinen):
     `nnx.Rngs` come from linen's: one that linen was not given, such as "noise", falls back to "default".
     """
 
+    sorts_parameters = True  # by name, so that layers have no order
+
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:  # type: ignore[override]
         features: jax.Array = super().__call__(x, nnx_method=functools.partial(_call, train=train))
         return features
-
-    def parameters_by_use(self, image_shape: tuple[int, ...]) -> list[str]:
-        """The paths of the parameters in the order in which a call reads them; `init` sorts them by name."""
-        rngs, images = rng.init_streams(jax.random.key(0)), jnp.zeros((1, *image_shape), jnp.float32)
-        variables = jax.eval_shape(self.init, rngs, images)
-        jaxpr = jax.make_jaxpr(self.apply)(variables, images).jaxpr
-        names = dict(zip(jaxpr.invars, (name for name, _ in tree.named_leaves(variables)), strict=False))
-        read = dict.fromkeys(jaxprs.reads(jaxpr, names))
-        return [name.removeprefix("params/") for name in read if name.startswith("params/")]
 
 
 def _call(module: nnx.Module, x: jax.Array, train: bool) -> jax.Array:

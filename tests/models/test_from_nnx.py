@@ -61,33 +61,6 @@ class Linen(nn.Module):
         return x
 
 
-class Block(nnx.Module):
-    def __init__(self, width, *, rngs):
-        self.fc = nnx.Linear(width, width, rngs=rngs)
-
-    def __call__(self, x):
-        return x + nnx.relu(self.fc(x))
-
-
-class Deep(nnx.Module):
-    """A stem, a block, a list of blocks and a norm, used inside calls and in another order than that of their names."""
-
-    def __init__(self, width, *, rngs):
-        self.stem = nnx.Linear(1, width, rngs=rngs)
-        self.early1 = Block(width, rngs=rngs)
-        self.blocks = nnx.List([Block(width, rngs=rngs) for _ in range(2)])
-        self.a_norm = nnx.LayerNorm(width, rngs=rngs)
-
-    def __call__(self, x):
-        return nnx.remat(nnx.jit(Deep.forward))(self, jnp.mean(x, (1, 2)))
-
-    def forward(self, x):
-        x = self.early1(self.stem(x))
-        for block in reversed(self.blocks):
-            x = block(x)
-        return self.a_norm(x)
-
-
 class TakesTrain(nnx.Module):
     """Draws nothing in its constructor, and takes `train`."""
 
@@ -203,14 +176,9 @@ def test_a_run_goes_on_with_the_same_bits(flags, tmp_path):
     assert launch.main(["evaluate", f"--workdir={tmp_path / 'once'}", "--trust"]) == 0
 
 
-@pytest.mark.parametrize("method", ["supervised", "lora(rank=1)"])
-def test_layer_decay_follows_the_order_of_use(method):
-    """nnx sorts parameters by name. An adapter has the learning rate of its kernel."""
+def test_layer_decay_is_refused():
+    """nnx sorts parameters by name, so layers have no order."""
     config = default_config()
-    config.model, config.method, config.rules.layer_decay = f"{__name__}:Deep(width=3)", method, 0.5
-    lr = recipe.Recipe(config, DataInfo(8, SHAPE, ("a", "b"), "")).rules.lr
-    expected = {"stem": 1 / 16, "early1/fc": 1 / 8, "blocks/1/fc": 1 / 4, "blocks/0/fc": 1 / 2, "a_norm": 1.0}
-    assert ("backbone/lora/stem/kernel/a" in lr) == (method != "supervised")
-    for name, factor in lr.items():
-        module = name.removeprefix("backbone/").removeprefix("lora/")
-        assert factor == next((f for prefix, f in expected.items() if module.startswith(f"{prefix}/")), 1.0), name
+    config.model, config.rules.layer_decay = f"{__name__}:TakesTrain(2.0)", 0.5
+    with pytest.raises(UserError, match=r"rules\.layer_decay: the layers of an nnx model have no order"):
+        _ = recipe.Recipe(config, DataInfo(8, SHAPE, ("a", "b"), "")).rules

@@ -96,8 +96,6 @@ WIDE = ["conv1/kernel", "layer1_0/conv1/kernel", "layer2_0/bn1/scale", "bn1/scal
         (WIDE, [0, 1, 2, 3, 3]),
         (["block0/kernel", "block1/kernel", "block1/bias", "dense/kernel"], [0, 1, 1, 2, 3]),  # no blocks of layers
         (["rnn/cell0/hf/kernel", "rnn/cell0/hi/kernel"], [0, 0, 1]),
-        (["a/0/fc/kernel", "a/0/fc/bias", "a/1/fc/kernel", "norm/scale"], [0, 0, 1, 2, 2]),  # a list of blocks
-        (["stem/kernel", "a/0/kernel", "a/1/kernel"], [0, 1, 2, 3]),  # a list of layers
         (["patch/kernel", "block0/fc/kernel", "lora/patch/kernel/b", "lora/block0/fc/kernel/a"], [0, 1, 0, 1, 2]),
         ([], [0]),
     ],
