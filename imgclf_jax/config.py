@@ -116,8 +116,8 @@ _MIN = {"batch_size": 1, "checkpoint.keep": 1, "data.threads": 0, "accumulate": 
 _CHOICES = {"precision": ("float32", "bfloat16"), "data.placement": ("host", "device"),
             "data.unreadable": ("error", "skip"), "on_bad_step": ("stop", "skip")}  # fmt: skip
 
-# Keys of where and how a run computes: a resumed run may change them. `mesh` is among them, although
-# another number of devices changes results by rounding.
+# Keys of where and how a run computes: a resumed run may change them. `mesh` is among them, although another number of
+# devices changes results by rounding.
 LOCATION_KEYS = ("data.data_dir", "data.manual_dir", "data.placement", "data.threads", "tensorboard",
                  "log_images", "writers", "watchdog", "mesh", "rules.shard")  # fmt: skip
 
