@@ -150,11 +150,16 @@ def check_names(config: ConfigDict) -> None:
 
 
 def describe_use(config: ConfigDict, base: Mapping[str, Source]) -> str:
-    """Describes in one line the use of each split, and the unused examples of these base splits."""
-    own = {name: stream for name, stream in extra_streams(config).items() if not stream.source}
-    streams = {name: stream.split or _default_split(base) for name, stream in own.items()}
+    """Describes in one line the splits to train and evaluate on, with the sizes of those of these base splits."""
     sizes = {name: source.size for name, source in base.items()}
-    return splits.describe(config.data.train, config.data.eval, sizes, streams)
+
+    def with_size(text: str) -> str:
+        if ")" in text:  # of another source
+            return text
+        return f"{text} ({sum(part.stop - part.start for part in splits.resolve(text, sizes))})"
+
+    evals = ", ".join(f"{name} = {with_size(text)}" for name, text in config.data.eval.items())
+    return f"training on {with_size(config.data.train)}" + (f"; evaluating on {evals}" if evals else "")
 
 
 def skipped_files(base: Mapping[str, Source], images: Images) -> list[str]:

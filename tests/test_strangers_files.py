@@ -14,11 +14,11 @@ from test_mistakes import FAKE, _log_as_it_was, has, mistake, snapshot  # noqa: 
 from test_trust import trained  # noqa: F401  a fixture
 
 import launch
-from imgclf_jax.cli import inputs
 from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import image_files
 from imgclf_jax.run.checkpoint import Checkpoints
+from imgclf_jax.tools.pages import inputs
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

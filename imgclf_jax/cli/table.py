@@ -179,7 +179,7 @@ COMMANDS: Mapping[str, Command] = {
         more="Quote a GLOB, such as 'photos/**/*.jpg'. With - the command reads file names from standard input, one "
              "per line.",
         examples=("new.jpg --workdir runs/a", "photos --workdir runs/a --format csv > classes.csv"),
-        formats=("table", "json", "jsonl", "csv"), before_jax="cli.inputs:check",
+        formats=("table", "json", "jsonl", "csv"), before_jax="tools.pages.inputs:check",
     ),
     "report": Command(
         "write a page about a trained run: learning curves, scores, confusions, worst mistakes, provenance",
@@ -235,7 +235,7 @@ COMMANDS: Mapping[str, Command] = {
         ("workdir", "checkpoint", "output", "split", "trust"), "[FILE|DIR|GLOB|-]",
         more="--output is an .npz file. Without images on the command line, the command uses those of --split.",
         examples=("--workdir runs/a --split train --output train.npz", "photos --workdir runs/a --output photos.npz"),
-        before_jax="cli.inputs:check",
+        before_jax="tools.pages.inputs:check",
     ),
     "probe": Command(
         "measure the features: nearest neighbors, a linear probe, few-shot classification",
@@ -252,7 +252,7 @@ COMMANDS: Mapping[str, Command] = {
         more="gradcam works for networks with feature maps, occlusion for any network. The heatmaps go to the folder "
              "--output (default: explained).",
         examples=("new.jpg --workdir runs/a --class dog", "photos --workdir runs/a --method occlusion --output heat"),
-        before_jax="cli.inputs:check",
+        before_jax="tools.pages.inputs:check",
     ),
     "reproduce": Command(
         "train a run again from its record, and compare every digest and metric",

@@ -6,8 +6,6 @@ import os
 
 from imgclf_jax.core.errors import UserError
 
-_keeps = False
-
 
 def physical() -> int:
     """The machine's memory in bytes."""
@@ -20,20 +18,12 @@ def keep_freed() -> None:
     Returning and faulting in tens of megabytes per call takes as long as a step on CPU. Each arena keeps its own, so
     fewer than the default of eight per core bound the total.
     """
-    global _keeps
-    _keeps = True
     with contextlib.suppress(OSError, AttributeError):
         mallopt, trim_threshold, mmap_threshold, arena_max = ctypes.CDLL(None).mallopt, -1, -3, -8
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 2**30)
         if "MALLOC_ARENA_MAX" not in os.environ and "arena_max" not in os.environ.get("GLIBC_TUNABLES", ""):
             mallopt(arena_max, max(2, len(os.sched_getaffinity(0))))
-
-
-def keep_freed_again() -> None:
-    """`keep_freed`, if it was called before: TensorFlow undoes it at the first `Dataset.from_generator`."""
-    if _keeps:
-        keep_freed()
 
 
 def require(nbytes: int, what: str) -> None:

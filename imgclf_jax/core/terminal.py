@@ -160,11 +160,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
     On a narrow terminal cells go on in the next line; elsewhere a row is one line of any length, for programs.
     """
-    table = Table()
+    table, encoding = Table(), sys.stdout.encoding or "utf-8"
     for name in columns:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*map(printable, row))
+        table.add_row(*(printable(cell).encode(encoding, "backslashreplace").decode(encoding) for cell in row))
     if table.row_count:  # a file may be called "a[b]:c:.png"
         Console(width=None if sys.stdout.isatty() else _WIDE, markup=False, emoji=False).print(table)
 

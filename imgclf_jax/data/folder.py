@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,7 +28,7 @@ def folder(path: str, train_per_class: int = 0, draw: int = 0, *, unreadable: st
     - `unreadable` "skip" drops the files that cannot be read, and "error" raises. They are found at the start: see
       `image_check`.
 
-    The log counts files that are not images (see `image_files`). Raises UserError naming the folder or file at fault.
+    The log counts other files (see `image_files`). Raises UserError naming the folder or file at fault.
     """
     root = open_folder("folder", path)
     if (absolute := root.resolve()) == absolute.parent:
@@ -40,11 +39,11 @@ def folder(path: str, train_per_class: int = 0, draw: int = 0, *, unreadable: st
     class_names = tuple(sorted({utf8(d.name) for prefix in prefixes.values() for d in class_folders(root / prefix)}))
     if len(class_names) < 2:
         raise UserError(f"folder: {root} has {len(class_names)} class folders; make one per class, at least two")
-    strays: Counter[str] = Counter()
+    others: list[str] = []
     with terminal.showing(f"listing images in {str(root)!r}"):
-        found = [(name, *one) for name, prefix in prefixes.items() for one in _list(root, prefix, strays)]
-    if strays:
-        log.info("%s: not used: %s", root, image_files.describe_strays(strays))
+        found = [(name, *one) for name, prefix in prefixes.items() for one in _list(root, prefix, others)]
+    if others:
+        log.info("%s: not used: %d other files, such as %s", root, len(others), others[0])
     checked = check_files("folder", root, [file for _, _, file in found], unreadable)
     splits, classes, files = zip(*found, strict=True)
     if train_per_class:
@@ -72,12 +71,17 @@ def _choose(files: Sequence[str], per_class: int, draw: int) -> set[str]:
     return chosen
 
 
-def _list(root: Path, prefix: str, strays: Counter[str]) -> Iterator[tuple[str, str]]:
-    """Yields (class, file relative to `root`) for each image of a split, and counts other files."""
+def _list(root: Path, prefix: str, others: list[str]) -> Iterator[tuple[str, str]]:
+    """Yields (class, file relative to `root`) for each image of a split, and appends its other files to `others`."""
+
+    def find(folder: Path) -> tuple[list[str], list[str]]:
+        own: list[str] = []
+        return list(image_files.walk(folder, own)), own
+
     folders = class_folders(root / prefix)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        for class_folder, (names, others) in zip(folders, pool.map(image_files.find, folders), strict=True):
+        for class_folder, (names, own) in zip(folders, pool.map(find, folders), strict=True):
             if not names:
                 raise UserError(f"folder: the class folder {class_folder} has no images; add some or remove it")
-            strays += others
+            others += [f"{prefix}{class_folder.name}/{name}" for name in own]
             yield from ((utf8(class_folder.name), f"{prefix}{class_folder.name}/{name}") for name in names)

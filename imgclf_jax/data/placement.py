@@ -7,9 +7,8 @@ A batch is what a step trains on, {"image": uint8[b, h, w, c], "label": i32[b]}.
 - With several seeds, b covers all of them: see `stream`.
 - An extra stream (`data.extra`) is a nested batch by its name, always with "id" and "epoch".
 
-On TPU the table of a data set on the accelerator holds each image as whole tiles, uint8[n, 8 m, 128]. Of
-uint8[n, h, w, c] XLA would make a copy in another layout at each step, four times as large for images of 32 x 32 x 3,
-whose rows are padded to 128.
+The table of a data set on the accelerator holds flat images, uint8[n, h * w * c]. Of uint8[n, h, w, c] XLA would make a
+copy in another layout at each step on TPU, four times as large for images of 32 x 32 x 3.
 """
 
 import functools
@@ -20,13 +19,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from imgclf_jax.core import memory, platform, sharding
+from imgclf_jax.core import memory, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Batch
 from imgclf_jax.data import stream
 from imgclf_jax.data.stream import StreamSpec
-
-_TILE = (8, 128)  # a tile of uint8 on TPU
 
 
 def batch_shape(rows: int, image_shape: tuple[int, ...], targets: int, mesh: Mesh, **columns: str) -> Batch:
@@ -46,7 +43,7 @@ def batch_shape(rows: int, image_shape: tuple[int, ...], targets: int, mesh: Mes
 def table_shape(examples: int, image_shape: tuple[int, ...], targets: int, mesh: Mesh) -> Batch:
     """The shapes, dtypes and shardings of a data set of images [h, w, c] that is kept on the devices."""
     name, y = _y_spec(targets)
-    values = {"image": (_table_shape(image_shape, mesh), "uint8"), name: y}
+    values = {"image": ((math.prod(image_shape),), "uint8"), name: y}
     replicated = sharding.replicated(mesh)
     return {name: jax.ShapeDtypeStruct((examples, *shape), dtype, sharding=replicated)
             for name, (shape, dtype) in values.items()}  # fmt: skip
@@ -57,33 +54,13 @@ def _y_spec(targets: int) -> tuple[str, tuple[tuple[int, ...], str]]:
     return ("target", ((targets,), "float32")) if targets else ("label", ((), "int32"))
 
 
-def _table_shape(image_shape: tuple[int, ...], mesh: Mesh) -> tuple[int, ...]:
-    """The shape of an image in the table on these devices."""
-    if platform.platform_of(mesh) != "tpu":
-        return image_shape
-    rows, columns = _TILE
-    return (rows * -(-math.prod(image_shape) // math.prod(_TILE)), columns)
-
-
-def _to_table(examples: Batch, mesh: Mesh) -> Batch:
-    """Converts examples to a table for these devices, padding the last tile of each image with zeros."""
-    images, table = examples["image"], dict(examples)
-    if (shape := _table_shape(images.shape[1:], mesh)) != images.shape[1:]:
-        flat = images.reshape(len(images), -1)
-        table["image"] = np.pad(flat, ((0, 0), (0, math.prod(shape) - flat.shape[1]))).reshape(-1, *shape)
-    return table
-
-
 def gather(table: Batch, ids: jax.Array, image_shape: tuple[int, ...]) -> Batch:
     """The examples `ids` i32[b] of a table: {"image": uint8[b, h, w, c], "label": i32[b]}.
 
-    `image_shape` is (h, w, c), since a table of tiles does not have it.
+    `image_shape` is (h, w, c), since a table of flat images does not have it.
     """
     batch = {name: values.at[ids].get(mode="promise_in_bounds") for name, values in table.items()}
-    if batch["image"].shape[1:] != image_shape:
-        flat = batch["image"].reshape(ids.size, -1)
-        batch["image"] = flat[:, : math.prod(image_shape)].reshape(ids.size, *image_shape)
-    return batch
+    return batch | {"image": batch["image"].reshape(ids.size, *image_shape)}
 
 
 def batches(
@@ -129,7 +106,9 @@ def _device_batches(
 def _resident(images: stream.Images, spec: StreamSpec, mesh: Mesh) -> Callable[[int], Batch]:
     """Puts a data set on the devices; returns the function from a step to its batch."""
     everything = np.arange(len(images), dtype=np.int64)
-    table = sharding.put_replicated(_to_table(images.read(everything, everything), mesh), mesh)
+    examples = images.read(everything, everything)
+    examples["image"] = examples["image"].reshape(len(images), -1)
+    table = sharding.put_replicated(examples, mesh)
     gathered = jax.jit(functools.partial(gather, image_shape=images.shape), out_shardings=sharding.sharded(mesh))
     rows = sharding.rows_here(spec.batch_size, mesh)
 

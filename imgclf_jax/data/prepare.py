@@ -32,14 +32,14 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> dict[str, Source]:
         splits = builder.as_data_source(deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
     else:
         splits = builder.as_data_source(decoders={"image": tfds.decode.SkipDecoding()})
-    class_names, files = tuple(builder.info.features["label"].names), _digest(paths.as_path(str(builder.data_path)))
+    class_names = tuple(builder.info.features["label"].names)
     out = {}
     for split, data_source in splits.items():
         info = builder.info.splits[split]
         identity = f"{builder.info.full_name} {split} {info.num_examples} {info.num_bytes}"
         fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         read = functools.partial(_read, data_source, identity)
-        out[split] = Source(info.num_examples, read, class_names, fingerprint, cache_key=files)
+        out[split] = Source(info.num_examples, read, class_names, fingerprint)
     return out
 
 
@@ -54,15 +54,6 @@ def _read(data_source: Any, identity: str, ids: np.ndarray) -> Examples:
     if labels.min() < 0:  # TFDS writes -1 for the secret labels of a test set
         raise UserError(f"example {int(ids[labels.argmin()])} of {identity!r} has no label; use another split")
     return {"image": [r["image"] for r in records], "label": labels}
-
-
-def _digest(directory: Path) -> str:
-    """The SHA-256 of the names, sizes and times of the files in a prepared `directory`."""
-    digest = hashlib.sha256()
-    for file in sorted(directory.iterdir()):
-        stat: Any = file.stat()
-        digest.update(f"{file.name} {paths.size(file)} {getattr(stat, 'st_mtime_ns', None) or stat.mtime}".encode())
-    return digest.hexdigest()
 
 
 def metadata(name: str, data_dir: str) -> tuple[dict[str, int], int, tuple[int | None, ...]]:

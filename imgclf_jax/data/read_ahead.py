@@ -80,7 +80,7 @@ def _by_tensorflow(
     try:
         for i, (step, *arrays) in enumerate(batches.with_options(options).as_numpy_iterator()):
             if not i:
-                memory.keep_freed_again()
+                memory.keep_freed()  # TensorFlow undoes it at the first `Dataset.from_generator`
             yield int(step), jax.tree.unflatten(structure, arrays)
     except tf.errors.OpError as e:
         raise (failures[0] if failures else e) from None

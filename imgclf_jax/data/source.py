@@ -35,7 +35,6 @@ class Source:
     example_name: Callable[[int], str] = "example {}".format  # for messages and listings, such as the file
     columns: Mapping[str, Sequence[Any] | np.ndarray] = field(default_factory=dict)  # more values [size] by name
     skipped_files: tuple[str, ...] = ()  # unreadable files that are no examples, sorted
-    cache_key: str = ""  # changes whenever a stored byte may have; "": decoded images are not cached on disk
 
     def __post_init__(self) -> None:
         names, n = self.class_names, self.size
@@ -155,14 +154,12 @@ def concatenate(parts: Sequence[tuple[Source, int, int]]) -> Source:
     prints = [(source.fingerprint, start, stop) for source, start, stop in parts]
     known = [source.labels[start:stop] for source, start, stop in parts if source.labels is not None]
     shared = set.intersection(*(set(source.columns) for source, _, _ in parts))
-    keys = [source.cache_key for source, _, _ in parts]
     return Source(
         int(starts[-1]), read, first.class_names, hashlib.sha256(repr(prints).encode()).hexdigest(),
         np.concatenate(known) if len(known) == len(parts) else None, name,
         {key: np.concatenate([np.asarray(source.columns[key])[start:stop] for source, start, stop in parts])
          for key in sorted(shared)},
         tuple(sorted({file for source, _, _ in parts for file in source.skipped_files})),
-        cache_key=" ".join(keys) if all(keys) else "",
     )  # fmt: skip
 
 

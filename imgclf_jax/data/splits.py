@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from imgclf_jax.core.errors import UserError, unknown
 
@@ -61,30 +60,6 @@ def check_disjoint(text: str, sizes: Mapping[str, int]) -> None:
     if total > different:
         raise UserError(f"the parts of the evaluation split {text!r} overlap: they have {total} examples, of which "
                         f"only {different} differ; write parts that do not overlap")  # fmt: skip
-
-
-def describe(
-    train: str, evals: Mapping[str, str], sizes: Mapping[str, int], extra: Mapping[str, str] = MappingProxyType({})
-) -> str:
-    """Describes in one line the use of each split, and the unused examples of the base splits.
-
-    `evals` are the evaluation sets by name; one of another source, `folder('x')/test`, is shown without its size.
-    `extra` are further streams of the base splits.
-    """
-    texts = [train, *(text for text in evals.values() if ")" not in text), *extra.values()]
-    parts = {text: resolve(text, sizes) for text in texts}
-
-    def with_size(text: str) -> str:
-        return f"{text} ({sum(p.stop - p.start for p in parts[text])})" if text in parts else text
-
-    uses = [f"training on {with_size(train)}"]
-    uses += ["reading " + ", ".join(f"{name} = {with_size(text)}" for name, text in extra.items())] if extra else []
-    if evals:
-        uses.append("evaluating on " + ", ".join(f"{name} = {with_size(text)}" for name, text in evals.items()))
-    used = _covered([part for some in parts.values() for part in some])
-    if left := [f"{n - used[name]} of the {n} examples of {name}" for name, n in sizes.items() if n > used[name]]:
-        uses.append("not used: " + ", ".join(left))
-    return "; ".join(uses)
 
 
 def count_shared(train: str, evals: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:

@@ -6,7 +6,6 @@ threads, and after any restart.
 
 import concurrent.futures
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -16,7 +15,7 @@ import numpy as np
 from imgclf_jax.core import rng
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Batch
-from imgclf_jax.data import decode, decoded, sampling
+from imgclf_jax.data import decode, sampling
 from imgclf_jax.data.info import DataInfo
 from imgclf_jax.data.read_ahead import read_ahead
 from imgclf_jax.data.source import Source, read_examples, read_labels
@@ -30,8 +29,7 @@ _SMALL = 4096
 class Images:
     """A source with its host ops applied: ids to fixed-shape uint8 images.
 
-    With deterministic ops and a decoded set of at most 1 GiB, each image is decoded once and cached in memory. The set
-    of a source with a `cache_key` is also cached on disk for the next run.
+    With deterministic ops and a decoded set of at most 1 GiB, each image is decoded once and cached in memory.
     """
 
     def __init__(
@@ -49,14 +47,8 @@ class Images:
         self._threads = threads or os.cpu_count() or 1
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
         self._cache: np.ndarray | None = None
-        self._lock = threading.Lock()
-        if not self.random and (cached := decoded.load(source, preprocess)):
-            self._cache, self._labels = cached
-            self.shape: tuple[int, int, int] = self._cache.shape[1:]
-            self._cached, self._complete = np.ones(source.size, bool), True
-            return
         first, labels = self._decode(np.zeros(1, np.int64), np.zeros(1, np.int64), seed)
-        self.shape = first.shape[1:]
+        self.shape: tuple[int, int, int] = first.shape[1:]
         if not self.random and source.size * first.nbytes <= _CACHE_BYTES:
             self._cache = np.empty((source.size, *self.shape), np.uint8)
             self._labels = np.empty((source.size, *labels.shape[1:]), labels.dtype)
@@ -109,10 +101,7 @@ class Images:
                 # Threads may race to fill the same rows, but write the same values.
                 self._cache[missing], self._labels[missing] = self._decode(missing, missing, self.seed)
                 self._cached[missing] = True
-            with self._lock:
-                if not self._complete and self._cached.all():
-                    self._complete = True
-                    decoded.save(self.source, self.preprocess, self._cache, self._labels)
+            self._complete = bool(self._cached.all())
         return {"image": self._cache.take(ids, 0), key: self._labels[ids]}  # twice as fast as indexing
 
     def _decode(self, ids: np.ndarray, positions: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
+from imgclf_jax import programs
 from imgclf_jax.core import processes
 from imgclf_jax.core.stopping import STATUS_SAVED
 from imgclf_jax.run import digests
@@ -31,6 +32,7 @@ def main(
     returned and the last steps are in no checkpoint. Raises UserError for what the user can fix, and for a loss that is
     not finite.
     """
+    programs.check(config)  # before the work directory is made
     timer = Timer(configs.seconds(config.watchdog, "watchdog"))
     with contextlib.ExitStack() as held:
         held.callback(timer.stop)

@@ -71,7 +71,6 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
 
     With `extend`, the run in `workdir` may have another `total`. Raises UserError for a user's mistake.
     """
-    programs.check(config)
     if not processes.index():
         writers.find_factories(config.writers)  # a wrong spec ends the run before it reads data
     total_before = processes.broadcast(lambda: _recorded_total(config, workdir, extend))

@@ -98,30 +98,11 @@ def test_data_with_one_split_are_told_how_to_hold_out_a_part():
         splits.resolve("test", {"all": 10})
 
 
-@pytest.mark.parametrize(("train", "evals", "said"), [
-    ("train", {"test": "test"}, "training on train (80); evaluating on test = test (20)"),
-    ("train[:90%]", {"test": "train[90%:]"}, "training on train[:90%] (72); evaluating on test = train[90%:] (8); "
-     "not used: 20 of the 20 examples of test"),
-    ("train[:10]+train[5:20]", {}, "training on train[:10]+train[5:20] (25); "
-     "not used: 60 of the 80 examples of train, 20 of the 20 examples of test"),
-    ("train+test", {"other": "folder('x')/test"}, "training on train+test (100); "
-     "evaluating on other = folder('x')/test"),
-])  # fmt: skip
-def test_what_serves_what(train, evals, said):
-    assert splits.describe(train, evals, {"train": 80, "test": 20}) == said
-
-
-def test_further_streams_use_their_examples():
-    """They were counted as unused."""
-    said = splits.describe("train[:10%]", {"test": "test"}, {"train": 80, "test": 20}, {"unlabeled": "train[10%:]"})
-    assert said == ("training on train[:10%] (8); reading unlabeled = train[10%:] (72); evaluating on test = test (20)")
-
-
-def test_describing_takes_no_memory_for_examples():
+def test_counting_takes_no_memory_for_examples():
     """Overlapping and repeated parts count once, for any number of examples."""
     n = 2**48
-    said = splits.describe(f"train[:{n // 2}]", {"a": f"train[{n // 4}:{n // 2 + 5}]+train[:3]"}, {"train": n})
-    assert said.endswith(f"not used: {n - n // 2 - 5} of the {n} examples of train")
+    evals = {"a": f"train[{n // 4}:{n // 2 + 5}]+train[:3]"}
+    assert splits.count_shared(f"train[:{n // 2}]", evals, {"train": n}) == {"a": (n // 4 + 3, n // 4 + 8)}
 
 
 @pytest.mark.parametrize(("text", "counts"), [

@@ -63,7 +63,7 @@ def test_what_is_used_for_what_and_what_is_not_used(tmp_path, capsys):
     assert launch.main([f"--config={CONFIG}:{tmp_path / 'p'}", f"--workdir={tmp_path / 'run'}", *TINY]) == 0
     err = capsys.readouterr().err
     assert "training on train (12); evaluating on test = test (12), val = valid (12) " in " ".join(err.split())
-    assert f"{tmp_path / 'p'}: not used: 1 non-image file (1 .txt)" in err
+    assert f"{tmp_path / 'p'}: not used: 1 other files, such as train/cat/notes.txt" in err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["val"]["examples"] == result["test"]["examples"] == 12
 

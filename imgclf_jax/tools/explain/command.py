@@ -6,13 +6,13 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from imgclf_jax.cli import inputs
 from imgclf_jax.core import paths, terminal
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.text import decimals, utf8
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.explain.explanations import build, draw
+from imgclf_jax.tools.pages import inputs
 from imgclf_jax.trained import load_trained, report_host_ops
 
 type Record = JsonObject

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax.cli import inputs
 from imgclf_jax.core import terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import decimals, printable, utf8
 from imgclf_jax.core.typing import Json, JsonObject
 from imgclf_jax.losses import Task
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.tools.pages import inputs
 from imgclf_jax.trained import Trained, load_trained, report_host_ops
 
 # {"file", "predictions": [{"class", "probability"}]}, {"file", "values": {target: number}} or {"file", "error"};

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 import launch
-from imgclf_jax.cli import inputs
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.tools.pages import inputs
 
 FLAGS = ["--config.total=2 steps", "--config.model=mlp(widths=(8,))", "--config.schedule=constant(1e-2)",
          "--config.eval_every="]  # fmt: skip

@@ -5,7 +5,6 @@ import io
 import logging
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ def find(words: Sequence[str]) -> list[str]:
 
     - a file;
     - a directory, for the images inside it in the order of their names (see `image_files.walk`);
-    - a pattern of Python's `pathlib`, with `**` for folders of any depth;
+    - a pattern of Python's `glob`, with `**` for folders of any depth;
     - `-` for standard input, where each line names a file.
 
     Raises UserError if there are none, or if standard input is not text.
@@ -66,15 +65,15 @@ class Results:
 
 def _expand(word: str) -> Iterator[str]:
     if os.path.isdir(word):
-        strays: Counter[str] = Counter()
-        for name in image_files.walk(word, strays):
+        others: list[str] = []
+        for name in image_files.walk(word, others):
             yield os.path.join(word, name)
-        if counted := image_files.describe_strays(strays):
-            log.info("%s: not used: %s", word, counted)
+        if others:
+            log.info("%s: not used: %d other files, such as %s", word, len(others), others[0])
     elif os.path.exists(word):
         yield word
     else:
-        yield from image_files.match(word)
+        yield from sorted(filter(os.path.isfile, glob.iglob(word, recursive=True)), key=lambda name: name.split(os.sep))
 
 
 def _read_stdin() -> Iterator[str]:
