@@ -46,7 +46,7 @@ def build(program: str) -> argparse.ArgumentParser:
         more = textwrap.fill(command.more, 100)
         own = commands.add_parser(
             name, help=command.summary, usage=f"{program} {name}{files} [flags]", formatter_class=style,
-            description=f"{command.summary[0].upper()}{command.summary[1:]}.\n\n{more}", allow_abbrev=False,
+            description=f"{command.summary[0].upper()}{command.summary[1:]}.\n\n{more}".rstrip(), allow_abbrev=False,
             epilog="examples:" + "".join(f"\n  {program} {name} {words}" for words in command.examples),
         )  # fmt: skip
         if command.opens is not without_config:

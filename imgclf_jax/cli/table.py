@@ -158,8 +158,7 @@ COMMANDS: Mapping[str, Command] = {
     "train": Command(
         "train or resume the run in the work directory (the default command)",
         "train.command", from_file, ("workdir", "extend", "profile", *PROCESSES),
-        more="If the work directory has checkpoints, the run resumes from the latest. If its config differs, the "
-             "command stops and shows the difference.",
+        more="A work directory with checkpoints resumes from the latest, if the config is the same.",
         examples=("", "--config folder:photos --workdir runs/a", "--config.total='20 epochs'"),
     ),
     "evaluate": Command(
@@ -167,34 +166,29 @@ COMMANDS: Mapping[str, Command] = {
         "tools.evaluate.command", from_run_or_weights,
         ("workdir", "checkpoint", "checkpoints", "corruptions", "attack", "format", "predictions", "top_k",
          "trust", *PROCESSES),
-        more="Any split, folder or .npz file can be an evaluation set: --config.data.eval.NAME=SPLIT, or "
-             "--config.data.eval.NAME=SOURCE/SPLIT.",
-        examples=("--workdir runs/a --predictions all.csv", "--workdir runs/a --corruptions=all",
+        examples=("--workdir runs/a --predictions all.csv",
                   "--workdir runs/a --config.data.eval.new=\"folder('new')/train\""),
     ),
     "predict": Command(
         "classify new images with a trained run",
         "tools.predict.command", from_run_or_weights,
         ("workdir", "checkpoint", "format", "top_k", "threshold", "trust"), "FILE|DIR|GLOB|-",
-        more="Quote a GLOB, such as 'photos/**/*.jpg'. With - the command reads file names from standard input, one "
-             "per line.",
-        examples=("new.jpg --workdir runs/a", "photos --workdir runs/a --format csv > classes.csv"),
+        more="Quote a GLOB, such as 'photos/**/*.jpg'. - reads file names from standard input, one per line.",
+        examples=("photos --workdir runs/a --format csv > classes.csv",),
         formats=("table", "json", "jsonl", "csv"), before_jax="tools.pages.inputs:check",
     ),
     "report": Command(
         "write a page about a trained run: learning curves, scores, confusions, worst mistakes, provenance",
         "tools.report.command", from_run, ("workdir", "checkpoint", "html", "trust"),
-        more="The page goes to WORKDIR/report.html, or to --html. --config.data.eval.NAME=SPLIT adds an evaluation "
-             "set. If the data are gone, the page omits the sections that need them.",
+        more="The page goes to WORKDIR/report.html, or to --html.",
         examples=("--workdir runs/a --checkpoint=best --html a.html",),
     ),
     "export": Command(
         "export a trained model for JAX, TensorFlow, ONNX or PyTorch",
         "tools.export.command", from_run_or_weights,
         ("workdir", "checkpoint", "gives", "names", "trust"), "FILE",
-        more="The suffix selects the format. .stablehlo: the function with its class names, for JAX on CPU, GPU and "
-             "TPU. .savedmodel: the same for TensorFlow, as a folder. .onnx: the same for ONNX runtimes. .safetensors: "
-             "the weights, under the parameter names of a PyTorch model.",
+        more="The suffix selects the format: .stablehlo for JAX, .savedmodel for TensorFlow (a folder), .onnx, or "
+             ".safetensors, the weights under the parameter names of a PyTorch model.",
         examples=("digits.stablehlo --workdir runs/digits", "resnet.safetensors --workdir runs/a --names=torchvision"),
         before_jax="tools.export.formats:check",
     ),
@@ -202,46 +196,41 @@ COMMANDS: Mapping[str, Command] = {
         "serve a trained run as a web page and an HTTP API",
         "tools.serve.command", from_run_or_weights,
         ("workdir", "checkpoint", "host", "port", "cors", "trust"),
-        more="Programs send images to POST /predict; /docs describes the API.",
         examples=("--workdir runs/a --host 0.0.0.0 --port 80",),
         extra="serve",
     ),
     "sweep": Command(
         "train a run for each combination of the values of several keys",
         "tools.sweep.command", from_file, ("workdir", "sweep", "jobs", "print"),
-        more="Each run is a plain `train` in WORKDIR/KEY=VALUE,…. Run the same command again to continue. For any "
-             "other list of runs, let a function get_sweep() in the config file return dicts of keys and values.",
+        more="Each run is a plain `train` in WORKDIR/KEY=VALUE,…. Run the same command again to continue.",
         examples=("--workdir runs/rates --sweep 'schedule=constant(1e-3); constant(3e-3)' --sweep seed=0..2",),
         before_jax="tools.sweep.plan:use_cpu", needs_command_line=True,
     ),
     "compare": Command(
         "compare runs: results by the keys that differ, averaged over seeds, with paired tests and curves",
         "tools.compare.command", without_config, ("format", "html", "test", "trust"), "DIR",
-        more="The command finds every run below DIR. Runs that differ only in their seed share a row. The paired tests "
-             "need predictions: add --test, or have `evaluate --predictions` write predictions.csv into a run's "
-             "directory.",
-        examples=("runs/rates --test --html rates.html", "runs/a runs/b --format csv > both.csv"),
+        more="The command finds every run below DIR. Runs that differ only in their seed share a row.",
+        examples=("runs/rates --test --html rates.html",),
         formats=("table", "csv", "json"),
     ),
     "status": Command(
         "show how far runs are, what went wrong, and where their time went",
         "tools.status.command", without_config, ("format",), "DIR",
         more="The command finds every run below DIR. For one run, a second table has the time by phase.",
-        examples=("runs", "runs/a --format json"),
+        examples=("runs",),
     ),
     "features": Command(
         "write the network's features for images: one vector each, with names and labels",
         "tools.probe.features", from_run_or_weights,
         ("workdir", "checkpoint", "output", "split", "trust"), "[FILE|DIR|GLOB|-]",
         more="--output is an .npz file. Without images on the command line, the command uses those of --split.",
-        examples=("--workdir runs/a --split train --output train.npz", "photos --workdir runs/a --output photos.npz"),
+        examples=("--workdir runs/a --split train --output train.npz",),
         before_jax="tools.pages.inputs:check",
     ),
     "probe": Command(
         "measure the features: nearest neighbors, a linear probe, few-shot classification",
         "tools.probe.command", from_run_or_weights,
         ("workdir", "checkpoint", "format", "k", "draws", "trust"),
-        more="Each probe is fitted to the features of the training set and scored on each evaluation set.",
         examples=("--workdir runs/a", "--config my_config.py --config.init_from=weights.safetensors"),
     ),
     "explain": Command(
@@ -249,26 +238,23 @@ COMMANDS: Mapping[str, Command] = {
         "tools.explain.command", from_run_or_weights,
         ("workdir", "checkpoint", "format", "method", "class", "layer", "window", "output", "trust"),
         "FILE|DIR|GLOB|-",
-        more="gradcam works for networks with feature maps, occlusion for any network. The heatmaps go to the folder "
-             "--output (default: explained).",
-        examples=("new.jpg --workdir runs/a --class dog", "photos --workdir runs/a --method occlusion --output heat"),
+        more="The heatmaps go to the folder --output (default: explained).",
+        examples=("photos --workdir runs/a --class dog --output heat",),
         before_jax="tools.pages.inputs:check",
     ),
     "reproduce": Command(
         "train a run again from its record, and compare every digest and metric",
         "tools.reproduce.command", from_record,
         ("output", "steps", "tolerance", "format", "bundle", "trust", *PROCESSES), "WORKDIR|BUNDLE",
-        more="It trains in --output (default: a temporary directory, removed if nothing differs). The exit status is 0 "
-             "if the runs are equal, else 1.",
-        examples=("runs/a --steps=100", "runs/a --bundle=a.zip", "a.zip --config.data.data_dir=/data"),
+        more="It trains in --output (default: a temporary directory), and exits with 0 if the runs are equal, else 1.",
+        examples=("runs/a --steps=100", "runs/a --bundle=a.zip"),
     ),
     "show-batch": Command(
         "draw the batch that a step trains on, with labels and ids",
         "tools.reproduce.show_batch", from_run_or_file,
         ("workdir", "step", "raw", "count", "output", "format", "trust"),
-        more="The pixels are the step's input, after host ops, device ops and mixing. Nothing is trained. --output is "
-             "a .png file (default: batch-K.png in --workdir, else in the working directory).",
-        examples=("--step=0 --config digits", "--workdir runs/a --step=100"),
+        more="--output is a .png file (default: batch-K.png in --workdir, else in the working directory).",
+        examples=("--workdir runs/a --step=100",),
     ),
     "dryrun": Command(
         "compile a run for absent chips: memory, time and bottleneck",
@@ -280,8 +266,6 @@ COMMANDS: Mapping[str, Command] = {
     "find-lr": Command(
         "suggest a learning rate by a range test: a short run whose learning rate grows until the loss diverges",
         "tools.find_lr.command", from_file, ("steps", "low", "high", "format", "html"),
-        more="Smith's range test: the loss over the learning rate, where it falls fastest, and a schedule to try. It "
-             "leaves no run behind.",
         examples=("--config fashion_mnist --html lr.html",),
     ),
     "config": Command("print the value and documentation of every key", "", from_file),
