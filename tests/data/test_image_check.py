@@ -112,12 +112,12 @@ def big(monkeypatch, decoded):
 def test_of_a_big_folder_headers_are_read(tmp_path, big):
     for i in range(8):
         write(tmp_path / "cat" / f"{i}.png", i, (50, 60))
-    names = image_files.find(tmp_path)[0]
+    names = list(image_files.walk(tmp_path, []))
     assert unreadable(tmp_path, names) == {}
     assert big == []
     shorten(tmp_path / "cat/3.png")
     (tmp_path / "cat/6.png").write_bytes(b"<html>")
-    names = image_files.find(tmp_path)[0]
+    names = list(image_files.walk(tmp_path, []))
     for _ in range(2):  # the second time from memory
         assert list(unreadable(tmp_path, names)) == ["cat/6.png"]
     assert big == []
@@ -141,7 +141,7 @@ def test_damage_in_the_middle_is_named_in_training_and_left_out_by_skip(flat, bi
 
 
 def test_another_version_of_pillow_checks_again(flat, big, monkeypatch):
-    names = image_files.find(flat)[0]
+    names = list(image_files.walk(flat, []))
     unreadable(flat, names, decode_all=True)
     monkeypatch.setattr(image_check.PIL, "__version__", "0")
     unreadable(flat, names, decode_all=True)
@@ -150,7 +150,7 @@ def test_another_version_of_pillow_checks_again(flat, big, monkeypatch):
 
 def test_a_file_that_may_not_be_read_is_tried_again(flat, monkeypatch):
     """Permissions change without changing the file's time."""
-    names = image_files.find(flat)[0]
+    names = list(image_files.walk(flat, []))
     read = paths.read
 
     def refused(file):
