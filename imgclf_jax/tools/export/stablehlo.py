@@ -57,7 +57,7 @@ def function_of_variables(model: Trained, what: Outputs) -> tuple[Function, Vari
 
 
 def lower(function: Function, model: Trained, *arguments: PyTree) -> export.Exported:
-    """Lowers a function of (*arguments, images) for any number of images."""
+    """Lowers a function of `arguments` and images, for any number of images."""
     (b,) = export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((b, *model.programs.recipe.data.image_shape), np.uint8)
     # The matmul precision is the config's wherever the file runs; CPUs multiply float32 in full in any case.
