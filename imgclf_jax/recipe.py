@@ -113,7 +113,10 @@ class Recipe:
     def optimizer(self) -> optax.GradientTransformation:
         """The optimizer, with its schedule, clipping and parameter rules."""
         built = optimizers.build(self.config.optimizer, self.schedule, self.config.clip, self.rules)
-        return built._replace(init=self.named("optimizer", built.init), update=self.named("optimizer", built.update))
+        init, update = (self.named("optimizer", function) for function in (built.init, built.update))
+        named = optax.GradientTransformationExtraArgs(init, update)
+        evaluated = weight_averages.evaluated_by(built)
+        return weight_averages.with_evaluated(named, evaluated) if evaluated else named
 
     @_built
     def average(self) -> weight_averages.Average:

@@ -80,7 +80,7 @@ def close(ours, theirs, start):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * moved), ours, theirs)
 
 
-QUICK = ("optax.contrib:momo_adam",)
+QUICK = ("schedule_free_adamw(weight_decay=1e-2)",)
 
 
 @pytest.mark.parametrize("text", [*QUICK, *thorough(*(x for x in BY_HAND if x not in QUICK))])
