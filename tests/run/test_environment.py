@@ -88,6 +88,8 @@ def test_freed_memory_is_used_again_after_tf_data_starts(tmp_path):
 
 def test_what_processes_must_have_in_common(monkeypatch):
     """Everything that may change a result, but not where they cache and dump, or which devices they use."""
+    import flax  # noqa: F401  (packages are named once they are imported)
+
     monkeypatch.setenv("XLA_FLAGS", "--xla_b=1 --xla_dump_to=/tmp/process-0 --xla_a=2")
     found = provenance.process_facts()
     assert found["XLA_FLAGS"] == "--xla_a=2 --xla_b=1"
