@@ -3,6 +3,7 @@
 Nothing here is compiled or depends on devices. `programs.py` compiles a recipe for a mesh.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -173,7 +174,7 @@ class Recipe:
         """What the run learns from a batch. Raises UserError for a config key that the method would ignore."""
         method = self.named("method", methods.build)(self.config.method, self._problem)
         _check_keys(method, self.config, bool(self.data.target_names))
-        return method
+        return method if self.supervised else dataclasses.replace(method, loss=self.named("method", method.loss))
 
     @cached_property
     def method_steps(self) -> dict[str, int]:
