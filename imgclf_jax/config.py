@@ -173,8 +173,8 @@ def load_file(path_and_arg: str) -> ConfigDict:
         raise UserError(f"no config file {path!r}{hint}")
     config = call(path, "get_config", arg)
     if not isinstance(config, ConfigDict):
-        raise UserError(f"config file {path}: get_config() returns {config!r}; write one that changes default_config() "
-                        "and returns it")  # fmt: skip
+        raise UserError(f"config file {path}: get_config() is missing, or returns {config!r}; write one that changes "
+                        "default_config() and returns it")  # fmt: skip
     check_keys(config, path)
     return config.lock()
 

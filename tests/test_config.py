@@ -75,7 +75,7 @@ def test_a_missing_key_is_named():
     ("raise ValueError", "ValueError: "),
     ("x = [\n    y]", "line 3: NameError: name 'y' is not defined"),
     ("def f(): return {}['a']\ndef get_config(): return f()", "line 2: KeyError: 'a'"),
-    ("", "get_config() returns None; write one that changes default_config() and returns it"),
+    ("", "get_config() is missing, or returns None; write one that changes default_config() and returns it"),
     ("get_config = 3", "TypeError: 'int' object is not callable"),
     ("def get_config(path): pass", "get_config() missing 1 required positional argument: 'path'"),
     ("def get_config(): c = default_config(); c.sede = 1; return c", "unknown config key 'sede': did you mean 'seed'"),

@@ -190,6 +190,13 @@ def test_wrong_values(mistake, tmp_path, flag, fragments):
     assert snapshot(tmp_path) == {}
 
 
+def test_a_folder_of_data_is_no_work_directory(mistake, tmp_path):
+    """A run in the folder of one's photographs left files there that the next start took for a class."""
+    (tmp_path / "cat").mkdir()
+    assert has(mistake(*FAKE, f"--workdir={tmp_path}"), "holds the folder 'cat' and no run", "another --workdir")
+    assert [file.name for file in tmp_path.iterdir()] == ["cat"]
+
+
 def test_an_image_that_the_model_cannot_take(mistake, tmp_path):
     argv = (*FAKE, "--config.data.source=fake(64, (4, 4, 1), 4)", "--config.model=cnn", f"--workdir={tmp_path}")
     assert has(mistake(*argv), "cnn: images of 4 by 4 are too small for", "resize", "fewer widths")

@@ -47,7 +47,8 @@ def build(program: str) -> argparse.ArgumentParser:
         own = commands.add_parser(
             name, help=command.summary, usage=f"{program} {name}{files} [flags]", formatter_class=style,
             description=f"{command.summary[0].upper()}{command.summary[1:]}.\n\n{more}".rstrip(), allow_abbrev=False,
-            epilog="examples:" + "".join(f"\n  {program} {name} {words}" for words in command.examples),
+            epilog="examples:" * bool(command.examples)
+                   + "".join(f"\n  {program} {name} {words}" for words in command.examples),
         )  # fmt: skip
         if command.opens is not without_config:
             shown = argparse.SUPPRESS if command.opens in (from_run, from_record) else _CONFIG

@@ -57,7 +57,10 @@ def bind(
     `family` names the ops, such as "device op"; `leading` has the leading arguments of each kind in the family. Raises
     UserError for an op of another kind.
     """
-    kind = kind_of(spec.lookup(call, table, family))
+    op = spec.lookup(call, table, family)
+    kind = kind_of(op)
+    if kind == PLAIN and (spec.takes(op, "key") or spec.takes(op, "rng")):
+        raise UserError(f"{family} {call.name!r} draws at random: declare it by @kinds.random")
     if kind not in leading:
         raise UserError(
             f"{family} {call.name!r} is declared @kinds.{kind}; allowed for a {family}: {', '.join(leading)}"

@@ -117,8 +117,8 @@ def test_another_host_op_changes_none_of_the_draws_of_an_op():
 
 
 @pytest.mark.parametrize(("build", "text", "message"), [
-    (ops.build, "own_ops:forgotten", "missing a required argument: 'images'"),
-    (decode.build, "decode(1)|own_ops:crop", "missing a required argument: 'image'"),
+    (ops.build, "own_ops:forgotten", "draws at random: declare it by @kinds.random"),
+    (decode.build, "decode(1)|own_ops:crop", "draws at random: declare it by @kinds.random"),
     (decode.build, "decode(1)|own_ops:number", "is declared @kinds.by_example; allowed for a host op"),
     (mixing.build, "own_ops:number", "is declared @kinds.by_example; allowed for a mixing op: plain, random"),
     (tta.build, "own_ops:view", "view 'own_ops:view' is declared @kinds.random; allowed for a view: plain"),

@@ -15,7 +15,7 @@ from imgclf_jax.run import writers
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.train import command as train
-from imgclf_jax.train import setup
+from imgclf_jax.train import loop, setup
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -35,6 +35,22 @@ def test_it_learns(fake_config, tmp_path, precision):
     assert run(fake_config, tmp_path)["test"]["accuracy"] > 0.9
     losses = [r["train/loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in r]
     assert losses[-1] < losses[0]
+
+
+def test_an_evaluation_that_fails_loses_no_step(fake_config, tmp_path, monkeypatch):
+    """A run that evaluates and saves only at its end lost all of it to a damaged image or a lack of memory."""
+    fake_config.eval_every = fake_config.checkpoint_every = ""
+
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    evaluate_all = loop.evaluate_all
+    monkeypatch.setattr(loop, "evaluate_all", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(fake_config, tmp_path)
+    monkeypatch.setattr(loop, "evaluate_all", evaluate_all)
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["12"]
+    assert "accuracy" in run(fake_config, tmp_path)["test"]
 
 
 class Noisy(nn.Module):
