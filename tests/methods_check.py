@@ -8,11 +8,11 @@ import random
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import digests
+import httpx2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -208,8 +208,10 @@ def serve(workdir: Path, image: Path) -> int:
             assert "Traceback" not in said
             return process.returncode
         address = said.split("http://")[1].split()[0].rstrip(".,;/")
-        request = urllib.request.Request(f"http://{address}/predict", image.read_bytes(), {"Content-Type": "image/png"})
-        assert b"probability" in urllib.request.urlopen(request, timeout=60).read()
+        answer = httpx2.post(
+            f"http://{address}/predict", files={"images": ("image.png", image.read_bytes())}, timeout=60
+        )
+        assert "probability" in answer.text
         return 0
     finally:
         process.terminate()

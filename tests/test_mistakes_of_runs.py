@@ -46,7 +46,7 @@ def test_changed_data(mistake, whole, capsys):
         assert launch.main(["evaluate", f"--workdir={workdir}"]) == 0
         assert "the data have changed since training" in capsys.readouterr().err
         file.unlink()
-        assert has(mistake("train", f"--workdir={workdir}", *argv), f"there is no file '{file}'")
+        assert has(mistake("train", f"--workdir={workdir}", *argv), f"cannot read '{file}'")
     finally:
         file.write_bytes(content)
     assert snapshot(workdir) == before

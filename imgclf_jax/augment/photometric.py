@@ -46,11 +46,14 @@ def grey(images: jax.Array) -> jax.Array:
 def mean_grey(images: jax.Array) -> jax.Array:
     """The mean of the grey image, rounded to the nearest level: uint8[b, 1, 1, 1].
 
-    Exact for up to 2**24 pixels, whose sum 32 bits hold.
+    Exact for up to 2**29 pixels in rows of up to 2**23.
     """
-    n = images.shape[1] * images.shape[2]
-    total = jnp.sum(grey(images), (1, 2, 3), dtype=jnp.uint32, keepdims=True)
-    return ((total + n // 2) // n).astype(jnp.uint8)
+    # The sum over an image may exceed 32 bits, so each row's is divided by w, and the sum of these quotients by h.
+    h, w = images.shape[1:3]
+    rows = jnp.sum(grey(images), (2, 3), dtype=jnp.int32, keepdims=True)
+    quotients, remainders = (jnp.sum(v, 1, keepdims=True) for v in (rows // w, rows % w))
+    rest = quotients % h * w + remainders  # the sum is quotients // h * h * w + rest, and rest is below 2 * h * w
+    return (quotients // h + (rest + h * w // 2) // (h * w)).astype(jnp.uint8)
 
 
 def blend(degenerate: jax.Array, images: jax.Array, factor: jax.Array) -> jax.Array:

@@ -30,7 +30,9 @@ def started(
         jax.devices()
     except (RuntimeError, AssertionError) as e:  # JAX asserts where a plugin is missing
         raise UserError(f"JAX finds no devices ({reason(e)}); see JAX_PLATFORMS, and install JAX for them") from e
-    processes.agree(lambda: command | provenance.process_facts() | provenance.device_facts(counted=not devices))
+    # Apart, since a config key and a package may have one name, such as tensorboard.
+    for facts in (lambda: command, provenance.process_facts, lambda: provenance.device_facts(counted=not devices)):
+        processes.agree(facts)
     try:
         yield
     except Exception as e:

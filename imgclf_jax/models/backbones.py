@@ -66,7 +66,8 @@ class RNN(nn.Module):
     """A recurrent network over the rows of the image, a sequence of h vectors of w * c values: → [b, features].
 
     `cell` is "lstm" (Hochreiter and Schmidhuber 1997, forget-gate bias 0) or "gru" (Cho et al. 2014, the variant that
-    applies the reset gate after the matmul). The output is the last layer's hidden state after the last row.
+    applies the reset gate after the matmul). The output is the last layer's hidden state after the last row. The cells
+    are linen's: with bfloat16 they sum the gradients of their biases in it.
     """
 
     cell: str = "lstm"

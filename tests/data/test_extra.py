@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import thorough
 from test_sampling import FLAGS
 
 import launch
@@ -18,9 +17,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import placement, sources, stream
 from imgclf_jax.methods import Loss, Method
 from imgclf_jax.run import provenance
-from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.dryrun import described
-from imgclf_jax.train import setup as train_setup
 
 MORE = "fake(30, (5, 6, 3), 4)/train|batch_size(24)|preprocess('decode(3)|resize(4, 7)')|sampling('balanced')"
 
@@ -159,16 +156,6 @@ def test_device_placement_refuses_random_host_ops_of_a_further_stream(config):
     config.data.extra.held = "train|preprocess('decode(1)|random_resized_crop(6)')"
     with pytest.raises(UserError, match=r"preprocess='decode\(1\)\|random_resized_crop\(6\)' is random"):
         next(placement.batches("device", opened(config), spec_of(config), [0], sharding.make_mesh()))
-
-
-@pytest.mark.thorough
-@pytest.mark.usefixtures("one_device")
-@pytest.mark.parametrize(("method", "warned"), [("supervised()", True), *thorough((f"{__name__}:consistent", False))])
-def test_streams_that_supervised_training_does_not_read_are_warned_of(config, caplog, tmp_path, method, warned):
-    config.method, config.total = method, "1 steps"
-    config.data.extra.unlabeled = "train|batch_size(24)"  # images of the same shape
-    train_setup.set_up(config, Workdir(tmp_path))
-    assert (f"method={method!r} reads no stream of data.extra: held, unlabeled" in caplog.text) == warned
 
 
 # --- a run ---
