@@ -90,7 +90,8 @@ def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _NO_R
     *before, last = calls
     makers = [spec.bind(call, TRANSFORMS, "transform before the optimizer") for call in before]
     optimizer = spec.bind(last, OPTIMIZERS, "optimizer", leading=("learning_rate",))
-    if last.args and (last.name in OPTIMIZERS or last.name.startswith("optax")):  # adam(1e-3) would set b1
+    optax_takes_rate = last.name.startswith("optax") and spec.takes(optimizer.func, "learning_rate")
+    if last.args and (last.name in OPTIMIZERS or optax_takes_rate):  # adam(1e-3) would set b1
         raise UserError(f"optimizer={text!r}: name the arguments, as in {last.name}(...={last.args[-1]!r}); "
                         "set the learning rate by the key schedule")  # fmt: skip
     makers.append(functools.partial(optimizer, schedule))

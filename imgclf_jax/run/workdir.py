@@ -98,8 +98,8 @@ class Workdir:
     def held(self) -> Iterator[None]:
         """Creates the directory if it is missing, and holds its lock inside, so that one run at a time trains in it.
 
-        Raises UserError if another run holds the lock, if the directory cannot be written, and if it holds folders
-        but no run, as a data set does. Logs a warning for a bucket, which has no locks.
+        Raises UserError if another run holds the lock or the directory cannot be written. Logs a warning for a bucket,
+        which has no locks.
         """
         if paths.in_bucket(self.path):
             log.warning("%s is in a bucket, which cannot be locked: start no second run in it while this one trains",
@@ -107,11 +107,6 @@ class Workdir:
             yield
             return
         check_path(self.path)
-        if self.path.is_dir() and not self.config.is_file():
-            folders = {entry.name for entry in self.path.iterdir() if entry.is_dir()} - _FOLDERS
-            if folders:
-                raise UserError(f"work directory {self.path} holds the folder {min(folders)!r} and no run; pass "
-                                "another --workdir")  # fmt: skip
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(lock.held(self.path / "lock"))
@@ -121,6 +116,14 @@ class Workdir:
                     f"work directory {self.path} cannot be written: {reason}; pass another --workdir"
                 ) from e
             yield
+
+    def refuse_data(self) -> None:
+        """Raises UserError if the directory holds folders but no run, as a data set does."""
+        if self.path.is_dir() and not self.config.is_file():
+            folders = {entry.name for entry in self.path.iterdir() if entry.is_dir()} - _FOLDERS
+            if folders:
+                raise UserError(f"work directory {self.path} holds the folder {min(folders)!r} and no run; pass "
+                                "another --workdir")  # fmt: skip
 
     def check_shared(self) -> None:
         """Raises UserError in all processes unless each sees the lock of process 0 in its work directory.
