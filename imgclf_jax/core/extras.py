@@ -34,5 +34,8 @@ def require(extra: str, what: str, *modules: str) -> None:
 
 def how_to_install(extra: str) -> str:
     """How to install an extra, or the dependency group `onnx`."""
-    kind = "group" if extra == "onnx" else "extra"
-    return f"run it by `uv run --{kind} {extra} launch.py …` in a clone, or install what its pyproject.toml lists"
+    kind, more = "extra", ""
+    if extra == "onnx":  # pip refuses jax2onnx, for its bound on Orbax
+        kind, more = "group", " && pip install --no-deps jax2onnx"
+    return (f"run it by `uv run --{kind} {extra} launch.py …` in a clone, or install it by "
+            f"`pip install 'imgclf_jax[{extra}]'{more}`")  # fmt: skip
