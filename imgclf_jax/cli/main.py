@@ -102,6 +102,7 @@ def _run(line: CommandLine) -> int:
 def _dispatch(line: CommandLine, config: ConfigDict | None, source: Any) -> int:
     """Runs a command. `source` is the path of a work directory, a Record, or None."""
     from imgclf_jax.cli import distributed
+    from imgclf_jax.core import terminal
     from imgclf_jax.run.workdir import Workdir
 
     command, options = COMMANDS[line.command], dict(line.options)
@@ -111,7 +112,10 @@ def _dispatch(line: CommandLine, config: ConfigDict | None, source: Any) -> int:
     agreed = {key: value for key, value in keys.items() if key not in configs.HOST_KEYS}
     agreed |= {"command": line.command, "files": line.files} | {f"--{flag}": value for flag, value in options.items()}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(distributed.started(agreed, *process_flags))
+        if config:
+            stack.enter_context(distributed.started(agreed, *process_flags))
+        else:  # such as `status`, beside a run that holds the devices
+            terminal.setup_logging()
         if config and "trust" in options and not options.pop("trust") and source:
             stack.enter_context(source.untrusted())
         more: list[Any] = [config, source] if config else []

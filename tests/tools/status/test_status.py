@@ -94,6 +94,18 @@ def test_status_of_a_run(fake_config, tmp_path, capsys, one_device):
     assert "3 steps were skipped" in out
 
 
+def test_it_takes_no_device(monkeypatch, tmp_path, capsys):
+    """A run that trains holds the TPU of its host; `status` beside it failed, since it asked JAX for the devices."""
+
+    def taken():
+        raise RuntimeError("The TPU is already in use by another process")
+
+    monkeypatch.setattr("jax.devices", taken)
+    (tmp_path / "result.json").write_text("{}")
+    launch.main(["status", str(tmp_path)])
+    assert "finds no devices" not in capsys.readouterr().err
+
+
 def test_a_result_without_a_config_is_told_of(tmp_path, capsys):
     """The run was left out in silence, and later told of with its terminal escapes."""
     (tmp_path / "a\x1b[31m").mkdir()
