@@ -150,15 +150,6 @@ class Programs:
         return jax.jit(self._init, out_shardings=shardings, compiler_options=options)
 
     @once
-    def traced_init(self) -> jax.stages.Traced:
-        """`init`, traced but not yet lowered; without weights from elsewhere."""
-        wants, data = hasattr(self.recipe.model.backbone, "init_on_images"), self.recipe.data
-        images = (min(_FIRST_IMAGES, data.train_examples), *data.image_shape)
-        seed = jax.ShapeDtypeStruct((), "uint32", sharding=sharding.replicated(self.mesh))
-        with self.tracing():
-            return self._jitted_init.trace(seed, jax.ShapeDtypeStruct(images, "float32") if wants else None, None)
-
-    @once
     def state_shape(self) -> step.TrainState:
         """The shapes, dtypes and shardings of `init_state`'s result."""
         with self.tracing():

@@ -197,7 +197,7 @@ def test_the_options_reach_the_compiler_of_every_program(fake_config, monkeypatc
         programs = Programs(Recipe(fake_config, DATA), sharding.make_mesh(jax.devices()[:1]))
         state = programs.shape["state"]
         images = jax.ShapeDtypeStruct((8, *DATA.image_shape), "uint8")
-        yield from (lambda: programs.train, lambda: programs.eval, lambda: programs.traced_init.lower().compile())
+        yield from (lambda: programs.train, lambda: programs.eval, programs.init_state)
         yield lambda: programs.inference("predict").__wrapped__.lower(state.params, state.model_state, images).compile()
 
     for compile in compiled({"xla_gpu_deterministic_ops": True}):
