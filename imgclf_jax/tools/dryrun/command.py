@@ -71,7 +71,7 @@ def report(programs: Programs, chips: topology.Chips) -> JsonObject:
         "flops": jaxprs.matmul_flops(programs.traced_train.jaxpr) / chips.count, "compile_seconds": {},
     }  # fmt: skip
     compiled: dict[str, Any] = {}
-    for name in ("init", "train", "eval"):
+    for name in ("train", "eval"):
         began = time.perf_counter()
         log.info("compiling %s", name)
         try:
