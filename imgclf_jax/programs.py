@@ -6,6 +6,7 @@ it can be lowered and compiled, though not run, for a mesh of devices that are a
 
 import contextlib
 import functools
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -29,6 +30,8 @@ from imgclf_jax.models import norms
 from imgclf_jax.models.frozen import Frozen
 from imgclf_jax.optim import partition
 from imgclf_jax.recipe import Recipe, check_names
+
+log = logging.getLogger(__name__)
 
 _MATMUL_PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
 _FIRST_IMAGES = 5000  # training images that airbench94 computes its whitening from
@@ -413,11 +416,17 @@ class Programs:
         """The preprocessing of evaluation as one function: see `decode.build`."""
         return decode.build(self.preprocess_eval)[0]
 
-    @property
+    @once
     def preprocess_eval(self) -> str:
         """The spec of the preprocessing of evaluation and inference, which is deterministic."""
-        return decode.evaluation_spec(self.recipe.config.preprocess_eval, self.recipe.config.preprocess)
+        config = self.recipe.config
+        found = decode.evaluation_spec(config.preprocess_eval, config.preprocess)
+        if not config.preprocess_eval and found != config.preprocess:
+            log.info("preprocess=%r draws at random, and preprocess_eval is empty: evaluation and prediction use %r",
+                     config.preprocess, found)  # fmt: skip
+        return found
 
     def eval_images(self, source: Source) -> Images:
         """The images of a source, with the preprocessing of evaluation."""
-        return datasets.eval_images(source, self.recipe.config)
+        config = self.recipe.config
+        return Images(source, self.preprocess_eval, config.seed, config.data.threads)

@@ -26,7 +26,7 @@ from imgclf_jax.methods import Problem
 from imgclf_jax.programs import Programs, programs_for_images
 from imgclf_jax.recipe import Recipe, check_names
 from imgclf_jax.run import digests, provenance
-from imgclf_jax.run.checkpoint import CheckpointRemoved, Checkpoints
+from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import Outputs, TrainState, apply_backbone
 from imgclf_jax.weights import pretrained
@@ -35,19 +35,12 @@ log = logging.getLogger(__name__)
 
 # A file, its bytes, uint8[h, w, c] or [h, w], or Pillow's image.
 type ImageLike = str | os.PathLike[str] | bytes | np.ndarray | Image.Image
-type Tasks = list[concurrent.futures.Future[list[np.ndarray | UserError]]]
+type Prepared = tuple[str, np.ndarray | UserError]  # an image's name in messages, and uint8[h, w, c]
 
 _BATCH = 128
 _AHEAD = 4  # batches that are decoded before the device has asked for them
 _TASK = 16  # images that a thread decodes at a time
-
-
-def report_host_ops(programs: Programs) -> None:
-    """Logs the preprocessing of evaluation if it is derived from `preprocess` and differs from it."""
-    config = programs.recipe.config
-    if not config.preprocess_eval and programs.preprocess_eval != config.preprocess:
-        log.info("preprocess=%r draws at random, and preprocess_eval is empty: evaluation and prediction use %r",
-                 config.preprocess, programs.preprocess_eval)  # fmt: skip
+NOT_FINITE = "the model gives NaN or infinite values for this image; its weights may hold NaN: try another checkpoint"
 
 
 class Trained(NamedTuple):
@@ -119,26 +112,20 @@ class Trained(NamedTuple):
         """The probabilities f32[n, classes] of n images; with several seeds the ensemble's."""
         return self._all("predict", images, 0)
 
-    def best(self, probabilities: np.ndarray, top_k: int, ranking: np.ndarray | None = None) -> list[JsonObject]:
-        """The `top_k` classes as [{"class", "probability"}], by probability f32[classes] or by `ranking` f32[classes].
-
-        Ties go by index.
-        """
-        order = np.argsort(-(probabilities if ranking is None else ranking), kind="stable")[:top_k]
-        return [{"class": self.class_names[c], "probability": float(f"{probabilities[c]:.7g}")} for c in order]
-
     def describe(self, outputs: np.ndarray, top_k: int = 3, threshold: float | np.ndarray = 0.5) -> JsonObject:
-        """One image's outputs as JSON, by the task: f32[k] of "predict", or f32[2, k] of "ranked".
+        """One image's outputs as JSON: f32[classes] of "predict", or f32[2, classes] of "ranked".
 
         {"predictions": [{"class", "probability"}]}, in descending order: the `top_k` classes, or for multi-label runs
-        every class with at least the `threshold`, one number or one per class.
+        every class with at least the `threshold`, one number or one per class. Ties go by index.
         """
-        outputs, ranking = outputs if outputs.ndim == 2 else (outputs, outputs)
-        if self.task is not Task.MULTILABEL:
-            return {"predictions": self.best(outputs, top_k, ranking)}
-        above = outputs >= np.asarray(threshold, outputs.dtype)
-        ranked = np.where(above, ranking, -np.inf)
-        return {"predictions": self.best(outputs, int(above.sum()), ranked)}
+        probabilities, ranking = outputs if outputs.ndim == 2 else (outputs, outputs)
+        order = np.argsort(-ranking, kind="stable")
+        if self.task is Task.MULTILABEL:
+            chosen = order[(probabilities >= np.asarray(threshold, probabilities.dtype))[order]]
+        else:
+            chosen = order[:top_k]
+        return {"predictions": [{"class": self.class_names[c], "probability": float(f"{probabilities[c]:.7g}")}
+                                for c in chosen]}  # fmt: skip
 
     def logits(self, images: Iterable[ImageLike] | ImageLike) -> np.ndarray:
         """The logits f32[n, classes]; with several seeds [seeds, n, classes]."""
@@ -165,67 +152,53 @@ class Trained(NamedTuple):
     def stream(self, what: Outputs, images: Iterable[ImageLike]) -> Iterator[np.ndarray | UserError]:
         """Yields the output for each image in order, or a UserError for an image that cannot be used.
 
-        Threads decode ahead of the device and hold only a few batches, so `images` may be endless. An error from
-        `images` itself, or from the device, is raised after the outputs of the images before it.
+        Threads decode ahead of the device and hold only a few batches, so `images` may be endless.
         """
         _ = self.programs.host_ops  # an error in these concerns no single image
         program, mesh, shape = self.programs.inference(what), self.programs.mesh, self.programs.recipe.data.image_shape
         size = sharding.round_up(min(self.config.batch_size, _BATCH), mesh)
-        failures: list[Exception] = []
         pool = concurrent.futures.ThreadPoolExecutor(self.config.data.threads or os.cpu_count())
 
-        def decoding() -> Iterator[tuple[tuple[ImageLike, ...], Tasks]]:
-            for number, some in enumerate(itertools.batched(until_error(images, failures), size)):
-                parts = itertools.batched(enumerate(some, number * size), _TASK)
-                yield some, [pool.submit(self._prepare_some, part) for part in parts]
+        def decoding() -> Iterator[list[concurrent.futures.Future[list[Prepared]]]]:
+            for some in itertools.batched(enumerate(images), size):
+                yield [pool.submit(self._prepare_some, part) for part in itertools.batched(some, _TASK)]
 
-        def computing() -> Iterator[tuple[tuple[ImageLike, ...], list[np.ndarray | UserError], jax.Array]]:
-            for some, tasks in _run_ahead(decoding(), _AHEAD):
+        def computing() -> Iterator[tuple[list[Prepared], jax.Array]]:
+            for tasks in _run_ahead(decoding(), _AHEAD):
                 prepared = [image for task in tasks for image in task.result()]
                 batch = np.zeros((size, *shape), np.uint8)  # one shape, so one compilation
-                for row, image in enumerate(prepared):
-                    if not isinstance(image, UserError):
-                        batch[row] = image
-                yield some, prepared, program(*self.state.evaluated, sharding.put_batch(batch, mesh))
+                for row, (_, pixels) in enumerate(prepared):
+                    if not isinstance(pixels, UserError):
+                        batch[row] = pixels
+                yield prepared, program(*self.state.evaluated, sharding.put_batch(batch, mesh))
 
         try:
-            for some, prepared, out in _run_ahead(until_error(computing(), failures), 1):
+            for prepared, out in _run_ahead(computing(), 1):
                 values = np.asarray(jax.device_get(out))  # while the device computes the next batch
-                for row, (image, taken) in enumerate(zip(some, prepared, strict=True)):
-                    wrong = not_finite(values[..., row, :], what)
-                    if isinstance(taken, UserError):
-                        yield taken
-                    elif wrong:
-                        yield UserError(f"{_name(image, row)}: {wrong}, so try another --checkpoint")
-                    else:
+                for row, (name, pixels) in enumerate(prepared):
+                    if isinstance(pixels, UserError):
+                        yield pixels
+                    elif is_finite(values[..., row, :], what):
                         yield values[..., row, :]
+                    else:
+                        yield UserError(f"{name}: {NOT_FINITE}")
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        if failures:
-            raise failures[-1]  # the device fails on images before those that `images` fails on
 
-    def _prepare_some(self, images: Iterable[tuple[int, ImageLike]]) -> list[np.ndarray | UserError]:
-        out: list[np.ndarray | UserError] = []
+    def _prepare_some(self, images: Iterable[tuple[int, ImageLike]]) -> list[Prepared]:
+        out: list[Prepared] = []
         for place, image in images:
-            name = _name(image, place)
+            name = str(image) if isinstance(image, str | os.PathLike) else f"image {place}"
             try:
-                out.append(self.prepare(image, place))
+                out.append((name, self.prepare(image, place)))
             except UserError as e:
-                out.append(UserError(f"{name}: {e}"))
+                out.append((name, UserError(f"{name}: {e}")))
         return out
-
-
-def until_error[T](items: Iterable[T], errors: list[Exception]) -> Iterator[T]:
-    """Yields the items up to an error, and appends that to `errors` for the caller to raise after their use."""
-    try:
-        yield from items
-    except Exception as e:
-        errors.append(e)
 
 
 def _run_ahead[T](items: Iterable[T], count: int) -> Iterator[T]:
     """Yields the items, `count` of them after the next ones have been taken."""
-    items, taken = iter(items), deque[T]()
+    taken = deque[T]()
     for item in items:
         taken.append(item)
         if len(taken) > count:
@@ -233,17 +206,10 @@ def _run_ahead[T](items: Iterable[T], count: int) -> Iterator[T]:
     yield from taken
 
 
-def not_finite(values: np.ndarray, what: Outputs) -> str:
-    """What is wrong with one image's outputs, or "". Logits may be infinite, for classes that are ruled out."""
-    values = values[0] if what == "ranked" else values
-    kinds = {"NaN": np.isnan(values).any(), "infinite values": what != "logits" and np.isinf(values).any()}
-    given = " and ".join(kind for kind, there in kinds.items() if there)
-    return f"the model gives {given} for this image; its weights may hold NaN" if given else ""
-
-
-def _name(image: ImageLike, place: int) -> str:
-    """What messages call an image: its file name, or its index."""
-    return str(image) if isinstance(image, str | os.PathLike) else f"image {place}"
+def is_finite(outputs: np.ndarray, what: Outputs) -> bool:
+    """Whether one image's outputs can be used: none is NaN, and only logits, which may rule out classes, infinite."""
+    values = outputs[0] if what == "ranked" else outputs
+    return not np.isnan(values).any() if what == "logits" else bool(np.isfinite(values).all())
 
 
 def load(workdir: str | os.PathLike[str], checkpoint: str = "", trust: bool = False) -> Trained:
@@ -306,15 +272,11 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
     programs = load_programs(config, workdir)
     if not workdir.checkpoints.is_dir():
         raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
-    for _ in range(20):
-        with contextlib.suppress(CheckpointRemoved):  # a run in progress saves and removes checkpoints
-            state, step = _choose(config, workdir, which, programs)
-            # Restoring may have imported more.
-            processes.agree(provenance.process_facts)
-            _ = programs.host_ops, programs.recipe.views, programs.recipe.whole_set_metrics  # import what they name
-            workdir.warn_of_changed_modules()
-            return Trained(programs, state, step)
-    raise UserError(f"{workdir.checkpoints}: each checkpoint was removed while it was read; wait until the run ends")
+    state, step = _choose(config, workdir, which, programs)
+    processes.agree(provenance.process_facts)  # restoring may have imported more
+    _ = programs.host_ops, programs.recipe.views, programs.recipe.whole_set_metrics  # import what they name
+    workdir.warn_of_changed_modules()
+    return Trained(programs, state, step)
 
 
 def load_programs(config: ConfigDict, workdir: Workdir) -> Programs:

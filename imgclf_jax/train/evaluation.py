@@ -24,7 +24,6 @@ from imgclf_jax.run.provenance import process_facts
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import TrainState
 from imgclf_jax.train.leakage import overlap_warnings
-from imgclf_jax.trained import report_host_ops
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +100,6 @@ def open_evals(programs: Programs, base: dict[str, Source]) -> dict[str, stream.
     shapes differ from the training set's, and for random preprocessing. The labels of a set without class names, as of
     TFDS's cifar10_corrupted, are taken as indices.
     """
-    report_host_ops(programs)
     processes.agree(process_facts)  # more are imported by now
     evals = programs.recipe.config.data.eval.items()
     return {name: open_set(programs, base, text, f"data.eval.{name}") for name, text in evals}

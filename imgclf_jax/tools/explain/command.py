@@ -13,7 +13,7 @@ from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.explain.explanations import build, draw
 from imgclf_jax.tools.pages import inputs
-from imgclf_jax.trained import load_trained, report_host_ops
+from imgclf_jax.trained import load_trained
 
 type Record = JsonObject
 
@@ -35,7 +35,6 @@ def main(
     images = inputs.find(files)
     model = load_trained(config, workdir, checkpoint)
     model.programs.check_predicts()
-    report_host_ops(model.programs)
     if wanted and wanted not in model.class_names:
         raise UserError(unknown("class", wanted, model.class_names))
     method, explain = build(model, method, layer, window)

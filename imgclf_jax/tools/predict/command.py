@@ -16,7 +16,7 @@ from imgclf_jax.core.typing import Json, JsonObject
 from imgclf_jax.losses import Task
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.pages import inputs
-from imgclf_jax.trained import Trained, load_trained, report_host_ops
+from imgclf_jax.trained import Trained, load_trained
 
 # {"file", "predictions": [{"class", "probability"}]}, {"file", "values": {target: number}} or {"file", "error"};
 # multi-label records also have "probabilities" f32[classes]
@@ -37,7 +37,6 @@ def main(
     """
     images = inputs.find(paths)
     model = load_trained(config, workdir, checkpoint)
-    report_host_ops(model.programs)
     top_k, thresholds = min(top_k, len(model.class_names)), _parse_thresholds(threshold, model)
     with_all = model.task is Task.MULTILABEL and format == "csv"
     results = inputs.Results(images, model.stream("ranked", images), "predicting")

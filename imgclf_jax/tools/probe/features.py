@@ -16,7 +16,7 @@ from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.pages import inputs
 from imgclf_jax.tools.probe import embeddings, feature_sets
 from imgclf_jax.train.evaluation import compare_with_record, open_evals, open_set
-from imgclf_jax.trained import Trained, load_converted, report_host_ops, restore
+from imgclf_jax.trained import Trained, load_converted, restore
 
 _ROWS = 1024  # images per write
 
@@ -42,7 +42,6 @@ def main(
     found = embeddings.Embeddings()
     results: inputs.Results | None = None
     if paths:
-        report_host_ops(model.programs)
         results = inputs.Results(images, model.stream("features", images), "computing features")
         _add_files(model, results, paths, found)
     else:
@@ -55,11 +54,7 @@ def main(
 def _add_sets(
     model: Trained, workdir: Workdir | None, base: dict[str, Source], split: str, found: embeddings.Embeddings
 ) -> None:
-    if split:
-        report_host_ops(model.programs)
-        sets = {split: open_set(model.programs, base, split, "--split")}
-    else:
-        sets = open_evals(model.programs, base)
+    sets = {split: open_set(model.programs, base, split, "--split")} if split else open_evals(model.programs, base)
     if workdir:
         compare_with_record(model.programs, workdir, base, {} if split else sets)
     for name, images in sets.items():

@@ -23,7 +23,7 @@ from imgclf_jax.tools.explain import explanations
 from imgclf_jax.tools.serve.batcher import Batcher
 from imgclf_jax.tools.serve.decoding import Decoder
 from imgclf_jax.tools.serve.limits import MAX_BODY, BoundedBodies
-from imgclf_jax.trained import Trained, not_finite
+from imgclf_jax.trained import NOT_FINITE, Trained, is_finite
 
 log = logging.getLogger(__name__)
 
@@ -144,5 +144,5 @@ def make_explainer(model: Trained) -> Explainer:
 
 
 def _refuse_nan(outputs: np.ndarray) -> None:
-    if wrong := not_finite(outputs, "ranked"):
-        raise UserError(f"{wrong}, so serve another --checkpoint")
+    if not is_finite(outputs, "ranked"):
+        raise UserError(NOT_FINITE)

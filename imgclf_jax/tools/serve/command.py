@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.text import utf8
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.trained import load_trained, report_host_ops
+from imgclf_jax.trained import load_trained
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,6 @@ def main(
 
     model = load_trained(config, workdir, checkpoint)
     model.programs.check_predicts()
-    report_host_ops(model.programs)
     local = host in ("localhost", "127.0.0.1", "::1")
     name = utf8(workdir.path.absolute().name) if workdir else ""
     # A page of the web whose name resolves to this machine is refused.

@@ -174,7 +174,7 @@ def test_what_fails_of_one_image_costs_no_other_its_row(digits, pngs, predict, m
         assert [*json.loads(out)[3]] == ["file", "error"]
     assert "b.png: the image has 1 by 1,100,000 pixels, but a side may have 1,048,576; crop it" in err
     assert "c.png: preprocess='decode(1)|resize(28)' fails: OverflowError: signed integer is greater" in err
-    assert "d.png: the model gives NaN for this image" in err
+    assert "d.png: the model gives NaN or infinite values for this image" in err
     assert err.splitlines()[-1] == "error: 3 of 5 images failed"
 
 
