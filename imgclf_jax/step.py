@@ -161,10 +161,7 @@ def make_train_step(
         out, changed = apply({"params": params, **model_state}, part, fixed, rngs=rngs)
         losses, sown = (changed.get(name, {}) for name in SOWN)
         updated = {name: value for name, value in changed.items() if name not in SOWN}
-        updated = _keep_float32(updated, model_state)
-        _refuse_difference(
-            "a step changes the model's state", updated, model_state, lambda x: jax.typeof(x).str_short()
-        )
+        _refuse_difference("a step changes the model's state", updated, model_state, _dtype_and_shape)
         _check_sown(losses, part)
         loss = functools.reduce(jnp.add, map(jnp.mean, jax.tree.leaves(losses)), _mean_loss(out))
         return loss, (updated, (out.logits, _named_metrics(out.metrics, sown)))
@@ -248,16 +245,8 @@ def _shape(x: Any) -> str:
     return str(list(jnp.shape(x)))
 
 
-def _keep_float32(new: ModelState, old: ModelState) -> ModelState:
-    """Casts float64 values of float32 state back: under x64 linen's BatchNorm creates float32 and stores float64."""
-    dtypes = {name: jax.typeof(x).dtype for name, x in tree.named_leaves(old)}
-
-    def cast(name: str, x: Any) -> Any:
-        widened = jax.typeof(x).dtype == jnp.float64 and dtypes.get(name) == jnp.float32
-        return jnp.asarray(x, jnp.float32) if widened else x
-
-    kept: ModelState = tree.map_named(cast, new)
-    return kept
+def _dtype_and_shape(x: Any) -> str:
+    return jax.typeof(x).str_short()
 
 
 def _check_sown(losses: PyTree, part: Batch) -> None:
@@ -285,23 +274,21 @@ def _mean_loss(out: Any) -> jax.Array:
 
 def _named_metrics(named: Mapping[str, jax.Array], sown: PyTree) -> metrics.Sums:
     """The means f32[] of a method's metrics, by name, and of the metrics that modules sow, by path."""
-    by_path: dict[str, list[jax.Array]] = {}
-    for path, value in traverse_util.flatten_dict(sown, sep="/").items():
-        by_path[path] = list(value) if isinstance(value, tuple) else [value]  # `sow` appends to a tuple
+    by_path = traverse_util.flatten_dict(sown, sep="/")
     if both := named.keys() & by_path.keys():
         raise UserError(f"both the method's Loss and a module have the metric {min(both)!r}; rename one")
-    found = {**{name: [value] for name, value in named.items()}, **by_path}
-    for name, values in found.items():
-        if name in _OWN_METRICS:
-            raise UserError(f"a metric is called {name!r}, which every step has; rename it")
-        if name.endswith("_std") and (of := name.removesuffix("_std")) in (*_OWN_METRICS, *found):
-            raise UserError(f"a metric is called {name!r}, which runs of several seeds have for the standard deviation "
-                            f"of {of!r}; rename it")  # fmt: skip
+    means = {}
+    for name, values in {**named, **by_path}.items():
+        values = values if isinstance(values, tuple) else (values,)  # `sow` appends to a tuple
+        of = name.removesuffix("_std")
+        if name in _OWN_METRICS or (of != name and of in (*_OWN_METRICS, *named, *by_path)):
+            raise UserError(f"a metric is called {name!r}, which every step has, or runs of several seeds for the "
+                            "standard deviation of another; rename it")  # fmt: skip
         if bad := [jnp.shape(x) for x in values if jnp.ndim(x) > 1]:
             raise UserError(f"the metric {name!r} has the shape {list(bad[0])}; give f32[] or one number per example, "
                             "f32[b]")  # fmt: skip
-    means = {name: [jnp.mean(jnp.asarray(x).astype(jnp.float32)) for x in values] for name, values in found.items()}
-    return {name: jnp.mean(jnp.stack(each)) for name, each in means.items()}
+        means[name] = jnp.mean(jnp.stack([jnp.mean(jnp.asarray(x).astype(jnp.float32)) for x in values]))
+    return means
 
 
 def _count_correct(logits: jax.Array | None, batch: Batch, link: Link, task: Task) -> metrics.Sums:
@@ -343,6 +330,13 @@ def over_seeds(train_step: Function, num_seeds: int) -> Function:
     return step
 
 
+def _over_models(function: Function, num_seeds: int) -> Function:
+    """`function(params, model_state, *rest)`, mapped over the variables of several seeds."""
+    if num_seeds == 1:
+        return function
+    return lambda params, model_state, *rest: jax.vmap(lambda *of: function(*of, *rest))(params, model_state)
+
+
 def _check_evaluated(values: Mapping[str, jax.Array], shape: tuple[int, ...], task: Task, predicts: bool) -> None:
     """Raises UserError unless a method's `evaluate` returns a number per example, under names of its own.
 
@@ -358,8 +352,11 @@ def _check_evaluated(values: Mapping[str, jax.Array], shape: tuple[int, ...], ta
                             "rename it")  # fmt: skip
 
 
-def make_logits(model: nn.Module, augment: Augment, views: tta.Views = tta.NONE) -> Inference:
-    """Returns `logits(params, model_state, images uint8[b, h, w, c]) -> [b, classes]`, averaged over the TTA views."""
+def make_logits(model: nn.Module, augment: Augment, views: tta.Views = tta.NONE, num_seeds: int = 1) -> Inference:
+    """Returns `logits(params, model_state, images uint8[b, h, w, c]) -> [b, classes]`, averaged over the TTA views.
+
+    With several seeds, params and model_state are [num_seeds, …], and the logits [num_seeds, b, classes].
+    """
 
     def logits(params: Params, model_state: ModelState, images: jax.Array) -> jax.Array:
         def forward(images: jax.Array) -> jax.Array:
@@ -368,7 +365,7 @@ def make_logits(model: nn.Module, augment: Augment, views: tta.Views = tta.NONE)
 
         return tta.mean_logits(views, forward, augment(None, images))
 
-    return logits
+    return _over_models(logits, num_seeds)
 
 
 def apply_backbone(model: nn.Module, variables: Variables, images: jax.Array) -> jax.Array:
@@ -392,28 +389,25 @@ def make_inference(
     With several seeds, params and model_state are [num_seeds, …]. Logits and features then are [num_seeds, b, …],
     probabilities the mean over the seeds, and the logits of "ranked" those of this mean.
     """
-    logits_of = make_logits(model, augment, views)
+
+    def features(params: Params, model_state: ModelState, images: jax.Array) -> jax.Array:
+        variables = {"params": params, **model_state}
+        return apply_backbone(model, variables, augment(None, images)).astype(jnp.float32)
+
+    if outputs == "features":
+        return _over_models(features, num_seeds)
+    logits_of = make_logits(model, augment, views, num_seeds)
 
     def infer(params: Params, model_state: ModelState, images: jax.Array) -> jax.Array:
-        if outputs == "features":
-            variables = {"params": params, **model_state}
-            return apply_backbone(model, variables, augment(None, images)).astype(jnp.float32)
         logits = logits_of(params, model_state, images).astype(jnp.float32)
-        if outputs == "ranked" and num_seeds == 1:
-            return jnp.stack([link.probabilities(logits), logits])
-        return link.probabilities(logits) if outputs == "predict" else logits
+        if outputs == "logits":
+            return logits
+        probabilities = link.probabilities(logits)
+        if num_seeds > 1:
+            probabilities, logits = jnp.mean(probabilities, 0), link.ensemble(logits)
+        return jnp.stack([probabilities, logits]) if outputs == "ranked" else probabilities
 
-    if num_seeds == 1:
-        return infer
-    each = jax.vmap(infer, (0, 0, None))
-
-    def ranked(params: Params, model_state: ModelState, images: jax.Array) -> jax.Array:
-        logits = each(params, model_state, images)  # [num_seeds, b, classes]
-        return jnp.stack([jnp.mean(link.probabilities(logits), 0), link.ensemble(logits)])
-
-    if outputs == "ranked":
-        return ranked
-    return (lambda *args: jnp.mean(each(*args), 0)) if outputs == "predict" else each
+    return infer
 
 
 def make_eval_step(
@@ -427,7 +421,7 @@ def make_eval_step(
     Predictions are None unless `with_predictions`. What `method.evaluate` returns is summed for each seed, and NaN for
     the ensemble.
     """
-    logits_of, link = make_logits(model, augment, views), link_of(loss)
+    logits_of, link = make_logits(model, augment, views, num_seeds), link_of(loss)
 
     def own_sums(params: Params, model_state: ModelState, batch: Batch, fixed: PyTree) -> metrics.Sums:
         if method is None or method.evaluate is None:
@@ -447,20 +441,16 @@ def make_eval_step(
         def sums_of(logits: jax.Array) -> metrics.Sums:
             return metrics.task_sums(logits, wanted, loss(logits, wanted), link, mask, task)
 
-        own = own_sums if num_seeds == 1 else jax.vmap(own_sums, (0, 0, None, None))
-        sums = own(params, model_state, batch, fixed)
+        sums = _over_models(own_sums, num_seeds)(params, model_state, batch, fixed)
         if num_seeds > 1:
             sums = {name: jnp.append(values, jnp.nan) for name, values in sums.items()}
         if method is not None and not method.predicts:
             examples = jnp.sum(mask, dtype=jnp.int32)
             return {"examples": jnp.broadcast_to(examples, (num_seeds + 1,) if num_seeds > 1 else ()), **sums}, None
-        if num_seeds == 1:
-            logits = logits_of(params, model_state, batch["image"])  # [b, classes]
-            sums |= sums_of(logits)
-        else:
-            each = jax.vmap(logits_of, (0, 0, None))(params, model_state, batch["image"])  # [num_seeds, b, classes]
-            logits = jnp.concatenate([each, link.ensemble(each)[None]])
-            sums |= jax.vmap(sums_of)(logits)
+        logits = logits_of(params, model_state, batch["image"])  # [b, classes] or [num_seeds, b, classes]
+        if num_seeds > 1:
+            logits = jnp.concatenate([logits, link.ensemble(logits)[None]])
+        sums |= sums_of(logits) if num_seeds == 1 else jax.vmap(sums_of)(logits)
         if not with_predictions:
             return sums, None
         return sums, metrics.predict(logits, wanted, link, mask, task)
