@@ -347,15 +347,6 @@ def test_the_state_of_a_method_keeps_its_shapes_and_dtypes(change, said, accumul
         jax.eval_shape(train_step, step.init_state(model, optimizer, SHAPE, 0), batch())
 
 
-class Wide(nn.Module):
-    """BatchNorm in float64, whose statistics linen creates in float32."""
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        x = jnp.float64(x.reshape(len(x), -1))
-        return nn.BatchNorm(not train, dtype=jnp.float64, param_dtype=jnp.float64)(x)
-
-
 def not_a_method(problem):
     return {"loss": 1}
 
