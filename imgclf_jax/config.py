@@ -113,7 +113,8 @@ _NEEDED = ("data.source", "data.train", "data.sampling", "model", "loss", "metho
 # The smallest value of a key, and the values that a key may have.
 _MIN = {"batch_size": 1, "checkpoint.keep": 1, "data.threads": 0, "accumulate": 1,
           "num_seeds": 1, "clip": 0}  # fmt: skip
-_CHOICES = {"precision": ("float32", "bfloat16"), "data.placement": ("host", "device"),
+_CHOICES = {"precision": ("float32", "bfloat16"), "matmul_precision": ("float32", "tensorfloat32", "bfloat16"),
+            "data.placement": ("host", "device"),
             "data.unreadable": ("error", "skip"), "on_bad_step": ("stop", "skip")}  # fmt: skip
 
 # Keys of where and how a run computes: a resumed run may change them. `mesh` is among them, although another number of

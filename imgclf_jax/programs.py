@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import datasets, diagnose, losses, metrics, step
 from imgclf_jax.config import selecting_metrics
 from imgclf_jax.core import internals, platform, sharding, tree
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.once import once
 from imgclf_jax.core.typing import Array, Batch, Function, PyTree
 from imgclf_jax.data import decode, placement
@@ -33,7 +33,6 @@ from imgclf_jax.recipe import Recipe, check_names
 
 log = logging.getLogger(__name__)
 
-_MATMUL_PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
 _FIRST_IMAGES = 5000  # training images that airbench94 computes its whitening from
 
 
@@ -97,21 +96,9 @@ class Programs:
         With `onednn` it is plain XLA operations on CPU, not `models/cpu/`: faster for forward passes and some training.
         """
         target = self.platform, platform.compute_capability_of(self.mesh), self._uses_onednn(onednn)
-        with platform.tracing_for(*target), diagnose.naming_the_key(self.recipe), self._matmul_precision():
+        matmuls = jax.default_matmul_precision(None if self.platform == "cpu" else self.recipe.config.matmul_precision)
+        with platform.tracing_for(*target), diagnose.naming_the_key(self.recipe), matmuls:
             yield
-
-    @property
-    def groups_of_statistics(self) -> int:
-        """The number of groups that the key `batch_norm` splits a batch into for BatchNorm statistics, in training."""
-        config = self.recipe.config
-        return norms.groups(config.batch_norm, config.batch_size // config.accumulate)
-
-    def _matmul_precision(self) -> contextlib.AbstractContextManager[object]:
-        """Inside, float32 matmuls have the config's `matmul_precision`; on CPU they are always float32."""
-        asked = self.recipe.config.matmul_precision
-        if asked not in _MATMUL_PRECISIONS:
-            raise UserError(unknown("matmul_precision", asked, _MATMUL_PRECISIONS))
-        return contextlib.nullcontext() if self.platform == "cpu" else jax.default_matmul_precision(asked)
 
     def _init(
         self, seed: jax.Array, images: jax.Array | None = None, weights: Mapping[str, Array] | None = None
@@ -216,16 +203,11 @@ class Programs:
         extra = {one.name: shape(self.recipe.data.extra[one.name], one) for one in self.stream.extra_streams}
         return {**shape(self.recipe.data, self.stream), **extra}
 
-    @property
-    def tables_shape(self) -> list[Batch]:
-        """The shapes, dtypes and shardings of the data sets that `data.placement` keeps on the devices."""
-        data, kept = self.recipe.data, self.recipe.config.data.placement == "device"
-        return [placement.table_shape(one.train_examples, one.image_shape, len(one.target_names), self.mesh)
-                for one in (data, *data.extra.values()) if kept]  # fmt: skip
-
     @contextlib.contextmanager
     def _tracing_training(self) -> Iterator[None]:
-        with self.tracing(self.recipe.trains_on_onednn), norms.statistics_over(self.groups_of_statistics):
+        config = self.recipe.config
+        groups = norms.groups(config.batch_norm, config.batch_size // config.accumulate)
+        with self.tracing(self.recipe.trains_on_onednn), norms.statistics_over(groups):
             yield
 
     @once

@@ -28,6 +28,7 @@ from imgclf_jax.core.errors import UserError
     ({"data.threads": -1}, "data.threads=-1: must be 0 or more"),
     ({"clip": -0.5}, "clip=-0.5: must be 0 or more"),
     ({"precision": "float16"}, "unknown precision 'float16': did you mean 'bfloat16' or 'float32'? allowed"),
+    ({"matmul_precision": "float16"}, "unknown matmul_precision 'float16'"),
     ({"data.placement": "hots"}, "unknown data.placement 'hots': did you mean 'host'?"),
     ({"total": ""}, "total='': must be a duration above zero"),
     ({"total": "0 steps"}, "total='0 steps': must be above zero"),

@@ -207,12 +207,6 @@ def test_the_options_reach_the_compiler_of_every_program(fake_config, monkeypatc
             compile()
 
 
-def test_unknown_bits_are_refused(fake_config):
-    fake_config.matmul_precision = "float16"
-    with pytest.raises(UserError, match=r"unknown matmul_precision 'float16'.*tensorfloat32"):
-        _ = Programs(Recipe(fake_config, DATA), described_mesh(*ELSEWHERE["tpu"])).shape
-
-
 @pytest.mark.thorough
 def test_a_loop_of_your_own_is_the_runs(fake_config):
     """The array-level parts, under plain `jax.jit` with the run's batches, end with the parameters of its programs."""
