@@ -17,7 +17,7 @@ DIGITS = ("--config.total=800 steps", "--config.checkpoint_every=25 steps", "--c
 
 def obey_signals() -> None:
     """Has signals end this process and those that it starts: a shell lets what is in the background ignore SIGINT."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
 

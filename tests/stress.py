@@ -82,7 +82,7 @@ SETUPS = (
     Setup("2 processes, fsdp", (*STREAM, SKIP, "--config.mesh=fsdp=-1"), processes=2, devices=2),
 )  # fmt: skip
 NAMES = ("plain", "lr=[0.1]", "a b", "é漢", "x*y?")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHIFTED = """
 import runpy, sys, time
 clock, offset = time.time, float(sys.argv[1])

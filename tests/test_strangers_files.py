@@ -81,9 +81,8 @@ def test_a_file_is_replaced_and_nothing_is_written_through_it(tmp_path, home, ob
     assert not path.is_symlink()
     assert snapshot(home) == before
     put(obstacle, path, home)
-    for mode in ("a", "w"):
-        with pytest.raises(OSError, match=r"report.html' is a link, folder, pipe or device|exists"):
-            paths.open_regular(path, mode, "utf-8")
+    with pytest.raises(OSError, match=r"report.html' is a link, folder, pipe or device|exists"):
+        paths.open_regular(path, "a", "utf-8")
     assert snapshot(home) == before
 
 

@@ -207,8 +207,7 @@ def test_model_files_say_nothing_of_how_arrays_lie_in_memory():
 
 # Where a file is opened, made, moved or removed other than by `core.paths`: none of them is a stranger's.
 RAW = {
-    "cli/main.py": "/dev/null", "core/stopping.py": "/dev/null",
-    "core/text.py": "standard output", "core/cpuinfo.py": "/proc",
+    "cli/main.py": "/dev/null", "core/text.py": "standard output", "core/cpuinfo.py": "/proc",
     "tools/export/saved_model.py": "a folder of its own",
     "data/sources.py": "the package", "tools/pages/html.py": "the package",
     "run/provenance.py": "code that is imported", "run/environment.py": "the cache",

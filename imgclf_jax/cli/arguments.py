@@ -19,7 +19,7 @@ flags of most commands: --config=FILE.py[:ARG], --config.KEY=VALUE and --workdir
 
 exit status: 0 done, 1 failed, 2 wrong usage,
              75 stopped by a signal after saving a checkpoint: run the same command again,
-             130 (SIGINT), 143 (SIGTERM), 129 (SIGHUP) stopped by a signal with nothing to save
+             130 (SIGINT), 143 (SIGTERM) stopped by a signal with nothing to save
 
 examples:
   {0}                                           train on scikit-learn's digits

@@ -15,8 +15,7 @@ PythonUnpickler: Any = pickle._Unpickler  # it has a table of its opcodes; the p
 def coordination_state() -> Any:
     """JAX's connection to its coordination service: `client` (a key-value store), `num_processes` and `process_id`.
 
-    `jax.distributed` exports only `initialize` and `shutdown`, and `multihost_utils` talks through device collectives,
-    which need a running backend and wait without a timeout. Orbax takes the client from the same place.
+    Orbax takes the client from the same place, since `jax.distributed` exports only `initialize` and `shutdown`.
     """
     from jax._src import distributed
 

@@ -8,11 +8,6 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Json, JsonObject
 
 
-def parse(content: str | bytes) -> Json:
-    """Parses JSON; integers of more than 300 digits become floats, since later arithmetic would overflow."""
-    return json.loads(content, parse_int=lambda digits: int(digits) if len(digits) <= 300 else float(digits))
-
-
 def as_object(value: Json) -> JsonObject:
     """The value if it is a JSON object, else an empty one."""
     return value if isinstance(value, dict) else {}
@@ -21,7 +16,7 @@ def as_object(value: Json) -> JsonObject:
 def read(path: Path) -> Json:
     """Reads a JSON file. Raises UserError if it is missing, unreadable or not JSON."""
     try:
-        return parse(paths.read(path))
+        return json.loads(paths.read(path))
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror}") from e
     except (ValueError, RecursionError) as e:

@@ -1,10 +1,4 @@
-"""The kind of an op: which arguments it gets besides the images. A function declares its kind by a decorator::
-
-    from imgclf_jax.core import kinds
-
-    @kinds.random
-    def noise(key, images, strength=8):
-        ...
+"""The kind of an op: which arguments it gets besides the images. A decorator declares it, such as `@kinds.random`.
 
 An op without a decorator is plain: it takes only the images, or one image on the host, and is deterministic. Evaluation
 applies plain ops, training the ops of all kinds. ::
@@ -62,7 +56,5 @@ def bind(
     if kind == PLAIN and (spec.takes(op, "key") or spec.takes(op, "rng")):
         raise UserError(f"{family} {call.name!r} draws at random: declare it by @kinds.random")
     if kind not in leading:
-        raise UserError(
-            f"{family} {call.name!r} is declared @kinds.{kind}; allowed for a {family}: {', '.join(leading)}"
-        )
+        raise UserError(f"{family} {call.name!r} is @kinds.{kind}; allowed for a {family}: {', '.join(leading)}")
     return spec.bind(call, table, family, leading[kind])

@@ -11,7 +11,6 @@ import os
 import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -26,14 +25,14 @@ _LINKED = "{} is a link, pipe or device, and a run holds only regular files and 
 
 
 def as_path(text: str) -> Path:
-    """Converts a path, `gs://BUCKET/…` or `s3://BUCKET/…` to a path.
+    """Converts a path, in which `~` is a home directory, `gs://BUCKET/…` or `s3://BUCKET/…` to a path.
 
     Raises UserError for other addresses, for a bucket whose driver is not installed, and for one that an untrusted
     config names (see `spec.untrusted`).
     """
     scheme, sign, rest = text.partition("://")
     if not sign or not scheme.isalnum():
-        return Path(text)
+        return Path(os.path.expanduser(text))
     if scheme not in _DRIVERS or not rest.strip("/"):
         raise UserError(f"{text!r} is not a path; allowed are a path, gs://BUCKET/PATH or s3://BUCKET/PATH")
     spec.check_trusted(f"{text!r}, which is on the network")
@@ -41,14 +40,6 @@ def as_path(text: str) -> Path:
     from etils import epath
 
     return cast(Path, epath.Path(text))
-
-
-def expand_user(text: str) -> Path:
-    """`as_path` with `~` and `~NAME` replaced by home directories. Raises UserError also for an unknown user."""
-    try:
-        return as_path(text).expanduser()
-    except RuntimeError as e:
-        raise UserError(f"{text!r}: {e} write the whole path") from e
 
 
 def in_bucket(path: Path) -> bool:
@@ -66,7 +57,7 @@ def files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def open_regular(path: Path, mode: str = "rb", encoding: str | None = None, errors: str | None = None) -> Any:
-    """Opens a regular file in any mode of `open`. Raises OSError for a folder, pipe, socket or device, and never waits.
+    """Opens a regular file to read or append. Raises OSError for a folder, pipe, socket or device, and never waits.
 
     Nothing is written through a link, symbolic or hard: it may lead to a file that is not ours.
     """
@@ -78,14 +69,11 @@ def open_regular(path: Path, mode: str = "rb", encoding: str | None = None, erro
 def _open(path: str, flags: int) -> int:
     if writes := flags & (os.O_WRONLY | os.O_RDWR):
         flags |= os.O_NOFOLLOW
-    truncates, flags = flags & os.O_TRUNC, flags & ~os.O_TRUNC  # not before the check
     with contextlib.suppress(FileNotFoundError):  # opening a device may already do something
         _refuse_others(os.stat(path, follow_symlinks=not writes), writes, path)
     handle = os.open(path, flags | os.O_NONBLOCK, 0o666)
     try:
         _refuse_others(os.fstat(handle), writes, path)
-        if truncates:
-            os.ftruncate(handle, 0)
     except OSError:
         os.close(handle)
         raise
@@ -135,27 +123,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
-@contextlib.contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Yields the path of a folder to make next to `folder`, and moves it there at the end, in place of an old one."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as made:
-        yield (new := Path(made, "new"))
-        if os.path.lexists(folder):
-            folder.rename(Path(made, "old"))
-        new.rename(folder)
-
-
 def make_folder(folder: Path) -> None:
     """Makes a folder and its parents. Raises UserError if it is a link, which may lead to a folder that is not ours."""
-    if not in_bucket(folder):
-        refuse_link(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-
-
-def refuse_link(folder: Path) -> None:
-    """Raises UserError if a folder of a run is a link."""
-    if not in_bucket(folder) and folder.is_symlink():
+    if in_bucket(folder):
+        return
+    if folder.is_symlink():
         raise UserError(_LINKED.format(folder))
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def check_plain(folder: Path) -> None:
@@ -187,9 +161,8 @@ def remove(path: Path) -> None:
 
 def size(file: Path) -> int:
     """The size of a file in bytes."""
-    found = file.stat()
-    # `etils.epath.Path` has a length, on a disk too.
-    return int(found.length if hasattr(found, "length") else found.st_size)  # type: ignore[attr-defined]
+    found: Any = file.stat()  # that of an `etils.epath.Path` has a length
+    return int(found.length if hasattr(found, "length") else found.st_size)
 
 
 def read(file: Path) -> bytes:

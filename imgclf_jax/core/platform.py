@@ -28,20 +28,17 @@ _traced_for = jax.make_user_context(("", 0.0, False))
 
 def current() -> str:
     """The platform being traced for; "" outside of `tracing_for`, where layers take the form that runs everywhere."""
-    platform: str = _traced_for.value[0]
-    return platform
+    return str(_traced_for.value[0])
 
 
 def compute_capability() -> float:
     """The lowest CUDA compute capability of the GPUs being traced for, such as 8.0; 0 if unknown."""
-    capability: float = _traced_for.value[1]
-    return capability
+    return float(_traced_for.value[1])
 
 
 def uses_onednn() -> bool:
     """Whether oneDNN computes the convolutions and matmuls of the program being traced, on CPU."""
-    onednn: bool = _traced_for.value[2]
-    return onednn
+    return bool(_traced_for.value[2])
 
 
 @functools.cache

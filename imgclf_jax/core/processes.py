@@ -61,12 +61,10 @@ def start(
 ) -> None:  # fmt: skip
     """Joins the other processes, before JAX starts a backend. Returns at once if this process runs alone.
 
-    - `coordinator` is the HOST:PORT of process 0, `number` the count of processes, `process` the index of this one.
-    - `devices` are its devices: "all", or their numbers on this host, such as "0,1".
-    - If a process gives no sign of life for `heartbeat` seconds, JAX aborts the others.
-
-    JAX asks the cluster for whatever is not given. Raises UserError if the flags do not fit together or the port is in
-    use. JAX aborts a process that has not joined all others within `timeout` seconds.
+    `coordinator` is the HOST:PORT of process 0, `number` the count of processes, `process` the index of this one, and
+    `devices` its devices, "all" or their numbers on this host, such as "0,1"; JAX asks the cluster for what is not
+    given. JAX aborts all if one is silent for `heartbeat` seconds, or has not joined within `timeout` seconds.
+    Raises UserError if the flags do not fit together or the port is in use.
     """
     global _count, _index
     if number == 1 or not (coordinator or number or has_started_several()):
@@ -104,17 +102,16 @@ def broadcast[T: Json](function: Callable[[], T]) -> T:
     """
     if _count == 1:
         return function()
-    call = next(_calls)
+    told: JsonObject = {}
+    error = None
     if not index():
         try:
-            value = function()
+            told = {"value": function()}
         except (UserError, OSError) as e:
-            _set(call, {"error": str(e)})
-            raise
-        _set(call, {"value": value})
-    told = _get(call, 0)
+            error, told = e, {"error": str(e)}
+    told = gather(told)[0]
     if "error" in told:
-        raise UserError(told["error"])
+        raise error or UserError(told["error"])
     return told["value"]
 
 
@@ -123,7 +120,7 @@ def gather(value: Json) -> list[Json]:
     if _count == 1:
         return [value]
     call = next(_calls)
-    _set(call, value)
+    _client().key_value_set(f"imgclf_jax/{call}/{index()}", json.dumps(value, default=str))
     return [_get(call, process) for process in range(_count)]
 
 
@@ -140,11 +137,8 @@ def agree(facts: Callable[[], JsonObject], fix: str = ALIKE) -> None:
     """
     if _count == 1:
         return
-    call = next(_calls)
-    _set(call, facts())
-    expected = _get(call, 0)
-    for process in range(1, _count):
-        found = _get(call, process)
+    expected, *others = gather(facts())
+    for process, found in enumerate(others, 1):
         if names := [name for name in expected if name in found and found[name] != expected[name]][:3]:
             a, b = (", ".join(f"{name}={str(of[name])[:100]}" for name in names) for of in (found, expected))
             raise ProcessMismatch(f"process {process} has {a}, process 0 has {b}; {fix}")
@@ -160,10 +154,6 @@ def first_in_process_0[T](function: Callable[[], T]) -> T:
 
 def _client() -> Any:
     return internals.coordination_state().client
-
-
-def _set(call: int, value: Json) -> None:
-    _client().key_value_set(f"imgclf_jax/{call}/{index()}", json.dumps(value, default=str))
 
 
 def _get(call: int, process: int) -> Json:

@@ -4,7 +4,6 @@ A batch is sharded over all axes of the mesh. The train state is replicated, exc
 `optim/partition.py`.
 """
 
-import contextlib
 import logging
 import math
 import re
@@ -36,16 +35,12 @@ def make_mesh(devices: list[jax.Device] | None = None, text: str = "data=-1") ->
         if name not in AXES:
             raise UserError(unknown("axis of mesh", name, AXES))
         if not re.fullmatch(r"-1|[1-9]\d*", size) or name in sizes or (size == "-1" and -1 in sizes.values()):
-            raise UserError(
-                f"mesh={text!r}: name each axis once with its size, at most one of them -1, as in 'data=-1, fsdp=4'"
-            )
+            raise UserError(f"mesh={text!r}: name each axis once with its size, at most one -1: 'data=-1, fsdp=4'")
         sizes[name] = int(size)
     fixed = math.prod(size for size in sizes.values() if size > 0)
     if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
-        raise UserError(
-            f"mesh={text!r}: the sizes multiply to {fixed}, but there are {len(devices)} devices; the mesh must have "
-            "all of them, and an axis of size -1 takes those that remain"
-        )
+        raise UserError(f"mesh={text!r}: the sizes multiply to {fixed}, but there are {len(devices)} devices; an axis "
+                        "of size -1 takes those that remain")  # fmt: skip
     shape = [len(devices) // fixed if size < 0 else size for size in sizes.values()]
     return Mesh(_arranged(devices, shape), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
@@ -63,15 +58,8 @@ def _arranged(devices: list[jax.Device], shape: list[int]) -> np.ndarray:
 
 
 def make_inference_mesh(text: str) -> Mesh:
-    """Makes the mesh over all devices for inference with a model trained on the mesh `text`.
-
-    Sharded parameters stay sharded. With as many devices as in training it is the same mesh.
-    """
-    if "fsdp" not in text:
-        return make_mesh()
-    with contextlib.suppress(UserError):
-        return make_mesh(text=text)
-    return make_mesh(text="fsdp=-1")
+    """Makes the mesh over all devices for inference with a model trained on the mesh `text`: fsdp stays sharded."""
+    return make_mesh(text="fsdp=-1" if "fsdp" in text else "data=-1")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -90,12 +78,9 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1, key: str 
 
     `key` is the config key of the batch size.
     """
-    parts = mesh.size * accumulate
-    if batch_size % parts:
-        low = batch_size - batch_size % parts
-        near = [str(b) for b in (low, low + parts) if b]
+    if batch_size % (parts := mesh.size * accumulate):
         by = f"{parts}, the microbatches (accumulate) times the devices" if accumulate > 1 else f"the {parts} devices"
-        raise UserError(f"{key}={batch_size} is not divisible by {by}; the nearest that are: {' and '.join(near)}")
+        raise UserError(f"{key}={batch_size} is not divisible by {by}; {-(-batch_size // parts) * parts} is")
 
 
 def round_up(batch_size: int, mesh: Mesh) -> int:
@@ -106,11 +91,9 @@ def round_up(batch_size: int, mesh: Mesh) -> int:
 def rows_here(size: int, mesh: Mesh) -> np.ndarray:
     """The rows int64[b], ascending, of a batch of `size` examples that the devices of this process hold.
 
-    They follow the order of the devices in the mesh, which need not be that of the processes. Raises UserError unless
-    every device gets the same number.
+    They follow the order of the devices in the mesh, which need not be that of the processes. `size` is a multiple of
+    the device count.
     """
-    if size % mesh.size:
-        raise UserError(f"a batch of {size} is not divisible by the {mesh.size} devices")
     slices = sharded(mesh).addressable_devices_indices_map((size,)).values()
     edges = {index[0].indices(size)[:2] for index in slices if index}
     return np.concatenate([np.arange(*own, dtype=np.int64) for own in sorted(edges)])

@@ -10,11 +10,8 @@ import contextlib
 import functools
 import importlib.util
 import inspect
-import io
-import itertools
 import re
 import sys
-import tokenize
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +20,9 @@ from imgclf_jax.core.errors import Untrusted, UserError, shown, unknown
 from imgclf_jax.core.typing import Function, Value
 
 _CALL = re.compile(r"\s*([A-Za-z_][\w.]*(?::[A-Za-z_]\w*)?)\s*(\(.*\))?\s*", re.DOTALL)
-
+_TOKEN = re.compile(  # a string, a comment or a character
+    r"""'''.*?'''|""\".*?""\"|'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|#[^\n]*|.""", re.DOTALL
+)
 
 type Table = Mapping[str, Any]  # the registry of one kind: functions and classes by name
 
@@ -46,7 +45,6 @@ def parse(text: str) -> list[Call]:
 
     Raises UserError for text outside the grammar and for an argument that is not a Python literal.
     """
-    text = text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads its source
     return [_parse_call(part, text) for part in split_calls(text)] if text.strip() else []
 
 
@@ -59,27 +57,15 @@ def parse_one(text: str) -> Call:
 
 
 def split_calls(text: str) -> list[str]:
-    """Splits a spec at each `|` outside brackets and strings, by Python's tokenizer."""
-    if any("\ud800" <= c <= "\udfff" for c in text):  # lone surrogates stand for undecodable bytes
-        raise UserError(f"in spec {shown(text)}: it is not UTF-8")
-    if "\0" in text:  # which can break the tokenizer
-        raise UserError(f"in spec {shown(text)}: a null character is not allowed")
-    # Added brackets turn newlines into white space; the column offset is one on the first line.
-    bracketed = f"({text}\n)"
-    starts = [0]
-    for line in bracketed.split("\n"):
-        starts.append(starts[-1] + len(line) + 1)
-    cuts, depth = [], 0
-    try:
-        for token in tokenize.generate_tokens(io.StringIO(bracketed).readline):
-            if token.type == tokenize.OP:
-                depth += (token.string in "([{") - (token.string in ")]}")
-                if token.string == "|" and depth == 1:
-                    cuts.append(starts[token.start[0] - 1] + token.start[1] - 1)
-    except (tokenize.TokenError, SyntaxError, ValueError) as e:
-        raise UserError(f"in spec {shown(text)}: unbalanced brackets or quotes") from e
-    edges = [-1, *cuts, len(text)]
-    return [text[a + 1 : b] for a, b in itertools.pairwise(edges)]
+    """Splits a spec at each `|` outside brackets, strings and comments."""
+    parts, depth = [""], 0
+    for token in _TOKEN.findall(text):
+        depth += (token in "([{") - (token in ")]}")
+        if token == "|" and not depth:
+            parts.append("")
+        else:
+            parts[-1] += token
+    return parts
 
 
 def _parse_call(part: str, text: str) -> Call:
@@ -90,35 +76,25 @@ def _parse_call(part: str, text: str) -> Call:
     name, arguments = match.groups()
     try:
         node = ast.parse(f"f{arguments or '()'}", mode="eval").body
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
-        raise UserError(f"in spec {shown(text)}: the arguments of {name!r} do not parse: {shown(arguments)}") from e
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-        raise UserError(f"in spec {shown(text)}: {shown(part.strip())} is not of the form name(arg, key=value)")
-    if any(k.arg is None for k in node.keywords):
-        raise UserError(f"in spec {shown(text)}: {name!r} takes no **arguments")
-    keys = [k.arg for k in node.keywords]
-    if twice := [k for k in keys if keys.count(k) > 1]:
-        raise UserError(f"in spec {shown(text)}: {name!r} is given the argument {twice[0]!r} twice")
-    args = tuple(_literal(a, text) for a in node.args)
-    kwargs = {k.arg: _literal(k.value, text) for k in node.keywords if k.arg is not None}
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+            raise ValueError
+        args = tuple(map(_literal, node.args))
+        kwargs = {k.arg: _literal(k.value) for k in node.keywords if k.arg is not None}
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as e:
+        raise UserError(
+            f"in spec {shown(text)}: the arguments of {name!r} are not literals: {shown(arguments)}; write finite "
+            "numbers, quoted strings, True, False, None, and tuples, lists and dicts of these"
+        ) from e
+    if len(kwargs) < len(node.keywords):
+        raise UserError(f"in spec {shown(text)}: {name!r} is given an argument twice, or **arguments")
     return Call(name, args, kwargs)
 
 
-def _literal(node: ast.expr, text: str) -> Value:
-    try:
-        value = ast.literal_eval(node)
-        if ast.literal_eval(repr(value)) == value:  # unlike inf, which has no literal: specs must round-trip
-            return value
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        pass
-    try:
-        source = shown(ast.unparse(node))
-    except (ValueError, RecursionError):  # too long or too deep to show
-        source = "an argument"
-    raise UserError(
-        f"in spec {shown(text)}: {source} is not a literal; write a finite number, a quoted string, True, False, None, "
-        "or a tuple, list or dict of these"
-    )
+def _literal(node: ast.expr) -> Value:
+    value = ast.literal_eval(node)
+    if ast.literal_eval(repr(value)) != value:  # inf has no literal, and specs must round-trip
+        raise ValueError
+    return value
 
 
 _untrusted: list[str] = []  # the owners of specs that are being read
@@ -191,10 +167,8 @@ def bind(
     signature = parameters(function, call, kind)
     named = [name for name, p in signature.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(named) < len(leading) and not any(p.kind is p.VAR_POSITIONAL for p in signature.values()):
-        raise UserError(
-            f"{kind} {call.name!r} takes ({', '.join(signature)}); it must take ({', '.join(leading)}), and then its "
-            "own arguments"
-        )
+        raise UserError(f"{kind} {call.name!r} takes ({', '.join(signature)}); it must take ({', '.join(leading)}), "
+                        "and then its own arguments")  # fmt: skip
     positional = named[: len(leading)]
     linen = ("parent", "name") if "parent" in signature else ()  # fields that flax adds to every module
     own = [p for name, p in signature.items() if name not in positional and name not in linen]
@@ -213,10 +187,10 @@ def bind(
 
 
 def parameters(function: Function, call: Call, kind: str) -> Mapping[str, inspect.Parameter]:
-    """The parameters of the function that `call` names; UserError if Python does not know them."""
+    """The parameters of the function that `call` names; UserError if it has no signature, as some builtins."""
     try:
         return inspect.signature(function).parameters
-    except ValueError as e:  # some builtins have no signature
+    except ValueError as e:
         raise UserError(f"in {kind} {str(call)!r}: {call.name} has no readable signature: {e}") from e
 
 
@@ -239,12 +213,10 @@ def declared(function: Function, name: str, default: Any) -> Any:
     `functools.partial` hides the attributes of the function that it binds, and has attributes of its own.
     """
     while not hasattr(function, name):
-        if isinstance(function, functools.partial):
-            function = function.func
-        elif hasattr(function, "__wrapped__"):  # as by jax.jit
-            function = function.__wrapped__
-        else:
+        inner = getattr(function, "func", getattr(function, "__wrapped__", None))  # of a partial, or as of jax.jit
+        if inner is None:
             return default
+        function = inner
     return getattr(function, name)
 
 

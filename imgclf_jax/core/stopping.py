@@ -1,4 +1,4 @@
-"""Stops on a signal: SIGINT (Ctrl-C), SIGTERM, and SIGHUP (the terminal was closed).
+"""Stops on a signal: SIGINT (Ctrl-C) or SIGTERM.
 
 Outside of `stopping` there is nothing to save, and the process ends at once. Inside, the training loop asks after each
 step, saves, and ends. Of several processes, a signal to any one stops all after the same step, by JAX's preemption sync
@@ -20,7 +20,7 @@ type Handler = Callable[[int, FrameType | None], object] | int | None
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STATUS_SAVED = 75  # EX_TEMPFAIL: stopped with a checkpoint saved; run the same command again
 
 _points = itertools.count(1)  # of JAX's preemption service: the calls of `stop`, the same in all processes
@@ -35,8 +35,6 @@ def end_on_signals() -> None:
 
     def end(number: int, _: FrameType | None) -> None:
         ignore_signals()  # `uv run` sends Ctrl-C a second time
-        if number == signal.SIGHUP:
-            _leave_terminal()
         name = signal.Signals(number).name
         with contextlib.suppress(OSError):
             os.write(2, f"{name}: stopped; nothing is lost; run the same command again\n".encode())
@@ -63,8 +61,6 @@ def stopping() -> Iterator[Callable[[], str]]:
 
     def note(number: int, _: FrameType | None) -> None:
         nonlocal received
-        if number == signal.SIGHUP:
-            _leave_terminal()
         if several:
             os.kill(os.getpid(), signal.SIGTERM)  # the only signal that JAX's service knows
         else:
@@ -112,12 +108,3 @@ def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Sig
     """Installs a handler; returns those before. Signals that are ignored stay so, as under `nohup`."""
     numbers = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in numbers}
-
-
-def _leave_terminal() -> None:
-    """Redirects the standard streams of a closed terminal to the null device, where writes do not fail."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for number in (0, 1, 2):
-        if os.isatty(number):
-            os.dup2(nowhere, number)
-    os.close(nowhere)

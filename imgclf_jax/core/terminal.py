@@ -6,15 +6,13 @@ import functools
 import json
 import logging
 import math
-import shutil
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.live import Live
 from rich.logging import RichHandler
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -22,11 +20,7 @@ from imgclf_jax.core import processes
 from imgclf_jax.core.text import decimals, printable
 from imgclf_jax.core.typing import Json
 
-_LOGGED = 60.0  # seconds between lines of progress where there is no terminal
 _WIDE = 1_000_000  # columns of an output that is no terminal, where a row is one line
-
-
-log = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -42,54 +36,27 @@ def shows_progress() -> bool:
 
 @contextlib.contextmanager
 def showing(what: str | Callable[[], str]) -> Iterator[None]:
-    """While inside, shows `what`, or what it returns in another thread: on a terminal as a line that is replaced.
-
-    Elsewhere logs it each minute. An empty text shows nothing.
-    """
+    """While inside, shows `what`, or what it returns in another thread, on a line of a terminal; elsewhere nothing."""
     describe = what if callable(what) else lambda: what
-    if processes.index():
+    if not shows_progress():
         yield
         return
-    if shows_progress():
-        line = functools.partial(Text, no_wrap=True, overflow="ellipsis")
-        with Live(get_renderable=lambda: line(printable(describe())), console=console(), transient=True,
-                  redirect_stdout=sys.stdout.isatty(), redirect_stderr=False) as live:  # fmt: skip
-            live.refresh()
-            yield
-        return
-    ended = threading.Event()
-
-    def log_progress() -> None:
-        while not ended.wait(_LOGGED):
-            if text := describe():
-                log.info("%s", text)
-
-    thread = threading.Thread(target=log_progress, name="progress", daemon=True)
-    thread.start()
-    try:
+    line = functools.partial(Text, no_wrap=True, overflow="ellipsis")
+    with Live(get_renderable=lambda: line(printable(describe())), console=console(), transient=True,
+              redirect_stdout=sys.stdout.isatty(), redirect_stderr=False) as live:  # fmt: skip
+        live.refresh()
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def track[T](items: Iterable[T], total: int, what: str, weight: Callable[[T], int] = lambda _: 1) -> Iterator[T]:
     """Yields the items, and shows how many of the `total` the caller is done with; one counts as `weight(item)`."""
-    done, began = 0, time.monotonic()
-    with showing(lambda: describe_progress(what, done, total, time.monotonic() - began)):
+    columns = TextColumn("{task.description}", markup=False), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console(), transient=True, disable=not shows_progress(),
+                  redirect_stdout=sys.stdout.isatty(), redirect_stderr=False) as progress:  # fmt: skip
+        task = progress.add_task(printable(what), total=total)
         for item in items:
             yield item
-            done += weight(item)
-
-
-def describe_progress(what: str, done: int, total: int, seconds: float) -> str:
-    """`evaluating test: 1,280 of 10,000, 640 a second, 14 s left`."""
-    text = f"{what}: {min(done, total):,} of {total:,}"
-    if done and seconds:
-        rate = done / seconds
-        text += f", {rate:,.0f} a second" if rate >= 1 else f", {1 / rate:,.1f} s each"
-        text += f", {duration((total - done) / rate)} left" if done < total else ""
-    return text
+            progress.advance(task, weight(item))
 
 
 def duration(seconds: float) -> str:
@@ -129,11 +96,6 @@ def _printable(record: logging.LogRecord) -> logging.LogRecord:
     lines = text.split("\n") if "\n" in str(record.msg) else [text]
     out.msg, out.args = "\n".join(map(printable, lines)), None
     return out
-
-
-def columns() -> int | None:
-    """The width of standard output if that is a terminal; None elsewhere, where programs read lines of any length."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def print_text(text: str) -> None:

@@ -18,10 +18,7 @@ def printable(text: str) -> str:
 
 
 def escape_surrogates(text: str) -> str:
-    r"""Escapes bytes that are not UTF-8, which Python holds as lone surrogates, such as `\udcff`, so that text encodes.
-
-    Other characters, also unprintable ones, are unchanged.
-    """
+    r"""Escapes lone surrogates, such as `\udcff`, by which Python holds bytes that are not UTF-8: the text encodes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -41,13 +38,6 @@ def decimals(value: float) -> str:
 def interval(low: float, high: float) -> str:
     """Formats the ends of an interval."""
     return f"{decimals(low)} to {decimals(high)}"
-
-
-def utf8(name: str) -> str:
-    """Decodes a file name as UTF-8 instead of by the locale, so it is the same in every locale."""
-    if sys.getfilesystemencoding() == "utf-8":
-        return name
-    return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
 def prepare_streams() -> None:

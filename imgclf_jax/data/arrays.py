@@ -73,7 +73,7 @@ def arrays(path: str) -> dict[str, Source]:
 
 def load_array(path: str) -> np.ndarray:
     """Loads a .npy file. Raises UserError for one that is missing, damaged, or larger than memory."""
-    file = paths.expand_user(path)
+    file = paths.as_path(path)
     try:
         memory.require(paths.size(file), path)
         with paths.open_regular(file) as opened:
@@ -86,7 +86,7 @@ def load_array(path: str) -> np.ndarray:
 
 def _load(path: str) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, str]]]:
     """Loads the arrays of an .npz file that its `_splits` may use. Returns them, and the splits."""
-    file = paths.expand_user(path)
+    file = paths.as_path(path)
     try:
         with paths.open_regular(file) as opened, zipfile.ZipFile(opened) as content:
             infos = {info.filename.removesuffix(".npy"): info for info in content.infolist()}

@@ -14,7 +14,6 @@ import numpy as np
 from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError, no_such, unknown
 from imgclf_jax.core.split_folders import split_order
-from imgclf_jax.core.text import utf8
 from imgclf_jax.core.typing import Examples
 from imgclf_jax.data import image_check
 from imgclf_jax.data.image_check import Checked
@@ -35,14 +34,14 @@ def file_sources(
     hash of their files, and the fingerprints cover names, contents, classes and labels. Raises UserError for a split
     without a readable file.
     """
-    skipped, out = tuple(utf8(str(root / file)) for file in checked.unreadable), {}
+    skipped, out = tuple(str(root / file) for file in checked.unreadable), {}
     for split in sorted(set(splits), key=split_order):
         rows = [row for row, other in enumerate(splits) if other == split and files[row] in checked.digests]
         if not rows:
             raise UserError(f"{root}: the split {split!r} has no readable image; add some, or remove the split")
         rows.sort(key=lambda row: (hashed(files[row]), row))
         own, y = [files[row] for row in rows], labels[rows]
-        facts = json.dumps([[utf8(file) for file in own], class_names, [checked.digests[file] for file in own]])
+        facts = json.dumps([own, class_names, [checked.digests[file] for file in own]])
         fingerprint = hashlib.sha256(facts.encode() + np.ascontiguousarray(y).tobytes()).hexdigest()
         paths_of = [root / file for file in own]
         own_columns = {name: [values[row] for row in rows] for name, values in columns.items()}
@@ -66,7 +65,7 @@ def hashed(file: str) -> bytes:
 
 def open_folder(kind: str, path: str) -> Path:
     """The folder of image files at `path`. Raises UserError naming the source `kind` if there is none."""
-    root = paths.expand_user(path)
+    root = paths.as_path(path)
     if paths.in_bucket(root):
         raise UserError(f"{kind}: {path!r} is in a bucket, where many small files are slow to read; mount it as a "
                         "folder (gcsfuse, mountpoint-s3), or use arrays(…) or a TFDS data set there")  # fmt: skip

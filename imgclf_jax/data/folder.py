@@ -10,7 +10,6 @@ import numpy as np
 from imgclf_jax.core import terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.split_folders import class_folders, split_folders
-from imgclf_jax.core.text import utf8
 from imgclf_jax.data import image_files
 from imgclf_jax.data.file_source import check_files, file_sources, hashed, open_folder
 from imgclf_jax.data.image_check import THREADS
@@ -36,7 +35,7 @@ def folder(path: str, train_per_class: int = 0, draw: int = 0, *, unreadable: st
                         "the disk; name the folder that holds the class folders")  # fmt: skip
     prefixes = {name: f"{name}/" for name in split_folders(root)} or {"train": ""}
     # All splits have the union of their classes, so labels agree between them.
-    class_names = tuple(sorted({utf8(d.name) for prefix in prefixes.values() for d in class_folders(root / prefix)}))
+    class_names = tuple(sorted({d.name for prefix in prefixes.values() for d in class_folders(root / prefix)}))
     if len(class_names) < 2:
         raise UserError(f"folder: {root} has {len(class_names)} class folders; make one per class, at least two")
     others: list[str] = []
@@ -84,4 +83,4 @@ def _list(root: Path, prefix: str, others: list[str]) -> Iterator[tuple[str, str
             if not names:
                 raise UserError(f"folder: the class folder {class_folder} has no images; add some or remove it")
             others += [f"{prefix}{class_folder.name}/{name}" for name in own]
-            yield from ((utf8(class_folder.name), f"{prefix}{class_folder.name}/{name}") for name in names)
+            yield from ((class_folder.name, f"{prefix}{class_folder.name}/{name}") for name in names)

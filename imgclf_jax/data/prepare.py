@@ -94,7 +94,7 @@ def _prepare(builder: Builder, name: str, data_dir: str, manual_dir: str) -> Non
 
 def _builder(name: str, data_dir: str) -> Builder:
     """The TFDS builder of a data set with image and label."""
-    paths.expand_user(data_dir)  # refuses other addresses, which TFDS would read
+    paths.as_path(data_dir)  # refuses other addresses, which TFDS would read
     extras.require("tfds", f'data.source="tfds({name!r})"')
     tensorflow_import.wait_if_begun()
     import tensorflow_datasets as tfds

@@ -56,7 +56,7 @@ def table(
     All columns are `columns` of the source, so `data.sampling` may be weighted by one. Files are checked at the start
     like those of `folder`, with the same `unreadable`. Raises UserError naming the column, row or file at fault.
     """
-    table_path = paths.expand_user(path)
+    table_path = paths.as_path(path)
     base = open_folder("table: root", root or str(table_path.parent))
     if not table_path.is_file():
         raise no_such("table", "file", table_path)

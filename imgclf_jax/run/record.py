@@ -1,6 +1,7 @@
 """Reads the records of a run from its work directory or a bundle, and finds all runs below directories."""
 
 import contextlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Self
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import json_files, paths
+from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import bundle, ranking, writers
@@ -99,7 +100,7 @@ class Record:
 
     def _json(self, name: str) -> JsonObject:
         try:
-            value = json_files.parse(self.files.get(name, b"{}"))
+            value = json.loads(self.files.get(name, b"{}"))
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):

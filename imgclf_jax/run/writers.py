@@ -16,7 +16,7 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
-from imgclf_jax.core import json_files, paths, processes, spec, tensorflow_import
+from imgclf_jax.core import paths, processes, spec, tensorflow_import
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import JsonMapping, JsonObject
 
@@ -261,7 +261,7 @@ def parse_records(content: bytes, where: str, strict: bool = False) -> list[Json
         record = None
         if not line.isspace():
             with contextlib.suppress(ValueError, RecursionError):
-                record = json_files.parse(line.decode("utf-8", "replace"))
+                record = json.loads(line.decode("utf-8", "replace"))
         if isinstance(record, dict) and type(record.get("step")) is int:
             records.append(record)
         else:

@@ -59,7 +59,7 @@ def overlap_warnings(trained: ConfigDict, data: ConfigDict, base: Mapping[str, S
 
 def initial_warnings(config: ConfigDict, base: Mapping[str, Source]) -> list[str]:
     """The `overlap_warnings` of the run that `init_from` names, for the sets of `config`; [] for a file of weights."""
-    folder = Workdir(paths.expand_user(config.init_from))
+    folder = Workdir(paths.as_path(config.init_from))
     if not config.init_from or not folder.config.is_file():
         return []
     found = overlap_warnings(folder.load_config(), config.data, base)

@@ -116,9 +116,7 @@ class Records(contextlib.ExitStack):
         return ""
 
     def _describe(self) -> str:
-        """How far training is, for a terminal; elsewhere the log says it."""
-        if not terminal.shows_progress():
-            return ""
+        """How far training is, for a terminal."""
         steps, seconds = self.timer.steps, self.timer.seconds["steps"] + self.timer.seconds["input"]
         left = (self._run.cadences.last - self._step) * seconds / steps if steps else 0.0
         more = (self._pace, f"{terminal.duration(left)} left") if steps else ("compiling",)

@@ -80,7 +80,7 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     trained with another normalization, link or model.
     """
     config = programs.recipe.config
-    path = paths.expand_user(config.init_from)
+    path = paths.as_path(config.init_from)
     state, replicas = programs.state_shape, programs.recipe.num_seeds > 1
     shapes = {"params": state.params, **state.model_state}
     own = dict(tree.named_leaves(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[replicas:], x.dtype), shapes)))

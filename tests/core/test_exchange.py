@@ -1,12 +1,8 @@
 """What processes exchange, played by threads over a store that behaves like JAX's coordination service."""
 
-import contextlib
-import copy
 import re
 import threading
 import time
-import types
-from concurrent.futures import Future
 
 import pytest
 
@@ -15,7 +11,6 @@ from imgclf_jax.config import default_config
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import workdir
-from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
 
 HERE = threading.local()
@@ -27,10 +22,9 @@ class Store:
     def __init__(self):
         self.values, self.changed = {}, threading.Condition()
 
-    def key_value_set(self, key, value, allow_overwrite=False):
+    def key_value_set(self, key, value):
         with self.changed:
-            if key in self.values and not allow_overwrite:
-                raise RuntimeError(f"ALREADY_EXISTS: {key}")
+            assert key not in self.values
             self.values[key] = value
             self.changed.notify_all()
 
@@ -39,10 +33,6 @@ class Store:
             if not self.changed.wait_for(lambda: key in self.values, milliseconds / 1e5):
                 raise RuntimeError(f"DEADLINE_EXCEEDED: {key}")
             return self.values[key]
-
-    def key_value_dir_get(self, folder):
-        with self.changed:
-            return [(key, value) for key, value in self.values.items() if key.startswith(folder + "/")]
 
 
 class Calls:
@@ -81,19 +71,7 @@ def three(monkeypatch):
             thread.join()
         return results
 
-    run.store = store
     return run
-
-
-def test_process_0_decides_for_all(three):
-    asked = []
-
-    def decide():
-        asked.append(HERE.number)
-        return {"steps": [1, 2]}
-
-    assert three(lambda _: processes.broadcast(decide)) == {key: {"steps": [1, 2]} for key in range(3)}
-    assert asked == [0]
 
 
 @pytest.mark.parametrize("error", [UserError("the disk is full"), OSError("the disk is full")])
@@ -107,26 +85,10 @@ def test_an_error_of_process_0_ends_all(three, error):
     assert isinstance(told[1], UserError)
 
 
-def test_a_value_may_take_longer_than_a_poll(three):
-    assert three(lambda _: processes.broadcast(lambda: time.sleep(0.05) or 7)) == dict.fromkeys(range(3), 7)
-
-
-def test_values_are_gathered_by_the_number_of_the_process(three):
-    assert three(lambda number: processes.gather(number * 10)) == {key: [0, 10, 20] for key in range(3)}
-
-
-def test_data_are_prepared_by_process_0(three):
-    """The others only look at them."""
-    began, lock = [], threading.Lock()
-
-    def prepare():
-        with lock:
-            began.append(HERE.number)
-        time.sleep(0.05)
-        return began[0]
-
-    assert three(lambda _: processes.first_in_process_0(prepare)) == dict.fromkeys(range(3), 0)
-    assert sorted(began) == [0, 1, 2]
+def test_process_0_decides_for_all(three):
+    """Its value may take longer than a poll."""
+    said = three(lambda number: processes.broadcast(lambda: time.sleep(0.05) or {"steps": [HERE.number]}))
+    assert said == {number: {"steps": [0]} for number in range(3)}
 
 
 def test_what_differs_is_named_with_its_process(three):
@@ -138,7 +100,6 @@ def test_what_differs_is_named_with_its_process(three):
     }
     one = [{"seed": 1}, {"seed": 1}, {"other": 2}]
     assert three(lambda number: processes.agree(lambda: one[number])) == dict.fromkeys(range(3))
-    assert three(lambda number: processes.agree(lambda: {"x": (1, 2.5)})) == dict.fromkeys(range(3))
 
 
 def test_data_that_differ_are_named(three):
@@ -163,42 +124,3 @@ def test_work_directories_that_differ_are_told(three, tmp_path, monkeypatch):
         told = three(lambda number: (place if number < 2 else Workdir(tmp_path / "b")).check_shared())
     assert {str(error).partition("=")[0] for error in told.values()} == {"process 2 has the lock in the work directory"}
     assert all(str(error).endswith("on a disk that the hosts share") for error in told.values())
-
-
-@pytest.fixture
-def checkpoints(tmp_path):
-    """Checkpoints of step 3 alone, without Orbax."""
-    checkpoints = Checkpoints.__new__(Checkpoints)
-    checkpoints.directory, checkpoints._read_only, checkpoints._saving = tmp_path, False, None
-    checkpoints._manager = types.SimpleNamespace(all_steps=lambda: [3])
-    checkpoints._find_error = lambda *_: "checkpoint 3 is damaged"
-    return checkpoints
-
-
-def test_all_wait_until_process_0_has_verified_a_checkpoint(three, checkpoints):
-    """Before the next save, in which Orbax would wait for process 0 for five minutes only. A poll waits for nobody."""
-    verified, written = Future(), Future()
-    written.set_result(None)
-
-    def verify():  # ends once the last process waits for it
-        with contextlib.suppress(RuntimeError):
-            three.store.blocking_key_value_get("imgclf_jax/0/2", 2000)
-        verified.set_result(None)
-
-    def save(number):
-        own = copy.copy(checkpoints)
-        own._saving = written if number else verified
-        own.poll()
-        if not number:
-            threading.Thread(target=verify).start()
-        own.save(3, {})
-        return verified.done()
-
-    assert three(save) == dict.fromkeys(range(3), True)
-
-
-def test_one_process_alone_asks_nobody():
-    assert processes.broadcast(lambda: (1, 2)) == (1, 2)
-    assert processes.gather(3) == [3]
-    assert processes.first_in_process_0(lambda: 4) == 4
-    processes.agree(lambda: 1 / 0)

@@ -3,7 +3,6 @@
 import concurrent.futures
 import keyword
 import sys
-from collections.abc import Callable
 
 import pytest
 from hypothesis import example, given, settings
@@ -11,12 +10,6 @@ from hypothesis import strategies as st
 
 from imgclf_jax.core import paths, spec
 from imgclf_jax.core.errors import Untrusted, UserError
-from imgclf_jax.data.sources import SOURCES
-from imgclf_jax.losses import LOSSES
-from imgclf_jax.methods.table import METHODS
-from imgclf_jax.models.backbones import BACKBONES
-from imgclf_jax.optim import optimizers
-from imgclf_jax.optim.schedules import SCHEDULES
 
 IDENTIFIERS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True).filter(lambda s: not keyword.iskeyword(s))
 NAMES = st.one_of(
@@ -89,7 +82,7 @@ def test_examples(text, calls):
 def test_garbage_is_a_user_error_that_shows_the_text(text):
     with pytest.raises(UserError) as e:
         spec.parse(text)
-    assert repr(text.replace("\r\n", "\n").replace("\r", "\n"))[:200] in str(e.value)
+    assert repr(text)[:200] in str(e.value)
     assert len(str(e.value)) < 1000
 
 
@@ -126,12 +119,6 @@ def test_nothing_is_evaluated(tmp_path):
     assert not file.exists()
 
 
-@pytest.mark.parametrize("text", ["", "f|g", "f()|g()"])
-def test_parse_one_wants_exactly_one(text):
-    with pytest.raises(UserError, match="exactly one"):
-        spec.parse_one(text)
-
-
 # --- looking up and binding ---
 
 
@@ -143,11 +130,7 @@ def jitter(key, images, amount=1.0, *, mode="add"):
     return key, images, amount, mode
 
 
-def free(image, **options):
-    return image, options
-
-
-TABLE = {"scale": scale, "jitter": jitter, "free": free}
+TABLE = {"scale": scale, "jitter": jitter}
 
 
 def bind(text, leading=("key", "images", "image")):
@@ -169,8 +152,7 @@ def test_bind_gives_positional_arguments_after_the_given_ones(image, factor, off
     ("scale(1, ofset=2)", "unknown argument 'ofset': did you mean 'offset'"),
     ("scale(1, image=2)", "unknown argument 'image'"),
     ("jitter(1.0, 'mul')", "too many positional arguments"),
-    ("scal(2)", "unknown op 'scal': did you mean 'scale'?"),
-    ("nothing(2)", "allowed: free, jitter, scale, or an import path"),
+    ("scal(2)", "unknown op 'scal': did you mean 'scale'? allowed: jitter, scale, or an import path"),
     ("builtins:type(1)", "no readable signature"),
 ])  # fmt: skip
 def test_bind_errors_name_the_argument_and_what_is_allowed(text, expected):
@@ -193,30 +175,14 @@ def test_an_import_path_is_looked_up_without_registration(tmp_path, monkeypatch)
     for text, expected in {
         "my_own_ops_7.light:brigten": "unknown name in module my_own_ops_7.light 'brigten': did you mean 'brighten'",
         "my_own_ops_7.light:LEVEL": "unknown name in module my_own_ops_7.light 'LEVEL'",  # not callable
-        "my_own_ops_7.dark:f": "cannot import 'my_own_ops_7.dark' for op",
         "my_own_ops_8:f": "cannot import 'my_own_ops_8' for op",
-        "my_own_ops_7..light:f": "cannot import",
+        "models/my_nets_7.py:Net": "module's name without folder and .py",
         "my_own_ops_7.torn:f": r"cannot import 'my_own_ops_7.torn' for op .*: invalid syntax \(torn.py, line 2\)",
     }.items():
         with pytest.raises(UserError, match=expected):
             bind(text)
     for name in [n for n in sys.modules if n.startswith("my_own_ops_7")]:
         del sys.modules[name]
-
-
-@pytest.mark.parametrize("path", ["my_nets_7.py", "./my_nets_7.py", "/full/my path/my_nets_7.py", "models/my_nets_7"])
-def test_the_path_of_a_file_is_no_import_path(path):
-    with pytest.raises(UserError, match=r"without (folder and )?\.py"):
-        bind(f"{path}:Net(width=3)")
-
-
-def test_linen_modules_do_not_offer_the_fields_that_flax_adds():
-    from imgclf_jax.models.backbones import BACKBONES
-
-    model = spec.bind(spec.parse_one("mlp(widths=(3,), dropout=0.5)"), BACKBONES, "model")()
-    assert (model.widths, model.dropout) == ((3,), 0.5)
-    with pytest.raises(UserError, match="unknown argument 'parent'"):
-        spec.bind(spec.parse_one("mlp(parent=None)"), BACKBONES, "model")
 
 
 @pytest.mark.parametrize(("text", "names"), [
@@ -230,22 +196,6 @@ def test_linen_modules_do_not_offer_the_fields_that_flax_adds():
 ])  # fmt: skip
 def test_whether_a_spec_names_code(text, names):
     assert spec.names_code(text) == names
-
-
-def test_what_the_caller_passes_by_name_is_optional():
-    """The spec may set it by name only; positional arguments fill the function's other parameters."""
-
-    def block(features, strides, ratio=4, *, dtype=None):
-        return features, strides, ratio, dtype
-
-    def bind(text):
-        return spec.bind(spec.parse_one(text), {"block": block}, "block", by_name=("features", "strides", "dtype"))
-
-    assert bind("block(8)")(features=1, strides=2) == (1, 2, 8, None)
-    assert bind("block(dtype='x', strides=3)")(features=1) == (1, 3, 4, "x")
-    for text, says in (("block(8, 9)", "too many positional"), ("block(rate=1)", "did you mean 'ratio'")):
-        with pytest.raises(UserError, match=says):
-            bind(text)
 
 
 def test_untrusted_specs_are_refused_in_every_thread():
@@ -266,19 +216,3 @@ def test_untrusted_specs_are_refused_in_every_thread():
         with spec.untrusted("b"):
             assert pool.submit(refused).result() == "b"
         assert [refused(), pool.submit(refused).result()] == ["", ""]
-
-
-def test_what_has_no_readable_signature_takes_nothing():
-    """optax has type aliases such as `Callable[[int], int]` next to its functions: Python 3.12.1 reads none."""
-    assert spec.takes(lambda learning_rate, b1=0.9: None, "learning_rate")
-    assert not spec.takes(Callable[[int], int], "learning_rate")
-    assert not spec.takes(min, "learning_rate")
-
-
-def test_this_python_reads_the_signature_of_all_that_ships():
-    tables = {"optimizer": optimizers.OPTIMIZERS, "transform": optimizers.TRANSFORMS, "source": SOURCES,
-              "schedule": SCHEDULES, "loss": LOSSES, "backbone": BACKBONES, "method": METHODS}  # fmt: skip
-    for kind, table in tables.items():
-        for name, function in table.items():
-            assert spec.parameters(function, spec.Call(name), kind) is not None
-    assert {"adam", "adamw", "sgd", "muon", "lion"} <= tables["optimizer"].keys()

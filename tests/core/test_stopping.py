@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from imgclf_jax.core import processes, stopping
+from imgclf_jax.core import stopping
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +28,6 @@ def test_a_signal_is_noted_inside_and_the_handlers_come_back(number, caplog):
         assert [stop(), stop()] == [number.name] * 2
     assert [signal.getsignal(one) for one in stopping.SIGNALS] == before
     assert caplog.messages == [f"{number.name}: stopping after this step, and saving a checkpoint"]
-    with stopping.stopping() as stop:
-        assert stop() == ""
 
 
 @pytest.mark.parametrize("number", stopping.SIGNALS)
@@ -50,12 +48,12 @@ def test_outside_it_ends_the_process_at_once(number, capfd):
 
 
 def test_ignored_signals_stay_ignored():
-    """As under `nohup`, whose processes outlive their terminal."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    """As in the background of some shells."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     stopping.end_on_signals()
-    os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGINT)
     with stopping.stopping() as stop:
-        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGINT)
         assert stop() == ""
 
 
@@ -70,14 +68,3 @@ def test_outside_the_main_thread_nothing_is_noted():
     thread.start()
     thread.join()
     assert found == [""]
-
-
-def test_several_processes_ask_jax_with_the_number_of_the_call(monkeypatch):
-    """Its sync point must be asked for in every call; the answer stays once it is reached."""
-    asked = []
-    monkeypatch.setattr(processes, "_count", 2)
-    monkeypatch.setattr(stopping, "start_preemption_service", lambda: None)
-    monkeypatch.setattr(stopping, "reached_sync_point", lambda number: asked.append(number) or len(asked) == 3)
-    with stopping.stopping() as stop:
-        assert [stop() for _ in range(5)] == ["", "", *["SIGTERM"] * 3]
-    assert asked == list(range(asked[0], asked[0] + 3))

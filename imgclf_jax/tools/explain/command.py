@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.core import paths, terminal
 from imgclf_jax.core.errors import UserError, unknown
-from imgclf_jax.core.text import decimals, utf8
+from imgclf_jax.core.text import decimals
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.explain.explanations import build, draw
@@ -49,11 +49,11 @@ def main(
             probabilities, ranking = result
             label = model.class_names.index(wanted) if wanted else int(ranking.argmax())
             name, probability = model.class_names[label], float(probabilities[label])
-            title = f"{utf8(Path(file).name)}: {name}, probability {decimals(probability)}"
+            title = f"{Path(file).name}: {name}, probability {decimals(probability)}"
             picture, values = draw(method, explain, model.prepare(file), label, title)
             target = _name_picture(folder, file, method, wanted, taken)
             paths.write_atomically(target, picture)
-            yield {"file": utf8(file), "class": name, "probability": float(f"{probability:.7g}"), "method": method,
+            yield {"file": file, "class": name, "probability": float(f"{probability:.7g}"), "method": method,
                    "greatest": float(values.max()), "picture": str(target)}  # fmt: skip
 
     if format == "json":
@@ -68,7 +68,7 @@ def main(
 
 def _name_picture(folder: Path, file: str, method: str, wanted: str, taken: set[Path]) -> Path:
     """Names an image's heatmap `STEM.METHOD.png`, with a number if another image of this call has that name."""
-    stem = ".".join(re.sub(r"[^\w.+-]", "_", part) for part in (Path(utf8(file)).stem, wanted) if part)
+    stem = ".".join(re.sub(r"[^\w.+-]", "_", part) for part in (Path(file).stem, wanted) if part)
     numbers = ("", *(f"-{number}" for number in range(2, len(taken) + 2)))
     target = next(name for number in numbers if (name := folder / f"{stem}{number}.{method}.png") not in taken)
     taken.add(target)

@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import export
-from jax.extend.core import Jaxpr, Var
+from jax.extend.core import Jaxpr, Literal, Var
 from jax.interpreters import partial_eval
 from jax.typing import ArrayLike
 
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.jaxprs import Atom
 from imgclf_jax.core.text import one_per_line
 from imgclf_jax.core.typing import Function, PyTree
 from imgclf_jax.step import Outputs
@@ -89,7 +88,7 @@ def _run(
     """Evaluates a jaxpr, with `replacements` for some primitives."""
     values: dict[Var, ArrayLike] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
-    def read(variable: Atom) -> ArrayLike:
+    def read(variable: Var | Literal) -> ArrayLike:
         return variable.val if hasattr(variable, "val") else values[variable]
 
     for equation in jaxpr.eqns:

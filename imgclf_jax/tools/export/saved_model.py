@@ -8,6 +8,8 @@ which holds at most 2 GB.
 
 import datetime
 import json
+import os
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,7 +53,8 @@ def write(model: Trained, what: Outputs, folder: Path, today: datetime.date) -> 
     exported = stablehlo.lower(function, model, variables)
     described = stablehlo.metadata(model, what, exported, today)
     gives = described["gives"]
-    with paths.replacing_folder(folder) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as made:
+        temporary = Path(made, "new")
         module = _module(tf, exported, dict(tree.named_leaves(variables)), model, gives)
         tf.saved_model.save(module, str(temporary), {"serving_default": module.call, "class_names": module.names})
         loaded = tf.saved_model.load(str(temporary)).signatures["serving_default"]
@@ -61,6 +64,9 @@ def write(model: Trained, what: Outputs, folder: Path, today: datetime.date) -> 
         extra = temporary / "assets.extra"
         extra.mkdir()
         paths.write_atomically(extra / "metadata.json", json.dumps(described, indent=2, ensure_ascii=False))
+        if os.path.lexists(folder):
+            folder.rename(Path(made, "old"))
+        temporary.rename(folder)
     return difference
 
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.core import terminal
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.text import decimals, printable, utf8
+from imgclf_jax.core.text import decimals, printable
 from imgclf_jax.core.typing import Json, JsonObject
 from imgclf_jax.losses import Task
 from imgclf_jax.run.workdir import Workdir
@@ -44,10 +44,10 @@ def main(
     def records() -> Iterator[Record]:
         for image, result in results:
             if isinstance(result, UserError):
-                yield {"file": utf8(image), "error": str(result)}
+                yield {"file": image, "error": str(result)}
                 continue
             more = {"probabilities": result[0]} if with_all else {}
-            yield {"file": utf8(image), **model.describe(result, top_k, thresholds), **more}
+            yield {"file": image, **model.describe(result, top_k, thresholds), **more}
 
     PRINT[format](records(), make_columns(model, top_k))
     return int(results.failed > 0)

@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 from imgclf_jax import datasets
 from imgclf_jax.core import terminal
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.text import utf8
 from imgclf_jax.data.source import Source
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.pages import inputs
@@ -61,7 +60,7 @@ def _add_sets(
         done, batches = 0, -(-len(images) // model.programs.eval_batch_size)
         for features, labels in terminal.track(feature_sets.compute_batches(model, images), batches, name):
             ids = range(done, done + len(labels))
-            found.add(name, [utf8(images.source.listed_name(i)) for i in ids], labels, features)
+            found.add(name, [images.source.listed_name(i) for i in ids], labels, features)
             done += len(labels)
 
 
@@ -73,14 +72,14 @@ def _add_files(model: Trained, results: inputs.Results, words: list[str], found:
             labels = np.full((len(batch), len(targets)), np.nan, np.float32)
         else:
             labels = np.array([label_of(image, folders, model.class_names) for image, _ in batch], np.int32)
-        found.add("", [utf8(image) for image, _ in batch], labels, np.stack([row for _, row in batch], 1))
+        found.add("", [image for image, _ in batch], labels, np.stack([row for _, row in batch], 1))
 
 
 def label_of(image: str, folders: list[str], class_names: tuple[str, ...]) -> int:
     """Returns the class named by the image's subfolder of one of `folders`, such as "photos/", or -1."""
     for folder in folders:
         if image.startswith(folder):
-            name = utf8(image.removeprefix(folder).split(os.sep)[0])
+            name = image.removeprefix(folder).split(os.sep)[0]
             if name in class_names:
                 return class_names.index(name)
     return -1

@@ -6,7 +6,6 @@ import socket
 from ml_collections import ConfigDict
 
 from imgclf_jax.core.errors import UserError, reason
-from imgclf_jax.core.text import utf8
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.trained import load_trained
 
@@ -31,7 +30,7 @@ def main(
     model = load_trained(config, workdir, checkpoint)
     model.programs.check_predicts()
     local = host in ("localhost", "127.0.0.1", "::1")
-    name = utf8(workdir.path.absolute().name) if workdir else ""
+    name = workdir.path.absolute().name if workdir else ""
     # A page of the web whose name resolves to this machine is refused.
     hosts = ("localhost", "127.0.0.1", "[::1]") if local else ("*",)
     application = app.build(model, name, hosts, cors)

@@ -138,7 +138,7 @@ def _is_done(run: Run, workdir: Workdir) -> bool:
 
 
 def _start(command: Sequence[str], folder: Path, run: Run, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    paths.refuse_link(folder / run.name)
+    paths.make_folder(folder / run.name)
     with paths.open_regular(folder / f"{run.name}.log", "a", "utf-8") as file:
         file.write(f"$ {shlex.join(command)}\n")
         file.flush()
