@@ -18,76 +18,31 @@ RUN = ("--config.data.source=fake(80, (12, 12, 1), 4)", "--config.preprocess=dec
        "--config.data.placement=device")  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, one_device):
-    """A run of one seed, and a run of two seeds with another optimizer."""
-    folder = tmp_path_factory.mktemp("runs")
-    assert launch.main([f"--workdir={folder / 'a'}", *RUN]) == 0
-    assert launch.main([f"--workdir={folder / 'b'}", *RUN, "--config.optimizer=sgd", "--config.num_seeds=2"]) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tested(folder):
-    assert launch.main(["compare", str(folder), "--test"]) == 0
-    return {run.workdir.path.name: run for run in record.find([str(folder)])[0]}
-
-
 @pytest.mark.thorough
-def test_they_are_those_of_the_result(tested):
-    """The exact accuracy of each seed."""
-    one, two = (load(tested[name])["test"] for name in "ab")
-    assert (one.shape, two.shape) == ((1, 80), (2, 80))
-    result = tested["a"].result["test"]
-    assert one.mean() == result["accuracy"]
-    assert 0.1 < result["accuracy"] < 1  # so that being equal says something
-    assert two.mean(1).mean() == pytest.approx(tested["b"].result["test"]["accuracy"])
-    assert two.mean(1).std(ddof=1) == pytest.approx(tested["b"].result["test"]["accuracy_std"])
-
-
-@pytest.mark.thorough
-def test_they_are_those_of_evaluate(tested, tmp_path):
-    """In the order of its rows."""
-    file, run = tmp_path / "rows.csv", tested["a"]
-    assert launch.main(["evaluate", f"--workdir={run.path}", "--checkpoint=latest", f"--predictions={file}"]) == 0
-    with file.open(newline="") as stream:
-        listed = [row["correct"] == "True" for row in csv.DictReader(stream)]
-    np.testing.assert_array_equal(load(run)["test"][0], listed)
-
-
-@pytest.mark.thorough
-def test_they_are_made_once(tested, folder, tmp_path, monkeypatch, capsys):
-    """Unless the run has been extended since, or has other evaluation sets."""
-    made = []
-    monkeypatch.setattr(predictions, "make", lambda run, trust: made.append(run.name) or {})
-    assert launch.main(["compare", str(folder), "--test"]) == 0
-    assert made == []
+def test_they_are_those_of_the_result_and_of_evaluate(tmp_path, one_device, capsys):
+    """The exact accuracy of each seed, in the order of the rows of `evaluate`; a run that names code is left out."""
+    for name, more in (("a", []), ("b", ["--config.optimizer=sgd", "--config.num_seeds=2"])):
+        assert launch.main([f"--workdir={tmp_path / name}", *RUN, *more]) == 0
+    config = tmp_path / "a" / "config.json"
+    before = config.read_text()
+    config.write_text(before.replace("mlp(widths=(8,))", "os:system('false')"))
+    assert launch.main(["compare", str(tmp_path), "--test"]) == 0
+    assert "if you trust both, add --trust" in capsys.readouterr().err
+    assert not (tmp_path / "a" / predictions.FILE).exists()
+    config.write_text(before)
+    assert launch.main(["compare", str(tmp_path), "--test"]) == 0
     assert "McNemar" in capsys.readouterr().out
-    file = tested["a"].workdir.result
-    before = file.read_text()
-    file.write_text(json.dumps(json.loads(before) | {"params_sha256": "another"}))
-    tested["a"].workdir.digests.rename(tmp_path / "digests")
-    assert launch.main(["compare", str(folder), "--test"]) == 0
-    file.write_text(before)
-    (tmp_path / "digests").rename(tested["a"].workdir.digests)
-    assert made == [tested["a"].name]
-    assert launch.main(["compare", str(folder), "--test"]) == 0
-
-
-@pytest.mark.thorough
-def test_a_run_that_names_code_is_left_out(tested, folder, tmp_path, capsys):
-    """Unless it is trusted; the others are compared."""
-    run = tested["a"]
-    kept = run.workdir.path / predictions.FILE
-    before = run.workdir.config.read_text()
-    run.workdir.config.write_text(before.replace("mlp(widths=(8,))", "my_nets:Tiny"))
-    kept.rename(tmp_path / "kept")
-    assert launch.main(["compare", str(folder), "--test"]) == 0
-    err = capsys.readouterr().err
-    run.workdir.config.write_text(before)
-    (tmp_path / "kept").rename(kept)
-    assert "the paired tests skip " in err
-    assert "if you trust both, add --trust" in err
+    runs = [record.read(tmp_path / name) for name in "ab"]
+    one, two = (load(run)["test"] for run in runs)
+    assert (one.shape, two.shape) == ((1, 80), (2, 80))
+    assert 0.1 < one.mean() == runs[0].result["test"]["accuracy"] < 1
+    assert two.mean(1).mean() == pytest.approx(runs[1].result["test"]["accuracy"])
+    assert two.mean(1).std(ddof=1) == pytest.approx(runs[1].result["test"]["accuracy_std"])
+    file = tmp_path / "rows.csv"
+    evaluate = ["evaluate", f"--workdir={tmp_path / 'a'}", "--checkpoint=latest", f"--predictions={file}"]
+    assert launch.main(evaluate) == 0
+    listed = [row["correct"] == "True" for row in csv.DictReader(file.read_text().splitlines())]
+    np.testing.assert_array_equal(one[0], listed)
 
 
 @pytest.fixture

@@ -116,9 +116,7 @@ def test_json(trained, counted, command):
     assert list(result) == ["step", "test"]
     assert result["test"].pop("confusion") == counted["confusion"].tolist()
     assert result["test"].pop("class_names") == [str(c) for c in range(10)]
-    found = result["test"].pop("scores")
-    assert found["accuracy"]["value"] == pytest.approx(counted["correct"] / N)
-    assert found["accuracy"]["low"] < counted["correct"] / N < found["accuracy"]["high"]
+    del result["test"]["scores"]  # see below
     assert result["test"] == pytest.approx(metrics.summarize(counted), rel=CLOSE)
     assert result["test"]["accuracy"] == counted["correct"] / N
 
@@ -126,97 +124,51 @@ def test_json(trained, counted, command):
 def test_table(trained, counted, command):
     """One line per set and one row per class: count, recall, precision, and the most frequent wrong prediction."""
     first, *lines = command(trained.path).splitlines()
-    start = next(i for i, line in enumerate(lines) if "│ class " in line.replace("┃", "│"))
-    lines = lines[start:]  # behind the table of scores
-    expected = metrics.summarize(counted)
-    assert first == (
-        f"test: examples {N}  accuracy {expected['accuracy']:.4g}  loss {expected['loss']:.4g}  "
-        f"nll {expected['nll']:.4g}  "
-        f"top5 {expected['top5']:.4g}"
+    start = next(i for i, line in enumerate(lines) if "┃ class " in line)  # behind the table of scores
+    assert first.startswith(
+        f"test: examples {N}  accuracy {counted['correct'] / N:.4g}  loss {counted['loss'] / N:.4g}"
     )
-    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines[start:] if line.startswith("│")]
     confusion = counted["confusion"]
     assert len(rows) == 10
     for i, row in enumerate(rows):
-        others = np.where(np.arange(10) == i, 0, confusion[i])
-        column = confusion[:, i].sum()
-        assert row == [
-            str(i),
-            str(confusion[i].sum()),
-            f"{confusion[i, i] / confusion[i].sum():.4f}",
-            f"{confusion[i, i] / column:.4f}" if column else "",
-            f"{others.argmax()} ({others.max()})" if others.any() else "",
-        ]
+        others, true, predicted = (
+            np.where(np.arange(10) == i, 0, confusion[i]),
+            confusion[i].sum(),
+            confusion[:, i].sum(),
+        )
+        assert row == [str(i), str(true), f"{confusion[i, i] / true:.4f}",
+                       f"{confusion[i, i] / predicted:.4f}" if predicted else "",
+                       f"{others.argmax()} ({others.max()})" if others.any() else ""]  # fmt: skip
 
 
 @pytest.mark.thorough
-def test_many_classes(trained, counted, command, monkeypatch):
-    """Without a confusion matrix one column is missing, and the output says so; the others are the same."""
-
-    def rows(out):
-        out = out[out.index("┃ class ") :]
-        return [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line[0] == "│"]
-
-    whole = rows(command(trained.path))
-    monkeypatch.setattr(metrics, "CONFUSION_CLASSES", 9)
-    out = command(trained.path)
-    assert rows(out) == [row[:-1] for row in whole]
-    assert "There is no confusion matrix for more than" in out
-    result = json.loads(command(trained.path, "--format=json"))["test"]
-    assert "confusion" not in result
-    assert result["class_names"] == [str(c) for c in range(10)]
-    assert result["class_examples"] == counted["confusion"].sum(1).tolist()
-    assert result["class_predicted"] == counted["confusion"].sum(0).tolist()
-    assert result["class_correct"] == np.diag(counted["confusion"]).tolist()
-
-
-@pytest.mark.thorough
-def test_best_latest_and_a_step(trained, command):
-    """The best is the one in the log; 'latest' and a step select these."""
+def test_each_checkpoint_has_the_metrics_of_its_time(trained, command, capsys):
+    """By its name, by its step, and all as a list or a table."""
     logged = {r["step"]: r["test/accuracy"] for r in read_metrics(trained.path / "metrics.jsonl") if "test/loss" in r}
-    best = max(logged, key=logged.__getitem__)
-    assert (best, sorted(logged)) == (10, [5, 10, 15, 20])
+    assert max(logged, key=logged.__getitem__) == 10
     for which, step in [("best", 10), ("latest", 20), ("15", 15)]:
         result = json.loads(command(trained.path, "--format=json", f"--checkpoint={which}"))
-        assert result["step"] == step
-        assert result["test"]["accuracy"] == logged[step]  # what was logged in training is what is found again
-    assert Checkpoints(trained.checkpoints, read_only=True).steps() == [10, 15, 20]
+        assert (result["step"], result["test"]["accuracy"]) == (step, logged[step])
+    found = json.loads(command(trained.path, "--checkpoints=all", "--format=json"))
+    assert {one["step"]: one["test"]["accuracy"] for one in found} == {step: logged[step] for step in (10, 15, 20)}
+    lines = command(trained.path, "--checkpoints=20,10").replace("┃", "│").splitlines()
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if "│" in line]
+    assert [row[0] for row in rows] == ["step", "20", "10"]
+    for words, message in [(["--checkpoints=4"], "--checkpoints=4: there are [10, 15, 20]"),
+                           (["--checkpoints=all", "--checkpoint=10"], "drop --checkpoint")]:  # fmt: skip
+        assert launch.main(["evaluate", f"--workdir={trained.path}", *words]) == 1
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.thorough
-def test_one_more_set(trained, command):
-    """The command line can name splits of the run's source and of other sources."""
+def test_sets_of_the_command_line(trained, command):
+    """Splits of the run's source and of other sources."""
     other = f"fake({N}, (12, 12, 1), 10)/train[50%:60%]"
     flags = ["--config.data.eval.some=test[:123]+train[:77]", f"--config.data.eval.other={other}", "--format=json"]
     result = json.loads(command(trained.path, *flags))
-    assert list(result) == ["step", "other", "some", "test"]
     assert [result[name]["examples"] for name in ("test", "some", "other")] == [N, 200, N // 10]
     assert np.sum(result["some"]["confusion"]) == 200
-
-
-@pytest.mark.thorough
-def test_on_other_devices(trained, tmp_path, monkeypatch, command):
-    """A run on eight devices evaluated on one, and a run on one evaluated on eight, with the same numbers."""
-    make_mesh = sharding.make_mesh
-
-    def use(count: int) -> None:
-        monkeypatch.setattr(sharding, "make_mesh", lambda **_: make_mesh(devices(count)))
-
-    use(1)
-    assert launch.main([f"--workdir={tmp_path}", *FAKE, "--config.total=5 steps"]) == 0
-    for workdir in (trained.path, tmp_path):
-        results = []
-        for count in (1, 8):
-            use(count)
-            results.append(json.loads(command(workdir, "--format=json", "--checkpoint=latest"))["test"])
-        for name in ("loss", "nll"):
-            values = [result.pop(name) for result in results]
-            assert values[0] == pytest.approx(values[1], rel=CLOSE)
-        scores_of = [result.pop("scores") for result in results]
-        for name, ends in scores_of[0].items():  # of probabilities, whose last bits XLA rounds otherwise
-            assert ends == pytest.approx(scores_of[1][name], rel=0, abs=0 if "macro" in name else 1e-6), name
-        assert results[0] == results[1]
-        assert results[0]["accuracy"] == json.loads((workdir / "result.json").read_text())["test"]["accuracy"]
 
 
 def test_scores_and_predictions(trained, tmp_path, capsys):
@@ -241,11 +193,6 @@ def test_scores_and_predictions(trained, tmp_path, capsys):
     assert launch.main(["evaluate", *flags]) == 0
     assert f"macro_f1 │ {found['scores']['macro_f1']['value']:.4f}" in " ".join(capsys.readouterr().out.split())
     assert launch.main(["evaluate", *flags, "--predictions=x.txt"]) == 2
-
-
-def test_an_unknown_attack_is_named(trained, capsys):
-    assert launch.main(["evaluate", f"--workdir={trained.path}", "--attack=pdg"]) == 1
-    assert "unknown attack 'pdg': did you mean 'pgd'" in capsys.readouterr().err
 
 
 def test_a_set_without_class_names_is_taken_by_index(tmp_path, capsys):

@@ -41,8 +41,7 @@ def test_the_printed_lines_load_it_without_this_package_and_jax(run, tmp_path, c
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     assert launch.main(["export", "probabilities.savedmodel", f"--workdir={run}"]) == 0
-    first, second, _, loader = capsys.readouterr().out.split("\n", 3)
-    assert first.endswith("probabilities of uint8 images [b, 28, 28, 1]")
+    _, second, _, loader = capsys.readouterr().out.split("\n", 3)
     assert second.startswith("TensorFlow's outputs match the model's on five random images, up to ")
     assert launch.main(["export", "logits.savedmodel", "--gives=logits", f"--workdir={run}"]) == 0
     images = np.random.default_rng(0).integers(256, size=(5, 28, 28, 1), dtype=np.uint8)
@@ -59,60 +58,27 @@ def test_the_printed_lines_load_it_without_this_package_and_jax(run, tmp_path, c
         logits = np.load(f"logits{n}.npy")
         assert logits.shape == (2, n, 10)
         np.testing.assert_allclose(logits, model.logits(images[:n]), rtol=1e-5, atol=1e-5)
-    described = json.loads((tmp_path / "logits.savedmodel" / "assets.extra" / "metadata.json").read_text())
-    assert (described["gives"], described["images"], described["host_ops"], described["step"]) == (
-        "logits", {"dtype": "uint8", "shape": ["b", 28, 28, 1]}, "decode(1)|resize(28)", 20)  # fmt: skip
-    assert described["output"]["shape"] == [2, "b", 10]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*folders, "images.npy", "logits1.npy",
-           "logits5.npy", "probabilities1.npy", "probabilities5.npy"])  # fmt: skip
 
 
 @pytest.mark.thorough
-def test_weights_are_variables(run, tmp_path):  # noqa: F811
-    """So models have no size limit, but the graph has one of 2 GB for the rest. Names and values are unchanged."""
-    import tensorflow as tf
-
-    model = imgclf_jax.load(run)
-    saved_model.write(model, "predict", tmp_path / "a.savedmodel", datetime.date(2026, 1, 1))
-    found = {
-        name: variable.numpy() for name, variable in tf.saved_model.load(tmp_path / "a.savedmodel").weights.items()
-    }
-    own = model.state.params
-    assert sorted(found) == ["params/backbone/dense0/bias", "params/backbone/dense0/kernel", "params/head/bias",
-                             "params/head/kernel"]  # fmt: skip
-    np.testing.assert_array_equal(found["params/head/kernel"], own["head"]["kernel"])
-    kernel = np.asarray(own["backbone"]["dense0"]["kernel"])
-    assert kernel.nbytes > 20_000
-    assert kernel[0].tobytes() not in (tmp_path / "a.savedmodel" / "saved_model.pb").read_bytes()
-
-
-@pytest.mark.thorough
-def test_one_that_is_there_is_replaced_once_the_new_one_is_right(run, tmp_path, monkeypatch):  # noqa: F811
+def test_one_that_is_there_is_replaced_once_the_new_one_is_right(run, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Another folder stays."""
     model, folder = imgclf_jax.load(run), tmp_path / "a.savedmodel"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    assert launch.main(["export", str(folder), f"--workdir={run}"]) == 1
+    assert "exists and is not a SavedModel" in capsys.readouterr().err
+    (folder / "saved_model.pb").write_text("")
     today = datetime.date(2026, 1, 1)
-    saved_model.write(model, "predict", folder, today)
-    (folder / "assets.extra" / "mine.txt").write_text("mine")
-    before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
     with monkeypatch.context() as patch:
         patch.setitem(saved_model.compared._CLOSE, "float32", -1.0)  # as if TensorFlow computed something else
         with pytest.raises(UserError, match="TensorFlow's outputs differ"):
             saved_model.write(model, "features", folder, today)
-    assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
+    assert (folder / "thesis.txt").exists()
     saved_model.write(model, "features", folder, today)
-    assert not (folder / "assets.extra" / "mine.txt").exists()
+    assert not (folder / "thesis.txt").exists()
     assert json.loads((folder / "assets.extra" / "metadata.json").read_text())["gives"] == "features"
     assert list(tmp_path.iterdir()) == [folder]
-
-
-@pytest.mark.thorough
-def test_what_is_no_saved_model_stays(run, tmp_path, capsys):  # noqa: F811
-    folder = tmp_path / "a.savedmodel"
-    folder.mkdir()
-    (folder / "thesis.txt").write_text("mine")
-    capsys.readouterr()
-    assert launch.main(["export", str(folder), f"--workdir={run}"]) == 1
-    assert "exists and is not a SavedModel" in capsys.readouterr().err
-    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 
 def test_composite_operations_are_calls():

@@ -46,14 +46,6 @@ def test_the_suggestion_is_where_the_loss_falls_fastest():
         suggest(RangeTest(10.0**x, np.exp(x), np.exp(x)))
 
 
-def test_noise_of_the_first_losses_is_no_slope():
-    """The average of few losses jumps. fastai skips a tenth too."""
-    x = np.linspace(-7, 1, 200)
-    smoothed = 2.3 - 1.8 / (1 + np.exp(-4 * (x + 2.5))) + np.where(x > -1, (x + 1) * 8, 0)
-    smoothed[:10] += np.linspace(5, 0, 10)
-    assert 10**-3 < suggest(RangeTest(10.0**x, smoothed, smoothed))[0] < 10**-2
-
-
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [("cosine(1e-3, warmup='5%')", "cosine(0.021, warmup='5%')"), ("constant(peak=1)", "constant(peak=0.021)"),
@@ -71,17 +63,6 @@ def test_it_ends_where_the_loss_diverges_and_draws_the_curve(tmp_path, capsys):
     assert 'try --config.schedule="cosine(' in out
     assert "<svg" in page.read_text()
     assert "log10 of the learning rate" in page.read_text()
-
-
-@pytest.mark.thorough
-def test_it_skips_no_step(capsys):
-    """A run that skips bad steps has the losses of one that does not: a skipped step has none, which ended the test."""
-    keys = [*KEYS, "--config.optimizer=sgd", "--steps=20", "--low=1", "--high=30", "--format=json"]
-    found = []
-    for more in ([], ["--config.on_bad_step=skip"]):
-        assert launch.main(["find-lr", *keys, *more]) == 0
-        found.append(json.loads(capsys.readouterr().out))
-    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

@@ -38,20 +38,14 @@ def photos(tmp_path, monkeypatch):
     return tmp_path
 
 
-def found(*words):
-    return inputs.find(words)
-
-
 def test_files_directories_and_patterns(photos):
     """In the order given, and within each sorted by name, folder by folder."""
     inside = ["b/1.png", "b/2.jpg", "b/c/1.png"]
-    assert found("b.png", "b", "a.png") == ["b.png", *inside, "a.png"]
-    assert found("**/1.png") == ["b/1.png", "b/c/1.png"]
-    assert found("*.png") == ["[d].png", "a.png", "b.png", "broken.png"]
-    assert found("[d].png") == ["[d].png"]  # what is there is no pattern
-    for word, message in [("x.png", "no file or directory"), ("x*.png", "has no images"), ("b/*/", "has no images"),
-                          ("empty", "has no images")]:  # fmt: skip
-        (photos / "empty").mkdir(exist_ok=True)
+    assert inputs.find(["b.png", "b", "a.png"]) == ["b.png", *inside, "a.png"]
+    assert inputs.find(["**/1.png"]) == ["b/1.png", "b/c/1.png"]
+    assert inputs.find(["*.png"]) == ["[d].png", "a.png", "b.png", "broken.png"]
+    assert inputs.find(["[d].png"]) == ["[d].png"]  # what is there is no pattern
+    for word, message in [("x.png", "no file or directory"), ("x*.png", "has no images"), ("b/*/", "has no images")]:
         with pytest.raises(UserError, match=message):
             inputs.check(["a.png", word])
     with pytest.raises(UserError, match="name at least one image"):
@@ -65,20 +59,12 @@ def output(capsys, run, *words):
 
 
 @pytest.mark.thorough
-def test_names_from_standard_input(run, photos, capsys, monkeypatch):
-    """One per line; a missing one is an error of its own, and the others are classified."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a.png\n\nnothing.png\nb/2.jpg\n"))
-    status, (out, err) = output(capsys, run, "--format=jsonl", "-")
-    records = [json.loads(line) for line in out.splitlines()]
-    assert [(record["file"], "error" in record) for record in records] == [
-        ("a.png", False), ("nothing.png", True), ("b/2.jpg", False)]  # fmt: skip
-    assert status == 1
-    assert "error: nothing.png: No such file or directory" in err
+def test_every_format_says_the_same(run, photos, capsys, monkeypatch):
+    """json, jsonl, csv and the table: files in the same order, with the same classes and probabilities.
 
-
-@pytest.mark.thorough
-def test_every_format_says_the_same(run, photos, capsys):
-    """json, jsonl, csv and the table: files in the same order, with the same classes and probabilities."""
+    A hidden file is not used, and a missing one of standard input is an error of its own.
+    """
+    (photos / ".hidden.png").write_bytes((photos / "a.png").read_bytes())
     words = [".", "--top_k=2"]
     status, (out, _) = output(capsys, run, "--format=json", *words)
     assert status == 1  # for the broken one
@@ -101,8 +87,15 @@ def test_every_format_says_the_same(run, photos, capsys):
     assert lines == [[r["file"], *(f"{p['class']} {p['probability']:.4f}" for p in r["predictions"])]
                      for r in records if "predictions" in r]  # fmt: skip
 
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a.png\n\nnothing.png\nb/2.jpg\n"))
+    status, (out, err) = output(capsys, run, "--format=jsonl", "-")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [(record["file"], "error" in record) for record in records] == [
+        ("a.png", False), ("nothing.png", True), ("b/2.jpg", False)]  # fmt: skip
+    assert "error: nothing.png: No such file or directory" in err
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"])
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_an_image_on_standard_input_is_no_list_of_names(monkeypatch, kind):
     """One sentence, which says what to write."""
     content = io.BytesIO()

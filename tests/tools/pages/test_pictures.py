@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgclf_jax.tools.pages import pictures
+from imgclf_jax.tools.pages import fonts, html, pictures
 
 
 @pytest.mark.parametrize(("shape", "mode", "size"), [
@@ -28,13 +28,8 @@ def test_pictures(shape, mode, size):
         assert np.abs(np.asarray(picture) - image[..., 0] * 255).max() <= 0.51
 
 
-def test_a_picture_of_few_colors_is_smaller_and_nearly_the_same():
-    """No pixel is far off, not even one of a unique color."""
-    y, x = np.mgrid[:64, :64] / 63
-    image = np.stack([y, x, (x + y) / 2], -1) + np.random.default_rng(0).normal(0, 0.02, (64, 64, 3))
-    image[5, 7] = (1, 1, 0)
-    small, large = (pictures.tag(image, "a", colors) for colors in (64, 0))
-    assert len(small) < len(large) / 2
-    picture = Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,(.*?)\"", small)[1])))
-    assert len(picture.getcolors()) <= 64
-    assert np.abs(np.asarray(picture.convert("RGB")) - np.clip(image, 0, 1) * 255).max() < 40
+def test_names_of_any_characters(tmp_path):
+    """Pictures and pages have them in ASCII or by their codes, never as boxes; no page is lost by them."""
+    assert fonts.fitting("größe, é, 猫", 15)[1] == "gro\\xdfe, e, \\u732b"
+    html.write(tmp_path / "a.html", "<p>é\udcff</p>")
+    assert (tmp_path / "a.html").read_text(encoding="utf-8") == r"<p>é\udcff</p>"

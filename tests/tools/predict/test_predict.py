@@ -63,26 +63,24 @@ def classes(out: str) -> dict[str, str]:
     return {Path(r["file"]).name: r["predictions"][0]["class"] for r in json.loads(out) if "predictions" in r}
 
 
-@pytest.mark.thorough
 def test_agrees_with_evaluation(digits, pngs, predict, capsys):
-    """The same predicted classes as `evaluate` on these images, counted by (true, predicted)."""
-    status, out, _ = predict(digits, pngs, "--format=json")
-    assert status == 0
-    predicted = list(classes(out).values())
-    assert [Path(r["file"]).name for r in json.loads(out)] == [f"{i:03d}.png" for i in range(COUNT)]
+    """The same predicted classes as `evaluate` on these images, counted by (true, predicted), in batches of 128."""
+    status, out, _ = predict(digits, pngs, pngs, "--format=json")
+    records = json.loads(out)
+    assert (status, records[:COUNT]) == (0, records[COUNT:])
+    assert [Path(r["file"]).name for r in records[:COUNT]] == [f"{i:03d}.png" for i in range(COUNT)]
     confusion = np.zeros((10, 10), int)
-    np.add.at(confusion, (examples()["label"], np.array(predicted, int)), 1)
+    np.add.at(confusion, (examples()["label"], np.array(list(classes(out).values()), int)), 1)
     argv = ["evaluate", f"--workdir={digits}", f"--config.data.eval.first=test[:{COUNT}]", "--format=json"]
     assert launch.main(argv) == 0
     first = json.loads(capsys.readouterr().out)["first"]
-    assert first["examples"] == COUNT
-    assert first["confusion"] == confusion.tolist()
+    assert (first["examples"], first["confusion"]) == (COUNT, confusion.tolist())
     assert 0.9 < first["accuracy"] < 1  # so that being equal says something
 
 
 def test_probabilities(digits, pngs, predict):
     """Those of the classifier on the same pixels, as far as they are printed."""
-    _, out, _ = predict(digits, pngs, "--format=json", "--top_k=10")
+    _, out, _ = predict(digits, pngs, "--format=json", "--top_k=99")
     workdir = Workdir(digits)
     programs, state, _ = restore(workdir.load_config(), workdir, "latest")
     pixels = np.stack([resize(image, 28) for image in examples()["image"]])  # [b, 28, 28, 1]
@@ -97,56 +95,21 @@ def test_probabilities(digits, pngs, predict):
         assert dict(found) == pytest.approx({str(c): p for c, p in enumerate(row)}, abs=most)
 
 
-def test_image_formats(digits, pngs, predict, tmp_path):
-    """The same digit in another file format has the same class."""
-    kinds = {
-        "grey.jpg": lambda p: (p, {"quality": 100}),
-        "colour.jpg": lambda p: (p.convert("RGB"), {"quality": 100}),
-        "cmyk.jpg": lambda p: (p.convert("RGB").convert("CMYK"), {"quality": 100}),
-        "cmyk.tiff": lambda p: (p.convert("RGB").convert("CMYK"), {}),
-        "alpha.png": lambda p: (p.convert("LA"), {}),
-        "palette.png": lambda p: (p.convert("P"), {}),
-        "deep.png": lambda p: (Image.fromarray(np.asarray(p).astype(np.uint16) * 257), {}),
-        "grey.webp": lambda p: (p.convert("RGB"), {"lossless": True}),
-        "grey.bmp": lambda p: (p, {}),
-    }
-    assert Image.fromarray(np.zeros((2, 2), np.uint16)).mode == "I;16"
-    expected = {}
-    for i, (kind, make) in enumerate(kinds.items()):
-        picture, options = make(Image.open(pngs / f"{i:03d}.png"))
-        picture.save(tmp_path / f"{i:03d}-{kind}", **options)
-        expected[f"{i:03d}-{kind}"] = f"{i:03d}.png"
-    _, out, _ = predict(digits, pngs, "--format=json")
-    reference = classes(out)
-    status, out, _ = predict(digits, tmp_path, "--format=json")
-    assert status == 0
-    assert classes(out) == {name: reference[png] for name, png in expected.items()}
-    assert len(set(classes(out).values())) > 4
-
-
 def test_a_broken_image(digits, pngs, predict, tmp_path):
     """The error names it on stderr, the others are still classified, and the exit status is 1."""
     content = (pngs / "000.png").read_bytes()
     for name, some in [("a.png", content), ("b.png", content[:60]), ("c.jpg", b"hello"), ("d.png", content)]:
         (tmp_path / name).write_bytes(some)
     status, out, err = predict(digits, tmp_path, "--format=json")
-    assert status == 1
-    records = {Path(r["file"]).name: r for r in json.loads(out)}
-    assert [name for name, r in records.items() if "predictions" in r] == ["a.png", "d.png"]
-    assert records["a.png"]["predictions"] == records["d.png"]["predictions"]
+    first, *_, last = json.loads(out)
+    assert (status, first["predictions"]) == (1, last["predictions"])
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 3
     assert f"{tmp_path}/b.png: the image does not decode" in errors[0]
     assert f"{tmp_path}/c.jpg: the image is in none of the formats" in errors[1]
-    assert errors[2] == "error: 2 of 4 images failed"
-    assert "Traceback" not in err
-    status, out, err = predict(digits, tmp_path / "c.jpg")
-    assert (status, out) == (1, "")
-    assert err.splitlines()[-1] == "error: 1 of 1 images failed"
+    assert errors[2:] == ["error: 2 of 4 images failed"]
 
 
-@pytest.mark.parametrize("form", ["table", "csv", "json"])
-def test_what_fails_of_one_image_costs_no_other_its_row(digits, pngs, predict, monkeypatch, tmp_path, form):
+def test_what_fails_of_one_image_costs_no_other_its_row(digits, pngs, predict, monkeypatch, tmp_path):
     """Endless pixels, a failing host op, overflowing outputs: one sentence each, and a row for all others."""
     good, bright = np.asarray(Image.open(pngs / "000.png")), np.full((8, 8), 255, np.uint8)
     Image.fromarray(good).save(tmp_path / "a.png")
@@ -165,54 +128,14 @@ def test_what_fails_of_one_image_costs_no_other_its_row(digits, pngs, predict, m
 
     monkeypatch.setitem(decode.HOST_OPS, "resize", breaking)
     monkeypatch.setattr(classifier.Classifier, "apply", overflowing)
-    status, out, err = predict(digits, tmp_path, f"--format={form}")
+    status, out, err = predict(digits, tmp_path, "--format=json")
     assert status == 1
-    for name, ok in {"a": True, "b": False, "c": False, "d": False, "e": True}.items():
-        assert (f"{tmp_path}/{name}.png" in out) == (ok or form != "table")
-        assert (f"error: {tmp_path}/{name}.png: " in err) == (not ok)
-    if form == "json":
-        assert [*json.loads(out)[3]] == ["file", "error"]
+    keys = [[*record] for record in json.loads(out)]
+    assert keys == [["file", "predictions"], *[["file", "error"]] * 3, ["file", "predictions"]]
     assert "b.png: the image has 1 by 1,100,000 pixels, but a side may have 1,048,576; crop it" in err
     assert "c.png: preprocess='decode(1)|resize(28)' fails: OverflowError: signed integer is greater" in err
     assert "d.png: the model gives NaN or infinite values for this image" in err
     assert err.splitlines()[-1] == "error: 3 of 5 images failed"
-
-
-def test_tables_and_top_k(digits, pngs, predict):
-    """One row per file with the `top_k` most likely classes, three by default."""
-    _, out, _ = predict(digits, pngs / "000.png", "--format=json")
-    best = json.loads(out)[0]["predictions"]
-    assert len(best) == 3
-    status, out, _ = predict(digits, pngs / "000.png", pngs / "001.png", "--top_k=2")
-    assert status == 0
-    rows = [[cell.strip() for cell in line.strip("│┃").split("│" if "│" in line else "┃")] for line in out.splitlines()]
-    assert rows[1] == ["file", "top 1", "top 2"]
-    assert rows[3] == [str(pngs / "000.png"), *(f"{p['class']} {p['probability']:.4f}" for p in best[:2])]
-    assert rows[4][0] == str(pngs / "001.png")
-    _, out, _ = predict(digits, pngs / "000.png", "--top_k=99", "--format=json")
-    predictions = json.loads(out)[0]["predictions"]
-    assert sorted(p["class"] for p in predictions) == [str(c) for c in range(10)]
-    assert sum(p["probability"] for p in predictions) == pytest.approx(1, abs=1e-5)
-
-
-def test_directories(digits, pngs, predict, tmp_path):
-    """Searched recursively, sorted by name, without hidden files and folders; named files are always used."""
-    for place in ("b/1.png", "b/c/2.png", "a.png", ".hidden.png", "b/Thumbs.db", ".git/3.png"):
-        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(pngs / "000.png", tmp_path / place)
-    (tmp_path / "b/Thumbs.db").write_text("no image")
-    status, out, err = predict(digits, tmp_path, tmp_path / "a.png", tmp_path / ".hidden.png", "--format=json")
-    found = [str(Path(r["file"]).relative_to(tmp_path)) for r in json.loads(out)]
-    assert found == ["a.png", "b/1.png", "b/c/2.png", "a.png", ".hidden.png"]
-    assert (status, "error" in err) == (0, False)
-
-
-def test_more_images_than_a_batch(digits, pngs, predict):
-    """Batches of 128 are padded; a row does not depend on its position."""
-    _, out, _ = predict(digits, *[pngs] * 2, "--format=json")
-    records = json.loads(out)
-    assert len(records) == 2 * COUNT
-    assert records[:COUNT] == records[COUNT:]
 
 
 @pytest.mark.thorough

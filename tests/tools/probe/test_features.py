@@ -1,9 +1,7 @@
 """`launch.py features`, `probe` and `explain`: their files and output for a trained run and for weights."""
 
 import json
-import shutil
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -71,15 +69,6 @@ def test_features_of_the_evaluation_sets_and_of_a_split(run, tmp_path):
     np.testing.assert_array_equal(load(tmp_path / "b.npz")["features"], found["features"][5:9])
 
 
-@pytest.mark.thorough
-def test_an_evaluation_set_that_has_changed_is_named(run, tmp_path, capsys):
-    copy = shutil.copytree(run, tmp_path / "run")
-    provenance = json.loads((copy / "provenance.json").read_text())
-    (copy / "provenance.json").write_text(json.dumps(provenance | {"evals": {"test": "another"}}))
-    assert launch.main(["features", f"--workdir={copy}", f"--output={tmp_path}/test.npz"]) == 0
-    assert "the evaluation set test has changed since training" in capsys.readouterr().err
-
-
 def test_features_of_files(run, photos, tmp_path, capsys):
     """Folders named like a class give labels; a broken image is skipped, named, and the status is 1."""
     (photos / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
@@ -98,16 +87,8 @@ def test_features_of_files(run, photos, tmp_path, capsys):
     np.testing.assert_allclose(found["features"][order], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.thorough
-def test_features_of_several_seeds(seeds, photos, tmp_path):
-    assert launch.main(["features", "photos", f"--workdir={seeds}", "--output=a.npz"]) == 0
-    assert launch.main(["features", "--split=test[:9]", f"--workdir={seeds}", "--output=b.npz"]) == 0
-    assert [load(tmp_path / name)["features"].shape for name in ("a.npz", "b.npz")] == [(2, 6, 8), (2, 9, 8)]
-
-
 @pytest.mark.parametrize(("flags", "message"), [
     ([], "--output=: name an .npz file to write"),
-    (["--output=a.csv"], "--output=a.csv: name an .npz file to write"),
     (["--output=a.npz", "--split=test", "photos"], "drop one"),
     (["--output=a.npz", "--split=tset"], "unknown split 'tset': did you mean 'test'"),
 ])  # fmt: skip
@@ -126,7 +107,7 @@ def probed(flags, capsys):
 
 
 @pytest.mark.thorough
-def test_probe(run, tmp_path, capsys, monkeypatch):
+def test_probe(run, capsys, monkeypatch):
     """Neighbors as in scikit-learn."""
     monkeypatch.setattr(probe.probing, "STRENGTHS", (0.01, 1.0))
     out, found = probed([f"--workdir={run}", "--k=1,3"], capsys)
@@ -151,24 +132,14 @@ def test_probe_of_weights_for_other_classes_and_of_several_seeds(run, seeds, cap
     config = tmp_path / "c.py"
     config.write_text("from imgclf_jax.config import default_config as get_config\n")
     flags = [f"--config={config}", *FLAGS, f"--config.init_from={run}", "--config.data.source=fake(24, (8, 8, 1), 3)"]
-    out, found = probed(flags, capsys)
-    assert set(found) == {("nearest neighbors", k) for k in (1, 5, 20)} | {
-        ("linear probe", None), ("few images", 1), ("few images", 5)}  # fmt: skip
+    _, found = probed(flags, capsys)
+    assert {shots for method, shots in found if method == "few images"} == {1, 5}
     assert found["linear probe", None]["mean"] > 0.5
     out, found = probed([f"--workdir={seeds}", "--k=2,201", "--config.data.train=train[:200]"], capsys)
     assert "skipping 201 neighbors, because there are only 200 training images" in out["log"]
-    assert len(found["nearest neighbors", 2]["accuracies"]) == 2
-    assert len(found["few images", 1]["accuracies"]) == 4
-    assert out["train_examples"] == 200
-
-
-def test_the_table_of_probe(run, capsys, monkeypatch):
-    monkeypatch.setattr(probe.probing, "STRENGTHS", (1.0,))
-    flags = ["probe", f"--workdir={run}", "--config.data.train=train[:100]", "--draws=2"]
-    assert launch.main([*flags, "--k=3,x"]) == 1
+    assert (len(found["nearest neighbors", 2]["accuracies"]), len(found["few images", 1]["accuracies"])) == (2, 4)
+    assert launch.main(["probe", f"--workdir={run}", "--k=3,x"]) == 1
     assert "--k=3,x: must be a number of neighbors" in capsys.readouterr().err
-    assert launch.main(flags) == 0
-    assert "linear probe on 5 per class" in capsys.readouterr().out
 
 
 def explained(flags, capsys):
@@ -191,13 +162,14 @@ def test_explain(run, photos, capsys):
         assert record["method"] == "gradcam"
         with Image.open(record["picture"]) as picture:
             assert picture.size[0] > 2 * 256
-    seen = attribution.inspect(model.programs.recipe.model, {"params": model.state.params}, (8, 8, 1))
-    pure = attribution.make_gradcam(model.programs.recipe.model, model.programs.recipe.augment(train=False),
-                                    attribution.choose_layer(seen))  # fmt: skip
-    label = np.array([int(records[0]["class"])], np.int32)
-    values = pure(*model.state.evaluated, model.prepare(records[0]["file"])[None], label)
-    assert records[0]["greatest"] == pytest.approx(float(values.max()), rel=1e-4)
     assert len({r["picture"] for r in records}) == len(records) == 6
+    # In batches of 8, with a class for each: the maps of the pure function.
+    some, labels = read_examples(sources.digits()["test"], np.arange(9))["image"], np.arange(9, dtype=np.int32)
+    classifier, augment = model.programs.recipe.model, model.programs.recipe.augment(train=False)
+    seen = attribution.inspect(classifier, {"params": model.state.params}, (8, 8, 1))
+    pure = attribution.make_gradcam(classifier, augment, attribution.choose_layer(seen))
+    found = explanations.build(model)[1](some, labels)
+    np.testing.assert_allclose(found, pure(*model.state.evaluated, some, labels), atol=1e-5)
 
 
 @pytest.mark.thorough
@@ -217,53 +189,16 @@ def test_explain_another_class_and_by_occlusion(run, seeds, photos, capsys):
     [found] = attribution.occlusion(model.predict, image[None], np.array([4]), 3)
     assert records[0]["greatest"] == pytest.approx(found.max(), abs=1e-5)
     assert records[0]["probability"] == pytest.approx(model.predict(image)[0, 4], abs=1e-6)
-    assert explained(["photos/x", f"--workdir={seeds}", "--output=all"], capsys)[1][0]["method"] == "gradcam"
-
-
-def nine():
-    """More images than are explained at once, as model inputs, with a class for each."""
-    return read_examples(sources.digits()["test"], np.arange(9))["image"], np.arange(9)
-
-
-@pytest.mark.thorough
-def test_maps_of_many_images_are_those_of_each(run):
-    some, labels = nine()
-    _, explain = explanations.build(imgclf_jax.load(run))
-    together = explain(some, labels)
-    assert len(together) == 9
-    for i in (0, 7, 8):
-        np.testing.assert_allclose(together[i], explain(some[i : i + 1], labels[i : i + 1])[0], atol=1e-5)
-
-
-@pytest.mark.thorough
-def test_maps_of_several_seeds_are_the_mean_of_theirs(seeds):
-    model = imgclf_jax.load(seeds)
-    some, labels = nine()
-    together = explanations.build(model)[1](some, labels)
-    classifier, augment = model.programs.recipe.model, model.programs.recipe.augment(train=False)
-    one = [jax.tree.map(lambda x, i=i: x[i], model.state.evaluated) for i in range(model.config.num_seeds)]
-    seen = attribution.inspect(classifier, {"params": one[0][0]}, (8, 8, 1))
-    pure = attribution.make_gradcam(classifier, augment, attribution.choose_layer(seen))
-    each = [pure(*own, some[:2], labels[:2].astype(np.int32)) for own in one]
-    np.testing.assert_allclose(together[:2], np.mean(each, 0), atol=1e-5)
+    launch.main(["features", "--split=test[:9]", f"--workdir={seeds}", "--output=b.npz"])
+    assert load("b.npz")["features"].shape == (2, 9, 8)
 
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--class=eleven"], "unknown class 'eleven'"),
     (["--layer=block7"], "unknown layer with feature maps 'block7': did you mean 'block0'"),
     (["--method=occlusion", "--layer=block0"], "--layer needs --method=gradcam, but the method is occlusion"),
-    (["--method=gradcam", "--window=2"], "--window needs --method=occlusion, but the method is gradcam"),
     (["--window=9"], "--window=9: must be 1 to 8, because the network's input is 8 x 8 pixels"),
 ])  # fmt: skip
 def test_mistakes_of_explain(run, photos, capsys, flags, message):
     assert launch.main(["explain", "photos/unknown/0.png", f"--workdir={run}", *flags]) == 1
     assert message in capsys.readouterr().err
-
-
-def test_an_image_that_does_not_decode_is_named_and_the_others_are_explained(run, photos, capsys):
-    (photos / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    assert launch.main(["explain", "photos", f"--workdir={run}", "--output=heat"]) == 1
-    out, err = capsys.readouterr()
-    assert out.count("gradcam") == 12  # the method, and in the picture's name
-    assert "error: photos/broken.png: " in err
-    assert "1 of 7 images failed" in err
