@@ -53,12 +53,3 @@ def test_all_else_is_whole_without_a_tool(tool, tmp_path):
     listed = {line.split()[0] for line in run(tmp_path, "launch.py", "--help").splitlines() if line.startswith("  ")}
     assert not gone & listed
     assert {"train", *table.COMMANDS} - gone <= listed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tool", TOOLS)
-def test_the_other_tools_pass_their_tests_without_it(tool, tmp_path):
-    without(tool, tmp_path)
-    others = [f"tests/tools/{name}" for name in sorted(os.listdir(tmp_path / "tests" / "tools"))
-              if (tmp_path / "tests" / "tools" / name).is_dir() and name != "__pycache__"]  # fmt: skip
-    run(tmp_path, "-m", "pytest", "-q", "-n", "0", *others)

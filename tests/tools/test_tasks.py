@@ -14,11 +14,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import launch
-from imgclf_jax import datasets, metrics
+from imgclf_jax import datasets, losses
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.tools.serve import app
-from imgclf_jax.train.evaluation import evaluate
 from imgclf_jax.trained import restore
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -124,26 +123,19 @@ def test_training_records_the_metrics_of_the_task(runs, name):
     assert result["examples"] == N - TRAIN
     logged = {key.partition("/")[2] for record in read_metrics(workdir.metrics) for key in record if "train/" in key}
     assert {"accuracy", "exact_match"} & logged == {"pairs": {"exact_match"}, "soft": {"accuracy"}}[name]
+    values = {r["step"]: r[BEST[name]] for r in read_metrics(workdir.metrics) if BEST[name] in r}
     best = restore(workdir.load_config(), workdir, "best")
-    value = BEST[name].partition("/")[2]
-    sums, predictions = evaluate(best.programs, best.state, best.programs.eval_images(
-        datasets.open_data(workdir.load_config())["test"]))  # fmt: skip
-    kept = metrics.summarize(sums, predictions, best.programs.recipe.whole_set_metrics)[value]
-    values = [r[f"test/{value}"] for r in read_metrics(workdir.metrics) if f"test/{value}" in r]
-    assert kept == pytest.approx(max(values) if name == "pairs" else min(values), rel=1e-6)
+    assert best.step == (max if name == "pairs" else min)(values, key=values.__getitem__)
 
 
-@pytest.mark.parametrize(("name", "flags", "said"), [
-    ("pairs", ["--config.loss=softmax"], "sums to 2, not to 1; divide each row by its sum, or use 'sigmoid'"),
-    ("pairs", ["--config.metrics=balanced_accuracy"], "unknown metric of several labels 'balanced_accuracy'"),
-    ("pairs", ["--config.checkpoint.best=test/accuracy"], "a run with several labels has no accuracy; it has "
-                                                          "loss, nll, mean_average_precision"),
-    ("pairs", ["--config.metrics=f1(threshold=(0.3, 0.4))"], "threshold must be a number or 10 of them, one per class"),
+@pytest.mark.parametrize(("flag", "said"), [
+    ("--config.loss=softmax", "sums to 2, not to 1; divide each row by its sum, or use 'sigmoid'"),
+    ("--config.checkpoint.best=test/accuracy", "a run with several labels has no accuracy; it has loss, nll, "),
 ])  # fmt: skip
-def test_what_does_not_fit_the_data_is_told(tmp_path, capsys, name, flags, said):
-    source = WRITE[name](tmp_path / "data.npz")
-    argv = [f"--workdir={tmp_path / 'run'}", f"--config.data.source={source}", f"--config.loss={LOSS[name]}", *FLAGS]
-    assert launch.main([*argv, *flags]) == 1
+def test_what_does_not_fit_the_data_is_told(tmp_path, capsys, flag, said):
+    source = write_pairs(tmp_path / "data.npz")
+    argv = [f"--workdir={tmp_path / 'run'}", f"--config.data.source={source}", "--config.loss=sigmoid", *FLAGS]
+    assert launch.main([*argv, flag]) == 1
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run" / "config.json").exists()  # all is checked before a run begins
 
@@ -153,25 +145,6 @@ def printed(capsys, *argv):
     capsys.readouterr()
     assert launch.main([str(word) for word in argv]) == 0
     return capsys.readouterr().out
-
-
-def refused(capsys, *argv):
-    """The one sentence with which a command ends with status 1."""
-    capsys.readouterr()
-    assert launch.main([str(word) for word in argv]) == 1
-    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    return line
-
-
-@pytest.fixture(scope="module")
-def pictures():
-    """pictures(name): the paths of the first three test images."""
-
-    def of(name, runs):
-        source = datasets.open_data(runs(name).load_config())["test"]
-        return [Path(source.example_name(i)) for i in range(3)]
-
-    return of
 
 
 def test_evaluate_of_several_labels(runs, capsys, tmp_path):
@@ -188,29 +161,22 @@ def test_evaluate_of_several_labels(runs, capsys, tmp_path):
         assert own["value"] == found[name]
         assert own["low"] < own["value"] < own["high"]
     rows = list(csv.DictReader(file.read_text().splitlines()))
-    np.testing.assert_allclose([float(r["probability[a 3]"]) for r in rows], outputs[:, 3], rtol=1e-5)
-    assert [float(r["target[a 3]"]) for r in rows] == targets[:, 3].tolist()
     assert np.mean([r["correct"] == "True" for r in rows]) == found["exact_match"]
-    saved = np.array([[[float(r[f"{kind}[a {c}]"]) for c in range(10)] for r in rows]
-                      for kind in ("target", "probability")])  # fmt: skip
-    assert abs(found["mean_average_precision"] - sklearn.metrics.average_precision_score(*saved)) < 1e-12
+    saved = [[[float(r[f"{kind}[a {c}]"]) for c in range(10)] for r in rows] for kind in ("target", "probability")]
+    np.testing.assert_allclose(saved, [targets, outputs], rtol=1e-5)
     shown = printed(capsys, *argv)
     assert f"mean_average_precision {found['mean_average_precision']:.4g}" in shown
     assert ["best threshold" in shown, "accuracy" in shown] == [True, False]
 
 
-@pytest.mark.thorough
-def test_an_attack_raises_the_cross_entropy_with_a_distribution(runs, capsys):
-    argv = ["evaluate", f"--workdir={runs('soft').path}", "--format=json"]
-    clean = json.loads(printed(capsys, *argv))["test"]
-    found = json.loads(printed(capsys, *argv, "--attack=pgd(eps=0.1)"))["test"]
-    assert [found["accuracy"], found["nll"]] == pytest.approx([clean["accuracy"], clean["nll"]], rel=1e-5)
-    assert found["attacked_nll"] > found["nll"]
-    assert found["attacked_accuracy"] < found["accuracy"]
+def paths_of(workdir):
+    """The files of the first three test images."""
+    source = datasets.open_data(workdir.load_config())["test"]
+    return [Path(source.example_name(i)) for i in range(3)]
 
 
-def test_predict_of_several_labels_prints_all_from_the_threshold_on(runs, pictures, capsys):
-    paths, (_, outputs) = pictures("pairs", runs), outputs_of(runs("pairs"))
+def test_predict_of_several_labels_prints_all_from_the_threshold_on(runs, capsys):
+    paths, (_, outputs) = paths_of(runs("pairs")), outputs_of(runs("pairs"))
     argv = ["predict", *paths, f"--workdir={runs('pairs').path}", "--checkpoint=latest"]
     found = [json.loads(line) for line in printed(capsys, *argv, "--format=jsonl", "--threshold=0.2").splitlines()]
     for record, own in zip(found, outputs, strict=False):
@@ -221,74 +187,76 @@ def test_predict_of_several_labels_prints_all_from_the_threshold_on(runs, pictur
     [row, *_] = csv.DictReader(printed(capsys, *argv, "--format=csv", f"--threshold={each}").splitlines())
     assert set(row["labels"].split("|")) == {f"a {c}" for c in range(2, 10)}
     assert float(row["probability[a 0]"]) == pytest.approx(outputs[0, 0], abs=1e-5)
-    allowed = "must be a number from 0 to 1, or 10 numbers separated by commas, one per class"
-    assert allowed in refused(capsys, *argv, "--threshold=0.5,0.5")
+    assert launch.main([*map(str, argv), "--threshold=0.5,0.5"]) == 1
+    assert "must be a number from 0 to 1, or 10 numbers separated by commas, one per class" in capsys.readouterr().err
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["pairs"])
-def test_features_keep_the_targets(runs, capsys, tmp_path, name, pictures):
-    targets, _ = outputs_of(runs(name))
-    argv = ["features", f"--workdir={runs(name).path}"]
-    printed(capsys, *argv, f"--output={tmp_path / 'all.npz'}")
+def test_every_tool_has_the_labels(runs, capsys, tmp_path):
+    """Names and numbers as in the table, and probabilities as of `predict`."""
+    workdir, paths, (targets, outputs) = runs("pairs"), paths_of(runs("pairs")), outputs_of(runs("pairs"))
+    run = f"--workdir={workdir.path}"
+    printed(capsys, "features", run, f"--output={tmp_path / 'all.npz'}")
     found = np.load(tmp_path / "all.npz")
     np.testing.assert_array_equal(found["targets"], targets.astype(np.float32))
-    assert found["target_names"].tolist() == list(restore(runs(name).load_config(), runs(name), "").class_names)
-    assert "labels" not in found
-    printed(capsys, argv[0], *pictures(name, runs), argv[1], f"--output={tmp_path / 'some.npz'}")
+    assert found["target_names"].tolist() == [f"a {i}" for i in range(10)]
+    printed(capsys, "features", *paths, run, f"--output={tmp_path / 'some.npz'}")
     assert np.isnan(np.load(tmp_path / "some.npz")["targets"]).all()
 
-
-@pytest.mark.parametrize("name", ["pairs"])
-def test_show_batch_has_the_targets_of_the_examples(runs, capsys, tmp_path, name):
-    argv = [
-        "show-batch",
-        f"--workdir={runs(name).path}",
-        "--format=json",
-        f"--output={tmp_path / 'a.png'}",
-        "--count=4",
-    ]
-    examples = json.loads(printed(capsys, *argv))["examples"]
-    lines = csv.DictReader((runs(name).path.parent / f"{name}.files" / "labels.csv").read_text().splitlines())
+    argv = ["show-batch", run, "--format=json", f"--output={tmp_path / 'a.png'}", "--count=4"]
+    lines = csv.DictReader((workdir.path.parent / "pairs.files" / "labels.csv").read_text().splitlines())
     rows = {row.pop("file"): row for row in lines}
-    for one in examples:
+    for one in json.loads(printed(capsys, *argv))["examples"]:
         row = rows[Path(one["file"]).name]
         assert row.pop("split") == "train"
-        assert list(one["target"]) == list(row)
-        assert list(one["target"].values()) == pytest.approx([float(x) for x in row.values()], rel=1e-6)
+        assert {name: str(int(x)) for name, x in one["target"].items()} == row
     printed(capsys, *argv, "--config.method=simclr")  # two views, which need no target
 
-
-@pytest.mark.thorough
-def test_explain_names_the_class(runs, pictures, capsys, tmp_path):
     more = ["--method=occlusion", f"--output={tmp_path}", "--format=json", "--checkpoint=latest"]
-    _, outputs = outputs_of(runs("pairs"))
-    found = json.loads(printed(capsys, "explain", *pictures("pairs", runs), f"--workdir={runs('pairs').path}", *more))
-    assert [one["class"] for one in found] == [f"a {c}" for c in outputs[:3].argmax(1)]
+    explained = json.loads(printed(capsys, "explain", *paths, run, *more))
+    assert [one["class"] for one in explained] == [f"a {c}" for c in outputs[:3].argmax(1)]
 
-
-def test_the_report_has_the_sections_of_several_labels(runs, capsys, tmp_path):
-    printed(capsys, "report", f"--workdir={runs('pairs').path}", f"--html={tmp_path / 'a.html'}")
+    printed(capsys, "report", run, f"--html={tmp_path / 'a.html'}")
     page = (tmp_path / "a.html").read_text()
     assert "test mean average precision" in page
+    assert "Average precision and decisions of each class" in page
     assert "accuracy" not in page.replace("train/accuracy", "")
-    for text in ("best threshold", "Average precision and decisions of each class"):
-        assert text in page
-    assert "left out" not in page
 
-
-@pytest.mark.thorough
-def test_export_says_the_task(runs, capsys, tmp_path):
-    printed(capsys, "export", tmp_path / "a.stablehlo", f"--workdir={runs('pairs').path}")
-    with zipfile.ZipFile(tmp_path / "a.stablehlo") as file:
-        described = json.loads(file.read("metadata.json"))
+    printed(capsys, "export", tmp_path / "a.stablehlo", run)
+    described = json.loads(zipfile.ZipFile(tmp_path / "a.stablehlo").read("metadata.json"))
     assert [described["gives"], described["task"]] == ["probabilities", "multilabel"]
 
+    with TestClient(app.build(restore(workdir.load_config(), workdir, "latest"))) as client:
+        [answer] = client.post("/predict", files={"images": paths[0].read_bytes()}).json()
+    assert len(answer["predictions"]) == (outputs[0] >= 0.5).sum()
+
+
+@pytest.mark.parametrize("name", thorough("pairs", "soft"))
+def test_several_seeds_report_means_and_their_ensemble(tmp_path, name):
+    """An ensemble averages the probabilities, also with mixing and accumulation."""
+    workdir = train(tmp_path, name, "--config.num_seeds=2", "--config.mix=mixup(0.2)", "--config.accumulate=2")
+    targets, together = outputs_of(workdir)
+    model = restore(workdir.load_config(), workdir, "latest")
+    images = model.programs.eval_images(datasets.open_data(workdir.load_config())["test"])
+    everything = np.arange(len(images))
+    read = images.read(everything, everything)
+    logits = np.asarray(model.programs.inference("logits")(*model.state.evaluated, read["image"]))
+    each = np.asarray(losses.link_of(LOSS[name]).probabilities(logits), np.float64)
+    np.testing.assert_allclose(each.mean(0), together, rtol=1e-5, atol=1e-6)
+    result = json.loads(workdir.result.read_text())["test"]
+    seeds = [expected(name, targets, own) for own in each]
+    for key, value in expected(name, targets, together).items():
+        assert result[f"ensemble_{key}"] == pytest.approx(value, rel=1e-4)
+        assert result[key] == pytest.approx(np.mean([one[key] for one in seeds]), rel=1e-4)
+        assert result[f"{key}_std"] == pytest.approx(np.std([one[key] for one in seeds], ddof=1), rel=1e-2, abs=1e-6)
+
 
 @pytest.mark.thorough
-def test_serve_answers_by_the_task(runs, pictures):
-    model = restore(runs("pairs").load_config(), runs("pairs"), "latest")
-    _, outputs = outputs_of(runs("pairs"))
-    with TestClient(app.build(model)) as client:
-        [answer] = client.post("/predict", files={"images": pictures("pairs", runs)[0].read_bytes()}).json()
-    assert len(answer["predictions"]) == (outputs[0] >= 0.5).sum()
+def test_compare_counts_examples_with_all_labels(tmp_path, capsys):
+    for name, widths in (("run0", 32), ("run1", 8)):
+        train(tmp_path, "pairs", f"--config.model=mlp(widths=({widths},))").path.rename(tmp_path / name)
+    dirs = [tmp_path / "run0", tmp_path / "run1"]
+    [one] = json.loads(printed(capsys, "compare", *dirs, "--test", "--format=json"))["comparisons"]
+    exact = [json.loads((path / "result.json").read_text())["test"]["exact_match"] for path in dirs]
+    assert abs(one["difference"]["value"]) == pytest.approx(abs(exact[0] - exact[1]), abs=1e-6)
+    assert "with all labels, if there are several" in " ".join(printed(capsys, "compare", *dirs).split())

@@ -197,15 +197,6 @@ def test_no_run(tmp_path, capsys):
     assert launch.main(["compare"]) == 2
 
 
-def test_damaged_predictions_are_left_out(tmp_path, write, capsys):
-    for name, clip in (("a", 1.0), ("b", 2.0)):
-        (write(name, clip=clip) / "predictions.npz").write_text("PK")
-    assert launch.main(["compare", str(tmp_path)]) == 0
-    out, err = capsys.readouterr()
-    assert "ignoring the damaged" in err
-    assert "no group has predictions that can be paired with those of the best; add --test" in " ".join(out.split())
-
-
 def test_runs_whose_configs_say_the_same_of_other_data_code_or_weights(tmp_path, write, capsys):
     one = {"modules": {"my_nets.py": "aa"}, "init_from": {"path": "w.pth", "sha256": "aa"}}
     write("a", seed=0, recorded=one)

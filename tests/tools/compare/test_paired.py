@@ -75,17 +75,6 @@ def test_the_interval_is_that_of_a_loop(seeds):
         assert paired.difference(first, second) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-def test_seeds_of_equal_accuracy_leave_the_examples_uncertainty():
-    """Two models, two seeds each, all of them wrong on other examples: the interval of the examples alone remains."""
-    wrong = iter(range(14))
-    first, second = (np.array([~np.isin(np.arange(360), [next(wrong) for _ in range(k)]) for _ in range(2)])
-                     for k in (3, 4))  # fmt: skip
-    value, low, high = paired.difference(first, second)
-    gains = first.mean(0) - second.mean(0)
-    examples = stats.ttest_1samp(gains, 0).confidence_interval()
-    assert (value, low, high) == pytest.approx((1 / 360, examples.low, examples.high))
-
-
 def coverage(seeds, between, examples, times):
     """How often the interval holds the difference over all examples and all seeds there could be, here zero.
 

@@ -80,23 +80,6 @@ def test_what_does_not_fit(programs, monkeypatch, capsys):
     assert "images per second" in capsys.readouterr().out
 
 
-def test_what_the_compiler_refuses(programs, monkeypatch, capsys):
-    """It quotes a compiler that runs out of memory."""
-
-    class Full:
-        jaxpr = dataclasses.replace(programs).traced_train.jaxpr  # which is remembered
-
-        def lower(self):
-            raise RuntimeError("RESOURCE_EXHAUSTED: CompileTimeHbmOom\nUsed 21.3G of 15.75G hbm. Exceeded by 5.5G.")
-
-    monkeypatch.setattr(Programs, "traced_train", Full())
-    found = dryrun.report(programs, topology.parse("cpu:8"))
-    assert (found["fits"], found["program"]) == (False, "train")
-    assert found["compiler"] == "Used 21.3G of 15.75G hbm. Exceeded by 5.5G."
-    dryrun._print(found)
-    assert "try gradient accumulation" in capsys.readouterr().out
-
-
 def test_data_that_are_not_here():
     """TFDS knows classes and shape without the data; their number must be given."""
     config = default_config()

@@ -1,4 +1,4 @@
-"""Grad-CAM and occlusion against their definitions, in NumPy."""
+"""Grad-CAM and occlusion against their definitions, in NumPy; the colors and words of a heatmap."""
 
 import functools
 
@@ -15,7 +15,7 @@ from imgclf_jax.models.classifier import Classifier
 from imgclf_jax.models.layers import Conv, mean_pool
 from imgclf_jax.models.resnet import ResNet, ResNetCIFAR
 from imgclf_jax.models.vit import Mixer, ViT
-from imgclf_jax.tools.explain import attribution
+from imgclf_jax.tools.explain import attribution, heatmap
 
 SHAPE = (8, 8, 1)
 LABELS = np.array([2, 0, 1], np.int32)
@@ -27,21 +27,6 @@ class OneConv(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
         return mean_pool(nn.relu(Conv(4, 3, padding="VALID", name="conv")(x)))
-
-
-class Scanned(nn.Module):
-    """Feature maps inside a scan, where they cannot be reached, and one layer before it."""
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        class Step(nn.Module):
-            @nn.compact
-            def __call__(self, x, _):
-                return nn.relu(nn.Conv(2, (3, 3), name="conv")(x)), None
-
-        x = nn.Conv(2, (3, 3), name="first")(x)
-        stack = nn.scan(Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
-        return mean_pool(stack(name="steps")(x, None)[0])
 
 
 def scaled(key, images):
@@ -164,7 +149,6 @@ def test_gradcam_behind_a_jitted_block_is_its_definition():
     (CNN(widths=(4,)), "gradcam", "block0"),
     (ResNetCIFAR(depth=8), "gradcam", "layer3_0"),
     (ResNet(18, remat="block"), "gradcam", "layer1_0"),
-    (Scanned(), "occlusion", "first"),
     (MLP((4,)), "occlusion", None),
     (RNN(features=4), "occlusion", None),
     (Mixer("S", 4), "occlusion", "patch"),
@@ -210,3 +194,20 @@ def test_occlusion_is_a_loop_over_squares(shape, window):
                     for j in range(left, left + side):
                         falls[i][j].append(fall)
         np.testing.assert_allclose(own, [[np.mean(of) for of in row] for row in falls], rtol=1e-9, atol=1e-12)
+
+
+def test_the_colors_are_those_of_matplotlibs_viridis():
+    colormaps = pytest.importorskip("matplotlib", reason="it comes with the group `peers`").colormaps
+    rgb = heatmap.colormap(np.linspace(0, 1, 101)) / 255
+    np.testing.assert_allclose(rgb, colormaps["viridis"](np.linspace(0, 1, 101))[:, :3], atol=0.03)
+
+
+@pytest.mark.parametrize(("at", "shape", "words"), [
+    ((0, 0), (3, 3), "the upper left"), ((0, 8), (9, 9), "the upper right"), ((1, 4), (9, 9), "the top"),
+    ((3, 0), (7, 7), "the left side"), ((6, 6), (14, 14), "the middle"), ((1, 6), (2, 8), "the lower right"),
+])  # fmt: skip
+def test_place_in_words(at, shape, words):
+    values = np.full(shape, -1.0)
+    values[at] = 2.0
+    assert heatmap.peak(values, signed=False) == heatmap.peak(values, signed=True) == words
+    assert heatmap.peak(np.ones((6, 6)), signed=False) == ""  # nothing stands out

@@ -17,10 +17,11 @@ import imgclf_jax
 import launch
 from imgclf_jax.config import default_config
 from imgclf_jax.core import platform
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
-from imgclf_jax.tools.export import stablehlo
+from imgclf_jax.tools.export import compared, stablehlo
 from imgclf_jax.trained import Trained
 
 FLAGS = ["--config.total=20 steps", "--config.model=mlp(widths=(8,))", "--config.schedule=constant(1e-2)",
@@ -172,3 +173,32 @@ def test_mistakes(run, tmp_path, capsys):
         assert launch.main(["export", f"--workdir={run}", *words]) == 1
         assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.thorough
+def test_a_wrong_translation_of_a_network_that_is_sure_is_found():
+    """Both are confident about every random image, so their probabilities agree to six digits."""
+    model, _ = made("mlp(widths=(8,))")
+    params = model.state.params
+    head = params["head"] | {"kernel": params["head"]["kernel"] * 0, "bias": params["head"]["bias"] * 0}
+
+    def sure(bias):
+        own = head | {"bias": head["bias"].at[:].set(np.float32(bias))}
+        return model._replace(state=model.state.replace(params=params | {"head": own}))
+
+    def run(other):
+        def outputs(images):
+            padded = np.zeros((8, *images.shape[1:]), np.uint8)
+            padded[: len(images)] = images
+            return np.asarray(other.programs.inference("predict")(*other.state.evaluated, padded))[: len(images)]
+
+        return outputs
+
+    right, wrong = sure([40, 3, 2, 1, 0]), sure([40, 0, 3, 2, 1])
+    probabilities = [np.asarray(m.predict(np.zeros((2, 8, 8, 1), np.uint8))) for m in (right, wrong)]
+    np.testing.assert_allclose(*probabilities, atol=1e-6)
+    assert compared.difference(run(right), right, "predict", "X") == 0
+    with pytest.raises(UserError, match=r"^export: X's log probabilities differ from the model's by up to 3, "):
+        compared.difference(run(wrong), right, "predict", "X")
+    with pytest.raises(UserError, match="by up to nan"):
+        compared.difference(lambda images: np.full((len(images), 5), np.nan, np.float32), right, "predict", "X")

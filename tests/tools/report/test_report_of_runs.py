@@ -49,13 +49,9 @@ def test_several_seeds_and_many_classes(tmp_path, capsys):
     ]
     assert page.tables["Scores on test"][1][1] == f"{found['ensemble_accuracy']:.4f}"
     assert "Everything below describes the ensemble" in page.text
-    assert "when a square covers the region (occlusion). It uses the ensemble's probability." in page.text
     assert "Confusion matrix on test" not in page.tables
-    assert "test, ensemble" in page.text
     bands = [own["class"] for tag, own in page.tags if "band" in own.get("class", "")]
-    assert (
-        bands == ["band c0", "band c1"] * 2 + ["band c1"] * 2
-    )  # loss and accuracy of training and test, NLL and top-5 of test
+    assert bands == ["band c0", "band c1"] * 2 + ["band c1"] * 2  # of loss and accuracy; NLL and top-5 are of test
 
 
 def test_top_losses_are_explained(trained, text):
@@ -84,7 +80,7 @@ def test_top_losses_are_explained(trained, text):
             f"most at {place}" if place else "nothing stands out")  # fmt: skip
 
 
-def test_where_the_data_are_gone(copy, text, capsys):
+def test_where_the_data_are_gone(copy, text):
     """Sections without data are unchanged; one sentence says what is left out."""
     config = json.loads((copy / "config.json").read_text())
     config["data"]["source"] = "folder('/nowhere/at/all')"
@@ -96,7 +92,6 @@ def test_where_the_data_are_gone(copy, text, capsys):
     assert page.items == [item for item in Page(text).items if ", loss " not in item]
     accuracy = json.loads((copy / "result.json").read_text())["test"]["accuracy"]
     assert f"copy: test accuracy {accuracy:.4f}" in page.text
-    assert "omits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["model", "source", "eval"])
@@ -114,47 +109,15 @@ def test_a_run_that_names_code_is_refused(copy, capsys, key):
     assert not (copy / "report.html").exists()
 
 
-def test_a_run_of_before(copy, tmp_path):
-    """It has what was recorded; an unfinished run says so; the file may be elsewhere."""
-    provenance = json.loads((copy / "provenance.json").read_text())
-    (copy / "provenance.json").write_text(json.dumps({"data": provenance["data"]}))
-    (copy / "result.json").unlink()
-    file = tmp_path / "elsewhere.html"
-    assert launch.main(["report", f"--workdir={copy}", f"--html={file}"]) == 0
-    page = Page(file.read_text())
-    assert "The run is unfinished: its last record is from step 24 of 24." in page.text
-    assert "Scores on test" in page.tables
-
-
-def test_entries_that_no_run_writes_count_as_not_recorded(copy):
-    """A commit that is a number had ended in a traceback."""
-    provenance = json.loads((copy / "provenance.json").read_text())
-    damaged = dict.fromkeys(("git", "devices", "packages", "unreadable", "init_from", "resumed", "command"), -1e28)
-    for more in (damaged, {"git": {"commit": -1e28}, "resumed": [3, {"step": "x"}]}):
-        (copy / "provenance.json").write_text(json.dumps(provenance | more))
-        assert "commit" not in Page(reported(copy)).text
-        shutil.rmtree(copy / "checkpoints", ignore_errors=True)  # once with a model is enough
-
-
 def test_a_run_without_a_checkpoint(copy):
     shutil.rmtree(copy / "checkpoints")
     (copy / "metrics.jsonl").unlink()
+    (copy / "result.json").unlink()
     config = json.loads((copy / "config.json").read_text())
-    page = Page(reported(copy))
-    assert "There is no checkpoint yet" in page.text
-    assert "selects on" not in page.text
-    assert "metrics.jsonl is missing, or has no record yet" in page.text
-    assert "--checkpoint" not in page.text
     change(copy / "config.json", checkpoint=config["checkpoint"] | {"best": "test/accuracy"})
     text = Page(reported(copy)).text
-    assert "checkpoint.best='test/accuracy' selects on the set test: its scores on this page are not those of" in text
-
-
-def test_mistakes_of_who_asks(copy, tmp_path, capsys):
-    assert launch.main(["report", f"--workdir={copy}", "--checkpoint=7"]) == 1
-    assert "--checkpoint=7: there are [" in capsys.readouterr().err
-    assert launch.main(["report", f"--workdir={tmp_path / 'none'}"]) == 1
-    assert "holds no run" in capsys.readouterr().err
-    shutil.rmtree(copy / "checkpoints")
-    assert launch.main(["report", f"--workdir={copy}", f"--html={tmp_path}/no/a.html"]) == 2
-    assert f"--html: {tmp_path}/no/a.html: the directory '{tmp_path}/no' does not exist" in capsys.readouterr().err
+    for said in ("There is no checkpoint yet", "metrics.jsonl is missing, or has no record yet",
+                 "The run is unfinished: its last record is from step 0 of 24.",
+                 "checkpoint.best='test/accuracy' selects on the set test: its scores on this"):  # fmt: skip
+        assert said in text
+    assert "--checkpoint" not in text

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import optax
 import pytest
 from recorded import STEPS, append, copy, edit, reproduce, trained  # noqa: F401  fixtures
 
@@ -30,32 +29,17 @@ def test_the_same_run_passes(reproduce, trained, tmp_path):
 
 
 def test_some_steps(reproduce, trained, tmp_path):
-    """The first ones, on the schedule of all, in a directory that is kept."""
-    status, out = reproduce(trained, "--steps=6", f"--output={tmp_path}/again", format="table")
+    """The first ones, on the schedule of all, in a directory that is kept, with the same data elsewhere."""
+    shutil.copy(trained.parent / "data.npz", tmp_path / "data.npz")
+    words = (trained, "--steps=6", f"--output={tmp_path}/again", f"--config.data.source=arrays('{tmp_path}/data.npz')")
+    status, out = reproduce(*words, format="table")
     assert status == 0
-    assert out.splitlines() == [
-        "The same, bit for bit.",
-        "Compared up to step 6: all parameters at 4 steps, and 5 metric values at 1 steps.",
-        f"the new run is in {tmp_path}/again",
-    ]
+    assert out.startswith(
+        "The same, bit for bit.\nCompared up to step 6: all parameters at 4 steps, and 5 metric values"
+    )
+    assert f"the new run is in {tmp_path}/again" in out
     assert json.loads((tmp_path / "again" / "config.json").read_text())["total"] == f"{STEPS} steps"
     assert not (tmp_path / "again" / "result.json").exists()
-
-
-@pytest.mark.thorough
-def test_a_library_that_was_edited(reproduce, trained, monkeypatch):
-    """A default of Optax: the first step and parameter are named, and no recorded fact explains it."""
-    defaults = list(optax.sgd.__defaults__)
-    assert defaults[1] is False  # `nesterov`
-    defaults[1] = True
-    monkeypatch.setattr(optax.sgd, "__defaults__", tuple(defaults))
-    status, found = reproduce(trained)
-    assert (status, found["verdict"], found["first_step"]) == (1, "different", 1)
-    assert found["parameters"]["names"][0] == "backbone/dense0/bias"
-    assert (found["parameters"]["step"], found["parameters"]["equal_until"], found["parameters"]["of"]) == (1, 0, 4)
-    assert found["first_metric"]["step"] == 5
-    assert found["differences"] == []
-    assert Path(found["output"], "metrics.jsonl").is_file()
 
 
 @pytest.mark.thorough
@@ -91,15 +75,14 @@ def test_an_image_that_changed(reproduce, trained, tmp_path):
 
 @pytest.mark.thorough
 def test_a_module_of_the_user_that_changed(reproduce, trained, tmp_path, monkeypatch, capsys):
-    """`reproduce` names the file, and so do a resumed run, which records it, and commands that load the run."""
+    """`reproduce` names the file, and so do a resumed run and commands that load the run."""
     monkeypatch.chdir(tmp_path)
     own = tmp_path / "own_loss_of_a_run.py"
-    content = (
-        "import imgclf_jax.losses as l\n\ndef scaled(logits, labels):\n    return {} * l.softmax(logits, labels)\n"
-    )
 
     def write(scale: int) -> None:
-        own.write_text(content.format(scale))
+        own.write_text(
+            f"import imgclf_jax.losses as l\n\ndef scaled(x, labels):\n    return {scale} * l.softmax(x, labels)"
+        )
         sys.modules.pop(own.stem, None)
         importlib.invalidate_caches()
 
@@ -116,39 +99,9 @@ def test_a_module_of_the_user_that_changed(reproduce, trained, tmp_path, monkeyp
     assert launch.main(["evaluate", f"--workdir={tmp_path}/run", "--trust"]) == 0
     assert f"{own.name} has changed since the run in {tmp_path}/run was trained" in capsys.readouterr().err
     assert launch.main([*words, "--config.total=6 steps", "--extend"]) == 0
-    err = capsys.readouterr().err
-    assert "changed since the run began, in effect from step 4 on: keys.total was 4 steps, here it is 6 steps; " in err
-    assert f"modules.{own.name} was" in err
-    assert launch.main(["evaluate", f"--workdir={tmp_path}/run", "--trust"]) == 0
-    assert "has changed" not in capsys.readouterr().err
+    assert f"modules.{own.name} was" in capsys.readouterr().err
     status, found = reproduce(tmp_path / "run", "--trust", "--steps=5")
     assert (status, [one["what"] for one in found["differences"]]) == (1, [f"modules.{own.name}"])
-
-
-@pytest.mark.thorough
-def test_other_versions_and_rounding(reproduce, copy):
-    """A run of another version whose numbers differ by rounding: the output says so, and names the version."""
-    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
-    lines[0]["train/loss"] *= 1 + 1e-6
-    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    edit(copy / "provenance.json", lambda p: p["packages"].update(optax="0.1"))
-    status, out = reproduce(copy, format="table")
-    assert status == 1
-    first, *rest = out.splitlines()
-    assert first.startswith(
-        "The same up to rounding: only versions, devices or flags differ, and no metric by more than"
-    )
-    assert first.endswith("(largest relative difference of a metric: 1e-06).")
-    assert any("version" in line and "optax" in line and "0.1 " in line for line in rest)
-    assert reproduce(copy, "--tolerance=1e-5")[0] == 0
-
-
-@pytest.mark.thorough
-def test_the_same_data_elsewhere(reproduce, trained, tmp_path):
-    """The config is the same, and so is the fingerprint."""
-    shutil.copy(trained.parent / "data.npz", tmp_path / "data.npz")
-    status, found = reproduce(trained, f"--config.data.source=arrays('{tmp_path}/data.npz')", "--steps=1")
-    assert (status, found["verdict"], [one["kind"] for one in found["differences"]]) == (0, "same", ["place"])
 
 
 @pytest.mark.thorough
@@ -169,55 +122,29 @@ def test_a_signal(reproduce, trained, tmp_path, monkeypatch, capsys):
     assert (status, found["verdict"], found["compared"]["digests"]) == (0, "same", [0, 1, 2, 4, 8, 10])
 
 
-def test_an_output_that_is_done(trained, copy, capsys):
-    """As for another --tolerance; the log says that nothing is trained."""
+def test_an_output_that_has_been_trained_before(trained, copy, capsys):
+    """By the present code, it is compared without training, and the log says so; by other code, it is refused."""
     assert launch.main(["reproduce", str(trained), f"--output={copy}"]) == 0
-    said = f"--output={copy} has been trained up to step {STEPS} before, by the present code: it is compared without"
-    assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("key", "done"), [("code", True), ("processor", True), ("code", False)])
-def test_an_output_that_other_code_has_trained(trained, copy, capsys, key, done):
-    """The verdict was "same", bit for bit, without training, whatever had changed since."""
-    if not done:
-        (copy / "result.json").unlink()
-    edit(copy / "provenance.json", lambda p: p.update({key: "another"}))
+    assert f"--output={copy} has been trained up to step {STEPS} before, by the present" in capsys.readouterr().err
+    edit(copy / "provenance.json", lambda p: p.update(code="another"))
     assert launch.main(["reproduce", str(trained), f"--output={copy}"]) == 1
-    said = f"error: --output={copy} has been trained up to step {STEPS} otherwise: {key} was another, here it is "
+    said = f"error: --output={copy} has been trained up to step {STEPS} otherwise: code was another, here it is "
     assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("content", [b"", None])
-def test_a_run_without_digests(copy, capsys, content):
-    """Nothing could be compared bit for bit."""
-    (copy / "digests.jsonl").unlink() if content is None else (copy / "digests.jsonl").write_bytes(content)
-    assert launch.main(["reproduce", str(copy)]) == 1
-    assert f"digests.jsonl of {copy} is missing or empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "content", "says"), [
-    ("digests.jsonl", b"garbage\n" * 7, "7 of its 7 lines hold no record"),
-    ("digests.jsonl", b"\x00garbage", "1 of its 1 lines hold no record"),
-    ("metrics.jsonl", b"garbage\n" * 2, "2 of its 2 lines hold no record"),
-], ids=["digests", "no line break", "metrics"])  # fmt: skip
+    ("digests.jsonl", b"garbage\n" * 7, "is damaged: 7 of its 7 lines hold no record"),
+    ("digests.jsonl", b"", "is missing or empty"),
+    ("metrics.jsonl", b"garbage\n" * 2, "is damaged: 2 of its 2 lines hold no record"),
+], ids=["digests", "empty", "metrics"])  # fmt: skip
 def test_a_record_that_is_damaged(copy, tmp_path, capsys, name, content, says):
     """It trains nothing."""
     (copy / name).write_bytes(content)
     for words in ([], [f"--bundle={tmp_path}/damaged.zip"]):
         assert launch.main(["reproduce", str(copy), f"--output={tmp_path}/again", *words]) == 1
-        assert f"{name} of {copy} is damaged: {says}" in capsys.readouterr().err
+        assert f"{name} of {copy} {says}" in capsys.readouterr().err
     assert not (tmp_path / "again").exists()
     assert not (tmp_path / "damaged.zip").exists()
-
-
-@pytest.mark.thorough
-def test_a_line_that_a_crash_cut_short(reproduce, copy):
-    """Only the last line may be truncated."""
-    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (copy / "metrics.jsonl").write_text("".join(lines) + lines[-1][:12])
-    assert reproduce(copy, "--steps=1")[0] == 0
-    (copy / "metrics.jsonl").write_text(lines[0][:12] + "\n" + "".join(lines[1:]))
-    assert launch.main(["reproduce", str(copy)]) == 1
 
 
 def test_a_bundle(reproduce, trained, tmp_path, capsys):
@@ -242,28 +169,6 @@ def test_a_run_that_names_code(reproduce, copy, tmp_path, capsys):
         assert "add --trust" in error
     assert not (tmp_path / "harm").exists()
     assert list((tmp_path / "tmp").iterdir()) == []
-
-
-def test_what_was_recorded_and_is_not_found_again(reproduce, copy):
-    """A metric at a step where a run of this config logs none."""
-    append(copy / "metrics.jsonl", '{"step": 3, "test/accuracy": 0.99}\n')
-    status, found = reproduce(copy, "--steps=4")
-    assert (status, found["verdict"], found["first_step"]) == (1, "different", 3)
-    assert found["missing"] == [{"step": 3, "name": "test/accuracy"}]
-
-
-@pytest.mark.thorough
-def test_a_checkpoint_under_another_step(copy, capsys):
-    """`evaluate` said "step 12" for the parameters of step 10, and `train` had "trained the last -2 of 10 steps"."""
-    (copy / "checkpoints" / "10").rename(copy / "checkpoints" / "12")
-    told = f"checkpoint {copy}/checkpoints/12 holds the state of step 10; name it 10 again, or remove it"
-    for words in (["evaluate"], ["evaluate", "--checkpoint=12"], ["evaluate", "--checkpoints=12"]):
-        capsys.readouterr()
-        assert launch.main([*words, f"--workdir={copy}"]) == 1
-        assert told in capsys.readouterr().err
-    shutil.copytree(copy / "checkpoints" / "12", copy / "checkpoints" / "10")  # the latest that counts its own step
-    assert launch.main(["evaluate", f"--workdir={copy}"]) == 0
-    assert f"{told}; the checkpoint of step 10 is used" in capsys.readouterr().err
 
 
 @pytest.mark.thorough

@@ -39,15 +39,6 @@ def test_the_first_step_and_parameter_that_differ():
     assert verdict(found, []) == "different"
 
 
-def test_a_run_without_digests_has_that_of_its_result():
-    found = compare(([], METRICS, {"step": 9, "params_sha256": "other"}), (OLD, METRICS))
-    assert found.parameters
-    assert found.parameters._asdict() == {
-        "step": 9, "names": (), "of": 2, "recorded": "other", "here": "d", "equal_until": None
-    }  # fmt: skip
-    assert compare(([], METRICS, {"step": 9, "params_sha256": "d"}), (OLD, METRICS)).first_step is None
-
-
 def test_a_run_that_went_on_with_another_total_or_other_cadences():
     """It had ended at step 6 and logged there, so its next log, at 9, has means over other steps."""
     old = [{"step": 6, "train/loss": 1.0}, {"step": 9, "train/loss": 2.0}, {"step": 9, "test/loss": 3.0},
@@ -72,12 +63,9 @@ def version(kind: str = "version") -> Difference:
 
 @pytest.mark.parametrize(("here", "found", "tolerance", "word"), [
     (0.5, [version("data")], 0, "same"),  # what else differs does not matter
-    (0.5001, [version()], 0, "rounding"),
-    (0.5001, [version("device"), version("flags")], 0, "rounding"),
-    (0.5001, [version(), version("place")], 0, "rounding"),
+    (0.5001, [version("device"), version("flags"), version("place")], 0, "rounding"),
     (0.5001, [version("place")], 0, "different"),
     (0.5001, [version(), version("code")], 0, "different"),
-    (0.5001, [version(), version("config")], 0, "different"),
     (0.5001, [], 0, "different"),
     (0.51, [version()], 0, "different"),
     (0.51, [], 0.05, "tolerated"),
@@ -113,7 +101,3 @@ def test_differences_from_any_start_of_the_run():
     found = list_differences([BEGAN, BEGAN | {"step": 5}], here)  # named once
     assert [tuple(one) for one in found] == [("device", "processor", "EPYC", "Xeon")]
     assert verdict(Comparison((5,), (Value(5, "train/loss", 1.0, 1.0001),), None), found) == "rounding"
-
-
-def test_a_record_without_provenance_differs_in_nothing():
-    assert list_differences([], BEGAN) == []

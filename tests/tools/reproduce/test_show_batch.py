@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from PIL import Image
 
 import launch
 from imgclf_jax import datasets, losses, step
@@ -26,16 +25,12 @@ K, BATCH, SEED = 7, 12, 5  # in the second epoch
 AUGMENT = "flip_lr|flip_alternating|pad_crop(2)|normalize(mean=0.25, std=0.5)|cutout(4)"
 
 
-def config_of(augment: str = AUGMENT, mix: str = "mixup(1.0)") -> Any:
+def config_of() -> Any:
     config = default_config()
     config.data.source, config.preprocess = "fake(60, (8, 8, 3), 4)", "decode(3)|random_resized_crop(8)"
-    config.preprocess_eval, config.total, config.seed, config.batch_size = (
-        "decode(3)|resize(8)",
-        "10 steps",
-        SEED,
-        BATCH,
-    )
-    config.augment, config.mix, config.model = augment, mix, "mlp(widths=(4,))"
+    config.preprocess_eval, config.total = "decode(3)|resize(8)", "10 steps"
+    config.seed, config.batch_size, config.augment, config.mix = SEED, BATCH, AUGMENT, "mixup(1.0)"
+    config.model = "mlp(widths=(4,))"
     return config
 
 
@@ -102,8 +97,6 @@ def test_the_picture_has_the_pixels():
         y, x = 6 + place // columns * (84 + 2 * 15 + 6), 6 + place % columns * cell
         expected = np.repeat(np.repeat(np.repeat(image, 3, 0), 3, 1), 3, 2)
         np.testing.assert_array_equal(sheet[y : y + 84, x : x + 84], expected)
-    wide = contact_sheet.draw(np.zeros((1, 10, 500, 4), np.uint8), [["a" * 500]])
-    assert wide.size == (224 + 12, round(10 * 224 / 500) + 15 + 12)
 
 
 @pytest.mark.thorough
@@ -118,8 +111,7 @@ def test_of_a_config_and_of_a_run(tmp_path, monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     assert [one["id"] for one in found["examples"]] == sampling.example_ids(0, K, 12, 60)[:5].tolist()
     assert [one["label"] for one in found["examples"]] == [{str(one["id"] % 4): 1.0} for one in found["examples"]]
-    with Image.open(tmp_path / "batch-7.png") as picture:
-        assert picture.size == (5 * (11 * 8 + 6) + 6, 11 * 8 + 2 * 15 + 2 * 6)
+    assert (tmp_path / "batch-7.png").is_file()
     assert launch.main([*words, "--config.total=2 steps", "--config.num_seeds=2", "--config.seed=3",
                         f"--workdir={tmp_path}/run"]) == 0  # fmt: skip
     capsys.readouterr()
@@ -131,5 +123,3 @@ def test_of_a_config_and_of_a_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "run" / "batch-1.png").is_file()
     assert launch.main(["show-batch", f"--workdir={tmp_path}/run", "--step=2"]) == 1
     assert "--step=2: must be 0 to 1, because the run has 2 steps" in capsys.readouterr().err
-    assert launch.main(["show-batch", *words, "--output=a.jpg"]) == 1
-    assert "--output=a.jpg: the name must end in .png" in capsys.readouterr().err

@@ -51,16 +51,6 @@ def test_a_run_that_stopped_early_is_done(write):
     assert (command.read(run).state, run.workdir.is_done(20_000)) == ("stopped", False)
 
 
-def test_a_result_is_removed_once_its_run_trains_on(write):
-    run = write(12, {"step": 12})
-    run.workdir.drop_later_result(13)
-    assert run.workdir.last_step() == 12
-    for _ in range(2):
-        run.workdir.drop_later_result(12)
-        assert not run.workdir.result.exists()
-        run.workdir.drop_later_result(0)
-
-
 def test_a_bad_step_is_told_until_the_run_trains_on(write, tmp_path):
     (tmp_path / "nonfinite.json").write_text('{"step": 100}')
     run = write(100)
@@ -68,6 +58,22 @@ def test_a_bad_step_is_told_until_the_run_trains_on(write, tmp_path):
     with lock.held(tmp_path / "lock"):
         assert command.read(run).health == []
     assert command.read(write(101)).health == []
+
+
+@pytest.mark.thorough
+def test_beside_a_run_that_trains_and_is_killed(tmp_path):
+    words = ("--config.data.source=fake(256, (12, 12, 1), 4)", "--config.preprocess=decode(1)",
+             "--config.model=mlp(widths=(16,))", "--config.total=400000 steps", "--config.log_every=5 steps",
+             "--config.eval_every=", "--config.batch_size=24")  # fmt: skip
+    process, end = resume_check.start(tmp_path / "run", words), time.monotonic() + 180
+    while len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 5 and time.monotonic() < end:
+        time.sleep(0.05)
+    found = command.read(record.read(tmp_path / "run"))
+    assert found.state == "running"
+    assert found.seconds_left > 0
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert command.read(record.read(tmp_path / "run")).state == "stopped"
 
 
 def test_status_of_a_run(fake_config, tmp_path, capsys, one_device):
@@ -79,13 +85,14 @@ def test_status_of_a_run(fake_config, tmp_path, capsys, one_device):
     assert launch.main(["status", str(tmp_path), "--format=json"]) == 0
     [found] = json.loads(capsys.readouterr().out)
     assert (found["state"], found["step"], found["total"], found["checkpoint"]) == ("done", 12, 12, 12)
-    inside = sum(found["seconds"].values())
-    assert inside == pytest.approx(elapsed, rel=0.05, abs=0.3)
+    assert sum(found["seconds"].values()) == pytest.approx(elapsed, rel=0.05, abs=0.3)
     assert found["seconds"]["steps"] > 0
     assert found["health"] == []
-    result = json.loads((tmp_path / "a" / "result.json").read_text())
-    assert {one["phase"]: one["seconds"] for one in result["time"]} == found["seconds"]
     (tmp_path / "a" / "result.json").unlink()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "result.json").write_text("{}")
+    assert launch.main(["status", str(tmp_path)]) == 1
+    assert f"skipped: {tmp_path}/b holds no run: there is no {tmp_path}/b/config.json" in capsys.readouterr().err
     with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "train/skipped": 3}\n')
     assert launch.main(["status", str(tmp_path / "a")]) == 0
@@ -95,7 +102,7 @@ def test_status_of_a_run(fake_config, tmp_path, capsys, one_device):
 
 
 def test_it_takes_no_device(monkeypatch, tmp_path, capsys):
-    """A run that trains holds the TPU of its host; `status` beside it failed, since it asked JAX for the devices."""
+    """A run that trains holds the TPU of its host."""
 
     def taken():
         raise RuntimeError("The TPU is already in use by another process")
@@ -104,39 +111,3 @@ def test_it_takes_no_device(monkeypatch, tmp_path, capsys):
     (tmp_path / "result.json").write_text("{}")
     launch.main(["status", str(tmp_path)])
     assert "finds no devices" not in capsys.readouterr().err
-
-
-def test_a_result_without_a_config_is_told_of(tmp_path, capsys):
-    """The run was left out in silence, and later told of with its terminal escapes."""
-    (tmp_path / "a\x1b[31m").mkdir()
-    (tmp_path / "a\x1b[31m" / "result.json").write_text("{}")
-    assert launch.main(["status", str(tmp_path)]) == 1
-    place = rf"{tmp_path}/a\x1b[31m"
-    assert f"skipped: {place} holds no run: there is no {place}/config.json" in capsys.readouterr().err
-
-
-@pytest.mark.thorough
-def test_killed_three_times(tmp_path, capsys):
-    """Beside a run that trains, `status` says how far it is and how long it still takes."""
-    words = ("--config.data.source=fake(256, (12, 12, 1), 4)", "--config.preprocess=decode(1)",
-             "--config.model=mlp(widths=(16,))", "--config.total=4000 steps", "--config.batch_size=24",
-             "--config.log_every=5 steps", "--config.eval_every=", "--config.checkpoint_every=100 steps")  # fmt: skip
-    for number in range(3):
-        process, saved = resume_check.start(tmp_path / "run", words), tmp_path / "run" / "checkpoints"
-        end = time.monotonic() + 180
-        while len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 60 * (number + 1) and time.monotonic() < end:
-            time.sleep(0.05)
-        assert saved.is_dir()
-        if number == 1:
-            capsys.readouterr()
-            assert launch.main(["status", str(tmp_path / "run"), "--format=json"]) == 0
-            [found] = json.loads(capsys.readouterr().out)
-            assert found["state"] == "running"
-            assert found["seconds_left"] > 0
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert resume_check.start(tmp_path / "run", words).wait() == 0
-    capsys.readouterr()
-    assert launch.main(["status", str(tmp_path / "run"), "--format=json"]) == 0
-    [found] = json.loads(capsys.readouterr().out)
-    assert (found["state"], found["step"]) == ("done", 4000)

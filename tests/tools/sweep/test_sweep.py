@@ -1,13 +1,9 @@
 """The command `sweep`: the runs it starts, how they end, and its output; a slow test trains and kills real runs."""
 
 import json
-import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -40,10 +36,6 @@ if behave == "ask":
     signal.signal(signal.SIGTERM, save)
     os.kill(os.getppid(), signal.SIGTERM)
     time.sleep(60)
-if behave == "meet":  # waits until two runs have begun
-    end = time.monotonic() + 60
-    while (place.parent / "order").read_text().count("begin") < 2 and time.monotonic() < end:
-        time.sleep(0.05)
 config = json.loads((place.parents[1] / "base.json").read_text()) | {"seed": int(words["config.seed"])}
 (place / "config.json").write_text(json.dumps(config))
 data = {"train_examples": 64, "image_shape": [12, 12, 1], "class_names": ["a", "b"], "fingerprint": "x"}
@@ -96,10 +88,8 @@ def test_one_that_fails_stops_no_other(run):
     assert lines[1] == f"seed=1 failed N s killed by SIGKILL; see {run.folder}/seed=1.log"
     assert lines[2].startswith("seed=2 done")
     assert lines[3].startswith("1 of 3 runs are done")
-    status, lines = run("--sweep=seed=0..2", s0="", s1="die")
-    assert status == 1
-    assert [line.split(" N s")[0] for line in lines[:3]] == [
-        "seed=2 done before", "seed=0 done", "seed=1 failed"]  # fmt: skip
+    status, lines = run("--sweep=seed=0..2", s1="die")
+    assert [line.split(" N s")[0] for line in lines[:3]] == ["seed=2 done before", "seed=0 done", "seed=1 failed"]
     log = (run.folder / "seed=0.log").read_text().splitlines()
     assert [line[0] for line in log] == ["$", "e", "m", "$"]  # both attempts
     assert shlex.split(log[0])[-2:] == ["--config.seed=0", f"--workdir={run.folder}/seed=0"]
@@ -119,35 +109,21 @@ def test_a_signal_is_passed_on(run):
     assert lines[3].startswith("3 of 3 runs are done")
 
 
-def test_several_at_once(run):
-    status, _ = run("--sweep=seed=0..2", "--jobs=2", s0="meet", s1="meet", s2="meet")
-    order = (run.folder / "order").read_text().splitlines()
-    assert status == 0
-    assert sorted(order[:2]) == ["begin 0", "begin 1"]
-    assert order.index("begin 2") > min(order.index("end 0"), order.index("end 1"))
-
-
-def test_print(run, monkeypatch):
+def test_print(run):
     """One command per run, as the sweep would start it; nothing is started."""
     assert run("--sweep=model=mlp; cnn(hidden=8)", "--print", "--config.data.source=fake(8)")[0] == 0
     words = [shlex.split(line) for line in run.out.splitlines()]
-    assert len(words) == 2
-    for own, model, name in zip(words, ("mlp", "cnn(hidden=8)"), ("model=mlp", "model=cnn-hidden-8"), strict=True):
-        assert own[4:] == ["--config.total=12 steps", "--config.data.source=fake(8)", f"--config.model={model}",
-                           f"--workdir={run.folder / name}"]  # fmt: skip
-        assert own[2] == "train"
-        assert own[3].endswith("configs/digits.py")
+    assert [own[2] for own in words] == ["train", "train"]
+    assert words[1][3].endswith("configs/digits.py")
+    assert words[1][4:] == ["--config.total=12 steps", "--config.data.source=fake(8)", "--config.model=cnn(hidden=8)",
+                            f"--workdir={run.folder / 'model=cnn-hidden-8'}"]  # fmt: skip
     assert not run.folder.exists()
-    monkeypatch.setattr("imgclf_jax.cli.main._dispatch", lambda line, config, _: print(line.command, config.model) or 0)
-    assert launch.main(words[1][2:]) == 0  # it is a valid command
 
 
 @pytest.mark.parametrize(("argv", "said"), [
     (["--sweep=seed=0; x"], "no run was started: --config.seed=x: must be a value of type int, such as 0"),
     (["--sweep=seed=0,1"], "values of --sweep are separated by ';'"),
     (["--sweep=schedule=constant(1e-3); constnt(1)"], "no run was started: unknown schedule 'constnt'"),
-    (["--sweep=schedule=constant(1e-3); constant(x=1)"], "no run was started: in schedule 'constant(x=1)': unknown "
-     "argument 'x'"),
     (["--sweep=batch_size=[8, 0]"], "no run was started: batch_size=0: must be 1 or more"),
     ([], "a sweep needs values"),
 ])  # fmt: skip
@@ -157,47 +133,3 @@ def test_nothing_begins_with_a_mistake(run, argv, said):
     assert said in run.err
     assert run.err.count("\n") == 1
     assert not run.folder.exists()
-
-
-def test_the_directory_of_a_run(run):
-    assert run("--sweep=seed=0")[0] == 0
-    (run.folder / "config.json").write_text("{}")
-    assert run("--sweep=seed=0")[0] == 1
-    assert "is a run itself" in run.err
-
-
-@pytest.mark.slow
-def test_a_sweep_that_is_killed_goes_on(tmp_path):
-    """SIGKILL to the sweep and its runs, SIGTERM to the sweep alone: the runs end the same, bit for bit."""
-    words = ["--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=",
-             "--config.model=mlp(widths=(256,))", "--config.batch_size=16", "--config.checkpoint_every=50 steps",
-             "--config.eval_every=", "--config.log_every=50 steps", "--config.total=2000 steps",
-             "--config.schedule=constant(1e-3)"]  # fmt: skip
-    command = [sys.executable, str(ROOT / "launch.py"), "sweep", *words, f"--workdir={tmp_path / 'w'}",
-               "--sweep=seed=0..1", "--jobs=2"]  # fmt: skip
-
-    def stopped(how, number):
-        with (tmp_path / "log").open("w") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=ROOT)
-        metrics = [tmp_path / "w" / f"seed={i}" / "metrics.jsonl" for i in (0, 1)]
-        before = [file.stat().st_size if file.exists() else 0 for file in metrics]
-        for _ in range(600):
-            if all(file.exists() and file.stat().st_size > size for file, size in zip(metrics, before, strict=True)):
-                break
-            time.sleep(0.1)
-        how(process.pid, number)
-        return process.wait()
-
-    assert stopped(os.killpg, signal.SIGKILL) == -signal.SIGKILL
-    assert stopped(os.kill, signal.SIGTERM) == 75
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 of 2 runs are done" in done.stdout
-    for i in (0, 1):
-        assert "resuming at step" in (tmp_path / "w" / f"seed={i}.log").read_text()
-        alone = tmp_path / f"alone{i}"
-        by_itself = [*command[:2], "train", *words, f"--config.seed={i}", f"--workdir={alone}"]
-        subprocess.run(by_itself, capture_output=True, check=True, cwd=ROOT)  # on one device too
-        digests = [json.loads((place / "result.json").read_text())["params_sha256"]
-                   for place in (alone, tmp_path / "w" / f"seed={i}")]  # fmt: skip
-        assert digests[0] == digests[1]

@@ -18,14 +18,11 @@ def get_config(arg="x"):
 
 @pytest.mark.parametrize(("text", "key", "values"), [
     ("seed=0..3", "seed", ["0", "1", "2", "3"]),
-    ("seed=7..7", "seed", ["7"]),
     ("config.seed=4; 2;9", "seed", ["4", "2", "9"]),
     ("schedule=constant(1e-3); cosine(1e-3, warmup='5 epochs')", "schedule",
      ["constant(1e-3)", "cosine(1e-3, warmup='5 epochs')"]),
-    ("augment=pad_crop(2)|flip; normalize", "augment", ["pad_crop(2)|flip", "normalize"]),
     ("augment=['', 'flip; x', 'a=b']", "augment", ["", "flip; x", "a=b"]),
     ("clip=[0, 0.5, 1e-3]", "clip", ["0", "0.5", "0.001"]),
-    ("deterministic=[True, False]", "deterministic", ["True", "False"]),
     ("total=0..2", "total", ["0..2"]),  # a text: no whole numbers
     ("data.eval.new=test; train[:10]", "data.eval.new", ["test", "train[:10]"]),
 ])  # fmt: skip
@@ -35,14 +32,10 @@ def test_values(text, key, values):
 
 @pytest.mark.parametrize(("text", "said"), [
     ("seed", "must name a key and its values"),
-    ("=3", "must name a key and its values"),
     ("sed=0", "unknown config key 'sed': did you mean 'seed'"),
-    ("lr=1", "unknown config key 'lr'"),
     ("data.eval=test", "unknown config key 'data.eval'"),
     ("seed=3..1", "the range must be ascending"),
-    ("seed=0..99999999", "the range must be ascending"),
     ("augment=flip;", "a value is empty"),
-    ("augment=", "a value is empty"),
     ("seed=[0, x]", "is not a list of Python literals"),
     ("seed=[]", "has no values"),
     ("seed=[[1]]", "[1] is not a config value"),
@@ -63,11 +56,9 @@ def test_a_plan_of_the_file_with_seeds_of_the_command_line():
 
 
 @pytest.mark.parametrize(("planned", "sweeps", "said"), [
-    (None, [], "a sweep needs values"),
     (None, ["seed=0", "seed=1"], "names seed twice"),
     ([{"seed": 0}], ["seed=1"], "seed is both in the config file's get_sweep() and in --sweep"),
     ([{"sed": 0}], [], "get_sweep(): unknown config key 'sed'"),
-    ([{"seed": None}], [], "None is not a config value"),
     (None, ["seed=0..200", "clip=[0.0, 1.0, 2.0]", "ema=[0.1, 0.2]", "batch_size=1..10"], "has 12060 runs"),
 ])  # fmt: skip
 def test_plans_that_are_refused(planned, sweeps, said):
@@ -112,9 +103,7 @@ def test_names_do_not_depend_on_how_a_value_is_written():
     ("", None),
     ("def get_sweep(arg='x'):\n    return [{'seed': i, 'model': arg} for i in range(2)]",
      [{"seed": 0, "model": "x"}, {"seed": 1, "model": "x"}]),
-    ("def get_sweep():\n    return []", "return a list of dicts"),
     ("def get_sweep():\n    return {'seed': [0, 1]}", "return a list of dicts"),
-    ("def get_sweep():\n    return 1 / 0", "ZeroDivisionError: division by zero"),
 ])  # fmt: skip
 def test_get_sweep(tmp_path, function, result):
     file = tmp_path / "c.py"
