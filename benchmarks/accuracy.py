@@ -8,7 +8,7 @@ each seed they run in turn, in reverse order for odd seeds; ratios are taken wit
 cache folder, which one more run fills before the seeds: the cold time. The TFDS data set is prepared before any
 measurement.
 
-Writes accuracy.json and accuracy.png.
+Writes accuracy.json.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import machine, now
+from report import cell, machine, now, spread
 from rich.console import Console
 from rich.table import Table
 
@@ -55,12 +55,8 @@ def run(name: str, seed: int, manual_dir: str, cache: str) -> dict[str, float]:
     """Runs one process; returns its {"seconds", "accuracy", "memory_mb"}."""
     with tempfile.TemporaryDirectory() as directory:
         if name == KERAS:
-            command = [
-                sys.executable,
-                "benchmarks/peers/keras_example.py",
-                f"--seed={seed}",
-                f"--manual_dir={manual_dir}",
-            ]
+            example = "benchmarks/peers/keras_example.py"
+            command = [sys.executable, example, f"--seed={seed}", f"--manual_dir={manual_dir}"]
         else:
             command = [sys.executable, "launch.py", "train", *CONFIGS[name], f"--workdir={directory}/run"]
             command += [f"--config.seed={seed}", f"--config.data.manual_dir={manual_dir}"]
@@ -115,40 +111,12 @@ def report(results: dict[str, Any], console: Console) -> None:
         table.add_row(
             name,
             f"{statistics.mean(accuracies):.4f} ({statistics.stdev(accuracies) if len(runs) > 1 else 0:.4f})",
-            spread(seconds, ".1f"),
+            cell(spread(seconds), ".1f"),
             f"{cold['seconds']:.1f}" if cold else "",
-            spread(ratios, ".2f") if ratios and name != KERAS else "",
+            cell(spread(ratios), ".2f") if name != KERAS else "",
             f"{max(memory):,.0f}",
         )
     console.print(table)
-
-
-def spread(values: list[float], form: str) -> str:
-    """Formats `median [min, max]`."""
-    return f"{statistics.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
-
-
-def plot(results: dict[str, Any], file: Path) -> None:
-    """Plots accuracy against time, one point per run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, runs in results["warm"].items():
-        x, y = [r["seconds"] for r in runs], [r["accuracy"] for r in runs]
-        axes.scatter(x, y, label=name, s=36, color="0.45" if name == KERAS else None)
-    axes.set_xscale("log")
-    every = [r["seconds"] for runs in results["warm"].values() for r in runs]
-    ticks = [t for t in (5, 10, 20, 30, 50, 100, 200) if min(every) / 1.5 < t < 1.5 * max(every)]
-    axes.set_xticks(ticks, [str(t) for t in ticks])
-    axes.minorticks_off()
-    axes.set(xlabel="seconds from the start of the process to its end", ylabel="test accuracy",
-             title=f"Fashion-MNIST, {results['machine']['cpu']}, {results['machine']['cores']} cores")  # fmt: skip
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(file, dpi=150)
 
 
 def main() -> None:
@@ -156,9 +124,8 @@ def main() -> None:
     results = measure(args, console)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "accuracy.json").write_text(json.dumps(results, indent=2) + "\n")
-    plot(results, args.out / "accuracy.png")
     report(results, Console(width=None if console.is_terminal else 160))
-    console.print(f"every run is in {args.out / 'accuracy.json'}, the plot in {args.out / 'accuracy.png'}")
+    console.print(f"every run is in {args.out / 'accuracy.json'}")
 
 
 if __name__ == "__main__":

@@ -55,35 +55,16 @@ def dense_flops(inputs: int, features: int) -> int:
 def _cnn_keras() -> Any:
     from keras import Sequential, layers
 
-    return Sequential(
-        [
-            layers.Input((28, 28, 1)),
-            layers.Conv2D(32, 3, activation="relu"),
-            layers.MaxPooling2D(2),
-            layers.Conv2D(64, 3, activation="relu"),
-            layers.MaxPooling2D(2),
-            layers.Flatten(),
-            layers.Dense(64, activation="relu"),
-            layers.Dense(10),
-        ]
-    )
+    first = [layers.Input((28, 28, 1)), layers.Conv2D(32, 3, activation="relu"), layers.MaxPooling2D(2)]
+    second = [layers.Conv2D(64, 3, activation="relu"), layers.MaxPooling2D(2), layers.Flatten()]
+    return Sequential([*first, *second, layers.Dense(64, activation="relu"), layers.Dense(10)])
 
 
 def _cnn_torch() -> Any:
     from torch import nn
 
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 3),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(1600, 64),
-        nn.ReLU(),
-        nn.Linear(64, 10),
-    )
+    convolutions = nn.Conv2d(1, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2)
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(1600, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
 def _resnet20_torch() -> Any:
@@ -112,43 +93,6 @@ def _resnet20_torch() -> Any:
     ]
     stem = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-
-
-def _vit_torch() -> Any:
-    import torch
-    from torch import nn
-    from torch.nn import functional
-
-    class Block(nn.Module):
-        def __init__(self, width: int, heads: int) -> None:
-            super().__init__()
-            self.heads = heads
-            self.norm1, self.norm2 = nn.LayerNorm(width, 1e-6), nn.LayerNorm(width, 1e-6)
-            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-            self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-        def forward(self, x: Any) -> Any:
-            b, n, d = x.shape
-            q, k, v = self.qkv(self.norm1(x)).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-            y = functional.scaled_dot_product_attention(q, k, v)
-            x = x + self.proj(y.transpose(1, 2).reshape(b, n, d))
-            return x + self.mlp(self.norm2(x))
-
-    class ViT(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.patch = nn.Conv2d(3, 192, 4, 4)
-            self.token = nn.Parameter(torch.zeros(1, 1, 192))
-            self.positions = nn.Parameter(torch.randn(1, 65, 192) * 0.02)
-            self.blocks = nn.Sequential(*(Block(192, 3) for _ in range(12)))
-            self.norm, self.head = nn.LayerNorm(192, 1e-6), nn.Linear(192, 10)
-
-        def forward(self, x: Any) -> Any:
-            x = self.patch(x).flatten(2).transpose(1, 2)
-            x = torch.cat([self.token.expand(len(x), 1, 192), x], 1) + self.positions
-            return self.head(self.norm(self.blocks(x))[:, 0])
-
-    return ViT()
 
 
 def _resnet20_flops() -> tuple[int, ...]:
@@ -205,11 +149,11 @@ def _linen(name: str, **fields: Any) -> Callable[[Any], Any]:
     return build
 
 
-def _timm(name: str) -> Callable[[], Any]:
+def _timm(name: str, **fields: Any) -> Callable[[], Any]:
     def build() -> Any:
         import timm
 
-        return timm.create_model(name)
+        return timm.create_model(name, **fields)
 
     return build
 
@@ -222,18 +166,10 @@ def _at_224(model: str, flops: tuple[int, ...], timm_name: str, linen: Callable[
 NETWORKS = {
     # 28×28×1 → 26×26×32 → 13×13×32 → 11×11×64 → 5×5×64 → 1600 → 64 → 10: 121,930 parameters
     "cnn": Network(
-        image_shape=(28, 28, 1),
-        classes=10,
-        model="cnn(widths=(32, 64), hidden=64)",
-        layer_flops=(
-            conv_flops(26, 26, 3, 1, 32),  # 389,376
-            conv_flops(10, 10, 3, 32, 64),  # 3,686,400: the pooling drops the eleventh row and column
-            dense_flops(1600, 64),  # 204,800
-            dense_flops(64, 10),  # 1,280
-        ),  # inference 4,281,856 an image, training 12,456,192
-        keras=_cnn_keras,
-        torch=_cnn_torch,
-        linen=_linen("CNN"),
+        (28, 28, 1), 10, "cnn(widths=(32, 64), hidden=64)",
+        (conv_flops(26, 26, 3, 1, 32), conv_flops(10, 10, 3, 32, 64),  # the pooling drops the eleventh row and column
+         dense_flops(1600, 64), dense_flops(64, 10)),
+        _cnn_torch, keras=_cnn_keras, linen=_linen("CNN"),
     ),
     # He et al. 2015, section 4.2: 269,722 parameters
     "resnet20": Network(
@@ -242,7 +178,8 @@ NETWORKS = {
     ),
     # ViT-Ti on patches of 4×4: 5,362,762 parameters
     "vit_ti4": Network(
-        (32, 32, 3), 10, "vit('Ti', patch=4)", _vit_flops(192, 64, 4, 10), _vit_torch,
+        (32, 32, 3), 10, "vit('Ti', patch=4)", _vit_flops(192, 64, 4, 10),
+        _timm("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10),
         linen=_linen("ViT", width=192, heads=3, patch=4),
     ),
     # At the size of ImageNet, beside timm's; 11,689,512, 25,557,032, 28,589,128 and 22,050,664 parameters

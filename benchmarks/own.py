@@ -4,7 +4,6 @@ import collections
 import itertools
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,9 +15,7 @@ from variants import Measure, Prepare
 from imgclf_jax import config as configs
 from imgclf_jax.core import sharding, tensorflow_import
 from imgclf_jax.data import sources, stream
-from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe
-from imgclf_jax.run.provenance import DataInfo
+from imgclf_jax.programs import Programs, programs_for_images
 
 _STEPS = 1_000_000  # more than any measurement needs
 _READ_AHEAD = 6  # batches that the stream may have prefetched
@@ -38,7 +35,7 @@ def open_variant(network: Network, placement: str, precision: str) -> Prepare:
         config = configure(network, batch_size)
         config.precision, config.data.placement = precision, placement
         images = open_images(config, *examples)
-        programs = assemble(config, images)
+        programs = programs_for_images(config, images)
         return _training(programs, images) if mode == "train" else _inference(programs, examples[0])
 
     return prepare
@@ -58,39 +55,15 @@ def configure(network: Network, batch_size: int) -> ConfigDict:
     return config
 
 
-def write_arrays(path: Path, **arrays: np.ndarray) -> str:
-    """Writes an .npz file and returns the source spec that reads it."""
-    np.savez(path, **arrays)
-    return f"arrays({str(path)!r})"
-
-
 def open_images(config: ConfigDict, images: np.ndarray, labels: np.ndarray) -> stream.Images:
     """Opens the examples as an `arrays` source, all decoded, as after a run's first epoch."""
     with tempfile.TemporaryDirectory() as directory:
-        config.data.source = write_arrays(Path(directory) / "random.npz", x_train=images, y_train=labels)
-        source = sources.open_splits(config.data.source)["train"]
+        np.savez(f"{directory}/random.npz", x_train=images, y_train=labels)
+        source = sources.open_splits(f"arrays('{directory}/random.npz')")["train"]
     opened = stream.Images(source, config.preprocess, config.seed, config.data.threads)
     everything = np.arange(len(opened), dtype=np.int64)
     opened.read(everything, everything)
     return opened
-
-
-def assemble(config: ConfigDict, images: stream.Images) -> Programs:
-    """The programs on all devices, as `train.main` builds them."""
-    configs.validate(config)
-    data = DataInfo(len(images), images.shape, tuple(images.source.class_names), "benchmark")
-    return Programs(Recipe(config, data))
-
-
-def start(programs: Programs) -> tuple[Any, Any]:
-    """Returns (state, sums) at step 0."""
-    run = programs.init()
-    return run["state"], run["sums"]
-
-
-def open_batches(programs: Programs, images: stream.Images) -> Any:
-    """The stream of batches."""
-    return (batch for _, batch in programs.batches(images, itertools.count()))
 
 
 def run_steps(programs: Programs, state: Any, batches: Any, seconds: float) -> tuple[Any, int, float]:
@@ -109,8 +82,8 @@ def run_steps(programs: Programs, state: Any, batches: Any, seconds: float) -> t
 
 
 def _training(programs: Programs, images: stream.Images) -> Measure:
-    state, _ = start(programs)
-    batches = open_batches(programs, images)
+    state = programs.init()["state"]
+    batches = (batch for _, batch in programs.batches(images, itertools.count()))
     for _ in range(2):  # compiles
         state, *_ = run_steps(programs, state, batches, 0)
 
@@ -128,7 +101,7 @@ def _training(programs: Programs, images: stream.Images) -> Measure:
 def _inference(programs: Programs, images: np.ndarray) -> Measure:
     """The program of `evaluate`, or for single images that of `predict`."""
     batch_size = programs.eval_batch_size
-    state, _ = start(programs)
+    state = programs.init()["state"]
     usable = len(images) // batch_size * batch_size
     if not usable:
         raise ValueError(f"{len(images)} images are fewer than a batch of {batch_size}")

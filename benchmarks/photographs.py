@@ -20,6 +20,7 @@ By default the photographs are crops of the two that scikit-learn ships, in JPEG
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -32,8 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import machine, now
-from report import cell, spread
+from report import cell, machine, now, spread
 
 _BATCH, _SIDE = 32, 224
 _SIZES = {"500x375": (500, 375), "256x192": (256, 192), "3000x2250": (3000, 2250)}
@@ -73,11 +73,6 @@ def own(folder: Path, cores: int, decode: str = "decode(3)") -> Iterator[Any]:
     source = sources.open_splits(f"folder({str(folder)!r})")["train"]
     images = stream.Images(source, f"{decode}|random_resized_crop({_SIDE})", 0, cores)
     return stream.train_batches(images, 0, _BATCH, 0, 10**9)
-
-
-def own_draft(folder: Path, cores: int) -> Iterator[Any]:
-    """The stream with large files decoded at a fraction of their size."""
-    return own(folder, cores, "decode(3, draft=512)")
 
 
 def tf_data(folder: Path, cores: int) -> Iterator[Any]:
@@ -148,7 +143,7 @@ def grain_map(folder: Path, cores: int) -> Iterator[Any]:
 
 PIPELINES = {
     OWN: own,
-    f"{OWN}, draft": own_draft,
+    f"{OWN}, draft": functools.partial(own, decode="decode(3, draft=512)"),
     "tf.data": tf_data,
     "torch pillow": torch_pillow,
     "torch tensor": torch_tensor,

@@ -1,5 +1,9 @@
-"""Turns measurements into ratios, tables and a plot."""
+"""Turns measurements into ratios, tables and a plot, beside the machine and the time."""
 
+import contextlib
+import datetime
+import os
+import platform
 import statistics
 import sys
 from pathlib import Path
@@ -12,6 +16,21 @@ from variants import MEASURED, OWN, PEAK, PEERS
 
 _TITLES = {"train": "training", "infer": "inference"}
 Rates = dict[int, float]  # round → images per second
+
+
+def machine() -> dict[str, Any]:
+    """The processor, the cores available to this process, the system and the Python version."""
+    model = platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": model, "cores": cores, "system": platform.system(), "python": platform.python_version()}
+
+
+def now() -> str:
+    """The local time with its time zone, ISO 8601."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def spread(values: list[float]) -> dict[str, float] | None:
@@ -108,23 +127,18 @@ def _print_peak(measured: dict[str, Any], console: Console) -> None:
 
 
 def _workers(measured: dict[str, Any]) -> Table:
-    """Prints versions and memory of each process, and the reasons for absent ones."""
-    table = Table(title="processes: memory at its greatest, over all modes and batch sizes", title_justify="left")
+    """The greatest memory, device and versions of each process, or the reason why it is absent."""
+    table = Table(title="processes", title_justify="left")
     table.add_column("variant", no_wrap=True)
-    table.add_column("MB after imports", justify="right")
     table.add_column("MB at most", justify="right")
     table.add_column("device")
     table.add_column("versions, or why it is absent", overflow="fold")
-    for name in MEASURED:
-        about, absent = measured["workers"].get(name), measured["absent"].get(name)
-        if not about and not absent:
-            continue
-        most = max((r["rss_mb"] for r in measured["records"] if r["variant"] == name), default=None)
-        versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items()) if about else ""
-        table.add_row(
-            name, f"{about['rss_mb']:,.0f}" if about else "", f"{most:,.0f}" if most else "",
-            about["device"] if about else "", f"absent: {absent}" if absent else versions,
-        )  # fmt: skip
+    for name, reason in measured["absent"].items():
+        table.add_row(name, "", "", reason)
+    for name, about in measured["workers"].items():
+        most = max((r["rss_mb"] for r in measured["records"] if r["variant"] == name), default=about["rss_mb"])
+        versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
+        table.add_row(name, f"{most:,.0f}", about["device"], versions)
     return table
 
 

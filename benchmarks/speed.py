@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import report
-from machine import machine, now
 from networks import NETWORKS, Network
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from variants import MEASURED, OWN, PEAK, PEERS
-from workers import Worker
+from worker import Worker
 
 _PAUSE = 0.3  # seconds until the threads of the previous variant sleep
 
@@ -130,10 +129,10 @@ def main(argv: list[str]) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     result: dict[str, Any] = {
-        "date": now(),
+        "date": report.now(),
         "arguments": argv,
         "settings": {name: getattr(args, name) for name in ("batch_sizes", "rounds", "seconds")},
-        "machine": machine(),
+        "machine": report.machine(),
         "networks": {},
     }
     for network in args.networks:

@@ -184,7 +184,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], bool]] = {
     "pytest": (lambda words: in_root("pytest", *words, "-n", "0", "--collect-only"), True),
     "tensorboard": (lambda words: in_root("tensorboard", "--version"), True),
     **{f"benchmarks/{b}.py": (run_benchmark(f"benchmarks/{b}.py"), True)
-       for b in ("speed", "accuracy", "input", "photographs", "operations", "twins", "scaling", "recipes")},
+       for b in ("speed", "accuracy", "photographs", "twins")},
 }  # fmt: skip
 
 

@@ -52,13 +52,9 @@ def _order(count: int, batch_size: int) -> Iterator[torch.Tensor]:
 
 
 def _training(
-    module: torch.nn.Module,
-    parameters: Iterator[torch.nn.Parameter],
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    batch_size: int,
-    precise: functools.partial[AbstractContextManager],
-) -> Measure:
+    module: torch.nn.Module, parameters: Iterator[torch.nn.Parameter], images: torch.Tensor, labels: torch.Tensor,
+    batch_size: int, precise: functools.partial[AbstractContextManager],
+) -> Measure:  # fmt: skip
     optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True)
     order = _order(len(images), batch_size)
     total = torch.zeros((), device=DEVICE)  # of the losses, so that no step waits for the device
@@ -88,10 +84,7 @@ def _training(
 
 
 def _inference(
-    module: torch.nn.Module,
-    images: torch.Tensor,
-    batch_size: int,
-    precise: functools.partial[AbstractContextManager],
+    module: torch.nn.Module, images: torch.Tensor, batch_size: int, precise: functools.partial[AbstractContextManager]
 ) -> Measure:
     batches = images.split(batch_size)[: len(images) // batch_size]
 

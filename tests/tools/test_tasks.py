@@ -197,11 +197,11 @@ def test_every_tool_has_the_labels(runs, capsys, tmp_path):
     workdir, paths, (targets, outputs) = runs("pairs"), paths_of(runs("pairs")), outputs_of(runs("pairs"))
     run = f"--workdir={workdir.path}"
     printed(capsys, "features", run, f"--output={tmp_path / 'all.npz'}")
-    found = np.load(tmp_path / "all.npz")
-    np.testing.assert_array_equal(found["targets"], targets.astype(np.float32))
-    assert found["target_names"].tolist() == [f"a {i}" for i in range(10)]
     printed(capsys, "features", *paths, run, f"--output={tmp_path / 'some.npz'}")
-    assert np.isnan(np.load(tmp_path / "some.npz")["targets"]).all()
+    with np.load(tmp_path / "all.npz") as found, np.load(tmp_path / "some.npz") as unknown:
+        np.testing.assert_array_equal(found["targets"], targets.astype(np.float32))
+        assert found["target_names"].tolist() == [f"a {i}" for i in range(10)]
+        assert np.isnan(unknown["targets"]).all()
 
     argv = ["show-batch", run, "--format=json", f"--output={tmp_path / 'a.png'}", "--count=4"]
     lines = csv.DictReader((workdir.path.parent / "pairs.files" / "labels.csv").read_text().splitlines())
