@@ -164,7 +164,7 @@ class Trained(NamedTuple):
                 yield [pool.submit(self._prepare_some, part) for part in itertools.batched(some, _TASK)]
 
         def computing() -> Iterator[tuple[list[Prepared], jax.Array]]:
-            for tasks in _run_ahead(decoding(), _AHEAD):
+            for tasks in run_ahead(decoding(), _AHEAD):
                 prepared = [image for task in tasks for image in task.result()]
                 batch = np.zeros((size, *shape), np.uint8)  # one shape, so one compilation
                 for row, (_, pixels) in enumerate(prepared):
@@ -173,7 +173,7 @@ class Trained(NamedTuple):
                 yield prepared, program(*self.state.evaluated, sharding.put_batch(batch, mesh))
 
         try:
-            for prepared, out in _run_ahead(computing(), 1):
+            for prepared, out in run_ahead(computing(), 1):
                 values = np.asarray(jax.device_get(out))  # while the device computes the next batch
                 for row, (name, pixels) in enumerate(prepared):
                     if isinstance(pixels, UserError):
@@ -196,7 +196,7 @@ class Trained(NamedTuple):
         return out
 
 
-def _run_ahead[T](items: Iterable[T], count: int) -> Iterator[T]:
+def run_ahead[T](items: Iterable[T], count: int) -> Iterator[T]:
     """Yields the items, `count` of them after the next ones have been taken."""
     taken = deque[T]()
     for item in items:

@@ -238,7 +238,7 @@ def test_of_a_run(tmp_path, capsys):
     found = evaluate_all(programs, broken, {"test": images})["test"]
     assert (found["examples"], found["accuracy"], found["balanced_accuracy"], found["f1"]) == (101, 0, 0, 0)
     assert np.isnan([found["loss"], found["auc"]]).all()
-    assert "the logits of 101 examples are NaN or infinite" in capsys.readouterr().err
+    assert "the outputs of 101 examples are NaN or infinite" in capsys.readouterr().err
     assert launch.main(["evaluate", f"--workdir={tmp_path}", "--checkpoint=latest", "--format=json"]) == 0
     assert json.loads(capsys.readouterr().out)["test"]["auc"] == result["auc"]
 

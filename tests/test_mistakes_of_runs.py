@@ -267,7 +267,7 @@ def test_a_run_that_is_extended_is_the_longer_run(mistake, tmp_path):
     short, long = (["train", f"--workdir={tmp_path / name}", *FAKE] for name in ("short", "long"))
     assert launch.main(short) == 0
     longer = "--config.total=20 steps"
-    assert has(mistake(*short, longer), "another config (total: ", "add --extend to train this run up to the new total")
+    assert has(mistake(*short, longer), "another config (total: ", "add --extend if only total is greater")
     assert launch.main([*short, longer, "--extend"]) == 0
     assert launch.main([*long, longer]) == 0
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("short", "long")]

@@ -58,7 +58,7 @@ else:
     from imgclf_jax.run import checkpoint, writers
     owner, name, after = {
         "data": (datasets.sources, "open_splits", False),
-        "compile": (train_setup, "_compile_in_background", False),
+        "compile": (train_setup, "_initialize", False),
         "log": (writers.MetricsWriter, "write_scalars", True),
         "evaluation": (evaluation, "evaluate", False),
         "save": (checkpoint.Checkpoints, "save", True),

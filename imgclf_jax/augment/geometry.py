@@ -123,21 +123,16 @@ def _read_by_slides(images: jax.Array, y: jax.Array, x: jax.Array, matrix: jax.A
 
 
 def slide(lines: jax.Array, amount: jax.Array, axis: int) -> jax.Array:
-    """out[i] = lines[i + amount] along the axis, 0 outside of the lines, without a gather.
+    """out[i] = lines[i + amount] along the axis, 0 outside of the lines: a selection for each bit, not a gather.
 
-    `amount`, an integer array, has the rank of the lines and one element along the axis. Each of its digits in base 16
-    selects one of 16 slices, in sequence.
+    `amount`, an integer array, has the rank of the lines and one element along the axis.
     """
-    n, base, padding = lines.shape[axis], 16, [(0, 0)] * lines.ndim
-    amount = jnp.clip(amount + n, 0, 2 * n)
-    units = [base**i for i in range(8) if base**i <= 2 * n]
-    counts = [min(base, 2 * n // unit + 1) for unit in units]
-    padding[axis] = (n, sum(unit * (count - 1) for unit, count in zip(units, counts, strict=True)) - n)
-    lines = jnp.pad(lines, padding)
-    for unit, count in zip(reversed(units), reversed(counts), strict=True):
-        length = lines.shape[axis] - unit * (count - 1)
-        slices = [jax.lax.slice_in_dim(lines, unit * i, unit * i + length, axis=axis) for i in range(count)]
-        lines = slices[0]
-        for i in range(1, count):
-            lines = jnp.where(amount // unit % base == i, slices[i], lines)
+    n, padding = lines.shape[axis], [(0, 0)] * lines.ndim
+    units = [2**i for i in reversed(range((2 * n).bit_length()))]
+    padding[axis] = (n, sum(units) - n)
+    lines, amount = jnp.pad(lines, padding), jnp.clip(amount + n, 0, 2 * n)
+    for unit in units:
+        rest = lines.shape[axis] - unit
+        near, far = (jax.lax.slice_in_dim(lines, start, start + rest, axis=axis) for start in (0, unit))
+        lines = jnp.where(amount & unit > 0, far, near)
     return lines

@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from imgclf_jax.augment import geometry, policies
-from imgclf_jax.core import kinds, platform, rng, spec
+from imgclf_jax.core import kinds, rng, spec
 from imgclf_jax.core.errors import UserError
 
 
@@ -47,9 +47,6 @@ def pad_crop(key: jax.Array, images: jax.Array, pad: int = 4, mode: str = "const
     b, h, w, c = images.shape
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode=mode)
     corners = jax.random.randint(key, (b, 2), 0, 2 * pad + 1)  # [b, (top, left)]
-    if platform.current() == "tpu":  # gathers are slow
-        y, x = (corners[:, i, None, None, None] for i in range(2))
-        return geometry.slide(geometry.slide(padded, y, 1), x, 2)[:, :h, :w]
 
     def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (h, w, c))

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.live import Live
@@ -48,7 +48,9 @@ def showing(what: str | Callable[[], str]) -> Iterator[None]:
         yield
 
 
-def track[T](items: Iterable[T], total: int, what: str, weight: Callable[[T], int] = lambda _: 1) -> Iterator[T]:
+def track[T](
+    items: Iterable[T], total: int, what: str, weight: Callable[[T], int] = lambda _: 1
+) -> Generator[T, None, None]:
     """Yields the items, and shows how many of the `total` the caller is done with; one counts as `weight(item)`."""
     columns = TextColumn("{task.description}", markup=False), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console(), transient=True, disable=not shows_progress(),

@@ -3,7 +3,6 @@
 Files for programs are written by `run.writers`.
 """
 
-import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import processor
 from imgclf_jax.run.workdir import Workdir
 
-_NOT_IN_A_LINE = {"examples", "grad_norm", "param_norm"}  # metrics.jsonl has them
+_NOT_IN_A_LINE = {"examples", "grad_norm", "param_norm", "learning_rate", "input_wait"}  # metrics.jsonl has them
 
 
 def head(compiling: Programs, images: stream.Images, base: Mapping[str, Source], workdir: Workdir, fresh: bool) -> str:
@@ -67,17 +66,11 @@ def line(step: int, steps_per_epoch: float, name: str, values: Mapping[str, floa
     """A record of training or of an evaluation set: `step 225  epoch 10.0  test  accuracy 0.9694 …`."""
     shown = {key: value for key, value in values.items() if key not in _NOT_IN_A_LINE}
     if "images_per_second" in shown:
-        shown["images_per_second"] = round(shown["images_per_second"])
-    return f"step {step:>5}  epoch {step / steps_per_epoch:>5.1f}  {name:<5}  {format_metrics(shown)}"
+        shown["images/s"] = round(shown.pop("images_per_second"))
+    return f"step {step}  epoch {step / steps_per_epoch:.1f}  {name}  {format_metrics(shown)}"
 
 
 def program() -> str:
     """How this program was called, for commands to run next."""
     name = Path(sys.argv[0]).name
     return {"launch.py": "uv run launch.py", "__main__.py": "python -m imgclf_jax"}.get(name, name)
-
-
-def next_commands(workdir: str, predicts: bool) -> list[str]:
-    """The commands that a finished run is looked at with."""
-    place = f"--workdir {shlex.quote(printable(workdir))}"
-    return [f"  {program()} {words} {place}" for words in ("report", *(["predict FILE", "serve"] if predicts else ()))]

@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from imgclf_jax.run.provenance import process_facts
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import TrainState
 from imgclf_jax.train.leakage import overlap_warnings
+from imgclf_jax.trained import run_ahead
 
 log = logging.getLogger(__name__)
 
@@ -39,28 +39,19 @@ def evaluate(
     """
     sums: metrics.Sums = {}
     predictions: list[metrics.AnyPredictions] = []  # one a batch
-
-    def collect(result: tuple[metrics.Sums, metrics.AnyPredictions | None]) -> None:
-        new, predicted = jax.device_get(result)
-        add(sums, new)
-        if predicted is not None:
-            predictions.append(predicted)
-
-    pending: Any = None
     parts = batches(programs, images, stop)
     if caption:
         parts = track(parts, len(images), caption, lambda _: programs.eval_batch_size)
-    for batch in parts:
-        result = programs.eval(*state.evaluated, batch)
-        if pending is not None:
-            collect(pending)  # while the device computes the next batch
-        pending = result
-    collect(pending)
-    if "nonfinite" in sums:
-        if wrong := int(np.max(sums["nonfinite"])):
-            log.warning("the outputs of %d examples are NaN or infinite", wrong)
-    elif "class_predicted" in sums and (wrong := int(np.max(sums["examples"] - sums["class_predicted"].sum(-1)))):
-        log.warning("the logits of %d examples are NaN or infinite; these examples count as wrong", wrong)
+    results = (programs.eval(*state.evaluated, batch) for batch in parts)
+    for new, predicted in map(jax.device_get, run_ahead(results, 1)):  # while the device computes the next batch
+        add(sums, new)
+        if predicted is not None:
+            predictions.append(predicted)
+    wrong = sums.get("nonfinite", 0)
+    if "class_predicted" in sums:
+        wrong = sums["examples"] - sums["class_predicted"].sum(-1)
+    if np.max(wrong):
+        log.warning("the outputs of %d examples are NaN or infinite; they count as wrong", np.max(wrong))
     return sums, metrics.concatenate(predictions) if predictions else None
 
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.optim.optimizers import promoting
-from imgclf_jax.optim.weight_averages import evaluated_by
 from imgclf_jax.recipe import Recipe
 
 
@@ -18,15 +17,17 @@ def check(old: Recipe, new: Recipe, start: int, folder: Path) -> None:
     A schedule that ends at `total`, such as cosine, would give past steps other learning rates, and so would a
     lookahead or a method that follows it: no single config would describe such a run.
     """
-    found = []
-    for key, values in (("schedule", _learning_rates), ("optimizer", _average_weights)):
-        was, now = values(old, start), values(new, start)
-        if (was != now).any():
-            step = int(np.argmax(was != now))
-            found.append(f"{key}={new.config[key]!r} follows total: {was[step]:.6g} at step {step} would have been "
-                         f"{now[step]:.6g}")  # fmt: skip
+    if not start:
+        return
+    found, (was, now) = [], (_learning_rates(one, start) for one in (old, new))
+    if (was != now).any():
+        step = int(np.argmax(was != now))
+        found.append(f"schedule={new.config.schedule!r} follows total: {was[step]:.6g} at step {step} would have been "
+                     f"{now[step]:.6g}")  # fmt: skip
+    if new.average.follows_total:
+        found.append(f"optimizer={new.config.optimizer!r} follows total: lookahead would average past steps otherwise")
     _ = new.method  # asks for its durations, if the train step has not yet
-    for duration, longer in new.method_steps.items() if start else ():
+    for duration, longer in new.method_steps.items():
         if (shorter := old.steps("method", duration, old.total)) != longer:
             found.append(f"method={new.config.method!r} follows total: {duration} of it were {shorter} steps and would "
                          f"have been {longer}")  # fmt: skip
@@ -38,14 +39,5 @@ def check(old: Recipe, new: Recipe, start: int, folder: Path) -> None:
 
 def _learning_rates(recipe: Recipe, steps: int) -> np.ndarray:
     """The learning rate f32[steps] of each step."""
-    return np.asarray(jax.vmap(lambda step: jnp.asarray(promoting(recipe.schedule)(step), jnp.float32))(
-        jnp.arange(steps)))  # fmt: skip
-
-
-def _average_weights(recipe: Recipe, steps: int) -> np.ndarray:
-    """The weight f32[steps] of the new parameters in the weight average at each step."""
-    if evaluated_by(recipe.optimizer):  # the average follows from the optimizer's state, whatever the total
-        return np.zeros(steps, np.float32)
-    one, zero = jnp.float32(1), jnp.float32(0)
-    update = lambda step: jnp.stack(jax.tree.leaves(recipe.average.update(one, zero, step))).sum()  # noqa: E731
-    return np.asarray(jax.vmap(update)(jnp.arange(steps)))
+    rate = lambda step: jnp.asarray(promoting(recipe.schedule)(step), jnp.float32)  # noqa: E731
+    return np.asarray(jax.vmap(rate)(jnp.arange(steps)))

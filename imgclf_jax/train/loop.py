@@ -1,6 +1,5 @@
 """The training loop, the only place that does I/O."""
 
-import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +10,7 @@ import jax
 from imgclf_jax import diagnose
 from imgclf_jax.core import processes
 from imgclf_jax.core.stopping import Stopped, stopping
-from imgclf_jax.core.typing import Batch, PyTree
+from imgclf_jax.core.typing import Batch
 from imgclf_jax.step import TrainState
 from imgclf_jax.train import recompute
 from imgclf_jax.train.evaluation import evaluate_all
@@ -61,8 +60,7 @@ def train(run: Run, records: Records) -> Outcome:
                 records.write_training(step, done)
                 sums = programs.zero_sums()
             if due.eval:
-                with _saved_if_it_fails(run, records, step, state, sums):
-                    results = evaluate(run, records, step, state, stop)
+                results = evaluate(run, records, step, state, stop)
                 signal = signal or (stop() if results is None else "")
                 stopped = run.stops_early(step)
             if due.checkpoint or signal or stopped or (due.eval and run.config.checkpoint.best):
@@ -105,16 +103,3 @@ def _when_compiled(batches: Iterable[tuple[int, Batch]], run: Run, records: Reco
         run.record_start()  # not before: an extension that fails or is interrupted until here changes nothing
         log.info("the first step begins %.2f s after the command", records.timer.since_main)
     return itertools.chain(first, batches)
-
-
-@contextlib.contextmanager
-def _saved_if_it_fails(run: Run, records: Records, step: int, state: TrainState, sums: PyTree) -> Iterator[None]:
-    """If the evaluation inside raises, saves the state first. The resumed run repeats the evaluation."""
-    try:
-        yield
-    except Exception:
-        if processes.count() == 1:  # all processes save together, and others may still evaluate
-            records.save(step, state, sums)
-            run.checkpoints.close()
-            log.warning("the evaluation failed; a checkpoint of step %d is saved", step)
-        raise

@@ -28,12 +28,10 @@ def refuse_difference(step: int, first: PyTree, second: PyTree, latest: Callable
     """
     arrays, devices = find_differences(first, second)
     if arrays:
-        more = f" and {len(arrays) - 1} more arrays" if len(arrays) > 1 else ""
-        raise UserError(
-            f"step {step} gives other bits when it is computed again, in {arrays[0]}{more}, on device "
-            f"{', '.join(map(str, devices))}: a device failed or lost a bit, or a kernel is not deterministic; test "
-            f"the devices, then run the same command on others: it continues from {latest()}"
-        )
+        raise UserError(f"step {step} gives other bits when it is computed again, in {', '.join(arrays[:3])}, on "
+                        f"device {', '.join(map(str, devices))}: a device failed or lost a bit, or a kernel is not "
+                        "deterministic; test the devices, then run the same command on others: it continues from "
+                        f"{latest()}")  # fmt: skip
 
 
 def find_differences(first: PyTree, second: PyTree) -> tuple[list[str], list[int]]:
@@ -41,12 +39,13 @@ def find_differences(first: PyTree, second: PyTree) -> tuple[list[str], list[int
     arrays, devices = [], set()
     for (name, a), (_, b) in zip(tree.named_leaves(first), tree.named_leaves(second), strict=True):
         replicas: dict[str, bytes] = {}
-        shards = [(x.device.id, _content(x.data), _content(y.data), str(x.index))
-                  for x, y in zip(a.addressable_shards, b.addressable_shards, strict=True)]  # fmt: skip
-        wrong = {id for id, x, y, index in shards if not x == y == replicas.setdefault(index, x)}
-        if wrong:
-            arrays.append(name)
-            devices |= wrong
+        wrong = set()
+        for x, y in zip(a.addressable_shards, b.addressable_shards, strict=True):
+            own = _content(x.data)
+            if not own == _content(y.data) == replicas.setdefault(str(x.index), own):
+                wrong.add(x.device.id)
+        arrays += [name] if wrong else []
+        devices |= wrong
     return arrays, sorted(devices)
 
 

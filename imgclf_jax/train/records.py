@@ -3,14 +3,13 @@
 import collections
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from imgclf_jax import config as configs
 from imgclf_jax.core import terminal
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Batch, PyTree
 from imgclf_jax.losses import Task
 from imgclf_jax.run.digests import Digests
@@ -24,7 +23,6 @@ from imgclf_jax.train.setup import Run
 log = logging.getLogger(__name__)
 
 _MAX_IN_FLIGHT = 4  # steps that the host may be ahead of the devices
-_MIN_DIVERGED = 10  # steps in a row, all skipped, that end the run
 Results = dict[str, dict[str, float]]  # the metrics of each evaluation set
 
 
@@ -36,7 +34,7 @@ class Records(contextlib.ExitStack):
 
     def __init__(self, run: Run, timer: Timer, profile: tuple[int, int] | None = None):
         super().__init__()
-        self.timer, self._run, self._step, self._pace = timer, run, run.start, ""
+        self.timer, self._run = timer, run
         self._in_flight: collections.deque[Any] = collections.deque()
         self.images_per_step = int(run.config.batch_size) * run.programs.recipe.num_seeds
         config, folder = run.config, run.workdir.path
@@ -44,14 +42,14 @@ class Records(contextlib.ExitStack):
         self.metrics = self.enter_context(contextlib.closing(metrics))
         self.digests = self.enter_context(contextlib.closing(Digests(folder, run.start, run.cadences.last)))
         self._profiler = self.enter_context(contextlib.closing(Profiler(profile, folder)))
-        self.enter_context(terminal.showing(self._describe))
 
-    def watch(self, batches: Iterable[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
+    def watch(self, batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
         """Yields each step with its batch; counts the time in which the devices wait for a batch, but for the first."""
-        batches, timer, first = iter(batches), self.timer, True
+        timer, steps, first = self.timer, self._run.cadences.last - self._run.start, True
+        shown = self.enter_context(contextlib.closing(terminal.track(batches, steps, "training")))
         while True:
             timer.enter("input")
-            item = next(batches, None)
+            item = next(shown, None)
             if item is None:
                 return timer.enter("other")
             idle = not self._in_flight or self._in_flight[-1].is_ready()  # else the devices were busy all the time
@@ -67,27 +65,18 @@ class Records(contextlib.ExitStack):
         self._in_flight.append(sums["steps"])  # an output that is not donated
         if len(self._in_flight) > _MAX_IN_FLIGHT:
             self._in_flight.popleft().block_until_ready()
-        self.timer.steps, self._step = self.timer.steps + 1, step
+        self.timer.steps += 1
         self._profiler.after(step, sums["steps"])
         if step in self.digests.edges:
             self.digests.record(step, state.params)
 
     def write_training(self, step: int, sums: dict[str, np.ndarray]) -> None:
-        """Writes and logs the means of `sums`, on the host, since the last log line.
-
-        Raises UserError if all of many steps were skipped.
-        """
+        """Writes and logs the means of `sums`, on the host, since the last log line."""
         trained, skipped = (int(np.sum(sums.get(name, 0))) for name in ("steps", "skipped"))
-        if not trained and skipped >= _MIN_DIVERGED:
-            raise UserError(f"all {skipped} steps since the last log line were skipped, since their loss, gradient or "
-                            "parameters are not finite: the run has diverged, or its data are damaged; lower the "
-                            "learning rate, or set clip=1.0")  # fmt: skip
         if skipped:
             log.warning("skipped %d of the %d steps since the last log line: their loss, gradient or parameters are "
                         "not finite", skipped, skipped + trained)  # fmt: skip
-        pace = self.timer.lap(self.images_per_step)
-        self._pace = f"{pace['images_per_second']:,.0f} images/s, {pace['input_wait']:.0%} waiting for input"
-        means = _means(sums, self._run.programs.recipe.task) | pace
+        means = _means(sums, self._run.programs.recipe.task) | self.timer.lap(self.images_per_step)
         self.metrics.write_scalars(step, {f"train/{name}": value for name, value in means.items()})
         self._log(step, "train", means)
 
@@ -114,13 +103,6 @@ class Records(contextlib.ExitStack):
         """Tells the watchdog that an evaluation goes on; "" as of no signal that stops it."""
         self.timer.beat()
         return ""
-
-    def _describe(self) -> str:
-        """How far training is, for a terminal."""
-        steps, seconds = self.timer.steps, self.timer.seconds["steps"] + self.timer.seconds["input"]
-        left = (self._run.cadences.last - self._step) * seconds / steps if steps else 0.0
-        more = (self._pace, f"{terminal.duration(left)} left") if steps else ("compiling",)
-        return ", ".join(filter(None, (f"step {self._step:,}/{self._run.cadences.last:,}", *more)))
 
 
 def _means(sums: dict[str, np.ndarray], task: Task) -> dict[str, float]:

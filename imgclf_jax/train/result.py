@@ -1,6 +1,7 @@
 """What a run leaves at its end: result.json and the lines that it prints."""
 
 import logging
+import shlex
 
 from imgclf_jax.core import json_files, processes, sharding
 from imgclf_jax.core.terminal import format_metrics
@@ -51,7 +52,8 @@ def write(run: Run, records: Records, outcome: Outcome) -> None:
     trained = f"the last {step - run.start} of {step}" if run.start else str(step)
     print(f"trained {trained} steps ({result['epochs']:g} epochs) in {result['seconds']} s; see "
           f"{printable(str(run.workdir.path))}")  # fmt: skip
-    print(*display.next_commands(str(run.workdir.path), run.programs.recipe.method.predicts), sep="\n")
+    for words in ("report", "predict FILE", "serve"):
+        print(f"  {display.program()} {words} --workdir {shlex.quote(printable(str(run.workdir.path)))}")
 
 
 def _evaluate_again(run: Run, records: Records, state: TrainState) -> Results:

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -92,7 +91,9 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     snapshot = _snapshot(compiling, workdir, weights.source if weights else None,
                          evals={name: one.source.fingerprint for name, one in evals.items()},
                          unreadable=datasets.skipped_files(base, images))  # fmt: skip
-    compiled, eval_compiled = _compile_in_background(compiling)
+    pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
+    compiled, eval_compiled = (pool.submit(getattr, compiling, name) for name in ("train", "eval"))
+    pool.shutdown(wait=False)
     if restored is not None:
         log.info("resuming at step %d of %d", start, recipe.total)
     run = restored or _initialize(compiling, images, weights.taken if weights else None, workdir)
@@ -110,12 +111,9 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
 
 
 def _cadences(recipe: Recipe, workdir: Workdir) -> Cadences:
-    """The cadences of a run. Raises UserError if they do not fit the metrics or the checkpoints in `workdir`."""
+    """The cadences of a run. Raises UserError if the run in `workdir` has done more steps."""
     config = recipe.config
     cadences = Cadences(recipe.total, *map(recipe.period, configs.CADENCES), check=recipe.period("check_every"))
-    if min(cadences.total, cadences.log or math.inf) * config.batch_size >= 2**31:
-        raise UserError(f"log_every={config.log_every!r}: training metrics are sums over fewer than 2**31 examples; "
-                        "log more often")  # fmt: skip
     if (done := processes.broadcast(workdir.last_checkpoint) or 0) > recipe.total:
         raise UserError(f"total={config.total!r} is {recipe.total} steps, but the run in {workdir.path} has done {done}"
                         "; pass its own total, extend it to more, or pass another --workdir")  # fmt: skip
@@ -174,18 +172,6 @@ def _recorded_total(config: ConfigDict, workdir: Workdir, extend: bool) -> str:
     old = workdir.load_config()
     lines = configs.difference(old, config, (*["total"] * extend, *configs.free_keys(config)))
     if lines:
-        only_total = [line.partition(":")[0] for line in lines] == ["total"]
-        hint = " add --extend to train this run up to the new total, if its schedule allows it," if only_total else ""
-        raise UserError(f"{workdir.path} holds a run with another config ({'; '.join(lines)}); use the old values,"
-                        f"{hint} or pass another --workdir")  # fmt: skip
+        raise UserError(f"{workdir.path} holds a run with another config ({'; '.join(lines)}); use the old values, "
+                        "add --extend if only total is greater, or pass another --workdir")  # fmt: skip
     return str(old.total)
-
-
-def _compile_in_background(
-    compiling: Programs,
-) -> tuple[concurrent.futures.Future[Function], concurrent.futures.Future[Function]]:
-    """Compiles the train and eval programs in a thread."""
-    pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
-    futures = pool.submit(lambda: compiling.train), pool.submit(lambda: compiling.eval)
-    pool.shutdown(wait=False)
-    return futures

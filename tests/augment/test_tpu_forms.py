@@ -93,14 +93,6 @@ def test_tables_histograms_and_smoothing(kind):
     assert_equal(photometric.smooth, images)
 
 
-@pytest.mark.parametrize("kind", ["oblong", *thorough("grey")])
-@pytest.mark.parametrize(
-    "text", ["pad_crop(4)", *thorough("normalize|pad_crop(3)", "pad_crop(0)", "pad_crop(2, 'reflect')")]
-)
-def test_crops(kind, text):
-    assert_equal(lambda x: ops.build(text, train=True)(KEY, x), SETS[kind])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["randaugment(2, 10, ops='big_vision')", "randaugment(2, 30)", "trivialaugment"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -130,8 +122,6 @@ def places_read(jaxpr):
     ("randaugment(1, 10, ops='big_vision')", {"its map": 16, "greatest level": 16 * 3, "smooth": 1}),
     ("randaugment(1, 10)", {"its map, factor and level": 16, "greatest level": 16 * 3, "smooth": 1}),
     ("trivialaugment", {"its map, factor and level": 16, "greatest level": 16 * 3, "smooth": 1}),
-    ("pad_crop(4)", {}),
-    ("pad_crop(4, 'reflect')", {}),
     ("random_erasing", {"the draw that fits": 16}),
     ("flip_lr|cutout(8)|color_jitter(0.4, 0.4, 0.4, 0.2)|normalize", {"smooth": 1}),
 ])  # fmt: skip

@@ -1,7 +1,6 @@
-"""Steps whose loss or gradient is not finite: they stop the run, or are skipped, with the same bits after a resume."""
+"""Steps whose loss or gradient is not finite are skipped: they change nothing, and are in no average."""
 
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +9,9 @@ import optax
 import pytest
 from flax import linen as nn
 
-from imgclf_jax import config as configs
 from imgclf_jax import datasets, programs
 from imgclf_jax import step as steps
 from imgclf_jax.core import sharding, tree
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sampling
 from imgclf_jax.losses import softmax
 from imgclf_jax.models.classifier import Classifier
@@ -45,13 +42,6 @@ def poisoned(fake_config):
     return fake_config
 
 
-def outcome(workdir):
-    result = json.loads((workdir / "result.json").read_text())
-    lines = [{k: v for k, v in line.items() if "second" not in k and "wait" not in k}
-             for line in read_metrics(workdir / "metrics.jsonl")]  # fmt: skip
-    return result["params_sha256"], lines, result.get("skipped")
-
-
 def train_without(config, left_out):
     """The parameters of a run that omits the updates of these steps, from the train step alone."""
     config = config.copy_and_resolve_references()
@@ -79,29 +69,16 @@ def assert_close(a, b):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def resumed(workdir, step, tmp_path, config):
-    """The outcome of the run in `workdir`, resumed from its checkpoint of `step`, in a copy."""
-    copy = tmp_path / f"from-{step}"
-    shutil.copytree(workdir, copy, ignore=shutil.ignore_patterns("lock"))
-    (copy / "result.json").unlink()
-    for later in Checkpoints(copy / "checkpoints", read_only=True).steps():
-        if later > step:
-            shutil.rmtree(copy / "checkpoints" / str(later))
-    assert train.main(config, Workdir(copy)) == 0
-    return outcome(copy)
-
-
 def test_a_bad_step_is_skipped(poisoned, tmp_path, one_device, caplog):
     """It changes nothing, is counted, and is in no average; the learning rate waits for it as the optimizer does."""
     config = poisoned
     config.on_bad_step, config.checkpoint.keep = "skip", 9
     config.schedule = "linear(1e-2, end=0.0)"
     assert train.main(config, Workdir(tmp_path / "a")) == 0
-    _, lines, skipped = outcome(tmp_path / "a")
-    assert skipped == 2
+    assert json.loads((tmp_path / "a" / "result.json").read_text())["skipped"] == 2
     assert caplog.text.count("skipped 1 of the 5 steps since the last log line") == 2
     assert_close(last_parameters(tmp_path / "a"), train_without(config, BAD))
-    logged = [line for line in lines if "train/loss" in line]
+    logged = [line for line in read_metrics(tmp_path / "a" / "metrics.jsonl") if "train/loss" in line]
     assert sum(line["train/skipped"] for line in logged) == 2
     assert np.isfinite([line["train/loss"] for line in logged]).all()
     last = logged[-1]  # steps 21 to 24, as updates 19 to 22 of 24
@@ -123,25 +100,6 @@ def test_a_step_whose_gradient_alone_is_not_finite_is_skipped():
     state, sums = jax.jit(step)(before, batch)
     assert (int(state.step), int(state.skipped), int(sums["skipped"]), int(sums["steps"])) == (1, 1, 1, 0)
     jax.tree.map(np.testing.assert_array_equal, state.params, before.params)
-
-
-@pytest.mark.thorough
-def test_a_run_that_skips_resumes_to_the_same_bits(poisoned, tmp_path, one_device):
-    config = poisoned
-    config.on_bad_step, config.checkpoint.keep = "skip", 9
-    assert train.main(config, Workdir(tmp_path / "a")) == 0
-    for step in (4, 16):
-        assert resumed(tmp_path / "a", step, tmp_path, config) == outcome(tmp_path / "a")
-
-
-@pytest.mark.thorough
-def test_a_run_that_skips_everything_ends(poisoned, tmp_path, one_device):
-    poisoned.on_bad_step, poisoned.total, poisoned.log_every, poisoned.checkpoint_every = "skip", "20 steps", "", ""
-    every = tuple((0, epoch) for epoch in range(20))
-    poisoned.augment = f"normalize|poisoned:poison({every})"
-    poisoned.batch_size = EXAMPLES  # so every step has the example
-    with pytest.raises(UserError, match=r"all 20 steps since the last log line were skipped, .* the run has diverged"):
-        train.main(poisoned, Workdir(tmp_path))
 
 
 @pytest.mark.parametrize(("decay", "text"), [(0.0, "sgd|lookahead(3, 0.5, power=2)"), (0.9, "sgd")])
@@ -178,10 +136,3 @@ class Flat(nn.Module):
     @nn.compact
     def __call__(self, images, train=False):
         return nn.Dense(3)(images.reshape(len(images), -1))
-
-
-def test_an_unknown_action():
-    config = configs.default_config()
-    config.on_bad_step = "rollback"
-    with pytest.raises(UserError, match=r"unknown on_bad_step 'rollback': allowed: skip, stop"):
-        configs.validate(config)

@@ -14,23 +14,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(("name", "values", "line"), [
     ("train", {"loss": 0.23017, "learning_rate": 1.9876e-3, "grad_norm": 1.0, "images_per_second": 12345.6},
-     "step   113  epoch   5.0  train  loss 0.2302  learning_rate 0.001988  images_per_second 12346"),
+     "step 113  epoch 5.0  train  loss 0.2302  images/s 12346"),
     ("test", {"examples": 360, "accuracy": 0.9694, "loss": 0.1154},
-     "step   113  epoch   5.0  test   accuracy 0.9694  loss 0.1154"),
+     "step 113  epoch 5.0  test  accuracy 0.9694  loss 0.1154"),
 ])  # fmt: skip
 def test_a_line_of_a_record(name, values, line):
     assert display.line(113, 22.45, name, values) == line
-
-
-def test_what_to_run_next(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/somewhere/launch.py", "train"])
-    assert display.next_commands("runs/a b", predicts=True) == [
-        "  uv run launch.py report --workdir 'runs/a b'",
-        "  uv run launch.py predict FILE --workdir 'runs/a b'",
-        "  uv run launch.py serve --workdir 'runs/a b'",
-    ]
-    monkeypatch.setattr(sys, "argv", ["/bin/imgclf"])
-    assert display.next_commands("runs/a", predicts=False) == ["  imgclf report --workdir runs/a"]
 
 
 @pytest.mark.thorough
@@ -43,6 +32,6 @@ def test_a_transcript(tmp_path):
     )
     for fact in ("data       digits: 1,437 images of 28x28x1, 10 classes", "121,930 parameters",
                  "dense                102,464", "optimizer  adam", "seed       0",
-                 "  test   accuracy "):  # fmt: skip
+                 "  test  accuracy "):  # fmt: skip
         assert fact in done.stderr
     assert f"report --workdir {tmp_path}/run" in done.stdout

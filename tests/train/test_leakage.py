@@ -1,6 +1,5 @@
 """Scores that are not those of new data: what is warned of, and that no recipe that ships needs it."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -25,13 +24,6 @@ def test_no_recipe_selects_on_its_test_set_or_trains_on_what_it_evaluates(file):
     assert not any(count for count, _ in splits.count_shared(config.data.train, config.data.eval, sizes).values())
 
 
-@pytest.mark.parametrize(
-    "page", sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]), ids=lambda page: page.stem
-)
-def test_no_page_selects_on_the_test_set(page):
-    assert not re.search(r"checkpoint\.best\W+(min:|max:)?test/", page.read_text())
-
-
 @pytest.mark.parametrize(("best", "evals", "said"), [
     ("", {"test": "test"}, []),
     ("test/accuracy", {"test": "test", "val": "train[90%:]"}, ["checkpoint.best='test/accuracy'", "on the set test"]),
@@ -47,20 +39,6 @@ def test_a_run_that_selects_on_its_result(best, evals, said):
     assert len(found) == bool(said)
     assert all(words in sentence for sentence in found for words in said)
     assert list(selecting_sets(config)) == [best.rpartition("/")[0].rpartition(":")[2]] * bool(best)
-
-
-@pytest.mark.parametrize(("train", "text", "shared"), [
-    ("train", "test", (0, 20)),
-    ("train", "train[90%:]", (8, 8)),
-    ("train[:95%]", "train[90%:]", (4, 8)),
-    ("train[:50%]+train[30%:60%]", "train[55%:]+test", (4, 56)),
-    ("train[:90%]", "train[90%:]", (0, 8)),
-])  # fmt: skip
-def test_splits_that_overlap(train, text, shared):
-    """Each shared example counts once."""
-    assert splits.count_shared(train, {"val": text, "far": "folder('x')/train"}, {"train": 80, "test": 20}) == {
-        "val": shared
-    }
 
 
 def test_the_warning_of_an_overlap():

@@ -1,4 +1,4 @@
-"""A run that stops early, resumed, reproduced, compared and reported."""
+"""A run that stops early, resumed and extended."""
 
 import json
 import shutil
@@ -93,34 +93,3 @@ def test_it_has_no_result_while_it_is_extended(fake_config, tmp_path):
     assert (cut, workdir.is_done(80), record.read(workdir.path).final) == (75, False, None)
     assert train.main(config, workdir) == 0
     assert workdir.last_step() == 20
-
-
-@pytest.mark.thorough
-def test_it_is_reproduced_and_compared(stopped, capsys):
-    assert launch.main(["reproduce", str(stopped), "--format=json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["verdict"], found["step"]) == ("same", 12)
-    assert launch.main(["compare", str(stopped), "--format=json"]) == 0
-    [group] = json.loads(capsys.readouterr().out)["groups"]
-    assert (len(group["runs"]), group["unfinished"]) == (1, [])
-
-
-@pytest.mark.thorough
-def test_several_seeds_and_a_report(tmp_path, capsys):
-    """The mean over the seeds decides."""
-    workdir = tmp_path / "run"
-    assert launch.main([f"--workdir={workdir}", *KEYS, "--config.num_seeds=2"]) == 0
-    assert f"stopped early: {WHY}" in capsys.readouterr().out
-    assert launch.main(["report", f"--workdir={workdir}"]) == 0
-    page = (workdir / "report.html").read_text()
-    assert f"It stopped early at step 12 of 40: {WHY}" in page
-    assert "selects on the set test" in page
-
-
-@pytest.mark.thorough
-def test_a_sweep_takes_it_for_done(tmp_path, capfd):
-    words = ["sweep", f"--workdir={tmp_path}/sweep", *KEYS, "--sweep=seed=0"]
-    assert launch.main(words) == 0
-    capfd.readouterr()
-    assert launch.main(words) == 0
-    assert "done before" in capfd.readouterr().out

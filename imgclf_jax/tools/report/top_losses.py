@@ -59,7 +59,7 @@ def describe(
     augment = programs.recipe.augment(train=False)
     with programs.tracing():
         augmented = np.asarray(jax.jit(lambda x: augment(None, x))(pixels))
-    shown, _ = to_pixels(augmented, programs.recipe.config.augment)
+    shown = to_pixels(augmented, programs.recipe.config.augment)
     rows = zip(
         indices, label_losses(predictions)[indices], shown, explain(pixels, predictions.predicted[indices]), strict=True
     )

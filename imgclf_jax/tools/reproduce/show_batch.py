@@ -53,9 +53,9 @@ def main(
         raise UserError(f"--step={step}: must be 0 to {total - 1}, because the run has {total} steps")
     batch = batch_at(programs, images, step, raw)
     count = min(count, len(batch.ids))
-    pixels, stretched = batch.arrays["image"][:count], False
+    pixels = batch.arrays["image"][:count]
     if pixels.dtype != np.uint8:
-        pixels, stretched = to_pixels(pixels, config.augment)
+        pixels = to_pixels(pixels, config.augment)
     examples = describe(batch, programs.recipe.data.class_names, count)
     captions = [[f"id {example['id']}", *_label_lines(example)] for example in examples]
     content = io.BytesIO()
@@ -63,14 +63,11 @@ def main(
     file.parent.mkdir(parents=True, exist_ok=True)
     paths.write_atomically(file, content.getvalue())
     if format == "json":
-        terminal.print_json({"step": step, "seed": config.seed, "file": str(file), "stretched": stretched,
-                             "examples": examples})  # fmt: skip
+        terminal.print_json({"step": step, "seed": config.seed, "file": str(file), "examples": examples})
         return 0
     seeds = f", the first of {config.num_seeds} seeds" if config.num_seeds > 1 else ""
     print(f"step {step} of {total}{seeds}: the first {count} of {len(batch.ids)} examples, ids "
           f"{', '.join(map(str, batch.ids[:6].tolist()))}, …")  # fmt: skip
-    if stretched:
-        print("black is the smallest value, white the largest, since an op of your own leaves 0 to 1")
     print(f"wrote {printable(str(file))}")
     return 0
 
