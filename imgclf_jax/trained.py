@@ -19,7 +19,7 @@ from imgclf_jax import datasets, losses
 from imgclf_jax.core import dtypes, processes, sharding, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import JsonObject, Variables
-from imgclf_jax.data import decode, sources
+from imgclf_jax.data import decode
 from imgclf_jax.data.source import Source
 from imgclf_jax.losses import Task
 from imgclf_jax.methods import Problem
@@ -89,10 +89,8 @@ class Trained(NamedTuple):
         if isinstance(image, str | os.PathLike):
             try:
                 image = decode.read_file(Path(image))
-            except OSError as e:
-                raise UserError(e.strerror or str(e)) from e
-            except ValueError as e:  # a name with a NUL
-                raise UserError(str(e)) from e
+            except (OSError, ValueError) as e:  # ValueError for a name with a NUL
+                raise UserError(reason(e)) from e
         elif isinstance(image, np.ndarray) and image.ndim == 2:
             image = image[..., None]
         wanted = self.programs.recipe.data.image_shape
@@ -101,9 +99,8 @@ class Trained(NamedTuple):
         except UserError:
             raise
         except Exception as e:  # from a user's own op, or Pillow
-            raise UserError(
-                f"preprocess={self.programs.preprocess_eval!r} fails: {type(e).__name__}: {reason(e)}"
-            ) from e
+            ops = self.programs.preprocess_eval
+            raise UserError(f"preprocess={ops!r} fails: {type(e).__name__}: {reason(e)}") from e
         if out.shape != wanted:
             raise UserError(f"preprocess gives {out.shape}, not {wanted}")
         return out
@@ -234,17 +231,14 @@ def load_teacher(problem: Problem, run: str, checkpoint: str = "", trust: bool =
     Raises UserError as `load` does, and if the run's images differ from the problem's.
     """
     found = load(run, checkpoint, trust)
-    recipe, replicas = found.programs.recipe, found.programs.recipe.num_seeds
-    if replicas > 1:
-        raise UserError(f"{run} holds num_seeds={replicas} models, and a teacher is one; train it with one seed")
-    if recipe.data.image_shape != problem.image_shape:
-        raise UserError(f"{run} was trained on images {list(recipe.data.image_shape)}, and this run has "
-                        f"{list(problem.image_shape)}; give both the same preprocess")  # fmt: skip
-    if recipe.normalization != problem.normalization:
-        raise UserError(
-            f"{run} was trained with {recipe.normalization or 'no normalization'!r} in augment, and this run"
-            f" has {problem.normalization or 'none'!r}: its predictions would be wrong; give both the same"
-        )
+    recipe = found.programs.recipe
+    if recipe.num_seeds > 1:
+        raise UserError(f"{run} holds num_seeds={recipe.num_seeds} models; a teacher is a run of one seed")
+    for key, theirs, ours in (("preprocess", recipe.data.image_shape, problem.image_shape),
+                              ("augment", recipe.normalization, problem.normalization)):  # fmt: skip
+        if theirs != ours:
+            raise UserError(f"{run} was trained on images with {theirs or 'no normalization'}, and this run has "
+                            f"{ours or 'none'}: its predictions would be wrong; give both the same {key}")  # fmt: skip
     params, model_state = found.state.evaluated
 
     def apply(variables: Variables, images: jax.Array) -> jax.Array:
@@ -297,13 +291,11 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
         if found is None:
             raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
         step, run = found
-    elif step is None or step not in steps:
-        raise UserError(f"--checkpoint={which}: there are {steps} in {workdir.checkpoints}"
-                        + (f", {best} is the best by {metric}" if best is not None
-                           else f", and none has a finite {metric}" if metric
-                           else "; 'best' needs checkpoint.best to be set"))  # fmt: skip
-    else:
+    elif step in steps:
         run = checkpoints.restore(step, wanted, optimizer=False)
+    else:
+        raise UserError(f"--checkpoint={which}: there are {steps} in {workdir.checkpoints}, and "
+                        + (f"the best by {metric} is {best}" if metric else "checkpoint.best is not set"))  # fmt: skip
     digests.check(workdir, step, run["state"].params)
     log.info("checkpoint of step %d from %s", step, workdir.checkpoints)
     ended = processes.broadcast(workdir.last_step)
@@ -319,11 +311,7 @@ def load_converted(config: ConfigDict, base: dict[str, Source] | None = None, wh
     `base` defaults to the config's source. Unless `whole`, the weights may lack the head, which then is random. Raises
     UserError if they lack any other part of the model.
     """
-    base = base or datasets.open_data(config)
-    source = next(iter(base.values()))  # every split has the same classes and the same shape
-    with contextlib.suppress(UserError):
-        source = sources.take_split(base, config.data.train)
+    source = next(iter((base or datasets.open_data(config)).values()))  # all splits have the same classes and shape
     mesh = sharding.make_inference_mesh(config.mesh)
     programs = programs_for_images(config, datasets.eval_images(source, config), mesh)
-    weights = pretrained.load(programs, whole)
-    return Trained(programs, programs.init_state(weights=weights.taken), 0)
+    return Trained(programs, programs.init_state(weights=pretrained.load(programs, whole).taken), 0)

@@ -93,7 +93,7 @@ def test_nothing_to_evaluate(mistake, whole, tmp_path):
         assert has(sentence, f"{tmp_path} holds no run", "train first", "--workdir")
     for which in ("7", "best", "newest"):
         sentence = mistake("evaluate", f"--workdir={workdir}", f"--checkpoint={which}")
-        assert has(sentence, f"--checkpoint={which}", "[8, 12]", "needs checkpoint.best")
+        assert has(sentence, f"--checkpoint={which}", "[8, 12]", "checkpoint.best is not set")
     sentence = mistake("evaluate", f"--workdir={workdir}", "--config.model=mlp(widths=(16,))")
     assert has(sentence, "another model", "params/backbone/dense0/bias is float32[512]", "float32[16] by the config")
     assert has(mistake("predict", f"--workdir={workdir}"), "name at least one image", "FILE|DIR|GLOB")

@@ -90,7 +90,7 @@ def test_a_teacher_of_own_code_is_refused_with_what_to_do(teacher, tmp_path, cap
 
 @pytest.mark.parametrize(("flags", "words"), [
     (("--config.preprocess=decode(1)|resize(6)",), "give both the same preprocess"),
-    (("--config.augment=normalize(mean=(0.1,), std=(0.5,))",), "with 'normalize' in augment"),
+    (("--config.augment=normalize(mean=(0.1,), std=(0.5,))",), "images with normalize, and"),
     (("--config.method=distill('{}', alpha=2.0)",), "alpha must be 0 to 1"),
 ])  # fmt: skip
 def test_a_teacher_that_does_not_fit_is_refused_in_one_sentence(teacher, tmp_path, capsys, flags, words):
