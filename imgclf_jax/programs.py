@@ -7,7 +7,7 @@ it can be lowered and compiled, though not run, for a mesh of devices that are a
 import contextlib
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import jax
@@ -144,9 +144,8 @@ class Programs:
         """The shapes, dtypes and shardings of `init_state`'s result."""
         with self.tracing():
             shapes = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), "uint32"))
-        leading = int(self.recipe.num_seeds > 1)
-        state = partition.state_shardings(shapes, self._axes, self.mesh, leading)
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state)
+        state: step.TrainState = self._with_shardings(shapes, self._axes, leading=int(self.recipe.num_seeds > 1))
+        return state
 
     def check_size(self) -> None:
         """Raises UserError if the train state cannot fit: see `diagnose.check_size`."""
@@ -163,11 +162,6 @@ class Programs:
         if not self._axes:
             return tree
         return jax.lax.with_sharding_constraint(tree, partition.state_shardings(tree, self._axes, self.mesh))
-
-    def _fixed_shardings(self, fixed: PyTree) -> PyTree:
-        """The shardings of a method's `fixed` arrays: over the mesh's `fsdp`, each along its largest axis."""
-        shapes, parts = {name: x.shape for name, x in tree.named_leaves(fixed)}, self.mesh.shape.get("fsdp", 1)
-        return partition.state_shardings(fixed, partition.build("", shapes, parts) if parts > 1 else {}, self.mesh)
 
     def first_images(self, images: Images) -> np.ndarray | None:
         """The first 5,000 training images, normalized, for a backbone with `init_on_images`; else None."""
@@ -232,14 +226,19 @@ class Programs:
     @once
     def fixed(self) -> PyTree:
         """The method's arrays that are not trained, such as a teacher's variables, sharded on the mesh."""
-        return jax.tree.map(sharding.put, self._fixed, self._fixed_shardings(self._fixed))
+        return jax.tree.map(lambda x, like: sharding.put(x, like.sharding), self._fixed, self.fixed_shape)
 
     @property
     def fixed_shape(self) -> PyTree:
-        """`fixed` as shapes with shardings; the mesh may be of devices that hold no arrays."""
+        """`fixed` as shapes, sharded over the mesh's `fsdp`; the mesh may be of devices that hold no arrays."""
         shapes = jax.eval_shape(lambda x: x, self._fixed)  # float64 of NumPy becomes float32
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
-                            self._fixed_shardings(shapes))  # fmt: skip
+        named, parts = {name: x.shape for name, x in tree.named_leaves(shapes)}, self.mesh.shape.get("fsdp", 1)
+        axes = partition.build("", named, parts) if parts > 1 else {}
+        return self._with_shardings(shapes, axes)
+
+    def _with_shardings(self, shapes: PyTree, axes: Mapping[str, int | None], leading: int = 0) -> PyTree:
+        shardings = partition.state_shardings(shapes, axes, self.mesh, leading)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
     @once
     def shape(self) -> dict[str, PyTree]:
@@ -360,15 +359,10 @@ class Programs:
         parts = recipe.augment(train=False), recipe.views, recipe.num_seeds, losses.link_of(recipe.config.loss)
         return step.make_inference(outputs, recipe.model, *parts)
 
-    def inference(self, outputs: step.Outputs) -> Function:
-        """`pure(outputs)`, jitted once."""
-        if outputs not in self._inference:
-            self._inference[outputs] = self.jitted(self.pure(outputs), forward=True)
-        return self._inference[outputs]
-
     @once
-    def _inference(self) -> dict[step.Outputs, Function]:
-        return {}
+    def inference(self) -> Callable[[step.Outputs], Function]:
+        """`inference(outputs)` is `pure(outputs)`, jitted once."""
+        return functools.cache(lambda outputs: self.jitted(self.pure(outputs), forward=True))
 
     def jitted(self, pure: Function, forward: bool = False) -> Function:
         """Jits a pure function (params, model_state, batch) of all seeds; `forward` if it takes no gradient.

@@ -65,9 +65,8 @@ def init_state(
     weights: Mapping[str, jax.Array] | None = None,
     head: bool = True,
 ) -> TrainState:
-    """The state at step 0. Pure, so it works under `jit` and `eval_shape`.
+    """The state at step 0 for images of `image_shape` (h, w, c). Pure, so it works under `jit` and `eval_shape`.
 
-    - `image_shape` is (h, w, c).
     - `images` f32[n, h, w, c] are for a backbone that has `init_on_images(params, images) -> params`.
     - `weights` replace random initial values, by path: {"params/head/bias": …, "batch_stats/…": …}.
     - Without `head`, for a method that trains none, the head has no parameters.
@@ -99,9 +98,8 @@ def make_inputs(
 ) -> Callable[[jax.Array, jax.Array, Batch], Batch]:
     """Returns `inputs(seed u32[], step i32[], batch)`: the batch that a method's loss gets, see `make_train_step`.
 
-    By default it is {"image": f32[b, h, w, c], "label": i32[b], …}, augmented. With `mix`, image i keeps the share
-    `weight` f32[b] of its own label, and `other` i32[b] has the rest; a "target" f32[b, k] is itself mixed. A `method`
-    with `inputs` of its own replaces all of this: see `Method`.
+    By default it is {"image": f32[b, h, w, c], "label": i32[b], …}, augmented and mixed (see `mixing.mix_batch`). A
+    `method` with `inputs` of its own replaces all of this: see `Method`.
     """
 
     def inputs(seed: jax.Array, step: jax.Array, batch: Batch) -> Batch:
@@ -140,14 +138,12 @@ def make_train_step(
     - `shard` constrains gradients and updates to the shardings of their parameters.
     - `gradient` wraps the gradient function of the whole batch: see `methods.gradients`.
     - With `skip_nonfinite`, a step whose loss, gradient norm or parameter norm is not finite adds one to the state's
-      `step` and `skipped`, and changes nothing else.
+      `step` and `skipped`, and changes nothing else. Its sums are zero, but for `skipped`.
 
-    The sums are metrics of this step: `loss`, `examples` and `correct` over the batch; `steps`, `grad_norm` (before
-    clipping), `param_norm` (after the update) and `learning_rate`; the method's metrics and those that modules sow
-    into "metrics", multiplied by `examples`; and `nonfinite_step`, the number of this step if the loss or a norm is
-    not finite, else `metrics.NO_STEP`. With `skip_nonfinite` there is `skipped` too, and the other sums of such a step
-    are zero. `correct` is measured against the dominant label of a mixed example, and is absent
-    for a method without logits.
+    The sums over the batch are `loss`, `examples`, `correct` (absent without logits; by the dominant label of a mixed
+    example), the method's metrics and those that modules sow into "metrics". Once a step there are `steps`, `grad_norm`
+    (before clipping), `param_norm` (after the update), `learning_rate`, and `nonfinite_step`, the number of this step
+    if the loss or a norm is not finite, else `metrics.NO_STEP`.
     """
     learned = method if isinstance(method, Method) else from_logits(functools.partial(mixing.batch_loss, method))
     inputs = make_inputs(augment, mix, learned)
@@ -161,7 +157,7 @@ def make_train_step(
         out, changed = apply({"params": params, **model_state}, part, fixed, rngs=rngs)
         losses, sown = (changed.get(name, {}) for name in SOWN)
         updated = {name: value for name, value in changed.items() if name not in SOWN}
-        _refuse_difference("a step changes the model's state", updated, model_state, _dtype_and_shape)
+        _refuse_difference("a step changes the model's state", updated, model_state, with_dtype=True)
         _check_sown(losses, part)
         loss = functools.reduce(jnp.add, map(jnp.mean, jax.tree.leaves(losses)), _mean_loss(out))
         return loss, (updated, (out.logits, _named_metrics(out.metrics, sown)))
@@ -190,10 +186,10 @@ def make_train_step(
         ))  # fmt: skip
         key = rng.key(state.seed, "dropout", state.step)
         (mean_loss, (model_state, (logits, named))), grads = take_gradient(state.params, state.model_state, whole, key)
-        _refuse_difference("gradients that do not fit the parameters", grads, state.params, _shape)
+        _refuse_difference("gradients that do not fit the parameters", grads, state.params)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=mean_loss)
-        _refuse_difference("updates of the optimizer that do not fit the parameters", updates, state.params, _shape)
+        _refuse_difference("updates of the optimizer that do not fit the parameters", updates, state.params)
         params = optax.apply_updates(state.params, shard(updates))
         (params, model_state), evaluated = average.update(
             state.eval_variables, (params, model_state), _updates(state), opt_state
@@ -229,24 +225,19 @@ def _updates(state: TrainState) -> jax.Array:
     return state.step - state.skipped
 
 
-def _refuse_difference(what: str, given: PyTree, wanted: PyTree, describe: Callable[[Any], str]) -> None:
-    """Raises UserError unless both have the same paths, and leaves of the same description: shape, or dtype and shape.
+def _refuse_difference(what: str, given: PyTree, wanted: PyTree, with_dtype: bool = False) -> None:
+    """Raises UserError unless both have the same paths and leaves of the same shape and, with `with_dtype`, dtype.
 
     Other shapes would be broadcast, and the next step could not run on another state.
     """
+
+    def describe(x: Any) -> str:
+        return jax.typeof(x).str_short() if with_dtype else str(list(jnp.shape(x)))
+
     found, needed = ({name: describe(x) for name, x in tree.named_leaves(one)} for one in (given, wanted))
     for name in {**needed, **found}:
-        has, needs = found.get(name, "nothing"), needed.get(name, "nothing")
-        if has != needs:
+        if (has := found.get(name, "nothing")) != (needs := needed.get(name, "nothing")):
             raise UserError(f"{what}: {name} is {has} instead of {needs}")
-
-
-def _shape(x: Any) -> str:
-    return str(list(jnp.shape(x)))
-
-
-def _dtype_and_shape(x: Any) -> str:
-    return jax.typeof(x).str_short()
 
 
 def _check_sown(losses: PyTree, part: Batch) -> None:
