@@ -1,390 +1,269 @@
-"""Opens strangers' files with every command under a seeded plan of attacks, and lets hostile clients loose on `serve`.
+"""Lets hostile clients loose on a server by a seeded plan, beside a polite one that must not notice them.
 
-    uv run python tests/attack.py --seconds 3600                # runs, sweeps, bundles, weights and data
-    uv run python tests/attack.py --seconds 3600 --names        # each name in a run as a link, a pipe, …, in order
-    uv run python tests/attack.py --seconds 3600 --serve        # clients of one server
-    uv run python tests/attack.py --seed 17 --rounds 1 --keep   # round 17 again, whose files and log are kept
+    uv run python tests/attack.py --seconds 3600
 
-Each round copies a work directory, a folder of runs, a bundle, a weights file or data, attacks the copy, and opens it
-with one command, without `--trust`. The verdict counts the faults, and the exit status is 1 if there is any:
-
-- outside: a file outside of the copy and of the named outputs was written, moved or removed, or a pipe got bytes
-- code: the stranger's code ran, or a program started
-- network: the command looked up a name or opened a connection
-- hang: the command neither computed nor ended for 5 s
-- endless: it computed for a minute, or took 4 GB, for a tiny run
-- crash: a signal ended it
-- traceback: it ended with a traceback. This breaks no promise on strangers' files, but is a bug
-- broken: an attack itself failed
-
-With `--serve` they are: slow, refused (for a polite client), memory, traceback, and an end that takes too long.
+The verdict counts the faults, and the exit status is 1 if there is any: the polite client is refused or waits for more
+than SLOW seconds, the server takes more than MEMORY, ends early or not at all, or its log has a traceback.
 """
 
 import argparse
-import atexit
 import collections
 import contextlib
-import gc
-import hashlib
-import importlib
-import itertools
-import multiprocessing
+import http.client
+import io
 import os
-import pkgutil
 import random
 import re
-import shutil
 import signal
 import socket
-import stat
+import struct
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
 
 import numpy as np
-from attack_clients import attack_server
-from attacked import OBSTACLES, READ, TOUCHED, Attacked
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-ASLEEP, CPU, MEMORY = 5.0, 45.0, 4 << 30  # seconds, seconds and bytes that make a fault
-SHARED = ("--config.preprocess=decode(1)", "--config.augment=", "--config.model=mlp(widths=(32,))",
-          "--config.schedule=constant(1e-2)", "--config.total=12 steps", "--config.batch_size=16",
-          "--config.checkpoint_every=4 steps", "--config.eval_every=6 steps", "--config.log_every=4 steps",
-          "--config.checkpoint.best=test/accuracy", "--config.checkpoint.keep=3")  # fmt: skip
-TINY = ("--config.data.source=fake(64, (12, 12, 1), 4)", *SHARED)
-USES = tuple((command, *words, "--workdir=ITEM") for command, *words in (
-    ("evaluate",), ("evaluate", "--predictions=ITEM/predictions.csv"), ("evaluate", "--checkpoints=all"),
-    ("predict", "IMAGES"), ("features", "--output=OUT/f.npz"), ("probe",),
-    ("explain", "IMAGES/a/0.png", "--output=OUT/explained"), ("report",), ("show-batch",), ("export", "OUT/x.onnx"),
-    ("export", "OUT/x.stablehlo"), ("export", "OUT/x.safetensors"), ("export", "OUT/x.savedmodel"),
-    ("serve", "--port=0"), ("dryrun", *TINY, "--chips=cpu:1"),
-))  # fmt: skip
-TRAINS = (("train", *TINY, "--workdir=ITEM"), ("train", *TINY, "--workdir=ITEM", "--config.total=16 steps", "--extend",
-          "--profile=13:15"))  # fmt: skip
-WEIGHTS = tuple((*words, *TINY, "--config.init_from=ITEM") for words in (
-    ("evaluate",), ("predict", "IMAGES"), ("train", "--workdir=OUT/new"), ("find-lr", "--steps=4"), ("probe",),
-    ("export", "OUT/x.safetensors"), ("features", "--output=OUT/f.npz"), ("serve", "--port=0"), ("config",),
-))  # fmt: skip
-DATA = tuple((*words, "--config.data.source=DATA", *SHARED, "--config.data.eval.test=train") for words in (
-    ("train", "--workdir=OUT/new"), ("show-batch", "--output=OUT/b.png"), ("find-lr", "--steps=4"),
-    ("sweep", "--workdir=OUT/sweep", "--sweep=seed=0..1", "--print"), ("dryrun", "--chips=cpu:1"),
-))  # fmt: skip
-COMMANDS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "run": (*USES, *TRAINS, *WEIGHTS, ("compare", "ITEM"), ("compare", "--test", "--html=OUT/c.html", "ITEM"),
-            ("status", "ITEM"), ("reproduce", "ITEM", "--output=OUT/again"),
-            ("reproduce", "ITEM", "--bundle=OUT/b.zip"),
-            ("train", "--workdir=OUT/new", *TINY, "--config.method=distill('ITEM')")),
-    "sweep": (("compare", "ITEM"), ("compare", "--test", "ITEM"), ("status", "ITEM"),
-              ("sweep", "--workdir=ITEM", *TINY, "--sweep=seed=0..1")),
-    "bundle": (("reproduce", "ITEM"), ("reproduce", "ITEM", "--output=OUT/again"),
-               ("reproduce", "ITEM", "--bundle=OUT/b.zip")),
-    "weights.safetensors": WEIGHTS, "weights.pth": WEIGHTS,
-    "images": (*DATA, ("predict", "ITEM", "--workdir=RUN"), ("explain", "ITEM", "--workdir=RUN", "--output=OUT/e"),
-               ("features", "ITEM", "--workdir=RUN", "--output=OUT/f.npz"), ("train", "--config=folder:ITEM", *SHARED,
-               "--workdir=OUT/new", "--config.preprocess_eval="), ("evaluate", "--workdir=RUN",
-               "--config.data.eval.new=DATA/train")),
-    "data.npz": DATA, "labels.csv": DATA,
-}  # fmt: skip
-# For --names: a kind, a command, a name in the copy, and what is there instead.
-CASES = [
-    (kind, command, name, obstacle)
-    for kind, command in (("cut", TRAINS[0]), *(("run", command) for command in (TRAINS[1], *USES)),
-                          *(("run", command) for command in COMMANDS["run"] if command[0] in ("compare", "status")),
-                          ("sweep", COMMANDS["sweep"][-1]))
-    if command[0] in TOUCHED or command == USES[0]
-    for touched in dict.fromkeys(TOUCHED.get(command[0], READ) + (READ if command == USES[0] else ()))
-    for name in ((touched, re.sub(r"([^/]+)$", r".\1.tmp", touched)) if "." in touched else (touched,))
-    for obstacle in OBSTACLES
-]  # fmt: skip
-FOREIGN = {"posix", "os", "nt", "subprocess", "shutil", "runpy", "sys", "builtins", "stranger"}  # modules in a pickle
-PROGRAMS = {"git", "fc-match", "nvidia-smi"}  # that the package starts
-OBSERVED = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "os.system", "os.exec",
-            "os.posix_spawn", "os.spawn", "subprocess.Popen", "pickle.find_class")  # fmt: skip
+TINY = ("--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=",
+        "--config.model=mlp(widths=(32,))", "--config.schedule=constant(1e-2)", "--config.total=12 steps",
+        "--config.batch_size=16")  # fmt: skip
+CLIENTS = 6  # hostile ones at once, each with an address of its own
+MEMORY, SLOW, END = 2 << 30, 2.0, 10.0  # bytes of the server; seconds of an answer to the polite client; until its end
+PATIENCE = 5.0  # seconds that a hostile client takes at most
+FORM = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+PART = b'--x\r\nContent-Disposition: form-data; name="images"; filename="a.png"\r\n\r\n%s\r\n'
 
 
-class Round:
-    """One attacked copy, and one command that opens it: `seed` decides both; it is a number of CASES if `names`."""
-
-    def __init__(self, seed: int, names: bool, base: Path, folder: Path, trap: socket.socket):
-        rng, case = random.Random(seed), None
-        if names:
-            kind, self.command, *case = CASES[seed]
-        else:
-            kind = rng.choice(("run",) * 8 + ("images",) * 2 + tuple(COMMANDS))
-            self.command = rng.choice(TRAINS if kind == "run" and rng.random() < 0.25 else COMMANDS[kind])
-        self.base, self.folder, self.trap, port = base, folder, trap, trap.getsockname()[1]
-        task = self.command[0] if "ITEM" in self.command or "--workdir=ITEM" in self.command else ""
-        self.address = f"127.0.0.1:{port}"
-        self.copy = Attacked(rng, kind, task, base, folder, port, case)
-        if self.copy.inside and kind == "run" and rng.random() < 0.5:  # these look for packages that may be missing
-            self.command = rng.choice([use for use in USES if "OUT/x.onnx" in use])
-
-    def argv(self) -> list[str]:
-        item, out = str(self.copy.item), self.copy.item / "out" if self.copy.inside else self.folder / "out"
-        data = {"data.npz": "arrays", "labels.csv": "table"}.get(self.copy.kind, "folder") + f"({item!r})"
-        words = {"'ITEM'": repr(item), "ITEM": item, "IMAGES": str(self.base / "images"), "RUN": str(self.base / "run"),
-                 "OUT": str(out), "DATA": data}  # fmt: skip
-        return [re.sub("|".join(words), lambda found: words[found[0]], word) for word in self.command]
-
-    def environment(self) -> dict[str, str]:
-        """All network addresses lead to the trap, and the home directory is outside of what commands may touch."""
-        proxies = ("http_proxy", "https_proxy", "all_proxy", "HTTPS_PROXY", "AWS_ENDPOINT_URL", "STORAGE_EMULATOR_HOST",
-                   "TENSORSTORE_GCS_HTTP_URL")  # fmt: skip
-        return {**dict.fromkeys(proxies, f"http://{self.address}"), "GCE_METADATA_HOST": self.address,
-                "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "HOME": str(self.folder / "outside" / "home"),
-                "TMPDIR": str(self.folder / "tmp"), "KERAS_HOME": str(self.folder / "tmp")}  # fmt: skip
-
-    def snapshot(self) -> dict[str, tuple[Any, ...]]:
-        """Types, modes, times and contents of all that is in the folder, except the copy, the outputs and `tmp`."""
-        free, found = {self.copy.item, self.folder / "out", self.folder / "tmp"}, {}
-        for parent, folders, files in os.walk(self.folder):
-            folders[:] = [name for name in folders if Path(parent, name) not in free]
-            for path in (Path(parent, name) for name in (*folders, *files)):
-                if path not in free:
-                    about = path.lstat()
-                    content = os.readlink(path) if path.is_symlink() else ""
-                    if stat.S_ISREG(about.st_mode):
-                        content = hashlib.sha256(path.read_bytes()).hexdigest()
-                    found[str(path.relative_to(self.folder))] = (about.st_mode, about.st_mtime_ns, content)
-        return found
-
-    def play(self, root: Path) -> list[tuple[str, str]]:
-        """Runs the command; the faults as pairs of a kind and a description."""
-        before, log, events = self.snapshot(), self.folder / "tmp" / "log", self.folder / "tmp" / "events"
-        events.touch()
-        if not (pid := os.fork()):
-            cwd = self.copy.item if self.copy.inside else self.folder / "out"
-            run_command(self.argv(), cwd, self.environment(), log, events, root)
-        fault, status = watch(pid, log if self.command[0] == "serve" else None)
-        text, after = log.read_text(errors="replace"), self.snapshot()
-        faults = [(fault, f"status {status}")] if fault else []
-        if not fault and os.WIFSIGNALED(status):
-            faults.append(("crash", f"signal {os.WTERMSIG(status)}"))
-        changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-        inner = [a for a, b in itertools.pairwise([*changed, ""]) if not b.startswith(f"{a}/")]  # not their folders
-        for name in inner[:3]:
-            what = "appeared" if name not in before else "is gone" if name not in after else "has changed"
-            more = f", and {len(inner) - 3} more" if inner[3:] else ""
-            faults.append(("code" if name == "outside/mark" else "outside", f"{name} {what}{more}"))
-        for name, held in self.copy.held:
-            with contextlib.suppress(OSError):  # BlockingIOError: nothing was written
-                if name and (read := os.read(held, 1000)):
-                    faults.append(("outside", f"{name} got {read!r:.60}"))
-            os.close(held)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self.trap.accept()[0].close()
-                faults.append(("network", "a connection"))
-        for line in sorted(set(events.read_text().splitlines())):
-            kind, _, what = line.partition(" ")
-            faults.append((kind, what))
-        if "Traceback (most recent call last)" in text:
-            faults.append(("traceback", text.strip().splitlines()[-1][:200]))
-        return list(dict.fromkeys(faults))
+def png(side: int = 12, seed: int = 0) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side), np.uint8)).save(file, "png")
+    return file.getvalue()
 
 
-def observe(events: Path) -> None:
-    """Writes a line to `events` for each name that is looked up, connection, program and foreign name in a pickle."""
-    file = os.open(events, os.O_WRONLY | os.O_APPEND)
-
-    def hook(event: str, arguments: Sequence[Any]) -> None:
-        if event not in OBSERVED:
-            return
-        first, words = arguments[0], str(arguments[:2])
-        harmless = {
-            "pickle.find_class": first not in FOREIGN,
-            "socket.getaddrinfo": first in ("127.0.0.1", "localhost"),
-            "socket.connect": not isinstance(arguments[-1], tuple),  # to a socket on the disk
-        }.get(event, Path(str(first)).name in PROGRAMS or "launch.py', 'train'" in words)
-        if not harmless:
-            kind = "network" if event.startswith("socket") else "code"
-            os.write(file, f"{kind} {event} {words:.150}\n".encode(errors="replace"))
-
-    sys.addaudithook(hook)
+def bomb(side: int) -> bytes:
+    """A PNG of side² black pixels, of which a thousand take one byte."""
+    packer, lines = zlib.compressobj(9), bytes(side + 1) * 100
+    packed = b"".join(packer.compress(lines) for _ in range(side // 100)) + packer.flush()
+    parts = ((b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)), (b"IDAT", packed), (b"IEND", b""))
+    pieces = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(pieces)
 
 
-def run_command(
-    argv: list[str], cwd: Path, environment: dict[str, str], log: Path, events: Path, root: Path
-) -> NoReturn:
-    """Runs a command line in this process, a fork, and ends it."""
-    os.setsid()
-    os.chdir(cwd)
-    os.environ.update(environment)
-    for number, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY | os.O_CREAT | os.O_APPEND)):
-        os.dup2(os.open(log if number else os.devnull, flags, 0o644), number)
-    os.dup2(1, 2)
-    observe(events)
-    sys.argv = [str(root / "launch.py"), *argv]
-    from imgclf_jax.cli.main import run_and_exit
-
-    status: Any = 1
-    try:
-        run_and_exit("launch.py", [sys.executable, sys.argv[0]])
-    except SystemExit as end:
-        status = end.code
-    finally:  # what the interpreter does at its end, but for freeing memory; no caller's `finally` runs in the fork
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        os._exit(status if isinstance(status, int) else 1)
+def jpeg_of_scans(side: int) -> bytes:
+    """A JPEG image of side² pixels and 490 scans, each of which covers all of them."""
+    file = io.BytesIO()
+    Image.new("L", (side, side)).save(file, "JPEG", progressive=True)
+    content = file.getvalue()
+    scan = content[content.rindex(b"\xff\xda") : -2]
+    return content[:-2] + scan * 480 + b"\xff\xd9"
 
 
-def usage(pid: int) -> tuple[float, int, bool]:
-    """CPU seconds and bytes of a process and its children, and whether a thread computes or waits for a disk."""
-    todo, seconds, size, busy = [pid], 0, 0, False
-    while todo:
-        folder = Path("/proc", str(todo.pop()))
+def with_length(head: bytes, body: bytes) -> bytes:
+    return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def post(*images: bytes) -> bytes:
+    """A request of images."""
+    return with_length(FORM, b"".join(PART % image for image in images) + b"--x--\r\n")
+
+
+def attacks(rng: random.Random, bombs: list[bytes]) -> dict[str, Callable[[], tuple[list[bytes], float]]]:
+    """By name: the pieces that a hostile client sends on one connection, and the seconds between them."""
+    start, chunked = PART[:-4], FORM + b"Transfer-Encoding: chunked\r\n\r\n"
+
+    def broken_image() -> tuple[list[bytes], float]:
+        content = bytearray(png(rng.choice((1, 12, 300)), 1))
+        for _ in range(rng.choice((1, 5, 50))):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        return [post(bytes(content[: rng.choice((len(content), len(content) // 2))]))], 0.0
+
+    def decompression_bomb() -> tuple[list[bytes], float]:
+        request = post(*[rng.choice(bombs)] * rng.choice((1, 1, 64)))
+        explain = request.replace(b"/predict", b"/explain", 1).replace(b'"images"', b' "image"', 1)
+        return [rng.choice((request, explain))], 0.0
+
+    def bad_form() -> tuple[list[bytes], float]:
+        body = rng.choice((
+            b"--x\r\n" + b"a: b\r\n" * 100_000, b"--x\r\na: " + b"b" * 1_000_000, start + b"\r\n--" * 500_000,
+            PART % b"" * 20_000, PART.replace(b"filename", b"x") % b"" * 10_000, b"--x--\r\n", rng.randbytes(100_000),
+            PART.replace(b"images", b"n" * 100_000) % png() * 30,
+        ))  # fmt: skip
+        kind = rng.choice((b"multipart/form-data; boundary=x", b"multipart/form-data", b"application/json"))
+        return [with_length(FORM.replace(b"multipart/form-data; boundary=x", kind), body)], 0.0
+
+    def odd_request() -> tuple[list[bytes], float]:
+        line = rng.choice((
+            b"GET http://evil/ HTTP/1.1", b"CONNECT evil:443 HTTP/1.1", b"GET /../../etc/passwd HTTP/1.1",
+            b"\x16\x03\x01", b"PRI * HTTP/2.0", b"TRACE / HTTP/1.1", b"GET /" + b"a" * 100_000 + b" HTTP/1.1",
+            b"POST /predict?top_k=" + b"9" * 5000 + b" HTTP/1.1", b"POST /explain?class=%00%ff&format=x HTTP/1.1",
+        ))  # fmt: skip
+        head = rng.choice((
+            b"Host: evil.example", b"Host: a\r\nHost: b", b"Expect: 100-continue", b"Content-Encoding: gzip",
+            b"Upgrade: websocket\r\nConnection: Upgrade", b"Transfer-Encoding: chunked\r\nContent-Length: 5",
+            b"\x00: \xff",
+        ))  # fmt: skip
+        return [line + b"\r\n" + head + b"\r\n\r\n", rng.randbytes(50)], 0.0
+
+    def large_claim() -> tuple[list[bytes], float]:
+        claim = rng.choice((b"-1", b"9" * 30, b"1e9", b"20000001", b"19999999", b"5\r\nContent-Length: 6", b"0x5"))
+        return [FORM + b"Content-Length: " + claim + b"\r\n\r\n", b"x" * 100], 0.2
+
+    return {
+        "slow headers": lambda: ([b"%c" % byte for byte in FORM], 0.1),
+        "slow body": lambda: ([FORM + b"Content-Length: 1000\r\n\r\n" + start, *[b"x"] * 100], 0.1),
+        "endless body": lambda: ([chunked + b"%x\r\n%s\r\n" % (len(start), start),
+                                  *[b"10000\r\n" + bytes(65536) + b"\r\n"] * 500], 0.0),
+        "tiny chunks": lambda: ([chunked + b"1\r\nx\r\n" * 50_000], 0.0),
+        "endless headers": lambda: ([FORM, *[b"X-%d: " % i + b"a" * 4000 + b"\r\n" for i in range(200)]], 0.0),
+        "large images": lambda: ([post(*rng.choice(([png(200)] * 64, [png(1500)] * 8)))], 0.0),
+        "pipeline": lambda: ([rng.choice((b"GET /docs HTTP/1.1\r\nHost: a\r\n\r\n" * 300, post(png()) * 50))], 3.0),
+        **{f.__name__.replace("_", " "): f
+           for f in (broken_image, decompression_bomb, bad_form, odd_request, large_claim)},
+    }  # fmt: skip
+
+
+class Hostile:
+    """A client from 127.0.0.`number`; `rng` decides what it does next. Whatever the server answers is right."""
+
+    def __init__(self, port: int, number: int, rng: random.Random, bombs: list[bytes]):
+        self.port, self.address, self.rng, self.attacks = port, f"127.0.0.{number}", rng, attacks(rng, bombs)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), PATIENCE, (self.address, 0))
+
+    def send(self, pieces: list[bytes], pause: float) -> None:
+        """Sends pieces until the server has enough of them or the client has, then reads some of the answer."""
+        until = time.monotonic() + PATIENCE
+        with self.connect() as connection:
+            with contextlib.suppress(ConnectionError):  # the server may answer early and close
+                for piece in pieces:
+                    connection.sendall(piece)
+                    time.sleep(pause)
+                    if time.monotonic() > until:
+                        break
+            connection.settimeout(self.rng.choice((0.1, 1.0)))
+            connection.recv(65536)
+
+    def many_connections(self) -> None:
+        with contextlib.ExitStack() as stack:
+            for _ in range(self.rng.choice((20, 200))):
+                stack.enter_context(self.connect()).send(self.rng.choice((b"", b"GET / HT", FORM)))
+            time.sleep(self.rng.choice((0.1, 2.0)))
+
+    def abrupt_close(self) -> None:
+        with self.connect() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.sendall(post(png())[: self.rng.choice((30, 90, 10**6))])
+            time.sleep(self.rng.choice((0.0, 0.01)))
+
+    def act(self) -> str:
+        """Does one of the above, and returns its name."""
+        name = self.rng.choice((*self.attacks, "many connections", "abrupt close"))
         with contextlib.suppress(OSError):
-            values = (folder / "stat").read_text().rpartition(")")[2].split()
-            seconds, size = seconds + sum(map(int, values[11:15])), size + int(values[21])
-            for task in (folder / "task").iterdir():
-                busy |= (task / "stat").read_text().rpartition(") ")[2][0] in "RD"
-                todo += map(int, (task / "children").read_text().split())
-    return seconds / os.sysconf("SC_CLK_TCK"), size * os.sysconf("SC_PAGE_SIZE"), busy
+            if name in self.attacks:
+                self.send(*self.attacks[name]())
+            else:
+                getattr(self, name.replace(" ", "_"))()
+        return name
 
 
-def watch(pid: int, server_log: Path | None = None) -> tuple[str, int]:
-    """Waits for a process until a fault, and asks a server to stop once it serves; the fault and the status."""
-    fault, asked, seen, last = "", False, time.monotonic(), 0.0
-    while not fault and not (done := os.waitpid(pid, os.WNOHANG))[0]:
+def memory(pid: int) -> int:
+    """Bytes of a process and its children in memory."""
+    with contextlib.suppress(OSError):
+        folder = Path("/proc", str(pid))
+        own = int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return own + sum(memory(int(child)) for child in (folder / f"task/{pid}/children").read_text().split())
+    return 0
+
+
+def start(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """Trains a tiny run, and serves it; the server and its port. Its log is `folder`/log."""
+    command = [sys.executable, str(ROOT / "launch.py")]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(folder / "cache")}
+    with (folder / "log").open("wb") as log:
+        subprocess.run([*command, "train", f"--workdir={folder}/run", *TINY], env=environment, check=True, stdout=log,
+                       stderr=log)  # fmt: skip
+        served = subprocess.Popen([*command, "serve", f"--workdir={folder}/run", "--port=0"], env=environment,
+                                  stdout=log, stderr=log)  # fmt: skip
+    while not (found := re.search(r"at http://127\.0\.0\.1:(\d+)", (folder / "log").read_text())):
+        if served.poll() is not None:
+            raise SystemExit(f"the server does not start: {(folder / 'log').read_text()}")
         time.sleep(0.1)
-        seconds, size, busy = usage(pid)
-        if busy or seconds > last + 0.1:
-            seen, last = time.monotonic(), seconds
-        fault = "hang" if time.monotonic() - seen > ASLEEP else "endless" if seconds > CPU or size > MEMORY else ""
-        if server_log and server_log.exists() and not asked and "at http://" in server_log.read_text(errors="replace"):
-            asked, seen = True, time.monotonic()
-            os.kill(pid, signal.SIGTERM)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)  # also what it has left behind
-    return fault, (os.waitpid(pid, 0) if fault else done)[1]
+    return served, int(found[1])
 
 
-def load(root: Path, cache: Path) -> None:
-    """Imports the package of `root` and JAX, computes nothing and starts no thread, so that this process can fork."""
-    os.environ.update(XDG_CACHE_HOME=str(cache), JAX_PLATFORMS="cpu", OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
-    sys.path.insert(0, str(root))
-    import imgclf_jax
-    from imgclf_jax.run import environment
-
-    if root not in Path(imgclf_jax.__file__).parents:
-        raise SystemExit(f"imgclf_jax is {imgclf_jax.__file__}, not in {root}")
-    environment.prepare(True)
-    for module in pkgutil.walk_packages(imgclf_jax.__path__, "imgclf_jax."):
-        with contextlib.suppress(ImportError):
-            if not module.name.endswith("__main__"):
-                importlib.import_module(module.name)
-    gc.collect()
-    gc.freeze()
-
-
-def prepare(base: Path, root: Path) -> None:
-    """What the rounds copy: a run, one that was stopped, a sweep, images, arrays, a table and weights."""
-    rng = np.random.default_rng(0)
-    rows = ["file,label"]
-    for number in range(24):
-        file = base / "images" / "ab"[number % 2] / f"{number // 2}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (12, 12), dtype=np.uint8)).save(file)
-        rows.append(f"{file},{'ab'[number % 2]}")
-    (base / "labels.csv").write_text("\n".join(rows) + "\n")
-    arrays = {"x_train": rng.integers(0, 256, (32, 12, 12, 1), dtype=np.uint8), "y_train": np.arange(32) % 4}
-    np.savez(base / "data.npz", **arrays)  # type: ignore[arg-type]
-    (base / "events").touch()
-    for argv in (("train", f"--workdir={base}/run", *TINY), ("evaluate", f"--workdir={base}/run"),
-                 ("export", f"{base}/weights.safetensors", f"--workdir={base}/run"),
-                 ("compare", "--test", f"{base}/run"),
-                 ("sweep", f"--workdir={base}/sweep", *TINY, "--sweep=seed=0..1")):  # fmt: skip
-        if not (pid := os.fork()):
-            run_command(list(argv), base, {}, base / "log", base / "events", root)
-        if os.waitpid(pid, 0)[1]:
-            raise SystemExit(f"{' '.join(argv)} failed: {(base / 'log').read_text()}")
-    shutil.copyfile(base / "weights.safetensors", base / "weights.pth")
-    shutil.copytree(base / "run", base / "cut")
-    (base / "cut" / "result.json").unlink()
-    shutil.rmtree(max((base / "cut" / "checkpoints").iterdir(), key=lambda path: int(path.name)))
-
-
-def work(args: argparse.Namespace, first: int, until: float, base: Path, results: Any) -> None:
-    """Plays every `jobs`-th round; puts (seed, command, attacks, faults) of each into `results`, at the end None."""
-    os.nice(5)
-    last = min(args.seed + (args.rounds or sys.maxsize), len(CASES) if args.names else sys.maxsize)
+def ask(port: int) -> tuple[int | str, float]:
+    """Status, or why there is none, and seconds of a polite request."""
+    began, connection = time.monotonic(), http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
-        with socket.create_server(("127.0.0.1", 0)) as trap:
-            trap.setblocking(False)
-            while time.monotonic() < until and first < last:
-                folder = base.parent / f"round{first}"
-                try:
-                    one = Round(first, args.names, base, folder, trap)
-                    words = [word for word in one.command if word not in TINY]
-                    played = (f"{one.copy.kind}: {' '.join(words)}", one.copy.words, one.play(args.root))
-                except Exception as e:  # of the attack's own; the next round goes on
-                    played = ("an attack", [], [("broken", f"{type(e).__name__}: {e}")])
-                results.put((first, *played))
-                if not args.keep:
-                    shutil.rmtree(folder, ignore_errors=True)
-                first += args.jobs
+        _, _, body = post(png()).partition(b"\r\n\r\n")
+        connection.request("POST", "/predict", body, {"Content-Type": "multipart/form-data; boundary=x"})
+        answer = connection.getresponse()
+        answer.read()
+        return answer.status, time.monotonic() - began
+    except OSError as e:
+        return str(e), time.monotonic() - began
     finally:
-        results.put(None)
+        connection.close()
 
 
-def attack(args: argparse.Namespace, folder: Path) -> int:
-    """Plays rounds until the time is over; prints each fault; the number of faults."""
-    base = folder / "base"
-    base.mkdir()
-    load(args.root, folder / "cache")
-    prepare(base, args.root)
-    context, began, jobs = multiprocessing.get_context("fork"), time.monotonic(), args.jobs
-    results = context.SimpleQueue()
-    print(f"prepared in {folder}", flush=True)
-    workers = [
-        context.Process(target=work, args=(args, args.seed + i, began + args.seconds, base, results))
-        for i in range(jobs)
-    ]
-    for worker in workers:
-        worker.start()
-    count, played, running, told = collections.Counter[str](), collections.Counter[str](), jobs, began
-    while running:
-        if (result := results.get()) is None:
-            running -= 1
-            continue
-        number, command, words, faults = result
-        played[command.split()[1]] += 1
-        count.update({kind for kind, _ in faults})
-        for kind, what in faults:
-            print(f"{kind.upper()}: --seed {number}: {command:.150}; {'; '.join(words)}: {what}", flush=True)
-        if time.monotonic() > told + 60:
-            told = time.monotonic()
-            print(f"{told - began:.0f} s: {played.total()} rounds, {dict(count)}", flush=True)
-    for worker in workers:
-        worker.join()
-        count["broken"] += bool(worker.exitcode)
-    kinds = ("outside", "code", "network", "hang", "endless", "crash", "traceback", "broken")
-    print(f"{played.total()} rounds in {time.monotonic() - began:.0f} s: "
-          f"{', '.join(f'{count[kind]} {kind}' for kind in kinds)}; {dict(sorted(played.items()))}")  # fmt: skip
-    return count.total()
+def attack(seconds: float, seed: int, folder: Path) -> int:
+    """Lets hostile clients loose on a server until the time is over; prints the verdict; the number of faults."""
+    server, port = start(folder)
+    bombs = [*(bomb(side) for side in (1000, 3000, 8000, 30_000)), jpeg_of_scans(400), jpeg_of_scans(1400)]
+    until, count, faults = time.monotonic() + seconds, collections.Counter[str](), collections.Counter[str]()
+    now, slowest, most, answers = [""] * CLIENTS, 0.0, 0, 0
+
+    def loose(number: int) -> None:
+        one = Hostile(port, number + 2, random.Random(f"{seed}/{number}"), bombs)
+        while time.monotonic() < until:
+            now[number] = one.act()
+            count[now[number]] += 1
+
+    threads = [threading.Thread(target=loose, args=(number,)) for number in range(CLIENTS)]
+    print(f"serving in {folder}", flush=True)
+    for thread in threads:
+        thread.start()
+    while time.monotonic() < until and server.poll() is None:
+        status, took = ask(port)
+        slowest, most, answers = max(slowest, took), max(most, memory(server.pid)), answers + 1
+        kinds = {"refused": status != 200, "slow": took > SLOW, "memory": memory(server.pid) > MEMORY}
+        for kind in (kind for kind, wrong in kinds.items() if wrong):
+            faults[kind] += 1
+            size = f"{memory(server.pid) >> 20} MiB"
+            print(f"{kind.upper()}: status {status} in {took:.1f} s, {size}, during {', '.join(now)}", flush=True)
+        time.sleep(max(0.0, 1 - took))
+    for thread in threads:
+        thread.join()
+    began = time.monotonic()
+    faults["ended early"] += server.poll() is not None
+    server.send_signal(signal.SIGTERM)
+    try:
+        server.wait(END)
+    except subprocess.TimeoutExpired:
+        faults["does not end"] += 1
+        server.kill()
+    ended = time.monotonic() - began
+    text = (folder / "log").read_text(errors="replace")
+    faults["traceback"] += text.count("Traceback (most recent call last)")
+    print(f"{count.total()} attacks and {answers} polite requests: the slowest answer took {slowest:.2f} s, the server "
+          f"{most >> 20} MiB and {ended:.1f} s to end; faults: {dict(+faults)}; {dict(sorted(count.items()))}; log in "
+          f"{folder}")  # fmt: skip
+    return faults.total()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0, help="of the first round")
-    parser.add_argument("--rounds", type=int, default=0, help="how many at most")
-    parser.add_argument("--names", action="store_true", help="each name that commands touch with each obstacle instead")
-    parser.add_argument("--jobs", type=int, default=2, help="rounds at once")
-    parser.add_argument("--root", type=Path, default=ROOT, help="the clone whose code is attacked")
-    parser.add_argument("--keep", action="store_true", help="keep the files of all rounds")
-    parser.add_argument("--serve", action="store_true", help="attack a server as its clients")
+    parser.add_argument("--seed", type=int, default=0, help="of the plan")
     args = parser.parse_args()
-    folder, args.root = Path(tempfile.mkdtemp(prefix="attack")), args.root.resolve()
-    if args.serve:
-        return min(1, attack_server(args.seconds, args.seed, args.root, folder, TINY))
-    return min(1, attack(args, folder))
+    return min(1, attack(args.seconds, args.seed, Path(tempfile.mkdtemp(prefix="attack"))))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 A config names the source `faults:noise()`, or the op `faults:poison`, so the training process imports this module. The
 environment variable FAULTS then says what goes wrong in this process, as JSON:
 
-- {"flip": "step", "after": 2, "seed": 5}: the third step that is computed twice gives another bit the second time.
-- {"hang": "source", "after": 40}: the source's 41st read never returns.
+- {"flip": 2, "seed": 5}: the third step that is computed twice gives another bit the second time.
+- {"hang": 40}: the source's 41st read never returns.
 
 FAULTS_LOG names a file to which each fault is appended.
 """
@@ -13,21 +13,18 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from poisoned import poison  # noqa: F401  `faults:poison` names it
 
-from imgclf_jax.core import tree
 from imgclf_jax.data.source import Source
 from imgclf_jax.data.sources import fake
 from imgclf_jax.train import recompute
 
-PLAN: dict[str, Any] = json.loads(os.environ.get("FAULTS", "{}"))
+PLAN: dict[str, int] = json.loads(os.environ.get("FAULTS", "{}"))
 NOISE = 10**7  # examples: too many to be kept in memory, so that the source is read in every step
-_reads = iter(range(10**9))
 
 
 def flip(x: jax.Array, bit: int, place: int, device: int | None = None) -> jax.Array:
@@ -45,15 +42,6 @@ def flip(x: jax.Array, bit: int, place: int, device: int | None = None) -> jax.A
     return jax.make_array_from_single_device_arrays(x.shape, x.sharding, [of(shard) for shard in x.addressable_shards])
 
 
-def flip_in(state: Any, rng: np.random.Generator) -> tuple[Any, str]:
-    """(the state with a random bit of a random array flipped in all its replicas, the array's name)."""
-    names = jax.tree.leaves(tree.map_named(lambda name, _: name, state))
-    leaves, structure = jax.tree.flatten(state)
-    i = int(rng.choice([i for i, x in enumerate(leaves) if x.size and x.dtype == np.float32]))
-    leaves[i] = flip(leaves[i], *(int(rng.integers(n)) for n in (8, 10**6)))
-    return jax.tree.unflatten(structure, leaves), names[i]
-
-
 def note(what: str) -> None:
     """Appends a line to FAULTS_LOG."""
     with open(os.environ["FAULTS_LOG"], "a", encoding="utf-8") as file:
@@ -62,45 +50,38 @@ def note(what: str) -> None:
 
 def noise() -> dict[str, Source]:
     """A data set without files, which may hang."""
-    return {
-        name: dataclasses.replace(source, read=hanging(source.read))
-        for name, source in fake(NOISE, (12, 12, 1), 4).items()
-    }
+    reads = iter(range(10**9))
 
+    def hanging(source: Source) -> Source:
+        def read(ids: np.ndarray) -> Any:
+            if next(reads) == PLAN.get("hang"):
+                note("hang")
+                time.sleep(10**6)
+            return source.read(ids)
 
-def hanging(read: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], Any]:
-    """A `read` that may never return."""
+        return dataclasses.replace(source, read=read)
 
-    def read_or_hang(ids: np.ndarray) -> Any:
-        if PLAN.get("hang") == "source" and next(_reads) == PLAN["after"]:
-            hang()
-        return read(ids)
-
-    return read_or_hang
-
-
-def hang() -> None:
-    """Never returns."""
-    note("hang")
-    while True:
-        time.sleep(3600)
+    return {name: hanging(source) for name, source in fake(NOISE, (12, 12, 1), 4).items()}
 
 
 def arm() -> None:
-    """Has this process compute a step on hardware that fails as PLAN says."""
-    rng, checks, refuse = np.random.default_rng(PLAN.get("seed", 0)), iter(range(10**9)), recompute.refuse_difference
+    """Has this process flip a random bit of a random array, in all its replicas, as PLAN says."""
+    rng, checks, refuse = np.random.default_rng(PLAN["seed"]), iter(range(10**9)), recompute.refuse_difference
 
     def faulty(step: int, first: Any, second: Any, latest: Any) -> None:
-        if next(checks) != PLAN["after"]:
-            return refuse(step, first, second, latest)
-        second, name = flip_in(second, rng)
-        note(f"flip at step {step}, {name}")
+        flipped = next(checks) == PLAN["flip"]
+        if flipped:
+            leaves, structure = jax.tree.flatten(second)
+            i = int(rng.choice([i for i, x in enumerate(leaves) if x.size and x.dtype == np.float32]))
+            leaves[i] = flip(leaves[i], *(int(rng.integers(n)) for n in (8, 10**6)))
+            second = jax.tree.unflatten(structure, leaves)
+            note(f"flip at step {step}")
         refuse(step, first, second, latest)
-        note(f"missed at step {step}")
-        return None
+        if flipped:
+            note(f"missed at step {step}")
 
     recompute.refuse_difference = faulty
 
 
-if PLAN.get("flip"):
+if "flip" in PLAN:
     arm()

@@ -3,25 +3,20 @@
 import contextlib
 import io
 import json
-import os
 import random
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import digests
-import httpx2
 import jax
 import jax.numpy as jnp
 import numpy as np
-import processes_check
 import pytest
-import resume_check
+import runs
 from flax import linen as nn
 from PIL import Image
-from resume_check import ROOT
 
 import launch
 from imgclf_jax.methods import Loss, Method
@@ -135,21 +130,25 @@ class Check:
 
     def loss(self, name: str) -> float:
         """The mean training loss of the last three logged steps."""
-        return float(np.mean(list(processes_check.records(self.folder / name, "train/loss").values())[-3:]))
+        return float(np.mean(list(runs.records(self.folder / name, "train/loss").values())[-3:]))
 
     def ways(self, **more: str) -> None:
         """Cadences, placement, and a resume from the middle: one digest."""
-        found = [self.train(self.folder / f"way{i}", **way, **more) for i, way in enumerate(WAYS)]
-        digests.copy_until(self.folder / "way0", self.folder / "resumed", SAVED)
-        assert {*found, self.train(self.folder / "resumed", **WAYS[1], **more)} == {found[0]}
+        found = [self.train(self.folder / f"way{i}", **{**way, **more}) for i, way in enumerate(WAYS)]
+        resumed = Path(shutil.copytree(self.folder / "way0", self.folder / "resumed"))
+        (resumed / "result.json").unlink()
+        for checkpoint in (resumed / "checkpoints").iterdir():
+            if int(checkpoint.name) > SAVED:
+                shutil.rmtree(checkpoint)
+        assert {*found, self.train(resumed, **{**WAYS[1], **more})} == {found[0]}
 
     def killed(self) -> None:
         """Three SIGKILLs at random moments, resumed each time: one digest, the same records."""
         more = {"total": "300 steps", "checkpoint_every": "20 steps", "log_every": "5 steps", "eval_every": "100 steps"}
         flags = self.flags(**more, **{"checkpoint.keep": "2"})
-        resume_check.finish(self.folder / "alone", flags)
-        resume_check.kill_repeatedly(self.folder / "killed", flags, 3, random.Random(str(self.folder.name)))
-        assert resume_check.outcome(self.folder / "killed") == resume_check.outcome(self.folder / "alone")
+        runs.finish(self.folder / "alone", flags)
+        runs.kill_repeatedly(self.folder / "killed", flags, 3, random.Random(str(self.folder.name)))
+        assert runs.outcome(self.folder / "killed") == runs.outcome(self.folder / "alone")
 
     def seeds(self) -> None:
         """Three seeds in one program: the mean of the losses of three single runs."""
@@ -162,7 +161,7 @@ class Check:
         """Eight devices, `fsdp`, and two processes of two devices: the loss of one device."""
         self.train(self.folder / "1", **WAYS[0])
         for name, processes, count, more in (("8", 1, 8, {}), ("fsdp", 1, 8, {"mesh": "fsdp=-1"}), ("2x2", 2, 2, {})):
-            processes_check.run(self.folder / name, processes, count, self.flags(**more))
+            runs.finish(self.folder / name, self.flags(**more), processes, count)
             assert self.loss(name) == pytest.approx(self.loss("1"), rel=1e-4), name
 
     def reproduce(self) -> None:
@@ -173,10 +172,10 @@ class Check:
 
     def chips(self, kind: str) -> None:
         """`dryrun` in a process of its own: what the compilers read has to be set before JAX is imported."""
-        words = (sys.executable, str(ROOT / "launch.py"), "dryrun", f"--chips={kind}", f"--workdir={self.folder}")
+        words = (sys.executable, str(runs.ROOT / "launch.py"), "dryrun", f"--chips={kind}", f"--workdir={self.folder}")
         flags = ("--config.matmul_precision=bfloat16", *self.flags(batch_size="64"))
-        variables = {name: value for name, value in environment().items() if name != "JAX_PLATFORMS"}
-        ran = subprocess.run((*words, *flags), cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+        own = {name: value for name, value in runs.environment().items() if name != "JAX_PLATFORMS"}
+        ran = subprocess.run((*words, *flags), cwd=runs.ROOT, env=own, capture_output=True, text=True, check=False)
         assert ran.returncode == 0, ran.stderr
 
     def tools(self) -> dict[str, int]:
@@ -190,32 +189,7 @@ class Check:
             assert status in (0, 1), said
             assert "Traceback" not in said
             statuses[tool] = status
-        return {**statuses, "serve": serve(workdir, image)}
-
-
-def serve(workdir: Path, image: Path) -> int:
-    """The exit status where `serve` refuses, and 0 where it answers."""
-    words = [sys.executable, str(ROOT / "launch.py"), "serve", f"--workdir={workdir}", "--port=0", "--trust"]
-    log = workdir.parent / "serve.log"
-    with open(log, "w") as out:
-        process = subprocess.Popen(words, stdout=out, stderr=out, cwd=ROOT, env=environment())
-    try:
-        end = time.time() + 120
-        while time.time() < end and process.poll() is None and "http://" not in log.read_text():
-            time.sleep(0.2)
-        said = log.read_text()
-        if process.poll() is not None:
-            assert "Traceback" not in said
-            return process.returncode
-        address = said.split("http://")[1].split()[0].rstrip(".,;/")
-        answer = httpx2.post(
-            f"http://{address}/predict", files={"images": ("image.png", image.read_bytes())}, timeout=60
-        )
-        assert "probability" in answer.text
-        return 0
-    finally:
-        process.terminate()
-        process.wait(30)
+        return statuses
 
 
 def run(*words: str) -> tuple[int, str]:
@@ -223,7 +197,3 @@ def run(*words: str) -> tuple[int, str]:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         return launch.main(list(words)), out.getvalue()
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent)}

@@ -1,17 +1,15 @@
 """Disturbs training runs by a seeded plan, and checks that each ends like one that was left alone.
 
-    uv run python tests/stress.py --seconds 3600            # kills, full disks, bad hardware, hangs, …
+    uv run python tests/stress.py --seconds 3600            # kills, full disks, damage, bad hardware, hangs, …
     uv run python tests/stress.py --seconds 3600 --memory   # one long run, whose memory must not grow
 
 Each round is one run in a work directory of its own, by one of SETUPS. Its processes are disturbed one after the other
-until it ends. Then its parameters, records and results must be those of the undisturbed run. Some rounds
-are left alone, with seeds of their own. The verdict counts three faults, and the exit status is 1 if there is any:
+until it ends. Then its parameters, records and results must be those of the undisturbed run. The verdict counts three
+faults, and the exit status is 1 if there is any:
 
 - lost: a run that cannot go on, a flipped bit that is not found, a hang that does not end
 - wrong: other parameters, records or results; a status or a message that a process must not have
 - false alarms: corruption that is reported where there is none
-
-With `--memory` the status is 1 if memory grows.
 """
 
 import argparse
@@ -30,9 +28,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from processes_check import find_port
-from resume_check import ROOT, obey_signals, outcome
-from stress_memory import watch_memory
+import numpy as np
+import runs
 
 from imgclf_jax.data.sampling import example_ids
 
@@ -43,8 +40,8 @@ USUAL = 20  # that the undisturbed run takes
 NOISE = 10**7  # examples of faults:noise()
 # Every 60th step is computed twice, and a hang of five minutes ends a process: a healthy machine raises no alarm.
 RUN = ("--config.checkpoint_every=25 steps", "--config.log_every=10 steps", "--config.eval_every=90 steps",
-       "--config.checkpoint.best=test/accuracy", "--config.check_every=60 steps",
-       "--config.watchdog=5 min")  # fmt: skip
+       "--config.checkpoint.best=test/accuracy", "--config.check_every=60 steps", "--config.watchdog=5 min",
+       "--config.on_bad_step=skip")  # fmt: skip
 # Three batches are poisoned.
 DIGITS = ("--config.total=500 steps",
           "--config.augment=pad_crop(2)|normalize|faults:poison(((3, 1), (900, 20), (41, 38)))")  # fmt: skip
@@ -65,50 +62,19 @@ class Setup:
     processes: int = 1
     devices: int = 1  # of each process
 
-    @property
-    def streams(self) -> bool:
-        """Whether the source is read in every step."""
-        return STREAM[0] in self.overrides
 
-
-SKIP = "--config.on_bad_step=skip"
 SETUPS = (
-    Setup("digits, skip", (*DIGITS, SKIP)),
+    Setup("digits", DIGITS),
     Setup("batch statistics, accumulation, bfloat16, EMA",
-          (*STREAM, SKIP, "--config.accumulate=2", "--config.precision=bfloat16", "--config.ema=0.9")),
-    Setup("8 devices, fsdp", (*STREAM, SKIP, "--config.mesh=data=2, fsdp=4"), devices=8),
-    Setup("8 devices, replicas", (*STREAM, SKIP), devices=8),
-    Setup("2 processes", (*STREAM, SKIP), processes=2, devices=2),
-    Setup("2 processes, fsdp", (*STREAM, SKIP, "--config.mesh=fsdp=-1"), processes=2, devices=2),
+          (*STREAM, "--config.accumulate=2", "--config.precision=bfloat16", "--config.ema=0.9")),
+    Setup("8 devices, fsdp", (*STREAM, "--config.mesh=data=2, fsdp=4"), devices=8),
+    Setup("2 processes, fsdp", (*STREAM, "--config.mesh=fsdp=-1"), processes=2, devices=2),
 )  # fmt: skip
-NAMES = ("plain", "lr=[0.1]", "a b", "é漢", "x*y?")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SHIFTED = """
-import runpy, sys, time
-clock, offset = time.time, float(sys.argv[1])
-time.time = lambda: clock() + offset
-sys.argv = sys.argv[2:]
-sys.path[0] = {root!r}
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
-class Wrong(Exception):
-    """A process did what it must not do."""
-
-    kind = "wrong"
-
-
-class Lost(Wrong):
-    """A run cannot go on, or a fault is not found."""
-
-    kind = "lost"
-
-
-class FalseAlarm(Wrong):
-    """A fault is reported where there is none."""
-
-    kind = "false alarms"
+class Fault(Exception):
+    """(kind, what happened): a run was lost, something is wrong, or a false alarm was raised."""
 
 
 class Round:
@@ -120,87 +86,55 @@ class Round:
         self.longest, self.watchdog = LONGEST * slowness, round(WATCHDOG * slowness)
         self.pause_seconds, self.heartbeat = PAUSE * slowness, round(HEARTBEAT * slowness)
         self.setup, self.rng, self.count, self.folder = setup, rng, count, folder
-        self.workdir = folder / rng.choice(NAMES)
-        self.logs = [folder / f"log{number}" for number in range(setup.processes)]
+        self.workdir = folder / "disk" / rng.choice(("plain", "a b", "é漢"))
+        self.logs = [folder / f"run.log.{number}" for number in range(setup.processes)]
         self.faults = folder / "faults"  # what bad hardware has done
-        self.overrides = [*RUN, *setup.overrides]
-        if not setup.streams:
-            self.overrides.append(f"--config.data.placement={rng.choice(('host', 'device'))}")
+        self.overrides = (*RUN, *setup.overrides)
+        if setup.overrides == DIGITS:
+            self.overrides += (f"--config.data.placement={rng.choice(('host', 'device'))}",)
 
-    def start(
-        self,
-        command: str = "train",
-        log: Path | None = None,
-        faults: dict | None = None,
-        of: int = 0,
-        more: tuple[str, ...] = (),
-    ) -> list[subprocess.Popen]:
-        """The processes of a command, each in a group of its own, sometimes under another clock.
+    def start(self, faults: dict | None = None, more: tuple[str, ...] = ()) -> list[subprocess.Popen]:
+        """The processes of the run; `faults` are those of the hardware of one of them, see `faults.py`."""
+        bad = {self.rng.randrange(self.setup.processes): {"FAULTS": json.dumps(faults or {}),
+                                                          "FAULTS_LOG": str(self.faults)}}  # fmt: skip
+        return runs.start(self.workdir, (*self.overrides, *more), self.setup.processes, self.setup.devices,
+                          heartbeat=self.heartbeat, more=bad, log=self.folder / "run")  # fmt: skip
 
-        `faults` are those of the hardware of process `of`, see `faults.py`.
-        """
-        start, processes = [sys.executable], self.setup.processes if command == "train" else 1
-        if self.rng.random() < 0.2:
-            self.count["clock moved"] += 1
-            start += ["-c", SHIFTED.format(root=str(ROOT)), str(self.rng.uniform(-1e8, 1e8))]
-        started, port = [], find_port() if processes > 1 else 0
-        for number in range(processes):
-            words = [str(ROOT / "launch.py"), command, f"--workdir={self.workdir}"]
-            words += [*self.overrides, *more] if command == "train" else ["--trust"]
-            if processes > 1:
-                words += [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={number}",
-                          f"--heartbeat={self.heartbeat}"]  # fmt: skip
-            environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "JAX_PLATFORMS": "cpu",
-                           "JAX_NUM_CPU_DEVICES": str(self.setup.devices), "FAULTS_LOG": str(self.faults)}  # fmt: skip
-            if faults and number == of:
-                environment["FAULTS"] = json.dumps(faults)
-            with (log or self.logs[number]).open("a") as file:
-                started.append(subprocess.Popen([*start, *words], stdout=file, stderr=file, cwd=ROOT, env=environment,
-                                                start_new_session=True))  # fmt: skip
-        return started
+    def wait_for_record(self, started: list[subprocess.Popen]) -> None:
+        """Until a record was written, or the processes have ended."""
+        file = self.workdir / "metrics.jsonl"
+        before = runs.size(file)
+        wait_until(lambda: runs.size(file) > before or ended(started), self.longest)
 
-    def sleep(self, started: list[subprocess.Popen], longest: float) -> None:
+    def sleep(self, started: list[subprocess.Popen]) -> None:
         """Until a random moment: in start-up, or some time after a record was written."""
         if self.rng.random() < 0.6:
-            before = self.size()
-            wait_until(lambda: self.size() > before or ended(started), self.longest)
-        limit = self.rng.uniform(0, longest)
-        wait_until(lambda: ended(started), limit)
-
-    def size(self) -> int:
-        file = self.workdir / "metrics.jsonl"
-        return file.stat().st_size if file.exists() else 0
-
-    def checkpoints(self) -> list[Path]:
-        folder = self.workdir / "checkpoints"
-        steps = [d for d in folder.iterdir() if d.name.isdigit()] if folder.exists() else []
-        return sorted(steps, key=lambda d: int(d.name))
+            self.wait_for_record(started)
+        wait_until(lambda: ended(started), self.rng.uniform(0, 4))
 
     # What happens to the processes of a run. Each gives the statuses that they may end with.
 
     def kill(self, started: list[subprocess.Popen]) -> set[int]:
         """One of several, or all: the others end."""
-        self.sleep(started, 4)
-        several = len(started) > 1
+        self.sleep(started)
         for process in self.rng.choice(([started[0]], [started[-1]], started)):
             process.kill()
-        return {-signal.SIGKILL, *([1, -signal.SIGABRT] if several else [])}
+        return {-signal.SIGKILL, *of_the_others(started)}
 
     def ask(self, started: list[subprocess.Popen]) -> set[int]:
         """A signal to a process or to its group, once or twice."""
-        self.sleep(started, 4)
+        self.sleep(started)
         number, group, process = self.rng.choice(SIGNALS), self.rng.random() < 0.5, self.rng.choice(started)
         for _ in range(self.rng.choice((1, 2))):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number) if group else process.send_signal(number)
             time.sleep(0.05)
-        self.count[number.name] += 1
         # Before Python runs the first line of launch.py the operating system's own end is what happens.
-        return {75, 128 + number, -number, *([1, -signal.SIGABRT] if len(started) > 1 else [])}
+        return {75, 128 + number, -number, *of_the_others(started)}
 
     def pause(self, started: list[subprocess.Popen]) -> set[int]:
         """All processes are suspended, as a scheduler does."""
-        self.sleep(started, 4)
+        self.sleep(started)
         for number, wait in ((signal.SIGSTOP, self.pause_seconds), (signal.SIGCONT, 0.0)):
             for process in started:
                 process.send_signal(number)
@@ -209,29 +143,27 @@ class Round:
 
     def stop_one(self, started: list[subprocess.Popen]) -> set[int]:
         """One of several processes is stopped in training: the others end, and name it."""
-        before = self.size()
-        wait_until(lambda: self.size() > before or ended(started), self.longest)
+        self.wait_for_record(started)
         time.sleep(self.rng.uniform(0, 2))
         which = self.rng.randrange(len(started))
         if ended(started):
             return set()
-        said = [log.stat().st_size for log in self.logs]
+        said = len(self.said())
         started[which].send_signal(signal.SIGSTOP)
         others = [process for process in started if process is not started[which]]
         # The run may be over but for the last barrier, which has a limit of its own.
         if not wait_until(lambda: ended(others), self.longest):
-            raise Lost("the others wait for a stopped process for ever")
+            raise Fault("lost", "the others wait for a stopped process for ever")
         started[which].kill()
-        text = "".join(log.read_text()[at:] for log, at in zip(self.logs, said, strict=True))
         # Without process 0, nobody can tell which one is missing.
-        if which and f"process {which}" not in text and any(process.returncode for process in others):
-            raise Wrong(f"process {which} was stopped, and is not named")
+        if which and f"process {which}" not in self.said()[said:] and any(process.returncode for process in others):
+            raise Fault("wrong", f"process {which} was stopped, and is not named")
         return {1, -signal.SIGKILL}
 
     def fill_disk(self, started: list[subprocess.Popen]) -> set[int]:
         """All space of the file system is taken for a while; the process may stop, and says why."""
-        self.sleep(started, 2)
-        ballast = self.folder / "ballast"
+        self.sleep(started)
+        ballast = self.folder / "disk" / "ballast"
         with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
             for size in (1 << 20, 1 << 12, 1):
                 with contextlib.suppress(OSError):
@@ -239,63 +171,32 @@ class Round:
                         file.write(bytes(size))
         wait_until(lambda: ended(started), self.rng.uniform(0.5, 5))
         ballast.unlink()
-        started[0].kill() if self.rng.random() < 0.5 else None
+        if self.rng.random() < 0.5:
+            started[0].kill()
         return {1, -signal.SIGKILL}
-
-    def second_run(self, started: list[subprocess.Popen]) -> set[int]:
-        """One of the two is refused, and the other one does not notice: the first, unless it had not begun."""
-        self.sleep(started, 1)
-        log = self.folder / "second.log"
-        log.unlink(missing_ok=True)
-        statuses = [process.wait(self.longest) for process in self.start(log=log)]
-        refused = set(statuses) == {1} and "is in use by another" in log.read_text()
-        if any(statuses) and not refused:
-            raise Wrong(f"a second run ended with {statuses}: {log.read_text()}")
-        self.count["second run refused"] += refused
-        return set() if refused else {1}
-
-    def read(self, started: list[subprocess.Popen]) -> set[int]:
-        """`evaluate` beside the run."""
-        self.sleep(started, 1)
-        log = self.folder / "reader.log"
-        log.unlink(missing_ok=True)
-        before = bool(self.checkpoints())
-        [reader] = self.start("evaluate", log=log)
-        status, text = reader.wait(self.longest), log.read_text()
-        if "Traceback" in text or (status and before):
-            raise Wrong(f"evaluate ended with {status}: {text}")
-        self.count["evaluated beside the run"] += status == 0
-        return set()
-
-    # What the hardware does.
 
     def flip(self) -> tuple[list[subprocess.Popen], set[int]]:
         """A device computes another bit in a step that is computed twice: the run ends, and the next one goes on."""
-        number, before = len(self.flips("flip")), len(self.said())
-        plan = {"flip": "step", "seed": self.rng.randrange(10**6), "after": self.rng.randrange(4)}
-        started = self.start(faults=plan, of=self.rng.randrange(self.setup.processes))
+        number, before = len(self.done("flip")), len(self.said())
+        started = self.start({"flip": self.rng.randrange(4), "seed": self.rng.randrange(10**6)})
         wait_until(lambda: ended(started), self.longest)
-        flipped = len(self.flips("flip")) > number
+        flipped = len(self.done("flip")) > number
         if flipped and "gives other bits when it is computed again" not in self.said()[before:]:
-            raise Lost(f"a flipped bit was not found: {self.flips('flip')[-1]}")
-        self.count["flips found" if flipped else "too late for a flip"] += 1
+            raise Fault("lost", f"a flipped bit was not found: {self.done('flip')[-1]}")
+        self.count["flips found"] += flipped
         return started, {1} if flipped else set()
 
     def hang(self) -> tuple[list[subprocess.Popen], set[int]]:
         """A source that never returns: the watchdog ends the process."""
-        hangs, before = len(self.flips("hang")), len(self.said())
-        plan = {"hang": "source", "after": self.rng.randrange(2, 40)}
-        started = self.start(
-            faults=plan, of=self.rng.randrange(self.setup.processes), more=(f"--config.watchdog={self.watchdog} s",)
-        )
-        wait_until(lambda: len(self.flips("hang")) > hangs or ended(started), self.longest)
-        if len(self.flips("hang")) == hangs:
-            self.count["too late for a hang"] += 1
+        hangs, before = len(self.done("hang")), len(self.said())
+        started = self.start({"hang": self.rng.randrange(2, 40)}, (f"--config.watchdog={self.watchdog} s",))
+        wait_until(lambda: len(self.done("hang")) > hangs or ended(started), self.longest)
+        if len(self.done("hang")) == hangs:  # the run was over before
             return started, set()
         if not wait_until(lambda: ended(started), self.longest):
-            raise Lost("a source that hangs does not end the process")
+            raise Fault("lost", "a source that hangs does not end the process")
         if "Timeout (" not in self.said()[before:]:
-            raise Wrong(f"a source hangs, and no message says so: {self.said()[before:][-2000:]}")
+            raise Fault("wrong", f"a source hangs, and no message says so: {self.said()[before:][-2000:]}")
         self.count["hangs ended"] += 1
         return started, {1}
 
@@ -303,7 +204,7 @@ class Round:
         """What the processes of the run have logged."""
         return "".join(log.read_text() for log in self.logs if log.exists())
 
-    def flips(self, what: str) -> list[str]:
+    def done(self, what: str) -> list[str]:
         """The lines of what bad hardware has done that begin with `what`."""
         lines = self.faults.read_text().splitlines() if self.faults.exists() else []
         return [line for line in lines if line.startswith(what)]
@@ -315,9 +216,11 @@ class Round:
 
         Not of a run that is done: nothing trains it again, and `evaluate` refuses its checkpoint.
         """
-        if len(self.checkpoints()) < 2 or (self.workdir / "result.json").exists():
+        folders = (self.workdir / "checkpoints").glob("*")
+        steps = sorted((d for d in folders if d.name.isdigit()), key=lambda d: int(d.name))
+        if len(steps) < 2 or (self.workdir / "result.json").exists():
             return
-        file = self.rng.choice([f for f in self.checkpoints()[-1].rglob("*") if f.is_file() and f.stat().st_size])
+        file = self.rng.choice(sorted(f for f in steps[-1].rglob("*") if f.is_file() and f.stat().st_size))
         content = bytearray(file.read_bytes())
         how = self.rng.choice(("flipped", "cut short", "removed"))
         content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
@@ -335,30 +238,23 @@ class Round:
             (self.workdir / "result.json").write_bytes(b'{"step"')
         self.count["file torn"] += 1
 
-    def shift_times(self) -> None:
-        for file in self.workdir.rglob("*"):
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(file, (self.rng.uniform(0, 4e9),) * 2)
-        self.count["times of files moved"] += 1
-
     def play(self) -> None:
         """Disturbs processes, some of them and their files, until the run ends."""
         for _ in range(self.rng.randrange(3, 8)):
-            self.count["processes"] += self.setup.processes
             self.happen()
-            for change in (self.damage, self.tear, self.shift_times):
+            for change in (self.damage, self.tear):
                 if self.rng.random() < 0.25:
                     change()
         statuses = [process.wait(2 * self.longest) for process in self.start()]
         if any(statuses):
-            raise Lost(f"the last processes ended with {statuses}")
+            raise Fault("lost", f"the last processes ended with {statuses}")
         self.check()
 
     def happen(self) -> None:
         """Starts the processes of the run, and something happens to them."""
-        alone, hardware = (self.fill_disk, self.second_run, self.read), (self.flip,) + (self.hang,) * self.setup.streams
-        others = (self.stop_one,) * 2 if self.setup.processes > 1 else alone
-        happening = self.rng.choice((*(self.kill,) * 2, *(self.ask,) * 2, self.pause, *others, *hardware))
+        hardware = (self.flip, self.hang) if self.setup.overrides != DIGITS else (self.flip,)
+        others = self.stop_one if self.setup.processes > 1 else self.fill_disk
+        happening = self.rng.choice((*(self.kill,) * 3, *(self.ask,) * 2, self.pause, others, *hardware))
         started: list[subprocess.Popen] = []
         try:
             if happening in hardware:
@@ -366,12 +262,8 @@ class Round:
             else:
                 started = self.start()
                 allowed = happening(started)
-            if not allowed and self.rng.random() < 0.5:
-                for process in started:
-                    process.kill()
-                allowed = {-signal.SIGKILL}
             if not wait_until(lambda: ended(started), self.longest):
-                raise Lost(f"{happening.__name__}: the processes do not end")
+                raise Fault("lost", f"{happening.__name__}: the processes do not end")
         finally:
             for process in started:
                 process.kill()
@@ -379,28 +271,22 @@ class Round:
         self.count[happening.__name__.replace("_", " ")] += 1
         statuses = {process.returncode for process in started}
         if not statuses <= {0, *allowed}:
-            raise Wrong(f"{happening.__name__}: status {statuses}")
-
-    def leave_alone(self) -> None:
-        """A healthy run, with a seed of its own, that compares more steps."""
-        more = (
-            f"--config.seed={self.rng.randrange(1, 10**6)}",
-            f"--config.check_every={self.rng.choice((7, 20))} steps",
-        )
-        statuses = [process.wait(4 * self.longest) for process in self.start(more=more)]
-        if any(statuses):
-            raise Lost(f"healthy processes ended with {statuses}")
-        self.check()
-        self.count["steps compared in healthy runs"] += self.logs[0].read_text().count("every bit is the same")
+            raise Fault("wrong", f"{happening.__name__}: status {statuses}")
 
     def check(self) -> None:
         """Looks for false alarms, and for what no log may have."""
-        if any("Traceback" in log.read_text() for log in self.logs):
-            raise Wrong("a traceback")
-        if self.said().count("gives other bits") > len(self.flips("flip")):
-            raise FalseAlarm("corruption is reported that there was not")
-        if missed := self.flips("missed"):
-            raise Lost(f"a flipped bit {missed[0]}")
+        # After a save that failed, TensorStore calls an event loop that is closed, and Python tells of each call.
+        if self.said().count("Traceback") > self.said().count("RuntimeError: Event loop is closed"):
+            raise Fault("wrong", "a traceback")
+        if self.said().count("gives other bits") > len(self.done("flip")):
+            raise Fault("false alarms", "corruption is reported that there was not")
+        if missed := self.done("missed"):
+            raise Fault("lost", f"a flipped bit {missed[0]}")
+
+
+def of_the_others(started: list[subprocess.Popen]) -> set[int]:
+    """Statuses of processes that another one has left."""
+    return {1, -signal.SIGABRT} if len(started) > 1 else set()
 
 
 def ended(started: list[subprocess.Popen]) -> bool:
@@ -418,9 +304,10 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 
 @contextlib.contextmanager
 def small_disk(place: Path) -> Iterator[Path]:
-    """A file system of 30 MB at `place`; without the right to mount one, a folder, whose disk is not filled."""
-    place.mkdir(parents=True)
-    command = ["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", str(place)]
+    """A folder with a file system of 30 MB, `disk`; without the right to mount one, a folder that is never filled."""
+    disk = place / "disk"
+    disk.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", str(disk)]
     mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
     if not mounted:
         Round.fill_disk = Round.kill  # type: ignore[method-assign]
@@ -428,54 +315,64 @@ def small_disk(place: Path) -> Iterator[Path]:
         yield place
     finally:
         if mounted:
-            subprocess.run(["umount", "-l", str(place)], check=True)
+            subprocess.run(["umount", "-l", str(disk)], check=True)
         shutil.rmtree(place, ignore_errors=True)
 
 
-def whole(folder: Path, setup: Setup, seed: int) -> tuple[object, float]:
-    """The outcome of the run by `setup` that is left alone, and the seconds it took.
-
-    It is trained once in `folder`.
-    """
-    one = Round(folder / f"whole{SETUPS.index(setup)}", setup, random.Random(seed), collections.Counter())
-    one.workdir = one.folder / "run"
+def whole(folder: Path, setup: Setup) -> tuple[object, float]:
+    """The outcome of the run by `setup` that is left alone, and the seconds it took; it is trained once."""
+    one = Round(folder / f"whole{SETUPS.index(setup)}", setup, random.Random(0), collections.Counter())
     if not (one.workdir / "result.json").exists():
-        one.folder.mkdir()
-        statuses = [process.wait() for process in one.start()]
-        if any(statuses):
-            raise SystemExit("".join(log.read_text() for log in one.logs))
+        if any(runs.end(one.start())):
+            raise SystemExit(one.said())
         one.check()
-        records = outcome(one.workdir)
-        print(f"left alone ({setup.name}): {records[0][:8]}, {len(records[1])} records", flush=True)
+        print(f"left alone ({setup.name}): {runs.outcome(one.workdir)[0][:8]}", flush=True)
     times = json.loads((one.workdir / "result.json").read_text())["time"]
-    return outcome(one.workdir), sum(part["seconds"] for part in times)
+    return runs.outcome(one.workdir), sum(part["seconds"] for part in times)
 
 
-def disturb(seconds: float, seed: int, folder: Path, setups: tuple[Setup, ...] = SETUPS) -> int:
+def disturb(seconds: float, seed: int, folder: Path) -> int:
     """Rounds until the time is over; prints what happened; the number of rounds that went wrong."""
     began, count, faults, number = time.monotonic(), collections.Counter[str](), collections.Counter[str](), 0
     while time.monotonic() - began < seconds:
-        rng = random.Random(f"{seed}/{number}")
-        setup, alone = setups[number % len(setups)], rng.random() < 0.15
-        expected, took = whole(folder, setup, seed)
+        setup, rng = SETUPS[number % len(SETUPS)], random.Random(f"{seed}/{number}")
+        expected, took = whole(folder, setup)
         with small_disk(folder / f"round{number}") as place:
             one = Round(place, setup, rng, count, max(1.0, took / USUAL))
             try:
-                one.leave_alone() if alone else one.play()
-                if not alone and outcome(one.workdir) != expected:
-                    raise Wrong("the parameters or the records are others")
-                count["rounds left alone" if alone else "rounds equal"] += 1
-            except (Wrong, subprocess.TimeoutExpired) as e:
-                kind = e.kind if isinstance(e, Wrong) else "lost"
+                one.play()
+                if runs.outcome(one.workdir) != expected:
+                    raise Fault("wrong", "the parameters or the records are others")
+                count["rounds equal"] += 1
+            except (Fault, subprocess.TimeoutExpired) as e:
+                kind, what = e.args if isinstance(e, Fault) else ("lost", e)
                 faults[kind] += 1
-                kept = folder / f"wrong{number}"
-                shutil.copytree(place, kept)
-                print(f"round {number} ({setup.name}) {kind.upper()}, kept in {kept}: {e}", flush=True)
+                shutil.copytree(place, folder / f"wrong{number}")
+                print(f"{kind.upper()} ({setup.name}), kept in {folder}/wrong{number}: {what}", flush=True)
         number += 1
         print(f"{time.monotonic() - began:.0f} s, round {number}: {dict(count)}", flush=True)
     verdict = ", ".join(f"{faults[kind]} {kind}" for kind in ("lost", "wrong", "false alarms"))
     print(f"{number} rounds in {time.monotonic() - began:.0f} s: {verdict}; {dict(sorted(count.items()))}")
     return faults.total()
+
+
+def watch_memory(seconds: float, folder: Path) -> int:
+    """One long run of `digits`; 1 if its resident memory grows by more than saves may leak, see docs/reliability.md."""
+    words = ("--config.total=1000000000 steps", "--config.checkpoint_every=100 steps")
+    [process] = runs.start(folder / "long", words)
+    until, used = time.monotonic() + seconds, []
+    while time.monotonic() < until and process.poll() is None:
+        time.sleep(seconds / 600)
+        pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+        used.append(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
+    process.terminate()
+    if process.wait() != 75:
+        raise SystemExit((folder / "long.log.0").read_text())
+    middle, last = (float(np.median(part)) for part in (used[300:360], used[540:]))
+    steps = json.loads((folder / "long" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    allowed = 30 + 0.02 * steps / 100 / 2  # MB: caches of threads, and 20 kB a save
+    print(f"{steps} steps: {middle:.1f} MB in the middle, {last:.1f} MB at last; {allowed:.1f} MB more are allowed")
+    return int(last > middle + allowed)
 
 
 def main() -> int:
@@ -484,7 +381,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the plan")
     parser.add_argument("--memory", action="store_true", help="watch one long run instead")
     args = parser.parse_args()
-    obey_signals()
+    for number in SIGNALS:  # a shell lets what is in the background ignore SIGINT
+        signal.signal(number, signal.SIG_DFL)
     folder = Path(tempfile.mkdtemp(prefix="stress"))
     print(f"in {folder}", flush=True)
     return watch_memory(args.seconds, folder) if args.memory else min(1, disturb(args.seconds, args.seed, folder))

@@ -1,11 +1,9 @@
-"""Every Python and Bash block of the README and of `docs/` runs, and the pages build without a warning.
+"""Every Python block, and every command of launch.py, of the README and of `docs/` runs.
 
-A Bash block runs in a folder with a few images, with small data and few steps. A command that takes long, or that would
-change the machine, is run in part: `COMMANDS` says what of it.
+Commands run in a folder with a few images, with small data and few steps. Of other commands the files are there.
 """
 
 import contextlib
-import importlib.util
 import io
 import itertools
 import re
@@ -13,7 +11,6 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +24,9 @@ from imgclf_jax.tools.dryrun import topology
 
 ROOT = Path(__file__).parent.parent
 PAGES = {page.stem: page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
-BUILD = ["sphinx-build", "-W", "-b", "html", "docs", "docs/_build"]
+# What else the pages run: CI and the contributor do.
+OTHERS = {"python", "python3", ".uv/bin/pip", ".uv/bin/uv", "uvx", "export", "bash", "ruff", "mypy", "pytest",
+          "sphinx-build", "tensorboard"}  # fmt: skip
 TINY = {"total": "2 steps", "batch_size": "8", "schedule": "constant(1e-3)", "log_every": "", "eval_every": "",
         "checkpoint_every": "", "tensorboard": "False"}  # fmt: skip
 SMALL = {"model": "mlp(widths=(4,))", "data.source": "fake(16, (28, 28, 1), 4)"}
@@ -36,12 +35,6 @@ SMALL = {"model": "mlp(widths=(4,))", "data.source": "fake(16, (28, 28, 1), 4)"}
 def blocks(page: Path) -> list[tuple[str, str]]:
     """(language, text) of each Python and Bash block."""
     return re.findall(r"^```(python|bash)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
-
-
-def commands(page: Path) -> list[list[str]]:
-    """The words of each line of the Bash blocks (two lines for `a && b`), without `uv run` and its groups."""
-    lines = [line for kind, text in blocks(page) if kind == "bash" for line in text.splitlines()]
-    return [words for line in lines for words in split(line)]
 
 
 def split(line: str) -> list[list[str]]:
@@ -122,79 +115,21 @@ def run_dryrun(words: list[str]) -> None:
     [chips] = [word.removeprefix("--chips=") for word in words if word.startswith("--chips=")]
     topology.parse(chips)
     if chips.startswith("cpu"):
-        in_root(sys.executable, "launch.py", "dryrun", "--config.model=mlp", *words)
+        command = [sys.executable, "launch.py", "dryrun", "--config.model=mlp", *words]
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
 
 
-def run_python(words: list[str]) -> None:
-    if words[0] == "-c":
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
-        assert done.stdout == "1\n"  # as the page says
-    elif Path(words[0]).is_file() and words[0].startswith("make_"):  # a file of the page, in the folder of the test
-        subprocess.run([sys.executable, *words], check=True)
-    else:
-        shortest = dict.fromkeys(("tests/stress.py", "tests/attack.py"), ("--seconds", "20"))
-        assert words[1] == shortest[words[0]][0]
-        in_root(sys.executable, words[0], *shortest[words[0]])
-
-
-def in_root(*words: str) -> None:
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def run_benchmark(file: str) -> Callable[[list[str]], None]:
-    def run(words: list[str]) -> None:
-        pytest.importorskip("matplotlib", reason="it comes with the dependency group `peers`")
-        in_root(sys.executable, file, *words, "--help")
-
-    return run
-
-
-def run_hooks(words: list[str]) -> None:
-    """The contributors' page lists the commands of the pre-commit hooks, too."""
-    assert words == ["pre-commit", "install"]
-    [repository] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    tools = {command[0] for command in commands(PAGES["contributing"])}
-    for hook in repository["hooks"]:
-        assert without_uv(shlex.split(hook["entry"]))[0] in tools, hook
-
-
-def check_venv(words: list[str]) -> None:
-    """These create and activate a virtual environment for uv; CI runs this very line."""
-    assert words in (["-m", "venv", ".uv"], ["install", "--quiet", "uv"])
-
-
-def check_sync(words: list[str]) -> None:
-    assert words[0] == "sync"
-    assert set(words[1:]) - {"--group"} <= groups()
-
-
-# What a command that is not of launch.py is run as, and whether this takes long.
-COMMANDS: dict[str, tuple[Callable[[list[str]], None], bool]] = {
-    "python": (run_python, False),
-    "python3": (check_venv, False),
-    ".uv/bin/pip": (check_venv, False),
-    "export": (lambda words: None, False),  # the tests have eight devices
-    ".uv/bin/uv": (check_sync, False),
-    "uvx": (run_hooks, False),
-    "bash": (lambda words: in_root("bash", "-n", *words), False),
-    "ruff": (lambda words: in_root("ruff", *words, *(["--check"] if words[0] == "format" else [])), True),
-    "sphinx-build": (lambda words: None, False),  # test_the_pages_build
-    "mypy": (lambda words: in_root("mypy"), True),
-    "pytest": (lambda words: in_root("pytest", *words, "-n", "0", "--collect-only"), True),
-    "tensorboard": (lambda words: in_root("tensorboard", "--version"), True),
-    **{f"benchmarks/{b}.py": (run_benchmark(f"benchmarks/{b}.py"), True)
-       for b in ("speed", "accuracy", "photographs", "twins")},
-}  # fmt: skip
-
-
-def takes_long(words: list[str]) -> bool:
-    return words[0] != "launch.py" and (COMMANDS[words[0]][1] or (words[1:2] and words[1].startswith("tests/")))
+def run_other(words: list[str]) -> None:
+    """A Python file that the page has written, or a file and extras of the clone."""
+    if words[0] == "python" and words[1].startswith("make_"):
+        subprocess.run([sys.executable, *words[1:]], check=True)
+        return
+    assert words[0] in OTHERS or (ROOT / words[0]).is_file(), words
+    assert [w for w in words if w.startswith(("tests/", "benchmarks/")) and not (ROOT / w).exists()] == []
 
 
 LONG = {"data", "extending", "models", "using"}  # pages of many commands
 QUICK = {"config", "contributing", "reliability", "speed"}
-SLOW = sorted({shlex.join(words) for page in PAGES.values() for words in commands(page) if takes_long(words)})
 
 
 @pytest.fixture
@@ -252,29 +187,8 @@ def test_the_blocks_of_a_page_run(name, folder, weights, capsys):
         for words in [words for line in text.splitlines() for words in split(line)]:
             if words[0] == "launch.py":
                 run_launch(words[1:])
-            elif not takes_long(words):
-                COMMANDS[words[0]][0](words[1:])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", SLOW)
-def test_a_long_command_runs(command):
-    name, *words = shlex.split(command)
-    COMMANDS[name][0](words)
-
-
-@pytest.mark.slow
-def test_the_pages_build(tmp_path):
-    """By the documented command, with warnings as errors. CI also runs it separately."""
-    if not importlib.util.find_spec("sphinx"):
-        pytest.skip("Sphinx comes with the dependency group `docs`")
-    in_root(sys.executable, "-m", "sphinx", *BUILD[1:-1], str(tmp_path))
-    assert (tmp_path / "index.html").is_file()
-
-
-def test_the_pages_say_how_they_are_built():
-    for page in ("README", "contributing"):
-        assert BUILD in commands(PAGES[page])
+            else:
+                run_other(words)
 
 
 def test_every_page_is_in_the_table_of_contents():
@@ -305,5 +219,3 @@ def test_the_commands_for_clusters_are_valid(monkeypatch, capsys):
     monkeypatch.setattr("imgclf_jax.cli.main._dispatch", lambda *parsed: 0)
     for words in found:
         assert launch.main(words) == 0, words
-    script = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)[0]
-    assert subprocess.run(["bash", "-n", "-c", script], check=False).returncode == 0

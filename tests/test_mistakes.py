@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 import launch
-from imgclf_jax.cli.table import COMMANDS
 from imgclf_jax.data.sources import fake
 
 ROOT = Path(__file__).parent.parent
@@ -70,27 +69,14 @@ def whole(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
 
 @pytest.mark.parametrize(("argv", "fragments"), [
     (["trian"], ["unknown command 'trian'", "did you mean 'train'?", "dryrun, evaluate"]),
-    (["photo.jpg"], ["unknown command 'photo.jpg'", f"allowed: {', '.join(sorted(COMMANDS))}"]),
     (["train", "photo.jpg"], ["train takes no files", "'photo.jpg'"]),
-    (["--wrkdir", "x"], ["unknown flag '--wrkdir'", "did you mean '--workdir' or"]),
     (["--config.bath_size=3"], ["unknown config key 'bath_size'", "did you mean 'batch_size' or", "allowed: "]),
-    (["--config.data=3"], ["unknown config key 'data'", "data.source"]),
-    (["--config.data.eval.a.b=test"], ["unknown config key 'data.eval.a.b'"]),
     (["--config.batch_size=many"], ["--config.batch_size=many: must be a value of type int, such as 64"]),
-    (["--config.batch_size=8", "--config.batch_size=many"], ["--config.batch_size=many: must be a value of type int"]),
-    (["--config.batch_size=a: b"], ["--config.batch_size=a: b: must be a value of type int"]),
     (["-workdir", "x"], ["unknown flag '-workdir'", "did you mean '--workdir' or"]),
-    (["--config.clip", "much"], ["--config.clip=much: must be a value of type float, such as 0.0"]),
-    (["--config.data.eval=test"], ["--config.data.eval=test: must be a value of type dict", "{'test': 'test'}"]),
-    (["--config"], ["--config", "expected one argument"]),
     (["config", "--config.data.eval.x"], ["--config.data.eval.x needs a value"]),
     (["predict", "--top_k=0"], ["--top_k", "0: must be 1 or more"]),
-    (["predict", "--top_k=x"], ["--top_k", "'x'"]),
     (["evaluate", "--format=xml"], ["--format", "'xml'", "table, json"]),
-    (["--format=json"], ["unknown flag '--format'", "allowed: --config, "]),
     (["evaluate", "--predictions=a.txt"], ["--predictions: a.txt: the name must end in .csv or .jsonl"]),
-    (["evaluate", "--predictions=no/a.csv"], ["no/a.csv: the directory 'no' does not exist"]),
-    (["predict", "--top_q=1", "a.png"], ["unknown flag '--top_q'", "did you mean '--top_k'?"]),
     (["--profile=3"], ["--profile: 3", "FIRST:LAST", "10:20"]),
 ])  # fmt: skip
 def test_wrong_usage(mistake, tmp_path, monkeypatch, argv, fragments):
@@ -113,61 +99,35 @@ def test_a_config_file_that_raises(mistake, tmp_path):
     ("precision=half", ["unknown precision 'half'", "bfloat16, float32"]),
     ("checkpoint.best=accuracy", ["unknown evaluation set", "'accuracy'", "allowed: test"]),
     ("checkpoint.best=test/acuracy", ["'min:test/acuracy' if the smallest value of your metric is best"]),
-    ("checkpoint.best=test/top5", ["a run with classes has no top5; it has loss, nll, accuracy"]),
-    ("checkpoint.best=min:", ["unknown evaluation set", "allowed: test"]),
-    ("model=imgclf_jax.models.backbones:MLP(widths=(0,))",
-     ["MLP(widths=(0,))': the parameter", "[0] is empty", "1 or more"]),
     ("model=mlp(widths=(8, 0))", ["model='mlp(widths=(8, 0))': the parameter backbone/dense1/bias [0] is empty"]),
     ("model=cnn((0,))", ["model='cnn((0,))' fails on images [12, 12, 1]: "]),
-    ("model=cnn(kernel=-1)", ["model='cnn(kernel=-1)' fails on images [12, 12, 1]: "]),
-    ("model=vit(patch=0)", ["model='vit(patch=0)' fails on images [12, 12, 1]: "]),
-    ("model=mixer(patch=0)", ["model='mixer(patch=0)' fails on images [12, 12, 1]: "]),
     ("model=mlp(widths=(1000000000000,))", ["the train state of model=", "needs 1,788 TB of memory"]),
     ("num_seeds=10000000", ["the train state of", "with num_seeds=10000000 needs"]),
-    ("batch_size=1000000000000", ["batch_size=1000000000000", "fewer than 2**31 images"]),
     ("batch_size=2000000000", ["a batch of batch_size=2000000000 needs 1 TB of memory"]),
-    ("total=3G steps", ["total='3G steps' is not a duration"]),
     ("total=3000M steps", ["total='3000M steps' is 3,000,000,000 steps; a run must have fewer than 2**31"]),
     ("clip=nan", ["clip=nan: must be 0 or more"]),
     ("batch_size=12", ["batch_size=12 is not divisible by the 8 devices", "16 is"]),
     ("model=cnnn", ["unknown model 'cnnn'", "did you mean 'cnn'", "import path"]),
     ("model=cnn(width=3)", ["'cnn(width=3)'", "unknown argument 'width'", "did you mean 'widths'?"]),
-    ("model=mlp(widths=3)", ["model='mlp(widths=3)' fails on images [12, 12, 1]"]),
     ("method=simclr(temperature='0.5')", ["method=\"simclr(temperature='0.5')\" fails on images [12, 12, 1]"]),
     ("model=nowhere:Net", ["cannot import 'nowhere'", "model 'nowhere:Net'"]),
     ("preprocess=decode(1)|reszie(8)", ["unknown host op 'reszie'", "did you mean 'resize'"]),
     ("preprocess=decode(1)|resize(8, methd='x')", ["unknown argument 'methd'", "did you mean 'method'?"]),
-    ("preprocess=decode(1)|resize('x')", ["preprocess=\"decode(1)|resize('x')\" fails: "]),
-    ("preprocess=decode(1)|random_resized_crop(8, ratio=(1e-308, 1e-308))", ["ratio=(1e-308, 1e-308))' fails: "]),
     ("preprocess=resize(8)", ["preprocess='resize(8)'", "first op must be decode"]),
-    ("preprocess_eval=resize(8)", ["preprocess_eval='resize(8)'", "first op must be decode"]),
     ("preprocess=decode(2)", ["preprocess='decode(2)': decode(channels=2)", "allowed are 1, 3 and 4"]),
     ("preprocess=decode(1)|central_crop(99)", ["central_crop(99, 99)", "12 by 12", "resize it first"]),
-    ("augment=flip", ["unknown device op 'flip'", "did you mean 'flip_lr'?"]),
-    ("augment=flip_lr(3)", ["'flip_lr(3)'", "too many positional arguments"]),
     ("augment=pad_crop(pad='x')", ["augment=\"pad_crop(pad='x')\" fails on images [12, 12, 1]"]),
     ("augment=normalize(mean=(0.5, 0.5))", ["turns images [12, 12, 1] into [12, 12, 2]"]),
-    ("optimizer=adamm", ["unknown optimizer 'adamm'", "did you mean 'adam'"]),
-    ("optimizer=adam(lr=3)", ["'adam(lr=3)'", "unknown argument 'lr'", "b1"]),
     ("optimizer=adam(1e-3)", ["optimizer='adam(1e-3)'", "set the learning rate by the key schedule"]),
     ("optimizer=adam(b1='x')", ["optimizer=\"adam(b1='x')\" fails"]),
-    ("schedule=cos(1)", ["unknown schedule 'cos'", "did you mean 'cosine'"]),
     ("schedule=cosine()", ["schedule 'cosine'", "missing a required argument: 'peak'"]),
-    ("schedule=cosine('x')", ["schedule=\"cosine('x')\" fails"]),
     ("schedule=cosine(1, warmup=5)", ["schedule='5' is not a duration", "'5 epochs'"]),
     ("schedule=cosine(1, warmup='99 steps')", ["a warmup of 99 steps", "run of 12 steps"]),
-    ("loss=soft", ["unknown loss 'soft'", "did you mean 'softmax'?"]),
-    ("loss=softmax(smooth=1)", ["unknown argument 'smooth'", "label_smoothing"]),
     ("loss=softmax(label_smoothing='a')", ["loss=\"softmax(label_smoothing='a')\" fails"]),
-    ("data.source=digit", ["unknown source 'digit'", "did you mean 'digits'?"]),
     ("data.source=photos", ["unknown source 'photos'", "write folder('photos')", "Datasets tfds('photos')"]),
     ("data.source=./photos", ["data.source='./photos'", "write folder('./photos')"]),
     ("model=", ["model is empty", "such as 'cnn'"]),
-    ("data.source=", ["data.source is empty", "such as 'digits'"]),
-    ("data.sampling=", ["data.sampling is empty", "such as 'permutation'"]),
-    ("data.train=", ["data.train is empty", "such as 'train'"]),
     ("data.eval.val=", ["data.eval.val is empty", "such as 'test'"]),
-    ("data.source=folder(3)", ["data.source='folder(3)' fails: "]),
     ("data.source=fake(8, 3)", ["fake(8, 3, 10): expected", "a shape (height, width, channels)"]),
     ("data.source=folder('nowhere')", ["no directory 'nowhere'", "working directory"]),
     ("data.sampling=weighted(3)", ["data.sampling='weighted(3)': data.source has no column 3"]),
@@ -175,8 +135,6 @@ def test_a_config_file_that_raises(mistake, tmp_path):
     ("data.train=trian", ["unknown split 'trian'", "did you mean 'train'?", "allowed: test, train"]),
     ("data.train=train[5:5]", ["split 'train[5:5]' has no examples", "64"]),
     ("data.train=train[:99]", ["split 'train[:99]' reaches beyond the 64 examples"]),
-    ("data.eval.val=valid", ["data.eval.val: unknown split 'valid'"]),
-    ("data.eval.val=test[100%:]", ["data.eval.val: split 'test[100%:]' has no examples", "take a larger part"]),
     ("data.eval.val=test[:60%]+test[40%:]", ["'test[:60%]+test[40%:]' overlap", "write parts that do not overlap"]),
     ("data.eval.val=digits()/test",
      ["data.eval.val='digits()/test' has 10 classes and the model 4", "'4' here and None in the model"]),
@@ -193,12 +151,6 @@ def test_a_folder_of_data_is_no_work_directory(mistake, tmp_path):
     (tmp_path / "cat").mkdir()
     assert has(mistake(*FAKE, f"--workdir={tmp_path}"), "holds the folder 'cat' and no run", "another --workdir")
     assert [file.name for file in tmp_path.iterdir()] == ["cat"]
-
-
-def test_an_image_that_the_model_cannot_take(mistake, tmp_path):
-    argv = (*FAKE, "--config.data.source=fake(64, (4, 4, 1), 4)", "--config.model=cnn", f"--workdir={tmp_path}")
-    assert has(mistake(*argv), "cnn: images of 4 by 4 are too small for", "resize", "fewer widths")
-    assert snapshot(tmp_path) == {}
 
 
 @pytest.mark.thorough

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -16,14 +15,12 @@ from test_mistakes import FAKE, ROOT, _log_as_it_was, has, mistake, snapshot, wh
 
 import launch
 from imgclf_jax import config as configs
-from imgclf_jax.config import RESERVED
 from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import prepare, sampling
-from imgclf_jax.methods import Method
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
-from imgclf_jax.run.provenance import DataInfo, take_snapshot
+from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.train import command as train
 from imgclf_jax.train import extension
@@ -111,7 +108,7 @@ def copy(whole, tmp_path) -> tuple[Path, list[str]]:
     return tmp_path / "run", [f"--workdir={tmp_path / 'run'}", *argv]
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00", b"[]", b"7", b'{"data": 3}', b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"{", b'{"data": 3}'])
 @pytest.mark.parametrize("file", ["config.json", "provenance.json"])
 def test_a_damaged_record(mistake, copy, file, content):
     workdir, argv = copy
@@ -131,73 +128,39 @@ def test_a_provenance_that_is_missing_is_written_anew(mistake, copy, capsys):
     assert launch.main(["evaluate", f"--workdir={workdir}"]) == 0
 
 
-@pytest.mark.parametrize("which", ["latest", "12"])
-def test_a_damaged_checkpoint_that_is_named(mistake, copy, which):
+def test_a_damaged_checkpoint_that_is_named(mistake, copy):
     """It is reported, and no other one is used in its place."""
     workdir, _ = copy
-    sentence = mistake("evaluate", f"--workdir={workdir}", f"--checkpoint={which}", "--config.ema=0.5")
-    assert has(
-        sentence, f"checkpoint {workdir}/checkpoints/12 is of another model or optimizer: state/eval_variables/0/"
-    )
     file = max((workdir / "checkpoints" / "12").rglob("*"), key=lambda f: f.is_file() and f.stat().st_size)
     *most, last = file.read_bytes()
     file.write_bytes(bytes([*most, last ^ 1]))  # whatever the byte was: files of checkpoints differ
-    sentence = mistake("evaluate", f"--workdir={workdir}", f"--checkpoint={which}")
+    sentence = mistake("evaluate", f"--workdir={workdir}", "--checkpoint=12")
     assert has(sentence, f"checkpoint {workdir}/checkpoints/12 is damaged")
-    assert has(mistake("evaluate", f"--workdir={workdir}", "--checkpoint=²"), "--checkpoint=²: there are [8, 12]")
 
 
 @pytest.mark.thorough
 def test_the_last_checkpoint_of_a_finished_run_was_removed(copy, capsys):
     """`evaluate` and `export` took the one before, with status 0 and no word."""
     workdir, _ = copy
-    says = f"the run in {workdir} ended at step 12, but its latest checkpoint is of step 8"
-    assert launch.main(["evaluate", f"--workdir={workdir}"]) == 0
-    assert "ended at step" not in capsys.readouterr().err
     shutil.rmtree(workdir / "checkpoints" / "12")
     assert launch.main(["evaluate", f"--workdir={workdir}", "--checkpoint=8"]) == 0
     assert "ended at step" not in capsys.readouterr().err
     assert launch.main(["evaluate", f"--workdir={workdir}"]) == 0
-    assert says in capsys.readouterr().err
-
-
-@pytest.mark.thorough
-def test_a_result_that_is_a_pipe(copy):
-    """`train` and `evaluate` waited forever for a writer."""
-    workdir, argv = copy
-    (workdir / "result.json").unlink()
-    os.mkfifo(workdir / "result.json")
-    assert launch.main(["evaluate", f"--workdir={workdir}"]) == 0
-    assert launch.main(["train", *argv]) == 0
-    assert json.loads((workdir / "result.json").read_bytes())["step"]
-
-
-def test_a_metric_that_is_text_in_a_run_that_is_not_done(copy, capsys):
-    """`compare` ended in a traceback."""
-    workdir, _ = copy
-    (workdir / "result.json").unlink()
-    with (workdir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"step": 1000000, "test/nll": "low", "test/new": true}\n')
-    capsys.readouterr()
-    launch.main(["compare", str(workdir), "--format=json"])
-    [run] = [run for group in json.loads(capsys.readouterr().out)["groups"] for run in group["unfinished"]]
-    assert isinstance(run["metrics"]["test/nll"], float)
-    assert "test/new" not in run["metrics"]
+    assert f"the run in {workdir} ended at step 12, but its latest checkpoint is of" in capsys.readouterr().err
 
 
 def test_a_result_cut_short_is_written_again(copy, capsys):
-    """By a process that trains no step: it has no training speed, and says so. Its evaluation counts as one."""
+    """By a process that trains no step: it has no training speed, and says so."""
     workdir, argv = copy
     before = json.loads((workdir / "result.json").read_text())
     (workdir / "result.json").write_text("{")
     assert launch.main(["train", *argv]) == 0
     after = json.loads((workdir / "result.json").read_text())
-    assert {k: v for k, v in before.items() if k in ("step", "params_sha256", "test")} == {
-        k: v for k, v in after.items() if k in ("step", "params_sha256", "test")
-    }
-    assert (after["epochs"], after["images_per_second"]) == (before["epochs"], None)
+    assert [before[key] for key in ("step", "params_sha256", "test")] == [
+        after[key] for key in ("step", "params_sha256", "test")
+    ]
+    assert after["images_per_second"] is None
     assert f"trained the last 0 of {after['step']} steps" in capsys.readouterr().out
-    assert {one["phase"]: one["seconds"] for one in after["time"]}["evaluation"] > 0
 
 
 def test_a_result_that_is_written_later_has_no_metrics_of_another_run(copy):
@@ -223,7 +186,7 @@ def test_a_result_goes_when_its_run_is_trained_again(copy, caplog):
     assert not (workdir / "result.json").exists()
 
 
-@pytest.mark.parametrize("name", sorted(RESERVED | {"attack", "a/b", ""}))
+@pytest.mark.parametrize("name", ["step", "train", "a/b"])
 def test_a_set_that_results_have_no_room_for(mistake, whole, tmp_path, monkeypatch, name):
     """`step` replaced the step in result.json, `train` wrote train/accuracy twice, and `a/b` was a traceback."""
     monkeypatch.setattr("imgclf_jax.datasets.open_data", None)
@@ -254,8 +217,7 @@ def test_a_config_that_is_missing(mistake, copy, capsys):
     assert "config.json is missing: assuming that the run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("override", ["model=cnnn", "loss=none", "schedule=none(1)", "optimizer=none", "augment=none",
-                                      "mix=none", "tta=none", "metrics=none"])  # fmt: skip
+@pytest.mark.parametrize("override", ["model=none", "metrics=none"])
 def test_a_wrong_name_is_told_before_data_are_opened(mistake, tmp_path, monkeypatch, override):
     monkeypatch.setattr("imgclf_jax.datasets.sources.open_splits", None)
     assert has(mistake(f"--workdir={tmp_path}/run", *FAKE, f"--config.{override}"), "unknown ", "allowed: ")
@@ -282,7 +244,6 @@ def test_a_run_that_is_extended_is_the_longer_run(mistake, tmp_path):
 @pytest.mark.parametrize(
     ("override", "key"),
     [("schedule=cosine(1e-3)", "schedule='cosine(1e-3)' follows total: "),
-     ("schedule=constant(1e-3, warmup='50%')", "follows total: "),
      ("optimizer=sgd|lookahead(2, power=3)", "optimizer='sgd|lookahead(2, power=3)' follows total: ")],
 )  # fmt: skip
 def test_a_schedule_that_ends_cannot_be_extended(mistake, tmp_path, override, key):
@@ -297,7 +258,6 @@ def test_a_schedule_that_ends_cannot_be_extended(mistake, tmp_path, override, ke
 @pytest.mark.parametrize(("method", "said"), [
     ("mean_teacher", "25% of it were 10 steps and would have been 15 with total='60 steps'"),
     ("mean_teacher(ramp='5 steps')", ""),
-    (f"{__name__}:counting", "100% of it were 40 steps and would have been 60 with"),
 ])  # fmt: skip
 def test_a_method_that_follows_total_cannot_be_extended(fake_config, method, said):
     """The weight of past steps was another one in the longer run, which was extended silently."""
@@ -331,31 +291,13 @@ def kill_at_config(path, content, write=paths.write_atomically):
     write(path, content)
 
 
-def test_a_first_config_that_a_kill_keeps_from_being_written(fake_config, tmp_path, monkeypatch):
-    """No run has begun: one with another config, or other data, may begin there."""
-    workdir, other = Workdir(tmp_path), fake_config.copy_and_resolve_references()
-    other.seed = 5
-    with monkeypatch.context() as patch:
-        patch.setattr("imgclf_jax.core.paths.write_atomically", kill_at_config)
-        with pytest.raises(SystemExit):
-            workdir.record(
-                configs.to_json(fake_config), take_snapshot({}, DataInfo(64, (12, 12, 1), tuple("abcd"), "x")), 0
-            )
-    assert workdir.provenance.is_file()
-    snapshot = take_snapshot({}, DataInfo(64, (12, 12, 1), tuple("abcd"), "y"))
-    workdir.check_snapshot(snapshot)
-    workdir.record(configs.to_json(other), snapshot, 0)
-    assert workdir.load_config().seed == 5
-
-
-@pytest.mark.parametrize(("key", "value"), [("total", "20 steps"), ("log_every", "2 steps")])
-def test_a_new_config_that_a_kill_keeps_from_being_written(copy, monkeypatch, key, value):
+def test_a_new_config_that_a_kill_keeps_from_being_written(copy, monkeypatch):
     """The run goes on with its old config, or with the new one by the same command, which is recorded once."""
     workdir, argv = Workdir(copy[0]), copy[1]
     old, new = workdir.load_config(), workdir.load_config()
-    new[key] = value
+    new.total = "20 steps"
     snapshot = workdir.read_provenance()
-    snapshot |= {"keys": snapshot["keys"] | {key: value}}
+    snapshot |= {"keys": snapshot["keys"] | {"total": "20 steps"}}
     with monkeypatch.context() as patch:
         patch.setattr("imgclf_jax.core.paths.write_atomically", kill_at_config)
         with pytest.raises(SystemExit):
@@ -364,12 +306,7 @@ def test_a_new_config_that_a_kill_keeps_from_being_written(copy, monkeypatch, ke
     assert launch.main(["train", *argv]) == 0
     workdir.record(configs.to_json(new), snapshot, 12)
     assert workdir.load_config() == new
-    assert [one["keys"][key] for one in workdir.read_snapshots()] == [old[key], value]
-
-
-def counting(problem):
-    assert problem.total in (40, 60)
-    return Method(lambda model, batch, fixed: None)
+    assert [one["keys"]["total"] for one in workdir.read_snapshots()] == [old.total, "20 steps"]
 
 
 def test_a_loss_that_is_not_finite(mistake, tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -12,14 +11,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-import processes_check as check
 import pytest
-from resume_check import ROOT, outcome
+import runs
+from runs import ROOT
 
 import launch
-from imgclf_jax.run.writers import read_metrics
 
-SHORT = (*check.SMALL, "--config.model=mlp(widths=(16,))", "--config.log_every=1 steps", "--config.eval_every=20 steps",
+SHORT = (*runs.SMALL, "--config.model=mlp(widths=(16,))", "--config.log_every=1 steps", "--config.eval_every=20 steps",
          "--config.total=300 steps", "--config.checkpoint_every=50 steps")  # fmt: skip
 ARRAYS = """
 import json, sys
@@ -64,72 +62,6 @@ def test_each_process_gets_the_rows_of_its_devices(devices, rows, other):
     assert found == [{"same": True, "fetched": True, "copied": True, "digest": True, "hosts": 2}] * 2
 
 
-ENDING = """
-import atexit, sys, time
-process, port = int(sys.argv[1]), sys.argv[2]
-if process:  # at the very end, after JAX's exit handler, which is registered later
-    atexit.register(lambda: (print("leaving", flush=True), sys.stdin.read(), time.sleep(1.0)))
-from imgclf_jax.cli import main as cli
-from imgclf_jax.core import processes
-
-def main(*_):
-    processes.start(f"localhost:{port}", 2, process, heartbeat=10)
-    return 75
-
-cli.main = main
-cli.run_and_exit("launch.py", [])
-"""
-
-
-@pytest.mark.thorough
-def test_a_signal_to_a_process_that_is_leaving_changes_nothing():
-    """Slurm sends SIGTERM to all tasks when the first has ended with a status other than 0."""
-    first, second = start_two(ENDING)
-    with first, second:
-        assert second.stdout.readline() == "leaving\n"
-        assert first.wait(120) == 75
-        second.send_signal(signal.SIGTERM)
-        second.stdin.close()
-        assert second.wait(120) == 75
-
-
-WAITING = """
-import os, sys, time
-from imgclf_jax.core import processes, stopping
-stopping.end_on_signals()
-process, port, phase = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-print("here", flush=True)
-if process and phase == "meet":
-    time.sleep(60)
-try:
-    processes.start(f"localhost:{port}", 2, process, heartbeat=10)
-    print("joined", flush=True)
-    if process:
-        time.sleep(60)
-    processes.gather(1)
-except SystemExit as e:  # as the command line does
-    os._exit(e.code)
-"""
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("phase", ["meet", "compare"])
-def test_a_signal_ends_a_process_that_waits_for_the_others(phase):
-    """Right away; JAX ends those that have joined."""
-    started = start_two(WAITING, phase)
-    for process in started:
-        for _ in range(1 if phase == "meet" else 2):
-            process.stdout.readline()
-    time.sleep(2.0)
-    started[0].send_signal(signal.SIGTERM)
-    try:
-        assert started[0].wait(10) == 143
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
-
-
 @pytest.mark.thorough
 @pytest.mark.parametrize(("last", "sentence"), [
     (("--config.schedule=constant(0.1)",), "process 1 has schedule=constant.0.1., process 0 has schedule="),
@@ -141,54 +73,37 @@ def test_processes_that_were_given_something_else(tmp_path, last, sentence):
     workdir = tmp_path / "run"
     last = tuple(flag.replace("OTHER", f"{tmp_path}/other") for flag in last)
     began = time.monotonic()
-    assert check.end(check.start(workdir, 2, 1, SHORT, last=last)) == [1, 1]
+    assert runs.end(runs.start(workdir, SHORT, 2, last=last)) == [1, 1]
     assert time.monotonic() - began < 60
     assert all(re.search(sentence, log) and "Traceback" not in log for log in logs(workdir))
     assert not workdir.exists() or not any(workdir.iterdir())
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("stopped", "watchdog", "heartbeat", "sentence"), [
-    (1, 5, 100, r"Timeout \(0:00:(05|30)\)!"),  # the watchdog, in a step or a save
-    (0, 5, 100, r"Timeout \(0:00:(05|30)\)!"),
-    (1, 100, 12, "another task died"),  # JAX's heartbeat
+@pytest.mark.parametrize(("watchdog", "heartbeat", "sentence"), [
+    (5, 100, r"Timeout \(0:00:(05|30)\)!"),  # the watchdog, in a step or a save
+    (100, 12, "another task died"),  # JAX's heartbeat
 ])  # fmt: skip
-def test_a_process_that_is_stopped_ends_the_other(tmp_path, stopped, watchdog, heartbeat, sentence):
+def test_a_process_that_is_stopped_ends_the_other(tmp_path, watchdog, heartbeat, sentence):
     """SIGSTOP of one of two."""
-    words = (*check.LONG, f"--config.watchdog={watchdog} s")
-    started = check.start(tmp_path / "run", 2, 1, words, heartbeat=heartbeat)
+    words = (*runs.LONG, f"--config.watchdog={watchdog} s")
+    started = runs.start(tmp_path / "run", words, 2, heartbeat=heartbeat)
     try:
         end = time.monotonic() + 180
         while not list((tmp_path / "run").glob("checkpoints/[0-9]*")) and time.monotonic() < end:
             time.sleep(0.2)
-        started[stopped].send_signal(signal.SIGSTOP)
-        assert started[1 - stopped].wait(60) in (1, -signal.SIGABRT)
+        started[1].send_signal(signal.SIGSTOP)
+        assert started[0].wait(60) in (1, -signal.SIGABRT)
     finally:
         for process in started:
             process.kill()
             process.wait()
-    assert re.search(sentence, logs(tmp_path / "run")[1 - stopped])
-
-
-@pytest.mark.thorough
-def test_two_processes_skip_the_same_steps_as_one(tmp_path):
-    words = (*check.SMALL, "--config.model=mlp(widths=(16,))", "--config.total=40 steps", "--config.eval_every=",
-             "--config.augment=normalize|faults:poison(((3, 2), (9, 8)))", "--config.on_bad_step=skip",
-             "--config.log_every=1 steps", "--config.check_every=5 steps",
-             "--config.checkpoint_every=3 steps")  # fmt: skip
-    check.run(tmp_path / "two", 2, 1, words)
-    check.run(tmp_path / "one", 1, 2, words)
-    skipped = [
-        [line["step"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if line.get("train/skipped")]
-        for name in ("one", "two")
-    ]
-    assert skipped[0] == skipped[1]
-    assert len(skipped[0]) == 2
+    assert re.search(sentence, logs(tmp_path / "run")[0])
 
 
 def start_two(program: str, *words: str, devices: tuple[int, int] = (2, 2)) -> list[subprocess.Popen]:
     """Starts two processes of a Python program, which gets its process index, a port, and these arguments."""
-    port, environment = str(check.find_port()), {**os.environ, "JAX_PLATFORMS": "cpu"}
+    port, environment = str(runs.find_port()), {**os.environ, "JAX_PLATFORMS": "cpu"}
     return [
         subprocess.Popen([sys.executable, "-c", program, str(number), port, *words], cwd=ROOT,
                          env=environment | {"JAX_NUM_CPU_DEVICES": str(devices[number])},
@@ -216,12 +131,11 @@ for words in (
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("devices", [(2, 2), (3, 1)])
-def test_evaluation_runs_in_the_processes_of_its_run(tmp_path, capfd, devices):
+def test_evaluation_runs_in_the_processes_of_its_run(tmp_path, capfd):
     """On a sharded model: the output equals that of one process, and only process 0 prints."""
     run, out = tmp_path / "run", tmp_path / "out"
     out.mkdir()
-    started = start_two(TOOLS, str(run), str(out), devices=devices)
+    started = start_two(TOOLS, str(run), str(out), devices=(3, 1))
     printed = [process.communicate(timeout=400)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0]
     assert printed[1] == ""
@@ -233,16 +147,23 @@ def test_evaluation_runs_in_the_processes_of_its_run(tmp_path, capfd, devices):
 
 @pytest.mark.thorough
 def test_hosts_with_different_numbers_of_devices(tmp_path):
-    """Three devices and one give the losses of four in one process, before and after a checkpoint."""
-    words = (*SHORT, "--config.schedule=constant(1e-3)", "--local_devices=all", "--extend")
+    """Three devices and one give the losses of four in one process, before and after a checkpoint.
+
+    They also skip the same poisoned steps.
+    """
+    words = (*SHORT, "--config.schedule=constant(1e-3)", "--local_devices=all", "--extend", "--config.on_bad_step=skip",
+             "--config.augment=normalize|faults:poison(((3, 2), (9, 8)))", "--config.check_every=5 steps")  # fmt: skip
     for total in (20, 40):
-        check.run(tmp_path / "uneven", 2, (3, 1), (*words, f"--config.total={total} steps"))
-    check.run(tmp_path / "even", 1, 4, (*words, "--config.total=40 steps"))
-    for key, count in (("train/loss", 40), ("test/loss", 2), ("test/examples", 2)):
-        found, expected = (check.records(tmp_path / name, key) for name in ("uneven", "even"))
+        runs.finish(tmp_path / "uneven", (*words, f"--config.total={total} steps"), 2, (3, 1))
+    runs.finish(tmp_path / "even", (*words, "--config.total=40 steps"), 1, 4)
+    for key, count in (("train/loss", 38), ("test/loss", 2), ("test/examples", 2)):
+        found, expected = (runs.records(tmp_path / name, key) for name in ("uneven", "even"))
         assert found.keys() == expected.keys()
         assert len(found) == count
         np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+    skipped = [runs.records(tmp_path / name, "train/skipped") for name in ("uneven", "even")]
+    assert skipped[0] == skipped[1]
+    assert sum(skipped[0].values()) == 2
 
 
 @pytest.mark.thorough
@@ -252,7 +173,7 @@ def test_both_processes_stop_early_at_the_same_step(tmp_path):
     flags = (*SHORT, "--config.eval_every=20 steps", "--config.checkpoint.keep=99", "--config.checkpoint.best=",
              "--config.schedule=constant(0.0)", "--config.stop=test/loss, patience 30 steps")  # fmt: skip
     workdir = tmp_path / "run"
-    assert check.end(check.start(workdir, 2, 2, flags)) == [0, 0]
+    assert runs.end(runs.start(workdir, flags, 2, 2)) == [0, 0]
     first = json.loads((workdir / "result.json").read_text())
     assert (first["step"], first["stopped_early"][:9]) == (60, "test/loss")
     assert "stopped early" in logs(workdir)[0]
@@ -260,7 +181,7 @@ def test_both_processes_stop_early_at_the_same_step(tmp_path):
         (workdir / "result.json").unlink()
         shutil.rmtree(workdir / "checkpoints" / "60")
         # On as many devices: the loss stays equal only if each has as many images, as oneDNN rounds by their number.
-        assert set(check.end(check.start(workdir, processes, 4 // processes, flags))) == {0}
+        assert set(runs.end(runs.start(workdir, flags, processes, 4 // processes))) == {0}
         again = json.loads((workdir / "result.json").read_text())
         assert (again["step"], again["params_sha256"]) == (60, first["params_sha256"])
 
@@ -269,12 +190,12 @@ def test_both_processes_stop_early_at_the_same_step(tmp_path):
 @pytest.mark.usefixtures("one_device")
 def test_a_signal_to_one_stops_both_and_one_process_goes_on(tmp_path):
     workdir = tmp_path / "run"
-    started = check.start(workdir, 2, 2, SHORT)
+    started = runs.start(workdir, SHORT, 2, 2)
     metrics = workdir / "metrics.jsonl"
-    while started[0].poll() is None and not (metrics.exists() and len(check.records(workdir, "train/loss")) > 5):
+    while started[0].poll() is None and not (metrics.exists() and len(runs.records(workdir, "train/loss")) > 5):
         time.sleep(0.05)
     started[1].send_signal(signal.SIGTERM)
-    assert check.end(started) == [75, 75]
+    assert runs.end(started) == [75, 75]
     stopped = [int(re.search(r"stopped at step (\d+), checkpoint saved", log)[1]) for log in logs(workdir)]
     assert stopped[0] == stopped[1] == max(int(f.name) for f in (workdir / "checkpoints").iterdir())
     assert re.search(r"^\S+ \[process 1\] SIGTERM: stopping after this step", logs(workdir)[1], re.MULTILINE)
@@ -282,10 +203,10 @@ def test_a_signal_to_one_stops_both_and_one_process_goes_on(tmp_path):
 
     for folder in (workdir, tmp_path / "alone"):  # in this process, on one device
         assert launch.main([f"--workdir={folder}", *SHORT]) == 0
-    losses, expected = (check.records(w, "train/loss") for w in (workdir, tmp_path / "alone"))
+    losses, expected = (runs.records(w, "train/loss") for w in (workdir, tmp_path / "alone"))
     assert losses.keys() == expected.keys() == set(range(1, 301))
     np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5)
-    assert check.records(workdir, "test/examples") == check.records(tmp_path / "alone", "test/examples")
+    assert runs.records(workdir, "test/examples") == runs.records(tmp_path / "alone", "test/examples")
     assert len(json.loads((workdir / "provenance.json").read_text())["devices"]) == 4  # of those that began it
 
 
@@ -293,8 +214,8 @@ def test_a_signal_to_one_stops_both_and_one_process_goes_on(tmp_path):
 def test_an_error_of_one_ends_both(tmp_path):
     """JAX ends the other, though it waits for nobody."""
     workdir = tmp_path / "run"
-    fails = (*SHORT, "--config.model=processes_check:fails_in_process_1()")
-    assert check.end(check.start(workdir, 2, 1, fails)) in ([1, 1], [-signal.SIGABRT, 1])
+    fails = (*SHORT, "--config.model=runs:fails_in_process_1()")
+    assert runs.end(runs.start(workdir, fails, 2)) in ([1, 1], [-signal.SIGABRT, 1])
     first, second = logs(workdir)
     assert "error: this host lacks a file" in second
     assert re.search("another (task died|process of this run has died)", first)
@@ -304,7 +225,7 @@ def logs(workdir: Path) -> list[str]:
     return [Path(f"{workdir}.log.{number}").read_text() for number in range(2)]
 
 
-STATISTICS = (*check.SMALL, "--config.model=smooth_net:Smooth()", "--config.accumulate=2",
+STATISTICS = (*runs.SMALL, "--config.model=smooth_net:Smooth()", "--config.accumulate=2",
               "--config.optimizer=sgd(momentum=0.9)", "--config.schedule=constant(0.05)",
               "--config.total=100 steps", "--config.log_every=1 steps", "--config.eval_every=50 steps",
               "--config.checkpoint_every=")  # fmt: skip
@@ -315,65 +236,9 @@ def test_the_same_losses_on_any_number_of_devices_and_processes(tmp_path):
     expected: dict[int, float] = {}
     for processes, devices in ((1, 1), (1, 2), (1, 8), (2, 2), (4, 2)):
         workdir = tmp_path / f"{processes}x{devices}"
-        check.run(workdir, processes, devices, STATISTICS)
-        losses = check.records(workdir, "train/loss")
+        runs.finish(workdir, STATISTICS, processes, devices)
+        losses = runs.records(workdir, "train/loss")
         expected = expected or losses
         assert losses.keys() == expected.keys()
         np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5)
-        assert set(check.records(workdir, "test/examples").values()) == {37}
-
-
-@pytest.mark.slow
-def test_from_four_processes_to_one_and_back(tmp_path):
-    """The first third by four processes, the second by one, the last by four: the losses of two."""
-    whole, workdir = tmp_path / "two", tmp_path / "elastic"
-    check.run(whole, 2, 2, check.LONG)
-    for processes, devices, steps in ((4, 2, 1000), (1, 1, 2000)):
-        started, metrics = check.start(workdir, processes, devices, check.LONG), workdir / "metrics.jsonl"
-        while not (metrics.exists() and max(check.records(workdir, "train/loss"), default=0) >= steps):
-            time.sleep(0.05)
-        started[-1].send_signal(signal.SIGTERM)
-        assert set(check.end(started)) == {75}
-    check.run(workdir, 4, 2, check.LONG)
-    expected, losses = (check.records(folder, "train/loss") for folder in (whole, workdir))
-    assert losses.keys() == expected.keys()
-    np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=0, atol=1e-4)
-
-
-def disturb(workdir: Path, overrides: tuple[str, ...], number: signal.Signals, rng: random.Random) -> list[int]:
-    """Starts two processes and, at a random moment of training, sends a signal to one or, if it kills, perhaps both.
-
-    Gives the exit statuses.
-    """
-    log = Path(f"{workdir}.log.0")
-    before = log.stat().st_size if log.exists() else 0
-    started = check.start(workdir, 2, 2, overrides)
-    early = rng.random() < 0.4  # while programs are compiled, and in the first step
-    said = b"training on " if early else b"  train  "
-    while said not in (log.read_bytes()[before:] if log.exists() else b"") and started[0].poll() is None:
-        time.sleep(0.02)
-    time.sleep(rng.uniform(0.0, 3.0 if early else 1.0))
-    for process in rng.choice(([0], [1], [0, 1]) if number == signal.SIGKILL else ([0], [1])):
-        started[process].send_signal(number)
-    return check.end(started)
-
-
-def pairs(status: int) -> list[list[int]]:
-    """One process ends with `status`, and the other by an error of a collective or JAX's heartbeat."""
-    return [pair for other in (1, -signal.SIGABRT) for pair in ([status, other], [other, status])]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "allowed"), [
-    (signal.SIGTERM, [[75, 75], *pairs(143)]), (signal.SIGKILL, [[-9, -9], *pairs(-9)])
-])  # fmt: skip
-def test_signals_and_kills_at_random_moments(tmp_path, number, allowed):
-    rng, whole, workdir = random.Random(1), tmp_path / "whole", tmp_path / "run"
-    check.run(whole, 2, 2, check.LONG)
-    for _ in range(5):
-        statuses = disturb(workdir, check.LONG, number, rng)
-        if statuses == [0, 0]:  # it ended before
-            break
-        assert statuses in allowed
-    check.run(workdir, 2, 2, check.LONG)
-    assert outcome(workdir) == outcome(whole)
+        assert set(runs.records(workdir, "test/examples").values()) == {37}

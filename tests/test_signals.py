@@ -1,6 +1,5 @@
 """Signals that ask a process to stop: each one, at each moment, to the process, to its group, and twice."""
 
-import itertools
 import signal
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cases import thorough
-from resume_check import ROOT, outcome
+from runs import ROOT, outcome
 
 import launch
 
@@ -73,20 +72,9 @@ RUN = ("--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=dec
        "--config.total=12 steps", "--config.log_every=5 steps", "--config.eval_every=6 steps",
        "--config.checkpoint_every=4 steps", "--config.checkpoint.best=test/accuracy", "--config.tensorboard=False",
        "--config.data.placement=device")  # fmt: skip
-BEFORE, AFTER = ("imports", "data", "compile"), ("log", "evaluation", "save")
-SIGNALS = ("SIGINT", "SIGTERM")
-MATRIX = list(itertools.product((*BEFORE, *AFTER), SIGNALS, ("process", "group", "twice")))
-# Each moment, each signal and each way once or more.
-SOME = (("imports", "SIGINT", "twice"), ("compile", "SIGTERM", "process"), ("data", "SIGTERM", "process"),
-        ("log", "SIGINT", "group"), ("evaluation", "SIGTERM", "twice"), ("save", "SIGINT", "process"))  # fmt: skip
-
-
-def start(moment: str, name: str, how: str, workdir: Path) -> subprocess.CompletedProcess:
-    number, script = str(signal.Signals[name].value), str(ROOT / "launch.py")
-    command = [sys.executable, "-c", PROGRAM, moment, how, number, script, f"--workdir={workdir}", *RUN]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, start_new_session=True, timeout=120, check=False
-    )
+BEFORE = ("imports", "data", "compile")
+CASES = (("imports", "SIGINT", "twice"), ("compile", "SIGTERM", "process"), ("data", "SIGTERM", "process"),
+         ("log", "SIGINT", "group"), ("evaluation", "SIGTERM", "twice"), ("save", "SIGINT", "process"))  # fmt: skip
 
 
 def finish(workdir: Path) -> tuple[str, list[dict]]:
@@ -95,13 +83,14 @@ def finish(workdir: Path) -> tuple[str, list[dict]]:
     return outcome(workdir)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, one_device) -> tuple[str, list[dict]]:
-    return finish(tmp_path_factory.mktemp("whole") / "run")
-
-
-def check(moment: str, name: str, how: str, workdir: Path) -> None:
-    done = start(moment, name, how, workdir)
+@pytest.mark.parametrize(("moment", "name", "how"), [*CASES[:2], *thorough(*CASES[2:])])
+def test_it_stops_at_once_or_saves(moment, name, how, tmp_path):
+    """The next process ends like a run that was let alone."""
+    workdir, number, script = tmp_path / "run", str(signal.Signals[name].value), str(ROOT / "launch.py")
+    command = [sys.executable, "-c", PROGRAM, moment, how, number, script, f"--workdir={workdir}", *RUN]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, start_new_session=True, timeout=120, check=False
+    )
     assert "Traceback" not in done.stderr
     if moment in BEFORE:
         assert done.returncode == 128 + signal.Signals[name], done.stderr
@@ -112,17 +101,4 @@ def check(moment: str, name: str, how: str, workdir: Path) -> None:
         assert f"{name}: stopping after this step" in done.stderr
         assert f"{name}: stopped at step" in done.stderr
         assert not (workdir / "lock").exists()
-
-
-@pytest.mark.parametrize(("moment", "name", "how"), [*SOME[:2], *thorough(*SOME[2:])])
-def test_it_stops_at_once_or_saves(moment, name, how, tmp_path, request):
-    check(moment, name, how, tmp_path / "run")
-    if moment == "evaluation":  # the next process makes up for it
-        assert finish(tmp_path / "run") == request.getfixturevalue("whole")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("moment", "name", "how"), [case for case in MATRIX if case not in SOME])
-def test_it_stops_at_any_moment_and_goes_on_as_if_it_had_not(moment, name, how, tmp_path, whole):
-    check(moment, name, how, tmp_path / "run")
-    assert finish(tmp_path / "run") == whole
+        assert finish(workdir) == finish(tmp_path / "whole")

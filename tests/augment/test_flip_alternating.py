@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from digests import digest
+from runs import outcome
 
 from imgclf_jax.augment import ops
 from imgclf_jax.core import sharding
 from imgclf_jax.data import placement, sampling, sources, stream
+from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.train import command as train
 
 SEED, TEXT = 7, "flip_alternating|normalize"
 APPLY = jax.jit(ops.build(TEXT, train=True))
@@ -73,7 +75,9 @@ def test_batches_carry_ids_only_where_an_op_asks(tmp_path, fake_config):
     found = set()
     for i, place in enumerate(("host", "device")):
         fake_config.augment, fake_config.data.placement = TEXT, place
-        found.add(digest(tmp_path / str(i), fake_config))
+        assert train.main(fake_config, Workdir(tmp_path / str(i))) == 0
+        found.add(outcome(tmp_path / str(i))[0])
     assert len(found) == 1
     fake_config.augment = "normalize"
-    assert digest(tmp_path / "plain", fake_config) not in found
+    assert train.main(fake_config, Workdir(tmp_path / "plain")) == 0
+    assert outcome(tmp_path / "plain")[0] not in found

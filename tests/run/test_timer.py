@@ -6,7 +6,7 @@ import time
 
 import jax
 import pytest
-from resume_check import ROOT
+from runs import ROOT
 
 from imgclf_jax import config as configs
 from imgclf_jax.core.errors import UserError

@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-import resume_check
+import runs
 
 import launch
 from imgclf_jax import config as configs
@@ -65,7 +65,7 @@ def test_beside_a_run_that_trains_and_is_killed(tmp_path):
     words = ("--config.data.source=fake(256, (12, 12, 1), 4)", "--config.preprocess=decode(1)",
              "--config.model=mlp(widths=(16,))", "--config.total=400000 steps", "--config.log_every=5 steps",
              "--config.eval_every=", "--config.batch_size=24")  # fmt: skip
-    process, end = resume_check.start(tmp_path / "run", words), time.monotonic() + 180
+    [process], end = runs.start(tmp_path / "run", words), time.monotonic() + 180
     while len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 5 and time.monotonic() < end:
         time.sleep(0.05)
     found = command.read(record.read(tmp_path / "run"))

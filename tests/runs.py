@@ -1,0 +1,126 @@
+"""Starts training in processes, kills them, and reads what a run leaves."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+
+from imgclf_jax.core.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+LONGEST = 600  # seconds that a process may take to end
+TIMINGS = ("train/images_per_second", "train/input_wait")
+SMALL = ("--config.data.source=fake(96, (8, 8, 3), 4)", "--config.preprocess=decode(3)", "--config.batch_size=32",
+         "--config.tensorboard=False", "--config.data.eval.test=test[:37]")  # fmt: skip
+LONG = (*SMALL, "--config.model=mlp(widths=(32,))", "--config.total=5000 steps", "--config.log_every=10 steps",
+        "--config.checkpoint_every=50 steps", "--config.eval_every=190 steps",
+        "--config.checkpoint.best=test/accuracy")  # fmt: skip
+
+
+def find_port() -> int:
+    """A free port that the system gives to nobody by itself."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("localhost", port))
+            return port
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """That of a process on so many CPU devices, whose config may name the modules beside this one."""
+    return {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(Path(__file__).parent)}  # fmt: skip
+
+
+def start(
+    workdir: Path,
+    overrides: tuple[str, ...],
+    processes: int = 1,
+    devices: int | tuple[int, ...] = 1,
+    last: tuple[str, ...] = (),
+    heartbeat: int = 10,
+    more: dict[int, dict[str, str]] | None = None,
+    log: Path | None = None,
+) -> list[subprocess.Popen]:
+    """The processes of a run; what they say goes to `log`.log.NUMBER, by default beside the work directory.
+
+    `devices` is one number for every process, or one for each; `last` are flags of the last process alone; `more` are
+    environment variables of some of them.
+    """
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    started, port = [], find_port()
+    for number in range(processes):
+        words = [sys.executable, str(ROOT / "launch.py"), "train", f"--workdir={workdir}", *overrides]
+        if processes > 1:
+            words += [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={number}",
+                      f"--heartbeat={heartbeat}"]  # fmt: skip
+        words += last if number == processes - 1 else ()
+        own = environment(devices if isinstance(devices, int) else devices[number]) | (more or {}).get(number, {})
+        with open(f"{log or workdir}.log.{number}", "a") as file:
+            started.append(subprocess.Popen(words, stdout=file, stderr=file, cwd=ROOT, env=own, start_new_session=True))
+    return started
+
+
+def end(started: list[subprocess.Popen]) -> list[int]:
+    """Waits for all; their exit statuses. Kills all and raises TimeoutExpired if one takes too long."""
+    try:
+        return [process.wait(LONGEST) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def finish(workdir: Path, overrides: tuple[str, ...], processes: int = 1, devices: int | tuple[int, ...] = 1) -> None:
+    """Lets a run go to its end."""
+    statuses = end(start(workdir, overrides, processes, devices))
+    assert set(statuses) == {0}, f"exit statuses {statuses}; see {workdir}.log.*"
+
+
+def kill_repeatedly(workdir: Path, overrides: tuple[str, ...], kills: int, rng: random.Random) -> None:
+    """Kills `kills` processes one after the other, in start-up, in training or in a save, then lets one finish."""
+    for number in range(kills):
+        before = size(workdir / "metrics.jsonl")
+        [process] = start(workdir, overrides)
+        if rng.random() < 0.25:
+            time.sleep(rng.uniform(0.1, 8.0))  # imports, data, restoring, compiling
+        else:
+            while process.poll() is None and size(workdir / "metrics.jsonl") <= before:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0.0, 0.4))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, f"the run ended after {number} kills; make it longer"
+    finish(workdir, overrides)
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def records(workdir: Path, key: str) -> dict[int, float]:
+    """The values of a metric, by step."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def outcome(workdir: Path) -> tuple[str, list[dict]]:
+    """The digest of the final parameters, and every record of metrics but for timings."""
+    result = json.loads((workdir / "result.json").read_text())
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return result["params_sha256"], [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+
+def fails_in_process_1() -> NoReturn:
+    """A model of which one process alone raises an error."""
+    if jax.process_index():
+        raise UserError("this host lacks a file")
+    time.sleep(LONGEST)
+    raise AssertionError("the other process has ended this one")
