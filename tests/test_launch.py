@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from cases import thorough
 import imgclf_jax
 from imgclf_jax import config as configs
 from imgclf_jax.cli import table
-from imgclf_jax.core import platform
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,17 +44,6 @@ def run(cache: str, workdir: Path) -> dict:
     done = subprocess.run(command, cwd=ROOT, env=user_environment(cache), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.slow
-def test_the_second_run_compiles_nothing(tmp_path):
-    """The compilation cache is on by default, hits for every program of the second run, and changes no bit."""
-    first, second = (run(str(tmp_path / "cache"), tmp_path / name) for name in ("a", "b"))
-    assert first["cache_misses"] > 0
-    assert "cache_misses" not in second
-    assert second["cache_hits"] > 0
-    digests = [json.loads((tmp_path / name / "result.json").read_text())["params_sha256"] for name in ("a", "b")]
-    assert digests[0] == digests[1]
 
 
 FIRST_IMPORT = """
@@ -105,17 +92,15 @@ def test_the_compilation_cache_is_on_before_any_command_imports_jax(tmp_path):
     assert {name for name, folder in found.items() if not folder.startswith(str(tmp_path))} == set()
 
 
-@pytest.mark.thorough
-def test_a_second_evaluation_finds_what_the_first_compiled(tmp_path):
-    """But not on oneDNN, whose programs crash jaxlib 0.12 when the cache serializes them."""
-    environment = user_environment(str(tmp_path), JAX_DEBUG_LOG_MODULES="jax._src.compiler")
-    run(str(tmp_path), tmp_path / "run")
-    command = [sys.executable, "launch.py", "evaluate", f"--workdir={tmp_path / 'run'}", "--top_k=1",
-               f"--predictions={tmp_path / 'a.csv'}"]  # fmt: skip
-    for second in (False, True):
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-        word = "cache hit" if second and not platform.has_onednn() else "cache miss"
-        assert re.search(rf"(?i){word} for '?jit_eval", done.stderr), done.stderr[-2000:]
+@pytest.mark.slow
+def test_the_second_run_compiles_nothing(tmp_path):
+    """The compilation cache is on by default, hits for every program of the second run, and changes no bit."""
+    first, second = (run(str(tmp_path / "cache"), tmp_path / name) for name in ("a", "b"))
+    assert first["cache_misses"] > 0
+    assert "cache_misses" not in second
+    assert second["cache_hits"] > 0
+    digests = [json.loads((tmp_path / name / "result.json").read_text())["params_sha256"] for name in ("a", "b")]
+    assert digests[0] == digests[1]
 
 
 @pytest.mark.parametrize("named", ["the environment's", *thorough("PYTHONPATH's")])
@@ -133,10 +118,6 @@ def test_the_package_beside_launch_py_is_the_one_that_runs(tmp_path, named):
         command = [sys.executable, str(clone / "launch.py"), "config"]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
         assert (mark in done.stdout) == (clone == other)
-    shutil.rmtree(other / "imgclf_jax")  # without one beside it, the installed package runs
-    command = [sys.executable, str(other / "launch.py"), "config"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("seed = 0")
 
 
 def test_the_installed_package_has_the_same_command_line(tmp_path):

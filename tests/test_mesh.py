@@ -55,7 +55,6 @@ def train(of, steps, run=None):
 # What a state consists of besides: averages of both kinds, several seeds, parts of the batch, batch statistics.
 WAYS = {
     "adam": {"optimizer": "adam(eps=1e-3)"},  # with 1e-8, a gradient that is zero but for rounding moves a whole step
-    "parts": {"accumulate": 2},
     "average": {"ema": 0.9, "optimizer": "lamb"},
     "lookahead": {"optimizer": "sgd(momentum=0.9)|lookahead(3, 0.5)"},
     "seeds": {"num_seeds": 2},
@@ -95,27 +94,6 @@ def test_memory_of_each_device(config):
     assert arguments[1] - batch <= 0.32 * (arguments[0] - batch)
 
 
-def test_inference_on_a_sharded_model(config):
-    """Probabilities, features, evaluation, and external weights, without a device that holds everything."""
-    whole, split = programs(config), programs(config, "data=2, fsdp=4")
-    images = np.random.default_rng(0).integers(0, 256, (8, *DATA.image_shape), np.uint8)
-    weights = {"params/backbone/dense0/kernel": np.ones((192, 256), np.float32)}
-    a, b = (of.init(0, weights=weights)["state"] for of in (whole, split))
-    assert not b.params["backbone"]["dense0"]["kernel"].sharding.is_fully_replicated
-    for what in ("predict", "features"):
-        expected, ours = (of.inference(what)(*state.evaluated, images) for of, state in ((whole, a), (split, b)))
-        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
-    assert "all-gather" in counts.collective_bytes(compiled(split, "eval"))
-
-
-@pytest.mark.thorough
-def test_what_is_exchanged(config):
-    """Parameters are all-gathered; with a replicated state only gradients are all-reduced."""
-    whole, split = programs(config), programs(config, "data=2, fsdp=4")
-    assert set(counts.collective_bytes(compiled(whole, "train"))) == {"all-reduce"}
-    assert "all-gather" in counts.collective_bytes(compiled(split, "train"))
-
-
 def test_rules_choose_the_axis(config):
     of = programs(config, "fsdp=-1", **{"rules.shard": "backbone/dense0/kernel=0, head/.*=none, .*/bias=0"})
     specs = {name: tuple(x.sharding.spec) for name, x in tree.named_leaves(of.shape["state"])}
@@ -139,12 +117,8 @@ def test_mistakes(config, keys, message):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("data=3", "there are 8 devices"),
-    ("data=2", "there are 8 devices"),
     ("model=2", "unknown axis of mesh 'model'"),
     ("data=-1, fsdp=-1", "name each axis once"),
-    ("data=0", "name each axis once"),
-    ("data", "name each axis once"),
-    ("seeds=2, data=-1", "unknown axis of mesh 'seeds'"),
 ])  # fmt: skip
 def test_meshes_that_cannot_be(text, message):
     with pytest.raises(UserError, match=message):
@@ -152,10 +126,9 @@ def test_meshes_that_cannot_be(text, message):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("mesh", "seeds"), [("data=2, fsdp=4", 1), ("data=2, fsdp=4", 2)])
-def test_a_checkpoint_goes_from_one_arrangement_to_another(config, tmp_path, mesh, seeds):
-    """Bit for bit, both ways."""
-    whole, split = programs(config, num_seeds=seeds), programs(config, mesh, num_seeds=seeds)
+def test_a_checkpoint_goes_from_one_arrangement_to_another(config, tmp_path):
+    """Bit for bit, both ways, of two seeds."""
+    whole, split = programs(config, num_seeds=2), programs(config, "data=2, fsdp=4", num_seeds=2)
     state, _ = train(split, 3)
     checkpoints = Checkpoints(tmp_path / "a")
     checkpoints.save(3, {"state": state, "sums": split.zero_sums()})

@@ -106,19 +106,6 @@ OF_THE_COMMAND = {
 LINKED = re.findall(r"\[([\d.]+)([^\]]*)\]\(docs/results/(\w+)(-0)?\.zip\)", README)
 
 
-@pytest.mark.parametrize("row", [line for line in README.splitlines() if "](docs/results/" in line],
-                         ids=lambda row: row.split("`")[-2].partition(".")[0])  # fmt: skip
-def test_the_time_of_a_result_is_that_of_its_runs(row):
-    """ "38 s", or "2 to 3 min": from the fastest run of the first link to the slowest."""
-    files = list(
-        (ROOT / "docs" / "results").glob(re.sub("-0$", "-?", re.search(r"results/(.*?)\.zip", row)[1]) + ".zip")
-    )
-    seconds = [Record.load(str(file)).result["seconds"] for file in files]
-    *numbers, unit = re.match(r"(\d+)(?: to (\d+))? (s|min)", row.split("|")[4].strip()).groups()
-    fastest, slowest = (round(x / {"s": 1, "min": 60}[unit]) for x in (min(seconds), max(seconds)))
-    assert [n for n in numbers if n and not fastest <= int(n) <= slowest] == []
-
-
 NEW = ("digits", "fashion_mnist_fast")  # the other bundles have config keys that are gone, until they are made anew
 
 
@@ -159,23 +146,3 @@ def test_a_result_with_bundles_is_that_of_the_bundles(mean, of, name, several):
 def test_every_bundle_of_the_results_is_linked():
     files = {file.stem for file in (ROOT / "docs" / "results").glob("*.zip")}
     assert {re.sub(r"-\d$", "-0", file) for file in files} == {name + several for *_, name, several in LINKED}
-
-
-def test_the_readme_and_the_first_page_begin_with_a_picture():
-    for text in (README, DOCS["index"]):
-        assert "report-head.png" in "\n".join(text.splitlines()[:12])
-
-
-def test_the_gallery_has_what_commands_draw():
-    """Each picture of a command's page, in a small file."""
-    drawn = {name for page in PAGES.values() if page.parent.name == "commands"
-             for name in re.findall(r"_static/([\w-]+\.png)", page.read_text())}  # fmt: skip
-    assert drawn - {"report.png"} <= set(re.findall(r"_static/([\w-]+\.png)", DOCS["gallery"]))
-    sizes = {file.name: file.stat().st_size for file in (ROOT / "docs" / "_static").glob("*.png")}
-    assert [name for name, size in sizes.items() if size > 700_000] == []
-
-
-def test_a_search_finds_pages_before_the_history():
-    """Sphinx ranks headings first, and leaves out pages that say so."""
-    assert "\n## Confusion matrix\n" in DOCS["evaluate"]
-    assert DOCS["changes"].startswith("---\nnosearch: true\n---\n")

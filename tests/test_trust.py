@@ -38,15 +38,19 @@ def changed(run, target, changes):
     return target
 
 
-@pytest.mark.parametrize("key", ["model", "preprocess", "preprocess_eval", "augment", "mix", "loss", "optimizer",
-                                 "schedule", "metrics", "tta", "data.source", "data.eval.test",
-                                 "data.sampling"])  # fmt: skip
+CALL = "os:system('touch HERE/harm')"
+KEYS = ("model", "augment", "mix", "loss", "optimizer", "schedule", "metrics", "tta", "data.source", "data.sampling")
+
+
 @pytest.mark.parametrize("command", ["evaluate", *thorough("predict")])
-def test_a_run_that_names_code(mistake, trained, tmp_path, command, key):
+@pytest.mark.parametrize(("key", "value"), [
+    *((key, CALL) for key in KEYS), ("data.eval.test", f"{CALL}/test"), ("preprocess", f"decode(1)|{CALL}"),
+    ("preprocess_eval", f"decode(1)|{CALL}"), ("model", f"mlp(activation={CALL!r})"),
+    ("model", "resnet(norm='os:system')"),
+])  # fmt: skip
+def test_a_run_that_names_code(mistake, trained, tmp_path, command, key, value):
     """Whatever the key: nothing is imported. What would be is named."""
-    call = f"os:system('touch {tmp_path}/harm')"
-    value = {"data.eval.test": f"{call}/test"}.get(key, f"decode(1)|{call}" if "preprocess" in key else call)
-    run = changed(trained, tmp_path / "run", {key: value})
+    run = changed(trained, tmp_path / "run", {key: value.replace("HERE", str(tmp_path))})
     (tmp_path / "a.png").write_bytes(b"")
     files = [tmp_path / "a.png"] if command == "predict" else []
     unused = {"predict": ("mix", "metrics", "data.source", "data.eval.test", "data.sampling")}
@@ -56,23 +60,6 @@ def test_a_run_that_names_code(mistake, trained, tmp_path, command, key):
         sentence = mistake(command, *files, f"--workdir={run}", log=r"^\d\d:\d\d:\d\d")
         assert has(sentence, f"the run in {run} names", "'os:system'", "import the module 'os'", "add --trust")
     assert not (tmp_path / "harm").exists()
-
-
-@pytest.mark.parametrize("model", ["mlp(activation=CALL)", "resnet(norm='os:system')"])
-def test_a_run_that_names_code_inside_of_its_model(mistake, trained, tmp_path, model):
-    """A normalization or an activation."""
-    call = repr(f"os:system('touch {tmp_path}/harm')")
-    run = changed(trained, tmp_path / "run", {"model": model.replace("CALL", call)})
-    sentence = mistake("evaluate", f"--workdir={run}", log=r"^\d\d:\d\d:\d\d")
-    assert has(sentence, f"the run in {run} names", "'os:system'", "import the module 'os'", "add --trust")
-    assert not (tmp_path / "harm").exists()
-
-
-def test_a_run_that_names_a_program_of_tfds(mistake, trained, tmp_path):
-    """Those of a namespace are fetched from other people's repositories."""
-    run = changed(trained, tmp_path / "run", {"data.source": "tfds('someone:digits')"})
-    sentence = mistake("evaluate", f"--workdir={run}", log=r"^\d\d:\d\d:\d\d")
-    assert has(sentence, "names data set 'someone:digits'", "fetch a program and run it", "add --trust")
 
 
 _watched: list[str] | None = None
@@ -98,22 +85,18 @@ def offline():
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(("changes", "named"), [
     ({"init_from": "gs://evil/weights.pth"}, "'gs://evil/weights.pth', which is on the network"),
-    ({"init_from": "s3://evil/run"}, "'s3://evil/run', which is on the network"),
     ({"data.source": "arrays('s3://evil/x.npz')"}, "'s3://evil/x.npz', which is on the network"),
-    ({"data.source": "folder('gs://evil/x')"}, "'gs://evil/x', which is on the network"),
     ({"data.eval.test": "arrays('s3://evil/x.npz')/test"}, "'s3://evil/x.npz', which is on the network"),
     ({"data.source": "tfds('mnist')", "data.data_dir": "gs://evil/x"}, "'gs://evil/x', which is on the network"),
     ({"data.source": "tfds('mnist', data_dir='s3://evil/x')"}, "'s3://evil/x', which is on the network"),
     ({"data.source": "tfds('mnist', data_dir='HERE')"}, "TFDS data set 'mnist', which is not prepared on this machine"),
-    ({"data.source": "tfds('mnist', data_dir='HERE', manual_dir='HERE')"}, "data set 'mnist', which is not prepared"),
+    ({"data.source": "tfds('someone:digits')"}, "data set 'someone:digits', for which TFDS would fetch a program"),
 ])  # fmt: skip
-@pytest.mark.parametrize("command", ["reproduce", "bundle", "evaluate", *thorough("show-batch", "probe", "report")])
+@pytest.mark.parametrize("command", ["reproduce", "bundle", "evaluate"])
 def test_a_run_that_names_a_place_on_the_network(mistake, trained, tmp_path, command, changes, named):
     """Of a work directory or a bundle: nothing is looked up, and nothing is fetched."""
-    if command != "reproduce" and "init_from" in changes and command != "bundle":
+    if command == "evaluate" and "init_from" in changes:
         pytest.skip("a trained model starts from its checkpoint")
-    if command == "show-batch" and "data.eval.test" in changes:
-        pytest.skip("it opens no evaluation set")
     here = {key: value.replace("HERE", str(tmp_path)) for key, value in changes.items()}
     run = changed(trained, tmp_path / "run", here)
     argv = [command, f"--workdir={run}"]
