@@ -14,6 +14,7 @@ import launch
 from imgclf_jax import losses, step
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
+from imgclf_jax.trained import is_finite
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -130,6 +131,15 @@ def test_a_stream_may_be_endless_and_keeps_its_order(model, pixels):
     expected = model.logits(pixels)
     np.testing.assert_array_equal(first, np.concatenate([expected] * 3))
     assert len(taken) <= 3 * COUNT + 6 * 128
+
+
+def test_outputs_that_are_not_finite():
+    """Infinite logits rule classes out; an infinite feature or probability is a fault."""
+    nan, infinite = np.array([1.0, np.nan]), np.array([1.0, -np.inf])
+    assert not any(is_finite(nan, what) for what in ("logits", "features", "predict"))
+    assert is_finite(infinite, "logits")
+    assert not is_finite(infinite, "features")
+    assert is_finite(np.array([[0.0, 1.0], [-np.inf, 3.0]]), "ranked")  # probabilities, and logits that order them
 
 
 @pytest.mark.thorough
