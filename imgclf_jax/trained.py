@@ -216,7 +216,7 @@ def load(workdir: str | os.PathLike[str], checkpoint: str = "", trust: bool = Fa
     imported or fetched. Raises UserError if there is no run or no such checkpoint, and, without `trust`, if the run's
     config names code outside this package.
     """
-    place = Workdir.from_text(os.fspath(workdir))
+    place = Workdir(os.fspath(workdir))
     with contextlib.nullcontext() if trust else place.untrusted():
         config = place.load_config()
         check_names(config)

@@ -76,7 +76,6 @@ def whole(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
     (["config", "--config.data.eval.x"], ["--config.data.eval.x needs a value"]),
     (["predict", "--top_k=0"], ["--top_k", "0: must be 1 or more"]),
     (["evaluate", "--format=xml"], ["--format", "'xml'", "table, json"]),
-    (["evaluate", "--predictions=a.txt"], ["--predictions: a.txt: the name must end in .csv or .jsonl"]),
     (["--profile=3"], ["--profile: 3", "FIRST:LAST", "10:20"]),
 ])  # fmt: skip
 def test_wrong_usage(mistake, tmp_path, monkeypatch, argv, fragments):

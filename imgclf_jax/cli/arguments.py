@@ -9,7 +9,7 @@ from typing import NoReturn
 from imgclf_jax import __version__
 from imgclf_jax import config as configs
 from imgclf_jax.cli.command_line import CommandLine, find_config
-from imgclf_jax.cli.openers import from_record, from_run, without_config
+from imgclf_jax.cli.openers import from_record, without_config
 from imgclf_jax.cli.table import COMMANDS, FLAGS
 from imgclf_jax.core.errors import UsageError, unknown
 
@@ -47,12 +47,10 @@ def build(program: str) -> argparse.ArgumentParser:
         own = commands.add_parser(
             name, help=command.summary, usage=f"{program} {name}{files} [flags]", formatter_class=style,
             description=f"{command.summary[0].upper()}{command.summary[1:]}.\n\n{more}".rstrip(), allow_abbrev=False,
-            epilog="examples:" * bool(command.examples)
-                   + "".join(f"\n  {program} {name} {words}" for words in command.examples),
         )  # fmt: skip
+        if command.opens not in (without_config, from_record):
+            own.add_argument("--config", metavar="FILE.py[:ARG]", help=_CONFIG)
         if command.opens is not without_config:
-            shown = argparse.SUPPRESS if command.opens in (from_run, from_record) else _CONFIG
-            own.add_argument("--config", metavar="FILE.py[:ARG]", help=shown)
             own.add_argument_group(
                 "config keys", f"--config.KEY=VALUE overrides a key; `{program} config` lists them all."
             )

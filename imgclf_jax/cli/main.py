@@ -75,9 +75,6 @@ def main(argv: Sequence[str], program: str = "launch.py", command: Sequence[str]
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python complains at exit
         return 1
     except OSError as e:
-        provenance = sys.modules.get("imgclf_jax.run.provenance")  # imported by now if the user's own code has run
-        if provenance and provenance.raised_in_user_code(e):
-            raise  # the user needs the traceback into their own code
         message = f"{e.filename or 'standard output or a file'}: {e.strerror or reason(e)}"
         print(f"error: {printable(message)}; fix the cause and run the same command again", file=sys.stderr)
         return 1
@@ -106,8 +103,8 @@ def _dispatch(line: CommandLine, config: ConfigDict | None, source: Any) -> int:
     from imgclf_jax.run.workdir import Workdir
 
     command, options = COMMANDS[line.command], dict(line.options)
-    source = Workdir.from_text(source) if isinstance(source, str) else source
-    process_flags = [options.pop(flag) for flag in PROCESSES] if command.distributed else []
+    source = Workdir(source) if isinstance(source, str) else source
+    process_flags = [options.pop(flag) for flag in PROCESSES if flag in options]
     keys = configs.flatten(config) if config else {}
     agreed = {key: value for key, value in keys.items() if key not in configs.HOST_KEYS}
     agreed |= {"command": line.command, "files": line.files} | {f"--{flag}": value for flag, value in options.items()}

@@ -4,8 +4,6 @@ Each returns the config, with the keys that the command line sets, and what the 
 Record of a run, or None.
 """
 
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,6 @@ def without_config(line: CommandLine) -> tuple[None, None]:
     """For a command that only takes directories."""
     if not line.files:
         raise UsageError(f"{line.command} needs DIR, such as runs")
-    for word in line.files:
-        if "://" not in word and not os.path.isdir(word):
-            raise UserError(f"{word} is not a directory; name work directories, or a folder that holds some")
     return None, None
 
 
@@ -36,15 +31,14 @@ def from_file(line: CommandLine) -> tuple[ConfigDict, str]:
 
 
 def from_run(line: CommandLine) -> tuple[ConfigDict, str]:
-    """The run in --workdir."""
+    """The run in --workdir, whose config no --config may replace."""
     workdir = _workdir(line)
     file = paths.as_path(workdir) / "config.json"
-    if line.workdir:
-        _check_run(file, line, "train first, or pass the run's --workdir")
-    elif file.is_file():
-        print(f"without --workdir: using the run in {workdir}", file=sys.stderr)
-    else:
-        raise UserError(f"{line.command} needs a run: pass --workdir=DIR; the default, {workdir}, holds no run")
+    if not file.is_file():
+        raise UserError(f"{workdir} holds no run: there is no {file}; train first, or pass the run's --workdir")
+    if line.names_config and line.workdir:
+        raise UsageError(f"{line.command} uses the config that the run in {workdir} has recorded: drop --config, "
+                         "and change a key by --config.KEY=VALUE")  # fmt: skip
     return _overridden(configs.from_json(paths.read(file), str(file)), line), workdir
 
 
@@ -67,8 +61,6 @@ def from_record(line: CommandLine) -> tuple[ConfigDict, Any]:
     """The record of the run in a work directory, or of a bundle, which is the only file."""
     if len(line.files) != 1:
         raise UsageError(f"{line.command} takes one WORKDIR|BUNDLE, but got {line.files or 'none'}")
-    if not os.path.isfile(line.files[0]):
-        _check_run(paths.as_path(line.files[0]) / "config.json", line, "name the work directory of a run, or a bundle")
     from imgclf_jax.run.record import Record
 
     record = Record.load(line.files[0])
@@ -83,12 +75,3 @@ def _overridden(config: ConfigDict, line: CommandLine) -> ConfigDict:
     override(config, line.overrides)
     configs.validate(config)
     return config
-
-
-def _check_run(file: Path, line: CommandLine, fix: str) -> None:
-    """Raises UserError unless `file` is the config of a run, which no --config may replace."""
-    if not file.is_file():
-        raise UserError(f"{file.parent} holds no run: there is no {file}; {fix}")
-    if line.names_config:
-        raise UsageError(f"{line.command} uses the config that the run in {file.parent} has recorded: drop --config, "
-                         "and change a key by --config.KEY=VALUE")  # fmt: skip

@@ -47,32 +47,24 @@ def _steps(text: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
-def _output(*suffixes: str) -> Callable[[str], str]:
-    """The type of a flag for a file to write, with one of these suffixes if there are any."""
-
-    def path(text: str) -> str:
-        file = Path(text)
-        if text and suffixes and file.suffix not in suffixes:
-            raise argparse.ArgumentTypeError(f"{text}: the name must end in {' or '.join(suffixes)}")
-        if text and "://" not in text and not file.parent.is_dir():
-            raise argparse.ArgumentTypeError(f"{text}: the directory {str(file.parent)!r} does not exist")
-        return text
-
-    return path
+def _output(text: str) -> str:
+    """The type of a flag for a file to write."""
+    if "://" not in text and not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: the directory {str(Path(text).parent)!r} does not exist")
+    return text
 
 
 _POSITIVE, _NATURAL = _at_least(1), _at_least(0)
 
 # A flag means the same in every command.
 FLAGS: Mapping[str, dict[str, Any]] = {
-    "workdir": _flag("the run's directory (default: runs/<config name>; show-batch: none)", "DIR"),
+    "workdir": _flag("the run's directory (default: runs/<config name>)", "DIR"),
     "checkpoint": _flag("best, latest or a step (default: best if one is kept, else latest)", "WHICH"),
     "checkpoints": _flag("evaluate several checkpoints: all, or a list of steps", "all|100,200"),
     "corruptions": _flag("measure accuracy on corrupted images, at five severities: all, or names", "all|NAME,..."),
     "attack": _flag("measure accuracy under attack: \"pgd(eps='8/255', steps=20)\", or an import path", "SPEC"),
     "format": {"help": "the output format (default: the first)"},  # see `Command.formats`
-    "predictions": _flag("write the prediction for each example to a .csv or .jsonl file", "FILE",
-                         type=_output(".csv", ".jsonl")),
+    "predictions": _flag("write the prediction for each example to a .csv or .jsonl file", "FILE", type=_output),
     "top_k": _flag("how many classes to show or write (default: 3)", "K", 3, type=_POSITIVE),
     "threshold": _flag("for multi-label models, predict classes of at least this probability (default: 0.5); give one "
                        "for all classes, or one per class, separated by commas", "P"),
@@ -102,7 +94,7 @@ FLAGS: Mapping[str, dict[str, Any]] = {
     "jobs": _flag("how many runs train at once (default: 1); they share the cores and the accelerators' memory", "N", 1,
                   type=_POSITIVE),
     "print": _switch("print the command of each run without starting any"),
-    "html": _flag("where to write the page, a self-contained HTML file without scripts", "FILE", type=_output()),
+    "html": _flag("where to write the page, a self-contained HTML file without scripts", "FILE", type=_output),
     "test": _switch("evaluate each finished run and save its predictions in its directory, for paired tests"),
     "output": _flag("where to write: a file, or a folder if there are several", "PATH"),
     "split": _flag("a split of the data, such as train, 'test[:100]' or \"folder('new')/train\" (default: the run's "
@@ -142,16 +134,10 @@ class Command:
     flags: tuple[str, ...] = ()
     files: str = ""  # the placeholder for its files in help texts; empty if it takes none
     more: str = ""  # a paragraph for its help
-    examples: tuple[str, ...] = ()  # each without "launch.py NAME"
     formats: tuple[str, ...] = ("table", "json")  # the values of --format, the first is the default
     extra: str = ""  # the extra that it needs
     before_jax: str = ""  # "module:function", called with files and flags before JAX is imported
     needs_command_line: bool = False
-
-    @property
-    def distributed(self) -> bool:
-        """Whether the command can run in several processes."""
-        return "coordinator" in self.flags
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -159,29 +145,24 @@ COMMANDS: Mapping[str, Command] = {
         "train or resume the run in the work directory (the default command)",
         "train.command", from_file, ("workdir", "extend", "profile", *PROCESSES),
         more="A work directory with checkpoints resumes from the latest, if the config is the same.",
-        examples=("", "--config folder:photos --workdir runs/a", "--config.total='20 epochs'"),
     ),
     "evaluate": Command(
         "evaluate a trained run on each of its evaluation sets",
         "tools.evaluate.command", from_run_or_weights,
         ("workdir", "checkpoint", "checkpoints", "corruptions", "attack", "format", "predictions", "top_k",
          "trust", *PROCESSES),
-        examples=("--workdir runs/a --predictions all.csv",
-                  "--workdir runs/a --config.data.eval.new=\"folder('new')/train\""),
     ),
     "predict": Command(
         "classify new images with a trained run",
         "tools.predict.command", from_run_or_weights,
         ("workdir", "checkpoint", "format", "top_k", "threshold", "trust"), "FILE|DIR|GLOB|-",
         more="Quote a GLOB, such as 'photos/**/*.jpg'. - reads file names from standard input, one per line.",
-        examples=("photos --workdir runs/a --format csv > classes.csv",),
         formats=("table", "json", "jsonl", "csv"), before_jax="tools.pages.inputs:check",
     ),
     "report": Command(
         "write a page about a trained run: learning curves, scores, confusions, worst mistakes, provenance",
         "tools.report.command", from_run, ("workdir", "checkpoint", "html", "trust"),
         more="The page goes to WORKDIR/report.html, or to --html.",
-        examples=("--workdir runs/a --checkpoint=best --html a.html",),
     ),
     "export": Command(
         "export a trained model for JAX, TensorFlow, ONNX or PyTorch",
@@ -189,49 +170,42 @@ COMMANDS: Mapping[str, Command] = {
         ("workdir", "checkpoint", "gives", "names", "trust"), "FILE",
         more="The suffix selects the format: .stablehlo for JAX, .savedmodel for TensorFlow (a folder), .onnx, or "
              ".safetensors, the weights under the parameter names of a PyTorch model.",
-        examples=("digits.stablehlo --workdir runs/digits", "resnet.safetensors --workdir runs/a --names=torchvision"),
         before_jax="tools.export.formats:check",
     ),
     "serve": Command(
         "serve a trained run as a web page and an HTTP API",
         "tools.serve.command", from_run_or_weights,
         ("workdir", "checkpoint", "host", "port", "cors", "trust"),
-        examples=("--workdir runs/a --host 0.0.0.0 --port 80",),
         extra="serve",
     ),
     "sweep": Command(
         "train a run for each combination of the values of several keys",
         "tools.sweep.command", from_file, ("workdir", "sweep", "jobs", "print"),
         more="Each run is a plain `train` in WORKDIR/KEY=VALUE,…. Run the same command again to continue.",
-        examples=("--workdir runs/rates --sweep 'schedule=constant(1e-3); constant(3e-3)' --sweep seed=0..2",),
         before_jax="tools.sweep.plan:use_cpu", needs_command_line=True,
     ),
     "compare": Command(
         "compare runs: results by the keys that differ, averaged over seeds, with paired tests and curves",
         "tools.compare.command", without_config, ("format", "html", "test", "trust"), "DIR",
         more="The command finds every run below DIR. Runs that differ only in their seed share a row.",
-        examples=("runs/rates --test --html rates.html",),
         formats=("table", "csv", "json"),
     ),
     "status": Command(
         "show how far runs are, what went wrong, and where their time went",
         "tools.status.command", without_config, ("format",), "DIR",
         more="The command finds every run below DIR. For one run, a second table has the time by phase.",
-        examples=("runs",),
     ),
     "features": Command(
         "write the network's features for images: one vector each, with names and labels",
         "tools.probe.features", from_run_or_weights,
         ("workdir", "checkpoint", "output", "split", "trust"), "[FILE|DIR|GLOB|-]",
         more="--output is an .npz file. Without images on the command line, the command uses those of --split.",
-        examples=("--workdir runs/a --split train --output train.npz",),
         before_jax="tools.pages.inputs:check",
     ),
     "probe": Command(
         "measure the features: nearest neighbors, a linear probe, few-shot classification",
         "tools.probe.command", from_run_or_weights,
         ("workdir", "checkpoint", "format", "k", "draws", "trust"),
-        examples=("--workdir runs/a", "--config my_config.py --config.init_from=weights.safetensors"),
     ),
     "explain": Command(
         "draw heatmaps of the image regions that a trained run's predictions depend on",
@@ -239,7 +213,6 @@ COMMANDS: Mapping[str, Command] = {
         ("workdir", "checkpoint", "format", "method", "class", "layer", "window", "output", "trust"),
         "FILE|DIR|GLOB|-",
         more="The heatmaps go to the folder --output (default: explained).",
-        examples=("photos --workdir runs/a --class dog --output heat",),
         before_jax="tools.pages.inputs:check",
     ),
     "reproduce": Command(
@@ -247,26 +220,22 @@ COMMANDS: Mapping[str, Command] = {
         "tools.reproduce.command", from_record,
         ("output", "steps", "tolerance", "format", "bundle", "trust", *PROCESSES), "WORKDIR|BUNDLE",
         more="It trains in --output (default: a temporary directory), and exits with 0 if the runs are equal, else 1.",
-        examples=("runs/a --steps=100", "runs/a --bundle=a.zip"),
     ),
     "show-batch": Command(
         "draw the batch that a step trains on, with labels and ids",
         "tools.reproduce.show_batch", from_run_or_file,
         ("workdir", "step", "raw", "count", "output", "format", "trust"),
         more="--output is a .png file (default: batch-K.png in --workdir, else in the working directory).",
-        examples=("--workdir runs/a --step=100",),
     ),
     "dryrun": Command(
         "compile a run for absent chips: memory, time and bottleneck",
         "tools.dryrun.command", from_file,
         ("workdir", "chips", "shape", "classes", "targets", "examples", "format"),
-        examples=("--config imagenet_resnet50 --chips v5e:2x4",),
         before_jax="tools.dryrun.topology:prepare_from_flags",
     ),
     "find-lr": Command(
         "suggest a learning rate by a range test: a short run whose learning rate grows until the loss diverges",
         "tools.find_lr.command", from_file, ("steps", "low", "high", "format", "html"),
-        examples=("--config fashion_mnist --html lr.html",),
     ),
     "config": Command("print the value and documentation of every key", "", from_file),
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """Checkpoints. Orbax saves them asynchronously and renames them atomically; this module verifies them.
 
 A checkpoint holds the train state and the metric accumulator since the last log line, so a resumed run logs the same
-numbers as an uninterrupted one. To `ocp.CheckpointManager` it adds (tests/run/test_checkpoint.py and test_verified.py):
+numbers as an uninterrupted one. To `ocp.CheckpointManager` it adds (tests/run/test_checkpoint.py):
 checksums of all files, since Orbax restores flipped bits; falling back to an older checkpoint; and removing old
 checkpoints only once the new one is verified. Which one is best follows from metrics.jsonl.
 """
@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from imgclf_jax import metrics
-from imgclf_jax.core import internals, paths, processes, sharding, tree
+from imgclf_jax.core import internals, paths, processes, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Array, PyTree
 from imgclf_jax.run import manifest, writers
@@ -81,18 +81,12 @@ class Checkpoints:
         if str(self.directory).startswith("s3://"):
             internals.teach_orbax_s3()
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_HANDLERS)
-        absl = logging.getLogger("absl")
-        level = absl.level
-        absl.setLevel(logging.ERROR)  # Orbax warns that a read-only folder is read-only
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
         except (ValueError, TypeError, KeyError) as e:  # from a _CHECKPOINT_METADATA with other values
             raise UserError(f"a checkpoint in {self.directory} has damaged metadata: {reason(e)}; remove it") from e
-        finally:
-            absl.setLevel(level)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: concurrent.futures.Future[None] | None = None
-        self._read_back = False  # whether this process has read a checkpoint back
         self.latest = max(self.steps(), default=0)  # the step of the latest verified checkpoint
 
     def _prepare(self) -> None:
@@ -125,13 +119,13 @@ class Checkpoints:
             return
         saved = ocp.args.PyTreeSave(jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state))
         self._attempt(lambda: self._manager.save(step, args=saved))
-        self._saving = self._thread.submit(self._finish, step, jax.eval_shape(lambda: state))
+        self._saving = self._thread.submit(self._finish, step)
 
-    def _finish(self, step: int, like: PyTree) -> None:
-        """Waits, in the thread, until a checkpoint is on disk; verifies it, and removes those that it replaces."""
+    def _finish(self, step: int) -> None:
+        """Waits, in the thread, until a checkpoint is on disk; writes its manifest, and removes those it replaces."""
         self._manager.wait_until_finished()
         if not processes.index():
-            self._verify(step, like)
+            manifest.write(self.directory / str(step))
         self.latest = step
         if not processes.index():
             self._remove_old()
@@ -154,14 +148,6 @@ class Checkpoints:
         with contextlib.suppress(OSError):  # it is gone, or the disk is read-only
             paths.move(folder, aside)
         paths.remove(aside)
-
-    def _verify(self, step: int, like: PyTree) -> None:
-        if not self._read_back:  # only the first, since TensorStore leaks memory when it opens each array
-            saved = self._manager.item_metadata(step)
-            if clash := "it has no metadata" if saved is None else _find_clash(saved, like):
-                raise OSError(f"the checkpoint cannot be read back: {clash}")
-            self._read_back = True
-        manifest.write(self.directory / str(step))
 
     def wait(self) -> None:
         """Waits until every save of this process is on disk, in process 0 also verified. Raises UserError if not."""
@@ -205,14 +191,11 @@ class Checkpoints:
         processes.agree(lambda: {f"checkpoint {folder}": manifest.digest(folder)},
                         fix="all processes must read one work directory, on a shared disk")  # fmt: skip
         try:
-            found = self._read(step, like, optimizer)
+            return self._read(step, like, optimizer)
         except Exception as e:  # Orbax and TensorStore raise many types, for damage and for other shapes
             if processes.count() > 1:
                 raise  # other processes may have read it, so all must end
             raise self._gone(folder) or UserError(f"checkpoint {folder} cannot be read: {reason(e)}") from e
-        if (own := _own_step(found)) not in (None, step):
-            raise UserError(f"checkpoint {folder} holds the state of step {own}; name it {own} again, or remove it")
-        return found
 
     def _read(self, step: int, like: PyTree, optimizer: bool) -> PyTree:
         """Reads the state, with NumPy arrays where `like` has no shardings."""
@@ -326,13 +309,6 @@ class Checkpoints:
                 f"a checkpoint could not be saved in {self.directory}: {reason(e)}; {kept}; free some space or repair "
                 "the disk, then run the same command again"
             ) from e
-
-
-def _own_step(found: PyTree) -> int | None:
-    """The step in the state of a checkpoint; None if it has none."""
-    state = found["state"] if isinstance(found, dict) and "state" in found else None
-    count = state.get("step") if isinstance(state, dict) else getattr(state, "step", None)
-    return None if count is None else int(sharding.fetch(count).max())  # one per seed, all equal
 
 
 def _is_key(leaf: Leaf) -> bool:

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -16,8 +15,6 @@ from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError
 
 log = logging.getLogger(__name__)
-
-_LOOK = 0.05  # seconds, in which a process that called `is_held` has let go of the lock
 
 
 @contextlib.contextmanager
@@ -58,16 +55,12 @@ def is_held(file: Path) -> bool:
 
 
 def _take(file: Path) -> IO[str]:
-    tries = 2
     while True:
         handle = paths.open_regular(file, "a+", "utf-8", "replace")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             with handle:
-                if tries := tries - 1:
-                    time.sleep(_LOOK)
-                    continue
                 handle.seek(0)
                 who = _describe(handle.read())
             raise UserError(f"{file.parent} is in use by another training run ({who}); wait until it ends, stop it, or "

@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Self
 
 import jax
 from ml_collections import ConfigDict
@@ -26,7 +25,6 @@ from imgclf_jax.run.provenance import (
 log = logging.getLogger(__name__)
 
 _NAMED = 4  # most differences in a message
-_FOLDERS = {"checkpoints", "damaged", "profile", "tb"}  # of a run
 _SEEN = 10.0  # seconds until all hosts see a new file on a shared disk
 
 
@@ -44,19 +42,14 @@ def check_path(path: Path) -> None:
 class Workdir:
     """The files of one run under `path`."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path | str):
+        self.path = path = paths.as_path(path) if isinstance(path, str) else path
         self.config = path / "config.json"
         self.provenance = path / "provenance.json"
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.digests = path / "digests.jsonl"
         self.result = path / "result.json"
-
-    @classmethod
-    def from_text(cls, text: str) -> Self:
-        """The work directory at a path or address: see `paths.as_path`."""
-        return cls(paths.as_path(text))
 
     def load_config(self) -> ConfigDict:
         """Loads the config that the run was trained with. Raises UserError if this directory has no run."""
@@ -116,14 +109,6 @@ class Workdir:
                     f"work directory {self.path} cannot be written: {reason}; pass another --workdir"
                 ) from e
             yield
-
-    def refuse_data(self) -> None:
-        """Raises UserError if the directory holds folders but no run, as a data set does."""
-        if self.path.is_dir() and not self.config.is_file():
-            folders = {entry.name for entry in self.path.iterdir() if entry.is_dir()} - _FOLDERS
-            if folders:
-                raise UserError(f"work directory {self.path} holds the folder {min(folders)!r} and no run; pass "
-                                "another --workdir")  # fmt: skip
 
     def check_shared(self) -> None:
         """Raises UserError in all processes unless each sees the lock of process 0 in its work directory.

@@ -23,7 +23,6 @@ from imgclf_jax.core.typing import JsonMapping, JsonObject
 log = logging.getLogger(__name__)
 
 TIMES = ("train/images_per_second", "train/input_wait")  # metrics of the run's speed, which differ between runs
-_BEGIN = b'{"step": '  # of every line that this package writes
 
 
 class Writer(Protocol):
@@ -144,10 +143,11 @@ class MetricsWriter:
         self._tell("close")
 
     def _tell(self, method: str, *args: object) -> None:
-        """Calls a method of all writers that have it."""
+        """Calls a method of all writers; only some have `write_images`."""
         for name, writer in list(self._writers.items()):
             try:
-                getattr(writer, method, _ignore)(*args)
+                if method != "write_images" or hasattr(writer, method):
+                    getattr(writer, method)(*args)
             except Exception as e:  # a failing tracking service must not end a run
                 log.warning("%s failed and gets no more metrics: %s: %s", name, type(e).__name__, reason(e))
                 del self._writers[name]
@@ -206,10 +206,6 @@ class TensorBoard:
         return self._made[0]
 
 
-def _ignore(*_: object) -> None:
-    pass
-
-
 @contextlib.contextmanager
 def _naming_errors(path: Path) -> Iterator[None]:
     """Inside, turns an OSError into a UserError that says that `path` could not be written."""
@@ -234,16 +230,11 @@ def find_factories(specs: str) -> dict[str, Callable[[Path, int], Writer]]:
         def make(workdir: Path, step: int) -> Writer:
             passed = {"workdir": workdir, "step": step}
             writer: Writer = function(**{name: value for name, value in passed.items() if name in takes})
-            if missing := [name for name in _METHODS if not callable(getattr(writer, name, None))]:
-                raise UserError(f"writers={str(call)!r} has no method {missing[0]}; a writer has {', '.join(_METHODS)}")
             return writer
 
         return make
 
     return {str(call): bind(call) for call in spec.parse(specs)}
-
-
-_METHODS = ("write_hparams", "write_scalars", "flush", "close")
 
 
 def read_metrics(path: Path) -> list[JsonObject]:
@@ -266,7 +257,7 @@ def parse_records(content: bytes, where: str, strict: bool = False) -> list[Json
             records.append(record)
         else:
             damaged += 1
-            torn = not line.endswith(b"\n") and line[: len(_BEGIN)] == _BEGIN[: len(line)]
+            torn = not line.endswith(b"\n")
     if strict and damaged > torn:
         raise UserError(f"{where} is damaged: {damaged:,} of its {damaged + len(records):,} lines hold no record; "
                         "restore the file from a copy of the run or from its bundle")  # fmt: skip

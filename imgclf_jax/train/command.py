@@ -10,7 +10,7 @@ from imgclf_jax import config as configs
 from imgclf_jax import programs
 from imgclf_jax.core import processes
 from imgclf_jax.core.stopping import STATUS_SAVED
-from imgclf_jax.run import digests
+from imgclf_jax.run import digests, writers
 from imgclf_jax.run.timer import Timer
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.train import pictures, result
@@ -33,10 +33,11 @@ def main(
     not finite.
     """
     programs.check(config)  # before the work directory is made
+    if not processes.index():
+        writers.find_factories(config.writers)
     timer = Timer(configs.seconds(config.watchdog, "watchdog"))
     with contextlib.ExitStack() as held:
         held.callback(timer.stop)
-        processes.broadcast(workdir.refuse_data)
         processes.broadcast(lambda: held.enter_context(workdir.held()))
         workdir.check_shared()
         run = transform_run(set_up(config, workdir, extend))

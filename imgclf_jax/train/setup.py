@@ -16,7 +16,7 @@ from imgclf_jax.core.typing import Function, Json, JsonObject, PyTree
 from imgclf_jax.data import stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
-from imgclf_jax.run import early_stopping, writers
+from imgclf_jax.run import early_stopping
 from imgclf_jax.run.cadences import Cadences
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.early_stopping import EarlyStopping
@@ -70,8 +70,6 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
 
     With `extend`, the run in `workdir` may have another `total`. Raises UserError for a user's mistake.
     """
-    if not processes.index():
-        writers.find_factories(config.writers)  # a wrong spec ends the run before it reads data
     total_before = processes.broadcast(lambda: _recorded_total(config, workdir, extend))
 
     base = datasets.open_data(config)

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -11,7 +10,6 @@ import launch
 from imgclf_jax.core import extras, paths
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
-from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.writers import TIMES, read_metrics
 
 RUN = ("--config.data.source=fake(64, (8, 8, 1), 4)", "--config.preprocess=decode(1)", "--config.batch_size=16",
@@ -48,15 +46,10 @@ def test_a_path_in_a_bucket_is_as_one_on_a_disk(bucket):
     paths.move(folder / "b", folder / "d")
     assert [name for name, _ in paths.files(folder)] == ["d/c.txt"]
     paths.remove(folder / "d")
-    paths.remove(folder / "d")
     assert not (folder / "d").exists()
 
 
-def test_a_file_address_is_a_path():
-    assert paths.as_path("a:b/c") == Path("a:b/c")
-
-
-@pytest.mark.parametrize("text", ["s4://bucket/x", "s3://", "file:///x", "http://host/x"])
+@pytest.mark.parametrize("text", ["s3://", "http://host/x"])
 def test_other_addresses_are_refused(text):
     with pytest.raises(UserError, match=r"is not a path; allowed are a path, gs://BUCKET/PATH or s3"):
         paths.as_path(text)
@@ -104,52 +97,17 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, tmp_path, capsys, caplog, m
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "next"]
 
 
-@pytest.mark.thorough
-def test_weights_after_a_kill_in_the_first_save(bucket, tmp_path):
-    """A bucket keeps what was written of a checkpoint. It is none, so the run begins from `init_from` again."""
-    words, ours = [*RUN, f"--config.init_from={tmp_path / 'first'}"], paths.as_path(f"{bucket}/killed")
-    assert launch.main([f"--workdir={tmp_path / 'first'}", *RUN]) == 0
-
-    def train():
-        assert launch.main([f"--workdir={ours}", *words]) == 0
-        return [json.loads(line)["params_sha256"] for line in (ours / "digests.jsonl").read_text().splitlines()]
-
-    undisturbed = train()
-    paths.remove(ours / "checkpoints")
-    (ours / "result.json").unlink()
-    (ours / "checkpoints" / "4" / "default" / "manifest.ocdbt").write_bytes(b"a part")
-    assert train() == undisturbed
-
-
 def test_data_in_a_bucket(bucket, tmp_path):
     """An .npz file is read anew at each start; a folder of images is refused, with the fix."""
     for classes in (4, 5):
         images = np.random.default_rng(0).integers(0, 256, (10 * classes, 8, 8, 1), np.uint8)
         np.savez(tmp_path / "a.npz", x_train=images, y_train=np.arange(10 * classes) % classes)
         paths.as_path(f"{bucket}/a.npz").write_bytes((tmp_path / "a.npz").read_bytes())
-        for _ in range(2):
-            source = sources.open_splits(f"arrays('{bucket}/a.npz')")["train"]
-            assert len(source.class_names) == classes
-            np.testing.assert_array_equal(source.read(np.arange(source.size))["image"], images)
+        source = sources.open_splits(f"arrays('{bucket}/a.npz')")["train"]
+        assert len(source.class_names) == classes
+        np.testing.assert_array_equal(source.read(np.arange(source.size))["image"], images)
     with pytest.raises(UserError, match=r"mount it as a folder \(gcsfuse, mountpoint-s3\)"):
         sources.open_splits(f"folder('{bucket}/photos')")
-    with pytest.raises(UserError, match=r"cannot read 's3://runs/b.npz' as an .npz file"):
-        sources.open_splits(f"arrays('{bucket}/b.npz')")
-
-
-@pytest.mark.thorough
-def test_checkpoints_in_a_bucket(bucket, tmp_path, monkeypatch):
-    """They write nothing to this disk."""
-    monkeypatch.chdir(tmp_path)
-    like = {"x": jax.ShapeDtypeStruct((3,), np.int32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))}
-    checkpoints = Checkpoints(paths.as_path(f"{bucket}/again/checkpoints"), keep=2)
-    for step in (1, 2, 3):
-        checkpoints.save(step, {"x": np.full(3, step, np.int32)})
-    checkpoints.wait()
-    step, state = checkpoints.restore_latest(like)
-    assert (step, state["x"].tolist(), checkpoints.steps()) == (3, [3, 3, 3], [2, 3])
-    checkpoints.close()
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.thorough

@@ -36,8 +36,6 @@ def packed(members: list[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -
 @pytest.mark.parametrize(("content", "says"), [
     (b"hello", "not a zip"),
     (packed([*CONTENTS.items(), ("../evil", b"x")]), "'../evil'"),
-    (packed([*CONTENTS.items(), ("/etc/evil", b"x")]), "'/etc/evil'"),
-    (packed([*CONTENTS.items(), ("more.pkl", b"x")]), "but a bundle holds config.json, provenance.json"),
     (packed([*CONTENTS.items(), ("config.json", b"[]")]), "but a bundle holds"),
     (packed([("result.json", b"{}")]), "but a bundle holds"),
     (packed(list(CONTENTS.items())).replace(b'{"step": 1}', b'{"step": 2}'), "CRC"),

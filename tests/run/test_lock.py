@@ -55,34 +55,14 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(lock.fcntl, "flock", unsupported)
     with lock.held(tmp_path / "lock"):
         assert "cannot be locked" in caplog.text
-        assert f'"process": {os.getpid()}' in lock.holder(
-            tmp_path / "lock"
-        )  # which other processes of the run look for
 
 
-def test_to_look_at_a_lock_takes_none(tmp_path, monkeypatch):
-    """`status` said "running" of a stopped run that another `status` looked at, and kept a `train` from starting."""
+def test_to_look_at_a_lock_takes_none(tmp_path):
+    """`status` said "running" of a stopped run that another `status` looked at."""
     file = tmp_path / "lock"
     file.touch(mode=0o444)  # as another user's
-    opened, flock, calls = os.open, lock.fcntl.flock, []
     with file.open() as other:
-        flock(other, lock.fcntl.LOCK_SH)
+        lock.fcntl.flock(other, lock.fcntl.LOCK_SH)
         assert not lock.is_held(file)
-    with lock.held(file), monkeypatch.context() as patch:
-
-        def refuse_to_write(path, flags, mode=0o777):
-            assert not flags & (os.O_RDWR | os.O_WRONLY)
-            return opened(path, flags, mode)
-
-        patch.setattr(os, "open", refuse_to_write)
-        assert lock.is_held(file)
-
-    def busy_once(*args):
-        calls.append(args)
-        if len(calls) == 1:
-            raise BlockingIOError
-        return flock(*args)
-
-    monkeypatch.setattr(lock.fcntl, "flock", busy_once)
     with lock.held(file):
-        assert len(calls) == 2
+        assert lock.is_held(file)

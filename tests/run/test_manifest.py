@@ -3,26 +3,17 @@
 import json
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 from imgclf_jax.run import manifest
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=8,
-)
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    (folder / "inner").mkdir()
-    (folder / "a").write_bytes(bytes(3 << 20))
-    (folder / "inner" / "b").write_bytes(b"12")
-    manifest.write(folder)
-    return folder
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "a").write_bytes(bytes(3 << 20))
+    (tmp_path / "inner" / "b").write_bytes(b"12")
+    manifest.write(tmp_path)
+    return tmp_path
 
 
 def test_the_size_and_checksum_of_each_file(folder):
@@ -32,17 +23,10 @@ def test_the_size_and_checksum_of_each_file(folder):
     assert whole["a"][0] == 3 << 20
 
 
-@example(b"{}")
-@example(b'{"a": [true, 1]}')
-@example(b'{"a": ["1", 2]}')
-@example(b"[" * 100_000)
-@given(st.binary(max_size=30) | JSON.map(json.dumps).map(str.encode)
-       | st.dictionaries(st.text(max_size=5) | st.sampled_from(["a", "inner/b", "\0", "inner", "/dev/zero"]),
-                         st.lists(st.integers(), min_size=2, max_size=2)).map(json.dumps).map(str.encode))  # fmt: skip
+@pytest.mark.parametrize("content", [
+    b"", b"{}", b"3", b"[[]]", b"\xff", b'{"a": [true, 1]}', b'{"a": ["1", 2]}', b'{"a": [1]}', b'{"a": {"b": 1e999}}',
+    b'{"\\u0000": [1, 1]}', b'{"inner": [1, 1]}', b'{"/dev/zero": [1, 1]}', b"[" * 100_000,
+])  # fmt: skip
 def test_any_manifest(folder, content):
-    before = (folder / manifest.NAME).read_bytes()
-    try:
-        (folder / manifest.NAME).write_bytes(content)
-        assert manifest.find_fault(folder)
-    finally:
-        (folder / manifest.NAME).write_bytes(before)
+    (folder / manifest.NAME).write_bytes(content)
+    assert manifest.find_fault(folder)

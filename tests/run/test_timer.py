@@ -8,8 +8,6 @@ import jax
 import pytest
 from runs import ROOT
 
-from imgclf_jax import config as configs
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.run.profiler import Profiler
 from imgclf_jax.run.timer import PHASES, Timer
 
@@ -87,12 +85,6 @@ def test_a_phase_without_an_end_ends_the_process(stopped):
     assert ("Timeout (0:00:00.400000)!" in done.stderr) is not stopped
     assert ("waits_for_ever" in done.stderr) is not stopped
     assert time.monotonic() - began > 2
-
-
-@pytest.mark.parametrize("text", ["10", "ten minutes", "-3 s"])
-def test_durations_of_a_watchdog(text):
-    with pytest.raises(UserError, match="watchdog"):
-        configs.seconds(text, "watchdog")
 
 
 def test_a_trace_holds_the_steps_from_the_first_to_before_the_last(tmp_path, monkeypatch):

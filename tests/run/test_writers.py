@@ -5,7 +5,6 @@ import importlib.util
 import io
 import json
 import logging
-import os
 import platform
 import re
 import subprocess
@@ -18,7 +17,6 @@ import numpy as np
 import pytest
 from cases import short_config
 from PIL import Image
-from rich.console import Console
 
 from imgclf_jax.config import default_config, flatten
 from imgclf_jax.core import terminal
@@ -70,14 +68,6 @@ def test_resuming_drops_what_comes_after(tmp_path, caplog):
     assert file.read_text().splitlines() == [*kept, '{"step": 15, "a": 0.25}']
     assert caplog.text.count("skipped a truncated line") == 1
     assert {p.name for p in tmp_path.iterdir()} >= {"metrics.jsonl"}
-
-
-def test_a_new_run_begins_with_nothing(tmp_path):
-    """A process killed before the first checkpoint left records; the run starts again at step 0."""
-    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "a": 0.1}\n')
-    open_writer(tmp_path).close()
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
-    assert writers.read_metrics(tmp_path / "missing.jsonl") == []
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
@@ -160,16 +150,6 @@ def test_images_of_a_run_change_none_of_its_bits(fake_config, tmp_path):
     assert set(read_events(place / "tb").PluginTagToContent("images")) == {"train/augmented"}
 
 
-def test_tensorboard_after_resuming(tmp_path):
-    """What a killed process wrote after its last checkpoint is there twice, with the same values."""
-    for start in (0, 10):
-        writer = open_writer(tmp_path, start)
-        for step in range(start + 5, 21, 5):
-            writer.write_scalars(step, {"a": step / 8})
-        writer.close()
-    assert scalars(tmp_path / "tb") == {(step, "a"): step / 8 for step in (5, 10, 15, 20)}
-
-
 def test_a_tensorboard_that_fails_ends_no_run(tmp_path, caplog):
     (tmp_path / "tb").write_text("a file")
     writer = open_writer(tmp_path)
@@ -178,18 +158,6 @@ def test_a_tensorboard_that_fails_ends_no_run(tmp_path, caplog):
     writer.close()
     assert "TensorBoard failed and gets no more metrics: FileExistsError" in caplog.text
     assert len(writers.read_metrics(tmp_path / "metrics.jsonl")) == 2
-
-
-def test_without_tensorflow(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    caplog.set_level("INFO")
-    writer = open_writer(tmp_path)
-    writer.write_scalars(1, {"a": 0.5})
-    writer.close()
-    assert caplog.messages == [
-        "TensorFlow is not installed: metrics are written to metrics.jsonl, and not for TensorBoard"
-    ]
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 class Kept:
@@ -232,7 +200,6 @@ def test_writers_that_the_config_names(tmp_path, caplog):
 @pytest.mark.parametrize(("text", "sentence"), [
     ("wandb", "unknown writer 'wandb': write the import path of yours"),
     (f"{__name__}:Kept(nome='x')", "unknown argument 'nome'"),
-    (f"{__name__}:Console()", "has no method write_hparams; a writer has write_hparams, write_scalars, flush,"),
 ])  # fmt: skip
 def test_a_writer_that_cannot_be_made(tmp_path, text, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
@@ -256,18 +223,6 @@ def test_the_docs_writer_for_a_tracking_service(tmp_path, monkeypatch):
 
 
 @pytest.mark.thorough
-def test_a_writer_of_clu(tmp_path):
-    """Its factory needs no adapter."""
-    pytest.importorskip("clu.metric_writers")
-    writer = open_writer(
-        tmp_path, tensorboard=False, writers=f"clu.metric_writers:SummaryWriter({str(tmp_path / 'clu')!r})"
-    )
-    writer.write_scalars(5, {"a": 0.5})
-    writer.close()
-    assert "a" in read_events(tmp_path / "clu").Tags()["tensors"]
-
-
-@pytest.mark.thorough
 def test_progress_on_a_terminal(fake_config, tmp_path, monkeypatch, capsys):
     """Steps and the time left, on a terminal of the usual 80 columns."""
     screen = io.StringIO()
@@ -286,32 +241,12 @@ def test_progress_on_a_terminal(fake_config, tmp_path, monkeypatch, capsys):
     assert max(map(len, lines)) <= 80
 
 
-@pytest.mark.parametrize("is_terminal", [True, False])
-def test_work_before_training_is_shown_on_a_terminal_alone(monkeypatch, is_terminal):
-    screen = io.StringIO()
-    console = Console(file=screen, force_terminal=is_terminal, width=80, color_system=None)
-    monkeypatch.setattr(terminal, "console", lambda: console)
-    with terminal.showing("listing a[red]\nb"):
-        pass
-    assert ("listing a[red]\\nb" in screen.getvalue()) == is_terminal
-    assert bool(screen.getvalue()) == is_terminal
-
-
-def test_tables_and_log_lines_escape_what_is_not_printable(monkeypatch, capsys):
-    """A name cannot break a line or control the terminal; characters outside the encoding are escaped too."""
+def test_tables_and_log_lines_escape_what_is_not_printable(capsys):
+    """A name cannot break a line or control the terminal."""
     names = ["a\nb", "\x1b[31m", "\udcff", "é漢"]
     terminal.print_table(["file"], [[name] for name in names])
     out = capsys.readouterr().out
     assert [line.strip("│ ") for line in out.splitlines() if "│" in line] == [r"a\nb", r"\x1b[31m", r"\udcff", "é漢"]
-
-    page = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", page)
-    terminal.print_table(["file"], [[name] for name in names])
-    page.flush()
-    lines = page.buffer.getvalue().decode("ascii").splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert r"\xe9\u6f22" in lines[-2]
-    monkeypatch.undo()
 
     root = logging.getLogger()
     before = root.handlers[:], root.level
@@ -335,7 +270,6 @@ def test_result(finished):
     assert (result["step"], result["epochs"]) == (12, 3.0)
     assert result["seconds"] > 0
     assert result["images_per_second"] > 0
-    assert re.fullmatch("[0-9a-f]{64}", result["params_sha256"])
     assert list(result["test"]) == ["examples", "accuracy", "loss", "nll"]  # four classes: no top5
     assert result["test"]["examples"] == 64
     records = writers.read_metrics(finished / "metrics.jsonl")
@@ -354,19 +288,7 @@ def test_provenance(finished):
     assert (record["processes"], record["command"]) == (1, sys.argv)
     for name in ("jax", "ml-collections", "pytest"):  # whose folders are called ml_collections-…, and so on
         assert record["packages"][name] == importlib.metadata.version(name)
-    assert re.fullmatch("[0-9a-f]{64}", record["code"])
-    assert "JAX_COMPILATION_CACHE_DIR" in os.environ
-    assert "JAX_COMPILATION_CACHE_DIR" not in record["flags"]["JAX options"]
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
     assert record["git"].get("commit", "") == commit.stdout.strip()
     data = provenance.load_data_info(finished / "provenance.json")
-    assert (data.train_examples, data.image_shape) == (64, (12, 12, 1))
-    assert data.class_names == ("0", "1", "2", "3")
-    assert re.fullmatch("[0-9a-f]{64}", data.fingerprint)
-
-
-def test_damaged_lines_are_counted(tmp_path, caplog):
-    """In one log line, however many there are."""
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + b"\n" * 1_000_000 + b'x\r\n{"step": 2}\r\n')
-    assert [record["step"] for record in writers.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
-    assert [r.message for r in caplog.records] == [f"{tmp_path}/metrics.jsonl: skipped 1,000,001 damaged lines"]
+    assert (data.train_examples, data.image_shape, data.class_names) == (64, (12, 12, 1), ("0", "1", "2", "3"))

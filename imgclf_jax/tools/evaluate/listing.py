@@ -52,7 +52,7 @@ def target_rows(
 
 
 def write(path: Path, table: Sequence[JsonMapping]) -> None:
-    """Writes rows with the same keys atomically, as CSV or JSON lines by the file's suffix.
+    """Writes rows with the same keys atomically, as CSV if the file's suffix is .csv, else as JSON lines.
 
     Bytes of names that are not UTF-8 are escaped.
     """
