@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from cases import short_config
 from PIL import Image
+from rich.console import Console
 
 from imgclf_jax.config import default_config, flatten
 from imgclf_jax.core import terminal
