@@ -7,10 +7,9 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 from rich.console import Console
-from rich.live import Live
 from rich.logging import RichHandler
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -34,18 +33,9 @@ def shows_progress() -> bool:
     return console().is_terminal and not processes.index()
 
 
-@contextlib.contextmanager
-def showing(what: str | Callable[[], str]) -> Iterator[None]:
-    """While inside, shows `what`, or what it returns in another thread, on a line of a terminal; elsewhere nothing."""
-    describe = what if callable(what) else lambda: what
-    if not shows_progress():
-        yield
-        return
-    line = functools.partial(Text, no_wrap=True, overflow="ellipsis")
-    with Live(get_renderable=lambda: line(printable(describe())), console=console(), transient=True,
-              redirect_stdout=sys.stdout.isatty(), redirect_stderr=False) as live:  # fmt: skip
-        live.refresh()
-        yield
+def showing(what: str) -> contextlib.AbstractContextManager[object]:
+    """A context inside which a terminal shows `what`; elsewhere nothing does."""
+    return console().status(Text(printable(what))) if shows_progress() else contextlib.nullcontext()
 
 
 def track[T](
