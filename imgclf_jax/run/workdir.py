@@ -25,6 +25,7 @@ from imgclf_jax.run.provenance import (
 log = logging.getLogger(__name__)
 
 _NAMED = 4  # most differences in a message
+_FOLDERS = {"checkpoints", "damaged", "profile", "tb"}  # of a run
 _SEEN = 10.0  # seconds until all hosts see a new file on a shared disk
 
 
@@ -109,6 +110,14 @@ class Workdir:
                     f"work directory {self.path} cannot be written: {reason}; pass another --workdir"
                 ) from e
             yield
+
+    def refuse_data(self) -> None:
+        """Raises UserError if the directory holds folders but no run, as a data set does."""
+        if self.path.is_dir() and not self.config.is_file():
+            folders = {entry.name for entry in self.path.iterdir() if entry.is_dir()} - _FOLDERS
+            if folders:
+                raise UserError(f"work directory {self.path} holds the folder {min(folders)!r} and no run; pass "
+                                "another --workdir")  # fmt: skip
 
     def check_shared(self) -> None:
         """Raises UserError in all processes unless each sees the lock of process 0 in its work directory.

@@ -38,6 +38,7 @@ def main(
     timer = Timer(configs.seconds(config.watchdog, "watchdog"))
     with contextlib.ExitStack() as held:
         held.callback(timer.stop)
+        processes.broadcast(workdir.refuse_data)
         processes.broadcast(lambda: held.enter_context(workdir.held()))
         workdir.check_shared()
         run = transform_run(set_up(config, workdir, extend))
