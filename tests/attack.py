@@ -23,7 +23,6 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -55,15 +54,6 @@ def bomb(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(pieces)
 
 
-def jpeg_of_scans(side: int) -> bytes:
-    """A JPEG image of side² pixels and 490 scans, each of which covers all of them."""
-    file = io.BytesIO()
-    Image.new("L", (side, side)).save(file, "JPEG", progressive=True)
-    content = file.getvalue()
-    scan = content[content.rindex(b"\xff\xda") : -2]
-    return content[:-2] + scan * 480 + b"\xff\xd9"
-
-
 def with_length(head: bytes, body: bytes) -> bytes:
     return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
@@ -73,66 +63,57 @@ def post(*images: bytes) -> bytes:
     return with_length(FORM, b"".join(PART % image for image in images) + b"--x--\r\n")
 
 
-def attacks(rng: random.Random, bombs: list[bytes]) -> dict[str, Callable[[], tuple[list[bytes], float]]]:
-    """By name: the pieces that a hostile client sends on one connection, and the seconds between them."""
+def broken(seed: int) -> bytes:
+    """A PNG image with some bytes changed, perhaps cut in half."""
+    rng = random.Random(seed)
+    content = bytearray(png(rng.choice((1, 12, 300)), 1))
+    for _ in range(rng.choice((1, 5, 50))):
+        content[rng.randrange(len(content))] = rng.randrange(256)
+    return bytes(content[: rng.choice((len(content), len(content) // 2))])
+
+
+Requests = dict[str, list[tuple[list[bytes], float]]]
+
+
+def requests() -> Requests:
+    """By name: what a hostile client may send on one connection, in pieces, and the seconds between them."""
     start, chunked = PART[:-4], FORM + b"Transfer-Encoding: chunked\r\n\r\n"
-
-    def broken_image() -> tuple[list[bytes], float]:
-        content = bytearray(png(rng.choice((1, 12, 300)), 1))
-        for _ in range(rng.choice((1, 5, 50))):
-            content[rng.randrange(len(content))] = rng.randrange(256)
-        return [post(bytes(content[: rng.choice((len(content), len(content) // 2))]))], 0.0
-
-    def decompression_bomb() -> tuple[list[bytes], float]:
-        request = post(*[rng.choice(bombs)] * rng.choice((1, 1, 64)))
-        explain = request.replace(b"/predict", b"/explain", 1).replace(b'"images"', b' "image"', 1)
-        return [rng.choice((request, explain))], 0.0
-
-    def bad_form() -> tuple[list[bytes], float]:
-        body = rng.choice((
-            b"--x\r\n" + b"a: b\r\n" * 100_000, b"--x\r\na: " + b"b" * 1_000_000, start + b"\r\n--" * 500_000,
-            PART % b"" * 20_000, PART.replace(b"filename", b"x") % b"" * 10_000, b"--x--\r\n", rng.randbytes(100_000),
-            PART.replace(b"images", b"n" * 100_000) % png() * 30,
-        ))  # fmt: skip
-        kind = rng.choice((b"multipart/form-data; boundary=x", b"multipart/form-data", b"application/json"))
-        return [with_length(FORM.replace(b"multipart/form-data; boundary=x", kind), body)], 0.0
-
-    def odd_request() -> tuple[list[bytes], float]:
-        line = rng.choice((
-            b"GET http://evil/ HTTP/1.1", b"CONNECT evil:443 HTTP/1.1", b"GET /../../etc/passwd HTTP/1.1",
-            b"\x16\x03\x01", b"PRI * HTTP/2.0", b"TRACE / HTTP/1.1", b"GET /" + b"a" * 100_000 + b" HTTP/1.1",
-            b"POST /predict?top_k=" + b"9" * 5000 + b" HTTP/1.1", b"POST /explain?class=%00%ff&format=x HTTP/1.1",
-        ))  # fmt: skip
-        head = rng.choice((
-            b"Host: evil.example", b"Host: a\r\nHost: b", b"Expect: 100-continue", b"Content-Encoding: gzip",
-            b"Upgrade: websocket\r\nConnection: Upgrade", b"Transfer-Encoding: chunked\r\nContent-Length: 5",
-            b"\x00: \xff",
-        ))  # fmt: skip
-        return [line + b"\r\n" + head + b"\r\n\r\n", rng.randbytes(50)], 0.0
-
-    def large_claim() -> tuple[list[bytes], float]:
-        claim = rng.choice((b"-1", b"9" * 30, b"1e9", b"20000001", b"19999999", b"5\r\nContent-Length: 6", b"0x5"))
-        return [FORM + b"Content-Length: " + claim + b"\r\n\r\n", b"x" * 100], 0.2
-
+    bombs = [post(*[bomb(side)] * count) for side in (1000, 3000, 8000, 30_000) for count in (1, 64)]
+    bombs += [one.replace(b"/predict", b"/explain", 1).replace(b'"images"', b' "image"', 1) for one in bombs[::2]]
+    forms = (
+        b"--x\r\n" + b"a: b\r\n" * 100_000, b"--x\r\na: " + b"b" * 1_000_000, start + b"\r\n--" * 500_000, b"--x--\r\n",
+        PART % b"" * 20_000, PART.replace(b"filename", b"x") % b"" * 10_000, random.Random(0).randbytes(100_000),
+        PART.replace(b"images", b"n" * 100_000) % png() * 30,
+    )  # fmt: skip
+    claims = (b"-1", b"9" * 30, b"1e9", b"20000001", b"19999999", b"5\r\nContent-Length: 6", b"0x5")
+    odd = (
+        b"GET http://evil/ HTTP/1.1", b"CONNECT evil:443 HTTP/1.1", b"GET /../../etc/passwd HTTP/1.1", b"\x16\x03\x01",
+        b"PRI * HTTP/2.0", b"POST /predict?top_k=" + b"9" * 5000 + b" HTTP/1.1", b"GET /" + b"a" * 100_000,
+        b"POST /explain?class=%00%ff HTTP/1.1", b"GET / HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade",
+        b"POST /predict HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 5",
+    )  # fmt: skip
+    pipelines = (b"GET /docs HTTP/1.1\r\nHost: a\r\n\r\n" * 300, post(png()) * 50)
     return {
-        "slow headers": lambda: ([b"%c" % byte for byte in FORM], 0.1),
-        "slow body": lambda: ([FORM + b"Content-Length: 1000\r\n\r\n" + start, *[b"x"] * 100], 0.1),
-        "endless body": lambda: ([chunked + b"%x\r\n%s\r\n" % (len(start), start),
-                                  *[b"10000\r\n" + bytes(65536) + b"\r\n"] * 500], 0.0),
-        "tiny chunks": lambda: ([chunked + b"1\r\nx\r\n" * 50_000], 0.0),
-        "endless headers": lambda: ([FORM, *[b"X-%d: " % i + b"a" * 4000 + b"\r\n" for i in range(200)]], 0.0),
-        "large images": lambda: ([post(*rng.choice(([png(200)] * 64, [png(1500)] * 8)))], 0.0),
-        "pipeline": lambda: ([rng.choice((b"GET /docs HTTP/1.1\r\nHost: a\r\n\r\n" * 300, post(png()) * 50))], 3.0),
-        **{f.__name__.replace("_", " "): f
-           for f in (broken_image, decompression_bomb, bad_form, odd_request, large_claim)},
-    }  # fmt: skip
+        "slow headers": [([b"%c" % byte for byte in FORM], 0.1)],
+        "slow body": [([FORM + b"Content-Length: 1000\r\n\r\n" + start, *[b"x"] * 100], 0.1)],
+        "endless body": [([chunked, *[b"10000\r\n" + bytes(65536) + b"\r\n"] * 500], 0.0)],
+        "tiny chunks": [([chunked + b"1\r\nx\r\n" * 50_000], 0.0)],
+        "endless headers": [([FORM, *[b"X-%d: " % i + b"a" * 4000 + b"\r\n" for i in range(200)]], 0.0)],
+        "large images": [([post(*images)], 0.0) for images in ([png(200)] * 64, [png(1500)] * 8)],
+        "broken image": [([post(broken(seed))], 0.0) for seed in range(50)],
+        "decompression bomb": [([one], 0.0) for one in bombs],
+        "bad form": [([with_length(FORM, body)], 0.0) for body in forms],
+        "large claim": [([FORM + b"Content-Length: %s\r\n\r\n" % claim, b"x" * 100], 0.2) for claim in claims],
+        "odd request": [([line + b"\r\nHost: a\r\n\r\n"], 0.0) for line in odd],
+        "pipeline": [([one], 3.0) for one in pipelines],
+    }
 
 
 class Hostile:
     """A client from 127.0.0.`number`; `rng` decides what it does next. Whatever the server answers is right."""
 
-    def __init__(self, port: int, number: int, rng: random.Random, bombs: list[bytes]):
-        self.port, self.address, self.rng, self.attacks = port, f"127.0.0.{number}", rng, attacks(rng, bombs)
+    def __init__(self, port: int, number: int, rng: random.Random, requests: Requests):
+        self.port, self.address, self.rng, self.requests = port, f"127.0.0.{number}", rng, requests
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), PATIENCE, (self.address, 0))
@@ -164,10 +145,10 @@ class Hostile:
 
     def act(self) -> str:
         """Does one of the above, and returns its name."""
-        name = self.rng.choice((*self.attacks, "many connections", "abrupt close"))
+        name = self.rng.choice((*self.requests, "many connections", "abrupt close"))
         with contextlib.suppress(OSError):
-            if name in self.attacks:
-                self.send(*self.attacks[name]())
+            if name in self.requests:
+                self.send(*self.rng.choice(self.requests[name]))
             else:
                 getattr(self, name.replace(" ", "_"))()
         return name
@@ -216,12 +197,12 @@ def ask(port: int) -> tuple[int | str, float]:
 def attack(seconds: float, seed: int, folder: Path) -> int:
     """Lets hostile clients loose on a server until the time is over; prints the verdict; the number of faults."""
     server, port = start(folder)
-    bombs = [*(bomb(side) for side in (1000, 3000, 8000, 30_000)), jpeg_of_scans(400), jpeg_of_scans(1400)]
+    sent = requests()
     until, count, faults = time.monotonic() + seconds, collections.Counter[str](), collections.Counter[str]()
     now, slowest, most, answers = [""] * CLIENTS, 0.0, 0, 0
 
     def loose(number: int) -> None:
-        one = Hostile(port, number + 2, random.Random(f"{seed}/{number}"), bombs)
+        one = Hostile(port, number + 2, random.Random(f"{seed}/{number}"), sent)
         while time.monotonic() < until:
             now[number] = one.act()
             count[now[number]] += 1

@@ -34,18 +34,6 @@ def pytest_configure(config):
     settings.load_profile("default")
 
 
-# Files whose tests take long are begun first, so that no process is left with one at the end.
-_LONG = """test_forms test_backbones test_config test_resume test_policies test_one_program test_mixing test_evaluate
-           test_pooling test_layers test_mesh test_num_seeds test_tpu_forms test_optimizers test_signals test_docs
-           test_predict test_parity test_train test_mistakes_of_runs test_checkpoint test_pretrained test_launch
-           test_digests""".split()  # noqa: SIM905
-
-
-def pytest_collection_modifyitems(items):
-    """xdist gives files out in this order."""
-    items.sort(key=lambda item: _LONG.index(item.path.stem) if item.path.stem in _LONG else len(_LONG))
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish():
     """What has been imported stays. To look through it for garbage again and again takes a twentieth of all time."""

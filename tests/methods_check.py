@@ -5,8 +5,6 @@ import io
 import json
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -169,14 +167,6 @@ class Check:
         status, said = run("reproduce", str(self.folder / "run"), "--trust")
         assert status == 0, said
         assert "bit for bit" in said
-
-    def chips(self, kind: str) -> None:
-        """`dryrun` in a process of its own: what the compilers read has to be set before JAX is imported."""
-        words = (sys.executable, str(runs.ROOT / "launch.py"), "dryrun", f"--chips={kind}", f"--workdir={self.folder}")
-        flags = ("--config.matmul_precision=bfloat16", *self.flags(batch_size="64"))
-        own = {name: value for name, value in runs.environment().items() if name != "JAX_PLATFORMS"}
-        ran = subprocess.run((*words, *flags), cwd=runs.ROOT, env=own, capture_output=True, text=True, check=False)
-        assert ran.returncode == 0, ran.stderr
 
     def tools(self) -> dict[str, int]:
         """Runs each command after training; gives its status, which is 1 with a sentence where it refuses."""

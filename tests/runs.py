@@ -48,13 +48,11 @@ def start(
     devices: int | tuple[int, ...] = 1,
     last: tuple[str, ...] = (),
     heartbeat: int = 10,
-    more: dict[int, dict[str, str]] | None = None,
     log: Path | None = None,
 ) -> list[subprocess.Popen]:
     """The processes of a run; what they say goes to `log`.log.NUMBER, by default beside the work directory.
 
-    `devices` is one number for every process, or one for each; `last` are flags of the last process alone; `more` are
-    environment variables of some of them.
+    `devices` is one number for every process, or one for each; `last` are flags of the last process alone.
     """
     workdir.parent.mkdir(parents=True, exist_ok=True)
     started, port = [], find_port()
@@ -64,7 +62,7 @@ def start(
             words += [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={number}",
                       f"--heartbeat={heartbeat}"]  # fmt: skip
         words += last if number == processes - 1 else ()
-        own = environment(devices if isinstance(devices, int) else devices[number]) | (more or {}).get(number, {})
+        own = environment(devices if isinstance(devices, int) else devices[number])
         with open(f"{log or workdir}.log.{number}", "a") as file:
             started.append(subprocess.Popen(words, stdout=file, stderr=file, cwd=ROOT, env=own, start_new_session=True))
     return started

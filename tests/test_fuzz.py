@@ -2,16 +2,13 @@
 
 import json
 
-import pytest
 from fuzzing import answered
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from imgclf_jax import config
 from imgclf_jax.core import spec
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import splits
-from imgclf_jax.run import writers
 
 WHOLE = json.loads(config.to_json(config.default_config()))
 NAMES = st.one_of(st.text(max_size=4), st.sampled_from(
@@ -59,48 +56,11 @@ DURATIONS = st.from_regex(r"\A[0-9.e]{1,12} ?[kM]? ?(epochs?|steps|examples|%)\Z
 @given(PLACES, st.one_of(JSON, DURATIONS), st.integers(0, 40))
 @example(("total",), "1e999999999 epochs", 0)
 @example(("log_every",), "9" * 5000 + " steps", 0)
-@example(("checkpoint_every",), "1." + "9" * 5000 + "%", 0)
 def test_a_config_file_of_a_run(path, value, cut):
     text = json.dumps(changed(path, value))
     for some in (text, text[: len(text) - cut] + "}" * (cut % 3)):
         found = answered(valid, some, longest=10**5)
         assert found is None or config.from_json(config.to_json(found), "config.json") == found
-
-
-@pytest.mark.parametrize("text", [
-    "[" * 100_000, '{"a":' * 100_000, "9" * 5000, '{"seed": ' + "9" * 5000 + "}", '{"\\ud800": "\\ud800"}', "\ufeff{}",
-    "\0",
-    json.dumps(WHOLE)[:-1] + ', "x": ' + '{"a":' * 900 + "1" + "}" * 901,
-])  # fmt: skip
-def test_a_config_file_that_is_deep_or_long(text):
-    with pytest.raises(UserError, match=r"^config\.json[^\n]*$"):
-        config.from_json(text, "config.json")
-
-
-RECORDS = st.one_of(
-    st.dictionaries(st.sampled_from(["step", "train/loss", "x"]), JSON).map(json.dumps),
-    JSON.map(json.dumps),
-    st.text(max_size=8),
-    st.sampled_from(["[" * 100_000, "9" * 5000, '{"step": ' + "9" * 5000 + "}", '{"step": true}', '{"step": 1']),
-)
-
-
-@given(st.lists(RECORDS, max_size=5), st.binary(max_size=3), st.integers(-1, 99))
-def test_metrics(tmp_path_factory, lines, end, step):
-    """A resumed run keeps the valid records of its metrics and drops the rest, whatever is there."""
-    folder = tmp_path_factory.mktemp("run")
-    file = folder / "metrics.jsonl"
-    good = [{"step": 3, "train/loss": 0.5}, {"step": 10**30}]
-    text = "\n".join([json.dumps(good[0]), *lines, json.dumps(good[1])]) + "\n"
-    file.write_bytes(text.encode(errors="surrogatepass") + end)
-    records = writers.read_metrics(file)
-    assert [records[0], *(r for r in records if r == good[1])] == good
-    assert all(type(record["step"]) is int for record in records)
-    keys = config.default_config()
-    keys.tensorboard = False
-    writers.MetricsWriter(folder, step, keys).close()
-    kept = writers.read_metrics(file)
-    assert repr(kept) == repr([record for record in records if record["step"] <= step])
 
 
 GOOD = ["cnn", "vit('S', patch=16)", "pad_crop(4)|cutout(size=8, fill=-0.5)", "f({'|': (1, [2])}, x='a|b')",

@@ -109,20 +109,13 @@ def test_rules_choose_the_axis(config):
     ({"rules.shard": "head/kernel=1"}, r"axis 1 of head/kernel, \[128, 4\], does not divide into 8 shards"),
     ({"rules.shard": "head/kernel=x"}, "is not PATTERN=AXIS or PATTERN=none"),
     ({"rules.shard": "nothing=0"}, "rules.shard: 'nothing' matches no parameter"),
+    ({"mesh": "data=3"}, "there are 8 devices"),
+    ({"mesh": "model=2"}, "unknown axis of mesh 'model'"),
+    ({"mesh": "data=-1, fsdp=-1"}, "name each axis once"),
 ])  # fmt: skip
 def test_mistakes(config, keys, message):
     with pytest.raises(UserError, match=message):
         _ = programs(config, **{"mesh": "fsdp=-1", **keys}).shape
-
-
-@pytest.mark.parametrize(("text", "message"), [
-    ("data=3", "there are 8 devices"),
-    ("model=2", "unknown axis of mesh 'model'"),
-    ("data=-1, fsdp=-1", "name each axis once"),
-])  # fmt: skip
-def test_meshes_that_cannot_be(text, message):
-    with pytest.raises(UserError, match=message):
-        sharding.make_mesh(text=text)
 
 
 @pytest.mark.thorough
@@ -163,14 +156,3 @@ def test_a_run_trains_resumes_and_predicts(tmp_path, capsys):
     assert "test/accuracy" in capsys.readouterr().out
     fine = [*arguments[1:], "--config.mesh=data=-1", f"--config.init_from={tmp_path / 'run'}"]
     assert launch.main([f"--workdir={tmp_path / 'next'}", *fine, "--config.total=2 steps"]) == 0
-
-
-@pytest.mark.thorough
-def test_batch_norm_by_groups_exchanges_no_statistics(config):
-    """Only gradients, running averages and metric sums are all-reduced."""
-    keys = {"model": "resnet_cifar(8)", "batch_size": 32}
-    whole, groups = (
-        counts.collective_bytes(compiled(programs(config, batch_norm=text, **keys), "train"))["all-reduce"][0]
-        for text in ("global", "groups(4)")
-    )
-    assert groups < whole / 3

@@ -85,13 +85,6 @@ def test_wrong_usage(mistake, tmp_path, monkeypatch, argv, fragments):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_config_file_that_raises(mistake, tmp_path):
-    (tmp_path / "mine.py").write_text("def get_config():\n    raise KeyError('oh')\n")
-    sentence = mistake(f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'run'}")
-    assert has(sentence, "mine.py", "KeyError: 'oh'")
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize(("flag", "fragments"), [
     ("seed=-1", ["seed=-1", "0 to 2**32 - 1"]),
     ("total=5", ["total='5' is not a duration", "'5 epochs'"]),

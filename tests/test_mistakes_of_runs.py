@@ -70,9 +70,8 @@ def test_no_network(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
     monkeypatch.setattr(prepare, "_RETRIES", 0)
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
     argv = (*FAKE, "--config.data.source=tfds('mnist')", f"--config.data.data_dir={tmp_path / 'data'}")
     assert launch.main(["train", f"--workdir={tmp_path / 'run'}", *argv]) == 1
     sentence = capsys.readouterr().err.splitlines()[-1]
@@ -117,17 +116,6 @@ def test_a_damaged_record(mistake, copy, file, content):
         assert has(mistake(*command), f"{workdir}/{file}")
 
 
-@pytest.mark.thorough
-def test_a_provenance_that_is_missing_is_written_anew(mistake, copy, capsys):
-    """The sentence says how, and it works: the finished run can be evaluated again."""
-    workdir, argv = copy
-    (workdir / "provenance.json").unlink()
-    sentence = mistake("evaluate", f"--workdir={workdir}")
-    assert has(sentence, f"{workdir}/provenance.json is missing", "run train again with the config and work directory")
-    assert launch.main(["train", *argv]) == 0
-    assert launch.main(["evaluate", f"--workdir={workdir}"]) == 0
-
-
 def test_a_damaged_checkpoint_that_is_named(mistake, copy):
     """It is reported, and no other one is used in its place."""
     workdir, _ = copy
@@ -138,17 +126,6 @@ def test_a_damaged_checkpoint_that_is_named(mistake, copy):
     assert has(sentence, f"checkpoint {workdir}/checkpoints/12 is damaged")
 
 
-@pytest.mark.thorough
-def test_the_last_checkpoint_of_a_finished_run_was_removed(copy, capsys):
-    """`evaluate` and `export` took the one before, with status 0 and no word."""
-    workdir, _ = copy
-    shutil.rmtree(workdir / "checkpoints" / "12")
-    assert launch.main(["evaluate", f"--workdir={workdir}", "--checkpoint=8"]) == 0
-    assert "ended at step" not in capsys.readouterr().err
-    assert launch.main(["evaluate", f"--workdir={workdir}"]) == 0
-    assert f"the run in {workdir} ended at step 12, but its latest checkpoint is of" in capsys.readouterr().err
-
-
 def test_a_result_cut_short_is_written_again(copy, capsys):
     """By a process that trains no step: it has no training speed, and says so."""
     workdir, argv = copy
@@ -156,9 +133,8 @@ def test_a_result_cut_short_is_written_again(copy, capsys):
     (workdir / "result.json").write_text("{")
     assert launch.main(["train", *argv]) == 0
     after = json.loads((workdir / "result.json").read_text())
-    assert [before[key] for key in ("step", "params_sha256", "test")] == [
-        after[key] for key in ("step", "params_sha256", "test")
-    ]
+    assert before["params_sha256"] == after["params_sha256"]
+    assert before["test"] == after["test"]
     assert after["images_per_second"] is None
     assert f"trained the last 0 of {after['step']} steps" in capsys.readouterr().out
 
@@ -194,17 +170,6 @@ def test_a_set_that_results_have_no_room_for(mistake, whole, tmp_path, monkeypat
         assert has(mistake(*command, f"--config.data.eval.{name}=test"), f"data.eval names a set {name!r}")
 
 
-def test_metrics_that_are_missing(copy, capsys):
-    """For a finished run they are not made up; a running one logs what is lost."""
-    workdir, argv = copy
-    (workdir / "metrics.jsonl").unlink()
-    assert launch.main(["train", *argv]) == 0
-    assert not (workdir / "metrics.jsonl").exists()
-    (workdir / "result.json").unlink()
-    assert launch.main(["train", *argv]) == 0
-    assert "metrics.jsonl is missing: it will hold no record of the steps before" in capsys.readouterr().err
-
-
 def test_a_config_that_is_missing(mistake, copy, capsys):
     """With a smaller total than the run has done, `train` removed its result and exited with status 75."""
     workdir, argv = copy
@@ -215,12 +180,6 @@ def test_a_config_that_is_missing(mistake, copy, capsys):
     assert snapshot(workdir) == before
     assert launch.main(["train", *argv]) == 0
     assert "config.json is missing: assuming that the run" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("override", ["model=none", "metrics=none"])
-def test_a_wrong_name_is_told_before_data_are_opened(mistake, tmp_path, monkeypatch, override):
-    monkeypatch.setattr("imgclf_jax.datasets.sources.open_splits", None)
-    assert has(mistake(f"--workdir={tmp_path}/run", *FAKE, f"--config.{override}"), "unknown ", "allowed: ")
 
 
 @pytest.mark.thorough
@@ -255,34 +214,15 @@ def test_a_schedule_that_ends_cannot_be_extended(mistake, tmp_path, override, ke
     assert snapshot(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize(("method", "said"), [
-    ("mean_teacher", "25% of it were 10 steps and would have been 15 with total='60 steps'"),
-    ("mean_teacher(ramp='5 steps')", ""),
-])  # fmt: skip
-def test_a_method_that_follows_total_cannot_be_extended(fake_config, method, said):
+@pytest.mark.parametrize(("method", "follows"), [("mean_teacher", True), ("mean_teacher(ramp='5 steps')", False)])
+def test_a_method_that_follows_total_cannot_be_extended(fake_config, method, follows):
     """The weight of past steps was another one in the longer run, which was extended silently."""
     fake_config.update({"method": method, "schedule": "constant(1e-3)", "total": "40 steps"})
     longer = fake_config.copy_and_resolve_references()
     longer.total = "60 steps"
     old, new = (Recipe(one, DataInfo(64, (12, 12, 1), tuple("abcd"), "")) for one in (fake_config, longer))
-    extension.check(old, new, 0, Path("X"))
-    with pytest.raises(UserError) if said else contextlib.nullcontext() as error:
+    with pytest.raises(UserError, match="25% of it were 10 steps") if follows else contextlib.nullcontext():
         extension.check(old, new, 1, Path("X"))
-    assert not said or has(str(error.value), f"method={method!r} follows total: {said}", "--config.init_from=X")
-
-
-def test_an_extension_that_is_interrupted_before_its_first_step_changes_nothing(copy, monkeypatch):
-    workdir, argv = copy
-    kept = ("config.json", "provenance.json", "result.json", "metrics.jsonl")
-    before = {name: (workdir / name).read_bytes() for name in kept}
-
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("imgclf_jax.train.loop.processes.barrier", interrupt)  # as the train step has been compiled
-    with pytest.raises(KeyboardInterrupt):
-        launch.main(["train", *argv, "--config.total=20 steps", "--extend"])
-    assert {name: (workdir / name).read_bytes() for name in kept} == before
 
 
 def kill_at_config(path, content, write=paths.write_atomically):

@@ -1,7 +1,6 @@
 """Programs are traced for the platform of the mesh and compiled once."""
 
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 from cases import thorough, trained_for
-from flax import linen as nn
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from imgclf_jax import recipe, step
@@ -17,7 +15,6 @@ from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import stream
 from imgclf_jax.losses import Task
-from imgclf_jax.models.attention import attention
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
@@ -52,36 +49,6 @@ def test_programs_are_lowered_for_devices_that_are_not_here(name, place, fake_co
     assert platform.current() == ""
 
 
-@pytest.mark.optimized
-@pytest.mark.parametrize(
-    "model", ["cnn(widths=(4,), hidden=8)", *thorough("resnet_cifar(depth=8)", "vit('Ti', patch=4)")]
-)
-def test_an_initialization_that_compiles_quickly_has_the_same_bits(model, fake_config, monkeypatch):
-    """As at XLA's default level of optimization, which takes most of a minute for ResNet-20."""
-    fake_config.model = model
-    parts = Recipe(fake_config, DATA), sharding.make_mesh()
-    assert platform.init_options("cpu")
-    quick = Programs(*parts).init_state(3)
-    monkeypatch.setattr(platform, "init_options", lambda platform: None)
-    jax.tree.map(np.testing.assert_array_equal, quick, Programs(*parts).init_state(3))
-
-
-@pytest.mark.parametrize(("capability", "dtype", "fused"), [
-    (8.0, "bfloat16", True), (7.5, "bfloat16", False), (9.0, "float32", False),
-])  # fmt: skip
-def test_attention_is_fused_by_what_is_traced_for(capability, dtype, fused, monkeypatch):
-    """Tracing never asks JAX for its devices."""
-    calls = []
-    monkeypatch.setattr(jax, "devices", None)
-    monkeypatch.setattr(
-        jax.nn, "dot_product_attention", lambda q, *_, implementation: calls.append(implementation) or q
-    )
-    with platform.tracing_for("gpu", capability):
-        y, _ = jax.eval_shape(lambda x: attention(x, 2), jax.ShapeDtypeStruct((1, 4, 48), dtype))
-    assert y.shape == (1, 4, 16)
-    assert calls == ["cudnn"] * fused
-
-
 @pytest.mark.parametrize("lr", ["", "head/.*=2"])
 def test_a_part_that_cannot_be_traced_is_named_with_its_key(lr, fake_config):
     fake_config.model, fake_config.rules.lr = "mlp(widths=('wide',))", lr
@@ -98,22 +65,7 @@ def noisy(learning_rate):
     return optax.chain(optax.add_noise(0.01, 0.55, jax.random.key(0)), optax.sgd(learning_rate))
 
 
-class Fixed(nn.Module):
-    """Features by a random projection of the factory."""
-
-    kernel: Any
-
-    def __call__(self, x, train=False):
-        return x.reshape(len(x), -1) @ self.kernel
-
-
-def projection():
-    return Fixed(jax.random.normal(jax.random.key(0), (144, 4)))
-
-
-@pytest.mark.parametrize(("key", "function"), [
-    ("schedule", "table"), ("optimizer", "noisy"), ("model", "projection"),
-])  # fmt: skip
+@pytest.mark.parametrize(("key", "function"), [("schedule", "table"), ("optimizer", "noisy")])
 @pytest.mark.parametrize("lr", ["", "head/.*=2"])  # rules read the names of the parameters before all else
 def test_factories_run_outside_of_any_trace(key, function, lr, fake_config):
     """Their arrays and keys were tracers of the first trace that needed them, and failed in the next one."""
@@ -175,19 +127,16 @@ def test_a_loop_of_your_own_is_the_runs(fake_config):
 
 
 def test_targets_in_memory_make_the_task_that_they_make_in_a_source(fake_config):
-    """They were taken for class labels, so a regression was refused, and distributions were evaluated as labels."""
+    """They were taken for class labels, and distributions were evaluated as labels."""
     images, targets = np.zeros((4, 8, 8, 1), np.uint8), np.full((4, 2), 0.5, np.float32)
     for fake_config.loss, task in (("sigmoid", Task.MULTILABEL), ("softmax", Task.SOFT)):
-        parts = recipe.for_arrays(fake_config, images, targets)
-        assert (parts.task, parts.data.target_names) == (task, ("0", "1"))
+        assert recipe.for_arrays(fake_config, images, targets).task is task
     assert recipe.for_arrays(fake_config, images, np.arange(4)).task is Task.CLASSES
 
 
 @pytest.mark.parametrize(("images", "labels", "says"), [
     (np.zeros((4, 8, 8), np.uint8), np.zeros(4, np.int32), "images are uint8[4, 8, 8]; pass uint8[n, h, w, c]"),
-    (np.zeros((4, 8, 8, 1)), np.zeros(4, np.int32), "images are float64[4, 8, 8, 1]"),
     (np.zeros((4, 8, 8, 1), np.uint8), np.zeros(3, np.int32), "labels are int32[3] for 4 images"),
-    (np.zeros((4, 8, 8, 1), np.uint8), np.zeros(4), "labels are float64[4] for 4 images; pass integers [n]"),
     (np.zeros((4, 8, 8, 1), np.uint8), np.array([0, 1, 2, -1]), "labels are -1 to 2; number the classes from 0"),
     (np.zeros((0, 8, 8, 1), np.uint8), np.zeros(0, np.int32), "images is empty"),
 ])  # fmt: skip

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from test_launch import user_environment
-from test_structure import FILES, PACKAGES, TIERS
 
 from imgclf_jax import config as configs
 from imgclf_jax.augment.mixing import MIXES
@@ -44,24 +43,6 @@ def test_the_table_of_specs_names_every_name():
     table = DOCS["using"][DOCS["using"].index("## Specs") : DOCS["using"].index("## Optimization")]
     for names in (DEVICE_OPS, HOST_OPS, SOURCES, LOSSES, BACKBONES, SCHEDULES, MIXES, VIEWS, METRICS):
         assert [name for name in names if not re.search(rf"`{name}\b|[|:] {name}\b", table)] == []
-
-
-def test_the_tree_names_every_room():
-    tree = DOCS["architecture"][DOCS["architecture"].index("## The tree") : DOCS["architecture"].index("## Imports")]
-    rooms = {name.split(".")[0] for name in FILES} - {"__main__", "launch"}
-    assert [room for room in rooms if not re.search(rf"\b{room}(/|\.py)", tree)] == []
-
-
-def test_the_order_of_imports_is_that_of_the_code():
-    block = re.search(r"## Imports.*?```\n(.*?)```", DOCS["architecture"], re.DOTALL)
-    assert block
-    assert block[1].splitlines() == TIERS[::-1]
-
-
-def test_the_modules_of_the_api_are_there():
-    named = re.findall(r"^   imgclf_jax\.([\w.]+)$", DOCS["api"], re.MULTILINE)
-    assert len(named) > 50
-    assert [name for name in named if name not in FILES and name not in PACKAGES] == []
 
 
 @pytest.mark.thorough

@@ -56,18 +56,6 @@ def test_features_logits_and_probabilities_follow_from_each_other(model, pixels)
     assert (model.config.model, model.step, model.class_names) == ("mlp(widths=(16, 8))", 30, tuple("0123456789"))
 
 
-def test_classes_of_equal_probabilities_are_ordered_by_their_logits(model, pixels):
-    """As `evaluate` does. A float32 sigmoid is 1 above 17, and a softmax 0 far below its maximum."""
-    params = model.state.params | {"head": {name: 1e3 * x for name, x in model.state.params["head"].items()}}
-    sharp = model._replace(state=model.state.replace(params=params))
-    order = np.argsort(-sharp.logits(pixels), 1, kind="stable")
-    assert (np.argsort(-sharp.predict(pixels), 1, kind="stable") != order).any(1).mean() > 0.5
-    found = [sharp.describe(outputs, 10)["predictions"] for outputs in sharp.stream("ranked", pixels)]
-    assert [[int(one["class"]) for one in each] for each in found] == order.tolist()
-    probabilities = [[one["probability"] for one in each] for each in found]
-    assert [sorted(each, reverse=True) for each in probabilities] == probabilities
-
-
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_what_orders_saturated_probabilities(seeds):
     """Of several seeds, the log-odds of their mean probability, in float64."""

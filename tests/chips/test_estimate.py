@@ -1,10 +1,7 @@
 """The figures of chips, the time of collectives by hand, and topologies."""
 
-import dataclasses
-
 import pytest
 
-from imgclf_jax.core import extras
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.tools.dryrun import table, topology
 from imgclf_jax.tools.dryrun.command import collective_seconds
@@ -41,29 +38,7 @@ def test_a_ring(chip, chips, a_host, seconds):
     assert collective_seconds(table.CHIPS[chip], chips, a_host, "all-reduce", int(80e6)) == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize(("text", "count", "platform"), [("v5e:4x4", 16, "tpu"), ("v5p:2x2x4", 16, "tpu"),
-                                                         ("v6e:2x4", 8, "tpu"), ("h100:8", 8, "gpu"),
-                                                         ("a100:8x8", 64, "gpu"), ("cpu:3", 3, "cpu")])  # fmt: skip
-def test_arrangements(text, count, platform):
-    chips = topology.parse(text)
-    assert (str(chips), chips.count, chips.platform) == (text, count, platform)
-
-
-@pytest.mark.parametrize("text", ["", "v5e", "v5e:8", "v5e:0x4", "v5p:4x4", "h100:2x2x2", "cpu:2x2", "v9:4", "h100:-1",
-                                  "h100:16", "a100:2x9"])  # fmt: skip
+@pytest.mark.parametrize("text", ["", "v5e:8", "v5e:0x4", "h100:2x2x2", "v9:4", "h100:-1", "a100:2x9"])
 def test_other_arrangements_are_refused(text):
     with pytest.raises(UserError, match=r"allowed: v5e:4x4, .* cpu:8"):
         topology.parse(text)
-
-
-def test_a_compiler_that_is_missing_is_named_with_its_command(monkeypatch):
-    monkeypatch.setattr(extras, "_installed", lambda module: False)
-    with pytest.raises(UserError, match="needs libtpu, which is not installed; run it by `uv run --extra tpu"):
-        topology.prepare(topology.parse("v5e:2x4"))
-
-
-def test_every_figure_has_a_source():
-    for chip in table.CHIPS.values():
-        values = dataclasses.asdict(chip)
-        assert chip.source
-        assert all(v > 0 for k, v in values.items() if k not in ("platform", "source", "network"))

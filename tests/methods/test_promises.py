@@ -1,6 +1,5 @@
 """Every method and gradient function, and a user's own, keep the promises of a run, by `methods_check.py`."""
 
-import compilers
 import pytest
 from cases import thorough
 from methods_check import SPECS, Check
@@ -56,13 +55,6 @@ def test_every_command_reads_the_run(name, tmp_path, teacher):
     """Without a head some commands refuse, in one sentence."""
     statuses = Check(name, tmp_path, teacher).tools()
     assert name in ("simclr", "supcon") or set(statuses.values()) == {0}, statuses
-
-
-@pytest.mark.chips
-@pytest.mark.parametrize("name", SPECS)
-def test_it_compiles_for_chips(name, tmp_path, teacher):
-    compilers.skip_without("v5e:2x4")
-    Check(name, tmp_path, teacher).chips("v5e:2x4")
 
 
 @pytest.mark.slow

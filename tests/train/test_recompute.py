@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from faults import flip
 
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
@@ -12,6 +11,21 @@ from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.train import command as train
 from imgclf_jax.train import recompute
+
+
+def flip(x, bit, place, device=None):
+    """The array with one bit flipped: `bit` of the element `place` of the part on a device, or on all that hold it."""
+    shards = sorted(x.addressable_shards, key=lambda shard: shard.device.id)
+    target = shards[device or 0]
+
+    def of(shard):
+        data = np.array(shard.data)
+        if shard.device == target.device or (device is None and shard.index == target.index):
+            flat = data.reshape(-1).view(np.uint8)
+            flat[place % flat.size] ^= 1 << bit % 8
+        return jax.device_put(data, shard.device)
+
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, [of(shard) for shard in x.addressable_shards])
 
 
 @pytest.fixture(scope="module")
