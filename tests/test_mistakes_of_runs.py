@@ -236,7 +236,7 @@ def test_a_new_config_that_a_kill_keeps_from_being_written(copy, monkeypatch):
     workdir, argv = Workdir(copy[0]), copy[1]
     old, new = workdir.load_config(), workdir.load_config()
     new.total = "20 steps"
-    snapshot = workdir.read_provenance()
+    snapshot = workdir.read_snapshots()[0]
     snapshot |= {"keys": snapshot["keys"] | {"total": "20 steps"}}
     with monkeypatch.context() as patch:
         patch.setattr("imgclf_jax.core.paths.write_atomically", kill_at_config)

@@ -79,10 +79,9 @@ def compute_capability_of(mesh: Mesh | AbstractMesh) -> float:
 
 @contextlib.contextmanager
 def tracing_for(platform: str, compute_capability: float = 0.0, onednn: bool = False) -> Iterator[None]:
-    """Inside, programs are traced for `platform`, and for GPUs of at least this `compute_capability`.
+    """Inside, programs are traced for `platform`, and for GPUs of at least this `compute_capability`; also a decorator.
 
-    With `onednn` they are CPU programs of plain XLA operations, compiled with `ONEDNN_OPTIONS`. It is a decorator too:
-    `tracing_for("tpu")(function)` is traced inside, in whichever thread.
+    With `onednn` they are CPU programs of plain XLA operations, compiled with `ONEDNN_OPTIONS`.
     """
     internals.keep_matmuls_apart()
     with _traced_for((platform, compute_capability, onednn)):

@@ -13,10 +13,9 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 from imgclf_jax.core import internals, processes
-
-type Handler = Callable[[int, FrameType | None], object] | int | None
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +103,7 @@ def reached_sync_point(number: int) -> bool:
     return bool(multihost_utils.reached_preemption_sync_point(number))
 
 
-def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Handler]:
+def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
     """Installs a handler; returns those before. Signals that are ignored stay so, as under `nohup`."""
     numbers = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in numbers}

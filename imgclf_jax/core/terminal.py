@@ -51,14 +51,6 @@ def track[T](
             progress.advance(task, weight(item))
 
 
-def duration(seconds: float) -> str:
-    """A duration for people: 45 s, 12 min, 3.5 h, 4.2 days."""
-    for unit, size, limit, form in (("s", 1, 90, ".0f"), ("min", 60, 5400, ".0f"), ("h", 3600, 172_800, ".1f")):
-        if seconds < limit:
-            return f"{seconds / size:{form}} {unit}"
-    return f"{seconds / 86400:.1f} days"
-
-
 def setup_logging() -> None:
     """Prints log lines `HH:MM:SS message` on standard error, above the progress bar if there is one.
 

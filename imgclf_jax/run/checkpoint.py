@@ -283,7 +283,7 @@ class Checkpoints:
     def _found(self) -> tuple[list[int], list[int]]:
         """The steps with a checkpoint, and those among them with a manifest."""
         steps = self.steps()
-        return steps, [step for step in steps if manifest.is_in(self.directory / str(step))]
+        return steps, [step for step in steps if (self.directory / str(step) / manifest.NAME).exists()]
 
     def _set_aside(self, step: int, error: UserError | str, used: int) -> None:
         if self._read_only:

@@ -23,11 +23,6 @@ def write(folder: Path) -> None:
     paths.write_atomically(folder / NAME, json.dumps(files))
 
 
-def is_in(folder: Path) -> bool:
-    """Whether `folder` has a manifest to verify its files with."""
-    return (folder / NAME).exists()
-
-
 def digest(folder: Path) -> str:
     """A digest of the manifest in `folder`, and so of its files; "no manifest" without one."""
     try:

@@ -65,10 +65,6 @@ class Workdir:
         found = json_files.read(self.provenance) if self.provenance.is_file() else {}
         return snapshots(json_files.as_object(found))
 
-    def read_provenance(self) -> JsonObject:
-        """The snapshot of the start that began the run; {} without one. Raises UserError as `read_snapshots` does."""
-        return next(iter(self.read_snapshots()), {})
-
     def read_result(self) -> JsonObject:
         """The content of result.json; {} if the run has not ended, or if the file is damaged."""
         with contextlib.suppress(UserError):

@@ -162,7 +162,7 @@ def compare_with_record(
 ) -> None:
     """Warns of changed code and data, and of evaluation sets that share examples with training."""
     workdir.warn_of_changed_modules()  # those of the data too, which are open by now
-    trained, recorded = workdir.load_config(), workdir.read_provenance().get("evals", {})
+    trained, recorded = workdir.load_config(), next(iter(workdir.read_snapshots()), {}).get("evals", {})
     for sentence in (*data_changes(programs, trained, recorded, base, evals),
                      *overlap_warnings(trained, programs.recipe.config.data, base)):  # fmt: skip
         log.warning("%s", sentence)

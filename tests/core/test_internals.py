@@ -9,13 +9,6 @@ import jax
 from imgclf_jax.core import internals
 
 
-def test_jax_has_its_coordination_state():
-    state = internals.coordination_state()
-    assert (state.client, state.process_id, state.num_processes) == (None, 0, 1)  # of a process on its own
-    assert state.preemption_sync_manager is None
-    assert callable(state.initialize_preemption_sync_manager)
-
-
 def test_what_a_thread_compiles_inside_not_cached_is_not_cached():
     """Nor changed for other threads. In the cache it would crash this process: see `not_cached`."""
     folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])

@@ -39,10 +39,6 @@ def forgotten(key, images, amount=1):
     return images
 
 @kinds.random
-def short(key):
-    return key
-
-@kinds.random
 def view(key):
     return []
 """
@@ -86,7 +82,6 @@ def test_host_ops():
     (ops.build, "own_ops:forgotten", "draws at random: declare it by @kinds.random"),
     (decode.build, "decode(1)|own_ops:number", "is @kinds.by_example; allowed for a host op"),
     (tta.build, "own_ops:view", "view 'own_ops:view' is @kinds.random; allowed for a view: plain"),
-    (ops.build, "own_ops:short", r"'own_ops:short' takes \(key\); it must take \(key, images\), and then its own"),
     (ops.build, "own_ops:noise(k=1)", "unknown argument 'k': .*allowed: most"),
 ])  # fmt: skip
 def test_mistakes_are_told_with_the_way_out(build, text, message):

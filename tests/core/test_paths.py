@@ -9,10 +9,7 @@ import numpy as np
 import pytest
 
 from imgclf_jax.core import paths
-from imgclf_jax.core.errors import UserError
-from imgclf_jax.run import bundle
 from imgclf_jax.tools.evaluate import listing
-from imgclf_jax.tools.probe import embeddings
 
 NOISE = np.random.default_rng(0)
 
@@ -32,16 +29,9 @@ def rows():
     return [{"set": "test", "example": NOISE.bytes(40).hex()} for _ in range(2000)]
 
 
-def features(path):
-    found = embeddings.Embeddings()
-    found.add("test", list(map(str, range(5000))), np.zeros(5000, np.int32), NOISE.random((1, 5000, 8), np.float32))
-    found.write(path, ["a", "b"])
-
-
 WRITERS = {
     "atomically.bin": lambda path: paths.write_atomically(path, bytes(100_000)),
     "predictions.csv": lambda path: listing.write(path, rows()),
-    "features.npz": features,
 }
 
 
@@ -59,16 +49,6 @@ def test_a_full_disk_names_the_file_and_leaves_no_other(name, tmp_path):
     WRITERS[name](path)
     assert path.stat().st_size > 4096
     assert [file.name for file in tmp_path.iterdir()] == [name]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
-def test_a_bundle_on_a_full_disk(tmp_path):
-    contents = {name: bytes(20_000) for name in bundle.NAMES}
-    with full_disk(), pytest.raises(UserError, match=r"the bundle .*run\.zip cannot be written: .*arge"):
-        bundle.write(tmp_path / "run.zip", contents)
-    assert list(tmp_path.iterdir()) == []
-    bundle.write(tmp_path / "run.zip", contents)
-    assert bundle.read(tmp_path / "run.zip") == contents
 
 
 def test_two_writers_of_one_file(tmp_path):

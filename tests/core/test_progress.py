@@ -12,12 +12,6 @@ from rich.console import Console
 from imgclf_jax.core import terminal
 
 
-@pytest.mark.parametrize(("seconds", "said"), [
-    (0, "0 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (5400, "1.5 h"), (172_800, "2.0 days")])  # fmt: skip
-def test_durations(seconds, said):
-    assert terminal.duration(seconds) == said
-
-
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_progress(monkeypatch, is_terminal):
     """Rows that are printed meanwhile go to a file whole, and log lines stay above the bar."""

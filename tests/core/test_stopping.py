@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 
 import pytest
 
@@ -55,16 +54,3 @@ def test_ignored_signals_stay_ignored():
     with stopping.stopping() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop() == ""
-
-
-def test_outside_the_main_thread_nothing_is_noted():
-    found = []
-
-    def run():
-        with stopping.stopping() as stop:
-            found.append(stop())
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert found == [""]

@@ -3,13 +3,11 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import launch
 from imgclf_jax.core import extras, paths
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import sources
 from imgclf_jax.run.writers import TIMES, read_metrics
 
 RUN = ("--config.data.source=fake(64, (8, 8, 1), 4)", "--config.preprocess=decode(1)", "--config.batch_size=16",
@@ -95,19 +93,6 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, tmp_path, capsys, caplog, m
     assert json.loads(capsys.readouterr().out)["step"] == 12
     assert launch.main([f"--workdir={tmp_path / 'next'}", *RUN, f"--config.init_from={place}"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "next"]
-
-
-def test_data_in_a_bucket(bucket, tmp_path):
-    """An .npz file is read anew at each start; a folder of images is refused, with the fix."""
-    for classes in (4, 5):
-        images = np.random.default_rng(0).integers(0, 256, (10 * classes, 8, 8, 1), np.uint8)
-        np.savez(tmp_path / "a.npz", x_train=images, y_train=np.arange(10 * classes) % classes)
-        paths.as_path(f"{bucket}/a.npz").write_bytes((tmp_path / "a.npz").read_bytes())
-        source = sources.open_splits(f"arrays('{bucket}/a.npz')")["train"]
-        assert len(source.class_names) == classes
-        np.testing.assert_array_equal(source.read(np.arange(source.size))["image"], images)
-    with pytest.raises(UserError, match=r"mount it as a folder \(gcsfuse, mountpoint-s3\)"):
-        sources.open_splits(f"folder('{bucket}/photos')")
 
 
 @pytest.mark.thorough

@@ -41,18 +41,12 @@ def like(mesh=None) -> dict:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), make_state(0))
 
 
-def score(directory: Path, step: int, scores: dict[str, float]) -> None:
-    """Adds the scores of an evaluation to metrics.jsonl, next to the checkpoints."""
-    with (directory.parent / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": step, **scores}) + "\n")
-
-
 def save(directory: Path, steps: dict[int, dict[str, float]], **options) -> Checkpoints:
     """Records the scores of each step, then saves `make_state(step)`, as a run does."""
     checkpoints = Checkpoints(directory, **options)
     for step, scores in steps.items():
-        if scores:
-            score(directory, step, scores)
+        with (directory.parent / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **scores}) + "\n")
         checkpoints.save(step, make_state(step))
     checkpoints.close()
     return Checkpoints(directory, **options)
@@ -78,14 +72,12 @@ def flip(file: Path, place: int) -> None:
 
 DAMAGE = {
     "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1]),
-    "emptied": lambda file: file.write_bytes(b""),
-    "first bit flipped": lambda file: flip(file, 0),
     "a bit in the middle flipped": lambda file: flip(file, file.stat().st_size // 2),
     "removed": lambda file: file.unlink(),
 }
 
 
-@pytest.mark.parametrize("damage", [list(DAMAGE)[3], *thorough(*list(DAMAGE)[:3], "removed")])
+@pytest.mark.parametrize("damage", ["a bit in the middle flipped", *thorough("truncated", "removed")])
 def test_damage_to_any_file(saved, tmp_path, caplog, damage):
     """Whichever file is hit, one warning names it, the checkpoint is moved aside, and an older one is used."""
     files = sorted(f.relative_to(saved) for f in (saved / "20").rglob("*") if f.is_file() and f.stat().st_size)
@@ -111,7 +103,7 @@ def test_reading_alone_moves_nothing(saved, tmp_path, caplog):
     """`evaluate` may read a run that still trains: it uses the older checkpoint and leaves the damaged one in place."""
     directory = tmp_path / "checkpoints"
     shutil.copytree(saved, directory)
-    DAMAGE["emptied"](directory / "20" / "manifest.json")
+    DAMAGE["truncated"](directory / "20" / "manifest.json")
     (directory / "30.orbax-checkpoint-tmp").mkdir()
     assert Checkpoints(directory, read_only=True).restore_latest(like())[0] == 10
     assert "the checkpoint of step 10 is used" in caplog.text
@@ -166,27 +158,14 @@ def test_donated_at_once(tmp_path):
         np.testing.assert_array_equal(checkpoints.restore(step, shape)["x"], values)
 
 
-@pytest.mark.parametrize(
-    ("best", "expected"), [("test/accuracy", 2), ("test/loss", 3), ("max:test/loss", 1), ("min:test/my_error", 3)]
-)
-def test_the_best_is_kept(tmp_path, best, expected):
-    """Accuracy is best when high, loss when low, others as declared; a checkpoint without it is never the best."""
-    scores = {1: (0.2, 0.9), 2: (0.8, 0.5), 3: (0.6, 0.1), 4: (), 5: (0.7, 0.4), 6: ()}
-    names = ("test/accuracy", "test/loss", "test/my_error")
-    steps = {step: dict(zip(names, (*pair, *pair[1:]), strict=False)) for step, pair in scores.items()}
-    checkpoints = save(tmp_path / "checkpoints", steps, keep=1, best=best)
-    assert checkpoints.best_step() == expected
-    assert checkpoints.steps() == [expected, 6]
-    assert Checkpoints(tmp_path / "checkpoints").best_step() is None
-
-
 @pytest.mark.parametrize(("best", "values", "expected"), [
     ("val/loss", (math.nan, 0.5, -math.inf), 2), ("val/accuracy", (0.5, math.inf, 0.2), 1),
     ("val/accuracy", (0.5, 0.9, 0.9, 0.1), 2), ("val/accuracy", (math.nan, math.nan), None),
+    ("max:val/loss", (0.5, 0.9, 0.1), 2), ("min:val/my_error", (0.5, 0.1, 0.9), 2),
 ])  # fmt: skip
 def test_the_best_is_the_first_of_the_finite_values(tmp_path, best, values, expected):
     """It is kept next to the latest checkpoint; without one there is no best."""
-    scores = {step: {best: value} for step, value in enumerate(values, 1)}
+    scores = {step: {best.partition(":")[2] or best: value} for step, value in enumerate(values, 1)}
     checkpoints = save(tmp_path / "checkpoints", scores, keep=1, best=best)
     assert checkpoints.best_step() == expected
     assert set(checkpoints.steps()) >= {len(values), *filter(None, [expected])}
@@ -204,25 +183,6 @@ def test_a_killed_save(saved, tmp_path, caplog):
     assert (step, tree.sha256(state)) == (10, tree.sha256(make_state(10)))
     assert f"checkpoint {directory}/20 cannot be verified" in caplog.text
     assert (names(directory), names(directory.parent / "damaged")) == (["10"], ["20"])
-
-
-def test_without_any_manifest(saved, tmp_path, caplog):
-    """The latest is used, and it is said that nobody can tell whether it is whole."""
-    directory = tmp_path / "checkpoints"
-    shutil.copytree(saved, directory)
-    for step in ("10", "20"):
-        (directory / step / "manifest.json").unlink()
-    assert Checkpoints(directory).restore_latest(like())[0] == 20
-    assert f"checkpoint {directory}/20 is used without verification: it has no manifest.json" in caplog.text
-    assert names(directory) == ["10", "20"]
-
-
-@pytest.mark.parametrize("name", ["lr=[0.1]", "a*b?", r"a\n", "\udcff"])
-def test_names_that_orbax_takes_for_patterns_are_refused(tmp_path, name):
-    """It would find no checkpoint there, or those of another directory; TensorStore refuses a backslash."""
-    with pytest.raises(UserError, match=r"has one of \*, \?, \[ and .*; pass another --workdir"):
-        Checkpoints(tmp_path / name / "checkpoints")
-    assert not (tmp_path / name).exists()
 
 
 def test_a_reader_beside_the_run(saved, tmp_path):

@@ -38,16 +38,6 @@ def test_the_other_is_told_who_holds_it(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_two_in_one_process(tmp_path):
-    with lock.held(tmp_path / "lock"):
-        with pytest.raises(UserError, match="in use"), lock.held(tmp_path / "lock"):
-            pass
-        (tmp_path / "lock").write_text("{")
-        with pytest.raises(UserError, match="which began just now"), lock.held(tmp_path / "lock"):
-            pass
-    assert not (tmp_path / "lock").exists()
-
-
 def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
     def unsupported(*args):
         raise OSError(95, "Operation not supported")

@@ -34,7 +34,7 @@ def test_the_phases_add_up_to_the_wall_time(clock):
 
 
 def test_throughput(clock):
-    """Images/s and the fraction of waiting, only over the phases of training."""
+    """Images/s and the fraction of waiting, only over the phases of training since the last lap."""
     timer = Timer()
 
     def spend(seconds, phase, steps=0, counted_as=""):
@@ -45,16 +45,11 @@ def test_throughput(clock):
 
     spend(7.0, "input")  # of the first batch
     timer.restart_lap()
-    spend(0.5, "input")
-    spend(1.5, "steps", 10)
-    assert timer.lap(32) == {"images_per_second": 160.0, "input_wait": 0.25}
     spend(1000.0, "evaluation")
-    spend(1.0, "steps", 1)
-    spend(50.0, "checkpoint")  # without a record, then more of the same lap
-    spend(2.0, "steps")
-    spend(1.0, "input")
-    spend(1.0, "input", 1, counted_as="steps")  # the devices were busy
-    assert timer.lap(32) == {"images_per_second": 12.8, "input_wait": 0.2}
+    spend(0.5, "input")
+    spend(0.5, "input", counted_as="steps")  # the devices were busy
+    spend(1.0, "steps", 10)
+    assert timer.lap(32) == {"images_per_second": 160.0, "input_wait": 0.25}
 
 
 HANGS = """

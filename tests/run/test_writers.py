@@ -7,7 +7,6 @@ import json
 import logging
 import platform
 import re
-import subprocess
 import sys
 import unittest.mock
 from pathlib import Path
@@ -17,7 +16,6 @@ import numpy as np
 import pytest
 from cases import short_config
 from PIL import Image
-from rich.console import Console
 
 from imgclf_jax.config import default_config, flatten
 from imgclf_jax.core import terminal
@@ -46,40 +44,16 @@ def open_writer(folder: Path, step: int = 0, **keys) -> writers.MetricsWriter:
     return writers.MetricsWriter(folder, step, flatten(config), config.tensorboard, config.writers)
 
 
-def test_records_are_appended(tmp_path):
-    writer = open_writer(tmp_path)
-    writer.write_scalars(5, {"train/loss": 0.1, "train/accuracy": 1 / 3})
-    assert writers.read_metrics(tmp_path / "metrics.jsonl") == [
-        {"step": 5, "train/loss": 0.1, "train/accuracy": 1 / 3}
-    ]  # before it is closed: a killed process loses no record
-    writer.write_scalars(10, {"train/loss": 1e-300})
-    writer.close()
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines][1] == {"step": 10, "train/loss": 1e-300}
-
-
 def test_resuming_drops_what_comes_after(tmp_path, caplog):
     """Records after the step and a line that a crash truncated are dropped."""
     file = tmp_path / "metrics.jsonl"
     kept = ['{"step": 5, "a": 0.1}', '{"step": 10, "a": 0.2}', '{"step": 10, "b": 3}']
     file.write_text("\n".join([*kept, '{"step": 15, "a": 0.3}', '{"step": 20, "a"']))
     writer = open_writer(tmp_path, 10)
-    writer.write_scalars(15, {"a": 0.25})
+    writer.write_scalars(15, {"a": 1e-300})
+    assert file.read_text().splitlines() == [*kept, '{"step": 15, "a": 1e-300}']  # also if the process is killed now
     writer.close()
-    assert file.read_text().splitlines() == [*kept, '{"step": 15, "a": 0.25}']
     assert caplog.text.count("skipped a truncated line") == 1
-    assert {p.name for p in tmp_path.iterdir()} >= {"metrics.jsonl"}
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
-def test_a_place_that_cannot_be_written(tmp_path):
-    writer = open_writer(tmp_path)
-    file = writer._records
-    file.close()
-    with Path("/dev/full").open("w") as file._file:
-        with pytest.raises(UserError, match=rf"{file._path} could not be written: no space left on device; free some"):
-            writer.write_scalars(1, {"a": 0.1})
-        writer.close()  # without a second error
 
 
 def read_events(directory: Path):
@@ -132,33 +106,6 @@ def test_tensorboard_shows_images_and_hyperparameters(tmp_path):
     [content] = events.PluginTagToContent("hparams").values()
     found = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     assert (found["batch_size"].number_value, found["model"].string_value) == (77, "cnn")
-
-
-@pytest.mark.thorough
-def test_images_of_a_run_change_none_of_its_bits(fake_config, tmp_path):
-    """An augmented batch at its start, to TensorBoard and writers that take images."""
-    digests = []
-    for shows in (False, True):
-        config, place = fake_config.copy_and_resolve_references(), tmp_path / str(shows)
-        config.log_images, config.writers = shows, f"{__name__}:Kept('pictures')"
-        assert train.main(config, Workdir(place)) == 0
-        own = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
-        records = [{name: value for name, value in record.items() if name not in writers.TIMES} for record in own]
-        digests.append((json.loads((place / "result.json").read_text())["params_sha256"], records))
-    assert digests[0] == digests[1]
-    [(first, images)] = (call[1:] for call in KEPT["pictures"] if call[0] == "write_images")
-    assert (first, list(images)) == (0, ["train/augmented"])
-    assert set(read_events(place / "tb").PluginTagToContent("images")) == {"train/augmented"}
-
-
-def test_a_tensorboard_that_fails_ends_no_run(tmp_path, caplog):
-    (tmp_path / "tb").write_text("a file")
-    writer = open_writer(tmp_path)
-    writer.write_scalars(1, {"a": 0.5})
-    writer.write_scalars(2, {"a": 0.5})
-    writer.close()
-    assert "TensorBoard failed and gets no more metrics: FileExistsError" in caplog.text
-    assert len(writers.read_metrics(tmp_path / "metrics.jsonl")) == 2
 
 
 class Kept:
@@ -223,25 +170,6 @@ def test_the_docs_writer_for_a_tracking_service(tmp_path, monkeypatch):
     assert wandb.init.return_value.log.call_args == unittest.mock.call({"train/loss": 0.5}, step=5)
 
 
-@pytest.mark.thorough
-def test_progress_on_a_terminal(fake_config, tmp_path, monkeypatch, capsys):
-    """Steps and the time left, on a terminal of the usual 80 columns."""
-    screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=80, color_system=None)
-    monkeypatch.setattr(terminal, "console", lambda: console)
-    with fake_config.unlocked():
-        fake_config.total = "120 steps"
-        fake_config.log_every = "30 steps"
-        fake_config.eval_every = fake_config.checkpoint_every = ""
-    assert train.main(fake_config, Workdir(tmp_path)) == 0
-    lines = re.split(r"[\r\n]|\x1b\[[?0-9;]*[A-Za-z]", screen.getvalue())
-    pattern = r"training +(\d+)/120 +[-:\d]+ *"
-    shown = [match for line in lines if (match := re.fullmatch(pattern, line))]
-    assert shown[0][1] == "0"
-    assert int(shown[-1][1]) >= 119
-    assert max(map(len, lines)) <= 80
-
-
 def test_tables_and_log_lines_escape_what_is_not_printable(capsys):
     """A name cannot break a line or control the terminal."""
     names = ["a\nb", "\x1b[31m", "\udcff", "é漢"]
@@ -265,12 +193,8 @@ def test_tables_and_log_lines_escape_what_is_not_printable(capsys):
 def test_result(finished):
     """The keys that a reader may rely on, and their meaning."""
     result = json.loads((finished / "result.json").read_text())
-    assert list(result) == [
-        "step", "epochs", "seconds", "images_per_second", "params_sha256", "time", "test"
-    ]  # fmt: skip
+    assert list(result) == ["step", "epochs", "seconds", "images_per_second", "params_sha256", "time", "test"]
     assert (result["step"], result["epochs"]) == (12, 3.0)
-    assert result["seconds"] > 0
-    assert result["images_per_second"] > 0
     assert list(result["test"]) == ["examples", "accuracy", "loss", "nll"]  # four classes: no top5
     assert result["test"]["examples"] == 64
     records = writers.read_metrics(finished / "metrics.jsonl")
@@ -289,7 +213,5 @@ def test_provenance(finished):
     assert (record["processes"], record["command"]) == (1, sys.argv)
     for name in ("jax", "ml-collections", "pytest"):  # whose folders are called ml_collections-…, and so on
         assert record["packages"][name] == importlib.metadata.version(name)
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
-    assert record["git"].get("commit", "") == commit.stdout.strip()
     data = provenance.load_data_info(finished / "provenance.json")
     assert (data.train_examples, data.image_shape, data.class_names) == (64, (12, 12, 1), ("0", "1", "2", "3"))

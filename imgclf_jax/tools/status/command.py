@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from imgclf_jax.core import json_files, terminal
-from imgclf_jax.core.terminal import duration
 from imgclf_jax.run import lock, record
 from imgclf_jax.run.record import Record
 
@@ -40,7 +39,7 @@ def main(files: Sequence[str], format: str) -> int:
     terminal.print_table(
         ["run", "state", "step", "checkpoint", "images/s", "left"],
         [[one.run, one.state, f"{one.step}/{one.total or '?'}", _or_dash(one.checkpoint),
-          _or_dash(one.images_per_second, "{:,.0f}".format), _or_dash(one.seconds_left, duration)] for one in found],
+          _or_dash(one.images_per_second, "{:,.0f}".format), _or_dash(one.seconds_left, _duration)] for one in found],
     )  # fmt: skip
     if len(found) == 1 and any(found[0].seconds.values()):
         whole = sum(found[0].seconds.values())
@@ -61,6 +60,14 @@ def read(run: Record) -> Status:
     if running and pace and total:
         left = max(0, total - run.step) * run.config.batch_size * run.config.num_seeds / pace
     return Status(run.name, state, run.step, total, saved, pace, left, _seconds(run), _health(run, running))
+
+
+def _duration(seconds: float) -> str:
+    """A duration for people: 45 s, 12 min, 3.5 h, 4.2 days."""
+    for unit, size, limit, form in (("s", 1, 90, ".0f"), ("min", 60, 5400, ".0f"), ("h", 3600, 172_800, ".1f")):
+        if seconds < limit:
+            return f"{seconds / size:{form}} {unit}"
+    return f"{seconds / 86400:.1f} days"
 
 
 def _seconds(run: Record) -> dict[str, float]:
