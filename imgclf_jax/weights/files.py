@@ -4,6 +4,7 @@ Files are untrusted. The first bytes determine the format; then the index, of bo
 read. So memory use is bounded by the wanted arrays, whatever the file claims.
 """
 
+import contextlib
 import functools
 import io
 import json
@@ -11,11 +12,9 @@ import math
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from imgclf_jax.core import paths
@@ -25,18 +24,7 @@ from imgclf_jax.weights import unpickle
 from imgclf_jax.weights.unpickle import Refused, Storage, Tensor, Unpickled
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how checkpoints before PyTorch 1.6 start
-_SAFETENSORS = {
-    "F64": "<f8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "BF16": ml_dtypes.bfloat16,
-    "I64": "<i8",
-    "I32": "<i4",
-    "I16": "<i2",
-    "I8": "i1",
-    "U8": "u1",
-    "BOOL": "?",
-}
+_SAFETENSORS = {code: dtype for _, _, code, dtype in unpickle.DTYPES}
 _MAX_HEADER = 16 << 20  # bytes; 10,000 tensors take 1 MB
 _CONTAINERS = ("state_dict", "model", "model_state_dict", "net")
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # added by DataParallel, torch.compile and Lightning
@@ -49,18 +37,13 @@ class _Entry(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
-def _everything(name: str, shape: tuple[int, ...]) -> bool:
-    return True
-
-
-def read(path: Path, wanted: Callable[[str, tuple[int, ...]], bool] = _everything) -> dict[str, np.ndarray]:
+def read(path: Path, wanted: Callable[[str, tuple[int, ...]], bool] | None = None) -> dict[str, np.ndarray]:
     """Reads {name: array} from a safetensors file or a PyTorch checkpoint, in its old or its new format.
 
     The format is recognized by content. The weights may be the top level or under `state_dict`, `model`,
     `model_state_dict` or `net`. A prefix that all names share (`module.`, `_orig_mod.`, `model.`) is removed. Arrays
-    are read-only, in the dtype of the file. An array for which `wanted(name, shape)` is False is not read; zeros of its
-    shape, which take no memory, stand in for it. Raises UserError for a file that is damaged, of another format, or
-    would run code.
+    have the dtype of the file. An array for which `wanted(name, shape)` is False is not read; zeros of its shape, which
+    take no memory, stand in for it. Raises UserError for a file that is damaged, of another format, or would run code.
     """
     if not path.is_file():
         raise UserError(f"{path} is not a regular file")
@@ -72,8 +55,8 @@ def read(path: Path, wanted: Callable[[str, tuple[int, ...]], bool] = _everythin
             if not all(name.isprintable() for name in entries):
                 raise ValueError("an unprintable name")
             return {
-                name: entry.read() if wanted(name, entry.shape) else np.broadcast_to(np.zeros((), "u1"), entry.shape)
-                for name, entry in entries.items()
+                name: x.read() if not wanted or wanted(name, x.shape) else np.broadcast_to(np.uint8(0), x.shape)
+                for name, x in entries.items()
             }
     except Refused as e:
         raise UserError(
@@ -90,16 +73,13 @@ def read_metadata(path: Path) -> JsonObject:
     """The metadata of a safetensors file that `read` accepts; {} for other formats, and if it has none."""
     if path.suffix != ".safetensors":
         return {}
-    with paths.open_regular(path) as file:
-        try:
-            header = _read_header(file, paths.size(path))[1]
-        except (ValueError, RecursionError):  # a file of another format under this name
-            return {}
-    found = header.get("__metadata__") if isinstance(header, dict) else None
-    return found if isinstance(found, dict) else {}
+    with paths.open_regular(path) as file, contextlib.suppress(ValueError):  # of another format under this name
+        found = _read_header(file, paths.size(path))[1].get("__metadata__")
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
-@contextmanager
+@contextlib.contextmanager
 def _entries(path: Path) -> Iterator[dict[str, _Entry]]:
     """Opens a file of any format and yields its arrays, which can be read inside the context."""
     with paths.open_regular(path) as file:
@@ -129,8 +109,8 @@ def _read_zip(content: zipfile.ZipFile) -> tuple[Unpickled, _Storages]:
     """
     names = content.namelist()
     pickles = [name for name in names if name.rpartition("/")[2] == "data.pkl"]
-    if len(pickles) != 1 or any("/code/" in name for name in names):
-        raise Refused("is a TorchScript program" if pickles else "is a zip archive of something else")
+    if len(pickles) != 1:
+        raise Refused("is a zip archive of something else")
     folder = pickles[0].removesuffix("data.pkl")
 
     def member(name: str) -> np.ndarray:
@@ -139,9 +119,10 @@ def _read_zip(content: zipfile.ZipFile) -> tuple[Unpickled, _Storages]:
             raise ValueError("a compressed archive, which PyTorch does not write")
         return np.frombuffer(content.read(info), np.uint8)
 
-    if (order := f"{folder}byteorder") in names:
-        _check_order(content.getinfo(order).file_size == 6 and member("byteorder").tobytes() == b"little")
-    _check_pickle(content.getinfo(pickles[0]).file_size)
+    if f"{folder}byteorder" in names and member("byteorder").tobytes() != b"little":
+        raise ValueError("its numbers are big-endian")
+    if content.getinfo(pickles[0]).file_size > unpickle.MAX_BYTES:
+        raise Refused(f"holds more than {unpickle.MAX_BYTES >> 20} MiB besides its arrays")
     tree, _ = unpickle.load(io.BytesIO(member("data.pkl")))
     return tree, lambda storage: member(f"data/{storage.key}").view(storage.dtype)
 
@@ -150,19 +131,13 @@ def _read_legacy(file: IO[bytes]) -> tuple[Unpickled, _Storages]:
     """Reads the older format: five pickles (magic number, version, machine, content, storage keys), then storages."""
     stream = io.BytesIO(file.read(unpickle.MAX_BYTES))
     file_size = file.seek(0, io.SEEK_END)
-    try:
-        magic, protocol, machine = (unpickle.load(stream)[0] for _ in range(3))
-        if (magic, protocol) != (_MAGIC, _PROTOCOL):
-            raise ValueError("an unknown version")
-        _check_order(machine["little_endian"])
-        tree, dtypes = unpickle.load(stream)
-        keys, _ = unpickle.load(stream)
-        if not all(isinstance(key, str) for key in keys):
-            raise ValueError("an array without a name")
-    except (EOFError, pickle.UnpicklingError):
-        if stream.tell() == unpickle.MAX_BYTES:
-            _check_pickle(file_size)
-        raise
+    magic, protocol, machine = (unpickle.load(stream)[0] for _ in range(3))
+    if (magic, protocol) != (_MAGIC, _PROTOCOL) or not machine["little_endian"]:
+        raise ValueError("an unknown version, or big-endian numbers")
+    tree, dtypes = unpickle.load(stream)
+    keys, _ = unpickle.load(stream)
+    if not all(isinstance(key, str) for key in keys):
+        raise ValueError("an array without a name")
     extents = {}
     file.seek(stream.tell())
     for key in keys:
@@ -178,16 +153,6 @@ def _read_legacy(file: IO[bytes]) -> tuple[Unpickled, _Storages]:
         return np.frombuffer(file.read(length), storage.dtype)
 
     return tree, storage
-
-
-def _check_pickle(length: int) -> None:
-    if length > unpickle.MAX_BYTES:
-        raise Refused(f"holds more than {unpickle.MAX_BYTES >> 20} MiB besides its arrays")
-
-
-def _check_order(little: bool) -> None:
-    if not little:
-        raise ValueError("its numbers are big-endian")
 
 
 def _find_weights(tree: Unpickled, storages: _Storages, path: Path) -> dict[str, _Entry]:
@@ -208,9 +173,7 @@ def _find_weights(tree: Unpickled, storages: _Storages, path: Path) -> dict[str,
     def read(tensor: Tensor) -> np.ndarray:
         if tensor.storage not in kept:
             kept[tensor.storage] = storages(tensor.storage)
-        view = _view(tensor, kept[tensor.storage])
-        view.flags.writeable = False
-        return view
+        return _view(tensor, kept[tensor.storage])
 
     return {name: _Entry(tensor.shape, functools.partial(read, tensor)) for name, tensor in found.items()}
 
@@ -237,7 +200,7 @@ def _read_header(file: IO[bytes], length: int) -> tuple[int, JsonObject]:
 def _read_safetensors(file: IO[bytes], length: int) -> dict[str, _Entry]:
     """Reads https://github.com/huggingface/safetensors: the length of the header, the JSON header, the arrays.
 
-    The safetensors library would read the whole file into memory twice, and its NumPy interface has no bfloat16.
+    The library reads files on a disk only, and `init_from` may be in a bucket.
     """
     size, header = _read_header(file, length)
 
@@ -245,19 +208,17 @@ def _read_safetensors(file: IO[bytes], length: int) -> dict[str, _Entry]:
         file.seek(8 + size + start)
         return np.frombuffer(file.read(length), dtype).reshape(shape)
 
-    out, end = {}, 0
-    tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+    out = {}
+    for name, tensor in header.items():
+        if name == "__metadata__":
+            continue
         shape, (start, stop) = tensor["shape"], tensor["data_offsets"]
         if tensor["dtype"] not in _SAFETENSORS:
             raise ValueError(f"the unknown type {tensor['dtype']!a}")
-        dtype = np.dtype(_SAFETENSORS[tensor["dtype"]])
-        if len(shape) > 32 or not all(type(n) is int and 0 <= n < 2**60 for n in (start, stop, *shape)):
+        dtype = _SAFETENSORS[tensor["dtype"]]
+        if len(shape) > 32 or not all(type(n) is int and 0 <= n < length for n in (start, *shape)):
             raise ValueError("an array with an invalid shape")
-        if start != end or stop - start != math.prod(shape) * dtype.itemsize:
+        if stop - start != math.prod(shape) * dtype.itemsize or stop > length - 8 - size:
             raise ValueError("an array with the wrong number of bytes")
-        end = stop
         out[name] = _Entry(tuple(shape), functools.partial(read, start, stop - start, dtype, shape))
-    if end != length - 8 - size:
-        raise ValueError("its arrays do not fill it")
     return out

@@ -51,21 +51,16 @@ class Weights:
     @property
     def faults(self) -> list[str]:
         """Descriptions of what does not fit. A new head, resized positions and a method's modules are no faults."""
-        kinds = (
-            (self.misfits, "of another shape"),
-            (self.missing, "of the model missing in it"),
-            (self.unused, "in it that the model does not have"),
-        )
-        return [f"{len(names)} arrays {text} ({_some(names)})" for names, text in kinds if names]
+        kinds = {"of another shape": self.misfits, "of the model missing in it": self.missing,
+                 "in it that the model does not have": self.unused}  # fmt: skip
+        return [f"{len(names)} arrays {text} ({_some(names)})" for text, names in kinds.items() if names]
 
     def report(self) -> str:
         """One sentence: how many arrays were taken, and what happened to the others."""
-        parts = [f"{len(self.taken)} arrays taken", *self.faults]
-        parts += [f"positions resized ({', '.join(self.resized)})"] if self.resized else []
-        parts += [f"a new head ({self.head})"] if self.head else []
-        for modules, what in ((self.left_out, "left out"), (self.fresh, "from random weights")):
-            parts += [f"{what}: {', '.join(modules)}"] if modules else []
-        return "; ".join(parts)
+        others = {"positions resized ({})": self.resized, "a new head ({})": [self.head] * bool(self.head),
+                  "left out: {}": self.left_out, "from random weights: {}": self.fresh}  # fmt: skip
+        notes = [text.format(", ".join(names)) for text, names in others.items() if names]
+        return "; ".join([f"{len(self.taken)} arrays taken", *self.faults, *notes])
 
 
 def load(programs: Programs, whole: bool = False) -> Weights:
@@ -73,11 +68,10 @@ def load(programs: Programs, whole: bool = False) -> Weights:
 
     Position embeddings of another grid are resized; the grid of a file is the one in its metadata, else that of the
     model if it has as many patches, else square. A head with another number of classes is not taken, nor are modules
-    that the other run's method added to backbone and head; modules that this run's method adds stay random. Raises
-    UserError for a file or work directory that cannot be read, and, unless `config.init_strict` is False, for LoRA
-    adapters that are not merged and for any other difference. With `whole`, also raises UserError if any parameter,
-    including the head's, stays random, and if a run or an exported file says that the head is for other classes or was
-    trained with another normalization, link or model.
+    that the other run's method added; modules that this run's method adds stay random. Raises UserError for a file or
+    work directory that cannot be read, and, unless `config.init_strict` is False, for any other difference. With
+    `whole`, also raises UserError if any parameter, including the head's, stays random, and if a run or an exported
+    file says that it was trained for other classes or with another normalization, link or model.
     """
     config = programs.recipe.config
     path = paths.as_path(config.init_from)
@@ -87,36 +81,36 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     if not programs.recipe.method.predicts:  # accept the names of a head, but no array
         own |= {f"{_HEAD}{leaf}": jax.ShapeDtypeStruct((0,), "float32") for leaf in ("kernel", "bias")}
     if path.is_dir():
-        named, labels, source = _read_workdir(path, programs)
-        their_grid = _recorded_grid(Workdir(path), named)
+        named, labels, source = _read_workdir(Workdir(path))
     elif path.is_file():
-        (named, labels, source), their_grid = _read_file(path, programs, own), _written_grid(path)
-    elif path.exists():
-        raise UserError(f"init_from={config.init_from!r}: this is neither a regular file nor a work directory")
+        named, labels, source = _read_file(path, programs, own)
     else:
         raise no_such("init_from", "file or work directory", path)
+    record = _read_record(path, named)
     processes.agree(lambda: source, fix=f"init_from={config.init_from!r} must be one file for all")
     weights = Weights({"path": config.init_from, **source})
     added = _added_by_method(own.keys() - named.keys()), _added_by_method(named.keys() - own.keys())
     weights.fresh, weights.left_out = (sorted(set(modules.values())) for modules in added)
     own, named = ({k: x for k, x in every.items() if k not in modules}
                   for every, modules in zip((own, named), added, strict=True))  # fmt: skip
+    written = re.fullmatch(r"(\d{1,5})x(\d{1,5})", record.get("grid", ""))
+    their_grid = (int(written[1]), int(written[2])) if written else None
     _fit(weights, named, labels, own, patch_grid(programs), their_grid)
     if not programs.recipe.method.predicts:
         weights.head = ""
         weights.left_out += ["head"] if any(name.startswith(_HEAD) for name in named) else []
     what = f"init_from={config.init_from!r}"
-    if config.init_strict and (adapters := [name for name in added[1] if name.startswith(lora.PREFIX)]):
-        raise UserError(f"{what} holds LoRA adapters ({_some(adapters)}), which only its own method can merge into the "
-                        "backbone; name a .safetensors file that export wrote of this run, or leave the adapters out "
-                        "with init_strict=False")  # fmt: skip
+    if config.init_strict and "lora" in weights.left_out:
+        raise UserError(f"{what} holds LoRA adapters, which only its own method can merge into the backbone; name a "
+                        ".safetensors file that export wrote of this run, or leave the adapters out with "
+                        "init_strict=False")  # fmt: skip
     if not any(not name.startswith(_HEAD) for name in weights.taken):
         raise UserError(f"{what}: nothing in it fits model={config.model!r}: {'; '.join(weights.faults)}")
     if config.init_strict and weights.faults:
         raise UserError(f"{what} does not fit model={config.model!r}: {'; '.join(weights.faults)}; set model to the "
                         "model of these weights, or take what fits with init_strict=False")  # fmt: skip
     if whole:
-        _check_whole(programs, weights, _read_record(path), what)
+        _check_whole(programs, weights, record, what)
     log.log(logging.WARNING if weights.faults else logging.INFO, "%s: %s", what, weights.report())
     return weights
 
@@ -131,33 +125,31 @@ def _added_by_method(names: Iterable[str]) -> dict[str, str]:
 type Named = tuple[dict[str, np.ndarray], dict[str, str], JsonObject]
 
 
-def _read_workdir(path: Path, programs: Programs) -> Named:
+def _read_workdir(workdir: Workdir) -> Named:
     """Reads the weights of a run's best checkpoint, else its latest; of several seeds, the first."""
-    workdir = Workdir(path)
+    what = f"init_from={str(workdir.path)!r}"
     try:
         config = json.loads(paths.read(workdir.config))
         metric, num_seeds = str(config["checkpoint"]["best"]), int(config.get("num_seeds", 1))
         method = str(config.get("method", "supervised"))
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"init_from={str(path)!r}: this directory holds no run (no readable config.json)") from e
-    if not workdir.checkpoints.is_dir():
-        raise UserError(f"init_from={str(path)!r}: this run has no checkpoint yet")
+        raise UserError(f"{what}: this directory holds no run (no readable config.json)") from e
+    if (last := workdir.last_checkpoint()) is None:
+        raise UserError(f"{what}: this run has no checkpoint yet")
     checkpoints = Checkpoints(workdir.checkpoints, best=metric, read_only=True)
-    if not (steps := checkpoints.steps()):
-        raise UserError(f"init_from={str(path)!r}: this run has no checkpoint yet")
     best = checkpoints.best_step()
-    step = steps[-1] if best is None else best
+    step = last if best is None else best
     state = checkpoints.restore_any(step)["state"]
     digests.check(workdir, step, state["params"])
     # The evaluated weights: the averages (params, model_state) if the run has any.
     params, model_state = state.get("eval_variables") or (state["params"], state.get("model_state"))
     variables = jax.device_get({"params": params, **(model_state or {})})
     if num_seeds > 1:
-        log.info("init_from=%r: the run has %d seeds; the first one's weights are taken", str(path), num_seeds)
+        log.info("%s: the run has %d seeds; the first one's weights are taken", what, num_seeds)
         variables = jax.tree.map(lambda x: x[0], variables)
     digest = tree.sha256(variables)
     if scale := lora.scale_of(method):
-        log.info("init_from=%r: the run has method=%r; its merged weights are taken", str(path), method)
+        log.info("%s: the run has method=%r; its merged weights are taken", what, method)
         variables = lora.merge(variables, scale)
     named = dict(tree.named_leaves(variables))
     return named, {name: name for name in named}, {"step": step, "sha256": digest}
@@ -200,13 +192,11 @@ def _fit(
     tokens = sum(re.split("[./]", label)[-1] in _TOKENS for label in labels.values())
     head = [name for name in own if name.startswith(_HEAD)]
     if any(name not in named or named[name].shape != own[name].shape for name in head):
-        theirs = [named[name].shape[-1] for name in head if name in named]
-        ours, missing = own[head[0]].shape[-1], [name for name in head if name not in named]
+        theirs, ours = [named[name].shape[-1] for name in head if name in named], own[head[0]].shape[-1]
         weights.head = (
             "it has none" if not theirs
-            else f"it has no {missing[0]}" if missing
             else f"{theirs[0]} classes in it, {ours} here" if theirs[0] != ours
-            else "of another width"
+            else "another width, or a part"
         )  # fmt: skip
     for name, array in named.items():
         if name not in own:
@@ -215,11 +205,9 @@ def _fit(
             continue
         elif array.shape == own[name].shape and (not name.endswith(_POSITIONS) or their_grid in (None, grid)):
             weights.taken[name] = np.array(array, own[name].dtype)
-        elif (
-            name.endswith(_POSITIONS)
-            and grid
-            and (fitted := _resize_positions(array, own[name].shape, grid, tokens, their_grid))
-        ):
+        elif grid and name.endswith(_POSITIONS) and (
+            fitted := _resize_positions(array, own[name].shape, grid, tokens, their_grid)
+        ):  # fmt: skip
             weights.taken[name], words = fitted
             weights.resized.append(words)
         else:
@@ -234,30 +222,19 @@ def patch_grid(programs: Programs) -> Grid | None:
     return (h // patch, w // patch) if isinstance(patch, int) else None
 
 
-def _recorded_grid(workdir: Workdir, named: Mapping[str, np.ndarray]) -> Grid | None:
-    """The patch grid of a run's model; None for a model without patches, or if the run did not record its images."""
-    kernel = named.get("params/backbone/patch/kernel")
-    if kernel is None or not workdir.provenance.is_file():
-        return None
-    h, w, _ = workdir.load_data_info().image_shape
-    return h // kernel.shape[0], w // kernel.shape[1]
+def _read_record(path: Path, named: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """What a run recorded, or `export` wrote into a .safetensors file; {} for other files.
 
-
-def _written_grid(path: Path) -> Grid | None:
-    """The patch grid that `export` wrote into a .safetensors file; None for others."""
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", str(files.read_metadata(path).get("grid")))
-    return (int(match[1]), int(match[2])) if match else None
-
-
-def _read_record(path: Path) -> dict[str, str]:
-    """What a run recorded, or `export` wrote into a .safetensors file, about its predictions; {} for others.
-
-    These are keys of the config, and `class_names`, one per line.
+    These are keys of the config, `class_names`, one per line, and `grid`, the patches of a model that has any: "14x14".
     """
-    workdir = Workdir(path)
-    record = json.loads(paths.read(workdir.config)) if path.is_dir() else files.read_metadata(path)
-    if path.is_dir() and workdir.provenance.is_file():
-        record["class_names"] = one_per_line(workdir.load_data_info().class_names)
+    if path.is_file():
+        record = files.read_metadata(path)
+    else:
+        data = Workdir(path).load_data_info()
+        record = json.loads(paths.read(Workdir(path).config)) | {"class_names": one_per_line(data.class_names)}
+        if (kernel := named.get("params/backbone/patch/kernel")) is not None:
+            h, w, _ = data.image_shape
+            record["grid"] = f"{h // kernel.shape[0]}x{w // kernel.shape[1]}"
     return {key: text for key, text in record.items() if isinstance(text, str)}
 
 

@@ -163,9 +163,8 @@ def own_name(backbone: nn.Module, name: str, own: Collection[str]) -> str | None
 def _own_labels(names: Collection[str]) -> dict[str, str]:
     """{name: label} of the backbone's and the head's parameters and statistics, with names of modules as here.
 
-    A label is the path below the backbone with PyTorch's last part, such as "conv1.weight" of the convolution `conv1`.
-    Where several would share it, such as the `kernel` and the `scale` of one module, their last parts are ours; where
-    they still would, as in two collections, the label is the name itself.
+    A label is the path below the backbone with PyTorch's last part, such as "conv1.weight" of the convolution `conv1`;
+    where several would share it, with our last part; where they still would, as in two collections, the name itself.
     """
     labels: dict[str, str] = {}
     for label_of in (lambda name: _dotted(name, _LEAVES), lambda name: _dotted(name, {}), str):
@@ -219,15 +218,13 @@ def _with_leaf(pattern: str, replacement: str) -> tuple[str, str]:
 def own_layout(array: np.ndarray, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """PyTorch's array in the layout of our parameter `name`, which has the shape `shape`.
 
-    Convolutions are [out, in, kh, kw] in PyTorch and [kh, kw, in, out] here, dense layers [out, in] and [in, out].
-    Queries, keys and values are one dense layer in both. Axes of size one, such as in a layer scale [d, 1, 1], are
-    removed if ours has none. If the models differ, the result may have another shape than `shape`.
+    Convolutions are [out, in, kh, kw] in PyTorch and [kh, kw, in, out] here, dense layers [out, in] and [in, out]. Axes
+    of size one, such as in a layer scale [d, 1, 1], are removed if ours has none. If the models differ, the result may
+    have another shape than `shape`.
     """
     if name.endswith("/kernel"):
         return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-    if array.ndim > len(shape) and array.squeeze().shape == shape:
-        return array.squeeze()
-    return array
+    return array.squeeze() if array.ndim > len(shape) and array.squeeze().shape == shape else array
 
 
 def torch_layout(array: np.ndarray, name: str, library: str) -> np.ndarray:

@@ -19,19 +19,19 @@ from imgclf_jax.core.typing import Function
 
 MAX_BYTES = 4 << 20  # of a pickle; a ResNet-152 has 0.1 MB
 _MAX_AXES = 32
-_STORAGES = {
-    "DoubleStorage": "<f8",
-    "FloatStorage": "<f4",
-    "HalfStorage": "<f2",
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": "<i8",
-    "IntStorage": "<i4",
-    "ShortStorage": "<i2",
-    "CharStorage": "i1",
-    "ByteStorage": "u1",
-    "BoolStorage": "?",
-}
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+# The names of a dtype in PyTorch, of its storage there, and in safetensors; the dtype.
+DTYPES = (
+    ("float64", "DoubleStorage", "F64", np.dtype("<f8")),
+    ("float32", "FloatStorage", "F32", np.dtype("<f4")),
+    ("float16", "HalfStorage", "F16", np.dtype("<f2")),
+    ("bfloat16", "BFloat16Storage", "BF16", np.dtype(ml_dtypes.bfloat16)),
+    ("int64", "LongStorage", "I64", np.dtype("<i8")),
+    ("int32", "IntStorage", "I32", np.dtype("<i4")),
+    ("int16", "ShortStorage", "I16", np.dtype("<i2")),
+    ("int8", "CharStorage", "I8", np.dtype("i1")),
+    ("uint8", "ByteStorage", "U8", np.dtype("u1")),
+    ("bool", "BoolStorage", "BOOL", np.dtype("?")),
+)
 _OPCODES = """PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT
     BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES
     BINBYTES8 TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST EMPTY_DICT APPEND APPENDS GLOBAL STACK_GLOBAL BINPERSID
@@ -91,8 +91,8 @@ _FUNCTIONS: dict[str, Function | np.dtype | str] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-    **{f"torch.{name}": np.dtype(dtype) for name, dtype in _STORAGES.items()},
-    **{f"torch.{name}": name for name in _DTYPES},
+    **{f"torch.{storage}": dtype for _, storage, _, dtype in DTYPES},
+    **{f"torch.{name}": name for name, _, _, _ in DTYPES},
 }
 
 

@@ -168,7 +168,7 @@ def test_adapters_that_are_not_merged_are_not_dropped(tmp_path):
     c = config.load_file("configs/digits.py")
     c.update_from_flattened_dict({"model": "mlp(widths=(4,))", "augment": "normalize", "preprocess": "decode(1)",
                                   "init_from": str(tmp_path)})  # fmt: skip
-    with pytest.raises(UserError, match=r"holds LoRA adapters \(params/backbone/lora/.*export"):
+    with pytest.raises(UserError, match=r"holds LoRA adapters, .*export"):
         load_converted(c)
     c.init_strict = False
     assert not any("/lora/" in name for name in flat(load_converted(c).state.params))

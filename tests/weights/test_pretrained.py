@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
 import sys
 from pathlib import Path
@@ -86,8 +85,7 @@ def test_a_head_of_another_size_begins_anew(file, caplog):
 
 
 @pytest.mark.parametrize(
-    ("missing", "reason"),
-    [("linear", "it has none"), ("linear.bias", "it has no params/head/bias")],
+    ("missing", "reason"), [("linear", "it has none"), ("linear.bias", "another width, or a part")]
 )
 def test_a_file_without_a_head(tmp_path, missing, reason):
     arrays = {name: x for name, x in resnet8().items() if not name.startswith(missing)}
@@ -121,8 +119,9 @@ def test_weights_of_another_model(file, tmp_path):
         with pytest.raises(UserError, match=r"nothing in it fits model='mlp\(widths=\(64,\)\)'") as e:
             pretrained.load(programs(file, "mlp(widths=(64,))", **more))
         assert len(str(e.value)) < 900
-    with pytest.raises(UserError, match="there is no file or work directory"):
-        pretrained.load(programs(tmp_path / "nope.pth"))
+    for path in (tmp_path / "nope.pth", Path("/dev/zero")):
+        with pytest.raises(UserError, match="there is no file or work directory"):
+            pretrained.load(programs(path))
     with pytest.raises(UserError, match="this directory holds no run"):
         pretrained.load(programs(tmp_path))
 
@@ -145,32 +144,22 @@ def test_positions_are_resized_as_timm_does(tmp_path, monkeypatch, caplog):
         np.testing.assert_array_equal(got[:, 0], arrays["pos_embed"][:, 0])
 
 
-def test_a_complete_model_has_the_classes_of_its_source(tmp_path):
-    """Else `predict` would call a cat 0; training may take the head of as many other classes."""
-    shapes = {"dense0.weight": (4, 9), "dense0.bias": (4,), "head.weight": (2, 4), "head.bias": (2,)}
-    arrays, file = {name: draw(name, shape) for name, shape in shapes.items()}, tmp_path / "a.safetensors"
-    of_two = programs(file, "mlp(widths=(4,))", (3, 3, 1), classes=2)
-    for names in ("cat\ndog", "1\n0"):
-        save_file(arrays, file, {"format": "pt", "class_names": names})
-        with pytest.raises(UserError, match="its predictions would have wrong names; name the source of its classes"):
-            pretrained.load(of_two, whole=True)
-        assert len(pretrained.load(of_two).taken) == 4
-    for metadata in ({"class_names": "0\n1"}, None):
-        save_file(arrays, file, metadata)
-        assert len(pretrained.load(of_two, whole=True).taken) == 4
-    save_file(arrays, file, {"class_names": one_per_line(["a\nb", "c"])})
-    for names, fits in ((("a\nb", "c"), True), (("a", "b\nc"), False)):
-        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="has the classes"):
-            pretrained.load(programs(file, "mlp(widths=(4,))", (3, 3, 1), 2, names), whole=True)
-    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), of_two.state_shape.params)
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
+def write_run(folder: Path, programs: Programs, shape: tuple, names=("0", "1"), **keys: str) -> dict:
+    """Records a run on images of this shape, whose checkpoint has the initial parameters, which are returned."""
+    checkpoints, digests = Checkpoints(folder / "checkpoints"), Digests(folder, 0, 1)
+    params = programs.init(0)["state"].params
+    digests.record(0, params)
     checkpoints.save(0, {"state": {"params": params, "model_state": {}}})
+    digests.close()
     checkpoints.close()
-    (tmp_path / "config.json").write_text('{"checkpoint": {"best": ""}}')
-    data = {"train_examples": 64, "image_shape": (3, 3, 1), "class_names": ["cat", "dog"], "fingerprint": "x"}
-    (tmp_path / "provenance.json").write_text(json.dumps({"data": data}))
-    with pytest.raises(UserError, match=rf"the classes \['cat', 'dog'\].*or pass --workdir={tmp_path} instead"):
-        pretrained.load(programs(tmp_path, "mlp(widths=(4,))", (3, 3, 1), classes=2), whole=True)
+    (folder / "config.json").write_text(json.dumps({"checkpoint": {"best": ""}} | keys))
+    data = {"train_examples": 64, "image_shape": shape, "class_names": list(names), "fingerprint": "x"}
+    (folder / "provenance.json").write_text(json.dumps({"data": data}))
+    return params
+
+
+SMALL_MLP = {name: draw(name, shape) for name, shape in (
+    ("dense0.weight", (4, 9)), ("dense0.bias", (4,)), ("head.weight", (2, 4)), ("head.bias", (2,)))}  # fmt: skip
 
 
 @pytest.mark.parametrize(("key", "recorded", "error"), [
@@ -182,26 +171,18 @@ def test_a_complete_model_has_the_classes_of_its_source(tmp_path):
     ("loss", "softmax(label_smoothing=0.1)", ""),
     ("model", "mlp((4,), activation='tanh')", """was trained with model="mlp((4,), activation='tanh')", and"""),
     ("model", "mlp( widths=(4,) )", ""),
-    ("model", "elsewhere:net", "was trained with model='elsewhere:net', and this command has model='mlp"),
-    ("preprocess", "decode(1)|resize(3)", ""),
+    ("class_names", ("cat", "dog"), "has the classes ['cat', 'dog']…, and data.source="),
+    ("class_names", ("1", "0"), "its predictions would have wrong names; name the source of its classes"),
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", ["file", "run"])
 def test_a_complete_model_predicts_as_its_run(tmp_path, kind, key, recorded, error):
-    """Arrays also fit another normalization, link or activation: accuracy fell from 97 to 46 %, without a word."""
+    """Arrays also fit other classes, another normalization, link or activation."""
     where = tmp_path / "a.safetensors" if kind == "file" else tmp_path
     of_two = programs(where, "mlp(widths=(4,))", (3, 3, 1), 2, augment="normalize", preprocess="decode(1)")
     if kind == "file":
-        shapes = {"dense0.weight": (4, 9), "dense0.bias": (4,), "head.weight": (2, 4), "head.bias": (2,)}
-        arrays = {name: draw(name, shape) for name, shape in shapes.items()}
-        save_file(arrays, where, {key: recorded})
+        save_file(SMALL_MLP, where, {key: one_per_line(recorded) if key == "class_names" else recorded})
     else:
-        checkpoints, digests = Checkpoints(tmp_path / "checkpoints"), Digests(tmp_path, 0, 1)
-        params = of_two.init(0)["state"].params
-        digests.record(0, params)
-        checkpoints.save(0, {"state": {"params": params, "model_state": {}}})
-        digests.close()
-        checkpoints.close()
-        (tmp_path / "config.json").write_text(json.dumps({"checkpoint": {"best": ""}, key: recorded}))
+        write_run(tmp_path, of_two, (3, 3, 1), **{"names" if key == "class_names" else key: recorded})
     assert len(pretrained.load(of_two).taken) == 4
     with pytest.raises(UserError, match=re.escape(error)) if error else contextlib.nullcontext():
         pretrained.load(of_two, whole=True)
@@ -209,63 +190,26 @@ def test_a_complete_model_predicts_as_its_run(tmp_path, kind, key, recorded, err
 
 @pytest.mark.thorough
 def test_positions_of_a_grid_that_is_not_square(tmp_path, monkeypatch):
-    """The grid of a run is that of its images, also with as many patches as here; that of a file is square or refused.
-
-    The 24 positions of a grid of 4 by 6 were taken for one of 4 by 4 after eight tokens, or for one of 6 by 4.
-    """
+    """That of a run is of its images, and `export` writes it; any other file's is square or has as many patches."""
     monkeypatch.setitem(vit._VIT, "Ti", (48, 2, 3))
     model, wide = "vit('Ti', patch=8, pool='mean')", (32, 48, 3)  # pixels: 4 by 6 patches
-    state = programs(tmp_path, model, wide).state_shape
-    random = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: random.normal(size=x.shape).astype(x.dtype), state.params)
-    table = params["backbone"]["positions_embedding"]
-    assert table.shape == (1, 24, 48)
-    (tmp_path / "config.json").write_text('{"checkpoint": {"best": ""}}')
-    data = {"train_examples": 64, "image_shape": wide, "class_names": ["a"], "fingerprint": "x"}
-    (tmp_path / "provenance.json").write_text(json.dumps({"data": data}))
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
-    checkpoints.save(0, {"state": {"params": params, "model_state": {}}})
-    checkpoints.close()
-    for h, w in ((4, 6), (6, 4), (4, 4)):
-        got = pretrained.load(programs(tmp_path, model, (8 * h, 8 * w, 3))).taken["params/backbone/positions_embedding"]
-        expected = jax.image.resize(table.reshape(4, 6, 48), (h, w, 48), "cubic", antialias=True)
-        np.testing.assert_allclose(got.reshape(h, w, 48), expected, atol=1e-6)
+    run, file = tmp_path / "run", tmp_path / "vit.safetensors"
+    run.mkdir()
     arrays = {name: draw(name, tuple(shape)) for name, shape in MODELS["timm vit"]["shapes"].items()}
+    table = write_run(run, programs(run, model, wide), wide)["backbone"]["positions_embedding"]
     del arrays["cls_token"]
-    file = torch_format.save(tmp_path / "vit.pth", arrays | {"pos_embed": draw("pos_embed", (1, 24, 48))})
+    save_file(arrays | {"pos_embed": np.asarray(table)}, file, {"grid": "4x6"})
+    for path, classes in ((run, 10), (file, 5)):
+        for h, w in ((4, 6), (6, 4), (4, 4)):
+            got = pretrained.load(programs(path, model, (8 * h, 8 * w, 3), classes)).taken
+            expected = jax.image.resize(table.reshape(4, 6, 48), (h, w, 48), "cubic", antialias=True)
+            found = got["params/backbone/positions_embedding"]
+            np.testing.assert_allclose(found.reshape(h, w, 48), expected, atol=1e-6)
+    save_file(arrays | {"pos_embed": np.asarray(table)}, file)
+    found = pretrained.load(programs(file, model, (48, 32, 3), 5)).taken["params/backbone/positions_embedding"]
+    np.testing.assert_array_equal(found, table)  # as timm takes as many
     with pytest.raises(UserError, match=r"pos_embed: \[1, 24, 48\] in it, \[1, 16, 48\] here"):
         pretrained.load(programs(file, model, (32, 32, 3), 5))
-
-
-@pytest.mark.thorough
-def test_as_many_patches_in_another_grid(tmp_path, monkeypatch, caplog):
-    """A grid of 2 by 8 has as many patches as one of 4 by 4; timm takes such positions as they are.
-
-    A file of `export` says which grid it is.
-    """
-    monkeypatch.setitem(vit._VIT, "Ti", (48, 2, 3))
-    model = "vit('Ti', patch=8, pool='mean')"
-    arrays = {name: draw(name, tuple(shape)) for name, shape in MODELS["timm vit"]["shapes"].items()}
-    del arrays["cls_token"]
-    table = draw("pos_embed", (1, 16, 48))
-    file = tmp_path / "vit.safetensors"
-    for metadata, (h, w), said in (
-        ({"grid": "2x8"}, (4, 4), "positions resized (2x8 to 4x4)"),
-        ({"grid": "2x8"}, (2, 8), "arrays taken"),
-        ({"grid": "4x4"}, (2, 8), "positions resized (4x4 to 2x8)"),
-        ({}, (4, 4), "arrays taken"),
-        ({}, (2, 8), "arrays taken"),
-        ({"grid": "x8"}, (2, 8), "arrays taken"),
-    ):
-        save_file(arrays | {"pos_embed": table}, file, metadata)
-        caplog.clear()
-        with caplog.at_level(logging.INFO, "imgclf_jax"):
-            found = pretrained.load(programs(file, model, (8 * h, 8 * w, 3), 5))
-        assert said in caplog.text
-        theirs = tuple(map(int, metadata["grid"].split("x"))) if metadata.get("grid", "x8") != "x8" else (h, w)
-        expected = jax.image.resize(table.reshape(*theirs, 48), (h, w, 48), "cubic", antialias=True)
-        got = found.taken["params/backbone/positions_embedding"]
-        np.testing.assert_allclose(got.reshape(h, w, 48), expected, atol=1e-6)
 
 
 def test_a_pytorch_model_of_the_same_module_names(tmp_path, monkeypatch):
@@ -303,10 +247,3 @@ def test_an_array_of_which_the_file_holds_next_to_nothing(tmp_path, monkeypatch)
         assert set(weights.taken) == {"params/backbone/norm/bias"}  # a name like ours is none of PyTorch's
         assert weights.unused == ["params/backbone/norm/scale"]
         assert weights.misfits == [f"pos_embed: {list(shape)} in it, [1, 17, 48] here"]
-
-
-def test_what_is_neither_a_file_nor_a_directory(tmp_path):
-    os.mkfifo(tmp_path / "x.pth")
-    for path in (tmp_path / "x.pth", Path("/dev/zero")):
-        with pytest.raises(UserError, match="this is neither a regular file nor a work directory"):
-            pretrained.load(programs(path))

@@ -96,32 +96,20 @@ def test_every_table_has_a_test():
     assert {type(x) for x in BACKBONES.values()} == torch_names.TABLES.keys()
 
 
-def test_published_files_name_the_layers_of_torchvisions_vit_otherwise():
-    """They predate the numbering of the layers in its MLP."""
-    model = classifier.build("vit('Ti', patch=8)", 5, "float32")
+@pytest.mark.parametrize(("spec", "names"), [
+    ("convnext('T')", {  # facebookresearch/ConvNeXt's
+        "downsample_layers.0.0.weight": "stem_conv/kernel", "downsample_layers.0.1.bias": "stem_norm/bias",
+        "downsample_layers.3.0.weight": "downsample3_norm/scale", "stages.2.8.gamma": "stage2_8/gamma",
+        "downsample_layers.3.1.weight": "downsample3_conv/kernel", "stages.2.8.dwconv.weight": "stage2_8/dwconv/kernel",
+        "stages.2.8.norm.weight": "stage2_8/norm/scale", "norm.weight": "norm/scale", "stages.2.9.gamma": None,
+    }),
+    ("vit('Ti', patch=8)", {  # of torchvision's published files, which predate the numbers in its MLP
+        "encoder.layers.encoder_layer_7.mlp.linear_1.weight": "block7/mlp/fc1/kernel",
+        "encoder.layers.encoder_layer_7.mlp.linear_2.weight": "block7/mlp/fc2/kernel",
+    }),
+])  # fmt: skip
+def test_other_names_of_published_files(spec, names):
+    model = classifier.build(spec, 5, "float32")
     own = dict(tree.named_leaves(jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))))
-    for number, word in ((0, "linear_1"), (3, "linear_2")):
-        names = [f"encoder.layers.encoder_layer_7.mlp.{k}.weight" for k in (number, word)]
-        places = {torch_names.own_name(model.backbone, name, own) for name in names}
-        assert places == {f"params/backbone/block7/mlp/fc{1 if number == 0 else 2}/kernel"}
-
-
-def test_convnexts_authors_call_it_as_we_do():
-    """facebookresearch/ConvNeXt's names."""
-    model = classifier.build("convnext('T')", 5, "float32")
-    own = dict(tree.named_leaves(jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))))
-    theirs = {
-        "downsample_layers.0.0.weight": "stem_conv/kernel",
-        "downsample_layers.0.1.bias": "stem_norm/bias",
-        "downsample_layers.3.0.weight": "downsample3_norm/scale",
-        "downsample_layers.3.1.weight": "downsample3_conv/kernel",
-        "stages.2.8.gamma": "stage2_8/gamma",
-        "stages.2.8.dwconv.weight": "stage2_8/dwconv/kernel",
-        "stages.2.8.norm.weight": "stage2_8/norm/scale",
-        "stages.2.8.pwconv2.bias": "stage2_8/pwconv2/bias",
-        "norm.weight": "norm/scale",
-    }
-    found = {label: torch_names.own_name(model.backbone, label, own) for label in theirs}
-    assert found == {label: f"params/backbone/{place}" for label, place in theirs.items()}
-    assert torch_names.own_name(model.backbone, "head.bias", own) == "params/head/bias"
-    assert torch_names.own_name(model.backbone, "stages.2.9.gamma", own) is None
+    found = {label: torch_names.own_name(model.backbone, label, own) for label in names}
+    assert found == {label: place and f"params/backbone/{place}" for label, place in names.items()}

@@ -6,7 +6,6 @@ import pickle
 import struct
 import tracemalloc
 
-import numpy as np
 import pytest
 import torch_format
 from cases import thorough
@@ -67,21 +66,16 @@ BOMBS = {
     "an array of 2**40 bytes": (b"\x96" + struct.pack("<Q", 2**40) + b"x.", "KeyError"),
     "a frame of 2**62 bytes": (b"\x80\4\x95" + struct.pack("<Q", 2**62) + b"N", "EOFError"),
     "a key of 2**60 leaves": (b"}" + TUPLES + b"Ns.", "neither a text"),
-    "keys of 2**60 leaves": (b"}(" + TUPLES + b"Nu.", "neither a text"),
     "a dict of 2**60 leaves": (b"(" + TUPLES + b"Nd.", "KeyError"),
     "a set of 2**60 leaves": (b"\x8f(" + TUPLES + b"\x90.", "KeyError"),
-    "a frozen set of 2**60 leaves": (b"(" + TUPLES + b"\x91.", "KeyError"),
     "a call for a set": (b"]" + TUPLES + b"aq\1" + call("builtins.set", b"h\1\x85"), "asks for builtins.set"),
     "a call for a dict of 2**60 leaves": (
         b"]]" + TUPLES + b"aNaaq\1" + call("collections.OrderedDict", b"h\1\x85") + b".", "neither a text"
     ),
-    "a storage of 2**60 leaves": (TUPLES + b"Q.", "Error"),
     "a storage's name of 2**60 leaves": (b"(" + torch_format.text("storage") + TUPLES + b"h\0NNtQ.", "malformed"),
     "keys with one hash": (b"}\x8a\x08" + struct.pack("<q", 2**61 - 1) + b"Ns.", "neither a text"),
     "tuples of lists": (MANY + call("torch.Size", b"h\1\x85") * 20_000 + b".", "again and again"),
     "dicts of dicts": (PAIRS + call("collections.OrderedDict", b"h\1\x85") * 20_000 + b".", "again and again"),
-    "places of a device": (ROW + call("torch.device", b"h\1") * 20_000 + b".", "again and again"),
-    "a call without a function": (b")N)R.", "TypeError"),
     "attributes of many dicts": (PAIRS + (call("collections.OrderedDict", b")") + b"h\1b") * 1000 + b".", None),
     "a tensor of many axes": (
         STORAGE + ROW + call("torch._utils._rebuild_tensor", b"(h\2K\0h\1h\1t") + b".", "Error"
@@ -90,15 +84,9 @@ BOMBS = {
         STORAGE + call("torch._utils._rebuild_tensor", b"(h\2K\0" + torch_format.integers([2**60]) * 2 + b"t"),
         "valid shape",
     ),
-    "a list within itself": (b"]q\0h\0ah\0h\0a.", None),
     "lists 100,000 deep": (b"]" * 100_000 + b"a" * 99_999 + b".", None),
-    "an instance": (b"(ibuiltins\nlist\n.", "KeyError"),
     "an object": (b"ccollections\nOrderedDict\n)\x81.", "KeyError"),
     "an extension": (b"\x82\1.", "KeyError"),
-    "no end": (b"N", "EOFError"),
-    "a name cut short": (b"ctorch\nFloat", "EOFError"),
-    "nothing to take": (b"a.", "IndexError"),
-    "nothing at this place": (b"h\7.", "not found"),
     "an attribute of a function": (b"ctorch\nSize\n}X\1\0\0\0aK\1sb.", "something else than a dict"),
 }  # fmt: skip
 LONG = "attributes of many dicts", "a tensor of many axes", "lists 100,000 deep"
@@ -119,10 +107,3 @@ def test_a_pickle_takes_neither_memory_nor_time(name):
         assert tracemalloc.get_traced_memory()[1] < 200 * len(content) + 1_000_000
     finally:
         tracemalloc.stop()
-
-
-def test_tensors_are_descriptions():
-    content = b"\x80\2" + torch_format.tensor("7", 12, 2, (2, 3), (1, 2)) + b"."
-    tensor, dtypes = unpickle.load(io.BytesIO(content))
-    assert tensor == unpickle.Tensor(unpickle.Storage("7", np.dtype("<f4")), 2, (2, 3), (1, 2))
-    assert dtypes == {"7": np.dtype("<f4")}

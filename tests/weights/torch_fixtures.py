@@ -3,7 +3,8 @@
     python tests/weights/torch_fixtures.py
 
 No weights are stored: both sides draw them by `draw`, from their names. Stored are names, shapes and logits, and small
-files in PyTorch's two formats and in safetensors.
+files in PyTorch's two formats and in safetensors. Two models are in no package, and their entries stay as they are: the
+ResNets of akamaster/pytorch_resnet_cifar10 and of xternalz/WideResNet-pytorch.
 """
 
 import json
@@ -56,8 +57,6 @@ def _models() -> dict:
             VisionTransformer(32, 8, num_classes=5, embed_dim=48, depth=2, num_heads=3), "vit('Ti', patch=8)", 32
         ),
         "timm mixer": (MlpMixer(5, 32, patch_size=8, num_blocks=2, embed_dim=48), "mixer('S', patch=8)", 32),
-        "akamaster resnet20": (_cifar_resnet(20), "resnet_cifar(20)", 32),
-        "xternalz wide resnet": (_wide_resnet(16, 2), "wide_resnet(16, 2)", 32),
         # The published ones, in the slow tests.
         "full torchvision resnet18": (tv.resnet18(), "resnet(18)", 224),
         "full torchvision resnet50": (tv.resnet50(), "resnet(50)", 224),
@@ -70,86 +69,10 @@ def _models() -> dict:
     }  # fmt: skip
 
 
-def _cifar_resnet(depth: int):
-    """He et al. 2015, section 4.2, with the names of akamaster/pytorch_resnet_cifar10."""
-    import torch
-    from torch import nn
-    from torch.nn import functional as F
-
-    class Block(nn.Module):
-        def __init__(self, before, after, stride):
-            super().__init__()
-            self.conv1, self.bn1 = nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after)
-            self.conv2, self.bn2 = nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after)
-            self.stride, self.new = stride, after - before
-
-        def forward(self, x):
-            y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
-            half = self.new // 2
-            return torch.relu(y + F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, half)))
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-            for i, (before, after, stride) in enumerate([(16, 16, 1), (16, 32, 2), (32, 64, 2)]):
-                rest = [Block(after, after, 1) for _ in range((depth - 2) // 6 - 1)]
-                setattr(self, f"layer{i + 1}", nn.Sequential(Block(before, after, stride), *rest))
-            self.linear = nn.Linear(64, 10)
-
-        def forward(self, x):
-            x = self.layer3(self.layer2(self.layer1(torch.relu(self.bn1(self.conv1(x))))))
-            return self.linear(x.mean((2, 3)))
-
-    return Net()
-
-
-def _wide_resnet(depth: int, width: int):
-    """Zagoruyko and Komodakis 2016, with the names of xternalz/WideResNet-pytorch."""
-    import torch
-    from torch import nn
-
-    class Block(nn.Module):
-        def __init__(self, before, after, stride):
-            super().__init__()
-            self.bn1, self.conv1 = nn.BatchNorm2d(before), nn.Conv2d(before, after, 3, stride, 1, bias=False)
-            self.bn2, self.conv2 = nn.BatchNorm2d(after), nn.Conv2d(after, after, 3, 1, 1, bias=False)
-            if before != after:
-                self.convShortcut = nn.Conv2d(before, after, 1, stride, bias=False)
-
-        def forward(self, x):
-            y = torch.relu(self.bn1(x))
-            shortcut = self.convShortcut(y) if hasattr(self, "convShortcut") else x
-            return shortcut + self.conv2(torch.relu(self.bn2(self.conv1(y))))
-
-    class Stage(nn.Module):
-        def __init__(self, before, after, stride):
-            super().__init__()
-            rest = [Block(after, after, 1) for _ in range((depth - 4) // 6 - 1)]
-            self.layer = nn.Sequential(Block(before, after, stride), *rest)
-
-        def forward(self, x):
-            return self.layer(x)
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-            self.block1, self.block2 = Stage(16, 16 * width, 1), Stage(16 * width, 32 * width, 2)
-            self.block3, self.bn1 = Stage(32 * width, 64 * width, 2), nn.BatchNorm2d(64 * width)
-            self.fc = nn.Linear(64 * width, 10)
-
-        def forward(self, x):
-            x = torch.relu(self.bn1(self.block3(self.block2(self.block1(self.conv1(x))))))
-            return self.fc(x.mean((2, 3)))
-
-    return Net()
-
-
 def _write_models() -> None:
     import torch
 
-    out = {}
+    out = json.loads((FOLDER / "torch_models.json").read_text())
     for name, (model, spec, size) in _models().items():
         shapes = {}
         with torch.no_grad():
