@@ -53,7 +53,6 @@ class AirBench(nn.Module):
     block: ModuleDef = ConvGroup
     norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
-    swappable = ("norm", "activation")
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -71,8 +70,8 @@ class AirBench(nn.Module):
     def init_on_images(params: Params, images: jax.Array) -> Params:
         """Returns `params` with the whitening kernel computed from normalized images f32[n, h, w, c].
 
-        The filters are the eigenvectors of the covariance of all 2×2 patches in order of decreasing eigenvalue, each
-        divided by the square root of its eigenvalue plus 5e-4; then the same filters negated.
+        Its filters are the eigenvectors of the covariance of all 2×2 patches, by decreasing eigenvalue v, divided by
+        the square root of v + 5e-4; then the same filters negated.
         """
         _, h, w, c = images.shape
         patches = jnp.stack([images[:, i : h - 1 + i, j : w - 1 + j] for i in range(2) for j in range(2)], 3)

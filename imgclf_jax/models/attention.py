@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from imgclf_jax.core import platform
-from imgclf_jax.models.cpu.layout import accumulator
+from imgclf_jax.models.cpu.matmuls import accumulator
 
 
 def attention(qkv: jax.Array, heads: int, with_maps: bool = False) -> tuple[jax.Array, jax.Array | None]:
@@ -15,16 +15,15 @@ def attention(qkv: jax.Array, heads: int, with_maps: bool = False) -> tuple[jax.
     """
     b, n, width = qkv.shape
     q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, heads, -1), 2, 0)  # [b, n, heads, d / heads]
-    maps: jax.Array | None = None
-    if with_maps:
-        maps = _maps(q, k)
+    maps = _maps(q, k) if with_maps else None
+    if maps is not None:
         y = jnp.einsum("bhqk,bkhd->bqhd", maps.astype(qkv.dtype), v)
     elif _can_use_cudnn(q):
         with jax.numpy_dtype_promotion("standard"):  # JAX's own implementation relies on it
             y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     else:
         y = _attend(q, k, v)
-    return y.reshape(b, n, width // 3), maps if with_maps else None
+    return y.reshape(b, n, width // 3), maps
 
 
 def _maps(q: jax.Array, k: jax.Array) -> jax.Array:

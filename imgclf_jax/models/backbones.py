@@ -51,7 +51,6 @@ class MLP(nn.Module):
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
     activation: Callable[[jax.Array], jax.Array] = nn.relu
-    swappable = ("activation",)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -65,9 +64,8 @@ class MLP(nn.Module):
 class RNN(nn.Module):
     """A recurrent network over the rows of the image, a sequence of h vectors of w * c values: → [b, features].
 
-    `cell` is "lstm" (Hochreiter and Schmidhuber 1997, forget-gate bias 0) or "gru" (Cho et al. 2014, the variant that
-    applies the reset gate after the matmul). The output is the last layer's hidden state after the last row. The cells
-    are linen's: with bfloat16 they sum the gradients of their biases in it.
+    `cell`, linen's, is "lstm" (Hochreiter and Schmidhuber 1997, forget-gate bias 0) or "gru" (Cho et al. 2014, the
+    variant that applies the reset gate after the matmul). The output is the last layer's state after the last row.
     """
 
     cell: str = "lstm"

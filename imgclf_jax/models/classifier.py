@@ -51,13 +51,13 @@ class Classifier(nn.Module):
 
     def features(self, images: jax.Array, train: bool = False) -> jax.Array:
         """The backbone's features [b, d]. Raises ValueError if it returns anything else."""
-        features: Any = self.backbone(images, train=train)
-        b, is_array = images.shape[0], hasattr(features, "shape")
-        if not is_array or features.ndim != 2 or (isinstance(b, int) and features.shape[0] != b):
-            found = f"{features.dtype}{list(features.shape)}" if is_array else f"a {type(features).__name__}"
+        features: jax.Array = self.backbone(images, train=train)
+        b, shape = images.shape[0], getattr(features, "shape", None)
+        if shape is None or len(shape) != 2 or (isinstance(b, int) and shape[0] != b):
+            found = f"a {type(features).__name__}" if shape is None else list(shape)
             raise ValueError(f"the backbone returns {found}; it must return features [b, d], here [{b}, d], such as "
                              "the mean over the pixels of each image")  # fmt: skip
-        return cast(jax.Array, features)
+        return features
 
 
 def build(text: str, num_classes: int, precision: str) -> Classifier:
@@ -65,8 +65,8 @@ def build(text: str, num_classes: int, precision: str) -> Classifier:
 
     A backbone is a linen or an nnx module, or a function that makes one. If it takes `dtype`, it computes in
     `precision` ("float32" or "bfloat16") unless the spec sets `dtype`. Every spec accepts `head_init`, a spec of
-    HEAD_INITS in quotes such as 'zeros' or 'normal(0.01)'; the backbone does not see it. Raises UserError for an
-    unknown backbone, for arguments that do not fit, and for a `dropout` or `drop_path` outside [0, 1).
+    HEAD_INITS in quotes such as 'normal(0.01)', for the head. Raises UserError for an unknown backbone, for arguments
+    that do not fit, and for a `dropout` or `drop_path` outside [0, 1).
     """
     call = spec.parse_one(text)
     kwargs = dict(call.kwargs)

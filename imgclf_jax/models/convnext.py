@@ -12,7 +12,6 @@ from imgclf_jax.core.typing import Arguments, ModuleDef
 from imgclf_jax.models import parts
 from imgclf_jax.models.layers import Conv, Dense, drop_path, gelu, mean_pool, spread
 from imgclf_jax.models.norms import LayerNorm
-from imgclf_jax.models.remat import remat
 
 _VARIANTS = {
     "T": ((3, 3, 9, 3), (96, 192, 384, 768)),
@@ -57,19 +56,18 @@ class ConvNeXt(nn.Module):
     block: ModuleDef = ConvNeXtBlock
     norm: ModuleDef = LayerNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
-    swappable = ("norm", "activation")
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         if self.variant not in _VARIANTS:
             raise UserError(unknown("convnext variant", self.variant, _VARIANTS))
         depths, dims = _VARIANTS[self.variant]
-        (h, w), least = x.shape[1:3], 4 * 2 ** (len(dims) - 1)  # one pixel after the stem and the downsamplings
-        if min(h, w) < least:
-            raise UserError(f"convnext: images of {h} by {w} are too small; resize them to {least} by {least} or more")
+        h, w = x.shape[1:3]
+        if min(h, w) < 32:  # one pixel after the stem and the downsamplings
+            raise UserError(f"convnext: images of {h} by {w} are too small; resize them to 32 by 32 or more")
         settings: Arguments = {"dtype": self.dtype, "kernel_init": _init}
         rates = iter(self.drop_path * i / (sum(depths) - 1) for i in range(sum(depths)))
-        block, norm = remat(self.block, self.remat), parts.norms(self.norm, dtype=self.dtype)
+        block, norm = parts.remat(self.block, self.remat), parts.norms(self.norm, dtype=self.dtype)
         passed: Arguments = {
             "norm": norm, "activation": self.activation, "dtype": self.dtype, "layer_scale": self.layer_scale,
         }  # fmt: skip

@@ -1,7 +1,4 @@
-"""An `nnx.Module` as a backbone: linen's interface over `flax.nnx.bridge.ToLinen`.
-
-Imported only where a model is an nnx one, since `flax.nnx` takes a second to import.
-"""
+"""An `nnx.Module` as a backbone. Imported only for such a model, since `flax.nnx` takes a second to import."""
 
 import functools
 import inspect
@@ -17,8 +14,7 @@ from imgclf_jax.core.typing import Function
 class FromNnx(nnx.bridge.ToLinen):
     """A linen module that constructs an nnx module and calls it, in training or in evaluation mode.
 
-    Parameters lie in "params" and the statistics of `nnx.BatchNorm` in "batch_stats", by nnx's paths. The streams of
-    `nnx.Rngs` come from linen's: one that linen was not given, such as "noise", falls back to "default".
+    Parameters lie in "params" and the statistics of `nnx.BatchNorm` in "batch_stats", by nnx's paths.
     """
 
     sorts_parameters = True  # by name, so that layers have no order
@@ -29,10 +25,7 @@ class FromNnx(nnx.bridge.ToLinen):
 
 
 def _call(module: nnx.Module, x: jax.Array, train: bool) -> jax.Array:
-    if train:
-        module.train()  # Dropout draws, and BatchNorm takes the statistics of the batch
-    else:
-        module.eval()
+    (module.train if train else module.eval)()  # whether Dropout draws, and which statistics BatchNorm takes
     call: Function = module
     return call(x, train=train) if "train" in inspect.signature(type(module).__call__).parameters else call(x)
 

@@ -1,7 +1,6 @@
 """Models with frozen parameters."""
 
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,22 +28,10 @@ class Frozen:
     frozen: frozenset[str]
     names: tuple[str, ...]
 
-    def apply_function(self, function: Function, mutable: list[str]) -> Function:
-        """Returns what `nn.apply(function, model, mutable)` does, with the parameters frozen."""
-
-        def stop(name: str, x: jax.Array) -> jax.Array:
-            return jax.lax.stop_gradient(x) if name in self.frozen else x
-
-        def apply(variables: Variables, *args: PyTree, **kwargs: object) -> PyTree:
-            with nn.intercept_methods(self._evaluate_frozen):
-                variables = {**variables, "params": tree.map_named(stop, variables["params"])}
-                return nn.apply(function, self.model, mutable)(variables, *args, **kwargs)
-
-        return apply
-
-    def _evaluate_frozen(
+    def evaluate_frozen(
         self, call: Function, args: tuple[Any, ...], kwargs: Arguments, context: nn.module.InterceptorContext
     ) -> PyTree:
+        """For `nn.intercept_methods`: calls a module, in evaluation mode if it is frozen."""
         module, parameters = context.module, inspect.signature(context.orig_method).parameters
         modes = {name: value for name, value in _EVALUATION.items() if name in parameters}
         if context.method_name != "__call__" or not modes or not self._is_frozen(module.path):
@@ -57,14 +44,11 @@ class Frozen:
             bound.arguments[name] = value
         return call(*bound.args, **bound.kwargs)
 
-    def _is_frozen(self, path: Sequence[str]) -> bool:
+    def _is_frozen(self, path: tuple[str, ...]) -> bool:
         """Whether the module at `path`, or one around it, has parameters, all of them frozen."""
-        return any(self._has_only_frozen(path[:i]) for i in range(len(path) + 1))
-
-    def _has_only_frozen(self, path: Sequence[str]) -> bool:
-        prefix = "".join(f"{part}/" for part in path)
-        own = [name for name in self.names if name.startswith(prefix)]
-        return bool(own) and self.frozen.issuperset(own)
+        prefixes = ["".join(f"{part}/" for part in path[:i]) for i in range(len(path) + 1)]
+        inside = [{name for name in self.names if name.startswith(prefix)} for prefix in prefixes]
+        return any(own and own <= self.frozen for own in inside)
 
 
 def apply_function(function: Function, model: nn.Module | Frozen, mutable: list[str]) -> Function:
@@ -72,7 +56,14 @@ def apply_function(function: Function, model: nn.Module | Frozen, mutable: list[
 
     The result maps `(variables, *args, rngs=…)` to `(function(bound model, *args), changed variables)`.
     """
-    if isinstance(model, Frozen):
-        return model.apply_function(function, mutable)
-    apply: Function = nn.apply(function, model, mutable)
+    if not isinstance(model, Frozen):
+        return nn.apply(function, model, mutable)
+
+    def apply(variables: Variables, *args: PyTree, **kwargs: object) -> PyTree:
+        params = tree.map_named(
+            lambda name, x: jax.lax.stop_gradient(x) if name in model.frozen else x, variables["params"]
+        )
+        with nn.intercept_methods(model.evaluate_frozen):
+            return nn.apply(function, model.model, mutable)({**variables, "params": params}, *args, **kwargs)
+
     return apply

@@ -2,16 +2,13 @@
 
 Arrays are [b, h, w, c] or [b, n, d] on every platform. In programs for CPU that take gradients, layers are matmuls on
 feature-first arrays (`cpu/`). Everywhere else they are plain XLA operations: on GPU and TPU, in forward passes on CPU,
-which oneDNN computes, and outside `platform.tracing_for`, which sets the target platform. Only a float32 convolution of
-few channels is a matmul on TPU, since XLA's own takes long to compile.
+which oneDNN computes, and outside `platform.tracing_for`, which sets the target platform.
 
-A layer computes its matmuls, and returns its output, in `dtype`. Reductions over many elements, such as means and bias
-gradients, accumulate in at least float32, within a device and across devices. The exception is a kernel's gradient off
-CPU: as in linen, it is a matmul result in `dtype`, and devices all-reduce it in `dtype`.
+A layer computes its matmuls, and returns its output, in `dtype`. Means, bias gradients and other sums accumulate in at
+least float32, also across devices; a kernel's gradient off CPU is a matmul result in `dtype`, as in linen.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 
 import jax
@@ -22,12 +19,9 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from imgclf_jax.core import dtypes, platform
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Initializer
 from imgclf_jax.models.cpu import matmuls, onednn, pool, sums
-from imgclf_jax.models.cpu.layout import features_first, features_last, wants_features_first
-
-_FEW_CHANNELS_ON_TPU, _FEW_TAPS_ON_TPU = 4, 36  # up to these, TPU convolves in float32 by a matmul of patches
+from imgclf_jax.models.cpu.matmuls import features_first, features_last, wants_features_first
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
@@ -58,30 +52,10 @@ def conv(
     depthwise = groups == x.shape[3] == kernel.shape[3]
     if platform.uses_onednn() and (groups == 1 or depthwise) and dilation == (1, 1):
         return onednn.conv(x, kernel, strides, pads, dtype)
-    x, kernel = x.astype(dtype), kernel.astype(dtype)
-    if _compiles_slowly_on_tpu(kernel, groups):
-        return _conv_as_matmul(x, kernel, strides, pads, dilation)
     return lax.conv_general_dilated(
-        x, kernel, strides, pads, rhs_dilation=dilation, feature_group_count=groups,
+        x.astype(dtype), kernel.astype(dtype), strides, pads, rhs_dilation=dilation, feature_group_count=groups,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )  # fmt: skip
-
-
-def _compiles_slowly_on_tpu(kernel: jax.Array, groups: int) -> bool:
-    """Whether XLA's TPU compiler is slow with this kernel's gradient, as in float32 with few input channels."""
-    taps = math.prod(kernel.shape[:3])
-    few = groups == 1 and kernel.shape[2] <= _FEW_CHANNELS_ON_TPU and 1 < taps <= _FEW_TAPS_ON_TPU
-    return platform.current() == "tpu" and kernel.dtype != jnp.bfloat16 and few
-
-
-def _conv_as_matmul(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Sequence[tuple[int, int]],
-    dilation: tuple[int, int],
-) -> jax.Array:  # fmt: skip
-    """The convolution as one matmul: patches [b, ho, wo, kh * kw * c] times the kernel [kh * kw * c, f]."""
-    kh, kw, c, f = kernel.shape
-    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)))
-    return jnp.dot(jnp.concatenate(pool.slices(x, (kh, kw), strides, dilation), 3), kernel.reshape(kh * kw * c, f))
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
@@ -124,8 +98,7 @@ class ConvPool(nn.Module):
     """Convolution ("VALID"), bias, ReLU, max-pool: [b, h, w, c] → [b, ~h/2, ~w/2, features] in `dtype`.
 
     Bias and ReLU are applied after the maximum: both are monotonic, so the result is the same for a quarter of the
-    work. On CPU, where bfloat16 arithmetic is slow, everything after a bfloat16 convolution is in float32, and so is
-    the convolution itself on images of few channels.
+    work. On CPU, where bfloat16 arithmetic is slow, everything after a bfloat16 convolution is in float32.
     """
 
     features: int
@@ -189,8 +162,9 @@ def _max_pool_jvp(
     primals = platform.cpu_barrier(primals)  # the maximum and its position must see the same roundings
     y = _max_pool(window, strides, padding, *primals)
     argmax = pool.first_argmax(pool.window_slices(*primals, window, strides, padding, -jnp.inf), y)
-    take = pool.take_max if platform.current() == "cpu" else pool.take
-    return y, take(*tangents, argmax, window, strides, padding)
+    if platform.current() == "cpu" and window == strides and not padding:
+        return y, pool.take_max_disjoint(*tangents, argmax, window=window)
+    return y, pool.take_max(*tangents, argmax, window, strides, padding)
 
 
 def mean_pool(x: jax.Array) -> jax.Array:
@@ -199,16 +173,13 @@ def mean_pool(x: jax.Array) -> jax.Array:
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
-    """The standard normal CDF by `erf`; Flax uses `erfc`, which is several times slower on CPU."""
+    """The standard normal CDF by `erf`, which is several times faster on CPU than Flax's `erfc`."""
     return 0.5 * (1 + lax.erf(x * float(0.5**0.5)))
 
 
 @jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU, x times the normal CDF of x (Hendrycks and Gimpel 2016, arXiv:1606.08415), in x's dtype.
-
-    Computed in float32 (or float64).
-    """
+    """Exact GELU, x times its normal CDF (Hendrycks and Gimpel 2016, arXiv:1606.08415), by at least float32."""
     wide = dtypes.upcast(x)
     return (wide * _normal_cdf(wide)).astype(x.dtype)
 
@@ -224,11 +195,8 @@ def _gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[ja
 def drop_path(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Array:
     """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): in training, zeros x [b, …] for random examples.
 
-    Each example is dropped with probability `rate`; those kept are scaled by 1 / (1 - rate). Raises UserError for a
-    rate outside [0, 1).
+    Each example is dropped with probability `rate`, in [0, 1); those kept are scaled by 1 / (1 - rate).
     """
-    if not 0 <= rate < 1:
-        raise UserError(f"drop_path={rate}: allowed are 0 to below 1")
     if not train or rate == 0:
         return x
     kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, (x.shape[0], *[1] * (x.ndim - 1)))

@@ -30,10 +30,9 @@ def statistics_over(groups: int) -> AbstractContextManager[None]:
 def groups(text: str, images: int) -> int:
     """The number of BatchNorm groups in a batch of `images`, from the key `batch_norm`.
 
-    The key is 'global' (SyncBatchNorm) or 'groups(N)' (ghost batch norm over N images each). A method
-    that passes more images through the model, such as two views of each or unlabeled ones, splits them into as many
-    groups, each with N images of the batch and the others' equal share. Raises UserError for another key, and if
-    `images` is not a multiple of N.
+    The key is 'global' (SyncBatchNorm) or 'groups(N)' (ghost batch norm over N images each). A method that passes more
+    images through the model, such as two views of each, splits them into as many groups. Raises UserError for another
+    key, and if `images` is not a multiple of N.
     """
     if text == "global":
         return 1
@@ -49,8 +48,7 @@ class BatchNorm(nn.Module):
     """`nn.BatchNorm` over the last axis: the same parameters, statistics and results.
 
     Ioffe and Szegedy 2015 (arXiv:1502.03167). Statistics cover the global batch on any number of devices, or each group
-    inside `statistics_over`, where the running statistics follow the mean over the groups. `momentum` is the weight of
-    the old running mean and variance, in the collection `batch_stats`.
+    inside `statistics_over`; the running ones, in `batch_stats`, follow the mean over the groups with `momentum`.
     """
 
     momentum: float = 0.99
@@ -73,7 +71,7 @@ class BatchNorm(nn.Module):
             factor = lax.rsqrt(var + self.epsilon) * scale
             return (x * factor.astype(x.dtype) + (bias - mean * factor).astype(x.dtype)).astype(self.dtype)
         # Off CPU, XLA's automatic derivative is faster: the rule below would cost it a pass over the images.
-        normalize = functools.partial(_batch_norm_by_rule if _on_cpu() else _batch_norm, self.epsilon)
+        normalize = functools.partial(_batch_norm_by_rule if platform.current() == "cpu" else _batch_norm, self.epsilon)
         if (parts := _groups.value) == 1 or len(x) == 1:  # models are initialized on one example
             y, mean, var = normalize(x, scale.astype(x.dtype), bias.astype(x.dtype))
         else:
@@ -95,28 +93,21 @@ class LayerNorm(nn.LayerNorm):
 
 
 class GroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` (Wu and He 2018, arXiv:1803.08494), computed in at least float32.
-
-    Normalizes each example over its pixels or tokens and over groups of c / num_groups adjacent channels.
-    """
+    """`nn.GroupNorm` over groups of adjacent channels (Wu and He 2018, arXiv:1803.08494), in at least float32."""
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         with jax.numpy_dtype_promotion("standard"):  # which linen relies on
             return super().__call__(dtypes.upcast(x))
 
 
-def _on_cpu() -> bool:
-    return platform.current() == "cpu"
-
-
 def _spread(values: jax.Array, x: jax.Array) -> jax.Array:
     """Broadcasts values [c] to the shape of x [..., c]."""
-    return sums.broadcast(values, x.shape) if _on_cpu() else jnp.broadcast_to(values, x.shape)
+    return sums.broadcast(values, x.shape) if platform.current() == "cpu" else jnp.broadcast_to(values, x.shape)
 
 
 def _mean(x: jax.Array) -> jax.Array:
     """The mean over all axes but the last → [c]."""
-    total = sums.sum_features(x) if _on_cpu() else jnp.sum(x, range(x.ndim - 1))
+    total = sums.sum_features(x) if platform.current() == "cpu" else jnp.sum(x, range(x.ndim - 1))
     return total / (x.size // x.shape[-1])
 
 

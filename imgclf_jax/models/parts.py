@@ -1,11 +1,10 @@
-"""The normalization and activation of a backbone, chosen in its spec.
+"""The normalization and activation of a backbone, chosen in its spec, and rematerialization of its blocks.
 
-`resnet_cifar(norm='group_norm(num_groups=8)', activation='my_file:swish')` works for each linen class whose attribute
-`swappable` names these fields. In Python, pass the class and the function themselves::
+`resnet_cifar(norm='group_norm(num_groups=8)', activation='my_file:swish')` works for each linen class whose fields
+`norm` and `activation` have a class and a function as defaults. In Python, pass the class and the function themselves::
 
     class MyNet(nn.Module):
         norm: ModuleDef = BatchNorm
-        swappable = ("norm",)
 
         @nn.compact
         def __call__(self, x, train=False):
@@ -30,13 +29,8 @@ from imgclf_jax.models.norms import BatchNorm, GroupNorm, LayerNorm
 
 NORMS = {"batch_norm": BatchNorm, "group_norm": GroupNorm, "layer_norm": LayerNorm}
 ACTIVATIONS = {
-    "relu": nn.relu,
+    **{name: getattr(nn, name) for name in ("relu", "silu", "elu", "leaky_relu", "softplus", "tanh")},
     "gelu": gelu,
-    "silu": nn.silu,
-    "elu": nn.elu,
-    "leaky_relu": nn.leaky_relu,
-    "softplus": nn.softplus,
-    "tanh": nn.tanh,
     "identity": lambda x: x,
 }
 _OF_BATCH_NORM = ("momentum", "epsilon", "use_scale")  # for norms that have such fields
@@ -49,16 +43,18 @@ def bind(call: spec.Call, backbones: Mapping[str, object]) -> functools.partial[
     Raises UserError for a name or an argument that does not fit.
     """
     made = spec.bind(call, backbones, "model")
-    settings = inspect.signature(made.func).bind_partial(*made.args, **made.keywords).arguments
-    swappable = [key for key in getattr(made.func, "swappable", ()) if key in settings]
-    for key in swappable:
+    signature = inspect.signature(made.func)
+    settings = signature.bind_partial(*made.args, **made.keywords).arguments
+    for key in ("norm", "activation"):
+        if key not in settings or not callable(signature.parameters[key].default):
+            continue
         inner = spec.parse_one(str(settings[key]))
         if key == "norm":
             part = spec.bind(inner, NORMS, key, by_name=_PASSED)
         else:
             part = spec.bind(inner, ACTIVATIONS, key, leading=("x",))
         settings[key] = part if part.args or part.keywords else part.func
-    return functools.partial(made.func, **settings) if swappable else made
+    return functools.partial(made.func, **settings)
 
 
 def has_swapped(module: nn.Module) -> bool:
@@ -80,7 +76,7 @@ class Norm:
         It passes `train`, linen's `use_running_average`, or neither. Raises UserError if the class lacks a field that
         the network sets; `momentum`, `epsilon` and `use_scale` are for classes that have them.
         """
-        passed = dict(self.passed) if scale == 1 else {**self.passed, "scale_init": nn.initializers.constant(scale)}
+        passed = self.passed if scale == 1 else {**self.passed, "scale_init": nn.initializers.constant(scale)}
         fields, bound = inspect.signature(self.cls).parameters, getattr(self.cls, "keywords", {})
         if missing := [key for key in passed if key not in (*fields, *_OF_BATCH_NORM)]:
             raise UserError(f"norm {self.cls} has no field {missing[0]!r}, which this network sets")
@@ -88,9 +84,8 @@ class Norm:
         takes = inspect.signature(type(module).__call__).parameters
 
         def normalize(x: jax.Array, train: bool = False) -> jax.Array:
-            if "train" in takes:
-                return module(x, train)
-            return module(x, use_running_average=not train) if "use_running_average" in takes else module(x)
+            modes = {"train": train, "use_running_average": not train}
+            return module(x, **{key: value for key, value in modes.items() if key in takes})
 
         return normalize
 
@@ -98,3 +93,18 @@ class Norm:
 def norms(norm: ModuleDef, **passed: object) -> Norm:
     """Wraps a class, or a partial of one, in a Norm; returns a Norm unchanged."""
     return norm if isinstance(norm, Norm) else Norm(norm, passed)
+
+
+def remat(block: ModuleDef, kind: str) -> ModuleDef:
+    """Wraps a block class, or a partial of one, called as (x, train) (Chen et al. 2016, arXiv:1604.06174).
+
+    With `kind` "block" the backward pass stores only x and recomputes the rest; with "" the block is unchanged.
+    Parameters and results are the same. Raises UserError for any other `kind`.
+    """
+    if kind not in ("", "block"):
+        raise UserError(f"remat={kind!r}: allowed are '' (store all activations) and 'block' (store block inputs only)")
+    if not kind:
+        return block
+    if isinstance(block, functools.partial):
+        return functools.partial(remat(block.func, kind), *block.args, **block.keywords)
+    return nn.remat(block, static_argnums=(2,))

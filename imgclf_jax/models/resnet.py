@@ -13,7 +13,6 @@ from imgclf_jax.core.typing import ModuleDef
 from imgclf_jax.models import parts
 from imgclf_jax.models.layers import Conv, max_pool, mean_pool
 from imgclf_jax.models.norms import BatchNorm
-from imgclf_jax.models.remat import remat
 
 _STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -87,8 +86,7 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """ResNets of table 1, depth 18, 34, 50, 101 or 152: [b, h, w, c] → [b, 512], or [b, 2048] from depth 50 on.
 
-    With `zero_init`, the scale of each block's last norm starts at 0, so that blocks start as the identity (Goyal et
-    al. 2017, arXiv:1706.02677).
+    With `zero_init` blocks start as the identity: the scale of their last norm is 0 (Goyal et al., arXiv:1706.02677).
     """
 
     depth: int = 50
@@ -99,7 +97,6 @@ class ResNet(nn.Module):
     block: ModuleDef | None = None  # None: BasicBlock below depth 50, else Bottleneck
     norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
-    swappable = ("norm", "activation")
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -109,7 +106,7 @@ class ResNet(nn.Module):
         x = _conv(64, 7, 2, self.dtype, "conv1")(x)  # h/2, w/2, 64 channels
         x = max_pool(self.activation(norm("bn1")(x, train)), 3, 2, 1)  # h/4, w/4
         block = partial(
-            remat(self.block or (BasicBlock if self.depth < 50 else Bottleneck), self.remat), norm=norm,
+            parts.remat(self.block or (BasicBlock if self.depth < 50 else Bottleneck), self.remat), norm=norm,
             activation=self.activation, dtype=self.dtype, last_scale=float(not self.zero_init),
         )  # fmt: skip
         return mean_pool(_stages(block, 64, _STAGES[self.depth], x, train))
@@ -129,7 +126,6 @@ class ResNetCIFAR(nn.Module):
     block: ModuleDef = BasicBlock
     norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
-    swappable = ("norm", "activation")
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -175,7 +171,6 @@ class WideResNet(nn.Module):
     block: ModuleDef = WideBlock
     norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
-    swappable = ("norm", "activation")
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

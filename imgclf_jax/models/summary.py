@@ -13,10 +13,7 @@ from imgclf_jax.core import jaxprs, platform, rng
 
 
 def parameters_by_module(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """The number of parameters of each module of the backbone, and of each beside it, from all shapes by path.
-
-    Numbered modules are added up: `layer1_*`.
-    """
+    """The parameters of each module of the backbone and beside it, from all shapes by path; `layer1_*` is a sum."""
     counts = collections.Counter[str]()
     for path, shape in shapes.items():
         module = path.removeprefix("backbone/").split("/")[0]

@@ -15,7 +15,6 @@ from imgclf_jax.models import parts
 from imgclf_jax.models.attention import attention
 from imgclf_jax.models.layers import Conv, Dense, drop_path, gelu, mean_pool, spread
 from imgclf_jax.models.norms import LayerNorm
-from imgclf_jax.models.remat import remat
 
 _VIT = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # width, layers, heads
 _MIXER = {"S": (512, 8, 256, 2048), "B": (768, 12, 384, 3072)}  # width, layers, hidden widths over tokens, channels
@@ -52,13 +51,13 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        d, init = x.shape[-1], nn.initializers.xavier_uniform()
+        d = x.shape[-1]
         qkv_init = nn.initializers.variance_scaling(2.0, "fan_avg", "uniform")  # Glorot for each of the three kernels
         qkv = Dense(3 * d, self.dtype, qkv_init, name="qkv")(x)  # [b, n, 3 * d]
         y, maps = attention(qkv, self.heads, self.is_mutable_collection("intermediates"))
         if maps is not None:
             self.sow("intermediates", "attention", maps)
-        return Dense(d, self.dtype, init, name="proj")(y)
+        return Dense(d, self.dtype, nn.initializers.xavier_uniform(), name="proj")(y)
 
 
 class MLPBlock(nn.Module):
@@ -102,8 +101,7 @@ class EncoderBlock(nn.Module):
 class ViT(nn.Module):
     """Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929): [b, h, w, c] → [b, width].
 
-    - `variant` is "Ti", "S", "B" or "L", of width 192, 384, 768 or 1024.
-    - `patch` is the side of a patch in pixels.
+    - `variant` is "Ti", "S", "B" or "L", of width 192, 384, 768 or 1024; `patch` is the side of a patch in pixels.
     - `positions` are "learned" or "sincos".
     - `pool` is "cls" (the class token) or "mean" (over all tokens).
     - `representation` adds a dense layer of the same width with tanh, as in the paper's pre-training.
@@ -123,7 +121,6 @@ class ViT(nn.Module):
     block: ModuleDef = EncoderBlock
     norm: ModuleDef = LayerNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
-    swappable = ("norm", "activation")
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -146,7 +143,7 @@ class ViT(nn.Module):
         if self.positions == "learned":
             x = x + spread(self.param("positions_embedding", _init, (1, x.shape[1], width)), x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        block, norm = remat(self.block, self.remat), parts.norms(self.norm, dtype=self.dtype)
+        block, norm = parts.remat(self.block, self.remat), parts.norms(self.norm, dtype=self.dtype)
         passed: Arguments = {
             "heads": heads, "dropout": self.dropout, "dtype": self.dtype, "norm": norm, "activation": self.activation,
         }  # fmt: skip
@@ -191,7 +188,6 @@ class Mixer(nn.Module):
     block: ModuleDef = MixerBlock
     norm: ModuleDef = LayerNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
-    swappable = ("norm", "activation")
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -200,7 +196,7 @@ class Mixer(nn.Module):
         width, layers, tokens_hidden, channels_hidden = _MIXER[self.variant]
         x = _patches(x, self.patch, width, self.dtype, "mixer")
         x = x.reshape(x.shape[0], -1, width)
-        block, norm = remat(self.block, self.remat), parts.norms(self.norm, dtype=self.dtype)
+        block, norm = parts.remat(self.block, self.remat), parts.norms(self.norm, dtype=self.dtype)
         passed: Arguments = {
             "tokens_hidden": tokens_hidden, "channels_hidden": channels_hidden, "dtype": self.dtype, "norm": norm,
             "activation": self.activation,

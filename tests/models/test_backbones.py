@@ -1,7 +1,6 @@
 """Every backbone: its published size, and a step of training and evaluation in bfloat16 on eight devices."""
 
 import itertools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from test_forms import SMALL, random_variables
 
 from imgclf_jax import metrics
 from imgclf_jax.config import default_config
-from imgclf_jax.core import sharding, tree
+from imgclf_jax.core import sharding
 from imgclf_jax.models import classifier, vit
 from imgclf_jax.models.airbench import AirBench
 from imgclf_jax.models.backbones import BACKBONES
@@ -36,9 +35,6 @@ MORE_COUNTS = [  # deeper and wider ones
     ("resnet(depth=34)", 224, 1000, 21_797_672),
     ("resnet(depth=101)", 224, 1000, 44_549_160),
     ("resnet(depth=152)", 224, 1000, 60_192_808),
-    ("resnet_cifar(depth=32)", 32, 10, 464_154),
-    ("resnet_cifar(depth=44)", 32, 10, 658_586),
-    ("resnet_cifar(depth=56)", 32, 10, 853_018),
     ("resnet_cifar(depth=110)", 32, 10, 1_727_962),
     ("wide_resnet(depth=40, width=4)", 32, 10, 8_949_210),
     ("convnext('S')", 224, 1000, 50_223_688),
@@ -80,43 +76,17 @@ def test_airbench_parameter_count():
     assert sum(x.size for x in jax.tree.leaves(shapes)) == whiten + groups + 256 * 10 + 10
 
 
-def programs(spec, size, precision="bfloat16"):
-    config = default_config()
-    config.model, config.precision, config.batch_size, config.total = spec, precision, 16, "4 steps"
-    config.augment, config.schedule = "flip_lr|normalize(0.5, 0.25)", "constant(0.1)"
-    config.optimizer = "sgd"  # whose update of every parameter compiles in less time than Adam's
-    data = DataInfo(64, (size, size, 3), tuple("abcd"), "")
-    return Programs(Recipe(config, data))
-
-
-@pytest.mark.usefixtures("form", "shallow")
-@pytest.mark.parametrize("form", ["cpu", *thorough("gpu")], indirect=True)
-@pytest.mark.parametrize("name", ["cnn", "resnet", "vit", *thorough(*sorted({*BACKBONES} - {"cnn", "resnet", "vit"}))])
-def test_gradients_are_as_precise_as_the_parameters(name):
-    """In float32, while layers compute in bfloat16, in both forms."""
-    spec, size, _ = SMALL[name]
-    model = classifier.build(spec, 4, "bfloat16")
-    x = jnp.zeros((4, size, size, 3))
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), x))
-    others = {k: v for k, v in variables.items() if k != "params"}
-
-    def loss(params, others):
-        rngs = {"dropout": jax.random.key(0)}
-        logits, _ = model.apply({"params": params, **others}, x, train=True, mutable=list(others), rngs=rngs)
-        return jnp.sum(logits)
-
-    gradients = jax.eval_shape(jax.grad(loss), variables["params"], others)
-    assert {path: g.dtype for path, g in tree.named_leaves(gradients) if g.dtype != jnp.float32} == {}
-
-
 @pytest.mark.usefixtures("shallow")
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", sorted(BACKBONES))
 def test_a_step_in_bfloat16_over_eight_devices(name):
     """Loss and gradients are finite, every parameter moves or has no gradient by design, and statistics move."""
-    exp = programs(*SMALL[name][:2])
+    (spec, size, _), rng, config = SMALL[name], np.random.default_rng(0), default_config()
+    config.model, config.precision, config.batch_size, config.total = spec, "bfloat16", 16, "4 steps"
+    config.augment, config.schedule = "flip_lr|normalize(0.5, 0.25)", "constant(0.1)"
+    config.optimizer = "sgd"  # whose update of every parameter compiles in less time than Adam's
+    exp = Programs(Recipe(config, DataInfo(64, (size, size, 3), tuple("abcd"), "")))
     assert exp.mesh.size == 8
-    size, rng = SMALL[name][1], np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (16, size, size, 3), np.uint8),
         "label": rng.integers(0, 4, 16, np.int32),
@@ -176,8 +146,6 @@ def test_sincos_positions_are_their_definition():
             np.testing.assert_allclose(table[y * 5 + x], expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.usefixtures("form")
-@pytest.mark.parametrize("form", ["cpu", *thorough("gpu")], indirect=True)
 def test_attention_maps_can_be_seen(monkeypatch):
     """f32[b, heads, tokens, tokens] for every block; each row is a distribution."""
     monkeypatch.setitem(vit._VIT, "Ti", (48, 3, 3))
@@ -203,12 +171,3 @@ def test_whitening_whitens():
     outputs = patches.astype(np.float64) @ kernel[..., :12].reshape(12, 12)
     values = np.linalg.eigvalsh(np.float64(patches.T) @ patches / len(patches))[::-1]
     np.testing.assert_allclose(outputs.T @ outputs / len(outputs), np.diag(values / (values + 5e-4)), atol=2e-3)
-
-
-def test_counts_are_those_of_the_documentation():
-    """The table of backbones shows these numbers."""
-    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    for spec in ("resnet(depth=50)", "vit('B', patch=16)", "convnext('T')"):
-        count = next(n for s, _, _, n in COUNTS + MORE_COUNTS if s == spec)
-        assert f"{count / 1e6:.1f} M" in text, spec
-    assert sorted(BACKBONES) == sorted(SMALL)

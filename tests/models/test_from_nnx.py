@@ -12,9 +12,8 @@ from flax import nnx
 import launch
 from imgclf_jax import losses, recipe, step
 from imgclf_jax.config import default_config
-from imgclf_jax.core import json_files, rng, tree
+from imgclf_jax.core import json_files, tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.methods.mean_teacher import Averaged
 from imgclf_jax.models import classifier
 from imgclf_jax.run.provenance import DataInfo
 
@@ -76,21 +75,18 @@ def batch():
     return {"image": rng.integers(256, size=(8, *SHAPE), dtype=np.uint8), "label": rng.integers(0, 3, 8, np.int32)}
 
 
-def start(model, accumulate=1):
+def start(model):
     """(initial state, compiled train step) of plain SGD."""
     optimizer = optax.sgd(0.5)
     scale = lambda key, images: images.astype(jnp.float32) / 255  # noqa: E731
-    train_step = step.make_train_step(
-        model, losses.softmax, optimizer, optax.constant_schedule(0.5), scale, accumulate=accumulate
-    )
+    train_step = step.make_train_step(model, losses.softmax, optimizer, optax.constant_schedule(0.5), scale)
     return jax.jit(lambda: step.init_state(model, optimizer, SHAPE, 0))(), jax.jit(train_step)
 
 
-@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.thorough)])
-def test_it_trains_as_its_linen_twin(accumulate):
+def test_it_trains_as_its_linen_twin():
     """Losses, gradients and batch statistics; nnx numbers the layers of a list, where linen's have names."""
-    state, train_step = start(classifier.build(SPEC, 3, "float32"), accumulate)
-    twin, twin_step = start(classifier.Classifier(Linen(WIDTH), 3), accumulate)
+    state, train_step = start(classifier.build(SPEC, 3, "float32"))
+    twin, twin_step = start(classifier.Classifier(Linen(WIDTH), 3))
 
     def as_nnx(named):
         return {name.replace("layers_", "layers/"): x for name, x in tree.named_leaves(named)}
@@ -124,47 +120,19 @@ def test_its_streams_follow_from_seed_and_step(stream):
     np.testing.assert_array_equal(model.apply(variables, images), model.apply(variables, images))
 
 
-@pytest.mark.thorough
-def test_a_mean_teacher_draws_other_noise_in_each_step():
-    model = Averaged(classifier.build(f"{__name__}:Noisy('noise')", 3, "float32").backbone, 3)
-    images = jnp.ones((2, *SHAPE))
-    variables = model.init(rng.init_streams(jax.random.key(0)), images)
-
-    def teach(seed):
-        rngs = {"dropout": jax.random.key(seed), **rng.init_streams(jax.random.key(seed))}
-        return model.apply(variables, images, True, method="teach", mutable=["teacher"], rngs=rngs)[0]
-
-    np.testing.assert_array_equal(teach(0), teach(0))
-    assert (teach(0) != teach(1)).any()
-
-
 def test_what_the_constructor_and_the_call_take():
     built = classifier.build(f"{__name__}:TakesTrain(3.0)", 2, "float32")
     x = jnp.ones((2, *SHAPE))
     assert float(built.backbone.apply({}, x, train=True)[0, 0]) == 3.0 * float(built.backbone.apply({}, x)[0, 0]) == 3.0
-    found = recipe.Recipe(config_of(precision="bfloat16"), DataInfo(8, SHAPE, tuple("abc"), ""))
-    assert found.backbone.kwargs["dtype"] == jnp.bfloat16
-    assert [name for name in found.parameters if "layers" in name][:2] == [
-        "backbone/layers/0/bias", "backbone/layers/0/kernel"]  # fmt: skip
+    assert classifier.build(SPEC, 3, "bfloat16").backbone.kwargs["dtype"] == jnp.bfloat16
     with pytest.raises(UserError, match=r"Nnx\(depth=2\)'.*unknown argument 'depth'.*allowed: dropout, dtype, width$"):
         classifier.build(f"{__name__}:Nnx(depth=2)", 3, "float32")
 
 
-def config_of(**keys):
-    config = default_config()
-    config.model = SPEC
-    config.update(keys)
-    return config
-
-
 @pytest.mark.thorough
-@pytest.mark.parametrize("flags", [
-    ("--config.num_seeds=2", "--config.accumulate=2"),
-    ("--config.method=lora(rank=2)",),
-])  # fmt: skip
-def test_a_run_goes_on_with_the_same_bits(flags, tmp_path):
-    """With dropout, batch norm and a list of layers in its checkpoints, several seeds, and low-rank updates."""
-    common = [f"--config.model={__name__}:Nnx(width=4, dropout=0.5)", *flags, "--config.batch_size=16",
+def test_a_run_goes_on_with_the_same_bits(tmp_path):
+    """With dropout, batch norm and a list of layers in its checkpoints, and several seeds."""
+    common = [f"--config.model={__name__}:Nnx(width=4, dropout=0.5)", "--config.num_seeds=2", "--config.batch_size=16",
               "--config.schedule=constant(0.1)", "--config.data.source=fake(64, (8, 8, 1), 4)",
               "--config.preprocess=decode(1)", "--config.augment="]  # fmt: skip
 

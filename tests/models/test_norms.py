@@ -21,10 +21,10 @@ def normal(seed, *shape):
 
 @pytest.mark.usefixtures("float64", "form")
 @pytest.mark.parametrize("form", ["cpu", "gpu", "tpu"], indirect=True)
-@pytest.mark.parametrize("use_scale", [True, False])
-def test_batch_norm_is_flax_batch_norm(use_scale):
+@pytest.mark.parametrize(("shape", "use_scale"), [((6, 5, 4, 3), True), ((6, 3), False), *thorough(((6, 4, 3), True))])
+def test_batch_norm_is_flax_batch_norm(shape, use_scale):
     """The same parameters, statistics, results and gradients as nn.BatchNorm in float64, in training and evaluation."""
-    x = jnp.asarray(normal(0, 6, 5, 4, 3)) * 3 + 1
+    x = jnp.asarray(normal(0, *shape)) * 3 + 1
     ours = BatchNorm(0.9, 1e-3, use_scale=use_scale, dtype=jnp.float64)
     theirs = nn.BatchNorm(
         momentum=0.9, epsilon=1e-3, use_scale=use_scale, param_dtype=jnp.float64, force_float32_reductions=False
@@ -53,12 +53,15 @@ def test_batch_norm_is_flax_batch_norm(use_scale):
 
 @pytest.mark.usefixtures("float64", "form")
 @pytest.mark.parametrize("form", ["cpu", *thorough("gpu")], indirect=True)
-def test_dense_and_layer_norm_on_tokens_are_flaxs():
-    """The same parameters, results and gradients as nn.Dense and nn.LayerNorm, in float64."""
-    x = jnp.asarray(normal(0, 3, 5, 7)) * 2 + 1  # [b, n, d]
+@pytest.mark.parametrize("shape", [(3, 5, 6), (3, 4, 2, 6), *thorough(((3, 6),))])
+def test_dense_layers_layer_and_group_norm_are_flaxs(shape):
+    """The same parameters, results and gradients, in float64."""
+    x = jnp.asarray(normal(0, *shape)) * 2 + 1
+    wide = {"param_dtype": jnp.float64, "force_float32_reductions": False}
     pairs = [
         (Dense(4, jnp.float64), nn.Dense(4, dtype=jnp.float64)),
-        (LayerNorm(dtype=jnp.float64), nn.LayerNorm(1e-6, param_dtype=jnp.float64, force_float32_reductions=False)),
+        (LayerNorm(dtype=jnp.float64), nn.LayerNorm(1e-6, **wide)),
+        (GroupNorm(2, epsilon=1e-3, dtype=jnp.float64), nn.GroupNorm(2, epsilon=1e-3, **wide)),
     ]
     for ours, theirs in pairs:
         variables, own = (jax.eval_shape(lambda f=f: f.init(jax.random.key(0), x))["params"] for f in (theirs, ours))
@@ -72,47 +75,6 @@ def test_dense_and_layer_norm_on_tokens_are_flaxs():
         run = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True), static_argnums=2)
         results = run(params, x, ours), run(params, x, theirs)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), *results)
-
-
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("shape", [(3, 4, 2, 6), *thorough(((3, 5, 6),), ((3, 6),))])
-def test_group_norm_is_flaxs(shape):
-    """The same parameters, results and gradients as nn.GroupNorm, in float64."""
-    x = jnp.asarray(normal(0, *shape)) * 2 + 1
-    ours = GroupNorm(2, epsilon=1e-3, dtype=jnp.float64)
-    theirs = nn.GroupNorm(2, epsilon=1e-3, param_dtype=jnp.float64, force_float32_reductions=False)
-    params = {"scale": jnp.asarray(normal(1, 6)), "bias": jnp.asarray(normal(2, 6))}
-    shapes = [jax.tree.map(jnp.shape, jax.eval_shape(f.init, jax.random.key(0), x)) for f in (ours, theirs)]
-    assert shapes[0] == shapes[1] == {"params": jax.tree.map(jnp.shape, params)}
-
-    def scalar(params, x, layer):
-        y = layer.apply({"params": params}, x)
-        return jnp.sum(jnp.sin(y)), y
-
-    run = jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True)
-    expected = jax.jit(lambda p, x: run(p, x, theirs))(params, x)
-    found = jax.jit(lambda p, x: run(p, x, ours))(params, x)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), found, expected)
-
-
-@pytest.mark.usefixtures("float64", "form")
-@pytest.mark.parametrize("form", ["cpu", *thorough("gpu")], indirect=True)
-@pytest.mark.parametrize("shape", [(7,), (3, 2, 4, 5, 7), pytest.param((3, 7), marks=pytest.mark.thorough)])
-def test_layers_over_the_features_take_arrays_of_any_rank(shape):
-    """On one example, on vectors, and on volumes."""
-    x = jnp.asarray(normal(0, *shape))
-    rows = x.reshape(-1, 7)
-    layers = [(Dense(4, jnp.float64), x, rows), (LayerNorm(dtype=jnp.float64), x, rows)]
-    if x.ndim > 1:
-        layers.append((BatchNorm(dtype=jnp.float64), x, rows))
-    for layer, whole, flat in layers:
-        args = (True,) if isinstance(layer, BatchNorm) else ()
-        variables = jax.eval_shape(lambda: layer.init(jax.random.key(0), whole, *args))  # noqa: B023
-        variables = jax.tree.map(lambda s: jnp.asarray(normal(1, *s.shape)), variables)
-        apply = jax.jit(lambda z: layer.apply(variables, z, *args, mutable=["batch_stats"])[0])  # noqa: B023
-        y, by_row = apply(whole), apply(flat)
-        assert y.shape[:-1] == shape[:-1]
-        np.testing.assert_allclose(y.reshape(by_row.shape), by_row, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.usefixtures("float64", "form")

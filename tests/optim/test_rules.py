@@ -19,7 +19,7 @@ from imgclf_jax import config as configs
 from imgclf_jax.core import sharding, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
-from imgclf_jax.models.frozen import Frozen
+from imgclf_jax.models.frozen import Frozen, apply_function
 from imgclf_jax.optim import optimizers, rules
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
@@ -313,7 +313,7 @@ def test_frozen_modules_run_as_in_evaluation_whatever_they_call_the_mode(part):
     variables = model.init(jax.random.key(0), x)
     names = tuple(name for name, _ in tree.named_leaves(variables["params"]))
     frozen = Frozen(model, frozenset(name for name in names if name.startswith("part")), names)
-    apply = frozen.apply_function(lambda model, x: model(x, train=True), ["batch_stats"])
+    apply = apply_function(lambda model, x: model(x, train=True), frozen, ["batch_stats"])
     y, changed = apply(variables, x, rngs={"dropout": jax.random.key(1), "params": jax.random.key(2)})
     np.testing.assert_array_equal(y, model.apply(variables, x))
     jax.tree.map(np.testing.assert_array_equal, dict(changed.get("batch_stats", {})), variables.get("batch_stats", {}))

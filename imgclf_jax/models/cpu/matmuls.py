@@ -1,8 +1,8 @@
-"""Convolutions on CPU, as matmuls (im2col) on feature-first arrays.
+"""Convolutions on CPU, as matmuls (im2col) on feature-first arrays: [c, h, w, b] for images and [d, b] for features.
 
-On CPU, XLA's convolutions and their gradients are slow, and a matmul reaches peak only with long contiguous rows. On
-images [c, h, w, b], with the batch innermost, im2col copies whole rows, element-wise operations vectorize, and no
-gradient transposes more than a kernel.
+On CPU, XLA's convolutions and their gradients are slow, and a matmul reaches peak only with long contiguous rows. With
+the batch innermost, im2col copies whole rows, element-wise operations vectorize, and no gradient transposes more than a
+kernel. Layers still take and return [b, h, w, c] and [b, d]: XLA cancels the transposes between one and the next.
 
 Matmul operands are in `dtype`, float32 or bfloat16 (or float64); sums accumulate in float32 (float64 for float64).
 """
@@ -14,12 +14,30 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from imgclf_jax.models.cpu.layout import accumulator
+from imgclf_jax.core import platform
 from imgclf_jax.models.cpu.multilinear import multilinear
 
 type Shaped = jax.Array | jax.ShapeDtypeStruct
 type Pair = tuple[int, int]
 type Pads = tuple[Pair, Pair]  # (top, bottom), (left, right)
+
+
+def wants_features_first() -> bool:
+    """Whether layers compute on feature-first arrays: in programs for CPU, except on oneDNN."""
+    return platform.current() == "cpu" and not platform.uses_onednn()
+
+
+def features_first(x: jax.Array) -> jax.Array:
+    """Transposes [b, h, w, c] → [c, h, w, b], or [b, d] → [d, b]."""
+    return x.transpose(3, 1, 2, 0) if x.ndim == 4 else x.T
+
+
+features_last = features_first  # it is its own inverse
+
+
+def accumulator(dtype: DTypeLike) -> jnp.dtype:
+    """The accumulation dtype of matmuls with operands in `dtype`: float32, or float64 for float64."""
+    return jnp.dtype(dtype if dtype == jnp.float64 else jnp.float32)
 
 
 def _matmul(a: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -29,11 +47,9 @@ def _matmul(a: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array:
     return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=dtype)
 
 
-def _im2col(
-    x: jax.Array, kernel: Shaped, strides: Pair, pads: Pads, dilation: Pair, dtype: DTypeLike
-) -> jax.Array:  # fmt: skip
+def _im2col(x: jax.Array, kernel: Shaped, strides: Pair, pads: Pads, dilation: Pair, dtype: DTypeLike) -> jax.Array:
     """The patch of inputs under the kernel at each output position: [c, h, w, b] → [kh * kw * c, ho, wo, b]."""
-    x = _pad(x, pads, dtype)
+    x = lax.pad(x.astype(dtype), jnp.zeros((), dtype), ((0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)))
     (kh, kw), (sh, sw), (c, h, w, b) = kernel.shape[:2], strides, x.shape
     ho, wo = (h - (kh - 1) * dilation[0] - 1) // sh + 1, (w - (kw - 1) * dilation[1] - 1) // sw + 1
     if (kh, kw) == (1, 1):
@@ -47,12 +63,6 @@ def _im2col(
 
     # vmap makes one gather, which runs on all cores.
     return lax.optimization_barrier(jax.vmap(slice_at)(corners)).reshape(kh * kw * c, ho, wo, b)
-
-
-def _pad(x: jax.Array, pads: Pads, dtype: DTypeLike) -> jax.Array:
-    """Zero-pads x [c, h, w, b] in `dtype`; negative padding crops."""
-    padding = ((0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0))
-    return lax.pad(x.astype(dtype), jnp.zeros((), dtype), padding)
 
 
 def _conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads, dilation: Pair, dtype: DTypeLike) -> jax.Array:
@@ -90,9 +100,7 @@ def _conv_kernel(
 _conv_product = multilinear("conv", _conv, _conv_images, _conv_kernel)
 
 
-def conv(
-    x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads, dilation: Pair, dtype: DTypeLike
-) -> jax.Array:  # fmt: skip
+def conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads, dilation: Pair, dtype: DTypeLike) -> jax.Array:
     """Convolution, [c, h, w, b] and [kh, kw, c, f] → [f, ho, wo, b] in float32 (float64 for float64).
 
     `pads` are ((top, bottom), (left, right)); negative padding crops.

@@ -1,8 +1,8 @@
 """Functions that are linear in each of one or two arrays, with a custom implementation of every gradient.
 
-Convolutions and dense layers are linear in the images and in the kernel. `jax.custom_vjp` would cover reverse mode
-only. Since the gradients of such a function are multilinear too, primitives that are each other's derivatives cover
-forward mode, reverse mode and any composition, such as `jax.jvp(jax.grad(f), …)`.
+A convolution is linear in the images and in the kernel. `jax.custom_vjp` would cover reverse mode only. Since the
+gradients of such a function are multilinear too, primitives that are each other's derivatives cover both modes and any
+composition, such as `jax.jvp(jax.grad(f), …)`.
 """
 
 import functools
@@ -33,8 +33,7 @@ def multilinear(name: str, product: Function, *gradients: Function) -> Function:
 
     @functools.wraps(product)
     def function(*args: jax.Array, **static: object) -> jax.Array:
-        likes = _shapes(args[: len(gradients)])
-        out: jax.Array = primitives[0].bind(*args, likes=likes, static=tuple(sorted(static.items())))
+        out: jax.Array = primitives[0].bind(*args, likes=_shapes(args[: len(gradients)]), **static)
         return out
 
     return function
@@ -44,21 +43,11 @@ def _shapes(args: Iterable[Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
     return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args)
 
 
-@functools.lru_cache(4096)  # the layers of a network repeat shapes, and each asks several times
-def _shape(
-    run: Function, params: tuple[tuple[str, object], ...], shapes: tuple[jax.ShapeDtypeStruct, ...]
-) -> jax.core.ShapedArray:
-    out = jax.eval_shape(functools.partial(run, **dict(params)), *shapes)
-    return jax.core.ShapedArray(out.shape, out.dtype)
-
-
 def _run(
-    function: Function, role: int, *args: jax.Array, likes: tuple[jax.ShapeDtypeStruct, ...],
-    static: tuple[tuple[str, object], ...],
-) -> jax.Array:  # fmt: skip
+    function: Function, role: int, *args: jax.Array, likes: tuple[jax.ShapeDtypeStruct, ...], **static: object
+) -> jax.Array:
     """Runs role 0, the product, or role i, the gradient of operand i - 1; `likes` are the operands' shapes."""
-    like = {"like": likes[role - 1]} if role else {}
-    return function(*args, **like, **dict(static))
+    return function(*args, **({"like": likes[role - 1]} if role else {}), **static)
 
 
 def _jvp(
@@ -94,7 +83,8 @@ def _register(primitive: Primitive, run: Function) -> None:
     """Registers evaluation, shapes, lowering and vmap of a primitive, all derived from the JAX function `run`."""
 
     def shape(*args: Any, **params: Any) -> Any:
-        return _shape(run, tuple(params.items()), _shapes(args))
+        out = jax.eval_shape(functools.partial(run, **params), *_shapes(args))
+        return jax.core.ShapedArray(out.shape, out.dtype)
 
     def batched(args: Any, axes: Any, **params: Any) -> Any:
         return jax.vmap(functools.partial(run, **params), axes)(*args), 0

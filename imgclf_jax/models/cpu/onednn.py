@@ -15,20 +15,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from imgclf_jax.core import dtypes
 from imgclf_jax.core.typing import Function
-from imgclf_jax.models.cpu.layout import accumulator
-from imgclf_jax.models.cpu.matmuls import Pads, Shaped
+from imgclf_jax.models.cpu.matmuls import Pads, Pair, Shaped, accumulator
 from imgclf_jax.models.cpu.multilinear import multilinear
-from imgclf_jax.models.cpu.pool import interleave
 
-_BLOCK = 16  # channels; see `_parts`
+_BLOCK = 16  # channels; see `_images_of_a_part`
 _CACHED = 2**24  # bytes that stay in the caches
-
-type _Pair = tuple[int, int]
 
 
 def _convolve(
-    x: jax.Array, kernel: jax.Array, strides: _Pair, pads: Sequence[_Pair], dilation: _Pair = (1, 1),
+    x: jax.Array, kernel: jax.Array, strides: Pair, pads: Sequence[Pair], dilation: Pair = (1, 1),
     dimensions: tuple[str, str, str] = ("NHWC", "HWIO", "NHWC"), groups: int = 1,
 ) -> jax.Array:  # fmt: skip
     """`lax.conv_general_dilated`; negative padding, which oneDNN lacks, crops first."""
@@ -43,17 +40,29 @@ def _convolve(
     )  # fmt: skip
 
 
+def _interleave(phases: Sequence[Sequence[jax.Array]], shape: tuple[int, ...]) -> jax.Array:
+    """Arranges y[p][q] [b, n, m, c] to [b, s * n, t * m, c], where row s * i + p, column t * j + q is y[p][q][i, j].
+
+    Then crops to `shape`.
+    """
+    if len(phases) == len(phases[0]) == 1:
+        return phases[0][0]
+    y = jnp.stack([jnp.stack(row, 3) for row in phases], 2)  # [b, n, s, m, t, c]
+    b, n, s, m, t, c = y.shape
+    return lax.optimization_barrier(y.reshape(b, n * s, m * t, c)[:, : shape[1], : shape[2]])
+
+
 def _groups(kernel: Shaped, x: Shaped) -> int:
     """The groups of a convolution of x with [kh, kw, c // groups, f]: one, or all channels for a depthwise one."""
     return x.shape[3] // kernel.shape[2]
 
 
-def _conv(x: jax.Array, kernel: jax.Array, strides: _Pair, pads: Pads, dtype: DTypeLike) -> jax.Array:
+def _conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads, dtype: DTypeLike) -> jax.Array:
     return _convolve(x.astype(dtype), kernel.astype(dtype), strides, pads, groups=_groups(kernel, x))
 
 
 def _conv_images(
-    gradient: jax.Array, kernel: jax.Array, like: jax.ShapeDtypeStruct, strides: _Pair, pads: Pads, dtype: DTypeLike
+    gradient: jax.Array, kernel: jax.Array, like: jax.ShapeDtypeStruct, strides: Pair, pads: Pads, dtype: DTypeLike
 ) -> jax.Array:
     """The gradient of x [b, h, w, c] from that of the outputs [b, ho, wo, f], without multiplying by inserted zeros.
 
@@ -64,7 +73,7 @@ def _conv_images(
     if (groups := _groups(kernel, like)) == 1:
         kernel = kernel.swapaxes(2, 3)
 
-    def taps(axis: int, offset: int) -> tuple[slice, _Pair]:
+    def taps(axis: int, offset: int) -> tuple[slice, Pair]:
         """The kernel's taps for an offset, and the padding of the gradient, along an axis."""
         k, s, low = kernel.shape[axis], strides[axis], pads[axis][0]
         first = (offset + low) % s
@@ -83,20 +92,18 @@ def _conv_images(
         return _convolve(gradient, part[::-1, ::-1], (1, 1), (above, beside), groups=groups)
 
     phases = [[at(row, column) for column in range(strides[1])] for row in range(strides[0])]
-    return interleave(phases, like.shape)
+    return _interleave(phases, like.shape)
 
 
 def _conv_kernel(
-    x: jax.Array, gradient: jax.Array, like: jax.ShapeDtypeStruct, strides: _Pair, pads: Pads, dtype: DTypeLike
+    x: jax.Array, gradient: jax.Array, like: jax.ShapeDtypeStruct, strides: Pair, pads: Pads, dtype: DTypeLike
 ) -> jax.Array:
     """The gradient of the kernel [kh, kw, c, f], from the gradient of the outputs [b, ho, wo, f].
 
     It is a convolution of the images with the outputs' gradient as a kernel of ho by wo taps, in which channels are the
-    batch and images the channels, unless the images are large. For a 1×1 kernel it is a matmul.
+    batch and images the channels. For a 1×1 kernel it is a matmul.
     """
     (kh, kw), wide = like.shape[:2], accumulator(dtype)
-    if x.size == 0:  # an empty batch
-        return jnp.zeros(like.shape, wide)
     x, gradient = lax.optimization_barrier((x.astype(dtype), gradient.astype(dtype)))
     around = [
         (low, (m - 1) * s + k - n - low)
@@ -115,55 +122,48 @@ def _conv_kernel(
         permuted = ("CHWN", "IHWO", "NHWC")  # oneDNN takes no results with the batch elsewhere
         return _convolve(x, gradient, (1, 1), around, strides, permuted).astype(wide)
 
-    return _sum_over_parts(of_part, _parts(x, like), x, gradient).transpose(1, 2, 0, 3)
+    return _sum_over_parts(of_part, _images_of_a_part(x, like), x, gradient).transpose(1, 2, 0, 3)
 
 
-def _sum_over_parts(of_part: Function, count: int, x: jax.Array, gradient: jax.Array) -> jax.Array:
-    """The sum of `of_part(x, gradient)` over `count` parts of the batch, which stay sharded as the batch is."""
+def _sum_over_parts(of_part: Function, images: int, x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """The sum of `of_part(x, gradient)` over parts of the batch of at least `images`, sharded as the batch is."""
+    b = len(x)
+    count = max(n for n in range(1, max(1, b // images) + 1) if b % n == 0)
     x, gradient = (y.reshape(-1, count, *y.shape[1:]) for y in (x, gradient))
     return functools.reduce(jnp.add, [of_part(x[:, i], gradient[:, i]) for i in range(count)])
 
 
-def _divisor(b: int, most: int) -> int:
-    """The greatest divisor of b up to `most`."""
-    return max(n for n in range(1, most + 1) if b % n == 0)
+def _images_of_a_part(x: jax.Array, kernel: Shaped) -> int:
+    """The number of images of x [b, h, w, c] that together give a kernel's gradient.
 
-
-def _parts(x: jax.Array, kernel: Shaped) -> int:
-    """The number of parts of the batch x [b, h, w, c] that each give a kernel's gradient, to be added.
-
-    Parts of 16 images, a block of oneDNN's channels, stay in the caches: 128 images of 56 by 56 pixels and 64 channels
-    take a quarter of the time. Adding their gradients costs more than it saves if the kernel is larger than a part, and
+    16 images, a block of oneDNN's channels, stay in the caches: 128 images of 56 by 56 pixels and 64 channels take a
+    quarter of the time. Adding the parts' gradients costs more than it saves if the kernel is larger than a part, and
     in bfloat16 if the whole batch stays in the caches too.
     """
-    b = len(x)
-    if x.size * _BLOCK < kernel.size * b or (x.dtype == jnp.bfloat16 and x.nbytes <= _CACHED):
-        return 1
-    return _divisor(b, max(1, b // _BLOCK))
+    whole = x.size * _BLOCK < kernel.size * len(x) or (x.dtype == jnp.bfloat16 and x.nbytes <= _CACHED)
+    return len(x) if whole else _BLOCK
 
 
-def _depthwise_kernel(x: jax.Array, gradient: jax.Array, strides: _Pair, around: Sequence[_Pair]) -> jax.Array:
-    """The gradient of a depthwise kernel [kh, kw, 1, c].
+def _depthwise_kernel(x: jax.Array, gradient: jax.Array, strides: Pair, around: Sequence[Pair]) -> jax.Array:
+    """The gradient of a depthwise kernel [kh, kw, 1, c]: a depthwise convolution by the outputs' gradient.
 
-    It is a depthwise convolution with the outputs' gradient as a kernel. This sums over no images, so those of a part
-    are side by side as channels, [1, h, w, b * c], and their results are added.
+    This sums over no images: those of a part are side by side as channels, [1, h, w, b * c], their results are added.
     """
-    b, c = len(x), x.shape[3]
+    c = x.shape[3]
 
     def of_part(x: jax.Array, gradient: jax.Array) -> jax.Array:
         pair = (y.transpose(1, 2, 0, 3).reshape(*y.shape[1:3], -1) for y in (x, gradient))
         images, windows = lax.optimization_barrier(tuple(pair))
         y = _convolve(images[None], windows[:, :, None], (1, 1), around, strides, groups=images.shape[2])
-        return y.reshape(*y.shape[1:3], -1, c).astype(accumulator(x.dtype)).sum(2)
+        return dtypes.upcast(y.reshape(*y.shape[1:3], -1, c)).sum(2)
 
-    count = _divisor(b, max(1, 4 * b // _BLOCK))  # of 4 images
-    return _sum_over_parts(of_part, count, x, gradient)[:, :, None]  # [kh, kw, c] → [kh, kw, 1, c]
+    return _sum_over_parts(of_part, _BLOCK // 4, x, gradient)[:, :, None]  # [kh, kw, c] → [kh, kw, 1, c]
 
 
 _conv_product = multilinear("onednn_conv", _conv, _conv_images, _conv_kernel)
 
 
-def conv(x: jax.Array, kernel: jax.Array, strides: _Pair, pads: Pads, dtype: DTypeLike) -> jax.Array:
+def conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads, dtype: DTypeLike) -> jax.Array:
     """Convolution, [b, h, w, c] and [kh, kw, c, f] → [b, ho, wo, f] in `dtype`; depthwise with [kh, kw, 1, c].
 
     `pads` are ((top, bottom), (left, right)); negative padding crops.

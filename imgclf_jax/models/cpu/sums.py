@@ -16,10 +16,7 @@ def _broadcast(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _sum(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Sums images [b, h, w, c] in steps that vectorize: fused with the computation of x, one sum is ten times slower.
-
-    XLA fuses the sum of each few rows with the computation of x, which then need not be written to memory.
-    """
+    """Sums images [b, h, w, c] in steps that vectorize: fused with the computation of x, one is ten times slower."""
     if x.ndim != 4:
         return jnp.sum(x, range(x.ndim - 1))
     b, h, w, c = shape
