@@ -128,7 +128,7 @@ def _extra_stream(config: ConfigDict, name: str) -> ExtraStream:
         raise UserError(f"{key}={text!r}: batch_size must be 1 or more")
     if source:
         spec.parse_one(source)
-    sampling.check_name(values["sampling"])
+    sampling.bind(values["sampling"])
     return ExtraStream(source, split, **values)
 
 
@@ -145,7 +145,7 @@ def split_source(text: str) -> tuple[str, str]:
 
 def check_names(config: ConfigDict) -> None:
     """Raises UserError for values of `data.sampling` and `data.extra` that no run can use. Opens no data."""
-    sampling.check_name(config.data.sampling)
+    sampling.bind(config.data.sampling)
     extra_streams(config)
 
 

@@ -63,7 +63,7 @@ def refuse_nonfinite(
         return
     checkpoints.wait()
     rows = np.arange(config.batch_size, dtype=np.int64)
-    ids = images.ids(seed, step * config.batch_size + rows).tolist()
+    ids = images.sampler.ids(seed, step * config.batch_size + rows).tolist()
     file = folder / "nonfinite.json"
     names = [images.source.example_name(i) for i in ids]
     record = {"step": step, "seed": seed, "example_ids": ids, "examples": names}

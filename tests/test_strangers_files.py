@@ -146,6 +146,6 @@ def test_a_directory_is_entered_once(tmp_path):
         for j in range(11):
             (tmp_path / f"d{i}" / f"to{j}").symlink_to(tmp_path / f"d{j}")
         (tmp_path / f"d{i}" / "root").symlink_to("/")
-    images = image_files.walk(tmp_path, [])
+    images = image_files.walk(tmp_path)
     assert sorted(name.count("/") for name in images) == list(range(1, 12))
     assert len(list(inputs.find([str(tmp_path)]))) == 11

@@ -56,9 +56,7 @@ def decode(image: Undecoded, channels: int = 3, draft: int = 0) -> np.ndarray:
 def _decode(image: Undecoded, channels: int = 3, draft: int = 0) -> Picture:
     """`decode` for the ops of `resizing`, which take a Pillow image."""
     if channels not in _MODES:
-        raise UserError(f"decode(channels={channels}): allowed are 1, 3 and 4")
-    if type(draft) is not int or draft < 0:
-        raise UserError(f"decode(draft={draft!r}): must be a number of pixels, or 0 for full size")
+        raise UserError(f"decode(channels={channels!r}): allowed are 1, 3 and 4")
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or not 1 <= image.shape[-1] <= 4:
             raise UserError(f"the image is {image.dtype}{list(image.shape)}; expected uint8[h, w, c] with c 1 to 4")
@@ -96,12 +94,6 @@ def _open(data: bytes) -> Image.Image:
         raise UserError(f"the image has tiles of {' by '.join(f'{size:,}' for size in tile)} pixels; save it again "
                         "without tiles")  # fmt: skip
     return picture
-
-
-def check_header(data: bytes) -> None:
-    """Raises UserError if the bytes do not begin as an image in one of the formats, or one that is too large."""
-    with _errors_as_sentences():
-        _open(data)
 
 
 def _upright(picture: Image.Image) -> Image.Image:
@@ -151,14 +143,11 @@ _LEADING = {kinds.PLAIN: ("image",), kinds.RANDOM: ("rng", "image")}
 
 
 def _bind(text: str, where: str) -> tuple[list[spec.Call], list[functools.partial[Any]]]:
-    """Binds host ops. Raises UserError, naming `where`, unless the first is `decode` with allowed channels."""
+    """Binds host ops. Raises UserError, naming the key `where`, unless the first is `decode`."""
     calls = spec.parse(text)
     if not calls or calls[0].name != "decode":
         raise UserError(f"{where}={text!r}: the first op must be decode(channels)")
-    ops = [kinds.bind(call, HOST_OPS, "host op", _LEADING) for call in calls]
-    if (channels := ops[0].keywords.get("channels", 3)) not in list(_MODES):
-        raise UserError(f"{where}={text!r}: decode(channels={channels!r}): allowed are 1, 3 and 4")
-    return calls, ops
+    return calls, [kinds.bind(call, HOST_OPS, "host op", _LEADING) for call in calls]
 
 
 def build(text: str) -> tuple[HostOps, bool]:
@@ -175,10 +164,7 @@ def build(text: str) -> tuple[HostOps, bool]:
     def apply(image: Any, seed: int, position: int) -> np.ndarray:
         for op, random, stream, call in zip(ops, is_random, streams, calls, strict=True):
             image = image if op.func in _PICTURE_OPS else _read_only(image)
-            try:
-                image = op(rng.generator(seed, stream, position), image) if random else op(image)
-            except MemoryError as e:
-                raise UserError(f"{call.name} runs out of memory; make the image smaller") from e
+            image = op(rng.generator(seed, stream, position), image) if random else op(image)
             resizing.check_pixels(f"the image after {call.name}", *resizing.size_of(image))
         return resizing.to_array(image)
 

@@ -43,19 +43,15 @@ def file_sources(
         own, y = [files[row] for row in rows], labels[rows]
         facts = json.dumps([own, class_names, [checked.digests[file] for file in own]])
         fingerprint = hashlib.sha256(facts.encode() + np.ascontiguousarray(y).tobytes()).hexdigest()
-        paths_of = [root / file for file in own]
+        names = [str(root / file) for file in own]
         own_columns = {name: [values[row] for row in rows] for name, values in columns.items()}
-        out[split] = Source(len(own), functools.partial(_read, paths_of), class_names, fingerprint, y,
-                            functools.partial(_name, paths_of), own_columns, skipped)  # fmt: skip
+        out[split] = Source(len(own), functools.partial(_read, names), class_names, fingerprint, y, names.__getitem__,
+                            own_columns, skipped)  # fmt: skip
     return out
 
 
-def _read(files: Sequence[Path], ids: np.ndarray) -> Examples:
-    return {"image": list(_readers.map(lambda i: paths.read(files[i]), ids))}
-
-
-def _name(files: Sequence[Path], i: int) -> str:
-    return str(files[i])
+def _read(files: Sequence[str], ids: np.ndarray) -> Examples:
+    return {"image": list(_readers.map(lambda i: paths.read(Path(files[i])), ids))}
 
 
 def hashed(file: str) -> bytes:
@@ -81,7 +77,7 @@ def check_files(kind: str, root: Path, files: Sequence[str], unreadable: str) ->
     """
     if unreadable not in ("error", "skip"):
         raise UserError(unknown("value of unreadable", unreadable, ("error", "skip")))
-    checked = image_check.check(root, files, unreadable == "skip")
+    checked = image_check.check(root, files)
     bad = checked.unreadable
     if bad and unreadable == "error":
         shown = "; ".join(f"{root / file} ({reason})" for file, reason in list(bad.items())[:3])

@@ -1,7 +1,6 @@
 """The user's own images: a folder with a sub-folder per class, or with split folders `train/`, `test/`, … of these."""
 
 import concurrent.futures
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from imgclf_jax.data.file_source import check_files, file_sources, hashed, open_
 from imgclf_jax.data.image_check import THREADS
 from imgclf_jax.data.source import Source
 
-log = logging.getLogger(__name__)
-
 
 def folder(path: str, train_per_class: int = 0, draw: int = 0, *, unreadable: str = "error") -> dict[str, Source]:
     """Finds the images of a folder: `path/CLASS/…` is the split `train`, `path/test/CLASS/…` the split `test`.
@@ -27,22 +24,16 @@ def folder(path: str, train_per_class: int = 0, draw: int = 0, *, unreadable: st
     - `unreadable` "skip" drops the files that cannot be read, and "error" raises. They are found at the start: see
       `image_check`.
 
-    The log counts other files (see `image_files`). Raises UserError naming the folder or file at fault.
+    Raises UserError naming the folder or file at fault.
     """
     root = open_folder("folder", path)
-    if (absolute := root.resolve()) == absolute.parent:
-        raise UserError(f"folder: {path!r} is the root of a file system, and listing it would read every file name on "
-                        "the disk; name the folder that holds the class folders")  # fmt: skip
     prefixes = {name: f"{name}/" for name in split_folders(root)} or {"train": ""}
     # All splits have the union of their classes, so labels agree between them.
     class_names = tuple(sorted({d.name for prefix in prefixes.values() for d in class_folders(root / prefix)}))
     if len(class_names) < 2:
         raise UserError(f"folder: {root} has {len(class_names)} class folders; make one per class, at least two")
-    others: list[str] = []
     with terminal.showing(f"listing images in {str(root)!r}"):
-        found = [(name, *one) for name, prefix in prefixes.items() for one in _list(root, prefix, others)]
-    if others:
-        log.info("%s: not used: %d other files, such as %s", root, len(others), others[0])
+        found = [(name, *one) for name, prefix in prefixes.items() for one in _list(root, prefix)]
     checked = check_files("folder", root, [file for _, _, file in found], unreadable)
     splits, classes, files = zip(*found, strict=True)
     if train_per_class:
@@ -70,17 +61,12 @@ def _choose(files: Sequence[str], per_class: int, draw: int) -> set[str]:
     return chosen
 
 
-def _list(root: Path, prefix: str, others: list[str]) -> Iterator[tuple[str, str]]:
-    """Yields (class, file relative to `root`) for each image of a split, and appends its other files to `others`."""
-
-    def find(folder: Path) -> tuple[list[str], list[str]]:
-        own: list[str] = []
-        return list(image_files.walk(folder, own)), own
-
+def _list(root: Path, prefix: str) -> Iterator[tuple[str, str]]:
+    """Yields (class, file relative to `root`) for each image of a split."""
     folders = class_folders(root / prefix)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        for class_folder, (names, own) in zip(folders, pool.map(find, folders), strict=True):
+        found = pool.map(lambda folder: list(image_files.walk(folder)), folders)
+        for class_folder, names in zip(folders, found, strict=True):
             if not names:
                 raise UserError(f"folder: the class folder {class_folder} has no images; add some or remove it")
-            others += [f"{prefix}{class_folder.name}/{name}" for name in own]
             yield from ((class_folder.name, f"{prefix}{class_folder.name}/{name}") for name in names)

@@ -13,12 +13,12 @@ _FORMATS = """apng avif avifs bmp bw cur dcx dds dib gif icb icns ico j2c j2k jf
 _SUFFIXES = frozenset("." + name for name in _FORMATS.split())
 
 
-def walk(folder: Path | str, others: list[str]) -> Iterator[str]:
+def walk(folder: Path | str) -> Iterator[str]:
     """Yields the images below `folder`, their names relative to it, sorted by name within each folder.
 
-    An image has the suffix of an image format, and is a regular file, a link to one, or a link to nothing. Other files
-    are appended to `others`, and hidden files and folders skipped. Links to folders are followed, but each folder is
-    entered once, and `folder`'s own parents are not. Raises UserError for an unreadable folder.
+    An image has the suffix of an image format, and is a regular file, a link to one, or a link to nothing. Hidden files
+    and folders are skipped. Links to folders are followed, but each folder is entered once, and `folder`'s own parents
+    are not. Raises UserError for an unreadable folder.
     """
     entered = {_identity(parent) for parent in Path(folder).resolve().parents}
 
@@ -38,8 +38,6 @@ def walk(folder: Path | str, others: list[str]) -> Iterator[str]:
                 yield from inside(f"{prefix}{entry.name}/")
             elif _is_image(entry):
                 yield prefix + entry.name
-            else:
-                others.append(prefix + entry.name)
 
     yield from inside("")
 

@@ -91,9 +91,6 @@ def _device_batches(
                 f"data.placement='device' keeps decoded images, but preprocess={own.preprocess!r} is random; use "
                 "data.placement='host', or move the randomness to augment"
             )
-        if len(own) > np.iinfo(np.int32).max:
-            raise UserError(f"data.placement='device' numbers examples in 32 bits, but there are {len(own):,}; use "
-                            "data.placement='host'")  # fmt: skip
     nbytes = sum(len(own) * (math.prod(own.shape) + 4 * len(own.source.target_names)) for own, _ in streams.values())
     count = sum(len(own) for own, _ in streams.values())
     memory.require(nbytes, f"data.placement='device': {count:,} decoded images")
@@ -114,9 +111,9 @@ def _resident(images: stream.Images, spec: StreamSpec, mesh: Mesh) -> Callable[[
 
     def read(step: int) -> Batch:
         positions = step * spec.batch_size + rows
-        ids = {"id": stream.interleave([images.ids(seed, positions) for seed in spec.seeds])}
+        ids = {"id": stream.interleave([images.sampler.ids(seed, positions) for seed in spec.seeds])}
         if spec.needs_ids:
-            ids["epoch"] = stream.interleave([images.epochs(positions)] * spec.num_seeds)
+            ids["epoch"] = stream.interleave([positions // images.sampler.epoch] * spec.num_seeds)
         placed = sharding.put_batch({name: x.astype(np.int32) for name, x in ids.items()}, mesh)
         return {**gathered(table, placed["id"]), **(placed if spec.needs_ids else {})}
 

@@ -1,7 +1,6 @@
 """Prefetches batches while the device computes: by tf.data, or by threads.
 
-Threads do if TensorFlow is not installed, and for images that are decoded once and then kept: importing TensorFlow
-takes more CPU time than prefetching saves there.
+Threads do if TensorFlow is not installed.
 """
 
 import collections
@@ -19,24 +18,20 @@ from imgclf_jax.core.typing import Batch
 _PARALLEL = 2  # batches that are read at once
 
 
-def read_ahead(
-    read: Callable[[int], Batch], steps: Iterable[int], prefetch: int, kept: bool = False
-) -> Iterator[tuple[int, Batch]]:
+def read_ahead(read: Callable[[int], Batch], steps: Iterable[int], prefetch: int) -> Iterator[tuple[int, Batch]]:
     """Yields each step with `read(step)`, arrays in nested dicts, and reads up to `prefetch` steps ahead.
 
-    The steps may be infinite. Threads read images that are `kept` in memory once they are decoded, and tf.data all
-    others. The first batch, every batch without `prefetch`, and those during TensorFlow's import are read on demand.
-    The batches are the same in every case.
+    The steps may be infinite. The first batch, every batch without `prefetch`, and those during TensorFlow's import are
+    read on demand. The batches are the same in every case.
     """
     steps = iter(steps)
-    loading = None if kept or not prefetch else tensorflow_import.tensorflow()
+    loading = tensorflow_import.tensorflow() if prefetch else None
     for step in steps:
         batch = read(step)
         yield step, batch
-        if prefetch and (kept or (loading and loading.done() and not loading.result())):
-            yield from _by_threads(read, steps, prefetch)
-        elif loading and loading.done() and (tf := loading.result()):
-            yield from _by_tensorflow(tf, read, steps, batch, prefetch)
+        if loading and loading.done():
+            tf = loading.result()
+            yield from _by_tensorflow(tf, read, steps, batch, prefetch) if tf else _by_threads(read, steps, prefetch)
 
 
 def _by_threads(read: Callable[[int], Batch], steps: Iterator[int], prefetch: int) -> Iterator[tuple[int, Batch]]:

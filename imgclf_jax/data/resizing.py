@@ -1,8 +1,8 @@
 """Host ops that crop and resize uint8[h, w, c] to uint8[h', w', c].
 
 Pillow resizes, but for `inception_crop` and the method "area", which give the pixels of `tf.image` for the recipes of
-big_vision: truncated to uint8 instead of rounded, like a cast in TensorFlow. `check_pixels` refuses an image that would
-become too large before it is allocated.
+big_vision: truncated to uint8 instead of rounded, like a cast in TensorFlow. All raise UserError before they allocate
+an image that is too large.
 
 The ops also take a Pillow image, as `decode` opens it, and then may return one: to convert a photograph to an array
 takes half as long as to decode it.
@@ -31,25 +31,20 @@ _LIKE = ("tensorflow", "torchvision")
 
 
 def check_pixels(what: str, height: int, width: int) -> None:
-    """Raises UserError if an image, or one between the passes of an op, would take too much memory."""
+    """Raises UserError if an image, or one between the passes of an op, has no pixels or takes too much memory."""
+    if min(height, width) < 1:
+        raise UserError(f"{what} has {height} by {width} pixels; make it larger")
     if height * width > MAX_PIXELS:
         raise UserError(f"{what} has more than {MAX_PIXELS:,} pixels; make it smaller")
     if max(height, width) > MAX_SIDE:
         raise UserError(f"{what} has {height:,} by {width:,} pixels, but a side may have {MAX_SIDE:,}; crop it")
 
 
-def _check_size(op: str, **sides: int) -> None:
-    """Raises UserError naming `op` unless each side of its output has pixels."""
-    for name, side in sides.items():
-        if side < 1:
-            raise UserError(f"{op}({name}={side}): must be 1 or more")
-
-
-def _check_range(op: str, argument: str, value: tuple[float, float], most: float = math.inf) -> None:
-    """Raises UserError naming `op` unless a range from which it draws is a pair of ascending numbers above 0."""
-    if not (isinstance(value, tuple | list) and len(value) == 2 and 0 < value[0] <= value[1] <= most):
-        limit = "" if most == math.inf else f" <= {most}"
-        raise UserError(f"{op}({argument}={value}): must be a pair (low, high) with 0 < low <= high{limit}")
+def _check_ranges(share: tuple[float, float], ratio: tuple[float, float]) -> None:
+    """Raises UserError unless crops can be drawn with a share of the area and an aspect ratio in these ranges."""
+    if not (0 < share[0] <= share[1] <= 1 and 0 < ratio[0] <= ratio[1]):
+        raise UserError(f"no crop has an area in {share} and a ratio in {ratio}; write (low, high) with "
+                        "0 < low <= high, and areas up to 1")  # fmt: skip
 
 
 def to_array(image: Picture) -> np.ndarray:
@@ -81,12 +76,11 @@ def resize(image: Picture, height: int, width: int = 0, method: str = "bilinear"
     """Resizes to (height, width), or (height, height), with antialiasing.
 
     `method` is nearest, bilinear, bicubic or lanczos as in Pillow, or area as in TensorFlow. In RGBA, Pillow weights
-    colors by alpha. Raises UserError if the image would become too large.
+    colors by alpha.
     """
     if method not in (*_FILTERS, "area"):
         raise UserError(f"resize(method={method!r}): allowed are {', '.join(_FILTERS)} and area")
     width = width or height
-    _check_size("resize", height=height, width=width)
     h, w = size_of(image)
     if (h, w) == (height, width):
         return image
@@ -102,9 +96,7 @@ def resize_small(image: Picture, size: int, method: str = "bilinear", like: str 
     """Resizes the shorter side to `size`, keeping the aspect ratio.
 
     The longer side is rounded to the nearest pixel, as in TensorFlow recipes, or truncated with `like="torchvision"`.
-    Raises UserError if the image would become too large.
     """
-    _check_size("resize_small", size=size)
     h, w = size_of(image)
     if _as_torchvision(like):
         new = (size, size * w // h) if h <= w else (size * h // w, size)
@@ -121,7 +113,6 @@ def central_crop(image: Picture, height: int, width: int = 0, like: str = "tenso
     Raises UserError if the image is smaller.
     """
     width = width or height
-    _check_size("central_crop", height=height, width=width)
     h, w = size_of(image)
     if height > h or width > w:
         raise UserError(f"central_crop({height}, {width}): the image has only {h} by {w} pixels; resize it first")
@@ -147,9 +138,7 @@ def random_resized_crop(
     The share of the image's area is uniform in `scale`, the ratio w / h log-uniform in `ratio`. If ten draws do not
     fit, it takes the largest central crop within `ratio`.
     """
-    _check_size("random_resized_crop", height=height, width=width or height)
-    _check_range("random_resized_crop", "scale", scale, 1)
-    _check_range("random_resized_crop", "ratio", ratio)
+    _check_ranges(scale, ratio)
     h, w = size_of(image)
     for _ in range(10):
         area = h * w * rng.uniform(*scale)
@@ -177,9 +166,7 @@ def inception_crop(
     more frequent than with `random_resized_crop`, whose area is uniform. If 100 draws do not fit, it takes the whole
     image.
     """
-    _check_size("inception_crop", height=height, width=width or height)
-    _check_range("inception_crop", "area", area, 1)
-    _check_range("inception_crop", "ratio", ratio)
+    _check_ranges(area, ratio)
     h, w = size_of(image)
     for _ in range(100):
         if box := _crop(rng, h, w, area, rng.uniform(*ratio)):

@@ -17,7 +17,7 @@ from imgclf_jax.core import rng, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Function
 from imgclf_jax.data.arrays import load_array
-from imgclf_jax.data.source import Source, numbers, read_labels
+from imgclf_jax.data.source import Source, read_labels, to_numbers
 
 _ROUNDS = 6  # of the Feistel network
 _RANKED = 32  # the most elements to permute by ranking hashes
@@ -142,20 +142,22 @@ def weighted(source: Source, by: str = "weight") -> Sampler:
     `by` is a column of the source, or a .npy file with a weight per example. An epoch of the stream has as many
     positions as examples.
     """
-    is_file = str(by).endswith(".npy")
-    weights = load_array(by) if is_file else numbers(source, by)
-    what = by if is_file else f"the column {by!r}"
+    if str(by).endswith(".npy"):
+        weights = load_array(by)
+    elif by in source.columns:
+        weights = to_numbers(by, source.columns[by])
+    else:
+        raise UserError(f"data.source has no column {by!r} among {sorted(source.columns)}; name one, or a file of "
+                        "numbers, such as 'weights.npy'")  # fmt: skip
     if weights.shape != (source.size,) or weights.dtype.kind not in "fiub":
-        raise UserError(f"{what} holds {weights.dtype}{list(weights.shape)}; expected a real number for each of the "
+        raise UserError(f"{by} holds {weights.dtype}{list(weights.shape)}; expected a real number for each of the "
                         f"{source.size} examples of the split")  # fmt: skip
     weights = weights.astype(np.float64)
-    if wrong := np.flatnonzero(~(np.isfinite(weights) & (weights >= 0))).tolist():
-        raise UserError(f"{what}: the weight of {source.example_name(wrong[0])} is {weights[wrong[0]]}; it must be "
-                        "finite, and 0 or more")  # fmt: skip
     with np.errstate(over="ignore"):
         total = np.cumsum(weights)
-    if not 0 < total[-1] < np.inf:
-        raise UserError(f"{what}: the weights sum to {total[-1]}; the sum must be above 0 and finite")
+    if not (np.all(weights >= 0) and 0 < total[-1] < np.inf):
+        raise UserError(f"the weights in {by} are from {weights.min()} to {weights.max()}, with the sum {total[-1]}; "
+                        "each must be 0 or more, and the sum finite and above 0")  # fmt: skip
 
     def ids(seed: int, positions: np.ndarray) -> np.ndarray:
         bits = _keys(seed, "weighted", positions) >> np.uint64(11)
@@ -169,8 +171,8 @@ def subset(source: Source, ids: str) -> Sampler:
     chosen, n = load_array(str(ids)), source.size
     if chosen.ndim != 1 or not chosen.size or chosen.dtype.kind not in "iu":
         raise UserError(f"{ids} holds {chosen.dtype}{list(chosen.shape)}; expected whole numbers [m], m above 0")
-    if (wrong := chosen[(chosen < 0) | (chosen >= n)]).size:
-        raise UserError(f"{ids} has the id {wrong[0]}, but the split has {n} examples, 0 to {n - 1}")
+    if not 0 <= chosen.min() <= chosen.max() < n:
+        raise UserError(f"{ids} has ids from {chosen.min()} to {chosen.max()}, but the split has 0 to {n - 1}")
     chosen = chosen.astype(np.int64)
     if len(np.unique(chosen)) < len(chosen):
         raise UserError(f"{ids} has an id more than once; use weighted(…) for unequal frequencies")
@@ -186,17 +188,13 @@ def subset(source: Source, ids: str) -> Sampler:
 SAMPLINGS = {"permutation": permutation, "balanced": balanced, "weighted": weighted, "subset": subset}
 
 
-def _bind(text: str) -> tuple[spec.Call, functools.partial[Any]]:
+def bind(text: str) -> tuple[spec.Call, functools.partial[Any]]:
+    """Binds the arguments of a sampling. Raises UserError if it names nothing or they do not fit. Opens no data."""
     call = spec.parse_one(text)
     if ":" not in call.name:
         return call, spec.bind(call, SAMPLINGS, "sampling", ("source",))
     factory = spec.takes(spec.lookup(call, SAMPLINGS, "sampling"), "source")
     return call, spec.bind(call, SAMPLINGS, "sampling", ("source",) if factory else ("key", "positions", "n"))
-
-
-def check_name(text: str) -> None:
-    """Raises UserError for a sampling that names nothing or has unfit arguments. Opens no data."""
-    _bind(text)
 
 
 def build(text: str, source: Source, key: str = "data.sampling") -> Sampler:
@@ -206,7 +204,7 @@ def build(text: str, source: Source, key: str = "data.sampling") -> Sampler:
     returns a function `(key, positions, n)`. The function's attribute `epoch`, if any, is the length of an epoch of the
     stream.
     """
-    call, make = _bind(text)
+    call, make = bind(text)
     where = f"{key}={text!r}"
     try:
         if ":" not in call.name:
@@ -223,9 +221,8 @@ def _user_sampler(function: Function, n: int, where: str) -> Sampler:
         if out.shape != positions.shape or out.dtype.kind not in "iu":
             raise UserError(f"{where} returns {out.dtype}{list(out.shape)} for {len(positions)} positions; return a "
                             "whole number for each")  # fmt: skip
-        if wrong := np.flatnonzero((out < 0) | (out >= n)).tolist():
-            raise UserError(f"{where} returns the id {out[wrong[0]]} at position {positions[wrong[0]]}, but the split "
-                            f"has {n} examples, 0 to {n - 1}")  # fmt: skip
+        if wrong := out[(out < 0) | (out >= n)].tolist():
+            raise UserError(f"{where} returns the id {wrong[0]}, but the split has 0 to {n - 1}")
         return out.astype(np.int64)
 
     probe = np.concatenate([np.arange(64), 10**9 + np.arange(64)])
@@ -233,11 +230,7 @@ def _user_sampler(function: Function, n: int, where: str) -> Sampler:
     if not all(np.array_equal(ids(0, probe[i::2]), together[i::2]) for i in range(2)):
         raise UserError(f"{where} returns other ids for the same positions in another call; an id must depend only on "
                         "the key and its position")  # fmt: skip
-    epoch = spec.declared(function, "epoch", n)
-    if not isinstance(epoch, int | np.integer) or epoch < 1:
-        raise UserError(f"{where}: the attribute epoch is {epoch!r}; it must be a whole number of 1 or more, the "
-                        "positions in an epoch of the stream")  # fmt: skip
-    return Sampler(ids, int(epoch))
+    return Sampler(ids, int(spec.declared(function, "epoch", n)))
 
 
 def _digest(values: np.ndarray) -> str:

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,15 +37,10 @@ class Source:
 
     def __post_init__(self) -> None:
         names, n = self.class_names, self.size
-        if not isinstance(n, int | np.integer) or n < 1:
-            raise UserError(f"Source(size={n!r}): must be a whole number of 1 or more")
-        if not isinstance(names, list | tuple) or not all(type(name) is str for name in names):
-            raise UserError(f"Source(class_names={names!r:.80}): must be a tuple of strings")
-        if len(set(names)) < len(names):
-            raise UserError(f"Source: class_names has {Counter(names).most_common(1)[0][0]!r} twice; give each class "
-                            "its own name")  # fmt: skip
-        if not isinstance(self.fingerprint, str):
-            raise UserError(f"Source(fingerprint={self.fingerprint!r:.80}): must be a string")
+        if n < 1:
+            raise UserError(f"Source(size={n}): must be 1 or more")
+        if isinstance(names, str) or {type(name) for name in names} != {str} or len(set(names)) < len(names):
+            raise UserError(f"Source(class_names={names!r:.80}): must be a tuple of different strings")
         object.__setattr__(self, "class_names", tuple(names))
         if self.labels is not None:
             labels = np.asarray(self.labels)
@@ -61,7 +55,13 @@ class Source:
         if targets.shape != (n, k) or targets.dtype.kind not in "fiub":
             raise UserError(f"Source: targets are {targets.dtype}{list(targets.shape)}; expected numbers [{n}, {k}] "
                             f"for {n} examples and {k} class_names")  # fmt: skip
-        check_finite(targets, self.example_name)
+        with np.errstate(over="ignore"):
+            wrong = np.argwhere(~np.isfinite(targets.astype(np.float32, copy=False)))
+        if wrong.size:
+            i, column = map(int, wrong[0])
+            more = f" (and {len(wrong) - 1:,} more)" * (len(wrong) > 1)
+            raise UserError(f"{self.example_name(i)}: target {column} is {targets[i, column]}{more}; targets must be "
+                            "finite float32 numbers")  # fmt: skip
 
     def listed_name(self, i: int) -> str:
         """The name of an example in files and tables: its file, or else its id alone."""
@@ -88,17 +88,6 @@ def _check_labels(labels: np.ndarray, n: int, classes: int) -> None:
                         f"the classes from 0 to {classes - 1}")  # fmt: skip
 
 
-def check_finite(targets: np.ndarray, name: Callable[[int], str]) -> None:
-    """Raises UserError for the first NaN or infinity in targets f32[n, k], naming its row by `name`."""
-    with np.errstate(over="ignore"):
-        wrong = np.argwhere(~np.isfinite(targets.astype(np.float32, copy=False)))
-    if wrong.size:
-        i, column = map(int, wrong[0])
-        more = f" (and {len(wrong) - 1:,} more)" * (len(wrong) > 1)
-        raise UserError(f"{name(i)}: target {column} is {targets[i, column]}{more}; targets must be finite float32 "
-                        "numbers")  # fmt: skip
-
-
 def read_examples(source: Source, ids: np.ndarray) -> Examples:
     """Reads {"image": …, "label": i32[n]} for ids int64[n], or "target" f32[n, k] for "label".
 
@@ -106,16 +95,15 @@ def read_examples(source: Source, ids: np.ndarray) -> Examples:
     """
     with _reading:
         examples = source.read(ids)
-    if not isinstance(examples, Mapping) or "image" not in examples:
-        raise UserError(f"the source's read returns a {type(examples).__name__}; return {{'image': …, 'label': …}}")
+    needed = ["image"] if source.labels is not None else ["image", "label"]
+    if not isinstance(examples, Mapping) or not set(needed) <= set(examples):
+        holds = sorted(examples) if isinstance(examples, Mapping) else examples
+        raise UserError(f"the source's read returns {holds!r:.80}; return a dict with {' and '.join(needed)}")
     if (images := len(examples["image"])) != len(ids):
         raise UserError(f"the source's read returns {images} images for {len(ids)} ids; return one per id, in their "
                         "order")  # fmt: skip
     if source.labels is not None:
         return {"image": examples["image"], source.label_key: source.labels[ids]}
-    if "label" not in examples:
-        raise UserError("the source's read returns no 'label'; return i32[n], or give the source its labels or targets "
-                        "as `labels`")  # fmt: skip
     labels = np.asarray(examples["label"])
     _check_labels(labels, len(ids), len(source.class_names))
     return {"image": examples["image"], "label": labels.astype(np.int32, copy=False)}
@@ -173,28 +161,11 @@ def read_labels(source: Source) -> np.ndarray:
     return np.concatenate([read_examples(source, ids)["label"] for ids in chunks])
 
 
-def numbers(source: Source, column: str) -> np.ndarray:
-    """A column of the source as finite f64[n]. Raises UserError naming the first example with another value.
-
-    In a column of True and False, as pandas writes booleans, these are 1 and 0.
-    """
-    if column not in source.columns:
-        raise UserError(f"data.source has no column {column!r} among {sorted(source.columns)}; name one, or a file of "
-                        "numbers, such as 'weights.npy'")  # fmt: skip
-    return to_numbers(column, source.columns[column], lambda i, what: UserError(f"{source.example_name(i)}: {what}"))
-
-
-def to_numbers(column: str, values: Sequence[Any] | np.ndarray, fail: Callable[[int, str], UserError]) -> np.ndarray:
-    """Converts a column to f64[n]. Raises `fail(row, message)` for the first value that is not a number."""
-    if isinstance(values, np.ndarray) and values.dtype.kind in "fiub":
-        return values.astype(np.float64)
+def to_numbers(column: str, values: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """Converts the values of a column to f64[n]; True and False, as pandas writes booleans, are 1 and 0."""
     if all(value in ("True", "False") for value in values):
         return np.array([value == "True" for value in values], np.float64)
-    out = np.empty(len(values), np.float64)
-    for i, value in enumerate(values):
-        try:
-            out[i] = float(value)
-        except (TypeError, ValueError) as e:
-            holds = repr(value) if value is not None and str(value).strip() else "nothing"
-            raise fail(i, f"the column {column!r} holds {holds}, not a number") from e
-    return out
+    try:
+        return np.asarray(values, np.float64)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"the column {column!r} does not hold numbers: {e}") from e

@@ -43,13 +43,11 @@ def fake(n: int = 1024, shape: tuple[int, int, int] = (28, 28, 1), classes: int 
     An image is noise hashed from example and pixel, with a bright band at a height given by the class. Raises UserError
     for impossible numbers, and for images larger than 16 MiB.
     """
-
     numbers = (n, classes, *shape) if isinstance(shape, (tuple, list)) and len(shape) == 3 else (0,)
     whole = all(type(number) is int and number > 0 for number in numbers)
     if not whole or n > 2**48 or classes > MAX_CLASSES or shape[2] > 4 or math.prod(shape) > 2**24:
         raise UserError(f"fake({n!r}, {shape!r}, {classes!r}): expected at most 2**48 examples, a shape (height, "
-                        "width, channels), such as (28, 28, 1), with 1 to 4 channels and at most 2**24 values, and at "
-                        f"most {MAX_CLASSES:,} classes")  # fmt: skip
+                        "width, channels) of at most 4 channels and 2**24 values, and a million classes")  # fmt: skip
     names, size = tuple(str(c) for c in range(classes)), math.prod(shape)
 
     def read(ids: np.ndarray, offset: int) -> Examples:
@@ -102,8 +100,7 @@ def open_splits(text: str, data_dir: str = "", manual_dir: str = "", unreadable:
             raise
         raise UserError(f"data.source={text!r} fails: {reason(e)}") from e
     if not isinstance(opened, Mapping) or not opened or not all(isinstance(one, Source) for one in opened.values()):
-        holds = {split: type(one).__name__ for split, one in opened.items()} if isinstance(opened, Mapping) else opened
-        raise UserError(f"data.source={text!r} returns {holds!r:.80}; return a dict {{'train': source}} of "
+        raise UserError(f"data.source={text!r} returns {opened!r:.80}; return a dict {{'train': source}} of "
                         "imgclf_jax.data.source.Source")  # fmt: skip
     return opened
 

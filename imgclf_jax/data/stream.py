@@ -20,7 +20,7 @@ from imgclf_jax.data.info import DataInfo
 from imgclf_jax.data.read_ahead import read_ahead
 from imgclf_jax.data.source import Source, read_examples, read_labels
 
-_CACHE_BYTES = 1 << 30  # the largest decoded set to cache in memory
+_KEPT_BYTES = 1 << 30  # the largest decoded set to keep in memory
 # Mean bytes of an image below which one thread decodes them. Python takes most of the time, and threads hand over the
 # GIL for each image: two take 1.4 times as long as one for PNG images of 28 x 28 pixels, half as long for 64 x 64.
 _SMALL = 4096
@@ -29,7 +29,7 @@ _SMALL = 4096
 class Images:
     """A source with its host ops applied: ids to fixed-shape uint8 images.
 
-    With deterministic ops and a decoded set of at most 1 GiB, each image is decoded once and cached in memory.
+    With deterministic ops and a decoded set of at most 1 GiB, each image is decoded once and kept in memory.
     """
 
     def __init__(
@@ -46,13 +46,13 @@ class Images:
         self._ops, self.random = decode.build(preprocess)
         self._threads = threads or os.cpu_count() or 1
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
-        self._cache: np.ndarray | None = None
         first, labels = self._decode(np.zeros(1, np.int64), np.zeros(1, np.int64), seed)
         self.shape: tuple[int, int, int] = first.shape[1:]
-        if not self.random and source.size * first.nbytes <= _CACHE_BYTES:
-            self._cache = np.empty((source.size, *self.shape), np.uint8)
+        self.kept = not self.random and source.size * first.nbytes <= _KEPT_BYTES
+        if self.kept:
+            self._images = np.empty((source.size, *self.shape), np.uint8)
             self._labels = np.empty((source.size, *labels.shape[1:]), labels.dtype)
-            self._cached, self._complete = np.zeros(source.size, bool), False
+            self._decoded = np.zeros(source.size, bool)
 
     def __len__(self) -> int:
         return self.source.size
@@ -67,24 +67,6 @@ class Images:
         return DataInfo(source.size, self.shape, source.class_names, source.fingerprint, counts, source.target_names,
                         self.sampler.digest, extra)  # fmt: skip
 
-    def ids(self, seed: int, positions: np.ndarray) -> np.ndarray:
-        """The example ids at global stream positions, both int64[b], of the run with this seed."""
-        return self.sampler.ids(seed, positions)
-
-    def epochs(self, positions: np.ndarray) -> np.ndarray:
-        """The epochs of the stream at these positions, both int64[b]."""
-        return positions // self.sampler.epoch
-
-    @property
-    def kept(self) -> bool:
-        """Whether each image is decoded once and then kept in memory."""
-        return self._cache is not None
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether all images are decoded, so prefetching gains nothing."""
-        return self.kept and self._complete
-
     def read(self, ids: np.ndarray, positions: np.ndarray, seed: int | None = None) -> Batch:
         """Reads {"image": uint8[b, h, w, c], "label": i32[b]} for ids int64[b], or "target" f32[b, k] for "label".
 
@@ -92,17 +74,14 @@ class Images:
         example that does not decode or has another shape.
         """
         key = self.source.label_key
-        if self._cache is None:
+        if not self.kept:
             images, labels = self._decode(ids, positions, self.seed if seed is None else seed)
             return {"image": images, key: labels}
-        if not self._complete:
-            missing = np.unique(ids[~self._cached[ids]])
-            if missing.size:
-                # Threads may race to fill the same rows, but write the same values.
-                self._cache[missing], self._labels[missing] = self._decode(missing, missing, self.seed)
-                self._cached[missing] = True
-            self._complete = bool(self._cached.all())
-        return {"image": self._cache.take(ids, 0), key: self._labels[ids]}  # twice as fast as indexing
+        if (missing := np.unique(ids[~self._decoded[ids]])).size:
+            # Threads may race to fill the same rows, but write the same values.
+            self._images[missing], self._labels[missing] = self._decode(missing, missing, self.seed)
+            self._decoded[missing] = True
+        return {"image": self._images.take(ids, 0), key: self._labels[ids]}  # twice as fast as indexing
 
     def _decode(self, ids: np.ndarray, positions: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         examples = read_examples(self.source, ids)
@@ -192,8 +171,7 @@ def batches(
                  for one in spec.extra_streams}  # fmt: skip
         return {**_read(images, spec, step, rows), **extra}
 
-    in_memory, kept = all(one.in_memory for one in streams), all(one.kept for one in streams)
-    return read_ahead(read, steps, 0 if in_memory else prefetch, kept)
+    return read_ahead(read, steps, 0 if all(one.kept for one in streams) else prefetch)
 
 
 def _read(images: Images, spec: StreamSpec, step: int, rows: np.ndarray | None) -> Batch:
@@ -201,10 +179,10 @@ def _read(images: Images, spec: StreamSpec, step: int, rows: np.ndarray | None) 
     rows = np.arange(spec.batch_size, dtype=np.int64) if rows is None else rows
     positions, replicas = step * spec.batch_size + rows, []
     for seed in spec.seeds:
-        ids = images.ids(seed, positions)
+        ids = images.sampler.ids(seed, positions)
         batch = images.read(ids, positions, seed)
         if spec.needs_ids:
-            batch |= {"id": ids.astype(np.int32), "epoch": images.epochs(positions).astype(np.int32)}
+            batch |= {"id": ids.astype(np.int32), "epoch": (positions // images.sampler.epoch).astype(np.int32)}
         replicas.append(batch)
     return {name: interleave([batch[name] for batch in replicas]) for name in replicas[0]}
 
@@ -227,4 +205,4 @@ def eval_batches(images: Images, batch_size: int, rows: np.ndarray | None = None
         return {**images.read(clipped, clipped), "mask": ids < len(images)}
 
     steps = range(-(-len(images) // batch_size))
-    return (batch for _, batch in read_ahead(read, steps, 0 if images.in_memory else prefetch, images.kept))
+    return (batch for _, batch in read_ahead(read, steps, 0 if images.kept else prefetch))

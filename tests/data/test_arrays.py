@@ -1,6 +1,5 @@
 """Arrays in .npz files; sizes that a file claims are trusted only up to its length."""
 
-import io
 import os
 import zipfile
 
@@ -14,10 +13,6 @@ from imgclf_jax.data.arrays import load_array
 from imgclf_jax.data.source import read_examples
 
 pytestmark = pytest.mark.usefixtures("a_gigabyte")
-
-
-def open_one(text, split="train"):
-    return sources.take_split(sources.open_splits(text), split)
 
 
 X = np.random.default_rng(0).integers(0, 256, (6, 4, 5), np.uint8)
@@ -40,26 +35,22 @@ def test_arrays_are_read_from_npz(tmp_path, channels):
     assert base["extra"].class_names == ("0", "1", "2")  # those of all splits
 
 
-def test_arrays_take_class_names_and_the_home_directory(tmp_path, monkeypatch):
-    npz(tmp_path, x_train=X, y_train=Y, class_names=np.array(["cat", "dog", "emu", "fox"]))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert open_one("arrays('~/data.npz')").class_names == ("cat", "dog", "emu", "fox")
-
-
 @pytest.mark.parametrize(("data", "message"), [
-    ({"pictures": X, "labels": Y}, "expected x_NAME and y_NAME, such as x_train and y_train"),
-    ({"x_train": X}, "holds ['x_train']; expected x_NAME and y_NAME"),
+    ({"pictures": X, "labels": Y}, "holds ['labels', 'pictures']; expected x_NAME and y_NAME, such as x_train and y_"),
     ({"x_train": X / 255, "y_train": Y}, "x_train is float64[6, 4, 5] and y_train is int64[6]"),
     ({"x_train": X[0], "y_train": Y}, "x_train is uint8[4, 5] and y_train is int64[6]"),
-    ({"x_train": np.uint8(3), "y_train": Y}, "x_train is uint8[] and y_train is int64[6]"),
     ({"x_train": X, "y_train": Y[:5]}, "x_train is uint8[6, 4, 5] and y_train is int64[5]"),
     ({"x_train": X[:0], "y_train": Y[:0]}, "x_train is uint8[0, 4, 5] and y_train is int64[0]"),
     ({"x_train": X, "y_train": Y / 2}, "y_train is float64[6]; expected"),
-    ({"x_train": X, "y_train": np.array(list("abcabc"))}, "y_train is <U1[6]; expected"),
     ({"x_train": X, "y_train": Y - 1}, "y_train: Source: labels are from -1 to 1 for 2 class_names"),
     ({"x_train": X, "y_train": Y, "class_names": ["a", "b"]}, "y_train: Source: labels are from 0 to 2 for 2"),
-    ({"x_train": X, "y_train": Y, "class_names": ["a", "b", "a"]}, "class_names has 'a' twice"),
-    ({"x_train": X, "y_train": Y, "x_test": X, "y_test": Y.astype(float)}, "y_test is float64[6]; expected"),
+    ({"x_train": X, "y_train": Y, "train_images": X, "train_labels": Y}, "since all are of the split 'train'"),
+    # A huge label, made by mistake, allocates no names for classes without examples.
+    ({"x_train": X, "y_train": np.where(Y == 2, 2**62, Y)}, f"the greatest of 6 labels is {2**62}; number the classes"),
+    ({"x_train": X, "y_train": np.where(Y == 2, 1000, Y)}, "the greatest of 6 labels is 1000; number the classes"),
+    *(({"x_train": X, "y_train": Y, "class_names": names}, "the names are not text") for names in (
+        np.array([b"a", b"b", b"\xff"]), np.array([0, 0, 0x110000], "<u4").view("<U1"), ["a", "b", "\ud800"])),
+    ({"x_train": X, "y_train": Y, "class_names": np.array(["a", "b", None], object)}, "Object arrays cannot be loaded"),
 ])  # fmt: skip
 def test_arrays_of_another_kind_are_refused(tmp_path, data, message):
     with pytest.raises(UserError) as e:
@@ -68,21 +59,21 @@ def test_arrays_of_another_kind_are_refused(tmp_path, data, message):
     assert str(tmp_path / "data.npz") in str(e.value)
 
 
-@pytest.mark.parametrize("kind", ["missing", "directory", "empty", "text", "npy", "cut short", "damaged"])
-def test_what_is_no_npz_file_is_named(tmp_path, kind):
+@pytest.mark.parametrize("names", [["cat", "dog", "Öl"], np.array([b"cat", b"dog", "Öl".encode()])])
+def test_class_names_are_text(tmp_path, names):
+    assert sources.open_splits(npz(tmp_path, x_train=X, y_train=Y, class_names=names))["train"].class_names == (
+        "cat", "dog", "Öl")  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [None, b"", b"hello", "cut short", "damaged"])
+def test_what_is_no_npz_file_is_named(tmp_path, content):
     file = tmp_path / "data.npz"
-    np.savez_compressed(file, x_train=X, y_train=Y)
-    whole = file.read_bytes()
-    file.unlink()
-    if kind == "directory":
-        file.mkdir()
-    elif kind == "npy":
-        with file.open("wb") as stream:
-            np.save(stream, X)
-    elif kind != "missing":
+    if content is not None:
+        np.savez_compressed(file, x_train=X, y_train=Y)
+        whole = file.read_bytes()
         start = whole.index(b"x_train.npy") + 40
         damaged = whole[:start] + bytes(40) + whole[start + 40 :]
-        file.write_bytes({"empty": b"", "text": b"hello", "cut short": whole[:-50], "damaged": damaged}[kind])
+        file.write_bytes({"cut short": whole[:-50], "damaged": damaged}.get(content, content))
     with pytest.raises(UserError, match=r"cannot read '.*data\.npz' as an \.npz file"):
         sources.open_splits(f"arrays({str(file)!r})")
 
@@ -105,71 +96,26 @@ def test_names_that_others_use(tmp_path, layout, splits):
         np.testing.assert_array_equal(examples["label"], Y[i:])
 
 
-def test_all_splits_have_images_of_one_shape(tmp_path):
-    for other in (X[:, 1:], X[:, :, 1:], np.repeat(X[..., None], 3, -1)):
-        with pytest.raises(UserError, match=r"x_test are \[.*\] and those of x_train are \[4, 5, 1\]; all splits must"):
-            sources.open_splits(npz(tmp_path, x_train=X, y_train=Y, x_test=other, y_test=Y))
-    sources.open_splits(npz(tmp_path, x_train=X, y_train=Y, x_test=X[..., None], y_test=Y))
-
-
-def test_labels_name_no_more_classes_than_there_can_be(tmp_path):
-    """A huge label, made by mistake, allocates no names for classes without examples."""
-    for wrong in (2_000_000_000, 2**62, 1_000_000, 1000):
-        with pytest.raises(UserError, match=f"the greatest of 6 labels is {wrong}; number the classes 0, 1, 2"):
-            sources.open_splits(npz(tmp_path, x_train=X, y_train=np.where(Y == 2, wrong, Y)))
-    with pytest.raises(UserError, match=f"the greatest of 6 labels is {2**64 - 1}"):
-        sources.open_splits(npz(tmp_path, x_train=X, y_train=np.uint64(2**64 - 1) - Y.astype(np.uint64)))
-    with pytest.raises(UserError, match=f"y_train: Source: labels are from 0 to {2**62} for 3"):
-        sources.open_splits(npz(tmp_path, x_train=X, y_train=np.where(Y == 2, 2**62, Y), class_names=["a", "b", "c"]))
-    assert len(open_one(npz(tmp_path, x_train=X, y_train=Y * 499)).class_names) == 999  # a few of ImageNet's, say
-    assert open_one(npz(tmp_path, x_train=X, y_train=Y.astype(np.uint64))).labels.tolist() == Y.tolist()
-
-
-def test_class_names_are_text(tmp_path):
-    for names in (np.array([b"cat", b"dog", "Öl".encode()]), np.array(["cat", "dog", "Öl"])):
-        assert open_one(npz(tmp_path, x_train=X, y_train=Y, class_names=names)).class_names == ("cat", "dog", "Öl")
-    assert open_one(npz(tmp_path, x_train=X, y_train=Y, class_names=[7, 8, 9])).class_names == ("7", "8", "9")
-    for names, message in [
-        (np.array(["a", "b", None], dtype=object), "Object arrays cannot be loaded"),
-        (np.array([1.5, 2.5, 3.5]), r"float64\[3\]; expected one text"),
-        (np.array([["a", "b", "c"]]), r"<U1\[1, 3\]; expected one text"),
-        (np.zeros(1_000_001, "u1"), r"uint8\[1000001\]; expected one text per class, at most 1,000,000"),
-        (np.array([b"a", b"b", b"\xff"]), "class_names is not text"),
-        (np.array([0, 0, 0x110000], "<u4").view("<U1"), "class_names is not text"),
-        (np.array(["a", "b", "\ud800"]), "class_names is not text"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            sources.open_splits(npz(tmp_path, x_train=X, y_train=Y, class_names=names))
-
-
-def header(shape, descr="|u1", **more):
+def header(shape, descr="|u1"):
     """The start of an .npy file that claims an array of this shape."""
-    text = repr({"descr": descr, "fortran_order": False, "shape": shape, **more}).encode() + b"\n"
+    text = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode() + b"\n"
     return b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text
 
 
-def raw(folder, members, compression=zipfile.ZIP_STORED):
-    with zipfile.ZipFile(folder / "data.npz", "w", compression) as content:
-        for name, data in members.items():
-            content.writestr(f"{name}.npy", data)
-    return f"arrays({str(folder / 'data.npz')!r})"
-
-
 @pytest.mark.parametrize("start", [
-    header((10**13,)), header((2**63, 2**63, 2**63)), header((6, 4, -5)), header((2**62, 4, 5)),
-    header((6, 4, 5), more=1), header((6.0, 4, 5)), header("645"), header((6, 4, 5), "x"), header((6, 4, 5), "O"),
-    header((6, 4, 5), [("a", "u1", (10**6, 10**6))]), header((6, 4, 5), "V9999999999"), header(()),
-    b"\x93NUMPY\1\0\xff\xff", b"\x93NUMPY\2\0\xff\xff\xff\x7f", b"\x93NUMPY\3\0\x01\0", b"\x93NUMPY\1", b"",
-    b"\x93NUMPY\1\0\x40\1" + b"(" * 320, b"\x93NUMPY\1\0\x40\1" + b"{'" * 160,
+    header((10**13,)), header((2**63, 2**63, 2**63)), header((6, 4, -5)), header((6, 4, 5), "O"), header(()),
+    header((6, 4, 5), [("a", "u1", (10**6, 10**6))]), header((6, 4, 5), "V9999999999"),
+    b"\x93NUMPY\2\0\xff\xff\xff\x7f", b"", b"\x93NUMPY\1\0\x40\1" + b"(" * 320,
 ])  # fmt: skip
 def test_a_header_that_claims_what_the_file_does_not_hold(tmp_path, start):
-    labels = io.BytesIO()
-    np.save(labels, Y)
-    text = raw(tmp_path, {"x_train": start + bytes(120), "y_train": labels.getvalue()})
+    np.save(tmp_path / "y.npy", Y)
+    with zipfile.ZipFile(tmp_path / "data.npz", "w") as content:
+        content.writestr("x_train.npy", start + bytes(120))
+        content.write(tmp_path / "y.npy", "y_train.npy")
+    text = f"arrays({str(tmp_path / 'data.npz')!r})"
     with pytest.raises(UserError, match=r"cannot read '.*' as an \.npz file|x_train is .*; expected uint8") as e:
         sources.open_splits(text)
     assert len(str(e.value)) < 500
-    assert "\n" not in str(e.value)
 
 
 def test_what_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
@@ -185,7 +131,8 @@ def test_a_zip_that_lies_of_a_size_takes_no_more_memory(tmp_path):
     whole = path.read_bytes()
     entry = whole.index(b"PK\1\2")
     path.write_bytes(whole[: entry + 24] + b"\xf0\xff\xff\x7f" + whole[entry + 28 :])  # the unpacked size
-    np.testing.assert_array_equal(open_one(f"arrays({str(path)!r})").read(np.arange(6))["image"], X[..., None])
+    source = sources.open_splits(f"arrays({str(path)!r})")["train"]
+    np.testing.assert_array_equal(source.read(np.arange(6))["image"], X[..., None])
 
 
 def test_what_is_no_regular_file_is_not_opened(tmp_path):

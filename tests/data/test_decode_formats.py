@@ -8,8 +8,8 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image, features
-from test_decode import encode, noise, png_of
+from PIL import EpsImagePlugin, Image
+from test_decode import encode, png_of
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, resizing
@@ -33,14 +33,6 @@ def test_no_other_program_is_run(monkeypatch):
         decode.decode(EPS)
 
 
-@pytest.mark.parametrize("form", ["AVIF", "MPO"])
-def test_formats_that_are_decoded(form):
-    """Besides those whose pixels `test_decode` compares."""
-    if form == "AVIF" and not features.check("avif"):
-        pytest.skip("this Pillow has no AVIF")
-    assert decode.decode(encode(noise(12, 9, 3), form)).shape == (12, 9, 3)
-
-
 def bomb(h, w):
     """A PNG of zeros that claims h by w pixels of 1 bit."""
     header = struct.pack(">IIBBBBB", w, h, 1, 0, 0, 0, 0)
@@ -55,14 +47,8 @@ def test_an_image_of_too_many_pixels(size, filters):
         warnings.simplefilter(filters)
         with pytest.raises(UserError, match=r"^the image has more than 67,108,864 pixels; make it smaller$"):
             decode.decode(bomb(*size))
-
-
-@pytest.mark.parametrize("size", [(60_000_000, 1), (1, 60_000_000)])
-def test_an_image_of_too_long_a_side(size):
-    """Pillow would allocate a pointer per row, and weights for each pixel of a side."""
-    words = f"the image has {size[0]:,} by {size[1]:,} pixels, but a side may have 1,048,576; crop it"
-    with pytest.raises(UserError, match=f"^{words}$"):
-        decode.decode(bomb(*size))
+    with pytest.raises(UserError, match=r"^the image has 1 by 60,000,000 pixels, but a side may have 1,048,576; crop"):
+        decode.decode(bomb(1, 60_000_000))  # Pillow would allocate weights for each pixel of a side
 
 
 def test_a_tiff_image_whose_tiles_fill_the_memory():
@@ -75,9 +61,8 @@ def test_a_tiff_image_whose_tiles_fill_the_memory():
 
 
 @pytest.mark.parametrize(("size", "ops", "words"), [
-    ((1, 1_000_000), "resize_small(72)|central_crop(64)", "1 by 1,000,000 pixels, on its way to 72 by 72,000,000,"),
-    ((1_000_000, 1), "resize_small(72, like='torchvision')|central_crop(64)", "to 72,000,000 by 72,"),
-    ((1, 1_000_000), "resize_small(256, method='area')", "to 256 by 256,000,000,"),
+    ((1, 1_000_000), "resize_small(72)", "1 by 1,000,000 pixels, on its way to 72 by 72,000,000,"),
+    ((1_000_000, 1), "resize_small(72, like='torchvision')", "to 72,000,000 by 72,"),
     ((1, 1_000_000), "resize(256, method='area')", "to 256 by 256,"),
     ((1_000_000, 1), "resize(4000, method='lanczos')", "1,000,000 by 1 pixels, on its way to 4,000 by 4,000,"),
     ((8, 8), "resize(100_000)", "to 100,000 by 100,000,"),
@@ -103,25 +88,6 @@ def test_the_mean_over_areas_takes_memory_for_a_part_at_a_time():
     image[:, 2048:] = 200
     out = resizing.resize(image, 16, method="area")
     np.testing.assert_array_equal(out, np.repeat([0, 200], 8)[None, :, None] + np.zeros((16, 1, 3), np.uint8))
-
-
-def test_want_of_memory_is_a_sentence():
-    apply, _ = decode.build(f"decode(3)|{__name__}:greedy")
-    with pytest.raises(UserError, match=f"^{__name__}:greedy runs out of memory"):
-        apply(noise(4, 4, 3), 0, 0)
-
-
-def greedy(image):
-    """A host op that exhausts any memory."""
-    raise MemoryError
-
-
-def test_16_bits_of_a_signed_kind():
-    for value, mode in ((40_000, "I;16"), (40_000, "I")):
-        assert np.unique(decode.decode(encode(Image.new(mode, (4, 4), value), "TIFF"), 1)).tolist() == [40_000 >> 8]
-    for value in (-1, 65_536):
-        with pytest.raises(UserError, match="more than 16 bits"):
-            decode.decode(encode(Image.new("I", (4, 4), value), "TIFF"))
 
 
 def test_a_file_longer_than_any_image(tmp_path):

@@ -1,16 +1,11 @@
 """The host ops of evaluation are deterministic: random ones in `preprocess` are replaced or refused."""
 
-import json
-
 import numpy as np
 import pytest
 
-import launch
 from imgclf_jax.core import kinds
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode
-
-SOURCE = "fake(64, (12, 12, 1), 4)"
 
 
 @kinds.random
@@ -58,24 +53,3 @@ def test_what_cannot_be_replaced_is_refused(evaluation, preprocess, words):
     with pytest.raises(UserError) as e:
         decode.evaluation_spec(evaluation, preprocess)
     assert words in str(e.value)
-
-
-@pytest.mark.thorough
-def test_evaluation_is_the_same_as_with_the_ops_written_out(tmp_path, capsys):
-    """Whatever the seed of the run; the log says it."""
-    argv = [f"--config.data.source={SOURCE}", "--config.preprocess=decode(1)|random_resized_crop(10)",
-            "--config.model=mlp(widths=(8,))", "--config.total=6 steps", "--config.batch_size=16"]  # fmt: skip
-    assert launch.main([*argv, f"--workdir={tmp_path}"]) == 0
-    said = "preprocess_eval is empty: evaluation and prediction use 'decode(1)|resize_small(11)|central_crop(10)'"
-    assert capsys.readouterr().err.count(said) == 1
-    results = [json.loads((tmp_path / "result.json").read_text())["test"]]
-    for more in ([], ["--config.seed=7"], ["--config.preprocess_eval=decode(1)|resize_small(11)|central_crop(10)"]):
-        assert launch.main(["evaluate", f"--workdir={tmp_path}", "--format=json", *more]) == 0
-        results.append(json.loads(capsys.readouterr().out)["test"])
-        del results[-1]["confusion"], results[-1]["class_names"]
-    scores = [result.pop("scores") for result in results[1:]]
-    assert all(result == results[0] for result in results)
-    assert all(score == scores[0] for score in scores)
-    random = "--config.preprocess_eval=decode(1)|random_resized_crop(10)"
-    assert launch.main(["evaluate", f"--workdir={tmp_path}", random]) == 1
-    assert "random_resized_crop is random" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """Extra streams: the specs in `data.extra`, and their batches next to those of the training split."""
 
-import dataclasses
 import json
 
 import jax
@@ -10,23 +9,21 @@ import pytest
 from test_sampling import FLAGS
 
 import launch
-from imgclf_jax import config as configs
 from imgclf_jax import datasets, programs
-from imgclf_jax.core import platform, rng, sharding
+from imgclf_jax.core import rng, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import placement, sources, stream
 from imgclf_jax.methods import Loss, Method
-from imgclf_jax.run import provenance
-from imgclf_jax.tools.dryrun import described
 
-MORE = "fake(30, (5, 6, 3), 4)/train|batch_size(24)|preprocess('decode(3)|resize(4, 7)')|sampling('balanced')"
+MORE = {"unlabeled": "fake(30, (5, 6, 3), 4)/train|batch_size(24)|preprocess('decode(3)|resize(4, 7)')"
+                     "|sampling('balanced')", "held": "train[50%:]"}  # fmt: skip
 
 
 @pytest.fixture
 def config(fake_config):
     fake_config.batch_size = 16
     with fake_config.unlocked():
-        fake_config.data.extra = {"unlabeled": MORE, "held": "train[50%:]"}
+        fake_config.data.extra = MORE
     return fake_config
 
 
@@ -53,25 +50,37 @@ def test_what_a_spec_says(config):
         )
 
 
-@pytest.mark.parametrize(("place", "devices"), [("host", "cpu"), ("device", "cpu"), ("device", "tpu")])
-def test_a_batch_holds_those_of_the_further_streams(config, monkeypatch, place, devices):
+def test_streams_do_not_touch_each_other(config):
+    """Adding or renaming a stream changes no other, and no seed shares a stream with another name."""
+    images = opened(config)
+    [(_, whole)] = stream.batches(images, spec_of(config), [3])
+    [(_, alone)] = stream.batches(images, spec_of(config, extra=(("held", 16),)), [3])
+    [(_, none)] = stream.batches(images, spec_of(config, extra=()), [3])
+    jax.tree.map(np.testing.assert_array_equal, alone, {k: v for k, v in whole.items() if k != "unlabeled"})
+    jax.tree.map(np.testing.assert_array_equal, none, {k: whole[k] for k in ("image", "label")})
+    images.extra["renamed"] = images.extra["held"]
+    [(_, other)] = stream.batches(images, spec_of(config, extra=(("renamed", 16),)), [3])
+    assert other["renamed"]["id"].tolist() != whole["held"]["id"].tolist()
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_a_batch_holds_those_of_the_further_streams(config, place):
     """For both seeds, interleaved; keyed by seed, name and step; with the shapes that the programs expect."""
-    monkeypatch.setattr(platform, "platform_of", lambda mesh: devices)
     images, spec, mesh = opened(config), spec_of(config), sharding.make_mesh()
-    shapes = {"unlabeled": (4, 7, 3), "held": (12, 12, 1)}
-    assert {name: one.shape for name, one in images.extra.items()} == shapes
+    shapes = programs.programs_for_images(config, images).batch_shape
+    assert {name: shapes[name]["image"].shape for name in MORE} == {"unlabeled": (24, 4, 7, 3), "held": (16, 12, 12, 1)}
     base = {"unlabeled": sources.open_splits("fake(30, (5, 6, 3), 4)")["train"],
             "held": sources.take_split(datasets.open_data(config), "train[50%:]")}  # fmt: skip
     for step, batch in placement.batches(place, images, spec, [2, 3], mesh):
-        assert batch.keys() == {"image", "label", "unlabeled", "held"}
+        assert batch.keys() == {"image", "label", *MORE}
         assert batch["image"].shape == (32, 12, 12, 1)
-        for name, b in (("unlabeled", 24), ("held", 16)):
+        for name in MORE:
+            b = len(shapes[name]["label"])
             assert {k: (v.shape, v.dtype) for k, v in batch[name].items()} == {
-                "image": ((2 * b, *shapes[name]), np.uint8), "label": ((2 * b,), np.int32),
-                "id": ((2 * b,), np.int32), "epoch": ((2 * b,), np.int32)}  # fmt: skip
+                k: ((2 * b, *v.shape[1:]), v.dtype) for k, v in shapes[name].items()}  # fmt: skip
             for seed in (5, 6):
                 at = np.arange(step * b, (step + 1) * b)
-                ids = images.extra[name].ids(seed ^ rng.name_hash(name), at)
+                ids = images.extra[name].sampler.ids(seed ^ rng.name_hash(name), at)
                 own = {k: np.asarray(v)[seed - 5 :: 2] for k, v in batch[name].items()}
                 np.testing.assert_array_equal(own["id"], ids)
                 np.testing.assert_array_equal(own["label"], base[name].read(ids)["label"])
@@ -90,33 +99,6 @@ def test_any_process_reads_its_rows_of_every_stream(config):
             np.testing.assert_array_equal(own[name].reshape(expected.shape), expected)
 
 
-def test_streams_do_not_touch_each_other(config):
-    """Adding or renaming a stream changes no other, and no seed shares a stream with another name."""
-    images = opened(config)
-    [(_, whole)] = stream.batches(images, spec_of(config), [3])
-    [(_, alone)] = stream.batches(images, spec_of(config, extra=(("held", 16),)), [3])
-    [(_, none)] = stream.batches(images, spec_of(config, extra=()), [3])
-    jax.tree.map(np.testing.assert_array_equal, alone, {k: v for k, v in whole.items() if k != "unlabeled"})
-    jax.tree.map(np.testing.assert_array_equal, none, {k: whole[k] for k in ("image", "label")})
-    images.extra["renamed"] = images.extra["held"]
-    [(_, other)] = stream.batches(images, spec_of(config, extra=(("renamed", 16),)), [3])
-    assert other["renamed"]["id"].tolist() != whole["held"]["id"].tolist()
-
-
-def test_programs_know_the_shapes_and_the_record_holds_them(config, tmp_path):
-    images = opened(config)
-    compiling = programs.programs_for_images(config, images)
-    shape = compiling.batch_shape
-    assert shape["unlabeled"]["image"].shape == (24, 4, 7, 3)
-    assert shape["held"]["image"].shape == (16, 12, 12, 1)
-    alone = dataclasses.replace(compiling.recipe.data, extra={})
-    (tmp_path / "provenance.json").write_text(json.dumps({"data": dataclasses.asdict(compiling.recipe.data)}))
-    assert provenance.load_data_info(tmp_path / "provenance.json") == compiling.recipe.data != alone
-    info = compiling.recipe.data.extra["unlabeled"]
-    assert info.fingerprint == sources.open_splits("fake(30, (5, 6, 3), 4)")["train"].fingerprint
-    assert described.describe(config, described.Facts()).extra.keys() == {"unlabeled", "held"}
-
-
 @pytest.mark.parametrize(("name", "text", "message"), [
     ("label", "train", "data.extra.label: batches use this name for something else; rename the stream"),
     ("a-b", "train", "data.extra.a-b: it must be a Python name"),
@@ -127,38 +109,22 @@ def test_programs_know_the_shapes_and_the_record_holds_them(config, tmp_path):
     ("more", "train|batch_size(8)|batch_size(8)", "batch_size occurs twice"),
     ("more", "train|batchsize(8)", "unknown option 'batchsize': did you mean 'batch_size'"),
     ("more", "train|sampling('balance')", "unknown sampling 'balance': did you mean 'balanced'"),
-    ("more", "train|preprocess", "write preprocess('decode(3)|resize(32)'), not preprocess"),
+    ("more", "trian", "data.extra.more: unknown split 'trian': did you mean 'train'"),
+    ("more", "folder('nowhere')", "data.extra.more: folder: there is no directory 'nowhere'"),
+    ("more", "train|preprocess('decode(7)')", "data.extra.more: "),
+    ("more", "train|sampling(\"weighted('none.npy')\")", "data.extra.more sampling=\"weighted('none.npy')\": can"),
 ])  # fmt: skip
-def test_a_mistake_is_told_before_the_data_are_opened(config, name, text, message):
+def test_a_mistake_names_its_stream(config, name, text, message):
     with config.unlocked():
         config.data.extra = {name: text}
-    with pytest.raises(UserError) as e:
-        programs.check(config)
-    assert message in str(e.value)
-    assert "\n" not in str(e.value)
 
-
-@pytest.mark.parametrize(("text", "message"), [
-    ("trian", "data.extra.more: unknown split 'trian': did you mean 'train'"),
-    ("folder('nowhere')", "data.extra.more: folder: there is no directory 'nowhere'"),
-    ("train|preprocess('decode(7)')", "data.extra.more: "),
-    ("train|sampling(\"weighted('none.npy')\")", "data.extra.more sampling=\"weighted('none.npy')\": cannot read"),
-])  # fmt: skip
-def test_a_stream_that_cannot_be_opened_is_named(config, text, message):
-    with config.unlocked():
-        config.data.extra = {"more": text}
-    with pytest.raises(UserError) as e:
+    def check():
+        programs.check(config)  # before the data are opened
         opened(config)
+
+    with pytest.raises(UserError) as e:
+        check()
     assert message in str(e.value)
-
-
-def test_device_placement_refuses_random_host_ops_of_a_further_stream(config):
-    config.data.extra.held = "train|preprocess('decode(1)|random_resized_crop(6)')"
-    with pytest.raises(UserError, match=r"preprocess='decode\(1\)\|random_resized_crop\(6\)' is random"):
-        next(placement.batches("device", opened(config), spec_of(config), [0], sharding.make_mesh()))
-
-
-# --- a run ---
 
 
 def consistent(problem):
@@ -173,26 +139,21 @@ def consistent(problem):
     return Method(loss)
 
 
-def train(workdir, *more, text="fake(48, (6, 6, 1), 4)/test|batch_size(24)", total="6 steps"):
-    return launch.main([*FLAGS, f"--workdir={workdir}", f"--config.method={__name__}:consistent",
-                        f"--config.data.extra.unlabeled={text}", f"--config.total={total}",
-                        "--config.checkpoint_every=3 steps", *more])  # fmt: skip
-
-
-def digest(workdir):
-    return json.loads((workdir / "result.json").read_text())["params_sha256"]
-
-
 @pytest.mark.thorough
 @pytest.mark.usefixtures("one_device")
 def test_a_run_that_a_method_reads_a_stream_in_resumes_exactly(tmp_path, capsys):
     """Stopped at step 3 and resumed under the other placement, with the same bits; another stream is refused."""
-    assert train(tmp_path / "whole") == 0
-    assert train(tmp_path / "cut", total="3 steps") == 0
-    assert train(tmp_path / "cut", "--extend", "--config.data.placement=device") == 0
-    assert digest(tmp_path / "whole") == digest(tmp_path / "cut")
-    recorded = configs.from_json((tmp_path / "whole" / "config.json").read_text(), "config.json")
-    assert recorded.data.extra.to_dict() == {"unlabeled": "fake(48, (6, 6, 1), 4)/test|batch_size(24)"}
+
+    def train(name, *more, n=48):
+        return launch.main([*FLAGS, f"--workdir={tmp_path / name}", f"--config.method={__name__}:consistent",
+                            f"--config.data.extra.unlabeled=fake({n}, (6, 6, 1), 4)/test|batch_size(24)",
+                            "--config.total=6 steps", "--config.checkpoint_every=3 steps", *more])  # fmt: skip
+
+    assert train("whole") == 0
+    assert train("cut", "--config.total=3 steps") == 0
+    assert train("cut", "--extend", "--config.data.placement=device") == 0
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "cut")]
+    assert results[0]["params_sha256"] == results[1]["params_sha256"]
     capsys.readouterr()
-    assert train(tmp_path / "whole", text="fake(49, (6, 6, 1), 4)/test|batch_size(24)") == 1
+    assert train("whole", n=49) == 1
     assert "data.extra" in capsys.readouterr().err

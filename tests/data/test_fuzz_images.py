@@ -73,13 +73,3 @@ def test_tiff_by_its_tags(entries, channels):
     tags |= {tag: (kind, count % 2**32, value % 2**32) for tag, kind, count, value in entries}
     body = b"".join(struct.pack("<HHII", tag, *tags[tag]) for tag in sorted(tags))
     check_image((b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + body).ljust(200, b"\0") + bytes(400), channels)
-
-
-@given(SIZES, SIZES, st.sampled_from([1, 4, 8, 16, 24, 32, 5]), st.integers(0, 4), SIZES, CHANNELS)
-def test_bmp_gif_and_ppm_by_their_sizes(width, height, bits, compression, colours, channels):
-    sizes = struct.pack("<IIHHIIIIII", width % 2**32, height % 2**32, 1, bits, compression, 0, 0, 0, colours % 2**32, 0)
-    check_image(b"BM" + struct.pack("<IHHI", 200, 0, 0, 54) + struct.pack("<I", 40) + sizes + bytes(200), channels)
-    gif = encode(PIXELS.convert("P"), "GIF")
-    check_image(gif[:6] + struct.pack("<HH", width % 65536, height % 65536) + gif[10:], channels)
-    for kind in (b"P5", b"P2", b"P6", b"P4", b"Pf"):
-        check_image(kind + b" %d %d %d\n" % (width, height, colours) + bytes(100), channels)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from test_batches import fake
 
-from imgclf_jax.core import platform, sharding
+from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import placement, sources, stream
 
@@ -20,12 +20,9 @@ def assert_same(a, b):
 SPEC = stream.StreamSpec(5, 24)
 
 
-@pytest.mark.parametrize(
-    ("place", "devices"), [("host", "cpu"), ("host", "tpu"), ("device", "cpu"), ("device", "gpu"), ("device", "tpu")]
-)
-def test_the_batch_of_a_step(monkeypatch, place, devices):
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_the_batch_of_a_step(place):
     """With either placement, from any first step, sharded along its examples."""
-    monkeypatch.setattr(platform, "platform_of", lambda mesh: devices)
     mesh, images = sharding.make_mesh(), stream.Images(fake(), "decode(1)|resize(7)", 5)
     expected = list(stream.train_batches(images, 5, 24, 3, 11))
     steps, found = zip(*placement.batches(place, images, SPEC, range(3, 11), mesh), strict=True)
@@ -47,9 +44,6 @@ def test_device_placement_refuses_random_host_ops():
 
 
 def test_device_placement_refuses_what_does_not_fit():
-    """More examples than 32 bits can number, and more bytes than the machine has."""
-    for examples, message in ((2**31, " numbers examples in 32 bits, but there are 2,147"),
-                              (2**30, ": 1,073,741,824 decoded images needs 211 TB")):  # fmt: skip
-        images = stream.Images(sources.fake(examples, (256, 256, 3))["train"], "decode(3)")
-        with pytest.raises(UserError, match=f"^data\\.placement='device'{message}"):
-            next(placement.batches("device", images, SPEC, [0], sharding.make_mesh()))
+    images = stream.Images(sources.fake(2**30, (256, 256, 3))["train"], "decode(3)")
+    with pytest.raises(UserError, match=r"^data\.placement='device': 1,073,741,824 decoded images needs 211 TB"):
+        next(placement.batches("device", images, SPEC, [0], sharding.make_mesh()))

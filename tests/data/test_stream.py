@@ -5,7 +5,6 @@ import tracemalloc
 import zlib
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -37,18 +36,6 @@ def test_batch_size_changes_only_the_grouping(seed, n, a, b, position):
 
 def p_value(counts):
     return stats.chisquare(counts.ravel()).pvalue
-
-
-@pytest.mark.thorough
-def test_every_element_is_equally_likely_in_every_place_over_seeds():
-    n, seeds, groups = 200, 2000, 10
-    ids = np.array([sampling.example_ids(seed, 0, n, n) for seed in range(seeds)])  # [seeds, place]
-    assert all(p_value(np.bincount(ids[:, place], minlength=n)) > 1e-4 for place in (0, 1, 57, 199))
-    places = np.argsort(ids)  # [seeds, id]
-    assert all(p_value(np.bincount(places[:, i], minlength=n)) > 1e-4 for i in (0, 1, 57, 199))
-    group = ids * groups // n
-    for a, b in ((0, 1), (57, 58), (0, 199)):  # and for two places, any pair of tenths of the set
-        assert p_value(np.bincount(group[:, a] * groups + group[:, b], minlength=groups**2)) > 1e-4
 
 
 def test_every_order_is_equally_likely_over_epochs():

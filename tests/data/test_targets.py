@@ -2,21 +2,18 @@
 
 import dataclasses
 import json
-import sys
-import types
 
 import jax
 import numpy as np
 import pytest
 from test_arrays import npz
 
-from imgclf_jax.core import platform, sharding
+from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import placement, sampling, sources, stream
 from imgclf_jax.data.source import Source, read_examples
 from imgclf_jax.programs import programs_for_images
 from imgclf_jax.run import provenance
-from imgclf_jax.tools.dryrun import described
 from imgclf_jax.train.evaluation import check_targets
 
 N, K = 40, 3
@@ -50,66 +47,41 @@ def test_arrays_read_targets(tmp_path, layout, dtype, shape):
         assert base[split].target_names == base[split].class_names == names
 
 
-def test_target_names_and_fingerprints(tmp_path):
-    source = sources.open_splits(npz(tmp_path, images=X, targets=T, target_names=NAMES))["train"]
-    assert source.target_names == NAMES
-    changed = T.copy()
-    changed[7, 2] += 1
-    other = sources.open_splits(npz(tmp_path, images=X, targets=changed, target_names=NAMES))["train"]
-    assert other.fingerprint != source.fingerprint
-
-
-def bad(value, i=7):
-    y = T.astype(np.float64)
-    y[i, 1] = value
-    return y
-
-
 @pytest.mark.parametrize(("data", "message"), [
-    ({"x_train": X, "y_train": T[:, 0] > 0, "train_targets": T}, "holds both y_train and train_targets; remove one"),
+    ({"x_train": X, "y_train": T[:, 0] > 0, "train_targets": T}, "holds x_train and "),
     ({"x_train": X, "train_targets": T, "x_test": X, "y_test": np.arange(N)},
      "holds y_test and train_targets; give every split labels, or every split targets"),
-    ({"x_train": X, "train_targets": bad(np.nan)}, "train_targets: example 7: target 1 is nan; targets must be"),
-    ({"x_train": X, "train_targets": bad(np.inf)}, "train_targets: example 7: target 1 is inf; targets must be"),
-    ({"x_train": X, "train_targets": bad(1e39)}, "train_targets: example 7: target 1 is inf; targets must be"),
+    ({"x_train": X, "train_targets": np.where(T.max() == T, np.nan, T)}, "is nan; targets must be finite"),
+    ({"x_train": X, "train_targets": np.where(T.max() == T, 1e39, T.astype(float))}, "is inf; targets must be finite"),
     ({"x_train": X, "train_targets": T[:5]}, "x_train is uint8[40, 5, 4, 1] and train_targets is float32[5, 3]"),
     ({"x_train": X, "train_targets": T.astype(complex)}, "train_targets is complex128[40, 3]; expected"),
-    ({"x_train": X, "train_targets": T[:, :0]}, "train_targets is float32[40, 0]; expected"),
     ({"x_train": X, "train_targets": T, "target_names": ["a", "b"]}, "targets are float32[40, 3]; expected"),
-    ({"x_train": X, "train_targets": T, "target_names": list("aab")}, "class_names has 'a' twice"),
     ({"x_train": X, "train_targets": T, "x_test": X, "test_targets": T[:, :2]}, "test_targets: Source: targets"),
 ])  # fmt: skip
 def test_targets_in_arrays_are_checked(tmp_path, data, message):
     with pytest.raises(UserError) as e:
         sources.open_splits(npz(tmp_path, **data))
     assert message in str(e.value)
-    assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("split", ["train", "train[:30%]", "train[30:]+extra[5:20]"])
-def test_splits_read_targets(split):
-    source = sources.take_split({"train": regression(), "extra": regression(-T)}, split)
-    expected = {"train": T, "train[:30%]": T[:12]}.get(split, np.concatenate([T[30:], -T[5:20]]))
+def test_splits_read_targets():
+    base = {"train": regression(), "extra": regression(-T), "labels": sources.fake(8, (5, 4, 1))["train"]}
+    source = sources.take_split(base, "train[30:]+extra[5:20]")
     order = np.random.default_rng(0).permutation(source.size)
     examples = read_examples(source, order)
-    np.testing.assert_array_equal(examples["target"], expected[order])
-    assert "label" not in examples
+    assert examples.keys() == {"image", "target"}
+    np.testing.assert_array_equal(examples["target"], np.concatenate([T[30:], -T[5:20]])[order])
     assert source.target_names == NAMES
-
-
-def test_splits_of_different_kinds_are_not_joined():
-    base = {"train": regression(), "extra": sources.fake(8, (5, 4, 1))["train"]}
-    with pytest.raises(UserError, match=r"split 'train\+extra': it joins splits with labels and splits with targets"):
-        sources.take_split(base, "train+extra")
+    with pytest.raises(UserError, match=r"split 'train\+labels': it joins splits with labels and splits with targets"):
+        sources.take_split(base, "train+labels")
 
 
 @pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize(("place", "devices"), [("host", "cpu"), ("device", "cpu"), ("device", "tpu")])
-def test_batches_hold_the_targets_of_their_examples(monkeypatch, place, devices, cached):
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_batches_hold_the_targets_of_their_examples(monkeypatch, place, cached):
     """With either placement, interleaved for several seeds, and with the shapes that the programs expect."""
     if not cached:
-        monkeypatch.setattr(stream, "_CACHE_BYTES", 0)
-    monkeypatch.setattr(platform, "platform_of", lambda mesh: devices)
+        monkeypatch.setattr(stream, "_KEPT_BYTES", 0)
     mesh, images = sharding.make_mesh(), stream.Images(regression(), "decode(1)", 5)
     spec = stream.StreamSpec(5, 16, num_seeds=2)
     shapes = placement.batch_shape(spec.rows, images.shape, K, mesh)
@@ -127,52 +99,6 @@ def test_evaluation_sees_every_target_once():
     batches = list(stream.eval_batches(stream.Images(regression(), "decode(1)"), 16))
     masks = np.concatenate([batch["mask"] for batch in batches])
     np.testing.assert_array_equal(np.concatenate([batch["target"] for batch in batches])[masks], T)
-    shapes = placement.batch_shape(16, (5, 4, 1), K, sharding.make_mesh(), mask="bool")
-    assert {k: (v.shape, v.dtype) for k, v in shapes.items()} == {k: (v.shape, v.dtype) for k, v in
-                                                                     batches[0].items()}  # fmt: skip
-
-
-LABELS = np.arange(N, dtype=np.int32) % 3
-
-
-def labeled(read):
-    return Source(N, read, ("a", "b", "c"), "own")
-
-
-@pytest.mark.parametrize(("labels", "message"), [
-    (lambda ids: LABELS[ids] + 0.7, "labels are float64[1] for 1 examples; expected whole"),  # not 0, 1 and 2
-    (lambda ids: LABELS[ids] - 1, "labels are from -1 to -1 for 3 class_names; number the classes from 0 to 2"),
-    (lambda ids: LABELS[ids] + 3, "labels are from 3 to 3 for 3 class_names"),
-    (lambda ids: np.append(LABELS[ids], [0, 0]).astype(np.int32), "labels are int32[3] for 1 examples"),
-    (lambda ids: LABELS[:0], "labels are int32[0] for 1 examples"),
-    (lambda ids: list(map(str, LABELS[ids])), "labels are <U1[1] for 1 examples"),
-])  # fmt: skip
-def test_labels_that_are_none_are_said_and_not_rounded_or_wrapped(labels, message):
-    """A label of -1 used to be trained as the last class, and 0.7 as the first."""
-    with pytest.raises(UserError) as e:
-        stream.Images(labeled(lambda ids: {"image": X[ids], "label": labels(ids)}), "decode(1)")
-    assert message in str(e.value)
-
-
-@pytest.mark.parametrize(("gives", "message"), [
-    (None, "read returns a NoneType; return {'image': …, 'label': …}"),
-    ({"label": LABELS[:1]}, "read returns a dict; return {'image'"),
-    ({"image": X[:1]}, "read returns no 'label'; return i32[n], or give the source its labels or targets"),
-    ({"image": X[:1], "target": T[:1]}, "read returns no 'label'"),
-])  # fmt: skip
-def test_what_a_read_must_return_is_said_at_the_start(gives, message):
-    with pytest.raises(UserError) as e:
-        stream.Images(labeled(lambda ids: gives), "decode(1)")
-    assert message in str(e.value)
-
-
-@pytest.mark.parametrize("opened", [None, regression(), {}, {"train": 3}, {"train": regression(), "test": None}])
-def test_what_the_function_of_a_source_must_return(opened, monkeypatch):
-    monkeypatch.setitem(sys.modules, "own", types.SimpleNamespace(data=lambda: opened))
-    with pytest.raises(UserError) as e:
-        sources.open_splits("own:data()")
-    assert str(e.value).startswith("data.source='own:data()' returns ")
-    assert "return a dict {'train': source} of imgclf_jax.data.source.Source" in str(e.value)
 
 
 def test_targets_of_all_examples_and_streams_fit_the_loss(fake_config):
@@ -195,13 +121,3 @@ def test_the_record_says_what_the_targets_are(tmp_path):
     assert info.target_names == info.class_names == NAMES
     (tmp_path / "provenance.json").write_text(json.dumps({"data": dataclasses.asdict(info)}))
     assert provenance.load_data_info(tmp_path / "provenance.json") == info
-    older = dataclasses.asdict(stream.Images(sources.fake(8)["train"], "decode(1)").describe())
-    del older["target_names"]
-    (tmp_path / "provenance.json").write_text(json.dumps({"data": older}))
-    assert provenance.load_data_info(tmp_path / "provenance.json").target_names == ()
-
-
-def test_a_planned_run_knows_of_targets(fake_config, tmp_path):
-    fake_config.data.source = npz(tmp_path, images=X, targets=T, target_names=NAMES)
-    info = described.describe(fake_config, described.Facts())
-    assert (info.train_examples, len(info.target_names), info.class_names) == (N, K, info.target_names)

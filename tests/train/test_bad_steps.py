@@ -53,9 +53,9 @@ def train_without(config, left_out):
         if number in left_out:
             state = state.replace(step=state.step + 1)
             continue
-        ids = number * BATCH + np.arange(BATCH)
-        batch = images.read(images.ids(config.seed, ids), ids)
-        batch |= {"id": images.ids(config.seed, ids).astype("int32"), "epoch": (ids // EXAMPLES).astype("int32")}
+        at = number * BATCH + np.arange(BATCH)
+        ids = images.sampler.ids(config.seed, at)
+        batch = images.read(ids, at) | {"id": ids.astype("int32"), "epoch": (at // EXAMPLES).astype("int32")}
         state, _ = of.train(state, of.zero_sums(), sharding.put_batch(batch, of.mesh))
     return state.params
 

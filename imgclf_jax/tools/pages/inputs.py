@@ -2,7 +2,6 @@
 
 import glob
 import io
-import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,8 +12,6 @@ from imgclf_jax.core import terminal
 from imgclf_jax.core.errors import UserError, no_such
 from imgclf_jax.core.text import printable
 from imgclf_jax.data import image_files
-
-log = logging.getLogger(__name__)
 
 
 def check(files: Sequence[str], **_: object) -> None:
@@ -66,11 +63,7 @@ class Results:
 
 def _expand(word: str) -> Iterator[str]:
     if os.path.isdir(word):
-        others: list[str] = []
-        for name in image_files.walk(word, others):
-            yield os.path.join(word, name)
-        if others:
-            log.info("%s: not used: %d other files, such as %s", word, len(others), others[0])
+        yield from (os.path.join(word, name) for name in image_files.walk(word))
     elif os.path.exists(word):
         yield word
     else:

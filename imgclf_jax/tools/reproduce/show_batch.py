@@ -81,7 +81,7 @@ def batch_at(programs: Programs, images: stream.Images, step: int, raw: bool = F
     only = dataclasses.replace(programs.stream, num_seeds=1)
     [(_, batch)] = stream.batches(images, only, [step], prefetch=0)
     at = step * only.batch_size + np.arange(only.batch_size, dtype=np.int64)
-    ids = images.ids(only.seed, at)
+    ids = images.sampler.ids(only.seed, at)
     names = [name if "/" in (name := images.source.example_name(int(i))) else "" for i in ids]  # others repeat the id
     if not raw:
         with programs.tracing():
@@ -91,7 +91,7 @@ def batch_at(programs: Programs, images: stream.Images, step: int, raw: bool = F
     if "image" not in own or own["image"].shape[:1] != ids.shape:
         raise UserError(f"method={programs.recipe.config.method!r} passes no \"image\" of {len(ids)} images to its "
                         "loss; pass --raw to see the batch before augmentation")  # fmt: skip
-    return Shown(ids, images.epochs(at), names, own)
+    return Shown(ids, at // images.sampler.epoch, names, own)
 
 
 def describe(batch: Shown, class_names: tuple[str, ...], count: int) -> list[JsonObject]:
