@@ -290,7 +290,7 @@ def check_names(config: ConfigDict) -> None:
     losses.link_of(config.loss)
     methods.check_name(config.method)
     methods.build_gradient(config.gradient)
-    schedules.check_name(config.schedule)
+    schedules.bind(config.schedule)
     optimizers.build(config.optimizer, optax.constant_schedule(0.0), config.clip)
     ops.build(config.augment, train=True)
     mixing.build(config.mix)

@@ -24,7 +24,7 @@ from imgclf_jax.methods.gradients import Gradient
 from imgclf_jax.methods.supervised import from_logits
 from imgclf_jax.models.frozen import Frozen, apply_function
 from imgclf_jax.optim import weight_averages
-from imgclf_jax.optim.optimizers import promoting, seed_keys
+from imgclf_jax.optim.optimizers import promoting
 from imgclf_jax.optim.weight_averages import Average
 
 type Augment = Callable[..., jax.Array]  # (key, images uint8[b, h, w, c]) → f32[b, h, w, c]
@@ -88,7 +88,7 @@ def init_state(
         skipped=jnp.int32(0),
         params=params,
         model_state=variables,
-        opt_state=seed_keys(optimizer.init(params), seed),
+        opt_state=optimizer.init(params),
         eval_variables=average.init((params, variables)),
     )
 

@@ -53,7 +53,7 @@ def apply(
 
     `negative` i32[b] is 1 to rotate, shear or translate the other way; `centre`, (y, x) i32[b], is that of the cutout.
     """
-    images = photometric.on_colors(_change_colors, images, op, magnitude)
+    images = _change_colors(images, op, magnitude)
     h, w = images.shape[1:3]
     images = _transform(images, jnp.asarray(_maps(magnitude, h, w))[op, negative], fill)
 

@@ -54,7 +54,7 @@ def affine(images: jax.Array, matrix: jax.Array, fill: jax.Array) -> jax.Array:
 
 
 def read(images: jax.Array, y: jax.Array, x: jax.Array, fill: jax.Array, matrix: jax.Array) -> jax.Array:
-    """Reads each image of uint8[b, h, w, c], c at most 4, at rows y and columns x, i32[b, h, w]; `fill` [c] outside.
+    """Reads each image of uint8[b, h, w, c], c at most 3, at rows y and columns x, i32[b, h, w]; `fill` [c] outside.
 
     y and x are the coordinates of `matrix` f32[b, 6] rounded to the nearest integers. Each map is a shear or a
     translation along one axis, or a rotation about the centre by up to 135 degrees.

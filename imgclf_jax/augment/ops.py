@@ -6,6 +6,7 @@ see uint8, ops after it float32.
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -137,17 +138,10 @@ def _check_fill(name: str, images: jax.Array, fill: float | str) -> None:
 
 
 DEVICE_OPS: dict[str, Callable] = {
-    "flip_lr": flip_lr,
-    "flip_alternating": flip_alternating,
-    "pad_crop": pad_crop,
-    "cutout": cutout,
-    "random_erasing": random_erasing,
-    "color_jitter": policies.color_jitter,
-    "randaugment": policies.randaugment,
-    "trivialaugment": policies.trivialaugment,
-    "normalize": normalize,
-}
-
+    f.__name__: f
+    for f in (flip_lr, flip_alternating, pad_crop, cutout, random_erasing, policies.color_jitter, policies.randaugment,
+              policies.trivialaugment, normalize)
+}  # fmt: skip
 
 _LEADING = {
     kinds.PLAIN: ("images",),
@@ -166,11 +160,6 @@ def _bind(text: str) -> list[functools.partial[Any]]:
 def needs_ids(text: str) -> bool:
     """Whether a spec has a by-example op, so batches must carry example ids and epochs."""
     return any(kinds.kind_of(op) == kinds.BY_EXAMPLE for op in _bind(text))
-
-
-def is_random(text: str) -> bool:
-    """Whether a spec has a random op."""
-    return any(kinds.kind_of(op) != kinds.PLAIN for op in _bind(text))
 
 
 def evaluation_spec(text: str) -> str:
@@ -204,30 +193,38 @@ def build(text: str, train: bool) -> Callable[..., jax.Array]:
     calls, ops = spec.parse(text), _bind(text)
     numbered = list(zip(ops, [call.name for call in calls], spec.occurrences(calls), strict=True))
 
-    def apply(
-        key: jax.Array | None, images: jax.Array, seed: jax.Array | None = None, ids: jax.Array | None = None,
-        epochs: jax.Array | None = None,
-    ) -> jax.Array:  # fmt: skip
-        shape, evaluated = images.shape, images.dtype  # in evaluation
+    def run(train: bool, images: jax.Array, key: Any = None, *known: jax.Array) -> Any:
         for op, name, occurrence in numbered:
             kind = kinds.kind_of(op)
             if kind == kinds.PLAIN:
-                given = jax.ShapeDtypeStruct(images.shape, evaluated)
-                same, images = evaluated == images.dtype, op(images)
-                evaluated = images.dtype if same else jax.eval_shape(op, given).dtype
+                images = op(images)
             elif train and kind == kinds.RANDOM:
-                assert key is not None
                 images = op(rng.fold(key, name, occurrence), images)
             elif train:
-                assert seed is not None
+                seed, ids, epochs = known
                 images = op(rng.key(seed, name, occurrence), images, ids, epochs)
-        if images.shape != shape:
-            raise UserError(f"augment={text!r} turns images {list(shape[1:])} into {list(images.shape[1:])}; device "
-                            "ops must keep the shape")  # fmt: skip
-        if train and (images.dtype == jnp.uint8) != (evaluated == jnp.uint8):
-            raise UserError(f"augment={text!r} makes {images.dtype} images in training, but {evaluated} ones in "
+        return images
+
+    def apply(key: jax.Array | None, images: jax.Array, *known: jax.Array) -> jax.Array:
+        out: jax.Array = run(train, images, key, *known)
+        if out.shape != images.shape:
+            raise UserError(f"augment={text!r} turns images {list(images.shape[1:])} into {list(out.shape[1:])}; "
+                            "device ops must keep the shape")  # fmt: skip
+        evaluated = jax.eval_shape(functools.partial(run, False), images).dtype
+        if (out.dtype == jnp.uint8) != (evaluated == jnp.uint8):
+            raise UserError(f"augment={text!r} makes {out.dtype} images in training, but {evaluated} ones in "
                             "evaluation, which skips random ops and scales uint8 to [0, 1]; add normalize, or return "
                             "images of the given dtype from the random ops")  # fmt: skip
-        return normalize(images) if images.dtype == jnp.uint8 else images
+        return normalize(out) if out.dtype == jnp.uint8 else out
 
     return apply
+
+
+def to_pixels(images: np.ndarray, text: str) -> np.ndarray:
+    """Undoes `normalize` in the images f32[b, h, w, c] that the ops of the spec `text` return: f32 in [0, 1]."""
+    for call in (call for call in spec.parse(text) if call.name == "normalize"):  # at most one
+        known = inspect.signature(normalize).bind(None, *call.args, **call.kwargs)
+        known.apply_defaults()
+        mean, std = (np.asarray(known.arguments[name], np.float32) for name in ("mean", "std"))
+        images = images * std + mean
+    return np.clip(images, 0, 1).astype(np.float32)

@@ -6,7 +6,6 @@ Images are uint8[b, h, w, c] with c = 1 or 3; a `factor` is f32[b], one per imag
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +15,11 @@ from imgclf_jax.core.errors import UserError
 
 
 def check(name: str, images: jax.Array) -> None:
-    """Raises UserError unless images are uint8 with 1, 3 or 4 channels; `name` is the op."""
+    """Raises UserError unless images are uint8 with 1 or 3 channels; `name` is the op."""
     if images.dtype != jnp.uint8:
         raise UserError(f"{name} needs uint8 images, but these are {images.dtype}; put it before normalize")
-    if images.shape[-1] not in (1, 3, 4):
-        raise UserError(f"{name}: the images have {images.shape[-1]} channels; allowed are 1, 3 and 4")
-
-
-def on_colors(op: Callable[..., jax.Array], images: jax.Array, *args: Any) -> jax.Array:
-    """Applies `op(images, *args)` to the colors, without the fourth channel, alpha."""
-    if images.shape[-1] < 4:
-        return op(images, *args)
-    return jnp.concatenate([op(images[..., :3], *args), images[..., 3:]], -1)
+    if images.shape[-1] not in (1, 3):
+        raise UserError(f"{name}: the images have {images.shape[-1]} channels; allowed are 1 and 3")
 
 
 def broadcast_along_batch(values: jax.Array, like: jax.Array) -> jax.Array:
@@ -44,16 +36,10 @@ def grey(images: jax.Array) -> jax.Array:
 
 
 def mean_grey(images: jax.Array) -> jax.Array:
-    """The mean of the grey image, rounded to the nearest level: uint8[b, 1, 1, 1].
-
-    Exact for up to 2**29 pixels in rows of up to 2**23.
-    """
-    # The sum over an image may exceed 32 bits, so each row's is divided by w, and the sum of these quotients by h.
-    h, w = images.shape[1:3]
-    rows = jnp.sum(grey(images), (2, 3), dtype=jnp.int32, keepdims=True)
-    quotients, remainders = (jnp.sum(v, 1, keepdims=True) for v in (rows // w, rows % w))
-    rest = quotients % h * w + remainders  # the sum is quotients // h * h * w + rest, and rest is below 2 * h * w
-    return (quotients // h + (rest + h * w // 2) // (h * w)).astype(jnp.uint8)
+    """The mean of the grey image, rounded to the nearest level: uint8[b, 1, 1, 1]. Exact for up to 2**23 pixels."""
+    n = images.shape[1] * images.shape[2]
+    total = jnp.sum(grey(images), (1, 2, 3), dtype=jnp.int32, keepdims=True)
+    return ((total + n // 2) // n).astype(jnp.uint8)
 
 
 def blend(degenerate: jax.Array, images: jax.Array, factor: jax.Array) -> jax.Array:

@@ -78,8 +78,7 @@ def _map(op: str, part: float, ranges: Ranges, height: int, width: int) -> geome
 
 def apply(images: jax.Array, op: jax.Array, strength: Strengths, fill: jax.Array) -> jax.Array:
     """Applies to each image of uint8[b, h, w, c] its own op, an index i32[b] into OPS; `fill` uint8[c] the border."""
-    images = photometric.on_colors(_change_colors, images, op, strength)
-    return geometry.affine(images, strength.matrix, fill)
+    return geometry.affine(_change_colors(images, op, strength), strength.matrix, fill)
 
 
 def _change_colors(images: jax.Array, op: jax.Array, strength: Strengths) -> jax.Array:
@@ -197,5 +196,5 @@ def color_jitter(
             drawn = jax.random.uniform(jax.random.fold_in(key, i), images.shape[:1], minval=low, maxval=high)
             if name == "hue":  # fusion would recompute the colors for each use
                 images = cpu_barrier(images)
-            images = photometric.on_colors(op, images, drawn)
+            images = op(images, drawn)
     return images

@@ -30,8 +30,8 @@ def fixmatch(
     code. The default `strong` suits images of about 28 by 28 pixels that must not be mirrored.
 
     Metrics: `mask_rate` is the fraction of unlabeled images at or above the threshold, `unlabeled_loss` the second term
-    without its weight. Raises UserError for a threshold out of range, for a loss other than softmax, and if the stream
-    is missing or has images of another shape.
+    without its weight. Raises UserError for a threshold out of range, for a loss other than softmax, and without the
+    stream.
     """
     if not 0 <= threshold <= 1:
         raise UserError(f"method: fixmatch(threshold={threshold}): must be 0 to 1")
@@ -39,7 +39,10 @@ def fixmatch(
     strongly = problem.build_augment("|".join(filter(None, (strong, problem.normalization))))
 
     def inputs(key: jax.Array, batch: Batch, augment: Callable[..., jax.Array]) -> Batch:
-        stream = unlabeled_stream("fixmatch", batch)
+        if STREAM not in batch:
+            raise UserError(f"method: fixmatch reads the stream data.extra.{STREAM}, which this run lacks; set it, as "
+                            f"in data.extra.{STREAM}='train[10%:]|batch_size(448)'")  # fmt: skip
+        stream = batch[STREAM]
         labeled_key, weak_key, strong_key = jax.random.split(key, 3)
         # Per-example ops need a seed, which methods do not have; with 0 the draws differ by example only.
         known = (jnp.uint32(0), stream["id"], stream["epoch"]) if "id" in stream else ()
@@ -80,19 +83,6 @@ def check_link(name: str, problem: Problem) -> None:
     if problem.link is not SOFTMAX:
         raise UserError(f"method: {name} compares softmax probabilities, which the loss of this run does not train; "
                         "use a single-label loss such as 'softmax'")  # fmt: skip
-
-
-def unlabeled_stream(name: str, batch: Batch) -> Batch:
-    """The batch of `data.extra.unlabeled`. Raises UserError if it is missing or its images have another shape."""
-    if STREAM not in batch:
-        raise UserError(f"method: {name} reads the stream data.extra.{STREAM}, which this run lacks; set it, as in "
-                        f"data.extra.{STREAM}='train[10%:]|batch_size(448)'")  # fmt: skip
-    stream: Batch = batch[STREAM]
-    labeled_shape, unlabeled_shape = batch["image"].shape[1:], stream["image"].shape[1:]
-    if labeled_shape != unlabeled_shape:
-        raise UserError(f"data.extra.{STREAM} has images {list(unlabeled_shape)} and data.train {list(labeled_shape)}; "
-                        "use the same preprocess for both")  # fmt: skip
-    return stream
 
 
 def forward_together(forward: Callable[[jax.Array], jax.Array], batches: Sequence[jax.Array]) -> list[jax.Array]:

@@ -9,7 +9,7 @@ from flax import linen as nn
 from imgclf_jax.core import rng
 from imgclf_jax.core.typing import PyTree
 from imgclf_jax.methods import Batch, Loss, Method, Problem
-from imgclf_jax.methods.fixmatch import STREAM, check_link, forward_together, unlabeled_stream
+from imgclf_jax.methods.fixmatch import STREAM, check_link, forward_together
 from imgclf_jax.models.classifier import Classifier
 
 _NEVER = -1  # the step of the last update before the first one
@@ -88,8 +88,7 @@ def mean_teacher(problem: Problem, decay: float = 0.999, weight: float = 100.0, 
     better.
 
     Evaluation, prediction and export use the student; evaluation also reports `teacher_accuracy`. To use averaged
-    weights everywhere, set the key `ema`. Raises UserError for a loss other than softmax and
-    for unlabeled images of another shape.
+    weights everywhere, set the key `ema`. Raises UserError for a loss other than softmax.
     """
     check_link("mean_teacher", problem)
     ramp_steps = problem.steps(ramp)
@@ -98,8 +97,7 @@ def mean_teacher(problem: Problem, decay: float = 0.999, weight: float = 100.0, 
         keys = jax.random.split(key, 4)
         out = {**batch, "image": augment(keys[0], batch["image"]), "second_view": augment(keys[1], batch["image"])}
         if STREAM in batch:
-            stream = unlabeled_stream("mean_teacher", batch)
-            first, second = (augment(k, stream["image"], stream) for k in keys[2:])
+            first, second = (augment(k, batch[STREAM]["image"], batch[STREAM]) for k in keys[2:])
             out[STREAM] = {"image": first, "second_view": second}
         return out
 

@@ -1,14 +1,14 @@
 """Projected gradient descent (PGD): adversarial examples in an L∞ ball, for training and for evaluation."""
 
-import re
 from collections.abc import Callable
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 
 from imgclf_jax.core import platform, rng
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import Batch, ModelState, Params, Value
+from imgclf_jax.core.typing import Batch, ModelState, Params
 from imgclf_jax.methods.gradients import Gradient, GradientFunction, LossAndGrads
 
 # (gradient, images f32[b, h, w, c], keys [b], low, high, …) → f32[b, h, w, c], see `attack`
@@ -71,10 +71,12 @@ def attack(
     return jax.lax.fori_loop(0, steps, ascend, start, unroll=True if platform.current() == "cpu" else None)
 
 
-def _length(name: str, value: Value) -> float:
-    fraction = re.fullmatch(r"\s*(\d+\.?\d*)\s*/\s*(\d+)\s*", value) if isinstance(value, str) else None
-    number = float(fraction[1]) / int(fraction[2]) if fraction and int(fraction[2]) else value
-    if not isinstance(number, int | float) or not 0 < number <= 1:
+def _length(name: str, value: float | str) -> float:
+    try:
+        number = float(Fraction(value))
+    except (ValueError, ZeroDivisionError):
+        number = 0.0
+    if not 0 < number <= 1:
         raise UserError(f"pgd({name}={value!r}): must be above 0 and at most 1, the full range of a pixel; "
                         "write a number or a fraction such as '8/255'")  # fmt: skip
     return number

@@ -1,4 +1,4 @@
-"""SimCLR: contrastive pretraining of a backbone without labels."""
+"""SimCLR and SupCon: contrastive pretraining of a backbone, without and with labels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,16 +23,19 @@ def simclr(problem: Problem, temperature: float = 0.5, width: int = 128, hidden:
     any number of devices, but from one microbatch with `accumulate`. `contrastive_accuracy` is the fraction of views
     whose most similar view in the batch is of the same image.
     """
-
-    def classes(batch: Batch) -> jax.Array:
-        return jnp.arange(len(batch["image"]))  # each image is a class of its own
-
-    return contrastive("simclr", classes, temperature, width, hidden)
+    return _contrastive(lambda batch: jnp.arange(len(batch["image"])), temperature, width, hidden)
 
 
-def contrastive(
-    name: str, classes: Callable[[Batch], jax.Array], temperature: float, width: int, hidden: int
-) -> Method:
+def supcon(problem: Problem, temperature: float = 0.1, width: int = 128, hidden: int = 0) -> Method:
+    """Pretrains the backbone with L_out, equation 2 of Khosla et al. 2020 (arXiv:2004.11362).
+
+    As `simclr`, but the positives of a view are all other views of its class in the batch, at least the second view of
+    the same image. `contrastive_accuracy` is the fraction of views whose most similar view is of the same class.
+    """
+    return _contrastive(lambda batch: batch["label"], temperature, width, hidden)
+
+
+def _contrastive(classes: Callable[[Batch], jax.Array], temperature: float, width: int, hidden: int) -> Method:
     """A method that attracts the views of images with equal `classes(batch)` i32[b]; see `contrast`."""
 
     def inputs(key: jax.Array, batch: Batch, augment: Callable[..., jax.Array]) -> Batch:
@@ -41,7 +44,7 @@ def contrastive(
 
     def loss(model: Any, batch: Batch, fixed: PyTree) -> Loss:
         if len(batch["image"]) < 2:
-            raise UserError(f"method: {name} contrasts the images of a batch, and this one has a single image; raise "
+            raise UserError("the method contrasts the images of a batch, and this one has a single image; raise "
                             "batch_size or lower accumulate")  # fmt: skip
         # The views of an image are adjacent, so they stay on its device and in its BatchNorm group.
         views = jnp.stack([batch["image"], batch["second_view"]], 1)  # [b, 2, h, w, c]

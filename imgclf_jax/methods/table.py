@@ -16,26 +16,13 @@ from imgclf_jax.methods.lora import lora
 from imgclf_jax.methods.mean_teacher import mean_teacher
 from imgclf_jax.methods.pgd import Attack, attack, pgd
 from imgclf_jax.methods.sam import asam, sam
-from imgclf_jax.methods.simclr import simclr
-from imgclf_jax.methods.supcon import supcon
+from imgclf_jax.methods.simclr import simclr, supcon
 from imgclf_jax.methods.supervised import supervised
 
 METHODS: dict[str, Callable[..., Method]] = {
-    "distill": distill,
-    "fixmatch": fixmatch,
-    "lora": lora,
-    "mean_teacher": mean_teacher,
-    "simclr": simclr,
-    "supcon": supcon,
-    "supervised": supervised,
+    f.__name__: f for f in (distill, fixmatch, lora, mean_teacher, simclr, supcon, supervised)
 }
-
-GRADIENTS: dict[str, Callable[..., GradientFunction]] = {
-    "asam": asam,
-    "pgd": pgd,
-    "sam": sam,
-}
-
+GRADIENTS: dict[str, Callable[..., GradientFunction]] = {"asam": asam, "pgd": pgd, "sam": sam}
 ATTACKS: dict[str, Attack] = {"pgd": attack}
 
 

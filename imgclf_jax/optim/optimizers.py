@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import optax.contrib
 
 from imgclf_jax.core import spec, tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import Function, OptState, Params, PyTree
+from imgclf_jax.core.typing import Function, Params, PyTree
 from imgclf_jax.optim.rules import Rules
 from imgclf_jax.optim.weight_averages import evaluated_by, with_evaluated
 
@@ -34,12 +35,8 @@ def _muon_dimensions(params: Params) -> PyTree:
 
 def _schedule_free(make: Callable[..., optax.GradientTransformation]) -> Function:
     """An optimizer of optax.contrib that is evaluated at its averaged parameters x."""
-
-    @functools.wraps(make)
-    def evaluating(*args: Any, **kwargs: Any) -> optax.GradientTransformation:
-        return with_evaluated(make(*args, **kwargs), optax.contrib.schedule_free_eval_params)
-
-    return evaluating
+    evaluated = optax.contrib.schedule_free_eval_params
+    return functools.wraps(make)(lambda *args, **kwargs: with_evaluated(make(*args, **kwargs), evaluated))
 
 
 _NAMES = ("adabelief", "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "lamb", "lars", "lion", "nadamw",
@@ -53,14 +50,6 @@ OPTIMIZERS: dict[str, Function] = {name: getattr(optax, name) for name in _NAMES
 _TRANSFORMS = ("adaptive_grad_clip", "add_decayed_weights", "centralize", "clip", "clip_by_block_rms",
                "clip_by_global_norm")  # fmt: skip
 TRANSFORMS: dict[str, Function] = {name: getattr(optax, name) for name in _TRANSFORMS}  # before the optimizer
-
-_SCHEDULE_FREE = optax.contrib.ScheduleFreeState
-# Transforms that would train or evaluate the wrong parameters, by their states.
-_UNFIT = {
-    optax.contrib.DifferentiallyPrivateAggregateState: "it needs per-example gradients",
-    optax.contrib.SAMState: "gradient='sam(rho=0.05)' computes its second gradient",
-    _SCHEDULE_FREE: "it evaluates other parameters than it trains: declare them by with_evaluated",
-}
 
 _DECAYS = ("weight_decay", "weight_decay_rate", "adam_weight_decay")  # the weight decay's names in optax
 _NO_RULES = Rules()
@@ -80,8 +69,7 @@ def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _NO_R
 
     It chains clipping to the global norm `clip` (0: none), the transforms before the optimizer, the optimizer with the
     learning rate `schedule`, and the learning-rate multipliers of `rules`. Frozen parameters get no update and have no
-    state. Pass its initial state through `seed_keys`. Raises UserError if the spec names no optimizer, its arguments do
-    not fit, or `rules.decay` has no weight decay to multiply.
+    state. Raises UserError if the spec names no optimizer, its arguments do not fit, or the rules do not.
     """
     calls, _ = split_lookahead(text)
     if not calls or any(call.name in OPTIMIZERS for call in calls[:-1]):
@@ -104,22 +92,28 @@ def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _NO_R
         parts = [_with_decay(maker, own, rules) for maker, own in zip(makers, decays, strict=True)]
     except ValueError as e:  # optax raises it for arguments out of range
         raise UserError(f"optimizer={text!r}: {e}") from e
-    if not isinstance(parts[-1], optax.GradientTransformation):
-        raise UserError(f"optimizer={text!r}: {last.name} returns a {type(parts[-1]).__name__}, not an "
-                        "optax.GradientTransformation; set the learning rate by the key schedule")  # fmt: skip
     evaluated = evaluated_by(parts[-1])
-    if rules.lr and evaluated:
-        raise UserError(f"optimizer={text!r}: {last.name} tracks its own updates, which rules.lr and rules.layer_decay "
-                        "would scale; use another optimizer, such as adamw")  # fmt: skip
+    if rules and evaluated:
+        raise UserError(f"optimizer={text!r}: {last.name} evaluates other parameters than it trains, and takes neither "
+                        "rules nor frozen parameters; use another optimizer, such as adamw")  # fmt: skip
     after = [_scale_by_name(rules.lr)] if rules.lr else []
     chain = [*([optax.clip_by_global_norm(clip)] if clip else []), *parts, *after]
     out = chain[0] if len(chain) == 1 else optax.chain(*chain)
-    if evaluated and len(chain) > 1:
-        out = with_evaluated(out, lambda state, params: evaluated(state[-1], params))
     if rules.frozen:
         groups = {"trained": out, "frozen": optax.stateless(_keep)}
         out = _by_group(groups, lambda name: "frozen" if name in rules.frozen else "trained")
-    return _with_checks(text, out)
+    extended = optax.with_extra_args_support(out)
+    init = lambda params: jax.tree.map(_strongly_typed, extended.init(params))  # noqa: E731
+    out = optax.GradientTransformationExtraArgs(promoting(init), promoting(extended.update))
+    if evaluated:
+        last_state = (lambda state: state) if len(chain) == 1 else operator.itemgetter(-1)
+        return with_evaluated(out, promoting(lambda state, params: evaluated(last_state(state), params)))
+    return out
+
+
+def _strongly_typed(x: Any) -> Any:
+    """As the states of later steps are."""
+    return jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x
 
 
 def _bound(maker: functools.partial[Any]) -> inspect.BoundArguments:
@@ -154,22 +148,7 @@ def _by_group(
     transforms: Mapping[str, optax.GradientTransformation], group: Callable[[str], str]
 ) -> optax.GradientTransformation:
     """`optax.partition` by `group(path)`, which names the transform of a parameter."""
-    out = optax.partition(transforms, lambda params: tree.map_named(lambda name, x: group(name), params))
-
-    def evaluated(state: OptState, params: Params) -> Params:
-        for label, part in state.inner_states.items():
-            if function := evaluated_by(transforms[label]):
-                mask = lambda name, x, label=label: x if group(name) == label else optax.MaskedNode()  # noqa: E731
-                params = _merge(function(part.inner_state, tree.map_named(mask, params)), params)
-        return params
-
-    return with_evaluated(out, evaluated) if any(map(evaluated_by, transforms.values())) else out
-
-
-def _merge(own: Params, params: Params) -> Params:
-    """`own`, with the masked parameters from `params`."""
-    is_masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
-    return jax.tree.map(lambda x, p: p if is_masked(x) else x, own, params, is_leaf=is_masked)
+    return optax.partition(transforms, lambda params: tree.map_named(lambda name, x: group(name), params))
 
 
 def _keep(updates: Params, params: Params) -> Params:
@@ -182,37 +161,6 @@ def _scale_by_name(factors: Mapping[str, float]) -> optax.GradientTransformation
         return update * factors[name] if name in factors else update
 
     return optax.stateless(lambda updates, params: tree.map_named(scale, updates))
-
-
-def _with_checks(text: str, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Runs an optimizer under standard dtype promotion; its `init` raises UserError for an unfit transform."""
-    evaluated, extended = evaluated_by(optimizer), optax.with_extra_args_support(optimizer)
-    unfit = {kind: reason for kind, reason in _UNFIT.items() if not evaluated or kind is not _SCHEDULE_FREE}
-
-    def init(params: Params) -> OptState:
-        def check(part: Any) -> Any:
-            if reason := unfit.get(type(part)):
-                raise UserError(f"optimizer={text!r}: {type(part).__name__} cannot be used, since {reason}")
-            # Later states are not weakly typed.
-            return jax.lax.convert_element_type(part, part.dtype) if getattr(part, "weak_type", False) else part
-
-        return jax.tree.map(check, extended.init(params), is_leaf=lambda x: type(x) in unfit)
-
-    out = optax.GradientTransformationExtraArgs(promoting(init), promoting(extended.update))
-    return with_evaluated(out, promoting(evaluated)) if evaluated else out
-
-
-def seed_keys(state: OptState, seed: jax.Array | int) -> OptState:
-    """Folds the run's seed, u32[], into each random key of an optimizer's initial state.
-
-    So optax's noise (`optax:noisy_sgd`) differs between seeds and repeats with the same seed.
-    """
-    leaves, structure = jax.tree.flatten(state)
-    keys = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)]
-    for number, i in enumerate(keys):  # numbered, so that two transforms with equal keys draw different noise
-        fold = jax.vmap(jax.random.fold_in, (0, None))
-        leaves[i] = fold(fold(leaves[i].reshape(-1), number), seed).reshape(leaves[i].shape)
-    return jax.tree.unflatten(structure, leaves)
 
 
 def promoting(function: Function) -> Function:

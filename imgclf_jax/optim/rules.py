@@ -30,12 +30,11 @@ class Rules:
 
     def table(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
         """A table for the log, one line per parameter: path, shape, learning-rate and weight-decay multipliers."""
-        rows: list[tuple[str, ...]] = [("parameter", "shape", "learning rate", "weight decay")]
+        lines, width = [], max(map(len, shapes))
         for name, shape in shapes.items():
-            factors = [f"{factor.get(name, 1.0):.4g}" for factor in (self.lr, self.decay)]
-            rows.append((name, str(list(shape)), *(["frozen", ""] if name in self.frozen else factors)))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+            factors = f"learning rate x {self.lr.get(name, 1):.4g}, weight decay x {self.decay.get(name, 1):.4g}"
+            lines.append(f"{name:<{width}}  {list(shape)!s:<18} {'frozen' if name in self.frozen else factors}")
+        return "\n".join(lines)
 
 
 def build(lr: str, decay: str, freeze: str, layer_decay: float, names: Sequence[str], freeze_also: str = "") -> Rules:
@@ -75,10 +74,8 @@ def match[Value](rules: Sequence[tuple[str, Value]], names: Sequence[str], key: 
         matched = [name for name in names if expression.fullmatch(name)]
         new = [name for name in matched if name not in out]
         if not matched:
-            near = [name for name in names if expression.search(name)]
-            hint = f"; a pattern must match the whole path, such as {near[0]!r}: write '.*' around it" if near else ""
-            listed = f"; the parameters are {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
-            raise UserError(f"{key}: {pattern!r} matches no parameter{hint or listed}")
+            raise UserError(f"{key}: {pattern!r} matches no parameter by its whole path; they are "
+                            f"{', '.join(names[:8])}, …; write '.*' around a part of it")  # fmt: skip
         if not new:
             raise UserError(f"{key}: {pattern!r} has no effect: earlier rules match all its parameters; put it first")
         out |= dict.fromkeys(new, value)

@@ -17,6 +17,7 @@ from imgclf_jax.core.typing import ModelState, OptState, Params, PyTree
 
 type ParamsAndState = tuple[Params, ModelState]
 type Averages = Any  # the state of an Average
+type Updated = tuple[ParamsAndState, Averages]
 
 
 class Average(NamedTuple):
@@ -29,7 +30,7 @@ class Average(NamedTuple):
     """
 
     init: Callable[[ParamsAndState], Averages]
-    update: Callable[..., tuple[ParamsAndState, Averages]]
+    update: Callable[..., Updated]
     follows_total: bool = False
 
 
@@ -70,9 +71,7 @@ def ema(decay: float) -> Average:
     `num_updates=step`.
     """
 
-    def update(
-        average: Averages, variables: ParamsAndState, step: jax.Array, opt_state: OptState = None
-    ) -> tuple[ParamsAndState, Averages]:
+    def update(average: Averages, variables: ParamsAndState, step: jax.Array, opt_state: OptState = None) -> Updated:
         t = step.astype(jnp.float32)
         weight = 1 - jnp.minimum(jnp.float32(decay), (1 + t) / (10 + t))
         return variables, _interpolate(average, variables, weight)
@@ -91,9 +90,7 @@ def lookahead(total: int, k: int = 5, alpha: float = 0.5, power: float = 0.0) ->
         raise UserError(f"lookahead(k={k!r}, alpha={alpha}, power={power}): k must be an integer of 1 or more, "
                         "alpha above 0 and at most 1, power 0 or more")  # fmt: skip
 
-    def update(
-        slow: Averages, fast: ParamsAndState, step: jax.Array, opt_state: OptState = None
-    ) -> tuple[ParamsAndState, Averages]:
+    def update(slow: Averages, fast: ParamsAndState, step: jax.Array, opt_state: OptState = None) -> Updated:
         done = step + 1
         is_due = done % k == 0
         weight = 1 - (1 - alpha) * (done.astype(jnp.float32) / total) ** power
@@ -106,9 +103,7 @@ def lookahead(total: int, k: int = 5, alpha: float = 0.5, power: float = 0.0) ->
 def from_optimizer(evaluated: Evaluated) -> Average:
     """The parameters that the optimizer evaluates, with the trained model's batch statistics."""
 
-    def update(
-        average: Averages, variables: ParamsAndState, step: jax.Array, opt_state: OptState = None
-    ) -> tuple[ParamsAndState, Averages]:
+    def update(average: Averages, variables: ParamsAndState, step: jax.Array, opt_state: OptState = None) -> Updated:
         params, model_state = variables
         return variables, (evaluated(opt_state, params), model_state)
 
@@ -118,21 +113,19 @@ def from_optimizer(evaluated: Evaluated) -> Average:
 def build(
     decay: float, call: spec.Call | None, total: int, optimizer: optax.GradientTransformation | None = None
 ) -> Average:
-    """The average of the key `ema`, of `lookahead(…)` in an optimizer spec, or of an optimizer with `evaluated`.
+    """The average of the key `ema` (`decay`, 0 for none), of a `lookahead(…)`, or of an optimizer with `evaluated`.
 
-    `decay` is the key `ema`, 0 for none; `call` is the `lookahead(…)`, or None. Raises UserError if more than one is
-    set.
+    Raises UserError if more than one is set.
     """
-    if optimizer is not None and (evaluated := evaluated_by(optimizer)):
-        if decay or call:
-            raise UserError(f"{call or f'ema={decay}'} and the optimizer both choose the weights to evaluate; remove "
-                            "the first")  # fmt: skip
+    evaluated = optimizer and evaluated_by(optimizer)
+    chosen = {f"ema={decay}": decay, str(call): call, "the optimizer": evaluated}
+    if len(names := [name for name, value in chosen.items() if value]) > 1:
+        raise UserError(f"{' and '.join(names)} both choose the weights to evaluate; remove one")
+    if evaluated:
         return from_optimizer(evaluated)
-    if call is None:
-        return ema(decay) if decay else NONE
-    if decay:
-        raise UserError(f"ema={decay} and {call} both choose the weights to evaluate; remove one")
-    return spec.bind(call, {"lookahead": lookahead}, "optimizer", leading=("total",))(total)
+    if call:
+        return spec.bind(call, {"lookahead": lookahead}, "optimizer", leading=("total",))(total)
+    return ema(decay) if decay else NONE
 
 
 def _copy(variables: ParamsAndState) -> ParamsAndState:

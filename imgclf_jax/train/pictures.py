@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from imgclf_jax.augment.pixels import to_pixels
+from imgclf_jax.augment.ops import to_pixels
 from imgclf_jax.core.typing import Batch
 from imgclf_jax.data import stream
 from imgclf_jax.programs import Programs

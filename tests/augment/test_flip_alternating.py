@@ -4,13 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import outcome
 
 from imgclf_jax.augment import ops
 from imgclf_jax.core import sharding
 from imgclf_jax.data import placement, sampling, sources, stream
-from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.train import command as train
 
 SEED, TEXT = 7, "flip_alternating|normalize"
 APPLY = jax.jit(ops.build(TEXT, train=True))
@@ -56,28 +53,3 @@ def test_placement_and_a_start_in_the_middle_change_nothing():
     whole = orientations("host", 12, 0, 12)
     assert orientations("device", 12, 0, 12) == whole
     assert orientations("host", 12, 5, 12) == whole[5 * 12 :]
-
-
-@pytest.mark.thorough
-def test_batches_carry_ids_only_where_an_op_asks(tmp_path, fake_config):
-    """A run with such an op trains to the same bits on either placement."""
-    assert [ops.needs_ids(t) for t in ("", "flip_lr|normalize", TEXT)] == [False, False, True]
-    mesh = sharding.make_mesh()
-    for place in ("host", "device"):
-        plain, needs_ids = stream.StreamSpec(SEED, 8), stream.StreamSpec(SEED, 8, needs_ids=True)
-        _, plain = next(placement.batches(place, images(), plain, [0], mesh))
-        assert set(plain) == {"image", "label"}
-        _, asked = next(placement.batches(place, images(), needs_ids, [0], mesh))
-        shapes = placement.batch_shape(8, (6, 8, 1), 0, mesh, id="int32", epoch="int32")
-        assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), asked) == jax.tree.map(
-            lambda x: (x.shape, x.dtype, x.sharding), shapes
-        )
-    found = set()
-    for i, place in enumerate(("host", "device")):
-        fake_config.augment, fake_config.data.placement = TEXT, place
-        assert train.main(fake_config, Workdir(tmp_path / str(i))) == 0
-        found.add(outcome(tmp_path / str(i))[0])
-    assert len(found) == 1
-    fake_config.augment = "normalize"
-    assert train.main(fake_config, Workdir(tmp_path / "plain")) == 0
-    assert outcome(tmp_path / "plain")[0] not in found

@@ -145,31 +145,6 @@ def test_one_op_is_drawn_for_each_batch(text, shares):
     np.testing.assert_array_equal(out[untouched], np.broadcast_to(images, out[untouched].shape))
 
 
-def blank(images, probability=0.25):
-    """A mixing op of a user, with a default probability."""
-    return 0 * images, jnp.zeros(len(images))
-
-
-@pytest.mark.parametrize(("text", "share"), [("blank", 0.25), ("blank(0.75)", 0.75), ("blank()|mixup", 0.25)])
-def test_the_default_probability_of_an_op_counts(text, share):
-    """It was ignored, and the op mixed every batch."""
-    mix = mixing.build(text.replace("blank", f"{__name__}:blank"))
-    weights = jax.jit(jax.vmap(mix, in_axes=(0, None)))(jax.random.split(KEY, 1000), jnp.ones((2, 1, 1, 1)))[1]
-    assert stats.binomtest(int((weights[:, 0] == 0).sum()), 1000, share).pvalue > 1e-3
-
-
-@pytest.mark.thorough
-def test_another_op_changes_none_of_the_draws_of_an_op():
-    """A mixup is the same whether it is drawn alone or next to another op."""
-    images = jnp.asarray(noise(8, 4, 4, 1))
-    keys = jax.random.split(KEY, 40)
-    alone, beside = (
-        np.asarray(jax.jit(jax.vmap(mixing.build(text), in_axes=(0, None)))(keys, images)[1])
-        for text in ("mixup(0.4)", "cutmix|mixup(0.4)")
-    )
-    assert 5 < (beside == alone).all(1).sum() < 35
-
-
 @pytest.mark.parametrize(("text", "message"), [
     ("mixpu", "unknown mixing op 'mixpu': did you mean 'mixup'"),
     ("mixup(probability=0.7)|cutmix(probability=0.7)", "their sum at most 1"),
@@ -239,22 +214,6 @@ def test_the_step_trains_on_mixed_images_and_counts_the_main_label(accumulate):
         after.params, state.params, grads,
     )  # fmt: skip
     assert int(sums["nonfinite_step"]) == metrics.NO_STEP
-
-
-@pytest.mark.thorough
-def test_the_config_key_reaches_the_compiled_step():
-    """A step with mixing differs from one without, and is equal on one device and on eight up to rounding."""
-    images = np.random.default_rng(0).integers(0, 256, (16, 6, 6, 1), np.uint8)
-    labels = np.random.default_rng(1).integers(0, 3, 16).astype(np.int32)
-    results = {}
-    for mix, count in (("", 1), ("mixup|cutmix", 1), ("mixup|cutmix", 8)):
-        e = programs(mix, jax.devices()[:count])
-        run = sharding.put_replicated(e.init(0), e.mesh)
-        batch = sharding.put_batch({"image": images, "label": labels}, e.mesh)
-        state, _ = e.train(run["state"], run["sums"], batch)
-        results[mix, count] = np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(state.params))])
-    assert np.abs(results["", 1] - results["mixup|cutmix", 1]).max() > 1e-4
-    np.testing.assert_allclose(results["mixup|cutmix", 1], results["mixup|cutmix", 8], atol=1e-5)
 
 
 def test_targets_are_mixed_as_their_images_are():

@@ -92,24 +92,6 @@ def test_grey_and_its_mean_are_pillows(images):
     np.testing.assert_array_equal(np.asarray(jax.jit(photometric.mean_grey)(images))[:, 0, 0, 0], means)
 
 
-@pytest.mark.parametrize(("height", "width"), [(2100, 2100), *thorough((8192, 8192), (64, 2**20), (2**20, 64))])
-def test_the_mean_grey_of_a_large_bright_image_is_exact(height, width):
-    """By integers without a limit: int32 does not hold the sum of all pixels, for up to the 2**26 that `decode` reads.
-
-    Half the pixels are one level brighter, so the mean is a half; one pixel moves it to the next fraction.
-    """
-    image = np.full((1, height, width, 1), 250, np.uint8)
-    flat, n = image.reshape(-1), image.size
-    mean = jax.jit(photometric.mean_grey)
-    assert int(mean(image)[0, 0, 0, 0]) == 250
-    flat[: n // 2] += 1
-    for pixel, change in ((0, 0), (0, 1), (0, -2), (n - 1, 1)):
-        flat[pixel] = int(flat[pixel]) + change
-        total = int(flat.sum(dtype=np.uint64))
-        assert int(mean(image)[0, 0, 0, 0]) == (2 * total + n) // (2 * n)
-    np.testing.assert_array_equal(mean(np.full_like(image, 255)), 255)
-
-
 def test_smooth_is_pillows(images):
     expected = by_pillow(lambda p: p.filter(ImageFilter.SMOOTH), images)
     np.testing.assert_array_equal(jax.jit(photometric.smooth)(images), expected)
@@ -174,5 +156,5 @@ def test_ops_of_pillows_arithmetic_want_uint8_of_known_channels(name):
     key = jax.random.key(0)
     with pytest.raises(UserError, match=f"{name} needs uint8 images, but these are float32; put it before normalize"):
         ops.build(f"normalize|{name}", train=True)(key, jnp.zeros((2, 8, 8, 3), jnp.uint8))
-    with pytest.raises(UserError, match=f"{name}: the images have 2 channels; allowed are 1, 3 and 4"):
+    with pytest.raises(UserError, match=f"{name}: the images have 2 channels; allowed are 1 and 3"):
         ops.build(name, train=True)(key, jnp.zeros((2, 8, 8, 2), jnp.uint8))

@@ -14,7 +14,6 @@ from scipy import stats
 from test_photometric import by_colorsys, photos, picture
 
 from imgclf_jax.augment import geometry, ops, policies
-from imgclf_jax.core import platform as platforms
 from imgclf_jax.core.errors import UserError
 
 KEY = jax.random.key(11)
@@ -134,33 +133,6 @@ def test_trivialaugment_draws_every_op_sign_and_magnitude_alike():
 
 
 @pytest.mark.thorough
-def test_randaugment_applies_ops_of_its_magnitude_one_after_the_other():
-    """One op: the 24 outcomes of a magnitude are equally likely. Two ops: one op applied to the result of another."""
-    image = photos(16)[1]
-    _, top = narrow(16, 16)
-    outcomes = {}
-    for op in policies.OPS:
-        for sign in (1, -1):
-            out = np.asarray(by_pillow(picture(image), op, sign * 9, top)).tobytes()
-            outcomes[out] = outcomes.get(out, 0) + 1
-    n = 4_000
-    counts = drawn(lambda key, x: policies.randaugment(key, x, 1, 9), n, image)
-    known = {k: counts.get(k, 0) for k in outcomes}
-    # Autocontrast may differ from Pillow by a level, so its outcome is taken for the rest.
-    assert len(set(counts) - set(known)) <= 1
-    missing = n - sum(known.values())
-    observed = [v + (missing if v == 0 else 0) for v in known.values()]
-    assert stats.chisquare(observed, [n * outcomes[k] / 28 for k in known]).pvalue > 1e-3
-    step = np.stack([image] * 16)
-    twice = jax.jit(lambda x: policies.randaugment(KEY, x, 2, 9))(step)
-    once = jax.jit(lambda key, x: policies._draw_and_apply(
-        key, x, narrow(16, 16)[0], lambda k: jnp.full(16, 9), jnp.zeros(3, jnp.uint8)))  # fmt: skip
-    for i in range(2):
-        step = once(jax.random.fold_in(KEY, i), step)
-    np.testing.assert_array_equal(twice, step)
-
-
-@pytest.mark.thorough
 def test_magnitude_std_spreads_the_magnitude():
     """A solarized ramp reveals the magnitude: the normal draw, rounded and clipped to 0 to 30."""
     image = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
@@ -175,7 +147,7 @@ def test_magnitude_std_spreads_the_magnitude():
 
 
 EACH = ["randaugment(2, 30)", BIG_VISION, "trivialaugment", "color_jitter(0.5, 0.5, 0.5, 0.5)"]
-KEPT = [(4, EACH[0])]  # numbers of channels, and policies, that the default suite holds
+KEPT = [(3, EACH[0])]  # numbers of channels, and policies, that the default suite holds
 
 
 @functools.cache
@@ -185,25 +157,14 @@ def bound(text):
 
 
 @pytest.mark.parametrize(
-    ("channels", "text"), [*KEPT, *thorough(*(case for case in itertools.product((1, 3, 4), EACH) if case not in KEPT))]
+    ("channels", "text"), [*KEPT, *thorough(*(case for case in itertools.product((1, 3), EACH) if case not in KEPT))]
 )
-def test_shape_and_dtype_stay_and_alpha_is_only_moved(text, channels):
+def test_shape_and_dtype_stay(text, channels):
     images = np.random.default_rng(0).integers(0, 256, (32, 12, 10, channels), np.uint8)
-    images[..., 3:] = 201
     out = np.asarray(bound(text)(KEY, images))
     assert out.dtype == np.uint8
     assert out.shape == images.shape
-    assert (out[..., :3] != images[..., :3]).any()
-    assert set(np.unique(out[..., 3:])) <= {128 if text == BIG_VISION else 0, 201}
-
-
-@pytest.mark.thorough
-def test_grey_images_stay_grey():
-    """Three equal channels stay equal, and match those of the image with one channel."""
-    grey = np.random.default_rng(0).integers(0, 256, (32, 12, 10, 1), np.uint8)
-    for text, key in itertools.product(EACH, jax.random.split(KEY, 2)):
-        out = np.asarray(bound(text)(key, grey))
-        np.testing.assert_array_equal(bound(text)(key, grey.repeat(3, -1)), out.repeat(3, -1))
+    assert (out != images).any()
 
 
 def test_color_jitter_is_its_ops_in_order():
@@ -220,16 +181,6 @@ def test_color_jitter_is_its_ops_in_order():
         for op, factor in zip(ops, factors, strict=False):
             p = op(p).enhance(float(factor))
         assert np.abs(own - by_colorsys(np.asarray(p), float(factors[3]))).max() <= 0.5 + 1e-3
-
-
-@pytest.mark.parametrize("text", ["randaugment", BIG_VISION, "trivialaugment", "color_jitter(hue=0.1)"])
-def test_barriers_are_for_the_cpu_alone(text):
-    images = jnp.zeros((2, 8, 8, 3), jnp.uint8)
-    found = {}
-    for platform in ("cpu", "gpu", "tpu"):
-        with platforms.tracing_for(platform):
-            found[platform] = "optimization_barrier" in str(jax.make_jaxpr(ops.build(text, train=True))(KEY, images))
-    assert found == {"cpu": True, "gpu": False, "tpu": False}
 
 
 @pytest.mark.parametrize(("text", "message"), [

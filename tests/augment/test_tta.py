@@ -125,15 +125,6 @@ def test_the_weights_of_views_must_sum_to_1(weights, total, monkeypatch):
         tta.build("own:views")
 
 
-def test_an_own_op_of_one_view_is_applied(monkeypatch):
-    """It was left out, as if nothing had been asked for."""
-    monkeypatch.setitem(
-        sys.modules, "own", types.SimpleNamespace(views=lambda: [(1.0, lambda images: images[:, ::-1])])
-    )
-    images = np.arange(24.0).reshape(2, 3, 4, 1)
-    np.testing.assert_array_equal(tta.mean_logits(tta.build("own:views"), lambda x: x, images), images[:, ::-1])
-
-
 def test_a_translation_larger_than_the_image_is_refused_before_training(fake_config, tmp_path):
     fake_config.tta = "flip|translate(12)"
     with pytest.raises(UserError, match=r"translate\(pad=12\): must be less than .* images, 12 by 12"):

@@ -1,30 +1,25 @@
 """SimCLR and supervised contrastive learning: the papers' equations, and the outputs of runs without a trained head."""
 
 import functools
-import json
 import re
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import test_semi_supervised as semi_supervised
 from cases import thorough
 from flax import linen as nn
-from flax.errors import ScopeCollectionNotFound
 from PIL import Image
 from safetensors import numpy as safetensors
-from test_semi_supervised import PROBLEM, augment
+from test_semi_supervised import PROBLEM
 
 import launch
 from imgclf_jax import step
 from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import Loss, Method
-from imgclf_jax.methods.simclr import contrast, simclr
-from imgclf_jax.methods.supcon import supcon
+from imgclf_jax.methods.simclr import contrast, simclr, supcon
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
@@ -103,13 +98,6 @@ def test_supcon_is_equation_2():
     np.testing.assert_allclose(values[6:8], nt_xent(z, 0.1)[6:8], rtol=2e-5)
 
 
-def test_a_vector_without_positives_adds_nothing():
-    z = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
-    values, nearest, gradients = contrast_and_gradient(z, np.array([0, 0, 1]))
-    assert values[2] == nearest[2] == 0
-    assert np.isfinite(gradients).all()
-
-
 def test_collapsed_and_zero_vectors_have_finite_gradients_and_no_accuracy():
     for z in (np.zeros((4, 3), np.float32), np.ones((4, 3), np.float32)):
         values, nearest, gradients = contrast_and_gradient(z, np.arange(4) // 2)
@@ -139,40 +127,9 @@ def test_a_step_trains_backbone_and_projector_and_reads_no_label():
     jax.eval_shape(lambda images: run(simclr(PROBLEM), {"image": images})[1], batch()["image"])  # without labels
 
 
-@pytest.mark.thorough
-def test_the_contrast_is_within_a_microbatch():
-    """So the loss of two microbatches of 16 vectors each is below that of the batch: log 31 against log 15."""
-    _, _, whole = run(simclr(PROBLEM, temperature=1e6), batch())
-    _, _, parts = run(simclr(PROBLEM, temperature=1e6), batch(), accumulate=2)
-    np.testing.assert_allclose([whole["loss"] / 16, parts["loss"] / 16], np.log([31, 15]), rtol=1e-4)
-
-
-@pytest.mark.thorough
-def test_nan_in_one_image_is_told():
-    def spoiled(key, images, *known):
-        return augment(key, images).at[3].set(jnp.nan)
-
-    method, optimizer = simclr(PROBLEM), optax.sgd(1.0)
-    model = method.model(Net(), PROBLEM)
-    train_step = step.make_train_step(model, method, optimizer, optax.constant_schedule(1.0), spoiled)
-    _, sums = jax.jit(train_step)(step.init_state(model, optimizer, PROBLEM.image_shape, 0), batch())
-    assert sums["nonfinite_step"] == 0
-
-
 def test_mistakes_get_a_sentence():
     with pytest.raises(UserError, match="single image; raise batch_size or lower accumulate"):
         run(simclr(PROBLEM), batch(1))
-
-
-def spreading(problem, uses_head=False):
-    """A user's method without a head, which shrinks the norms of features and evaluates them."""
-
-    def norms(model, batch, fixed):
-        features = model.features(batch["image"])
-        return jnp.sum(features**2, -1) + fixed["offset"] + (model.head(features)[:, 0] if uses_head else 0)
-
-    return Method(lambda *args: Loss(norms(*args)), evaluate=lambda *args: {"norm": norms(*args)}, predicts=False,
-                  fixed=lambda: {"offset": np.float32(isinstance(problem.load("nowhere"), str))})  # fmt: skip
 
 
 def mixing(problem, declared=True):
@@ -191,7 +148,6 @@ def mixing(problem, declared=True):
 FLAGS = ["--config.model=mlp(widths=(8,))", "--config.augment=normalize", "--config.preprocess=decode(1)",
          "--config.total=2 steps", "--config.schedule=constant(1e-3)", "--config.tensorboard=False",
          "--config.eval_every="]  # fmt: skip
-HEADLESS = "trains no head"
 
 
 @pytest.mark.parametrize(("key", "value", "said"), [
@@ -208,16 +164,6 @@ def test_keys_that_act_on_predictions_are_refused(fake_config, key, value, said)
     programs = Programs(Recipe(fake_config, DataInfo(64, (12, 12, 1), ("a", "b"), "")))
     with pytest.raises(UserError, match=re.escape(said)):
         _ = programs.recipe.method, programs.check_best()
-
-
-def test_the_loss_says_what_targets_are(fake_config):
-    names = ("x", "y")
-    fake_config.method, fake_config.loss = "simclr", "sigmoid"
-    data = DataInfo(64, (12, 12, 1), names, "", target_names=names)
-    assert not Recipe(fake_config, data).method.predicts
-    fake_config.loss = "sigmoid(mean=True)"
-    with pytest.raises(UserError, match="trains no head and has a loss of its own; use its name without arguments"):
-        _ = Recipe(fake_config, data).method
 
 
 def test_a_method_mixes_if_it_says_so(fake_config):
@@ -267,22 +213,6 @@ def test_what_needs_a_head_is_refused_in_one_sentence(pretrained_run, tmp_path, 
     assert launch.main(["features", workdir, f"--output={tmp_path / 'features.npz'}"]) == 0
 
 
-@pytest.mark.thorough
-def test_what_needs_no_head_works(pretrained_run, tmp_path, capsys):
-    workdir = f"--workdir={pretrained_run}"
-    assert launch.main(["probe", workdir, "--format=json"]) == 0
-    assert {one["method"] for one in json.loads(capsys.readouterr().out)["results"]} >= {"linear probe"}
-    assert launch.main(["export", str(tmp_path / "m.stablehlo"), "--gives=features", workdir]) == 0
-    assert launch.main(["show-batch", workdir, f"--output={tmp_path / 'a.png'}"]) == 0
-    assert launch.main(["report", f"--html={tmp_path / 'a.html'}", workdir]) == 0
-    page = (tmp_path / "a.html").read_text()
-    assert "trains no head, so this page omits everything that needs predictions" in page.replace("&#x27;", "'")
-    assert "contrastive_accuracy" in page
-    assert launch.main(["reproduce", str(pretrained_run)]) == 0
-    assert launch.main(["compare", str(pretrained_run)]) == 0
-    assert "No run has evaluation metrics" in capsys.readouterr().out
-
-
 def test_weights_for_pytorch_are_those_of_the_backbone(pretrained_run, tmp_path, capsys):
     assert launch.main(["export", str(tmp_path / "m.safetensors"), f"--workdir={pretrained_run}"]) == 0
     said = capsys.readouterr().out
@@ -303,49 +233,3 @@ def test_fine_tuning_begins_from_the_backbone_alone(pretrained_run, fake_config,
     given = parameters(pretrained_run)
     for name, value in tuned.items():
         np.testing.assert_array_equal(value, (fresh if name.startswith("head") else given)[name])
-
-
-@pytest.mark.thorough
-def test_pretraining_begins_from_the_backbone_of_a_classifier(pretrained_run, tmp_path, capsys):
-    assert launch.main([f"--workdir={tmp_path / 'a'}", *FLAGS]) == 0
-    argv = [f"--workdir={tmp_path / 'b'}", *FLAGS, "--config.method=simclr", f"--config.init_from={tmp_path / 'a'}"]
-    assert launch.main(argv) == 0
-    assert "2 arrays taken; left out: head; from random weights: projector" in capsys.readouterr().err
-    assert launch.main([f"--workdir={tmp_path / 'c'}", *argv[1:-1], f"--config.init_from={pretrained_run}"]) == 0
-    assert "5 arrays taken\n" in capsys.readouterr().err  # the projector too
-    file = tmp_path / "a.safetensors"
-    assert launch.main(["export", str(file), f"--workdir={tmp_path / 'a'}"]) == 0
-    assert launch.main([f"--workdir={tmp_path / 'd'}", *argv[1:-1], f"--config.init_from={file}"]) == 0
-    assert "2 arrays taken; left out: head; from random weights: projector" in capsys.readouterr().err
-
-
-@pytest.mark.thorough
-def test_evaluate_shows_what_a_method_without_a_head_evaluates(tmp_path, capsys):
-    """So does training, which keeps the best checkpoint by it."""
-    workdir = f"--workdir={tmp_path / 'run'}"
-    flags = [*FLAGS, f"--config.method={__name__}:spreading", "--config.checkpoint.best=min:test/norm"]
-    assert launch.main([workdir, *flags]) == 0
-    norm = json.loads((tmp_path / "run" / "result.json").read_text())["test"]["norm"]
-    capsys.readouterr()
-    assert launch.main(["evaluate", workdir, "--trust", "--format=json"]) == 0
-    assert json.loads(capsys.readouterr().out)["test"] == {"examples": 360, "norm": pytest.approx(norm, rel=1e-6)}
-    assert launch.main(["evaluate", workdir, "--trust", "--checkpoints=all"]) == 0
-    assert f"{norm:.4f}" in capsys.readouterr().out
-    assert launch.main(["evaluate", workdir, "--trust", f"--predictions={tmp_path / 'a.csv'}"]) == 1
-    assert HEADLESS in capsys.readouterr().err
-
-
-def unfilled(problem):
-    """Forgets the running statistics of a batch norm."""
-    return Method(lambda model, batch, fixed: Loss(nn.BatchNorm(True, use_scale=False, use_bias=False).apply(
-        {}, model.features(batch["image"]))[:, 0]), predicts=False)  # fmt: skip
-
-
-@pytest.mark.parametrize(("method", "error", "said"), [
-    ("spreading(uses_head=True)", UserError, "calls the head, but predicts=False gives its model none"),
-    ("unfilled", ScopeCollectionNotFound, 'access "mean" from collection "batch_stats"'),  # was blamed on the head
-])  # fmt: skip
-def test_a_method_without_a_head_that_calls_it_gets_a_sentence(method, error, said, fake_config):
-    fake_config.method = f"{__name__}:{method}"
-    with pytest.raises(error, match=said):
-        _ = Programs(Recipe(fake_config, DataInfo(64, (12, 12, 1), ("a", "b"), ""))).traced_train

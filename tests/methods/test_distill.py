@@ -76,18 +76,6 @@ def test_a_student_resumes_to_the_same_bits_and_needs_no_teacher_afterwards(teac
     assert launch.main(["evaluate", f"--workdir={student}"]) == 0
 
 
-@pytest.mark.thorough
-def test_a_teacher_of_own_code_is_refused_with_what_to_do(teacher, tmp_path, capsys):
-    """`train` has no flag that trusts a work directory."""
-    shutil.copytree(teacher, tmp_path / "teacher")
-    config = tmp_path / "teacher" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "model": "smooth_net:Smooth()"}))
-    assert train(tmp_path / "student", LEARN.format(tmp_path / "teacher")) == 1
-    said = capsys.readouterr().err
-    assert "if you trust both, a method of your own may call problem.load(run, trust=True)" in said
-    assert "--trust" not in said
-
-
 @pytest.mark.parametrize(("flags", "words"), [
     (("--config.preprocess=decode(1)|resize(6)",), "give both the same preprocess"),
     (("--config.augment=normalize(mean=(0.1,), std=(0.5,))",), "images with normalize, and"),

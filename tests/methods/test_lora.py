@@ -12,13 +12,10 @@ from safetensors.numpy import load_file
 
 import launch
 from imgclf_jax import config
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import lora
 from imgclf_jax.methods.lora import Adapted
 from imgclf_jax.models.classifier import Classifier
-from imgclf_jax.models.vit import ViT
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.tools.explain import attribution
 from imgclf_jax.train import setup as train_setup
 from imgclf_jax.trained import load, load_converted
 
@@ -82,28 +79,6 @@ def test_adapters_begin_as_in_loralib_and_leave_the_model_as_it_was():
     np.testing.assert_array_equal(model.apply(variables, x), plain.apply(before, x))
     np.testing.assert_allclose(model.apply(spoiled(variables), x), plain.apply(lora.merge(spoiled(variables), 1.0), x),
                                rtol=1e-6)  # fmt: skip
-
-
-class Falling(nn.Module):
-    """Drops out in its own call, and not in a module below it."""
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        assert not train or self.is_initializing()
-        return nn.Dense(4, name="dense")(x.reshape(len(x), -1))
-
-
-def test_the_backbone_itself_computes_as_in_evaluation():
-    x = jnp.ones((2, 3, 3, 1))
-    model = Classifier(Adapted(Falling(), rank=2, alpha=2.0, pattern="backbone/dense/kernel"), 3)
-    variables = model.init(jax.random.key(0), x)
-    np.testing.assert_array_equal(model.apply(variables, x, train=True), model.apply(variables, x))
-
-
-def test_layers_of_an_adapted_backbone_can_be_seen():
-    """`explain` does not see layers inside `remat`."""
-    model = Classifier(Adapted(ViT("Ti", remat="block"), 2, 2.0, "backbone/.*kernel"), 3)
-    assert attribution.without_remat(model).backbone.base.remat == ""
 
 
 def run(workdir, *flags):
@@ -172,12 +147,6 @@ def test_adapters_that_are_not_merged_are_not_dropped(tmp_path):
         load_converted(c)
     c.init_strict = False
     assert not any("/lora/" in name for name in flat(load_converted(c).state.params))
-
-
-def test_adapters_of_random_weights_are_warned_of(fake_config, tmp_path, caplog):
-    fake_config.method = "lora(rank=1)"
-    train_setup.set_up(fake_config, Workdir(tmp_path))
-    assert "method='lora(rank=1)' freezes weights that are random without init_from" in caplog.text
 
 
 def test_mistakes_get_a_sentence(tmp_path, capsys):

@@ -14,11 +14,9 @@ from cases import thorough, trained_for
 from flax import linen as nn
 
 from imgclf_jax import losses, metrics, step
-from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import Loss, Method
 from imgclf_jax.models.classifier import Classifier
-from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
@@ -142,48 +140,6 @@ def test_sown_losses_are_added_and_sown_metrics_are_logged(accumulate):
     assert "metrics" not in after.model_state
 
 
-class Layer(nn.Module):
-    """Returns its loss f32[b], and sows it if `sows`."""
-
-    sows: bool
-
-    @nn.compact
-    def __call__(self, x, _=None):
-        x = nn.tanh(x)
-        activity = jnp.mean(x**2, -1)
-        if self.sows:
-            self.sow("losses", "activity", activity)
-        return x, activity
-
-
-class Layers(nn.Module):
-    """Four layers under `nn.scan` with a loss each, which they sow, or this module does."""
-
-    inside: bool
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        x, activities = nn.scan(Layer, {"losses": 0}, length=4)(self.inside)(x.reshape(len(x), -1), None)
-        if not self.inside:
-            self.sow("losses", "activity", jnp.sum(activities, 0))
-        return x
-
-
-def test_losses_of_scanned_layers_add_up():
-    """Their mean over the layers was added."""
-
-    def nothing(model, batch, fixed):
-        return Loss(0 * model(batch["image"], train=True)[:, 0])
-
-    layers = [batch()["image"] / np.float32(255)]
-    for _ in range(4):
-        layers.append(np.tanh(layers[-1]))
-    _, _, sums = one_step(Layers(inside=False), Method(nothing))
-    assert float(sums["loss"]) / 32 == pytest.approx(sum(np.mean(x**2) for x in layers[1:]), rel=1e-5)
-    with pytest.raises(UserError, match=r"sown loss 'backbone/.*/activity/0' has the shape \[4, 32\].* sum outside"):
-        train_step_shape(Layers(inside=True))
-
-
 class Shaped(nn.Module):
     """Sows a loss of a shape, or of the length of its images."""
 
@@ -205,19 +161,6 @@ def test_a_sown_loss_is_a_number_or_one_for_each_example(shape, accumulate, allo
         train_step_shape(Shaped(shape), accumulate=accumulate)
 
 
-def test_a_sown_loss_may_cover_two_streams_at_once():
-    """32 and 20 images in one pass."""
-
-    def loss(model, batch, fixed):
-        images = jnp.concatenate([batch["image"], batch["more"]])
-        return Loss(losses.softmax(model(images, train=True)[:32], batch["label"]))
-
-    def inputs(key, batch, augment):
-        return {**batch, "image": scale(key, batch["image"]), "more": jnp.zeros((20, *SHAPE))}
-
-    train_step_shape(Shaped(None), Method(loss, inputs))
-
-
 @pytest.mark.parametrize("place", ["device", *thorough("host")])
 def test_a_memory_of_each_example(place, fake_config, tmp_path, monkeypatch):
     """The page's `elr`: with constant weights, after two epochs each row is 1 - 0.7² of the prediction."""
@@ -231,27 +174,6 @@ def test_a_memory_of_each_example(place, fake_config, tmp_path, monkeypatch):
     logits = programs.recipe.model.apply({"params": state.params, **state.model_state}, 2 * pixels - 1)
     expected = (1 - 0.7**2) * scipy.special.softmax(np.float64(logits), -1)
     np.testing.assert_allclose(state.model_state["memory"]["targets"], expected, rtol=1e-5)
-
-
-def test_weights_of_a_methods_own_are_no_mixing_weights():
-    """A key "weight" of a batch that is not mixed compared predictions with the labels of other examples."""
-
-    def loss(model, batch, fixed):
-        logits = model(batch["image"], train=True)
-        return Loss(losses.softmax(logits, batch["label"]), logits)
-
-    def weighted(key, batch, augment):
-        return {**batch, "image": augment(key, batch["image"]), "weight": jnp.zeros(len(batch["image"]))}
-
-    known = {"id": np.arange(32, dtype=np.int32), "epoch": np.zeros(32, np.int32)}
-    correct = []
-    for method in (Method(loss), Method(loss, weighted)):
-        model, optimizer = Classifier(Sowing(), CLASSES), optax.sgd(1.0)
-        train_step = step.make_train_step(model, method, optimizer, optax.constant_schedule(1.0),
-                                          lambda key, images, *_: scale(key, images))  # fmt: skip
-        _, sums = jax.jit(train_step)(step.init_state(model, optimizer, SHAPE, 0), batch() | known)
-        correct.append(int(sums["correct"]))
-    assert correct[0] == correct[1]
 
 
 @pytest.mark.parametrize(("values", "said"), [
@@ -270,36 +192,6 @@ def test_a_methods_evaluation_is_a_number_per_example_under_a_name_of_its_own(va
     with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
         sums, _ = jax.eval_shape(evaluate, state.params, state.model_state, given)
         assert sums["own/spread"].shape == ()
-
-
-def own_auc(problem):
-    return Method(lambda *_: None, evaluate=lambda model, batch, fixed: {"auc": batch["image"][:, 0, 0, 0]})
-
-
-def test_a_method_and_the_key_metrics_share_no_name(fake_config):
-    """The value of the key `metrics` won, silently."""
-    config = config_of(fake_config, method=f"{__name__}:own_auc", metrics="auc|f1")
-    recipe = Recipe(config, DataInfo(64, SHAPE, tuple("abcde"), ""))
-    with pytest.raises(UserError, match=r"evaluate returns 'auc', which metrics='auc\|f1' computes too; rename it"):
-        _ = Programs(recipe, sharding.make_mesh(jax.devices()[:1])).traced_eval
-
-
-@pytest.mark.parametrize(("names", "said"), [
-    ({"backbone/rank"}, "both the method's Loss and a module have the metric 'backbone/rank'"),  # the module's won
-    ({"exact_match"}, "'exact_match', which every step has"),  # the method's won in multi-label runs
-    ({"margin", "margin_std"}, "'margin_std', which every step has, or runs of several seeds for the standard dev"),
-    ({"loss_std"}, "'loss_std', which every step has, or runs of several seeds for the standard deviation"),
-    ({"margin", "spread_std"}, None),
-])  # fmt: skip
-def test_metrics_of_training_have_names_of_their_own(names, said):
-    def loss(model, batch, fixed):
-        logits = model(batch["image"], train=True)
-        return Loss(losses.softmax(logits, batch["label"]), logits, dict.fromkeys(names, logits[:, 0]))
-
-    model, optimizer = Classifier(Sowing(), CLASSES), optax.sgd(1.0)
-    train_step = step.make_train_step(model, Method(loss), optimizer, optax.constant_schedule(1.0), scale)
-    with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
-        jax.eval_shape(train_step, step.init_state(model, optimizer, SHAPE, 0), batch())
 
 
 @pytest.mark.parametrize(("extra", "said"), [
@@ -351,20 +243,8 @@ def not_a_method(problem):
     return {"loss": 1}
 
 
-def scalar(problem):
-    return Method(lambda model, batch, fixed: Loss(jnp.mean(model(batch["image"], train=True))))
-
-
 def bare(problem):
     return Method(lambda model, batch, fixed: jnp.mean(model(batch["image"], train=True), -1))
-
-
-def matrix(problem):
-    def loss(model, batch, fixed):
-        logits = model(batch["image"], train=True)
-        return Loss(logits[:, 0], logits, {"confusion": logits})
-
-    return Method(loss)
 
 
 def taken(problem):
@@ -379,9 +259,7 @@ def taken(problem):
     ("method", "supervized", "unknown method 'supervized'"),
     ("method", "methods_check:prototypes(weigth=1)", "unknown argument 'weigth': did you mean 'weight'"),
     ("method", f"{__name__}:not_a_method", "returns a dict; return imgclf_jax.methods.Method"),
-    ("method", f"{__name__}:scalar", r"values of the shape \[\]; return one number per example"),
     ("method", f"{__name__}:bare", "the method's loss returns a .*; return imgclf_jax.methods.Loss"),
-    ("method", f"{__name__}:matrix", r"the metric 'confusion' has the shape \[16, 4\]"),
     ("method", f"{__name__}:taken", "a metric is called 'grad_norm', which every step has, or"),
     ("gradient", "sharp", "unknown gradient 'sharp'"),
     ("gradient", f"{__name__}:sam(roh=1)", "unknown argument 'roh': did you mean 'rho'"),

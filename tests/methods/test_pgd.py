@@ -88,15 +88,6 @@ def test_one_step_without_a_random_start_is_fgsm():
     np.testing.assert_allclose(found.reshape(4), [0.6, 0.4, 0.5, 1.0], rtol=1e-6)
 
 
-def test_a_pixel_outside_of_the_range_stays_inside_of_the_ball():
-    """For example after random erasing: it may return by eps, and moves no further out."""
-    images, keys = jnp.array([1.5, 1.5, -0.2, -0.2]).reshape(1, 2, 2, 1), jax.random.split(jax.random.key(0), 1)
-    found = attack(lambda x: linear(x[:, :, ::-1]), images, keys, 0.0, 1.0, eps=0.1, steps=5).reshape(4)
-    np.testing.assert_allclose(found[:2], [1.5, 1.4], rtol=1e-6)
-    assert -0.2 <= found[2] <= -0.1
-    assert found[3] == pytest.approx(-0.1)
-
-
 @pytest.mark.thorough
 def test_attack_passes_update_no_batch_statistics():
     """They follow from the adversarial examples alone, in one pass; dropout has the same masks in all passes."""
@@ -105,18 +96,6 @@ def test_attack_passes_update_no_batch_statistics():
     variables = {"params": before.params, **before.model_state}
     _, wanted = model.apply(variables, images, train=True, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.model_state, dict(wanted))
-
-
-@pytest.mark.thorough
-def test_attack_and_sam_compose_in_both_orders():
-    """`pgd|sam` attacks at w and again at the perturbed point; `sam|pgd` attacks once, at w."""
-    _, at_both, _, twice = one_step(f"{PGD}|sam(0.5)")
-    count = len(seen)
-    _, at_one, _, once = one_step(f"sam(0.5)|{PGD}")
-    assert count == len(seen) == 2
-    np.testing.assert_array_equal(seen[0], seen[1])
-    assert not np.array_equal(twice, once)
-    assert not np.array_equal(at_both.params["head"]["kernel"], at_one.params["head"]["kernel"])
 
 
 def centred(images):

@@ -120,16 +120,6 @@ def test_sam_is_that_of_optax():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, params)
 
 
-@pytest.mark.thorough
-def test_loss_metrics_and_batch_statistics_are_those_of_the_first_pass():
-    _, plain, plain_window = one_step("", Normalized())
-    _, sharp, window = one_step("sam(rho=1.0)", Normalized())
-    jax.tree.map(np.testing.assert_array_equal, plain.model_state, sharp.model_state)
-    assert window["loss"] == plain_window["loss"]
-    assert window["correct"] == plain_window["correct"]
-    assert window["grad_norm"] != plain_window["grad_norm"]
-
-
 @pytest.mark.parametrize("spec", SPECS)
 def test_frozen_parameters_stay_and_do_not_count_in_the_norm(spec):
     before, after, _ = one_step(spec, frozen=["head/kernel"])
@@ -152,24 +142,6 @@ def test_a_zero_gradient_perturbs_nothing():
     after, window = jax.jit(train_step)(state, batch())
     jax.tree.map(np.testing.assert_array_equal, state.params, after.params)
     assert np.isfinite(window["loss"])
-
-
-def noise(gradient, size):
-    """A user's gradient function, which adds noise."""
-
-    def noisy(params, model_state, batch, key):
-        out, grads = gradient(params, model_state, batch, key)
-        return out, jax.tree.map(lambda g: g + size * jax.random.normal(key, g.shape), grads)
-
-    return noisy
-
-
-def test_functions_of_the_gradient_compose_from_left_to_right():
-    _, alone, _ = one_step("sam(rho=0.2)")
-    _, noisy, _ = one_step(f"sam(rho=0.2)|{__name__}:noise(0.5)")
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step.rng.name_hash("dropout")), 0)
-    added = jax.tree.map(lambda w: 0.5 * jax.random.normal(key, w.shape), alone.params)
-    jax.tree.map(lambda a, n, b: np.testing.assert_allclose(a - n, b, atol=1e-6), alone.params, added, noisy.params)
 
 
 def test_per_example_gradients_need_no_fork(tmp_path, monkeypatch):

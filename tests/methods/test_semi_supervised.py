@@ -100,15 +100,6 @@ def test_one_pass_gives_the_logits_of_each_batch_and_statistics_of_all():
     np.testing.assert_allclose(means[1], np.concatenate([x.ravel() for x in batches]).mean(), rtol=1e-4)
 
 
-@pytest.mark.thorough
-def test_unconfident_images_train_nothing():
-    """No image reaches probability 1, so the gradient is that of the labeled images."""
-    _, after, sums = run(fixmatch(PROBLEM, threshold=1.0, strong="cutout(2)"), batch())
-    _, same, _ = run(fixmatch(PROBLEM, weight=0.0, strong="cutout(2)"), batch())
-    jax.tree.map(np.testing.assert_array_equal, after.params, same.params)
-    assert sums["mask_rate"] == sums["unlabeled_loss"] == 0
-
-
 @pytest.mark.usefixtures("float64")
 def test_the_consistency_is_that_of_the_paper():
     rng = np.random.default_rng(0)
@@ -144,36 +135,11 @@ def test_the_teacher_is_the_average_of_the_students_so_far(accumulate):
 
 
 @pytest.mark.thorough
-def test_the_teacher_begins_as_the_student_at_whichever_step_is_the_first():
-    """A run from trained weights, whose first step was skipped, had a teacher of random ones."""
-    model = mean_teacher(PROBLEM, ramp="0").model(Net(), PROBLEM)
-    variables = model.init(jax.random.key(0), jnp.zeros((1, *PROBLEM.image_shape)))
-    params = jax.tree.map(lambda x: x + 1, variables["params"])  # as by `init_from`
-    _, changed = model.apply({**variables, "params": params}, jnp.int32(51), 0.6, method="update_teacher",
-                             mutable=["teacher"])  # fmt: skip
-    jax.tree.map(np.testing.assert_array_equal, changed["teacher"]["average"]["params"], params)
-
-
-def test_the_teacher_begins_with_the_running_statistics_of_the_student():
-    """As with `init_from` and a frozen backbone, whose teacher would never learn them."""
-    method = mean_teacher(PROBLEM)
-    model = method.model(Net(), PROBLEM)
-    variables = dict(model.init(jax.random.key(0), jnp.ones((1, *PROBLEM.image_shape))))
-    variables["batch_stats"] = jax.tree.map(lambda x: x + 3, variables["batch_stats"])
-    _, changed = model.apply(variables, jnp.int32(0), 0.9, method="update_teacher", mutable=["teacher"])
-    teacher, student = changed["teacher"]["average"], variables["batch_stats"]["backbone"]
-    jax.tree.map(np.testing.assert_array_equal, teacher["batch_stats"]["backbone"], student)
-
-
-@pytest.mark.thorough
-def test_mean_teacher_without_a_stream_and_with_its_own_mistakes():
+def test_mean_teacher_without_a_stream():
     labeled = {name: x for name, x in batch().items() if name != "unlabeled"}
     _, _, sums = run(mean_teacher(PROBLEM, ramp="0"), labeled)
     assert sums["consistency"] > 0  # dropout and the two views
     assert sums["consistency_weight"] / 8 == 100
-    small = {**batch(), "unlabeled": {**batch()["unlabeled"], "image": np.zeros((24, 4, 6, 1), np.uint8)}}
-    with pytest.raises(UserError, match=r"has images \[4, 6, 1\]"):
-        run(mean_teacher(PROBLEM), small)
 
 
 @pytest.mark.thorough
@@ -194,11 +160,8 @@ def test_eight_devices_train_as_one(make):
 
 def test_mistakes_get_a_sentence():
     without = {name: x for name, x in batch().items() if name != "unlabeled"}
-    small = {**batch(), "unlabeled": {**batch()["unlabeled"], "image": np.zeros((24, 4, 6, 1), np.uint8)}}
     with pytest.raises(UserError, match=r"fixmatch reads the stream data\.extra\.unlabeled, which this run lacks"):
         run(fixmatch(PROBLEM), without)
-    with pytest.raises(UserError, match=r"has images \[4, 6, 1\] and data\.train \[6, 6, 1\]"):
-        run(fixmatch(PROBLEM), small)
     with pytest.raises(UserError, match=r"fixmatch\(threshold=95\): must be 0 to 1"):
         fixmatch(PROBLEM, threshold=95)
     with pytest.raises(UserError, match="normalize occurs twice"):

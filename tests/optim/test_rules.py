@@ -1,8 +1,6 @@
 """Rules by parameter: which one applies, what a layer is, and their effect on a run."""
 
-import json
 import math
-import re
 from typing import Any
 
 import jax
@@ -14,8 +12,6 @@ from cases import thorough
 from flax import linen as nn
 from tolerance import rounding
 
-import launch
-from imgclf_jax import config as configs
 from imgclf_jax.core import sharding, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
@@ -45,29 +41,11 @@ def test_the_first_rule_that_matches_a_whole_path_counts():
     assert out
 
 
-def clipped(learning_rate, weight_decay=0.0):
-    decay = optax.add_decayed_weights(weight_decay)
-    return optax.chain(optax.clip_by_global_norm(1.0), decay, optax.sgd(learning_rate))
-
-
-def test_a_decay_before_the_optimizer_leaves_its_norm_to_all_parameters():
-    params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
-    text = f"add_decayed_weights(0.1)|{__name__}:clipped"
-    optimizer = optimizers.build(text, optax.constant_schedule(1.0), 0.0, rules.Rules(decay={"b": 0.0}))
-    grads = jax.tree.map(jnp.ones_like, params)
-    updates, _ = optimizer.update(grads, optimizer.init(params), params)
-    assert float(optax.tree.norm(updates)) == pytest.approx(1.0)
-
-
 @pytest.mark.parametrize(("keys", "message"), [
-    ({"lr": "backbone=0.1"}, r"rules\.lr: 'backbone' matches no parameter; .* whole path, such as 'backbone/block0"),
-    ({"lr": "stem/.*=0.1"}, r"rules\.lr: 'stem/\.\*' matches no parameter; the parameters are backbone/block0/ker"),
+    ({"lr": "backbone=0.1"}, r"rules\.lr: 'backbone' matches no parameter by its whole path; they are backbone/block0"),
     ({"lr": "head/.*=1, head/bias=2"}, r"'head/bias' has no effect: earlier rules match all its parameters"),
     ({"lr": "head/.*"}, r"rules\.lr: 'head/\.\*' is not PATTERN=NUMBER"),
-    ({"lr": "head/.*=big"}, r"'head/\.\*=big' is not PATTERN=NUMBER"),
     ({"decay": "head/.*=-1"}, r"rules\.decay: 'head/\.\*=-1' is not PATTERN=NUMBER with a number of 0 or more"),
-    ({"decay": "head/.*=nan"}, "is not PATTERN=NUMBER"),
-    ({"decay": "=1"}, "is not PATTERN=NUMBER"),
     ({"freeze": "head/(bias"}, r"rules\.freeze: 'head/\(bias' is not a regular expression: "),
     ({"freeze": ".*"}, "matches every parameter: nothing is left to train"),
 ])  # fmt: skip
@@ -191,25 +169,6 @@ def test_the_order_of_use_is_that_of_the_model(fake_config):
     }  # fmt: skip
 
 
-# --- what a run does with them ---
-
-
-@pytest.mark.thorough
-def test_lr_multiplies_the_update(fake_config):
-    """Exact after one step of SGD from the same gradient: factors that are powers of two round nothing."""
-    changed = []
-    for text in ("", "backbone/block9/.*=0.25, head/.*=4, .*bias=0"):
-        exp = programs(fake_config, optimizer="sgd", schedule="constant(0.125)", rules__lr=text)
-        before, after = trained(exp, steps=1)
-        changed.append({k: (a, b) for (k, a), (_, b) in zip(*map(tree.named_leaves, (before.params, after.params)),
-                                                            strict=True)})  # fmt: skip
-    plain, ruled = changed
-    for name, (start, end) in plain.items():
-        factor = next((f for p, f in (("block9", 0.25), ("head", 4), ("bias", 0)) if p in name), 1)
-        np.testing.assert_allclose(ruled[name][1] - start, factor * (end - start), rtol=1e-3, atol=1e-7, err_msg=name)
-    assert np.array_equal(*ruled["backbone/stem/bias"])
-
-
 @pytest.mark.thorough
 @pytest.mark.parametrize("steps", [1, 4])
 def test_frozen_parameters_keep_every_bit(fake_config, steps):
@@ -250,17 +209,6 @@ def test_the_gradient_that_is_logged_and_clipped_is_that_of_what_is_trained(fake
         np.testing.assert_allclose(moved, -g * 0.01 / norm, rtol=1e-3, atol=1e-6)
 
 
-class Running(nn.Module):
-    """A norm of your own with linen's argument."""
-
-    @nn.compact
-    def __call__(self, x, use_running_average):
-        mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[1:])
-        if not (use_running_average or self.is_initializing()):
-            mean.value = jnp.mean(x, 0)
-        return (x - mean.value) * self.param("scale", nn.initializers.ones, x.shape[1:])
-
-
 class Deterministic(nn.Module):
     @nn.compact
     def __call__(self, x, deterministic):
@@ -273,23 +221,6 @@ class Training(nn.Module):
         return nn.Dropout(0.5)(nn.Dense(4)(x), deterministic=not training)
 
 
-class Spectral(nn.Module):
-    @nn.compact
-    def __call__(self, x, update_stats):
-        return nn.SpectralNorm(nn.Dense(4))(x, update_stats=update_stats)
-
-
-class InAField(nn.Module):
-    """The mode in a field, from which only linen's own modules get it."""
-
-    train: bool
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.BatchNorm(not self.train, momentum=0.5)(nn.Dense(4)(x))
-        return nn.Dropout(0.5, deterministic=not self.train)(x)
-
-
 class Partly(nn.Module):
     part: Any  # a function of train to a function of the input
 
@@ -299,11 +230,9 @@ class Partly(nn.Module):
 
 
 @pytest.mark.parametrize("part", [
-    lambda train: lambda x: Running(name="part")(x, not train),
     lambda train: lambda x: Deterministic(name="part")(x, not train),
     lambda train: lambda x: Training(name="part")(x, training=train),
-    lambda train: lambda x: Spectral(name="part")(x, train),
-    lambda train: lambda x: InAField(train, name="part")(x),
+    lambda train: lambda x: nn.BatchNorm(name="part")(x, use_running_average=not train),
     lambda train: lambda x: nn.MultiHeadDotProductAttention(
         2, dropout_rate=0.5, deterministic=not train, name="part")(x[:, None])[:, 0],
 ])  # fmt: skip
@@ -355,21 +284,3 @@ def test_decay_multiplies_the_weight_decay():
 def test_decay_rules_need_a_weight_decay(text, message):
     with pytest.raises(UserError, match=message):
         optimizers.build(text, optax.constant_schedule(0.1), 0.0, rules.Rules(decay={"a": 0.0}))
-
-
-@pytest.mark.thorough
-def test_rules_from_the_command_line(tmp_path, capsys):
-    """They pass through flags and config.json, are logged once, and a frozen backbone keeps its digest."""
-    flags = ["--config.total=2 steps", "--config.schedule=constant(1e-3)", "--config.optimizer=adamw",
-             "--config.eval_every=", "--config.log_every=",
-             "--config.rules.lr=head/.*=1, backbone/block\\d{1,2}/kernel=0.5", "--config.rules.decay=.*(bias|scale)=0",
-             "--config.rules.layer_decay=0.75", "--config.rules.freeze=backbone/dense/.*"]  # fmt: skip
-    assert launch.main(["train", f"--workdir={tmp_path}", *flags]) == 0
-    assert launch.main(["train", f"--workdir={tmp_path}", *flags]) == 0  # done already
-    log = capsys.readouterr().err
-    assert log.count("rules:\n") == 1
-    assert re.search(r"backbone/dense/bias +\[64\] +frozen\n", log)
-    config = configs.from_json((tmp_path / "config.json").read_text(), "")
-    assert config.rules.lr == "head/.*=1, backbone/block\\d{1,2}/kernel=0.5"
-    assert json.loads((tmp_path / "result.json").read_text())["step"] == 2
-    assert launch.main(["train", f"--workdir={tmp_path / 'b'}", "--config.rules.freeze=backbone"]) == 1

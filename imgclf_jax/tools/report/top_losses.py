@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from imgclf_jax.augment.pixels import to_pixels
+from imgclf_jax.augment.ops import to_pixels
 from imgclf_jax.data.stream import Images
 from imgclf_jax.programs import Programs
 from imgclf_jax.scores.classification import Predictions

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import datasets
-from imgclf_jax.augment.pixels import to_pixels
+from imgclf_jax.augment.ops import to_pixels
 from imgclf_jax.core import paths, sharding, terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable

@@ -17,7 +17,7 @@ from PIL import Image
 import launch
 from imgclf_jax import config as configs
 from imgclf_jax import losses, metrics
-from imgclf_jax.augment.pixels import to_pixels
+from imgclf_jax.augment.ops import to_pixels
 from imgclf_jax.core.text import decimals
 from imgclf_jax.tools.report import findings as report_findings
 from imgclf_jax.tools.report import top_losses as report_top_losses
