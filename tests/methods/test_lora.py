@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 import launch
 from imgclf_jax import config
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import lora
 from imgclf_jax.methods.lora import Adapted
 from imgclf_jax.models.classifier import Classifier
