@@ -24,30 +24,17 @@ def npz(path, **data):
     return f"arrays({str(path / 'data.npz')!r})"
 
 
-@pytest.mark.parametrize("channels", [None, 1, 3])
-def test_arrays_are_read_from_npz(tmp_path, channels):
-    x, y = X if channels is None else np.repeat(X[..., None], channels, -1), Y.astype(np.uint8)
-    base = sources.open_splits(npz(tmp_path, x_train=x, y_train=y, x_extra=x[:2], y_extra=y[:2], other=np.zeros(3)))
-    assert {name: s.size for name, s in base.items()} == {"train": 6, "extra": 2}
-    examples = read_examples(base["train"], np.array([4, 1, 4]))
-    np.testing.assert_array_equal(examples["image"], (x if channels else x[..., None])[[4, 1, 4]])
-    assert (examples["label"].tolist(), examples["label"].dtype) == ([0, 2, 0], np.int32)
-    assert base["extra"].class_names == ("0", "1", "2")  # those of all splits
-
-
 @pytest.mark.parametrize(("data", "message"), [
     ({"pictures": X, "labels": Y}, "holds ['labels', 'pictures']; expected x_NAME and y_NAME, such as x_train and y_"),
     ({"x_train": X / 255, "y_train": Y}, "x_train is float64[6, 4, 5] and y_train is int64[6]"),
     ({"x_train": X[0], "y_train": Y}, "x_train is uint8[4, 5] and y_train is int64[6]"),
     ({"x_train": X, "y_train": Y[:5]}, "x_train is uint8[6, 4, 5] and y_train is int64[5]"),
     ({"x_train": X[:0], "y_train": Y[:0]}, "x_train is uint8[0, 4, 5] and y_train is int64[0]"),
-    ({"x_train": X, "y_train": Y / 2}, "y_train is float64[6]; expected"),
     ({"x_train": X, "y_train": Y - 1}, "y_train: Source: labels are from -1 to 1 for 2 class_names"),
     ({"x_train": X, "y_train": Y, "class_names": ["a", "b"]}, "y_train: Source: labels are from 0 to 2 for 2"),
     ({"x_train": X, "y_train": Y, "train_images": X, "train_labels": Y}, "since all are of the split 'train'"),
     # A huge label, made by mistake, allocates no names for classes without examples.
     ({"x_train": X, "y_train": np.where(Y == 2, 2**62, Y)}, f"the greatest of 6 labels is {2**62}; number the classes"),
-    ({"x_train": X, "y_train": np.where(Y == 2, 1000, Y)}, "the greatest of 6 labels is 1000; number the classes"),
     *(({"x_train": X, "y_train": Y, "class_names": names}, "the names are not text") for names in (
         np.array([b"a", b"b", b"\xff"]), np.array([0, 0, 0x110000], "<u4").view("<U1"), ["a", "b", "\ud800"])),
     ({"x_train": X, "y_train": Y, "class_names": np.array(["a", "b", None], object)}, "Object arrays cannot be loaded"),
@@ -84,16 +71,18 @@ def test_what_is_no_npz_file_is_named(tmp_path, content):
     ("images labels", ("train",)),
 ])  # fmt: skip
 def test_names_that_others_use(tmp_path, layout, splits):
-    data = {}
+    data, channels = {}, np.repeat(X[..., None], 3, -1)
     for i, split in enumerate(splits):
         images, labels = layout.format(split).split()
-        data |= {images: X[i:], labels: Y[i:, None]}
+        data |= {images: channels[i:] if i else X, labels: Y[i:, None].astype(np.uint8)}
     base = sources.open_splits(npz(tmp_path, **data, other=np.array([{}], dtype=object)))  # `other` is not read
     assert tuple(base) == tuple(sorted(splits))
     for i, split in enumerate(splits):
         examples = read_examples(base[split], np.arange(base[split].size))
-        np.testing.assert_array_equal(examples["image"], X[i:, ..., None])
+        np.testing.assert_array_equal(examples["image"], channels[i:] if i else X[..., None])
         np.testing.assert_array_equal(examples["label"], Y[i:])
+        assert examples["label"].dtype == np.int32
+        assert base[split].class_names == ("0", "1", "2")  # those of all splits
 
 
 def header(shape, descr="|u1"):
@@ -112,9 +101,8 @@ def test_a_header_that_claims_what_the_file_does_not_hold(tmp_path, start):
     with zipfile.ZipFile(tmp_path / "data.npz", "w") as content:
         content.writestr("x_train.npy", start + bytes(120))
         content.write(tmp_path / "y.npy", "y_train.npy")
-    text = f"arrays({str(tmp_path / 'data.npz')!r})"
     with pytest.raises(UserError, match=r"cannot read '.*' as an \.npz file|x_train is .*; expected uint8") as e:
-        sources.open_splits(text)
+        sources.open_splits(f"arrays({str(tmp_path / 'data.npz')!r})")
     assert len(str(e.value)) < 500
 
 

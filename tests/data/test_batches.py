@@ -13,8 +13,9 @@ import tensorflow
 from cases import thorough
 from PIL import Image
 
+from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import read_ahead, sampling, sources, stream
+from imgclf_jax.data import placement, read_ahead, sampling, sources, stream
 from imgclf_jax.data.arrays import array_source
 from imgclf_jax.data.source import Source
 
@@ -174,3 +175,13 @@ def test_a_users_host_op(image):
         stream.Images(source, f"decode(1)|{__name__}:own('float')")
     batch = stream.Images(source, "decode(1)").read(np.zeros(1, int), np.zeros(1, int))
     assert np.unique(batch["image"]).tolist() == [7]
+
+
+@pytest.mark.parametrize(("source", "ops", "message"), [
+    ("fake(40, (9, 8, 1))", RANDOM_OPS, "is random; use data.placement='host', or move the randomness to augment"),
+    (f"fake({2**30}, (256, 256, 3))", "decode(3)", "data.placement='device': 1,073,741,824 decoded images needs 21"),
+])  # fmt: skip
+def test_what_device_placement_refuses(source, ops, message):
+    images = stream.Images(sources.open_splits(source)["train"], ops)
+    with pytest.raises(UserError, match=message):
+        next(placement.batches("device", images, stream.StreamSpec(5, 24), [0], sharding.make_mesh()))

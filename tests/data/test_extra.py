@@ -1,19 +1,13 @@
 """Extra streams: the specs in `data.extra`, and their batches next to those of the training split."""
 
-import json
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_sampling import FLAGS
 
-import launch
 from imgclf_jax import datasets, programs
 from imgclf_jax.core import rng, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import placement, sources, stream
-from imgclf_jax.methods import Loss, Method
 
 MORE = {"unlabeled": "fake(30, (5, 6, 3), 4)/train|batch_size(24)|preprocess('decode(3)|resize(4, 7)')"
                      "|sampling('balanced')", "held": "train[50%:]"}  # fmt: skip
@@ -106,11 +100,9 @@ def test_any_process_reads_its_rows_of_every_stream(config):
     ("more", "train|batch_size(12)", "data.extra.more: batch_size=12 is not divisible by the 8 devices"),
     ("more", "train|batch_size(0)", "batch_size must be 1 or more"),
     ("more", "train|batch_size('8')", "write batch_size(256), not batch_size('8')"),
-    ("more", "train|batch_size(8)|batch_size(8)", "batch_size occurs twice"),
     ("more", "train|batchsize(8)", "unknown option 'batchsize': did you mean 'batch_size'"),
     ("more", "train|sampling('balance')", "unknown sampling 'balance': did you mean 'balanced'"),
     ("more", "trian", "data.extra.more: unknown split 'trian': did you mean 'train'"),
-    ("more", "folder('nowhere')", "data.extra.more: folder: there is no directory 'nowhere'"),
     ("more", "train|preprocess('decode(7)')", "data.extra.more: "),
     ("more", "train|sampling(\"weighted('none.npy')\")", "data.extra.more sampling=\"weighted('none.npy')\": can"),
 ])  # fmt: skip
@@ -125,35 +117,3 @@ def test_a_mistake_names_its_stream(config, name, text, message):
     with pytest.raises(UserError) as e:
         check()
     assert message in str(e.value)
-
-
-def consistent(problem):
-    """Softmax plus the entropy of the predictions on the stream `unlabeled`: it reads both batches."""
-
-    def loss(model, batch, fixed):
-        logits = model(batch["image"], train=True)
-        free = jax.nn.log_softmax(model(batch["unlabeled"]["image"], train=True))
-        own = problem.supervised(logits, batch)
-        return Loss(own - jnp.mean(jnp.sum(jnp.exp(free) * free, -1)), logits)
-
-    return Method(loss)
-
-
-@pytest.mark.thorough
-@pytest.mark.usefixtures("one_device")
-def test_a_run_that_a_method_reads_a_stream_in_resumes_exactly(tmp_path, capsys):
-    """Stopped at step 3 and resumed under the other placement, with the same bits; another stream is refused."""
-
-    def train(name, *more, n=48):
-        return launch.main([*FLAGS, f"--workdir={tmp_path / name}", f"--config.method={__name__}:consistent",
-                            f"--config.data.extra.unlabeled=fake({n}, (6, 6, 1), 4)/test|batch_size(24)",
-                            "--config.total=6 steps", "--config.checkpoint_every=3 steps", *more])  # fmt: skip
-
-    assert train("whole") == 0
-    assert train("cut", "--config.total=3 steps") == 0
-    assert train("cut", "--extend", "--config.data.placement=device") == 0
-    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "cut")]
-    assert results[0]["params_sha256"] == results[1]["params_sha256"]
-    capsys.readouterr()
-    assert train("whole", n=49) == 1
-    assert "data.extra" in capsys.readouterr().err

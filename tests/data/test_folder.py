@@ -59,16 +59,6 @@ def test_split_folders_share_the_classes_of_them_all(tmp_path):
             assert source.class_names[label] == file.split("/")[0]
 
 
-@pytest.mark.parametrize("name", ["ä ö|('1').png", "\u2028.png", os.fsdecode(b"\xff\xfe.png")])
-def test_any_file_name_is_read(flat, name):
-    write(flat / "cat" / "new.png")
-    (flat / "cat" / "new.png").rename(flat / "cat" / name)
-    source = folder(str(flat))["train"]
-    i = files(source, flat).index(f"cat/{name}")
-    assert source.read(np.array([i]))["image"] == [(flat / "cat" / name).read_bytes()]
-    assert len(source.fingerprint) == 64
-
-
 def test_a_few_of_each_class_to_train_on(flat):
     """This many per class, and all others for testing; the same ones every time, others for another draw."""
     whole, splits = files(folder(str(flat))["train"], flat), folder(str(flat), train_per_class=1)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from test_folder import flat, write  # noqa: F401  a fixture
 
-from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import image_check, sources, stream
 from imgclf_jax.data.folder import folder
@@ -72,39 +71,6 @@ def test_a_changed_or_new_file_alone_is_checked_again(flat, decoded, monkeypatch
     assert len(decoded) == 13
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "3", '{"cat/0.png": 1}'])
-def test_a_damaged_record_means_checking_again(flat, decoded, content):
-    folder(str(flat))
-    (record,) = (p for p in Path(os.environ["XDG_CACHE_HOME"]).rglob("*") if p.is_file())
-    record.write_text(content)
-    folder(str(flat))
-    assert len(decoded) == 24
-
-
-def test_a_cache_folder_that_cannot_be_written_costs_the_record_alone(flat, decoded, monkeypatch, tmp_path):
-    (tmp_path / "cache").write_text("a file where a folder should be")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert folder(str(flat))["train"].size == 12
-    folder(str(flat))
-    assert len(decoded) == 24
-
-
-def test_a_file_that_may_not_be_read_is_tried_again(flat, monkeypatch):
-    """Permissions change without changing the file's time."""
-    read = paths.read
-
-    def refused(file):
-        if file.name == "3.png":
-            raise PermissionError(13, "Permission denied", str(file))
-        return read(file)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(paths, "read", refused)
-        with pytest.raises(UserError, match=r"cat/3.png \(Permission denied\)"):
-            folder(str(flat))
-    assert folder(str(flat))["train"].size == 12
-
-
 @pytest.mark.parametrize("ops", ["decode(3)", "decode(3)|random_resized_crop(4)"])
 def test_a_file_that_breaks_in_mid_stream_is_named_after_the_batches_before_it(flat, ops):
     source = sources.take_split(folder(str(flat)), "train[:50%]+train[50%:]")
@@ -115,11 +81,3 @@ def test_a_file_that_breaks_in_mid_stream_is_named_after_the_batches_before_it(f
     with pytest.raises(UserError) as e:
         next(batches)
     assert str(e.value).startswith(f"{file}: the image does not decode")
-
-
-def test_images_of_different_shapes_are_refused_with_the_fix(flat):
-    source = folder(str(flat))["train"]
-    write(Path(source.example_name(5)), size=(9, 6))
-    with pytest.raises(UserError) as e:
-        list(stream.train_batches(stream.Images(source, "decode(3)"), 0, 4, 0, 3))
-    assert "different shapes, such as (8, 6, 3) and (9, 6, 3); add resize(height, width)" in str(e.value)

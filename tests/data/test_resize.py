@@ -11,35 +11,12 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode as ops
 from imgclf_jax.data.resizing import central_crop, random_resized_crop, resize, resize_small
 
-KERNELS = {  # method → (half its width, the kernel)
-    "bilinear": (1, lambda x: 1 - x),
-    "bicubic": (2, lambda x: np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2)),
-    "lanczos": (3, lambda x: np.sinc(x) * np.sinc(x / 3)),
-}
-
-
-def filtered(image, size, method, axis):
-    """Each output pixel is the mean of the input, weighted by the kernel around its centre, widened when shrinking."""
-    (support, kernel), n = KERNELS[method], image.shape[axis]
-    centres = (np.arange(size) + 0.5) * n / size
-    x = np.abs(np.arange(n) + 0.5 - centres[:, None]) / max(1, n / size)  # [size, n]
-    weights = np.where(x < support, kernel(x), 0)
-    weights /= weights.sum(1, keepdims=True)
-    return np.moveaxis(np.tensordot(weights, image, (1, axis)), 0, axis)
-
 
 @pytest.mark.parametrize("sizes", [((17, 23), (8, 9)), ((9, 11), (20, 31)), ((30, 7), (7, 30)), ((1, 9), (3, 4))])
-@pytest.mark.parametrize("method", KERNELS)
-def test_resize_is_the_antialiased_filter(method, sizes):
-    """Against the definition and TensorFlow, up to rounding; filters that overshoot get greys that cannot clip."""
-    old, new = sizes
-    for channels in (1, 3):
-        image = noise(*old, channels) if method == "bilinear" else noise(*old, channels, high=96) + np.uint8(80)
-        out = resize(image, *new, method)
-        expected = filtered(filtered(image.astype(np.float64), new[1], method, 1), new[0], method, 0)
-        assert worst(out, expected) <= (1 if method == "bilinear" else 1.5)
-        if method == "bilinear":
-            assert worst(out, tf.image.resize(image, new, antialias=True).numpy()) <= 1
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resize_is_tensorflows_with_antialiasing(channels, sizes):
+    image = noise(*sizes[0], channels)
+    assert worst(resize(image, *sizes[1]), tf.image.resize(image, sizes[1], antialias=True).numpy()) <= 1
 
 
 def test_resize_nearest_rgba_and_refusal():
@@ -113,23 +90,6 @@ def test_random_resized_crop_is_pillows_crop_and_resize(method):
         expected = np.asarray(picture.resize((24, 16), Image.Resampling[method.upper()]))
         got = random_resized_crop(np.random.default_rng(seed), image, 16, 24, method=method)
         np.testing.assert_array_equal(got, expected)
-
-
-def test_random_resized_crop_has_the_distribution_that_it_says():
-    """Area uniform in `scale`, ratio log-uniform in `ratio`, position uniform: ranges, means and quartiles."""
-    n, side = 1000, 200
-    crops = [measured_crop(seed, side, side, scale=(0.2, 0.6), ratio=(3 / 4, 4 / 3)) for seed in range(n)]
-    top, left, h, w = np.array(crops, float).T
-    uniforms = {  # each is uniform in [0, 1], up to the rounding of the sides to whole pixels
-        "area": (h * w / side**2 - 0.2) / 0.4,
-        "ratio": (np.log(w / h) / np.log(4 / 3) + 1) / 2,
-        "top": (top + 0.5) / (side - h + 1),
-        "left": (left + 0.5) / (side - w + 1),
-    }
-    for name, u in uniforms.items():
-        assert -0.03 < u.min() <= u.max() < 1.03, name
-        assert abs(u.mean() - 0.5) < 5 * np.sqrt(1 / 12 / n), name
-        assert abs((u < 0.25).mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / n), name
 
 
 def test_random_resized_crop_falls_back_to_the_largest_central_crop():

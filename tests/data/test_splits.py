@@ -60,17 +60,6 @@ def test_splits_resolve_as_tfds_resolves_them(text, small, large):
         assert [(p.name, p.start, p.stop) for p in splits.resolve(text, sizes)] == expected
 
 
-@pytest.mark.parametrize(("text", "parts"), [
-    ("train[:]", [("train", 0, 1000)]),
-    (" train [ 1% : -5% ] ", [("train", 10, 950)]),
-    ("test[:-1%]", [("test", 0, 5)]),  # rounds to no example from the end
-    ("test[-0:]", [("test", 0, 5)]),
-])  # fmt: skip
-def test_split_examples(text, parts):
-    found = splits.resolve(text, {"train": 1000, "test": 5})
-    assert [(p.name, p.start, p.stop) for p in found] == parts
-
-
 @pytest.mark.parametrize(("text", "message"), [
     ("", "does not parse"), ("train[5]", "does not parse"), ("train[1:2:3]", "does not parse"),
     ("train[:2.5]", "does not parse"), ("train+", "does not parse"), ("train[:1shard]", "does not parse"),

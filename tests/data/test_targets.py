@@ -1,7 +1,6 @@
 """Targets f32[n, k] instead of labels, from files and the user's own sources, in every batch."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
@@ -13,7 +12,6 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import placement, sampling, sources, stream
 from imgclf_jax.data.source import Source, read_examples
 from imgclf_jax.programs import programs_for_images
-from imgclf_jax.run import provenance
 from imgclf_jax.train.evaluation import check_targets
 
 N, K = 40, 3
@@ -27,24 +25,15 @@ def regression(targets=T):
     return Source(N, lambda ids: {"image": X[ids]}, NAMES, "own", targets)
 
 
-@pytest.mark.parametrize(("layout", "dtype", "shape"), [
-    ("x_{0} {0}_targets", "f8", (K,)),
-    ("{0}_images {0}_targets", "f4", (K,)),
-    ("{0}_images {0}_targets", "f4", ()),
-    ("{0}_images {0}_targets", "u1", (14,)),  # multi-label
-])  # fmt: skip
-def test_arrays_read_targets(tmp_path, layout, dtype, shape):
+@pytest.mark.parametrize(("dtype", "shape"), [("f8", (K,)), ("f4", ()), ("u1", (14,))])
+def test_arrays_read_targets(tmp_path, dtype, shape):
     y = (np.random.default_rng(2).normal(size=(N, *shape)) * 5).astype(dtype)
-    data = {key: value for split in ("train", "test") for key, value in zip(layout.format(split).split(), (X, y),
-                                                                            strict=True)}  # fmt: skip
-    base = sources.open_splits(npz(tmp_path, **data))
-    for split in ("train", "test"):
-        examples = read_examples(base[split], np.array([3, 1, 3]))
-        assert examples.keys() == {"image", "target"}
-        assert examples["target"].dtype == np.float32
-        np.testing.assert_array_equal(examples["target"], y.reshape(N, -1)[[3, 1, 3]].astype(np.float32))
-        names = tuple(map(str, range(*shape))) if shape else ("target",)
-        assert base[split].target_names == base[split].class_names == names
+    source = sources.open_splits(npz(tmp_path, x_train=X, train_targets=y, test_images=X, test_targets=y))["test"]
+    examples = read_examples(source, np.array([3, 1, 3]))
+    assert examples.keys() == {"image", "target"}
+    assert examples["target"].dtype == np.float32
+    np.testing.assert_array_equal(examples["target"], y.reshape(N, -1)[[3, 1, 3]].astype(np.float32))
+    assert source.target_names == (tuple(map(str, range(*shape))) if shape else ("target",))
 
 
 @pytest.mark.parametrize(("data", "message"), [
@@ -95,12 +84,6 @@ def test_batches_hold_the_targets_of_their_examples(monkeypatch, place, cached):
             np.testing.assert_array_equal(batch["image"][seed - 5 :: 2], X[ids])
 
 
-def test_evaluation_sees_every_target_once():
-    batches = list(stream.eval_batches(stream.Images(regression(), "decode(1)"), 16))
-    masks = np.concatenate([batch["mask"] for batch in batches])
-    np.testing.assert_array_equal(np.concatenate([batch["target"] for batch in batches])[masks], T)
-
-
 def test_targets_of_all_examples_and_streams_fit_the_loss(fake_config):
     """Those from the 64th example on were trained by, to a negative cross-entropy."""
     soft = np.eye(3, dtype=np.float32)[np.arange(N) % 3]
@@ -114,10 +97,3 @@ def test_targets_of_all_examples_and_streams_fit_the_loss(fake_config):
         with pytest.raises(UserError, match=r"^loss='sigmoid': cats/37.jpg has the target \[-3.0, 37.0, -3.0\], out"):
             check_targets(programs, images)
     check_targets(programs, stream.Images(fits, "decode(1)"))
-
-
-def test_the_record_says_what_the_targets_are(tmp_path):
-    info = stream.Images(regression(), "decode(1)").describe()
-    assert info.target_names == info.class_names == NAMES
-    (tmp_path / "provenance.json").write_text(json.dumps({"data": dataclasses.asdict(info)}))
-    assert provenance.load_data_info(tmp_path / "provenance.json") == info

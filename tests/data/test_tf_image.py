@@ -55,18 +55,6 @@ def test_crops_are_distributed_as_tensorflows(h, w, area, ratio):
     assert (own[:, :2] + own[:, 2:] <= (h, w)).all()
 
 
-def test_a_crop_is_cut_out_and_resized():
-    for i in range(5):
-        generator, again = (rngs.generator(0, "crop", i) for _ in range(2))
-        out = resizing.inception_crop(generator, NOISE, 30, 40)
-        top, left, h, w = resizing._crop(again, 137, 211, (0.05, 1.0), again.uniform(0.75, 1.33))
-        np.testing.assert_array_equal(out, resizing.bilinear(NOISE[top : top + h, left : left + w], 30, 40))
-    # An image so narrow that no draw fits is taken whole.
-    narrow = NOISE[:, :2]
-    out = resizing.inception_crop(rngs.generator(0, "crop", 0), narrow, 8, area=(0.9, 1.0))
-    np.testing.assert_array_equal(out, resizing.bilinear(narrow, 8, 8))
-
-
 @pytest.mark.parametrize("method", ["bilinear", "area"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_sizes_are_tensorflows(method, channels):
