@@ -1,7 +1,4 @@
-"""Prefetches batches while the device computes: by tf.data, or by threads.
-
-Threads do if TensorFlow is not installed.
-"""
+"""Prefetches batches while the device computes: by tf.data, or by threads if TensorFlow is not installed."""
 
 import collections
 import concurrent.futures

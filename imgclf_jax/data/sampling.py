@@ -107,7 +107,6 @@ class Sampler:
     ids: Ids
     epoch: int  # positions in an epoch of the stream: a batch's `epoch` is position // epoch
     digest: str = ""  # of the numbers that it samples by, besides the data
-    drawn: np.ndarray | None = None  # the ids that it may draw; None: all
 
 
 def permutation(source: Source) -> Sampler:
@@ -163,7 +162,7 @@ def weighted(source: Source, by: str = "weight") -> Sampler:
         bits = _keys(seed, "weighted", positions) >> np.uint64(11)
         return np.searchsorted(total, bits * (2.0**-53 * total[-1]), side="right")
 
-    return Sampler(ids, source.size, _digest(weights), np.flatnonzero(weights))
+    return Sampler(ids, source.size, _digest(weights))
 
 
 def subset(source: Source, ids: str) -> Sampler:
@@ -182,7 +181,7 @@ def subset(source: Source, ids: str) -> Sampler:
         epoch, index = np.divmod(positions, m)
         return chosen[shuffle(index, np.full(index.shape, m), _keys(seed, "subset", epoch))]
 
-    return Sampler(ids_at, m, _digest(chosen), chosen)
+    return Sampler(ids_at, m, _digest(chosen))
 
 
 SAMPLINGS = {"permutation": permutation, "balanced": balanced, "weighted": weighted, "subset": subset}

@@ -29,7 +29,6 @@ def npz(path, **data):
     ({"x_train": X / 255, "y_train": Y}, "x_train is float64[6, 4, 5] and y_train is int64[6]"),
     ({"x_train": X[0], "y_train": Y}, "x_train is uint8[4, 5] and y_train is int64[6]"),
     ({"x_train": X, "y_train": Y[:5]}, "x_train is uint8[6, 4, 5] and y_train is int64[5]"),
-    ({"x_train": X[:0], "y_train": Y[:0]}, "x_train is uint8[0, 4, 5] and y_train is int64[0]"),
     ({"x_train": X, "y_train": Y - 1}, "y_train: Source: labels are from -1 to 1 for 2 class_names"),
     ({"x_train": X, "y_train": Y, "class_names": ["a", "b"]}, "y_train: Source: labels are from 0 to 2 for 2"),
     ({"x_train": X, "y_train": Y, "train_images": X, "train_labels": Y}, "since all are of the split 'train'"),

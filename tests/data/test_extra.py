@@ -98,7 +98,6 @@ def test_any_process_reads_its_rows_of_every_stream(config):
     ("a-b", "train", "data.extra.a-b: it must be a Python name"),
     ("more", "", "data.extra.more='' names no source; write"),
     ("more", "train|batch_size(12)", "data.extra.more: batch_size=12 is not divisible by the 8 devices"),
-    ("more", "train|batch_size(0)", "batch_size must be 1 or more"),
     ("more", "train|batch_size('8')", "write batch_size(256), not batch_size('8')"),
     ("more", "train|batchsize(8)", "unknown option 'batchsize': did you mean 'batch_size'"),
     ("more", "train|sampling('balance')", "unknown sampling 'balance': did you mean 'balanced'"),

