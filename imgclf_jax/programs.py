@@ -103,14 +103,14 @@ class Programs:
     def _init(
         self, seed: jax.Array, images: jax.Array | None = None, weights: Mapping[str, Array] | None = None
     ) -> step.TrainState:
-        def init(seed: jax.Array) -> step.TrainState:
-            recipe, shape = self.recipe, self.recipe.data.image_shape
-            parts = recipe.model, recipe.optimizer, shape, seed, recipe.average
-            return step.init_state(*parts, images, weights, recipe.method.predicts)
-
-        if self.recipe.num_seeds == 1:
-            return init(seed)
-        states: step.TrainState = jax.vmap(init)(seed + jnp.arange(self.recipe.num_seeds, dtype=jnp.uint32))
+        recipe = self.recipe
+        init = functools.partial(step.init_state, recipe.model, recipe.optimizer, recipe.data.image_shape,
+                                 average=recipe.average, images=images, weights=weights,
+                                 head=recipe.method.predicts)  # fmt: skip
+        if recipe.num_seeds == 1:
+            return init(seed=seed)
+        seeds = seed + jnp.arange(recipe.num_seeds, dtype=jnp.uint32)
+        states: step.TrainState = jax.vmap(lambda seed: init(seed=seed))(seeds)
         return states
 
     def init_state(
@@ -293,9 +293,9 @@ class Programs:
 
         No result depends on it but for rounding. On CPU small batches are faster, since they fit the caches.
         """
-        batch_size = self.recipe.config.batch_size
-        most = 128 * self.mesh.size if self.platform == "cpu" else batch_size
-        return sharding.round_up(max(1, min(batch_size, most) // len(self.recipe.views)), self.mesh)
+        size = self.recipe.config.batch_size
+        size = min(size, 128 * self.mesh.size) if self.platform == "cpu" else size
+        return sharding.round_up(max(1, size // len(self.recipe.views)), self.mesh)
 
     @property
     def eval_batch_shape(self) -> Batch:

@@ -177,21 +177,12 @@ class Recipe:
         return method if self.supervised else dataclasses.replace(method, loss=self.named("method", method.loss))
 
     @cached_property
-    def method_steps(self) -> dict[str, int]:
-        """The durations that the method has asked for, '100%' for `total`, each in steps."""
-        return {}
-
-    def _steps_of_method(self, duration: str) -> int:
-        steps = self.method_steps[str(duration)] = self._steps_for("method")(duration)
-        return steps
-
-    @cached_property
     def _problem(self) -> Problem:
         return Problem(
             classes=len(self.data.class_names), class_names=self.data.class_names, image_shape=self.data.image_shape,
             head_init=self.plain_model.head_init, normalization=self.normalization,
             supervised=lambda logits, batch: mixing.batch_loss(self.loss, logits, batch),
-            steps=self._steps_of_method, task=self.task, build_augment=lambda text: ops.build(text, train=True),
+            steps=self._steps_for("method"), task=self.task, build_augment=lambda text: ops.build(text, train=True),
             loader=self.load, link=losses.link_of(self.config.loss),
             mix=lambda key, batch: mixing.mix_batch(self.mix, key, batch), examples=self.data.train_examples,
         )  # fmt: skip

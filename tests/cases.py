@@ -1,5 +1,7 @@
-"""Cases that the default suite leaves out, a config of few steps, and its training without a run."""
+"""Cases that the default suite leaves out, a config of few steps, its training without a run, and a run cut short."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +27,14 @@ def short_config() -> ConfigDict:
     config.eval_every = "6 steps"
     config.checkpoint_every = "4 steps"
     return config
+
+
+def rewind(workdir: Path, step: int) -> None:
+    """Takes a run back to its checkpoint of `step`, as if it had been killed after that."""
+    for folder in (workdir / "checkpoints").iterdir():
+        if folder.name.isdecimal() and int(folder.name) > step:
+            shutil.rmtree(folder)
+    (workdir / "result.json").unlink()
 
 
 def trained_for(config: ConfigDict, steps: int) -> tuple[Any, ...]:

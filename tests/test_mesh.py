@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from cases import rewind
 from PIL import Image
 
 import launch
@@ -142,9 +143,10 @@ def test_a_run_trains_resumes_and_predicts(tmp_path, capsys):
     arguments = [f"--workdir={tmp_path / 'run'}", "--config.data.source=fake(64, (8, 8, 3), 4)",
                  "--config.model=mlp(widths=(256,))", "--config.schedule=constant(1e-3)", "--config.batch_size=16",
                  "--config.eval_every=", "--config.augment="]  # fmt: skip
-    assert launch.main([*arguments, "--config.total=4 steps", "--config.mesh=data=2, fsdp=4"]) == 0
-    assert launch.main([*arguments, "--config.total=8 steps", "--config.mesh=fsdp=-1", "--extend"]) == 0
-    run = tmp_path / "run"
+    run, total = tmp_path / "run", ["--config.total=8 steps", "--config.checkpoint_every=4 steps"]
+    assert launch.main([*arguments, *total, "--config.mesh=data=2, fsdp=4"]) == 0
+    rewind(run, 4)
+    assert launch.main([*arguments, *total, "--config.mesh=fsdp=-1"]) == 0
     model = load(run)
     kernel = model.state.params["backbone"]["dense0"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 8

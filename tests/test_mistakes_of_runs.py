@@ -1,6 +1,5 @@
 """Mistakes about a run and its data: one clear sentence, and nothing is lost."""
 
-import contextlib
 import json
 import shutil
 import socket
@@ -16,14 +15,10 @@ from test_mistakes import FAKE, ROOT, _log_as_it_was, has, mistake, snapshot, wh
 import launch
 from imgclf_jax import config as configs
 from imgclf_jax.core import paths
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import prepare, sampling
-from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
-from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.train import command as train
-from imgclf_jax.train import extension
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -170,59 +165,14 @@ def test_a_set_that_results_have_no_room_for(mistake, whole, tmp_path, monkeypat
         assert has(mistake(*command, f"--config.data.eval.{name}=test"), f"data.eval names a set {name!r}")
 
 
-def test_a_config_that_is_missing(mistake, copy, capsys):
-    """With a smaller total than the run has done, `train` removed its result and exited with status 75."""
+def test_checkpoints_without_a_config_are_no_start(copy, mistake):
+    """Their config is unknown: with another `total`, `train` removed the run's result and exited with status 75."""
     workdir, argv = copy
     (workdir / "config.json").unlink()
     before = snapshot(workdir)
-    sentence = mistake("train", *argv, "--config.total=8 steps", log=r"^\d\d:\d\d:\d\d")
-    assert has(sentence, "total='8 steps' is 8 steps", f"the run in {workdir} has done 12", "another --workdir")
+    sentence = mistake("train", *argv, log=r"^\d\d:\d\d:\d\d")
+    assert has(sentence, "config.json is missing beside checkpoints", "another --workdir")
     assert snapshot(workdir) == before
-    assert launch.main(["train", *argv]) == 0
-    assert "config.json is missing: assuming that the run" in capsys.readouterr().err
-
-
-@pytest.mark.thorough
-def test_a_run_that_is_extended_is_the_longer_run(mistake, tmp_path):
-    """Bit for bit; only on request, and recorded."""
-    short, long = (["train", f"--workdir={tmp_path / name}", *FAKE] for name in ("short", "long"))
-    assert launch.main(short) == 0
-    longer = "--config.total=20 steps"
-    assert has(mistake(*short, longer), "another config (total: ", "add --extend if only total is greater")
-    assert launch.main([*short, longer, "--extend"]) == 0
-    assert launch.main([*long, longer]) == 0
-    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("short", "long")]
-    assert results[0]["params_sha256"] == results[1]["params_sha256"]
-    began, resumed = Workdir(tmp_path / "short").read_snapshots()
-    assert [(one["step"], one["keys"]["total"]) for one in (began, resumed)] == [(0, "12 steps"), (12, "20 steps")]
-    sentence = mistake(*short, "--extend", log=r"^\d\d:\d\d:\d\d")
-    assert has(sentence, "but the run in", "has done 20", "extend it to more")
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize(
-    ("override", "key"),
-    [("schedule=cosine(1e-3)", "schedule='cosine(1e-3)' follows total: "),
-     ("optimizer=sgd|lookahead(2, power=3)", "optimizer='sgd|lookahead(2, power=3)' follows total: ")],
-)  # fmt: skip
-def test_a_schedule_that_ends_cannot_be_extended(mistake, tmp_path, override, key):
-    argv = [f"--workdir={tmp_path}/run", *FAKE, f"--config.{override}"]
-    assert launch.main(argv) == 0
-    before = snapshot(tmp_path / "run")
-    sentence = mistake(*argv, "--config.total=50 steps", "--extend", log=r"^\d\d:\d\d:\d\d")
-    assert has(sentence, key, f"--workdir NEW --config.init_from={tmp_path}/run")
-    assert snapshot(tmp_path / "run") == before
-
-
-@pytest.mark.parametrize(("method", "follows"), [("mean_teacher", True), ("mean_teacher(ramp='5 steps')", False)])
-def test_a_method_that_follows_total_cannot_be_extended(fake_config, method, follows):
-    """The weight of past steps was another one in the longer run, which was extended silently."""
-    fake_config.update({"method": method, "schedule": "constant(1e-3)", "total": "40 steps"})
-    longer = fake_config.copy_and_resolve_references()
-    longer.total = "60 steps"
-    old, new = (Recipe(one, DataInfo(64, (12, 12, 1), tuple("abcd"), "")) for one in (fake_config, longer))
-    with pytest.raises(UserError, match="25% of it were 10 steps") if follows else contextlib.nullcontext():
-        extension.check(old, new, 1, Path("X"))
 
 
 def kill_at_config(path, content, write=paths.write_atomically):

@@ -118,7 +118,7 @@ def test_training_goes_on_in_a_strangers_run(run, home, name, obstacle):
     data = max((run / "checkpoints" / "12").rglob("d/*"), key=lambda file: file.stat().st_size)
     data.write_bytes(bytes(100) + data.read_bytes()[100:])
     put(obstacle, run / name, home)
-    launch.main([f"--workdir={run}", "--extend", "--config.total=16 steps", *FAKE])
+    launch.main([f"--workdir={run}", *FAKE])
     assert snapshot(home) == before
 
 

@@ -68,7 +68,6 @@ FLAGS: Mapping[str, dict[str, Any]] = {
     "top_k": _flag("how many classes to show or write (default: 3)", "K", 3, type=_POSITIVE),
     "threshold": _flag("for multi-label models, predict classes of at least this probability (default: 0.5); give one "
                        "for all classes, or one per class, separated by commas", "P"),
-    "extend": _switch("continue a run up to a larger --config.total, if its schedule allows it"),
     "trust": _switch("let the run's config import modules and read from the network"),
     "chips": _flag("v5e:4x4, v6e:8x8, v5p:4x4x4, h100:8, a100:8x8 (hosts x GPUs) or cpu:8", "KIND:SHAPE"),
     "shape": _flag("the shape of the training images, if the data are absent", "H,W,C"),
@@ -143,7 +142,7 @@ class Command:
 COMMANDS: Mapping[str, Command] = {
     "train": Command(
         "train or resume the run in the work directory (the default command)",
-        "train.command", from_file, ("workdir", "extend", "profile", *PROCESSES),
+        "train.command", from_file, ("workdir", "profile", *PROCESSES),
         more="A work directory with checkpoints resumes from the latest, if the config is the same.",
     ),
     "evaluate": Command(

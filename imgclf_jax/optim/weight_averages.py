@@ -26,12 +26,10 @@ class Average(NamedTuple):
     - `init(variables) -> average`.
     - `update(average, variables, step, opt_state) -> (variables, average)` runs after the optimizer's update number
       `step` i32[], counted from 0 and without skipped steps. The next step trains on the variables that it returns.
-    - `follows_total` says whether `update` depends on the length of the run.
     """
 
     init: Callable[[ParamsAndState], Averages]
     update: Callable[..., Updated]
-    follows_total: bool = False
 
 
 NONE = Average(lambda variables: None, lambda average, variables, step, opt_state=None: (variables, None))
@@ -97,7 +95,7 @@ def lookahead(total: int, k: int = 5, alpha: float = 0.5, power: float = 0.0) ->
         slow = optax.tree.where(is_due, _interpolate(slow, fast, weight), slow)
         return optax.tree.where(is_due, slow, fast), slow
 
-    return Average(_copy, update, follows_total=power > 0)
+    return Average(_copy, update)
 
 
 def from_optimizer(evaluated: Evaluated) -> Average:

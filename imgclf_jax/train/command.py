@@ -22,15 +22,14 @@ log = logging.getLogger(__name__)
 
 
 def main(
-    config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None = None, extend: bool = False,
+    config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None = None,
     transform_run: Callable[[Run], Run] = lambda run: run,
 ) -> int:  # fmt: skip
     """Trains or resumes the run in `workdir`. Returns 0 when it is done and 75 when a signal stopped it.
 
-    The profiler traces the steps of `profile` = (first, end). With `extend`, a run with another `total` goes on to that
-    of `config`. `transform_run` maps the run that was set up to the run to train; if that ends before its total, 75 is
-    returned and the last steps are in no checkpoint. Raises UserError for what the user can fix, and for a loss that is
-    not finite.
+    The profiler traces the steps of `profile` = (first, end). `transform_run` maps the run that was set up to the run
+    to train; if that ends before its total, 75 is returned and the last steps are in no checkpoint. Raises UserError
+    for what the user can fix, and for a loss that is not finite.
     """
     programs.check(config)  # before the work directory is made
     if not processes.index():
@@ -41,7 +40,7 @@ def main(
         processes.broadcast(workdir.refuse_data)
         processes.broadcast(lambda: held.enter_context(workdir.held()))
         workdir.check_shared()
-        run = transform_run(set_up(config, workdir, extend))
+        run = transform_run(set_up(config, workdir))
         if run.start:
             digests.check(workdir, run.start, run.state.params)
         if result.is_done(run):

@@ -100,6 +100,6 @@ def _when_compiled(batches: Iterable[tuple[int, Batch]], run: Run, records: Reco
         records.timer.enter("compile")
         run.compiled.result()
         processes.barrier()  # on CPU, collectives time out after half a minute
-        run.record_start()  # not before: an extension that fails or is interrupted until here changes nothing
+        run.record_start()  # not before: a start that fails or is interrupted until here changes nothing
         log.info("the first step begins %.2f s after the command", records.timer.since_main)
     return itertools.chain(first, batches)

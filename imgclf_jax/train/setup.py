@@ -23,7 +23,7 @@ from imgclf_jax.run.early_stopping import EarlyStopping
 from imgclf_jax.run.provenance import take_snapshot
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import TrainState
-from imgclf_jax.train import display, extension
+from imgclf_jax.train import display
 from imgclf_jax.train.evaluation import check_targets, open_evals
 from imgclf_jax.train.leakage import initial_warnings, overlap_warnings, selection_warnings
 from imgclf_jax.trained import load_teacher
@@ -65,12 +65,12 @@ class Run:
         processes.broadcast(record)
 
 
-def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
+def set_up(config: ConfigDict, workdir: Workdir) -> Run:
     """Sets up the run of `config` in `workdir`, from its latest checkpoint or from the start.
 
-    With `extend`, the run in `workdir` may have another `total`. Raises UserError for a user's mistake.
+    Raises UserError for a user's mistake.
     """
-    total_before = processes.broadcast(lambda: _recorded_total(config, workdir, extend))
+    processes.broadcast(lambda: _check_config(config, workdir))
 
     base = datasets.open_data(config)
     images = datasets.open_train_images(config, base)
@@ -80,7 +80,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     compiling.check_best()
     evals = open_evals(compiling, base)
     compiling.check_size()
-    cadences = _cadences(recipe, workdir)
+    cadences = Cadences(recipe.total, *map(recipe.period, configs.CADENCES), check=recipe.period("check_every"))
     _ = compiling.traced_train, recipe.views, recipe.whole_set_metrics  # which shows errors in the config
 
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
@@ -95,10 +95,6 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     if restored is not None:
         log.info("resuming at step %d of %d", start, recipe.total)
     run = restored or _initialize(compiling, images, weights.taken if weights else None, workdir)
-    if total_before != config.total:
-        old = config.copy_and_resolve_references()
-        old.total = total_before
-        extension.check(Recipe(old, recipe.data), recipe, start, workdir.path)
     _ = compiling.traced_eval  # traced while the train step compiles: what fails in evaluation ends the run here
     if not processes.index():
         for sentence in _warnings(recipe, base):
@@ -106,16 +102,6 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
         log.info("the run:\n%s", display.head(compiling, images, base, workdir, fresh=not start))
     return Run(config, workdir, images, evals, compiling, compiled, eval_compiled, checkpoints, cadences,
                recipe.early_stopping, start, snapshot, run["state"], run["sums"])  # fmt: skip
-
-
-def _cadences(recipe: Recipe, workdir: Workdir) -> Cadences:
-    """The cadences of a run. Raises UserError if the run in `workdir` has done more steps."""
-    config = recipe.config
-    cadences = Cadences(recipe.total, *map(recipe.period, configs.CADENCES), check=recipe.period("check_every"))
-    if (done := processes.broadcast(workdir.last_checkpoint) or 0) > recipe.total:
-        raise UserError(f"total={config.total!r} is {recipe.total} steps, but the run in {workdir.path} has done {done}"
-                        "; pass its own total, extend it to more, or pass another --workdir")  # fmt: skip
-    return cadences
 
 
 def _snapshot(compiling: Programs, workdir: Workdir, init_from: Json, **recorded: Json) -> JsonObject:
@@ -158,18 +144,11 @@ def _warnings(recipe: Recipe, base: datasets.Splits) -> Iterator[str]:
                "load them from")  # fmt: skip
 
 
-def _recorded_total(config: ConfigDict, workdir: Workdir, extend: bool) -> str:
-    """The `total` of the run in `workdir`, that of `config` if there is none.
-
-    Raises UserError, naming the keys, if that run has another config, its free keys and, to `extend` it, `total` aside.
-    """
+def _check_config(config: ConfigDict, workdir: Workdir) -> None:
+    """Raises UserError, naming the keys, if the run in `workdir` has another config, its free keys aside."""
     if not workdir.config.is_file():
         if workdir.has_checkpoints():
-            log.warning("%s is missing: assuming that the run was trained with the present config", workdir.config)
-        return str(config.total)
-    old = workdir.load_config()
-    lines = configs.difference(old, config, (*["total"] * extend, *configs.free_keys(config)))
-    if lines:
-        raise UserError(f"{workdir.path} holds a run with another config ({'; '.join(lines)}); use the old values, "
-                        "add --extend if only total is greater, or pass another --workdir")  # fmt: skip
-    return str(old.total)
+            raise UserError(f"{workdir.config} is missing beside checkpoints; restore it, or pass another --workdir")
+    elif lines := configs.difference(workdir.load_config(), config, configs.free_keys(config)):
+        raise UserError(f"{workdir.path} holds a run with another config ({'; '.join(lines)}); use the old values, or "
+                        "pass another --workdir, with init_from for the weights of this run")  # fmt: skip

@@ -1,16 +1,13 @@
-"""A run that stops early, resumed and extended."""
+"""A run that stops early, and resumed."""
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import launch
 from imgclf_jax.run import record, writers
-from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.train import command as train
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -77,19 +74,3 @@ def test_evaluations_that_are_not_recorded(stopped, tmp_path, capsys):
     assert "metrics.jsonl has no test/loss of step 4, by which stop=" in capsys.readouterr().err
     assert launch.main([f"--workdir={copy}", *KEYS, "--config.eval_every=2 steps"]) == 1
     assert "eval_every: '4 steps' → '2 steps'" in capsys.readouterr().err
-
-
-@pytest.mark.thorough
-def test_it_has_no_result_while_it_is_extended(fake_config, tmp_path):
-    """The patience is a part of the total, so the longer run goes on from the step at which the shorter one ended."""
-    config, workdir = fake_config, Workdir(tmp_path / "run")
-    config.update({"optimizer": "sgd", "schedule": "constant(0.0)", "eval_every": "4 steps", "total": "40 steps",
-                   "stop": "test/loss, patience 20%"})  # fmt: skip
-    assert train.main(config, workdir) == 0
-    assert workdir.last_step() == 12
-    config.total = "80 steps"
-    cut = train.main(config, workdir, extend=True, transform_run=lambda run: replace(
-        run, cadences=replace(run.cadences, end=13)))  # fmt: skip
-    assert (cut, workdir.is_done(80), record.read(workdir.path).final) == (75, False, None)
-    assert train.main(config, workdir) == 0
-    assert workdir.last_step() == 20

@@ -59,7 +59,7 @@ def arrays_run(tmp_path, one_device):
 @pytest.mark.thorough
 def test_predictions_are_of_the_result_or_not_used(arrays_run, capsys):
     """Of other labels they made a better run the worse one (p = 0.0001)."""
-    folder, argv = arrays_run
+    folder, _ = arrays_run
     data, file = folder.parent / "data.npz", folder / predictions.FILE
     before = data.read_bytes()
     arrays = dict(np.load(data))
@@ -71,5 +71,5 @@ def test_predictions_are_of_the_result_or_not_used(arrays_run, capsys):
     assert launch.main(["compare", str(folder), "--test"]) == 0
     result = json.loads((folder / "result.json").read_text())
     assert load(record.read(folder))["test"].mean() == result["test"]["accuracy"]
-    assert launch.main(["train", *argv, "--config.total=12 steps", "--extend"]) == 0
+    (folder / "result.json").write_text(json.dumps(result | {"params_sha256": "0" * 64}))
     assert load(record.read(folder)) == {}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import rewind
 from recorded import STEPS, append, copy, edit, reproduce, trained  # noqa: F401  fixtures
 
 import launch
@@ -89,16 +90,18 @@ def test_a_module_of_the_user_that_changed(reproduce, trained, tmp_path, monkeyp
     config = json.loads((trained / "config.json").read_text())
     words = [f"--workdir={tmp_path}/run", f"--config.loss={own.stem}:scaled", "--config.schedule=constant(1e-2)",
              *(f"--config.{key}={config[key]}" for key in ("preprocess", "model", "batch_size", "eval_every")),
-             "--config.tensorboard=False", f"--config.data.source={config['data']['source']}"]  # fmt: skip
+             "--config.total=6 steps", "--config.checkpoint_every=4 steps", "--config.tensorboard=False",
+             f"--config.data.source={config['data']['source']}"]  # fmt: skip
     write(1)
-    assert launch.main([*words, "--config.total=4 steps"]) == 0
+    assert launch.main(words) == 0
     write(11)
     status, found = reproduce(tmp_path / "run", "--trust")
     assert (status, found["verdict"]) == (1, "different")
     assert [(one["kind"], one["what"]) for one in found["differences"]] == [("code", f"modules.{own.name}")]
     assert launch.main(["evaluate", f"--workdir={tmp_path}/run", "--trust"]) == 0
     assert f"{own.name} has changed since the run in {tmp_path}/run was trained" in capsys.readouterr().err
-    assert launch.main([*words, "--config.total=6 steps", "--extend"]) == 0
+    rewind(tmp_path / "run", 4)
+    assert launch.main(words) == 0
     assert f"modules.{own.name} was" in capsys.readouterr().err
     status, found = reproduce(tmp_path / "run", "--trust", "--steps=5")
     assert (status, [one["what"] for one in found["differences"]]) == (1, [f"modules.{own.name}"])
