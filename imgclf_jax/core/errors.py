@@ -25,12 +25,9 @@ def no_such(what: str, kind: str, path: object) -> UserError:
     return UserError(f"{what}: there is no {kind} {str(path)!r} (working directory: {Path.cwd()})")
 
 
-_MAX_SHOWN = 200  # characters
-
-
 def shown(value: object) -> str:
-    """The repr of a value for a message, with long text truncated."""
-    return repr(f"{value[:_MAX_SHOWN]}…" if isinstance(value, str) and len(value) > _MAX_SHOWN else value)
+    """The repr of a value for a message, with text truncated to 200 characters."""
+    return repr(f"{value[:200]}…" if isinstance(value, str) and len(value) > 200 else value)
 
 
 def unknown(kind: str, name: str, allowed: Iterable[str], near: Iterable[str] = ()) -> str:

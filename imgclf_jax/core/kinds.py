@@ -25,16 +25,13 @@ PLAIN, RANDOM, BY_EXAMPLE = "plain", "random", "by_example"
 
 def random[Op: Function](op: Op) -> Op:
     """Declares a random op: `(key, images, …)`, or `(rng, image, …)` on the host."""
-    return _declare(op, RANDOM)
+    op.op_kind = RANDOM  # type: ignore[attr-defined]
+    return op
 
 
 def by_example[Op: Function](op: Op) -> Op:
     """Declares a device op that draws by example: `(key, images, ids, epochs, …)`, with one key for all steps."""
-    return _declare(op, BY_EXAMPLE)
-
-
-def _declare[Op: Function](op: Op, kind: str) -> Op:
-    op.op_kind = kind  # type: ignore[attr-defined]
+    op.op_kind = BY_EXAMPLE  # type: ignore[attr-defined]
     return op
 
 

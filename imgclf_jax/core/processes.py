@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from imgclf_jax.core import internals
@@ -109,7 +109,7 @@ def broadcast[T: Json](function: Callable[[], T]) -> T:
             told = {"value": function()}
         except (UserError, OSError) as e:
             error, told = e, {"error": str(e)}
-    told = gather(told)[0]
+    told = next(_exchange(told))
     if "error" in told:
         raise error or UserError(told["error"])
     return told["value"]
@@ -117,11 +117,7 @@ def broadcast[T: Json](function: Callable[[], T]) -> T:
 
 def gather(value: Json) -> list[Json]:
     """All-gathers a JSON value: returns the values of all processes, by index."""
-    if _count == 1:
-        return [value]
-    call = next(_calls)
-    _client().key_value_set(f"imgclf_jax/{call}/{index()}", json.dumps(value, default=str))
-    return [_get(call, process) for process in range(_count)]
+    return list(_exchange(value)) if _count > 1 else [value]
 
 
 def barrier() -> None:
@@ -137,8 +133,9 @@ def agree(facts: Callable[[], JsonObject], fix: str = ALIKE) -> None:
     """
     if _count == 1:
         return
-    expected, *others = gather(facts())
-    for process, found in enumerate(others, 1):
+    values = _exchange(facts())  # one by one: the processes may have been given different numbers of them
+    expected = next(values)
+    for process, found in enumerate(values, 1):
         if names := [name for name in expected if name in found and found[name] != expected[name]][:3]:
             a, b = (", ".join(f"{name}={str(of[name])[:100]}" for name in names) for of in (found, expected))
             raise ProcessMismatch(f"process {process} has {a}, process 0 has {b}; {fix}")
@@ -150,6 +147,13 @@ def first_in_process_0[T](function: Callable[[], T]) -> T:
         result = function()
     barrier()
     return function() if index() else result
+
+
+def _exchange(value: Json) -> Iterator[Json]:
+    """Publishes a value, and returns an iterator that waits for that of each process, by index."""
+    call = next(_calls)
+    _client().key_value_set(f"imgclf_jax/{call}/{index()}", json.dumps(value, default=str))
+    return (_get(call, process) for process in range(_count))
 
 
 def _client() -> Any:

@@ -5,7 +5,7 @@ import keyword
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from imgclf_jax.core import paths, spec
@@ -40,7 +40,6 @@ CALLS = st.builds(
 )
 
 
-@settings(max_examples=100)
 @given(CALLS)
 def test_text_of_a_call_parses_to_an_equal_call(call):
     again = spec.parse_one(str(call))
