@@ -17,7 +17,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import bundle, ranking, writers
 from imgclf_jax.run.provenance import snapshots
-from imgclf_jax.run.workdir import Workdir, has_ended
+from imgclf_jax.run.workdir import Workdir
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,10 @@ class Record:
     @cached_property
     def total(self) -> int | None:
         """The number of steps by the config; None without provenance.json."""
-        return self.workdir.total_steps(self.config) if "provenance.json" in self.files else None
+        if "provenance.json" not in self.files:
+            return None
+        examples = self.workdir.load_data_info().train_examples
+        return configs.steps(self.config.total, "total", examples, self.config.batch_size)
 
     @cached_property
     def steps_per_epoch(self) -> float | None:
@@ -121,12 +124,12 @@ class Record:
 
     @cached_property
     def final(self) -> JsonObject | None:
-        """The content of result.json; None if the run has not ended, or was extended and has not ended since."""
+        """The content of result.json; None if the run has not ended."""
         if self.files.get("result.json") is None:
             return None
         if type(self.result.get("step")) is not int:
             raise UserError(f"{self.path / 'result.json'} is damaged: it holds no result")
-        return self.result if has_ended(self.result, self.total) else None
+        return self.result
 
     @cached_property
     def evals(self) -> dict[str, str]:

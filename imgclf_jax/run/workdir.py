@@ -75,11 +75,6 @@ class Workdir:
         """Loads the facts about the data from provenance.json. Raises UserError if it is missing or damaged."""
         return load_data_info(self.provenance)
 
-    def total_steps(self, config: ConfigDict) -> int:
-        """The number of steps by a config, on the recorded data. Raises UserError if the run has recorded none."""
-        examples = self.load_data_info().train_examples
-        return configs.steps(config.total, "total", examples, config.batch_size)
-
     def untrusted(self) -> contextlib.AbstractContextManager[None]:
         """Inside, refuses imports and downloads that the run names, since anybody may have written it."""
         return spec.untrusted(f"the run in {self.path}")
@@ -160,15 +155,15 @@ class Workdir:
         for name in self.changed_modules():
             log.warning("%s has changed since the run in %s was trained: its outputs may differ", name, self.path)
 
-    def drop_later_result(self, start: int) -> None:
-        """Removes result.json if it is from step `start`, from which the run trains on, or from a later one."""
-        if (last := self.last_step()) >= max(start, 1):
+    def drop_result(self, start: int) -> None:
+        """Removes result.json, since the run trains on from step `start`."""
+        if last := self.last_step():
             log.warning("the run resumes at step %d: removed %s, which was from step %d", start, self.result, last)
             self.result.unlink()
 
-    def is_done(self, total: int) -> bool:
-        """Whether the run has ended, with all its records: result.json is readable, and `has_ended` by it."""
-        return self.config.is_file() and self.provenance.is_file() and has_ended(self.read_result(), total)
+    def is_done(self) -> bool:
+        """Whether the run has ended, with all its records; a run that trains on has no result."""
+        return self.config.is_file() and self.provenance.is_file() and self.last_step() > 0
 
     def last_step(self) -> int:
         """The step of result.json, at which the run ended; 0 without one that is readable."""
@@ -208,11 +203,3 @@ class Workdir:
             return []
         self.load_data_info()  # which every command on the run needs
         return self.read_snapshots()
-
-
-def has_ended(result: JsonMapping, total: int | None) -> bool:
-    """Whether a run ended with `result`: at step `total`, if that is known, or early.
-
-    A run that trains on has none: see `Workdir.drop_later_result`.
-    """
-    return type(result.get("step")) is int and (total in (None, result["step"]) or bool(result.get("stopped_early")))

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 def is_done(run: Run) -> bool:
     """Whether nothing is left to train, and the result is there. A run that is done keeps its config."""
     ended = run.start == run.cadences.total or bool(run.stops_early(run.start))
-    done: bool = ended and processes.broadcast(lambda: run.workdir.is_done(run.cadences.total))
+    done: bool = ended and processes.broadcast(lambda: run.workdir.is_done())
     if ended and not done:
         run.record_start()
     return done

@@ -60,7 +60,7 @@ class Run:
 
         def record() -> None:
             self.workdir.record(configs.to_json(self.config), self.snapshot, self.start)
-            self.workdir.drop_later_result(self.start)
+            self.workdir.drop_result(self.start)
 
         processes.broadcast(record)
 

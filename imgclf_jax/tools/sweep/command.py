@@ -130,9 +130,9 @@ def _train_all(called: CommandLine, folder: Path, runs: Sequence[Run], jobs: int
 def _is_done(run: Run, workdir: Workdir) -> bool:
     """Whether the run's files show that it has finished with this config."""
     try:
-        if configs.difference(workdir.load_config(), run.config, configs.free_keys(run.config)):
-            return False
-        return workdir.is_done(workdir.total_steps(run.config))
+        return workdir.is_done() and not configs.difference(
+            workdir.load_config(), run.config, configs.free_keys(run.config)
+        )
     except UserError:
         return False
 

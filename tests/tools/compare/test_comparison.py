@@ -104,14 +104,14 @@ def test_the_same_run_in_two_directories(tmp_path, write):
 
 def test_what_is_not_done_or_damaged(tmp_path, write):
     write("a/done", seed=0)
-    write("a/extended", seed=1, steps=7)  # its result is that of the shorter run
-    write("a/going", 0.5, done=False, seed=2)
+    for seed, name in ((1, "begun"), (2, "going")):
+        write(f"a/{name}", 0.5, done=False, seed=seed)
     (write("b/result") / "result.json").write_text("[")
     (write("b/config") / "config.json").write_text("{}")
     (tmp_path / "c").mkdir()
     (tmp_path / "a" / "link").symlink_to(tmp_path / "a")
     runs, damaged = record.find([str(tmp_path), str(tmp_path / "a")])
-    assert [run.workdir.path.name for run in runs] == ["done", "extended", "going"]
+    assert [run.workdir.path.name for run in runs] == ["begun", "done", "going"]
     assert ["config" in damaged[0], "b/result is damaged" in damaged[1], len(damaged)] == [True, True, 2]
     [one] = comparison.group_runs(runs)
     assert (one.seeds, len(one.unfinished)) == ([0], 2)
