@@ -60,7 +60,6 @@ _POSITIVE, _NATURAL = _at_least(1), _at_least(0)
 FLAGS: Mapping[str, dict[str, Any]] = {
     "workdir": _flag("the run's directory (default: runs/<config name>)", "DIR"),
     "checkpoint": _flag("best, latest or a step (default: best if one is kept, else latest)", "WHICH"),
-    "checkpoints": _flag("evaluate several checkpoints: all, or a list of steps", "all|100,200"),
     "corruptions": _flag("measure accuracy on corrupted images, at five severities: all, or names", "all|NAME,..."),
     "attack": _flag("measure accuracy under attack: \"pgd(eps='8/255', steps=20)\", or an import path", "SPEC"),
     "format": {"help": "the output format (default: the first)"},  # see `Command.formats`
@@ -148,7 +147,7 @@ COMMANDS: Mapping[str, Command] = {
     "evaluate": Command(
         "evaluate a trained run on each of its evaluation sets",
         "tools.evaluate.command", from_run_or_weights,
-        ("workdir", "checkpoint", "checkpoints", "corruptions", "attack", "format", "predictions", "top_k",
+        ("workdir", "checkpoint", "corruptions", "attack", "format", "predictions", "top_k",
          "trust", *PROCESSES),
     ),
     "predict": Command(

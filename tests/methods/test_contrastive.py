@@ -200,7 +200,7 @@ def test_what_needs_a_head_is_refused_in_one_sentence(pretrained_run, tmp_path, 
     assert "accuracy" not in (pretrained_run / "result.json").read_text()
     assert not [name for name in parameters(pretrained_run) if name.startswith("head")]
     for command in (
-        ["evaluate"], ["export", str(tmp_path / "model.stablehlo")], ["evaluate", "--checkpoints=all"],
+        ["evaluate"], ["export", str(tmp_path / "model.stablehlo")],
         ["evaluate", "--corruptions=gaussian_noise"], ["evaluate", "--attack=pgd"],
         ["predict", str(tmp_path / "x.png")], ["serve", "--port=0"],
         ["explain", str(tmp_path / "x.png")],

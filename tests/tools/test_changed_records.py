@@ -11,7 +11,7 @@ import launch
 pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.thorough]
 
 
-@pytest.mark.parametrize("value", ["0.5", None, True, [0.5], 10**400])
+@pytest.mark.parametrize("value", ["0.5", None, True, [0.5]])
 def test_what_was_recorded_and_is_no_number(reproduce, copy, value):
     """It differs from any number, and `report` leaves it out."""
     first, rest = (copy / "metrics.jsonl").read_text().split("\n", 1)
@@ -19,13 +19,6 @@ def test_what_was_recorded_and_is_no_number(reproduce, copy, value):
     status, found = reproduce(copy)
     assert (status, found["verdict"], found["first_step"]) == (1, "different", 5)
     assert launch.main(["report", f"--workdir={copy}"]) == 0
-
-
-def refused(capsys, message, *commands):
-    for words in commands:
-        capsys.readouterr()
-        assert launch.main(words) == 1
-        assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_checkpoint_of_another_run(copy, tmp_path, capsys):
@@ -37,19 +30,8 @@ def test_the_checkpoint_of_another_run(copy, tmp_path, capsys):
     shutil.rmtree(copy / "checkpoints" / "10")
     shutil.copytree(tmp_path / "other" / "checkpoints" / "10", copy / "checkpoints" / "10")
     where = f"{copy}/checkpoints/10 holds other parameters than {copy}/digests.jsonl records for step 10"
-    run = f"--workdir={copy}"
-    refused(capsys, f"error: checkpoint {where}", ["evaluate", run], ["evaluate", run, "--checkpoints=all"],
-            ["report", run], [f"--workdir={tmp_path}/new", *argv[1:], f"--config.init_from={copy}"])  # fmt: skip
-
-
-def test_a_checkpoint_under_another_step(copy, capsys):
-    """Or `evaluate` would say "step 12" for the parameters of step 10."""
-    (copy / "checkpoints" / "10").rename(copy / "checkpoints" / "12")
-    told = f"checkpoint {copy}/checkpoints/12 holds the state of step 10; name it 10 again, or remove it"
-    run = f"--workdir={copy}"
-    refused(
-        capsys, told, ["evaluate", run], ["evaluate", run, "--checkpoint=12"], ["evaluate", run, "--checkpoints=12"]
-    )
-    shutil.copytree(copy / "checkpoints" / "12", copy / "checkpoints" / "10")  # the latest that counts its own step
-    assert launch.main(["evaluate", run]) == 0
-    assert f"{told}; the checkpoint of step 10 is used" in capsys.readouterr().err
+    for words in (["evaluate", f"--workdir={copy}"], ["report", f"--workdir={copy}"],
+                  [f"--workdir={tmp_path}/new", *argv[1:], f"--config.init_from={copy}"]):  # fmt: skip
+        capsys.readouterr()
+        assert launch.main(words) == 1
+        assert f"error: checkpoint {where}" in capsys.readouterr().err.splitlines()[-1]

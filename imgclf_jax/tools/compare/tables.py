@@ -15,17 +15,6 @@ def spread_text(value: Spread) -> str:
     return decimals(value.mean) + ("" if math.isnan(value.std) else f" ± {decimals(value.std)}")
 
 
-def numbers(values: Sequence[int]) -> str:
-    """Formats ascending integers, with ranges for four or more in a row: `0, 1, 2`, or `0 to 9, 20`."""
-    rows: list[list[int]] = []
-    for value in values:
-        if rows and value == rows[-1][-1] + 1:
-            rows[-1].append(value)
-        else:
-            rows.append([value])
-    return ", ".join(f"{row[0]} to {row[-1]}" if len(row) > 3 else ", ".join(map(str, row)) for row in rows)
-
-
 def _columns(groups: Sequence[Group]) -> list[str]:
     names = dict.fromkeys(name for group in groups for name in group.metrics())
     return [name for name in names if not name.rpartition("/")[2].startswith(_HIDDEN)]
@@ -39,7 +28,7 @@ def results(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
         if group.done:
             values = group.metrics()
             cells = [spread_text(values[name]) if name in values else "" for name in metrics]
-            rows.append([*group.texts, numbers(group.seeds), *cells])
+            rows.append([*group.texts, ", ".join(map(str, group.seeds)), *cells])
     return [*keys, "seed", *metrics], rows
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,22 +18,20 @@ from imgclf_jax.data import stream
 from imgclf_jax.losses import Task
 from imgclf_jax.methods.table import build_attack
 from imgclf_jax.programs import Programs
-from imgclf_jax.run import digests
-from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.scores.multilabel import TargetPredictions
 from imgclf_jax.tools.evaluate import attacked, by_class, corrupted, listing
 from imgclf_jax.tools.evaluate.intervals import with_intervals
-from imgclf_jax.train.evaluation import compare_with_record, evaluate, evaluate_all, open_evals
+from imgclf_jax.train.evaluation import compare_with_record, evaluate, open_evals
 from imgclf_jax.train.leakage import initial_warnings
-from imgclf_jax.trained import Trained, load_converted, load_programs, restore
+from imgclf_jax.trained import Trained, load_converted, restore
 
 log = logging.getLogger(__name__)
 
 
 def main(
     config: ConfigDict, workdir: Workdir | None, checkpoint: str, format: str, predictions: str = "", top_k: int = 3,
-    checkpoints: str = "", corruptions: str = "", attack: str = "",
+    corruptions: str = "", attack: str = "",
 ) -> int:  # fmt: skip
     """Prints the metrics of each evaluation set, its scores, and a table of its classes.
 
@@ -45,20 +43,14 @@ def main(
 
     - `workdir` is the run to evaluate; None evaluates the weights that `init_from` names.
     - `predictions` is a file for the `top_k` classes of each example, or "".
-    - `checkpoints`, "all" or steps such as "100,200", prints the metrics at each of them instead.
     - `corruptions`, "all" or names, prints the accuracy on corrupted images instead (see `corrupted`).
     - `attack` prints the accuracy on adversarial examples instead (see `attacked`).
     """
-    instead = {"--checkpoints": checkpoints, "--corruptions": corruptions, "--attack": attack}
+    instead = {"--corruptions": corruptions, "--attack": attack}
     asked = [flag for flag, value in instead.items() if value]
     if len(asked) > 1 or (asked and predictions):
         raise UserError(f"{' and '.join([*asked, *['--predictions'] * bool(predictions)])} print different things: "
                         "pass one of them")  # fmt: skip
-    if checkpoints:
-        if not workdir or checkpoint:
-            raise UserError("--checkpoints evaluates several checkpoints of a run: drop --checkpoint and "
-                            "--config.init_from")  # fmt: skip
-        return _report_checkpoints(config, workdir, checkpoints, format)
     perturb = build_attack(attack) if attack else None
     kinds = corrupted.parse(corruptions) if corruptions else []
     restored = restore(config, workdir, checkpoint) if workdir else None
@@ -145,53 +137,6 @@ def _check_evaluates(programs: Programs, need_predictions: bool = False) -> bool
     if need_predictions or not method.evaluate:
         programs.check_predicts()
     return method.predicts
-
-
-def _restore_each(config: ConfigDict, workdir: Workdir, which: str) -> Iterator[Trained]:
-    """Yields the trained model at several steps; `which` is "all", or steps such as "100,200".
-
-    Raises UserError at once if a step has no checkpoint.
-    """
-    programs = load_programs(config, workdir)
-    kept = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best, read_only=True)
-    saved = workdir.checkpoints.is_dir()
-    there = processes.broadcast(kept.steps) if saved else []
-    asked = [str(step) for step in there] if which == "all" else which.split(",")
-    if not there or not set(asked) <= {str(step) for step in there}:
-        raise UserError(
-            f"--checkpoints={which}: there are {there} in {workdir.checkpoints}; pass all, or some of these"
-        )
-
-    def load(step: int) -> Trained:
-        model = Trained(programs, kept.restore(step, {"state": programs.state_shape}, optimizer=False)["state"], step)
-        digests.check(workdir, step, model.state.params)
-        return model
-
-    return (load(int(step)) for step in asked)
-
-
-def _report_checkpoints(config: ConfigDict, workdir: Workdir, checkpoints: str, format: str) -> int:
-    """Prints the metrics of each evaluation set at each checkpoint: one row per step, or a JSON list."""
-    models = _restore_each(config, workdir, checkpoints)
-    base = datasets.open_data(config)
-    records: list[JsonObject] = []
-    evals: JsonObject = {}
-    for programs, state, step in models:
-        if not evals:
-            _check_evaluates(programs)
-            evals = open_evals(programs, base)
-            compare_with_record(programs, workdir, base, evals)
-        records.append({"step": step, **evaluate_all(programs, state, evals)})
-        log.info("evaluated step %d", step)
-    if processes.index():
-        return 0
-    if format == "json":
-        print_json(records)
-        return 0
-    columns = [(name, key) for name in evals for key in records[0][name] if key != "examples"]
-    rows = [[str(r["step"]), *(decimals(r[name][key]) for name, key in columns)] for r in records]
-    print_table(["step", *(f"{name}/{key}" for name, key in columns)], rows)
-    return 0
 
 
 def _print_scores(set_scores: dict[str, dict[str, float]]) -> None:

@@ -23,8 +23,6 @@ from imgclf_jax.models.classifier import Classifier
 # (params, model_state, images uint8[b, h, w, c], labels i32[b]) → f32[b, h', w']
 type Explain = Callable[[Params, ModelState, jax.Array, jax.Array], jax.Array]
 
-_INSPECTIONS = itertools.count()
-
 
 class Layer(NamedTuple):
     """A call of a backbone layer: its name such as "layer4_1/conv2", its output shape, and the number of the call.
@@ -51,8 +49,6 @@ def without_remat(model: Classifier) -> Classifier:
 def inspect(model: nn.Module, variables: Variables, image_shape: Sequence[int]) -> list[Layer]:
     """Traces the classifier on an image [h, w, c], without computing; the backbone's layer calls in order."""
     layers: list[Layer] = []
-    # A collection of a new name makes `nn.jit` miss JAX's trace cache, whose hits do not call the interceptor.
-    fresh = f"inspection {next(_INSPECTIONS)}"
 
     def run(variables: Variables, images: jax.Array) -> PyTree:
         def record(name: str, call: int | None, y: PyTree) -> PyTree:
@@ -61,7 +57,7 @@ def inspect(model: nn.Module, variables: Variables, image_shape: Sequence[int]) 
             return y
 
         with nn.intercept_methods(_on_outputs(record)):
-            return model.apply(variables, images, train=False, mutable=[fresh])
+            return model.apply(variables, images, train=False)
 
     jax.eval_shape(run, variables, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
     return layers

@@ -5,7 +5,6 @@ import io
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from imgclf_jax.core import terminal
@@ -30,7 +29,7 @@ def find(words: Sequence[str]) -> list[str]:
 
     - a file;
     - a directory, for the images inside it in the order of their names (see `image_files.walk`);
-    - a pattern of Python's `pathlib`, with `**` for folders of any depth;
+    - a pattern of Python's `glob`, with `**` for folders of any depth, sorted by folder;
     - `-` for standard input, where each line names a file.
 
     Raises UserError if there are none, or if standard input is not text.
@@ -67,19 +66,8 @@ def _expand(word: str) -> Iterator[str]:
     elif os.path.exists(word):
         yield word
     else:
-        yield from _match(word)
-
-
-def _match(pattern: str) -> list[str]:
-    """The regular files that match a pattern, sorted by folder. `**` enters no link, and wildcards match no dotfile."""
-    if pattern.endswith(os.sep):  # which matches only folders
-        return []
-    root = Path(Path(pattern).anchor)
-    parts = Path(pattern).relative_to(root).parts
-    parts += ("*",) * (parts[-1] == "**")  # which matches only folders in Python 3.12
-    found = (path for path in root.glob("/".join(parts)) if path.is_file())
-    names = (str(path) for path in found if not any(part[0] == "." for part in set(path.parts) - set(parts)))
-    return sorted(names, key=lambda name: name.split(os.sep))
+        matches = filter(os.path.isfile, glob.iglob(word, recursive=True))
+        yield from sorted(matches, key=lambda name: name.split(os.sep))
 
 
 def _read_stdin() -> Iterator[str]:

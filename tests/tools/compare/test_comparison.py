@@ -4,7 +4,6 @@ import csv
 import io
 import itertools
 import json
-import math
 import re
 import statistics
 
@@ -64,15 +63,6 @@ def test_runs_that_differ_in_their_seed_are_one_group(tmp_path, write):
     assert found[0].metrics()["test/accuracy"] == pytest.approx((3, 0.95, statistics.stdev([0.95, 0.93, 0.97])))
     assert comparison.common(found)["clip"] == 2.0
     assert not {"seed", "optimizer", "data.threads"} & set(comparison.common(found))
-
-
-def test_a_cadence_separates_no_runs_but_those_that_it_may_stop(tmp_path, write):
-    for seed, every in enumerate(("1 epochs", "2 epochs", "2 epochs")):
-        write(f"fixed/{seed}", seed=seed, eval_every=every)
-        write(f"stopped/{seed}", 0.8, seed=seed, eval_every=every, stop="test/loss, patience 2 epochs")
-    found = groups(tmp_path)
-    assert [one.seeds for one in found] == [[0, 1, 2], [0], [1, 2]]
-    assert [one.settings["eval_every"] for one in found] == [None, "1 epochs", "2 epochs"]
 
 
 def test_seeds_trained_at_once_count_each(tmp_path, write):
@@ -166,13 +156,6 @@ def test_every_format_has_the_groups_and_the_paired_tests(tmp_path, compared, ca
     assert rows[3][2:4] == [f"{value:+.4f}", f"{low:+.4f} to {high:+.4f}"]
 
 
-def test_runs_without_a_main_metric_have_no_best(tmp_path, write, capsys):
-    for name in ("a", "b"):
-        write(name, batch_size=16 if name == "a" else 32, metrics={"accuracy": math.nan})
-    assert launch.main(["compare", str(tmp_path), "--format=json"]) == 0
-    assert json.loads(capsys.readouterr().out)["best"] is None
-
-
 def test_the_page(tmp_path, compared):
     """Well-formed, with names escaped; it loads nothing, and tables and figures have captions."""
     file = tmp_path / "page.html"
@@ -187,14 +170,6 @@ def test_the_page(tmp_path, compared):
     assert len(tables) == len([1 for tag, _ in page.tags if tag == "caption"]) == 2
     pictures = [attributes for tag, attributes in page.tags if tag == "svg" and "role" in attributes]
     assert [own["aria-label"].split(". ")[0] for own in pictures] == ["test/accuracy", "train/loss"]
-
-
-def test_no_run(tmp_path, capsys):
-    assert launch.main(["compare", str(tmp_path)]) == 1
-    assert "no run there or below" in capsys.readouterr().err
-    assert launch.main(["compare", str(tmp_path / "x")]) == 1
-    assert "is not a directory" in capsys.readouterr().err
-    assert launch.main(["compare"]) == 2
 
 
 def test_runs_whose_configs_say_the_same_of_other_data_code_or_weights(tmp_path, write, capsys):

@@ -1,4 +1,4 @@
-"""Paired tests against the binomial sum, explicit loops and simulations."""
+"""Paired tests against the binomial sum, SciPy and simulations."""
 
 import math
 import statistics
@@ -42,37 +42,6 @@ def test_spread_of_parts_is_that_of_all_values():
     alone = paired.spread(parts[:1])
     assert alone[:2] == (1, 0.9)
     assert math.isnan(alone.std)
-
-
-def looped(first, second):
-    """The interval by its definition, number by number."""
-    n = len(first[0])
-    gains = [sum(row[i] for row in first) / len(first) - sum(row[i] for row in second) / len(second) for i in range(n)]
-    examples, noise, parts = statistics.variance(gains) / n, 0, []
-    for rows in (first, second):
-        s = len(rows)
-        if s == 1:
-            continue
-        accuracies = [sum(row) / n for row in rows]
-        whole = sum(accuracies) / s
-        left = sum((rows[k][i] - accuracies[k] - sum(row[i] for row in rows) / s + whole) ** 2
-                   for k in range(s) for i in range(n))  # fmt: skip
-        noise += left / (s - 1) / (n - 1) / n / s
-        parts.append((statistics.variance(accuracies) / s, s - 1))
-    parts.append((max(examples - (noise if any(v for v, _ in parts) else 0), 0), n - 1))
-    total = sum(v for v, _ in parts)
-    freedom = total**2 / sum(v**2 / own for v, own in parts)
-    middle, half = sum(gains) / n, stats.t.ppf(0.975, freedom) * math.sqrt(total)
-    return middle, max(-1, middle - half), min(1, middle + half)
-
-
-@pytest.mark.parametrize("seeds", [(1, 1), (3, 4), (1, 5), (2, 1), (2, 2), (10, 3)])
-def test_the_interval_is_that_of_a_loop(seeds):
-    rng = np.random.default_rng(1)
-    for _ in range(5):
-        first, second = (rng.random((s, 40)) < rng.uniform(0.6, 0.95, (s, 1)) - 0.3 * rng.random(40) for s in seeds)
-        expected = looped(first.astype(float).tolist(), second.astype(float).tolist())
-        assert paired.difference(first, second) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def coverage(seeds, between, examples, times):

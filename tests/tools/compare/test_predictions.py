@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from recorded import copy, edit, trained  # noqa: F401  fixtures
 
 import launch
 from imgclf_jax.run import record
@@ -45,31 +46,18 @@ def test_they_are_those_of_the_result_and_of_evaluate(tmp_path, one_device, caps
     np.testing.assert_array_equal(one[0], listed)
 
 
-@pytest.fixture
-def arrays_run(tmp_path, one_device):
-    """A run on arrays in a file, with checkpoints of steps 4 and 8, and its training arguments."""
-    rng = np.random.default_rng(0)
-    images, labels = rng.integers(256, size=(48, 6, 6), dtype=np.uint8), np.arange(48) % 3
-    np.savez(tmp_path / "data.npz", x_train=images, y_train=labels, x_test=images[:24], y_test=labels[:24])
-    argv = [f"--workdir={tmp_path / 'run'}", *RUN[1:], f"--config.data.source=arrays('{tmp_path}/data.npz')"]
-    assert launch.main(argv) == 0
-    return tmp_path / "run", argv
-
-
 @pytest.mark.thorough
-def test_predictions_are_of_the_result_or_not_used(arrays_run, capsys):
-    """Of other labels they made a better run the worse one (p = 0.0001)."""
-    folder, _ = arrays_run
-    data, file = folder.parent / "data.npz", folder / predictions.FILE
-    before = data.read_bytes()
-    arrays = dict(np.load(data))
+def test_predictions_are_of_the_result_or_not_used(trained, copy, one_device, capsys):
+    """Those of other labels made a better run the worse one (p = 0.0001)."""
+    data, file = trained.parent / "data.npz", copy / predictions.FILE
+    before, arrays = data.read_bytes(), dict(np.load(data))
     np.savez(data, **arrays | {"y_test": (arrays["y_test"] + 1) % 3})
-    assert launch.main(["compare", str(folder), "--test"]) == 0
+    assert launch.main(["compare", str(copy), "--test"]) == 0
     assert ": the evaluation set test has changed since training" in capsys.readouterr().err
     assert not file.exists()
     data.write_bytes(before)
-    assert launch.main(["compare", str(folder), "--test"]) == 0
-    result = json.loads((folder / "result.json").read_text())
-    assert load(record.read(folder))["test"].mean() == result["test"]["accuracy"]
-    (folder / "result.json").write_text(json.dumps(result | {"params_sha256": "0" * 64}))
-    assert load(record.read(folder)) == {}
+    assert launch.main(["compare", str(copy), "--test"]) == 0
+    result = json.loads((copy / "result.json").read_text())
+    assert load(record.read(copy))["test"].mean() == result["test"]["accuracy"]
+    edit(copy / "result.json", lambda result: result.update(params_sha256="another"))
+    assert load(record.read(copy)) == {}

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import ndimage, stats
+from scipy import stats
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.tools.evaluate.corruptions import CORRUPTIONS, SEVERITIES, corrupt
@@ -45,13 +45,6 @@ def test_the_authors_programs(side, name, severity):
     assert (difference > 0).mean() < 0.04
 
 
-@pytest.mark.parametrize(("side", "sigma"), [(32, 0.7), (96, 3.0)])
-def test_blur_is_a_gaussian(side, sigma):
-    image = picture(side)
-    channels = [ndimage.gaussian_filter(image[..., c].astype(np.float64), sigma, mode="nearest") for c in range(3)]
-    np.testing.assert_allclose(corrupt("gaussian_blur", 3, image, 0), np.stack(channels, -1), atol=1.001)
-
-
 @pytest.mark.parametrize("shape", [(8, 8, 1), (33, 45, 3), (90, 90, 3)], ids=str)
 def test_jpeg_is_that_of_pillow(shape):
     image = picture(shape[1], shape[2], height=shape[0])
@@ -68,9 +61,8 @@ def test_jpeg_is_that_of_pillow(shape):
 def test_noise_is_normal(side, stds):
     for severity, std in zip(SEVERITIES, stds, strict=True):
         found = corrupt("gaussian_noise", severity, np.full((side, side, 3), 128, np.uint8), 7)
-        inner = found[(found > 0) & (found < 255)] + np.random.default_rng(0).random(
-            ((found > 0) & (found < 255)).sum()
-        )
+        inner = found[(found > 0) & (found < 255)]
+        inner = inner + np.random.default_rng(0).random(inner.size)
         law = stats.norm(128, std * 255)
         share = law.cdf(255) - law.cdf(1)
         assert stats.kstest(inner, lambda x, law=law, share=share: (law.cdf(x) - law.cdf(1)) / share).pvalue > 1e-3

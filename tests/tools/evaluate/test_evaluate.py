@@ -88,9 +88,8 @@ def test_exact(trained, counted, batch_size, count):
     images = programs.eval_images(source)
     sums, predictions = evaluate(programs, state, images)
     assert predictions is None  # no metric needs them
-    assert {k: int(sums[k]) for k in ("examples", "correct", "top5")} == {
-        k: counted[k] for k in ("examples", "correct", "top5")
-    }
+    for name in ("examples", "correct", "top5"):
+        assert sums[name] == counted[name]
     np.testing.assert_array_equal(sums["confusion"], counted["confusion"])
     assert float(sums["loss"]) == pytest.approx(counted["loss"], rel=CLOSE)
     assert float(sums["nll"]) == pytest.approx(counted["nll"], rel=CLOSE)
@@ -125,22 +124,12 @@ def test_table(trained, counted, command):
 
 
 @pytest.mark.thorough
-def test_each_checkpoint_has_the_metrics_of_its_time(trained, command, capsys):
-    """By its name, by its step, and all as a list or a table."""
+def test_each_checkpoint_has_the_metrics_of_its_time(trained, command):
     logged = {r["step"]: r["test/accuracy"] for r in read_metrics(trained.path / "metrics.jsonl") if "test/loss" in r}
     assert max(logged, key=logged.__getitem__) == 10
     for which, step in [("best", 10), ("latest", 20), ("15", 15)]:
         result = json.loads(command(trained.path, "--format=json", f"--checkpoint={which}"))
         assert (result["step"], result["test"]["accuracy"]) == (step, logged[step])
-    found = json.loads(command(trained.path, "--checkpoints=all", "--format=json"))
-    assert {one["step"]: one["test"]["accuracy"] for one in found} == {step: logged[step] for step in (10, 15, 20)}
-    lines = command(trained.path, "--checkpoints=20,10").replace("┃", "│").splitlines()
-    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if "│" in line]
-    assert [row[0] for row in rows] == ["step", "20", "10"]
-    for words, message in [(["--checkpoints=4"], "--checkpoints=4: there are [10, 15, 20]"),
-                           (["--checkpoints=all", "--checkpoint=10"], "drop --checkpoint")]:  # fmt: skip
-        assert launch.main(["evaluate", f"--workdir={trained.path}", *words]) == 1
-        assert message in capsys.readouterr().err
 
 
 def test_scores_and_predictions(trained, tmp_path, capsys):
@@ -164,7 +153,6 @@ def test_scores_and_predictions(trained, tmp_path, capsys):
 
     assert launch.main(["evaluate", *flags]) == 0
     assert f"macro_f1 │ {found['scores']['macro_f1']['value']:.4f}" in " ".join(capsys.readouterr().out.split())
-    assert launch.main(["evaluate", *flags, "--predictions=x.txt"]) == 2
 
 
 def test_a_set_without_class_names_is_taken_by_index(tmp_path, capsys):

@@ -15,7 +15,7 @@ from imgclf_jax.models.classifier import Classifier
 from imgclf_jax.models.layers import Conv, mean_pool
 from imgclf_jax.models.resnet import ResNet, ResNetCIFAR
 from imgclf_jax.models.vit import Mixer, ViT
-from imgclf_jax.tools.explain import attribution, heatmap
+from imgclf_jax.tools.explain import attribution
 
 SHAPE = (8, 8, 1)
 LABELS = np.array([2, 0, 1], np.int32)
@@ -94,57 +94,6 @@ def test_gradcam_of_several_seeds_is_the_mean_of_their_maps():
     np.testing.assert_allclose(gradcam(model, both, 2)(images(), LABELS), expected, rtol=1e-4, atol=1e-5)
 
 
-def jitted_network():
-    """A user's own network with a jitted block in the middle, and nothing yet in its trace cache."""
-
-    @nn.jit
-    class Block(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return jnp.tanh(nn.Conv(2, (3, 3), name="inner")(x))
-
-    class Network(nn.Module):
-        @nn.compact
-        def __call__(self, x, train=False):
-            x = Block(name="block")(x)
-            for name in ("a", "b"):
-                x = jnp.tanh(nn.Conv(2, (3, 3), name=name)(x))
-            return mean_pool(x)
-
-    return Network()
-
-
-def test_gradcam_behind_a_jitted_block_is_its_definition():
-    """JAX traces the block once and then takes it from its cache, so its inner layers are seen at times only."""
-    model, variables = made(jitted_network())
-    params = variables["params"]["backbone"]
-    params = {**params, "block": params["block"]["inner"]}
-
-    def conv(name, x):
-        return nn.Conv(2, (3, 3)).apply({"params": params[name]}, x)
-
-    def from_a(maps):
-        return from_b(conv("b", jnp.tanh(maps)))
-
-    def from_b(maps):
-        return (jnp.tanh(maps).mean((1, 2)) @ variables["params"]["head"]["kernel"])[:, 2].sum()
-
-    @jax.jit
-    def by_definition(x):
-        a = conv("a", jnp.tanh(conv("block", scaled(None, x))))
-        features = {"a": (a, from_a), "b": (conv("b", jnp.tanh(a)), from_b)}
-        return {name: nn.relu(maps @ jax.grad(logit)(maps).mean((1, 2))[0]) for name, (maps, logit) in features.items()}
-
-    x = images(1)
-    for name in ("a", "b", "a"):
-        layers = attribution.inspect(model, variables, SHAPE)
-        assert "block/inner" in [layer.name for layer in layers]
-        layer = attribution.choose_layer(layers, name)
-        found = jax.jit(attribution.make_gradcam(model, scaled, layer))(*split(variables), x, LABELS[:1])
-        np.testing.assert_allclose(found, by_definition(x)[name], atol=1e-6)
-        assert found.max() > 1e-4  # so that being equal says something
-
-
 @pytest.mark.parametrize(("backbone", "method", "layer"), [
     (CNN(widths=(4,)), "gradcam", "block0"),
     (ResNetCIFAR(depth=8), "gradcam", "layer3_0"),
@@ -194,20 +143,3 @@ def test_occlusion_is_a_loop_over_squares(shape, window):
                     for j in range(left, left + side):
                         falls[i][j].append(fall)
         np.testing.assert_allclose(own, [[np.mean(of) for of in row] for row in falls], rtol=1e-9, atol=1e-12)
-
-
-def test_the_colors_are_those_of_matplotlibs_viridis():
-    colormaps = pytest.importorskip("matplotlib", reason="it comes with the group `peers`").colormaps
-    rgb = heatmap.colormap(np.linspace(0, 1, 101)) / 255
-    np.testing.assert_allclose(rgb, colormaps["viridis"](np.linspace(0, 1, 101))[:, :3], atol=0.03)
-
-
-@pytest.mark.parametrize(("at", "shape", "words"), [
-    ((0, 0), (3, 3), "the upper left"), ((0, 8), (9, 9), "the upper right"), ((1, 4), (9, 9), "the top"),
-    ((3, 0), (7, 7), "the left side"), ((6, 6), (14, 14), "the middle"), ((1, 6), (2, 8), "the lower right"),
-])  # fmt: skip
-def test_place_in_words(at, shape, words):
-    values = np.full(shape, -1.0)
-    values[at] = 2.0
-    assert heatmap.peak(values, signed=False) == heatmap.peak(values, signed=True) == words
-    assert heatmap.peak(np.ones((6, 6)), signed=False) == ""  # nothing stands out

@@ -76,10 +76,7 @@ SHARED = {
     "params/backbone/own/kernel": (4, 3), "params/backbone/own/weight": (3, 4),
     "params/backbone/norm/mean": (2,), "batch_stats/backbone/norm/mean": (2,), "batch_stats/backbone/norm/var": (2,),
     "params/backbone/head/kernel": (2, 5), "params/head/kernel": (2, 5), "memory/backbone/dense/bias": (5, 2),
-    "params/backbone/dense/bias": (2,),
-    "params/backbone/attn/weight": (2,), "params/backbone/cls": (2,), "params/backbone/cls_token": (3,),
-    "params/backbone/conv/mean": (2,), "params/backbone/a.b/kernel": (2, 2), "params/backbone/a/b/kernel": (2, 2),
-    "params/projector/dense/kernel": (3, 2),
+    "params/backbone/a.b/kernel": (2, 2), "params/backbone/a/b/kernel": (2, 2), "params/projector/dense/kernel": (3, 2),
 }  # fmt: skip
 
 

@@ -39,15 +39,3 @@ def test_a_chart_has_its_points():
     found, starts = heights([1.0, math.nan, 3.0])
     assert (len(found), starts) == (2, 2)
     assert charts.chart("t", "x", [charts.Line("n", 0, [(0, math.nan)])]) == ""
-
-
-def test_a_learning_rate_that_ends_at_0_does_not_stretch_its_logarithmic_axis():
-    """The path reaches the axis there, and the titles say the values."""
-    points = [(0, 0.0), *((x, 10 ** (-x / 2)) for x in range(1, 9)), (9, 0.0)]
-    svg = ET.fromstring(charts.chart("t", "step", [charts.Line("n", 0, points)]))
-    numbers = [one.text for one in svg.iter("text") if one.get("text-anchor") == "end"]
-    assert "logarithmic" in numbers
-    assert min(float(n) for n in numbers if n != "logarithmic") >= 1e-4
-    shown = [one for one in svg.iter("circle") if one.get("class").startswith("point")]
-    assert [one.find("title").text for one in (shown[2], shown[-1])] == ["n, step 2: 0.1", "n, step 9: 0"]
-    assert shown[-1].get("cy") == shown[0].get("cy") == "240.0"

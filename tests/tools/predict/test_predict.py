@@ -1,7 +1,11 @@
-"""`launch.py predict` agrees with evaluation on the same images."""
+"""`launch.py predict` agrees with evaluation on the same images; the images on a command line."""
 
+import csv
+import io
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -12,11 +16,13 @@ from PIL import Image
 from tolerance import rounding
 
 import launch
-from imgclf_jax.data import decode, sources
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import sources
 from imgclf_jax.data.resizing import resize
 from imgclf_jax.data.source import read_examples
 from imgclf_jax.models import classifier
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.tools.pages import inputs
 from imgclf_jax.trained import restore
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -95,47 +101,83 @@ def test_probabilities(digits, pngs, predict):
         assert dict(found) == pytest.approx({str(c): p for c, p in enumerate(row)}, abs=most)
 
 
-def test_a_broken_image(digits, pngs, predict, tmp_path):
-    """The error names it on stderr, the others are still classified, and the exit status is 1."""
-    content = (pngs / "000.png").read_bytes()
-    for name, some in [("a.png", content), ("b.png", content[:60]), ("c.jpg", b"hello"), ("d.png", content)]:
-        (tmp_path / name).write_bytes(some)
-    status, out, err = predict(digits, tmp_path, "--format=json")
-    first, *_, last = json.loads(out)
-    assert (status, first["predictions"]) == (1, last["predictions"])
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert f"{tmp_path}/b.png: the image does not decode" in errors[0]
-    assert f"{tmp_path}/c.jpg: the image is in none of the formats" in errors[1]
-    assert errors[2:] == ["error: 2 of 4 images failed"]
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """Six images, a text file and a broken image, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b/1.png", "b/2.jpg", "b/c/1.png", "b.png", "[d].png"):
+        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+        Image.fromarray(rng.integers(256, size=(9, 9), dtype=np.uint8)).save(name)
+    (tmp_path / "b" / "notes.txt").write_text("no image")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    return tmp_path
 
 
-def test_what_fails_of_one_image_costs_no_other_its_row(digits, pngs, predict, monkeypatch, tmp_path):
-    """Endless pixels, a failing host op, overflowing outputs: one sentence each, and a row for all others."""
-    good, bright = np.asarray(Image.open(pngs / "000.png")), np.full((8, 8), 255, np.uint8)
-    Image.fromarray(good).save(tmp_path / "a.png")
-    Image.new("1", (1_100_000, 1)).save(tmp_path / "b.png")
-    Image.fromarray(bright[:3]).save(tmp_path / "c.png")
-    Image.fromarray(bright).save(tmp_path / "d.png")
-    Image.fromarray(good).save(tmp_path / "e.png")
+def test_files_directories_and_patterns(photos):
+    """In the order given, and within each sorted by name, folder by folder."""
+    inside = ["b/1.png", "b/2.jpg", "b/c/1.png"]
+    assert inputs.find(["b.png", "b", "a.png"]) == ["b.png", *inside, "a.png"]
+    assert inputs.find(["**/1.png"]) == ["b/1.png", "b/c/1.png"]
+    assert inputs.find(["*.png"]) == ["[d].png", "a.png", "b.png", "broken.png"]
+    assert inputs.find(["[d].png"]) == ["[d].png"]  # what is there is no pattern
+    for word, message in [("x.png", "no file or directory"), ("x*.png", "has no images"), ("b/*/", "has no images")]:
+        with pytest.raises(UserError, match=message):
+            inputs.check(["a.png", word])
+    with pytest.raises(UserError, match="name at least one image"):
+        inputs.find([])
 
-    def breaking(image, height):
-        if len(image) == 3:
-            raise OverflowError("signed integer is greater than maximum")
-        return resize(image, height)
+
+@pytest.mark.thorough
+def test_every_format_says_the_same(digits, photos, predict, monkeypatch):
+    """json, jsonl, csv and the table: files in the same order, with the same classes and probabilities.
+
+    A hidden file is not used, and a missing one of standard input is an error of its own.
+    """
+    (photos / ".hidden.png").write_bytes((photos / "a.png").read_bytes())
+    words = [".", "--top_k=2"]
+    status, out, _ = predict(digits, "--format=json", *words)
+    assert status == 1  # for the broken one, which is named
+    assert "error: ./broken.png: " in predict(digits, *words)[2]
+    records = json.loads(out)
+    assert [record["file"] for record in records] == [
+        "./[d].png", "./a.png", "./b/1.png", "./b/2.jpg", "./b/c/1.png", "./b.png", "./broken.png"]  # fmt: skip
+    _, out, _ = predict(digits, "--format=jsonl", *words)
+    assert [json.loads(line) for line in out.splitlines()] == records
+
+    _, out, _ = predict(digits, "--format=csv", *words)
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert list(rows[0]) == ["file", "error", "class_1", "probability_1", "class_2", "probability_2"]
+    for row, record in zip(rows, records, strict=True):
+        assert (row["file"], row["error"]) == (record["file"], record.get("error", ""))
+        for rank, p in enumerate(record.get("predictions", []), 1):
+            assert (row[f"class_{rank}"], float(row[f"probability_{rank}"])) == (p["class"], p["probability"])
+
+    _, out, _ = predict(digits, *words)
+    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if "│" in line]
+    assert lines == [[r["file"], *(f"{p['class']} {p['probability']:.4f}" for p in r["predictions"])]
+                     for r in records if "predictions" in r]  # fmt: skip
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a.png\n\nnothing.png\nb/2.jpg\n"))
+    status, out, err = predict(digits, "--format=jsonl", "-")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [(record["file"], "error" in record) for record in records] == [
+        ("a.png", False), ("nothing.png", True), ("b/2.jpg", False)]  # fmt: skip
+    assert "error: nothing.png: No such file or directory" in err
+
+
+def test_an_image_of_which_the_model_makes_nan_costs_no_other_its_row(digits, pngs, predict, monkeypatch, tmp_path):
+    for name, image in (("a", Image.open(pngs / "000.png")), ("b", Image.new("L", (8, 8), 255))):
+        image.save(tmp_path / f"{name}.png")
 
     def overflowing(self, variables, x, train):
         return jnp.where(x.min((1, 2, 3)) == 1, jnp.inf, 0.0)[:, None] * jnp.ones(10)
 
-    monkeypatch.setitem(decode.HOST_OPS, "resize", breaking)
     monkeypatch.setattr(classifier.Classifier, "apply", overflowing)
     status, out, err = predict(digits, tmp_path, "--format=json")
-    assert status == 1
-    keys = [[*record] for record in json.loads(out)]
-    assert keys == [["file", "predictions"], *[["file", "error"]] * 3, ["file", "predictions"]]
-    assert "b.png: the image has 1 by 1,100,000 pixels, but a side may have 1,048,576; crop it" in err
-    assert "c.png: preprocess='decode(1)|resize(28)' fails: OverflowError: signed integer is greater" in err
-    assert "d.png: the model gives NaN or infinite values for this image" in err
-    assert err.splitlines()[-1] == "error: 3 of 5 images failed"
+    assert [[*record] for record in json.loads(out)] == [["file", "predictions"], ["file", "error"]]
+    assert "b.png: the model gives NaN or infinite values for this image" in err
+    assert (status, err.splitlines()[-1]) == (1, "error: 1 of 2 images failed")
 
 
 @pytest.mark.thorough
@@ -161,3 +203,10 @@ def test_the_work_directory_is_enough(predict, tmp_path, monkeypatch):
     status, out, _ = predict("moved", "0.png", "1.png", "2.png", "--format=json")
     assert status == 0
     assert classes(out) == {"0.png": "grün", "1.png": "rouge", "2.png": "grün"}
+
+
+def test_an_image_on_standard_input_is_no_list_of_names(pngs, monkeypatch):
+    with (pngs / "000.png").open(encoding="utf-8", errors="surrogateescape") as image:
+        monkeypatch.setattr(sys, "stdin", image)
+        with pytest.raises(UserError, match=r"'-' reads one file name per line .*name the image"):
+            inputs.find(["-"])

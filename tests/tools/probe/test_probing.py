@@ -1,7 +1,6 @@
 """Probes of features against scikit-learn and plain loops."""
 
 import numpy as np
-import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
@@ -9,7 +8,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from imgclf_jax import config as configs
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.probe import command, probing
@@ -74,13 +72,6 @@ def test_a_few_of_each_class_are_drawn():
         assert np.bincount(LABELS[draw]).tolist() == [5] * 4
     assert len({tuple(draw) for draw in draws}) == 3
     np.testing.assert_array_equal(draws[1], probing.draw_few(LABELS, 5, 1))
-
-
-def test_images_of_one_class_teach_no_probe():
-    """It was a traceback of scikit-learn."""
-    features = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
-    with pytest.raises(UserError, match="all 9 training images are of one class"):
-        list(command.probe(features, np.full(9, 2, np.int32), {}, [1], 1, 3))
 
 
 def test_a_probe_that_is_fitted_to_what_it_is_scored_on_warns(tmp_path):

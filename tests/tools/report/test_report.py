@@ -1,26 +1,21 @@
 """The page of a trained run holds what `evaluate` finds, and is one safe, well-formed file that refers to nothing."""
 
 import csv
-import html
 import json
 import math
 import re
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from html_page import Page
 from PIL import Image
 
 import launch
-from imgclf_jax import config as configs
-from imgclf_jax import losses, metrics
 from imgclf_jax.augment.ops import to_pixels
 from imgclf_jax.core.text import decimals
 from imgclf_jax.tools.report import findings as report_findings
-from imgclf_jax.tools.report import top_losses as report_top_losses
 from imgclf_jax.trained import load
 
 pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.thorough]
@@ -160,20 +155,3 @@ def test_curves_and_origin(trained, page):
 def test_pixels_are_those_before_normalization(text, values, expected):
     found = to_pixels(np.array(values, np.float32).reshape(1, -1, 1, 1), text)
     np.testing.assert_allclose(found.ravel(), expected, atol=1e-6)
-
-
-def test_mistakes_are_those_of_accuracy():
-    """An example whose logits are NaN is one, or the page would say that none is wrong."""
-    logits = np.array([[2.0, 0.0], [0.0, 1.0], [np.nan, 0.0]], np.float32)
-    found = metrics.predict(jnp.asarray(logits), jnp.array([0, 1, 1]), losses.SOFTMAX, jnp.ones(3, bool))
-    assert report_top_losses.count_mistakes(found) == 1
-
-
-def test_values_of_the_command_line_that_are_not_the_runs(tmp_path):
-    """The page had the scores of these values beside the run's configuration, and did not say so."""
-    (tmp_path / "config.json").write_text(configs.to_json(configs.default_config()))
-    changed = ["--config.tta=flip", "--config.data.eval.test=train", "--config.data.eval.new=train",
-               "--config.metrics=auc", "--config.data.threads=2"]  # fmt: skip
-    for flags, said in (([], []), (changed, ["tta: '' → 'flip'; data.eval.test: 'test' → 'train'"])):
-        page = html.unescape(reported(tmp_path, *flags))
-        assert re.findall(r"This page has other values than the run: (.*?)\. Its scores", page) == said

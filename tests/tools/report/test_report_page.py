@@ -25,12 +25,5 @@ def test_it_can_be_read_by_everyone(browser, trained, text, tmp_path, size, sche
         assert len(sizes) > 40
         assert all(natural and 40 < shown <= 128 and shown == high for natural, shown, high in sizes)
         page.screenshot(path=tmp_path / f"{size}-{scheme}.png", full_page=True)
-        for _ in range(8):  # six links, then the first region that scrolls
-            page.keyboard.press("Tab")
-        assert page.evaluate("document.activeElement.tabIndex") == 0
-        page.evaluate("document.querySelectorAll('details').forEach((own) => (own.open = false))")
-        page.emulate_media(media="print", color_scheme=scheme)  # on white paper, with what is folded on the screen
-        assert page.evaluate("[...document.querySelectorAll('details')].every((own) => own.clientHeight > 100)")
-        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert said == []
     assert [url for url in asked if not url.startswith("data:")] == [(trained / "report.html").as_uri()]

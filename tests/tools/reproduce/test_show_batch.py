@@ -1,7 +1,6 @@
 """`launch.py show-batch`: the ids are the stream's, and the pixels are the model's inputs in training."""
 
 import json
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +16,12 @@ from imgclf_jax.config import default_config
 from imgclf_jax.data import sampling, sources, stream
 from imgclf_jax.programs import programs_for_images
 from imgclf_jax.tools.pages import contact_sheet
-from imgclf_jax.tools.reproduce.show_batch import batch_at, describe
+from imgclf_jax.tools.reproduce.show_batch import batch_at
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
 K, BATCH, SEED = 7, 12, 5  # in the second epoch
 AUGMENT = "flip_lr|flip_alternating|pad_crop(2)|normalize(mean=0.25, std=0.5)|cutout(4)"
-
-
-def config_of() -> Any:
-    config = default_config()
-    config.data.source, config.preprocess = "fake(60, (8, 8, 3), 4)", "decode(3)|random_resized_crop(8)"
-    config.preprocess_eval, config.total = "decode(3)|resize(8)", "10 steps"
-    config.seed, config.batch_size, config.augment, config.mix = SEED, BATCH, AUGMENT, "mixup(1.0)"
-    config.model = "mlp(widths=(4,))"
-    return config
-
-
-def shown(config: Any, raw: bool = False) -> Any:
-    images = stream.Images(sources.take_split(datasets.open_data(config), "train"), config.preprocess, config.seed)
-    return batch_at(programs_for_images(config, images), images, K, raw), images
 
 
 class Spy(nn.Module):
@@ -51,9 +36,13 @@ class Spy(nn.Module):
 @pytest.mark.thorough
 def test_the_batch_is_what_the_step_gives_the_model():
     """The whole train step, with a model that keeps its images."""
-    config = config_of()
-    found, images = shown(config)
-    raw, _ = shown(config, raw=True)
+    config = default_config()
+    config.data.source, config.preprocess = "fake(60, (8, 8, 3), 4)", "decode(3)|random_resized_crop(8)"
+    config.preprocess_eval, config.total, config.model = "decode(3)|resize(8)", "10 steps", "mlp(widths=(4,))"
+    config.seed, config.batch_size, config.augment, config.mix = SEED, BATCH, AUGMENT, "mixup(1.0)"
+    images = stream.Images(sources.take_split(datasets.open_data(config), "train"), config.preprocess, SEED)
+    programs = programs_for_images(config, images)
+    found, raw = (batch_at(programs, images, K, raw) for raw in (False, True))
     assert found.ids.tolist() == sampling.example_ids(SEED, K, BATCH, 60).tolist()
     positions = np.arange(K * BATCH, (K + 1) * BATCH)
     assert found.epochs.tolist() == (positions // 60).tolist()
@@ -74,18 +63,6 @@ def test_the_batch_is_what_the_step_gives_the_model():
     np.testing.assert_allclose(found.arrays["image"], seen, rtol=0, atol=1e-6)  # two programs may round differently
     assert np.abs(found.arrays["image"] - np.asarray(seen)).mean() < 1e-8
     np.testing.assert_array_equal(found.arrays["other"], np.roll(given["label"], 1))
-
-
-@pytest.mark.thorough
-def test_labels():
-    """The fractions of both classes; 1 for a class mixed with itself."""
-    found, _ = shown(config_of())
-    names = ("cat", "dog", "a\x1bb", "d")
-    label = np.array([0, 1, 1])
-    found = found._replace(arrays={"label": label, "other": np.array([1, 1, 2]), "weight": np.float32([0.75, 0.5, 1])})
-    rows = describe(found, names, 3)
-    assert [row["label"] for row in rows] == [{"cat": 0.75, "dog": 0.25}, {"dog": 1.0}, {"dog": 1.0, "a\x1bb": 0.0}]
-    assert [row["id"] for row in rows] == found.ids[:3].tolist()
 
 
 def test_the_picture_has_the_pixels():

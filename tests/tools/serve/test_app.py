@@ -1,7 +1,6 @@
 """The web application: what it answers, and what it refuses."""
 
 import asyncio
-import concurrent.futures
 import io
 import json
 import struct
@@ -62,14 +61,6 @@ def test_an_answer_is_what_the_model_predicts(client, model):
         assert [p["probability"] for p in found["predictions"]] == pytest.approx(expected[order].tolist(), abs=1e-5)
 
 
-def test_many_at_once_are_answered_each_with_its_own_classes(client, model):
-    images = [png(seed) for seed in range(100)]
-    with concurrent.futures.ThreadPoolExecutor(32) as pool:
-        answers = list(pool.map(lambda image: client.post("/predict", files=form(image)), images))
-    for answer, row in zip(answers, model.predict(images), strict=True):
-        assert answer.json()[0]["predictions"][0]["probability"] == pytest.approx(row.max(), abs=1e-5)
-
-
 @pytest.mark.thorough
 def test_an_explanation_is_of_the_class_that_is_asked_for(client, model):
     """By default of the predicted one."""
@@ -125,19 +116,6 @@ def test_the_model_is_described(client, model):
     found = client.get("/model").json()
     assert (found["name"], found["step"], found["params_sha256"]) == ("birds", 20, model.params_sha256)
     assert {"/predict", "/explain", "/model"} == client.get("/openapi.json").json()["paths"].keys()
-
-
-@pytest.mark.thorough
-def test_names_that_are_no_utf_8():
-    """The name of a class, and of the run's directory: every answer that has one was an error of the server."""
-    shown, others = r"\udcff", tuple(map(str, range(3)))
-    untold = untrained(DataInfo(64, (28, 28, 1), ("\udcff", *others), "-"), preprocess="decode(1)|resize(28)")
-    with TestClient(app.build(untold, "\udcfe")) as client:
-        described = client.get("/model").json()
-        assert (described["classes"], described["name"]) == ([shown, *others], r"\udcfe")
-        [found] = client.post("/predict", files=form(png(0))).json()
-        assert {one["class"] for one in found["predictions"]} == {shown, *others}
-        assert client.post("/explain", params={"class": shown}, files={"image": png(0)}).status_code == 200
 
 
 @pytest.mark.thorough

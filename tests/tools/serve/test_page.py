@@ -8,7 +8,6 @@ from chromium import WIDTHS, browser  # noqa: F401  the latter is a fixture
 from test_app import model, png, untrained  # noqa: F401  the former is a fixture
 from test_limits import in_thread
 
-from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.tools.serve import app
 
 pytestmark = chromium.NEEDED
@@ -85,20 +84,6 @@ def test_it_shows_where_a_class_is_found(page, tmp_path):
     page.select_option("article select", "3")
     page.wait_for_function("(seen) => document.querySelector('.heatmap').src !== seen", arg=seen)
     assert page.get_attribute(".heatmap", "alt") == "Where a.png speaks for 3"
-
-
-@pytest.mark.parametrize(("preprocess", "drawn"), [("decode(1)|resize(28)", True), ("decode(3)|resize(28)", False)])
-def test_one_draws_where_images_look_drawn(browser, preprocess, drawn):  # noqa: F811
-    """And the page is called as the work directory."""
-    made = untrained(DataInfo(64, (28, 28, 1 if drawn else 3), ("a", "b"), "-"), preprocess=preprocess, augment="")
-    with (
-        in_thread(app.build(made, "<my birds>")) as where,
-        chromium.opened(browser, "desktop", "light", f"http://127.0.0.1:{where}/") as (page, said, _),
-    ):
-        page.get_by_text("2 classes: a, b").wait_for()
-        assert page.locator("#drawing").is_visible() == drawn
-        assert page.title() == page.text_content("h1") == "<my birds>"
-        assert said == []
 
 
 def test_it_can_be_read_by_everyone(page, tmp_path):

@@ -1,17 +1,14 @@
 """The command `status`: what runs do, and where their time went."""
 
 import json
-import signal
 import time
 
 import pytest
-import runs
 
 import launch
 from imgclf_jax import config as configs
 from imgclf_jax.run import lock, record
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.tools.status import command
 from imgclf_jax.train import command as train
 
@@ -42,36 +39,14 @@ def test_the_time_left_of_a_run_that_trains_is_by_its_latest_pace(write, tmp_pat
         found = command.read(run)
         assert (found.state, found.seconds_left) == ("running", 14_000 * 50 / 1000)
         assert command.read(write(0)).seconds_left is None
+    (tmp_path / "nonfinite.json").write_text('{"step": 100}')
+    assert command.read(write(100)).health == ["a bad step stopped the run: see nonfinite.json"]
+    assert command.read(write(101)).health == []
 
 
 def test_a_run_that_stopped_early_is_done(write):
     run = write(12, {"step": 12, "stopped_early": "test/loss has not improved"})
     assert (command.read(run).state, run.workdir.is_done()) == ("done", True)
-
-
-def test_a_bad_step_is_told_until_the_run_trains_on(write, tmp_path):
-    (tmp_path / "nonfinite.json").write_text('{"step": 100}')
-    run = write(100)
-    assert command.read(run).health == ["a bad step stopped the run: see nonfinite.json"]
-    with lock.held(tmp_path / "lock"):
-        assert command.read(run).health == []
-    assert command.read(write(101)).health == []
-
-
-@pytest.mark.thorough
-def test_beside_a_run_that_trains_and_is_killed(tmp_path):
-    words = ("--config.data.source=fake(256, (12, 12, 1), 4)", "--config.preprocess=decode(1)",
-             "--config.model=mlp(widths=(16,))", "--config.total=400000 steps", "--config.log_every=5 steps",
-             "--config.eval_every=", "--config.batch_size=24")  # fmt: skip
-    [process], end = runs.start(tmp_path / "run", words), time.monotonic() + 180
-    while len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 5 and time.monotonic() < end:
-        time.sleep(0.05)
-    found = command.read(record.read(tmp_path / "run"))
-    assert found.state == "running"
-    assert found.seconds_left > 0
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert command.read(record.read(tmp_path / "run")).state == "stopped"
 
 
 def test_status_of_a_run(fake_config, tmp_path, capsys, one_device):

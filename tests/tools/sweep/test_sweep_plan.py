@@ -47,12 +47,8 @@ def test_other_texts_are_refused(text, said):
 
 def test_a_plan_of_the_file_with_seeds_of_the_command_line():
     found = sweep_plan.combine([{"model": "mlp", "clip": 1.0}, {"model": "cnn"}], ["seed=0..1"])
-    assert found == [
-        {"model": "mlp", "clip": "1.0", "seed": "0"},
-        {"model": "mlp", "clip": "1.0", "seed": "1"},
-        {"model": "cnn", "seed": "0"},
-        {"model": "cnn", "seed": "1"},
-    ]
+    first = {"model": "mlp", "clip": "1.0"}
+    assert found == [first | {"seed": "0"}, first | {"seed": "1"}, *({"model": "cnn", "seed": s} for s in "01")]
 
 
 @pytest.mark.parametrize(("planned", "sweeps", "said"), [
@@ -91,12 +87,6 @@ def test_names_are_unique_and_short():
     assert len({name.casefold() for name in names}) == 7
     assert names[0] == "model=cnn-1"
     assert max(map(len, names)) <= 120
-
-
-def test_names_do_not_depend_on_how_a_value_is_written():
-    assert make([{"clip": "0.5"}]) == make([{"clip": "5e-1"}])
-    with pytest.raises(UserError, match=r"the sweep has the run clip=0\.5 twice"):
-        make([{"clip": "0.5"}, {"clip": "5e-1"}])
 
 
 @pytest.mark.parametrize(("function", "result"), [
