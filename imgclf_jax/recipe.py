@@ -218,7 +218,7 @@ class Recipe:
     @property
     def supervised(self) -> bool:
         """Whether the method is the default one, which reads only images and their labels or targets."""
-        return methods.is_supervised(self.config.method)
+        return spec.parse_one(self.config.method).name == "supervised"
 
     @property
     def needs_ids(self) -> bool:

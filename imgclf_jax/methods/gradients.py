@@ -16,8 +16,7 @@ from imgclf_jax.core import platform, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Batch, ModelState, Params
 
-# (params, model_state, batch, key) → ((loss f32[], aux), grads); transforms pass `aux` through.
-type LossAndGrads = tuple[tuple[jax.Array, Any], Params]  # ((loss f32[], aux), grads)
+type LossAndGrads = tuple[tuple[jax.Array, Any], Params]  # ((loss f32[], aux), grads); transforms pass `aux` through
 type GradientFunction = Callable[[Params, ModelState, Batch, jax.Array], LossAndGrads]
 
 

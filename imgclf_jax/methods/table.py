@@ -67,8 +67,3 @@ def build_attack(text: str) -> Attack:
     """
     leading = ("gradient", "images", "keys", "low", "high")
     return spec.bind(spec.parse_one(text), ATTACKS, "attack", leading=leading)
-
-
-def is_supervised(text: str) -> bool:
-    """Whether a spec names the default method, which reads only images and their labels or targets."""
-    return spec.parse_one(text).name == "supervised"

@@ -100,7 +100,9 @@ def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _NO_R
     chain = [*([optax.clip_by_global_norm(clip)] if clip else []), *parts, *after]
     out = chain[0] if len(chain) == 1 else optax.chain(*chain)
     if rules.frozen:
-        groups = {"trained": out, "frozen": optax.stateless(_keep)}
+        # x + -0.0 is x to the bit for every x, while -0.0 + 0.0 is 0.0.
+        keep = optax.stateless(lambda updates, params: jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates))
+        groups = {"trained": out, "frozen": keep}
         out = _by_group(groups, lambda name: "frozen" if name in rules.frozen else "trained")
     extended = optax.with_extra_args_support(out)
     init = lambda params: jax.tree.map(_strongly_typed, extended.init(params))  # noqa: E731
@@ -149,11 +151,6 @@ def _by_group(
 ) -> optax.GradientTransformation:
     """`optax.partition` by `group(path)`, which names the transform of a parameter."""
     return optax.partition(transforms, lambda params: tree.map_named(lambda name, x: group(name), params))
-
-
-def _keep(updates: Params, params: Params) -> Params:
-    """Updates that keep every bit: x + -0.0 is x for every x, while -0.0 + 0.0 is 0.0."""
-    return jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
 
 
 def _scale_by_name(factors: Mapping[str, float]) -> optax.GradientTransformation:

@@ -4,6 +4,7 @@ An average covers all variables of a model, parameters and batch statistics. Opt
 evaluate themselves; see `with_evaluated`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ class Average(NamedTuple):
     update: Callable[..., Updated]
 
 
+_COPY = functools.partial(jax.tree.map, jnp.copy)
 NONE = Average(lambda variables: None, lambda average, variables, step, opt_state=None: (variables, None))
 
 # `evaluated(opt_state, params) -> params`, see `with_evaluated`.
@@ -74,7 +76,7 @@ def ema(decay: float) -> Average:
         weight = 1 - jnp.minimum(jnp.float32(decay), (1 + t) / (10 + t))
         return variables, _interpolate(average, variables, weight)
 
-    return Average(_copy, update)
+    return Average(_COPY, update)
 
 
 def lookahead(total: int, k: int = 5, alpha: float = 0.5, power: float = 0.0) -> Average:
@@ -95,7 +97,7 @@ def lookahead(total: int, k: int = 5, alpha: float = 0.5, power: float = 0.0) ->
         slow = optax.tree.where(is_due, _interpolate(slow, fast, weight), slow)
         return optax.tree.where(is_due, slow, fast), slow
 
-    return Average(_copy, update)
+    return Average(_COPY, update)
 
 
 def from_optimizer(evaluated: Evaluated) -> Average:
@@ -105,7 +107,7 @@ def from_optimizer(evaluated: Evaluated) -> Average:
         params, model_state = variables
         return variables, (evaluated(opt_state, params), model_state)
 
-    return Average(_copy, update)
+    return Average(_COPY, update)
 
 
 def build(
@@ -124,10 +126,6 @@ def build(
     if call:
         return spec.bind(call, {"lookahead": lookahead}, "optimizer", leading=("total",))(total)
     return ema(decay) if decay else NONE
-
-
-def _copy(variables: ParamsAndState) -> ParamsAndState:
-    return jax.tree.map(jnp.copy, variables)
 
 
 def _interpolate(old: PyTree, new: PyTree, weight: jax.Array) -> PyTree:

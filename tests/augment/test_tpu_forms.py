@@ -15,7 +15,6 @@ from test_photometric import photos, unusual
 from imgclf_jax.augment import big_vision, geometry, photometric, policies
 from imgclf_jax.core import platform
 
-KEY = jax.random.key(8)
 SETS = {"colour": photos(32), "oblong": photos(45)[:, 4:24], "tall": photos(41)[:, :, 3:26], "grey": unusual(19, 1),
         "tiny": unusual(3, 3)}  # fmt: skip
 NARROW, WIDE = ((0.3, 12.0, 9.0, 30.0, 0.9, 4), (0.99, 32.0, 32.0, 135.0, 0.99, 6))  # of randaugment, trivialaugment

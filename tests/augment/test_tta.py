@@ -109,14 +109,6 @@ def test_the_config_key_reaches_evaluation_and_prediction(trained):
     np.testing.assert_allclose(found, softmax / softmax.sum(-1, keepdims=True), atol=1e-5)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("flop", "unknown view 'flop': did you mean 'flip'"),
-])  # fmt: skip
-def test_wrong_specs_are_refused(text, message):
-    with pytest.raises(UserError, match=message):
-        tta.build(text)
-
-
 @pytest.mark.parametrize(("weights", "total"), [((), "0"), ((float("nan"),), "nan"), ((0.5,), "0.5")])
 def test_the_weights_of_views_must_sum_to_1(weights, total, monkeypatch):
     own = types.SimpleNamespace(views=lambda: [(weight, np.negative) for weight in weights])

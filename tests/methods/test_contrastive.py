@@ -11,14 +11,11 @@ import test_semi_supervised as semi_supervised
 from cases import thorough
 from flax import linen as nn
 from PIL import Image
-from safetensors import numpy as safetensors
 from test_semi_supervised import PROBLEM
 
 import launch
-from imgclf_jax import step
 from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.methods import Loss, Method
 from imgclf_jax.methods.simclr import contrast, simclr, supcon
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
@@ -132,19 +129,6 @@ def test_mistakes_get_a_sentence():
         run(simclr(PROBLEM), batch(1))
 
 
-def mixing(problem, declared=True):
-    """Two views, mixed by the key `mix`."""
-
-    def inputs(key, batch, augment):
-        return problem.mix(key, {**batch, "image": augment(key, batch["image"])})
-
-    def loss(model, batch, fixed):
-        logits = model(batch["image"], train=True)
-        return Loss(problem.supervised(logits, batch), logits, {"weight": batch["weight"]})
-
-    return Method(loss, inputs, mixes=declared)
-
-
 FLAGS = ["--config.model=mlp(widths=(8,))", "--config.augment=normalize", "--config.preprocess=decode(1)",
          "--config.total=2 steps", "--config.schedule=constant(1e-3)", "--config.tensorboard=False",
          "--config.eval_every="]  # fmt: skip
@@ -164,20 +148,6 @@ def test_keys_that_act_on_predictions_are_refused(fake_config, key, value, said)
     programs = Programs(Recipe(fake_config, DataInfo(64, (12, 12, 1), ("a", "b"), "")))
     with pytest.raises(UserError, match=re.escape(said)):
         _ = programs.recipe.method, programs.check_best()
-
-
-def test_a_method_mixes_if_it_says_so(fake_config):
-    """Its `inputs` mix images and labels by the key `mix`."""
-    data = DataInfo(64, (12, 12, 1), ("a", "b", "c"), "")
-    fake_config.update(method=f"{__name__}:mixing", mix="mixup(0.2)")
-    recipe = Recipe(fake_config, data)
-    given = {**batch(), "image": np.zeros((16, 12, 12, 1), np.uint8)}
-    mixed = step.make_inputs(recipe.augment(train=True), recipe.mix, recipe.method)(np.uint32(0), np.int32(0), given)
-    assert set(mixed) == {"image", "label", "other", "weight", "step"}
-    np.testing.assert_array_equal(mixed["other"], np.roll(given["label"], 1))
-    fake_config.method = f"{__name__}:mixing(declared=False)"
-    with pytest.raises(UserError, match=r"call problem\.mix in `inputs` and return Method"):
-        _ = Recipe(fake_config, data).method
 
 
 @pytest.fixture(scope="module")
@@ -211,14 +181,6 @@ def test_what_needs_a_head_is_refused_in_one_sentence(pretrained_run, tmp_path, 
     launch.main(["compare", "--test", str(pretrained_run), str(tmp_path / "again")])
     assert "trains no head, so this run predicts nothing" in "".join(capsys.readouterr())
     assert launch.main(["features", workdir, f"--output={tmp_path / 'features.npz'}"]) == 0
-
-
-def test_weights_for_pytorch_are_those_of_the_backbone(pretrained_run, tmp_path, capsys):
-    assert launch.main(["export", str(tmp_path / "m.safetensors"), f"--workdir={pretrained_run}"]) == 0
-    said = capsys.readouterr().out
-    assert "Not exported: projector of method='simclr'" in said
-    assert "There is no head, because method='simclr' trains none." in said
-    assert set(safetensors.load_file(tmp_path / "m.safetensors")) == {"dense0.weight", "dense0.bias"}
 
 
 def test_fine_tuning_begins_from_the_backbone_alone(pretrained_run, fake_config, caplog):

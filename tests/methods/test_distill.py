@@ -122,13 +122,3 @@ def test_with_a_sigmoid_loss_each_class_has_a_divergence_of_its_own():
     np.testing.assert_allclose(found.values, 2.5**2 * kl.sum(-1), rtol=2e-5)
     with pytest.raises(UserError, match="the loss of this run has neither"):
         distill(dataclasses.replace(problem, link=losses.Link(np.asarray, np.asarray)), "run")
-
-
-@pytest.mark.thorough
-def test_a_teacher_of_another_loss_or_without_a_head_is_refused(teacher, tmp_path, capsys):
-    method = f"--config.method=distill('{teacher}')"
-    assert train(tmp_path / "run", method, "--config.loss=sigmoid") == 1
-    assert "was trained with another kind of loss" in capsys.readouterr().err
-    assert train(tmp_path / "headless", "--config.method=simclr") == 0
-    assert train(tmp_path / "run", f"--config.method=distill('{tmp_path / 'headless'}')") == 1
-    assert "method='simclr' trains no head" in capsys.readouterr().err

@@ -83,11 +83,6 @@ def one_step(backbone, learned=losses.softmax, **more):
     return state, *jax.jit(train_step)(state, batch())
 
 
-def train_step_shape(backbone, learned=losses.softmax, **more):
-    """Traces a step, and computes nothing."""
-    return jax.eval_shape(lambda: one_step(backbone, learned, **more)[1:])
-
-
 def test_supervised_learning_as_a_method_is_the_default(fake_config):
     """The same bits after a step, also with mixing and accumulation."""
     fake_config.update({"mix": "mixup(0.2)", "model": f"{__name__}:Sowing"})
@@ -138,27 +133,6 @@ def test_sown_losses_are_added_and_sown_metrics_are_logged(accumulate):
     jax.tree.map(lambda p, g, q: np.testing.assert_allclose(p - g, q, atol=1e-6), before.params, grads, after.params)
     assert "losses" not in after.model_state
     assert "metrics" not in after.model_state
-
-
-class Shaped(nn.Module):
-    """Sows a loss of a shape, or of the length of its images."""
-
-    shape: tuple[int, ...] | None
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        if not self.is_initializing():
-            self.sow("losses", "ones", jnp.ones((len(x),) if self.shape is None else self.shape))
-        return x.reshape(len(x), -1)
-
-
-@pytest.mark.parametrize(("shape", "accumulate", "allowed"), [
-    (None, 1, True), (None, 2, True), ((), 1, True), ((1,), 1, True), ((64,), 1, True),
-    ((3,), 1, False), ((32, 2), 1, False), ((4,), 2, False),
-])  # fmt: skip
-def test_a_sown_loss_is_a_number_or_one_for_each_example(shape, accumulate, allowed):
-    with contextlib.nullcontext() if allowed else pytest.raises(UserError, match="sown loss 'backbone/ones/0' has"):
-        train_step_shape(Shaped(shape), accumulate=accumulate)
 
 
 @pytest.mark.parametrize("place", ["device", *thorough("host")])

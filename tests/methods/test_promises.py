@@ -4,8 +4,6 @@ import pytest
 from cases import thorough
 from methods_check import SPECS, Check
 
-from imgclf_jax.run.writers import read_metrics
-
 VARIANTS = {
     "": {},
     "accumulate": {"num_seeds": "2", "accumulate": "2", "model": "mlp(widths=(8,))"},
@@ -19,17 +17,6 @@ def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
     Check("supervised", folder, folder).train(folder / "run", model="resnet_cifar(8)")
     return folder / "run"
-
-
-@pytest.mark.thorough
-def test_metrics_of_a_method_of_your_own_are_logged_and_evaluated(tmp_path):
-    Check("own", tmp_path, tmp_path).train(tmp_path / "whole", model="mlp(widths=(8,))")
-    logged: dict[str, float] = {}
-    for record in read_metrics(tmp_path / "whole" / "metrics.jsonl"):
-        logged |= record
-    assert {"train/distance", "train/nearest", "test/spread", "test/accuracy"} <= logged.keys()
-    assert logged["train/fixed"] == 1.0
-    assert logged["test/spread"] > 0
 
 
 @pytest.mark.optimized

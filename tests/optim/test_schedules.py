@@ -93,9 +93,3 @@ def test_a_schedule_is_its_definition_at_every_step(text):
 def test_build_refuses_a_wrong_schedule(text, message):
     with pytest.raises(UserError, match=message):
         schedules.build(text, steps, TOTAL)
-
-
-def test_a_run_of_one_step_has_every_schedule():
-    """Durations round up to whole steps, so the warmup is the whole run."""
-    for text in ("constant(0.3, warmup='5%')", "cosine(0.3)", "cosine(0.3, warmup='5%')", "linear(0.3, warmup='5%')"):
-        np.testing.assert_allclose(rates(text, total=1, beyond=0), 0.3, rtol=1e-6)
