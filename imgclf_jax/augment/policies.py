@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +42,7 @@ class Ranges:
     # solarize inverts values of 256 (1 - m / 30) or more
 
 
-@dataclass(frozen=True)
-class Strengths:
+class Strengths(NamedTuple):
     """The parameters of each op, sign and magnitude, [op, sign, magnitude], or of each image, [b]."""
 
     matrix: jax.Array  # i32[…, 6], for `geometry.affine`
@@ -102,9 +102,7 @@ def _draw_and_apply(
     key_op, key_sign, key_magnitude = jax.random.split(key, 3)
     op = jax.random.randint(key_op, (b,), 0, len(OPS))
     index = op, jax.random.randint(key_sign, (b,), 0, 2), magnitude(key_magnitude)
-    table = strengths(ranges, h, w)
-    strength = Strengths(table.matrix[index], table.factor[index], table.level[index])
-    return apply(images, op, strength, fill)
+    return apply(images, op, Strengths(*(values[index] for values in strengths(ranges, h, w))), fill)
 
 
 def _check_fill(name: str, images: jax.Array, fill: Fill) -> jax.Array:

@@ -106,10 +106,10 @@ def layers(names: Sequence[str]) -> dict[str, int]:
     """The layer depth of each parameter, from 0, for layer-wise decay (BEiT; Bao et al. 2021, arXiv:2106.08254).
 
     `names` are all paths in the order in which the model uses them. A layer is a block: a numbered part of the backbone
-    that has modules inside, such as `block3` or `stage2_5`. Everything before the first block (patches, positions,
-    stem) is layer 0. A part between two blocks belongs to the second; parts after the last block and the head form the
-    top layer. In a backbone without blocks each part is a layer. A LoRA adapter belongs to the layer of its kernel.
-    timm agrees for its ResNets and ConvNeXts; in its ViTs and Mixers the final norm belongs to the last block.
+    that has modules inside, such as `block3` or `stage2_5`. Parts before the first block are layer 0, one between two
+    blocks belongs to the second, and those after the last one and the head form the top layer. Without blocks each part
+    is a layer. A LoRA adapter belongs to the layer of its kernel. In timm's ViTs and Mixers, unlike here, the final
+    norm belongs to the last block.
     """
     kernels = {name: f"backbone/{match[1]}" for name in names if (match := _ADAPTER.fullmatch(name))}
     matches = {name: match for name in names if name not in kernels and (match := _PART.match(name))}

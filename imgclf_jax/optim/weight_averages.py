@@ -50,8 +50,7 @@ def with_evaluated(optimizer: optax.GradientTransformation, evaluated: Evaluated
     """Attaches to an optimizer the parameters to evaluate, as a function of its state and the trained parameters.
 
     After each step `evaluated(opt_state, params)` returns the parameters for evaluation, prediction and export, like
-    `optax.contrib.schedule_free_eval_params`. It must be pure and map over pytrees, in which frozen parameters are
-    missing. Before the first step the trained parameters are evaluated.
+    `optax.contrib.schedule_free_eval_params`. It must be pure. Before the first step the trained ones are evaluated.
     """
     extended = optax.with_extra_args_support(optimizer)
     out = EvaluatingOptimizer(extended.init, extended.update)
