@@ -42,8 +42,7 @@ def run_and_exit(program: str, command: Sequence[str]) -> NoReturn:
         traceback.print_exc()
         status = 1
     if status in (0, stopping.STATUS_SAVED):
-        if processes.count() > 1:
-            stopping.ignore_signals()  # a launcher may send them when the first process ends
+        stopping.ignore_signals()  # a launcher may send them when the first process ends
         sys.exit(status)  # with several processes, JAX's exit handler waits for the others
     with contextlib.suppress(OSError):
         sys.stdout.flush()

@@ -71,7 +71,14 @@ def setup_logging() -> None:
     # Orbax logs an error a dozen times, with tracebacks, before it raises it.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _report_unraisable
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns about shapes, which have no type
+
+
+def _report_unraisable(unraisable: "sys.UnraisableHookArgs", usual: Callable[..., object] = sys.unraisablehook) -> None:
+    """Hides one message: after a failed save, TensorStore still calls an event loop that is already closed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        usual(unraisable)
 
 
 def _printable(record: logging.LogRecord) -> logging.LogRecord:

@@ -74,8 +74,8 @@ def _take(file: Path) -> IO[str]:
         handle.close()  # its last holder removed the file in between
     handle.truncate(0)
     now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    handle.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now}))
-    handle.flush()
+    content = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now})
+    os.write(handle.fileno(), content.encode())  # unbuffered, as a full disk would keep the handle from being closed
     return handle
 
 
