@@ -11,8 +11,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Batch, ModelState, Params
 from imgclf_jax.methods.gradients import Gradient, GradientFunction, LossAndGrads
 
-# (gradient, images f32[b, h, w, c], keys [b], low, high, …) → f32[b, h, w, c], see `attack`
-Attack = Callable[..., jax.Array]
+Attack = Callable[..., jax.Array]  # (gradient, images f32[b, h, w, c], keys [b], low, high, …) → images: see `attack`
 
 
 def pgd(

@@ -96,8 +96,7 @@ def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _NO_R
     if rules and evaluated:
         raise UserError(f"optimizer={text!r}: {last.name} evaluates other parameters than it trains, and takes neither "
                         "rules nor frozen parameters; use another optimizer, such as adamw")  # fmt: skip
-    after = [_scale_by_name(rules.lr)] if rules.lr else []
-    chain = [*([optax.clip_by_global_norm(clip)] if clip else []), *parts, *after]
+    chain = [optax.clip_by_global_norm(clip)] * bool(clip) + parts + [_scale_by_name(rules.lr)] * bool(rules.lr)
     out = chain[0] if len(chain) == 1 else optax.chain(*chain)
     if rules.frozen:
         # x + -0.0 is x to the bit for every x, while -0.0 + 0.0 is 0.0.

@@ -36,8 +36,7 @@ class Average(NamedTuple):
 _COPY = functools.partial(jax.tree.map, jnp.copy)
 NONE = Average(lambda variables: None, lambda average, variables, step, opt_state=None: (variables, None))
 
-# `evaluated(opt_state, params) -> params`, see `with_evaluated`.
-type Evaluated = Callable[[OptState, Params], Params]
+type Evaluated = Callable[[OptState, Params], Params]  # (opt_state, params) → params, see `with_evaluated`
 
 
 class EvaluatingOptimizer(optax.GradientTransformationExtraArgs):

@@ -141,15 +141,6 @@ def test_random_erasing_fills_the_papers_box(h, w, fill, dtype):
             assert (len(np.unique(image[box], axis=0)) == 1) == (fill == "color")
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("random_erasing(fill='noise')", "fill='noise'.*any number"),
-    ("random_erasing(fill=0.5)", "fill=0.5.*0 to 255"),
-])  # fmt: skip
-def test_random_erasing_refuses_wrong_arguments(text, message):
-    with pytest.raises(UserError, match=message):
-        ops.build(text, train=True)(KEY, jnp.zeros((2, 8, 8, 3), jnp.uint8))
-
-
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 0.25), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
 def test_normalize(mean, std):
     images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
@@ -162,7 +153,6 @@ def test_normalize(mean, std):
 @pytest.mark.parametrize(("text", "message"), [
     ("normalize((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))", r"divide those of pixels from 0 to 255 by 255"),
     ("normalize(0.5, 127.5)", r"normalize\(mean=0.5, std=127.5\): "),
-    ("normalize(0.5, std=0)", r"std must be above 0, and both at most 1"),
     ("normalize(0.5, (0.2, 0.0, 0.2))", r"std must be above 0, and both at most 1"),
 ])  # fmt: skip
 def test_normalize_refuses_statistics_of_another_scale(text, message):

@@ -164,7 +164,5 @@ def test_mistakes_get_a_sentence():
         run(fixmatch(PROBLEM), without)
     with pytest.raises(UserError, match=r"fixmatch\(threshold=95\): must be 0 to 1"):
         fixmatch(PROBLEM, threshold=95)
-    with pytest.raises(UserError, match="normalize occurs twice"):
-        fixmatch(PROBLEM, strong="cutout(2)|normalize")
     with pytest.raises(UserError, match="unknown device op"):
         fixmatch(PROBLEM, strong="cuttout(2)")
