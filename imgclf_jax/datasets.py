@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from ml_collections import ConfigDict
 
 from imgclf_jax.core import processes, spec
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, sampling, sources, splits
 from imgclf_jax.data.source import Source
 from imgclf_jax.data.stream import Images
 
 # Keys of a batch or of the input of a loss, which no stream can have as its name.
 _TAKEN = ("image", "label", "target", "id", "epoch", "step", "mask", "table", "other", "weight")
-
-
-type Splits = Mapping[str, Source]  # by name, as a source spec opens them
 
 
 @dataclass(frozen=True)
@@ -72,15 +69,12 @@ def _extra_images(config: ConfigDict, name: str, stream: ExtraStream, base: Mapp
     key = f"data.extra.{name}"
     try:
         opened = open_data(config, stream.source) if stream.source else base
-        source = sources.take_split(opened, stream.split or _default_split(opened))
-        sampler = _sampler(stream.sampling, source, f"{key} sampling")
+        split = stream.split or ("train" if len(opened) > 1 else next(iter(opened)))
+        source = sources.take_split(opened, split)
+        sampler = _sampler(stream.sampling, source, "sampling")
         return Images(source, stream.preprocess, config.seed, config.data.threads, sampler)
     except UserError as e:
-        raise UserError(str(e) if str(e).startswith(key) else f"{key}: {e}") from e
-
-
-def _default_split(base: Mapping[str, Source]) -> str:
-    return "train" if len(base) > 1 else next(iter(base))
+        raise UserError(f"{key}: {e}") from e
 
 
 def _sampler(text: str, source: Source, key: str) -> sampling.Sampler:
@@ -103,31 +97,22 @@ def extra_streams(config: ConfigDict) -> dict[str, ExtraStream]:
 def _extra_stream(config: ConfigDict, name: str) -> ExtraStream:
     text, key = config.data.extra[name], f"data.extra.{name}"
     if name in _TAKEN or not name.isidentifier() or keyword.iskeyword(name):
-        why = "batches use this name for something else" if name in _TAKEN else "it must be a Python name"
-        raise UserError(f"{key}: {why}; rename the stream, for example 'unlabeled'")
+        raise UserError(f"{key}: the name must be a Python name other than {', '.join(_TAKEN)}, such as 'unlabeled'")
     head, *options = spec.split_calls(text)
     source, split = split_source(head)
-    values = {"batch_size": int(config.batch_size), "preprocess": config.preprocess, "sampling": "permutation"}
-    seen = set()
-    for option in options:
-        call = spec.parse_one(option)
-        if call.name not in values or call.name in seen:
-            raise UserError(f"{key}={text!r}: " + (f"{call.name} occurs twice" if call.name in seen else
-                                                    unknown("option", call.name, values)))  # fmt: skip
-        kind = type(values[call.name])
-        if len(call.args) != 1 or call.kwargs or type(call.args[0]) is not kind:
-            example = {"batch_size": "batch_size(256)", "preprocess": "preprocess('decode(3)|resize(32)')",
-                       "sampling": "sampling('balanced')"}[call.name]  # fmt: skip
-            raise UserError(f"{key}={text!r}: write {example}, not {call}")
-        seen.add(call.name)
-        values[call.name] = call.args[0]
-    if not (source or split):
-        raise UserError(f"{key}={text!r} names no source; write \"folder('crops')/train\", or a split of data.source, "
-                        "such as 'train[10%:]'")  # fmt: skip
-    if values["batch_size"] < 1:
-        raise UserError(f"{key}={text!r}: batch_size must be 1 or more")
     if source:
         spec.parse_one(source)
+    elif not split:
+        raise UserError(f"{key}={text!r} names no source; write \"folder('crops')/train\", or a split of data.source, "
+                        "such as 'train[10%:]'")  # fmt: skip
+    values = {"batch_size": config.batch_size, "preprocess": config.preprocess, "sampling": "permutation"}
+    kinds = {name: type(value) for name, value in values.items()}
+    for call in map(spec.parse_one, options):
+        given = [type(value) for value in call.args]
+        if call.kwargs or given != [kinds.get(call.name)] or (given == [int] and call.args[0] < 1):
+            raise UserError(f"{key}={text!r}: {call} is no option; options are batch_size(256), "
+                            "preprocess('decode(3)|resize(32)') and sampling('balanced')")  # fmt: skip
+        values[call.name] = call.args[0]
     sampling.bind(values["sampling"])
     return ExtraStream(source, split, **values)
 
@@ -141,12 +126,6 @@ def split_source(text: str) -> tuple[str, str]:
         return text, ""
     source, _, split = text.rpartition("/")
     return source.strip(), split.strip()
-
-
-def check_names(config: ConfigDict) -> None:
-    """Raises UserError for values of `data.sampling` and `data.extra` that no run can use. Opens no data."""
-    sampling.bind(config.data.sampling)
-    extra_streams(config)
 
 
 def describe_use(config: ConfigDict, base: Mapping[str, Source]) -> str:

@@ -42,15 +42,14 @@ class Link(NamedTuple):
     - `probabilities(logits f32[..., k])` returns f32[..., k].
     - `ensemble(logits f32[n, ..., k])` returns f32[..., k], the logits of the mean probabilities of n models.
     - `nll(logits f32[b, k], labels i32[b] or targets f32[b, k])` returns f32[b], the negative log-likelihood in nats.
-      It is None for a loss without a likelihood.
     - `log_odds(logits f32[..., k])` returns f32[..., k], log p - log(1 - p) of each probability p. It orders examples
-      as p does, also where float32 rounds p to 0 or 1. If it is None, the probabilities order them.
+      as p does, also where float32 rounds p to 0 or 1.
     """
 
     probabilities: Callable[[jax.Array], jax.Array]
     ensemble: Callable[[jax.Array], jax.Array]
-    nll: Callable[[jax.Array, jax.Array], jax.Array] | None = None
-    log_odds: Callable[[jax.Array], jax.Array] | None = None
+    nll: Callable[[jax.Array, jax.Array], jax.Array]
+    log_odds: Callable[[jax.Array], jax.Array]
 
 
 def _softmax_ensemble(logits: jax.Array) -> jax.Array:
@@ -62,25 +61,22 @@ def _sigmoid_ensemble(logits: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(jax.nn.log_sigmoid(logits), 0) - jax.nn.logsumexp(jax.nn.log_sigmoid(-logits), 0)
 
 
-def _is_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """bool[b, classes]: the labels i32[b] as one-hot rows."""
-    return labels[:, None] == jnp.arange(logits.shape[-1], dtype=labels.dtype)
-
-
 def _softmax_nll(logits: jax.Array, labels: jax.Array) -> jax.Array:
     if labels.ndim > 1:
         return optax.softmax_cross_entropy(logits, labels)
     if platform.current() == "cpu":
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     # Elsewhere a masked sum: the gradient of indexing is a scatter, for which deterministic GPU kernels sort.
-    label_logits = jnp.sum(jnp.where(_is_label(logits, labels), logits, jnp.zeros((), logits.dtype)), -1)
+    is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    label_logits = jnp.sum(jnp.where(is_label, logits, jnp.zeros((), logits.dtype)), -1)
     return jax.nn.logsumexp(logits, -1) - label_logits
 
 
 def _sigmoid_nll(logits: jax.Array, labels: jax.Array) -> jax.Array:
     if labels.ndim > 1:
         return jnp.sum(optax.sigmoid_binary_cross_entropy(logits, labels), -1)
-    return jnp.sum(jax.nn.softplus(jnp.where(_is_label(logits, labels), -logits, logits)), -1)
+    is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    return jnp.sum(jax.nn.softplus(jnp.where(is_label, -logits, logits)), -1)
 
 
 def _softmax_log_odds(logits: jax.Array) -> jax.Array:
@@ -122,18 +118,11 @@ def link_of(loss: Loss | str) -> Link:
     return link
 
 
-def tasks_of(text: str) -> tuple[Task, Task]:
-    """The tasks of a loss spec on data with labels, and on data with targets."""
-    return Task.CLASSES, Task.MULTILABEL if link_of(text) == SIGMOID else Task.SOFT
-
-
 def task_of(text: str, has_targets: bool) -> Task:
-    """The task of a loss spec on data with targets or with labels. Raises UserError for class weights of targets."""
-    given = spec.bind(spec.parse_one(text), LOSSES, "loss", leading=("logits", "labels"))
-    if has_targets and given.func in LOSSES.values() and given.keywords.get("class_weights") is not None:
-        raise UserError(f"loss={text!r}: class_weights needs one label per example, but the data have targets; for "
-                        "several labels use positive_weights, one number per class")  # fmt: skip
-    return tasks_of(text)[has_targets]
+    """The task of a loss spec, on data with targets or with labels."""
+    if not has_targets:
+        return Task.CLASSES
+    return Task.MULTILABEL if link_of(text) == SIGMOID else Task.SOFT
 
 
 def check_targets(text: str, task: Task, targets: np.ndarray, name: Callable[[int], str] = "example {}".format) -> None:
@@ -141,15 +130,12 @@ def check_targets(text: str, task: Task, targets: np.ndarray, name: Callable[[in
 
     `name` names the example of a row.
     """
-    outside = np.flatnonzero(((targets < 0) | (targets > 1)).any(1))
-    if outside.size:
-        i = int(outside[0])
-        raise UserError(f"loss={text!r}: {name(i)} has the target {targets[i][:5].tolist()}, outside of [0, 1]")
-    sums = targets.sum(1, dtype=np.float64)
-    wrong = np.flatnonzero(np.abs(sums - 1) > _SUM_TOLERANCE)
-    if task is Task.SOFT and wrong.size:
-        raise UserError(f"loss={text!r}: the target of {name(int(wrong[0]))} sums to {sums[wrong[0]]:g}, not to 1; "
-                        "divide each row by its sum, or use 'sigmoid' for independent columns")  # fmt: skip
+    sums, outside = targets.sum(1, dtype=np.float64), ((targets < 0) | (targets > 1)).any(1)
+    unequal = (np.abs(sums - 1) > _SUM_TOLERANCE) & (task is Task.SOFT)
+    if (wrong := np.flatnonzero(outside | unequal)).size:
+        i, more = int(wrong[0]), " and sum to 1: divide each row by its sum, or use 'sigmoid'" * (task is Task.SOFT)
+        raise UserError(f"loss={text!r}: {name(i)} has the target {targets[i][:5].tolist()}, with the sum {sums[i]:g}; "
+                        f"targets must be in [0, 1]{more}")  # fmt: skip
 
 
 def softmax(
@@ -160,7 +146,6 @@ def softmax(
     `label_smoothing` in [0, 1) mixes the one-hot target with the uniform distribution (Szegedy et al. 2016,
     arXiv:1512.00567, section 7).
     """
-    _check_smoothing("softmax", label_smoothing)
     targets = _smoothed_targets(logits, labels, label_smoothing) if label_smoothing else labels
     return _class_weighted(_softmax_nll(logits, targets), logits, labels, class_weights)
 
@@ -178,7 +163,6 @@ def sigmoid(
     - `label_smoothing` e in [0, 1) makes the targets 1 - e + e / classes and e / classes.
     - `positive_weights`, one number per class, multiply the loss of true classes, as PyTorch's `pos_weight` does.
     """
-    _check_smoothing("sigmoid", label_smoothing)
     targets = _smoothed_targets(logits, labels, label_smoothing)
     entropies = optax.sigmoid_binary_cross_entropy(logits, targets)  # [b, classes]
     if positive_weights is not None:
@@ -203,20 +187,22 @@ def focal(
     return _class_weighted(losses, logits, labels, class_weights)
 
 
-def _check_smoothing(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise UserError(f"{name}(label_smoothing={value}): allowed are 0 to below 1")
-
-
 def _smoothed_targets(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
     """f32[b, classes]: one-hot labels, or the targets themselves, smoothed."""
+    if not 0 <= smoothing < 1:
+        raise UserError(f"label_smoothing={smoothing}: allowed are 0 to below 1")
     targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype) if labels.ndim == 1 else labels
     return optax.smooth_labels(targets, smoothing) if smoothing else targets
 
 
 def _class_weighted(losses: jax.Array, logits: jax.Array, labels: jax.Array, weights: Weights) -> jax.Array:
-    """The losses f32[b] times the weight of each label i32[b]."""
-    return losses if weights is None else losses * _check_weights("class_weights", weights, logits)[labels]
+    """The losses f32[b] times the weight of each label i32[b]. Raises UserError for targets."""
+    if weights is None:
+        return losses
+    if labels.ndim > 1:
+        raise UserError("class_weights needs one label per example, but the data have targets; for several labels use "
+                        "positive_weights, one number per class")  # fmt: skip
+    return losses * _check_weights("class_weights", weights, logits)[labels]
 
 
 def _check_weights(name: str, weights: Sequence[float], logits: jax.Array) -> jax.Array:
@@ -243,7 +229,7 @@ def build(text: str, class_counts: Sequence[int] = (), class_names: Sequence[str
     and for 'balanced' if a class has no training example.
     """
     loss = spec.bind(spec.parse_one(text), LOSSES, "loss", leading=("logits", "labels"))
-    if not needs_class_counts(text):
+    if loss.keywords.get("class_weights") != BALANCED:
         return loss
     counts = np.asarray(class_counts or [0] * len(class_names))
     if not counts.all():
@@ -251,6 +237,4 @@ def build(text: str, class_counts: Sequence[int] = (), class_names: Sequence[str
         raise UserError(f"loss={text!r}: the training split has no example of {', '.join(names)}, so no weight can "
                         "balance the classes; write numbers as class_weights")  # fmt: skip
     weights = counts.sum() / (len(counts) * counts)
-    balanced = {key: tuple(weights.tolist()) for key, value in loss.keywords.items()
-                if value == BALANCED and key != "positive_weights"}  # fmt: skip
-    return functools.partial(loss, **balanced)
+    return functools.partial(loss, class_weights=tuple(weights.tolist()))

@@ -148,8 +148,9 @@ class Programs:
         return state
 
     def check_size(self) -> None:
-        """Raises UserError if the train state cannot fit: see `diagnose.check_size`."""
-        diagnose.check_size(self.recipe, self.state_shape, self.platform == "cpu")
+        """Raises UserError if the devices use the host's memory and the train state or a batch exceeds it."""
+        if self.platform == "cpu":
+            diagnose.check_size(self.recipe, self.state_shape)
 
     @once
     def _axes(self) -> dict[str, int | None]:
@@ -332,12 +333,10 @@ class Programs:
 
     def check_best(self) -> None:
         """Raises UserError if `checkpoint.best` or `stop` names a metric that evaluation does not report."""
-        recipe = self.recipe
-        for key, text in selecting_metrics(recipe.config).items():
-            own = [*recipe.whole_set_metrics]
-            if recipe.method.evaluate:
-                own += metrics.own_names(self.traced_eval.out_info[0])
-            metrics.check_best(text, key, recipe.task, recipe.data.class_names, own, recipe.method.predicts)
+        for key, text in selecting_metrics(self.recipe.config).items():
+            names = metrics.reported(self.traced_eval.out_info[0], self.recipe.whole_set_metrics)
+            if (kind := text.partition("/")[2]) not in names:
+                raise UserError(f"{key}={text!r}: evaluation has no {kind!r}; it has {', '.join(names) or 'no metric'}")
 
     @property
     def _evaluates_forward(self) -> bool:

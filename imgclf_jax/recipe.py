@@ -3,10 +3,11 @@
 Nothing here is compiled or depends on devices. `programs.py` compiles a recipe for a mesh.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -25,7 +26,9 @@ from imgclf_jax.augment import mixing, ops, tta
 from imgclf_jax.core import rng, spec, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Function
+from imgclf_jax.data import sampling
 from imgclf_jax.data.info import DataInfo
+from imgclf_jax.data.source import Source
 from imgclf_jax.methods import Method, Problem, gradients
 from imgclf_jax.methods import table as methods
 from imgclf_jax.models import classifier
@@ -60,12 +63,11 @@ class Recipe:
 
     def steps(self, key: str, duration: str, total: int | None = None) -> int:
         """A duration in whole steps; errors name `key`."""
-        return configs.steps(duration, key, self.data.train_examples, self.config.batch_size, total)
+        return configs.steps(str(duration), key, self.data.train_examples, self.config.batch_size, total)
 
     def period(self, key: str) -> Fraction | None:
         """The period of the cadence `key` in steps; None for never."""
-        size = (self.data.train_examples, self.config.batch_size, self.total)
-        return configs.period(self.config[key], key, *size)
+        return configs.period(self.config[key], key, self.data.train_examples, self.config.batch_size, self.total)
 
     @property
     def early_stopping(self) -> EarlyStopping | None:
@@ -82,40 +84,33 @@ class Recipe:
         return EarlyStopping(*metrics.parse_best(metric, key="stop"), max(1, math.floor(evaluations * every)),
                              self.config.stop)  # fmt: skip
 
-    def _steps_for(self, key: str) -> Callable[[str], int]:
-        return lambda duration: self.steps(key, str(duration), self.total)
-
-    def named[**P, R](self, key: str, function: Callable[P, R]) -> Callable[P, R]:
-        """Wraps a function that `key` names: if it fails, it raises UserError naming the key.
+    @contextlib.contextmanager
+    def naming(self, key: str) -> Iterator[None]:
+        """Context manager or decorator: raises UserError that names `key` for an error in what the key builds.
 
         Errors raised in the user's own code pass unchanged, since the user needs their traceback.
         """
-
-        @functools.wraps(function)
-        def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-            try:
-                return function(*args, **kwargs)
-            except UserError:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as e:  # JAX, Flax and Optax raise many types
+            if spec.names_code(self.config[key]) and raised_in_user_code(e):
                 raise
-            except Exception as e:
-                if spec.names_code(self.config[key]) and raised_in_user_code(e):
-                    raise
-                shape = list(self.data.image_shape)
-                raise UserError(f"{key}={self.config[key]!r} fails on images {shape}: {reason(e)}") from e
-
-        return wrapped
+            shape = list(self.data.image_shape)
+            raise UserError(f"{key}={self.config[key]!r} fails on images {shape}: {reason(e)}") from e
 
     @_built
     def schedule(self) -> optax.Schedule:
         """The learning rate as a function of the step."""
-        return self.named("schedule", schedules.build(self.config.schedule, self._steps_for("schedule"), self.total))
+        steps = functools.partial(self.steps, "schedule", total=self.total)
+        return self.naming("schedule")(schedules.build(self.config.schedule, steps, self.total))
 
     @_built
     def optimizer(self) -> optax.GradientTransformation:
         """The optimizer, with its schedule, clipping and parameter rules."""
         built = optimizers.build(self.config.optimizer, self.schedule, self.config.clip, self.rules)
-        init, update = (self.named("optimizer", function) for function in (built.init, built.update))
-        named = optax.GradientTransformationExtraArgs(init, update)
+        named = optax.GradientTransformationExtraArgs(*map(self.naming("optimizer"), built))
         evaluated = weight_averages.evaluated_by(built)
         return weight_averages.with_evaluated(named, evaluated) if evaluated else named
 
@@ -132,7 +127,7 @@ class Recipe:
         also_frozen = self.method.freeze
         if not (keys.lr or keys.decay or keys.freeze or keys.layer_decay or also_frozen):
             return rules.Rules()
-        if keys.layer_decay and getattr(self.backbone, "sorts_parameters", False):
+        if keys.layer_decay and getattr(self.plain_model.backbone, "sorts_parameters", False):
             raise UserError("rules.layer_decay: the layers of an nnx model have no order; set rules.lr")
         return rules.build(keys.lr, keys.decay, keys.freeze, keys.layer_decay, list(self.parameters), also_frozen)
 
@@ -164,17 +159,13 @@ class Recipe:
         """The backbone that the key `model` names, and its head, without any additions of the method."""
         return classifier.build(self.config.model, len(self.data.class_names), self.config.precision)
 
-    @property
-    def backbone(self) -> Any:
-        """The backbone that the key `model` names, without any additions of the method."""
-        return self.plain_model.backbone
-
     @_built
     def method(self) -> Method:
         """What the run learns from a batch. Raises UserError for a config key that the method would ignore."""
-        method = self.named("method", methods.build)(self.config.method, self._problem)
+        with self.naming("method"):
+            method = methods.build(self.config.method, self._problem)
         _check_keys(method, self.config, bool(self.data.target_names))
-        return method if self.supervised else dataclasses.replace(method, loss=self.named("method", method.loss))
+        return method if self.supervised else dataclasses.replace(method, loss=self.naming("method")(method.loss))
 
     @cached_property
     def _problem(self) -> Problem:
@@ -182,8 +173,9 @@ class Recipe:
             classes=len(self.data.class_names), class_names=self.data.class_names, image_shape=self.data.image_shape,
             head_init=self.plain_model.head_init, normalization=self.normalization,
             supervised=lambda logits, batch: mixing.batch_loss(self.loss, logits, batch),
-            steps=self._steps_for("method"), task=self.task, build_augment=lambda text: ops.build(text, train=True),
-            loader=self.load, link=losses.link_of(self.config.loss),
+            steps=functools.partial(self.steps, "method", total=self.total), task=self.task,
+            build_augment=lambda text: ops.build(text, train=True), loader=self.load,
+            link=losses.link_of(self.config.loss),
             mix=lambda key, batch: mixing.mix_batch(self.mix, key, batch), examples=self.data.train_examples,
         )  # fmt: skip
 
@@ -195,16 +187,16 @@ class Recipe:
     @_built
     def loss(self) -> losses.Loss:
         """The loss: see `losses`."""
-        return self.named("loss", losses.build(self.config.loss, self.data.class_counts, self.data.class_names))
+        return self.naming("loss")(losses.build(self.config.loss, self.data.class_counts, self.data.class_names))
 
     @cached_property
     def task(self) -> losses.Task:
-        """What the run predicts, by its loss and data. Raises UserError if the two do not fit."""
+        """What the run predicts, by its loss and data."""
         return losses.task_of(self.config.loss, bool(self.data.target_names))
 
     def augment(self, train: bool) -> Callable[..., jax.Array]:
         """The device ops; without `train`, only the deterministic ones. See `ops.build`."""
-        return self.named("augment", ops.build(self.config.augment, train))
+        return self.naming("augment")(ops.build(self.config.augment, train))
 
     @property
     def normalization(self) -> str:
@@ -229,7 +221,7 @@ class Recipe:
     def mix(self) -> mixing.Mix | None:
         """The mixing op on batches, or None."""
         mix = mixing.build(self.config.mix)
-        return mix and self.named("mix", mix)
+        return mix and self.naming("mix")(mix)
 
     @cached_property
     def views(self) -> tta.Views:
@@ -242,7 +234,7 @@ class Recipe:
     @_built
     def whole_set_metrics(self) -> dict[str, metrics.WholeSetMetric]:
         """The metrics computed from the predictions of a whole evaluation set, by name."""
-        return metrics.build_whole_set(self.config.metrics, self.task, self.data.class_names)
+        return metrics.build_whole_set(self.config.metrics, self.task)
 
     @property
     def trains_on_onednn(self) -> bool:
@@ -261,22 +253,17 @@ def _check_keys(method: Method, config: ConfigDict, has_targets: bool) -> None:
         raise UserError(f"mix={config.mix!r}: method={config.method!r} makes its own batches and does not mix them; "
                         "leave mix empty, or, in your own method, call problem.mix in `inputs` and return "
                         "Method(…, mixes=True)")  # fmt: skip
-    if method.predicts:
-        return
-    for key in ("metrics", "tta"):
-        if config[key]:
+    has_name = spec.parse_one(config.loss).name if has_targets else configs.KEYS["loss"][0]  # for the kind of targets
+    for key, value in {"metrics": "", "tta": "", "loss": has_name}.items():
+        if not method.predicts and config[key] != value:
             raise UserError(f"{key}={config[key]!r}: method={config.method!r} trains no head, so it makes no "
-                            f"predictions; leave {key} empty")  # fmt: skip
-    call = spec.parse_one(config.loss)
-    if call.args or call.kwargs or not (has_targets or call.name == configs.KEYS["loss"][0]):
-        advice = "use its name without arguments, for the kind of targets" if has_targets else "leave it 'softmax'"
-        raise UserError(f"loss={config.loss!r}: method={config.method!r} trains no head and has a loss of its own; "
-                        f"{advice}")  # fmt: skip
+                            f"predictions and has a loss of its own; leave {key}={value!r}")  # fmt: skip
 
 
 def check_names(config: ConfigDict) -> None:
     """Raises UserError for a spec that names nothing. Needs no data, which may take minutes to open."""
-    datasets.check_names(config)
+    datasets.extra_streams(config)
+    sampling.bind(config.data.sampling)
     classifier.build(config.model, 2, config.precision)
     losses.link_of(config.loss)
     methods.check_name(config.method)
@@ -286,7 +273,8 @@ def check_names(config: ConfigDict) -> None:
     ops.build(config.augment, train=True)
     mixing.build(config.mix)
     tta.build(config.tta)
-    metrics.check_names(config.metrics, losses.tasks_of(config.loss))
+    for call in spec.parse(config.metrics):
+        spec.lookup(call, metrics.WHOLE_SET, "metric")
     for key, text in configs.selecting_metrics(config).items():
         metrics.parse_best(text, key=key)
 
@@ -302,16 +290,9 @@ def for_arrays(config: ConfigDict, images: np.ndarray, labels: np.ndarray) -> Re
     images, labels = np.asarray(images), np.asarray(labels)
     if images.ndim != 4 or images.dtype != np.uint8:
         raise UserError(f"images are {images.dtype}{list(images.shape)}; pass uint8[n, h, w, c]")
-    targets = labels.ndim == 2 and np.issubdtype(labels.dtype, np.floating)
-    if len(labels) != len(images) or not (targets or (labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer))):
-        raise UserError(f"labels are {labels.dtype}{list(labels.shape)} for {len(images)} images; pass integers [n] or "
-                        "floating-point targets [n, k]")  # fmt: skip
-    if not len(images):
-        raise UserError("images is empty; pass at least one")
-    if not targets and labels.min() < 0:
-        raise UserError(f"labels are {labels.min()} to {labels.max()}; number the classes from 0")
+    classes = labels.shape[1] if labels.ndim == 2 else int(labels.max(initial=0)) + 1
+    names = tuple(map(str, range(classes)))
+    source = Source(len(images), lambda ids: {"image": images[ids]}, names, "", labels)  # which checks the labels
+    counts = () if source.target_names else tuple(map(int, np.bincount(labels)))
     n, h, w, c = images.shape
-    counts = () if targets else tuple(map(int, np.bincount(labels)))
-    names = tuple(map(str, range(labels.shape[1] if targets else len(counts))))
-    data = DataInfo(n, (h, w, c), names, "", counts, target_names=names if targets else ())
-    return Recipe(config, data)
+    return Recipe(config, DataInfo(n, (h, w, c), names, "", counts, target_names=source.target_names))

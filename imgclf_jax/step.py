@@ -328,17 +328,16 @@ def _over_models(function: Function, num_seeds: int) -> Function:
     return lambda params, model_state, *rest: jax.vmap(lambda *of: function(*of, *rest))(params, model_state)
 
 
-def _check_evaluated(values: Mapping[str, jax.Array], shape: tuple[int, ...], task: Task, predicts: bool) -> None:
+def _check_evaluated(values: Mapping[str, jax.Array], shape: tuple[int, ...]) -> None:
     """Raises UserError unless a method's `evaluate` returns a number per example, under names of its own.
 
     A mean over the batch would count its padding.
     """
-    reserved = metrics.reserved_names(task, predicts)
     for name, x in values.items():
         if jnp.shape(x) != shape:
             raise UserError(f"the method's evaluate returns {name!r} of the shape {list(jnp.shape(x))}; return one "
                             f"number per example, {list(shape)}")  # fmt: skip
-        if reserved.fullmatch(name):
+        if metrics.RESERVED.fullmatch(name):
             raise UserError(f"the method's evaluate returns {name!r}, a name that results use for something else; "
                             "rename it")  # fmt: skip
 
@@ -420,7 +419,7 @@ def make_eval_step(
         given = {**batch, "image": augment(None, batch["image"])}
         variables = {"params": params, **model_state}
         values = nn.apply(method.evaluate, model)(variables, given, fixed)
-        _check_evaluated(values, batch["mask"].shape, task, method.predicts)
+        _check_evaluated(values, batch["mask"].shape)
         return {metrics.OWN + name: jnp.sum(jnp.where(batch["mask"], dtypes.upcast(x), 0.0))
                 for name, x in values.items()}  # fmt: skip
 

@@ -16,9 +16,10 @@ def example(n, classes, seed=0, sharpness=1.0):
 
 
 def predictions(labels, probabilities):
-    """Those of probabilities alone."""
+    """Those of probabilities alone, which order the examples as their log-odds do."""
     labels = np.asarray(labels)
-    return Predictions(labels, probabilities, predicted_classes(probabilities), label_ranks(probabilities, labels))
+    ranks = label_ranks(probabilities, labels)
+    return Predictions(labels, probabilities, predicted_classes(probabilities), ranks, log_odds=probabilities)
 
 
 def score(labels, probabilities):

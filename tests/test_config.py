@@ -1,4 +1,4 @@
-"""The configuration: every key documented and typed, durations exact, and every config file runs."""
+"""The configuration: every key documented and typed, and every config file runs."""
 
 import json
 import re
@@ -22,15 +22,11 @@ LARGE = [f for f in FILES if f.stem.startswith("imagenet")]
 FEW = [ROOT / "configs" / "digits.py"]
 
 
-# --- keys ---
-
-
 def test_every_key_is_documented_typed_and_there():
     assert configs.flatten(default_config()) == {key: default for key, (default, _) in KEYS.items()}
     for key, (default, text) in KEYS.items():
         assert type(default) in (int, float, bool, str, dict), key
-        assert text.endswith("."), key
-        assert len(text.split()) >= 4, key
+        assert re.fullmatch(r"(\S+ ){3,}.*\.", text), key
         assert re.fullmatch(r"[a-z_]+(\.[a-z_]+)?", key)
     assert set(configs.LOCATION_KEYS) < set(KEYS)
     assert set(configs.FREE_KEYS) < set(KEYS) - set(configs.LOCATION_KEYS)
@@ -38,16 +34,16 @@ def test_every_key_is_documented_typed_and_there():
     configs.validate(default_config())
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_the_type_of_a_key_is_locked(key):
+def test_the_types_of_keys_are_locked():
     config = default_config()
-    wrong = {int: "3", float: "0.5", bool: 1, str: 7, dict: "test"}[type(KEYS[key][0])]
-    with pytest.raises(TypeError):
-        config.update_from_flattened_dict({key: wrong})
-    assert configs.flatten(config)[key] == KEYS[key][0]
+    for key, (default, _) in KEYS.items():
+        wrong = {int: "3", float: "0.5", bool: 1, str: 7, dict: "test"}[type(default)]
+        with pytest.raises(TypeError):
+            config.update_from_flattened_dict({key: wrong})
+    assert configs.flatten(config) == configs.flatten(default_config())
 
 
-def test_unknown_keys_are_refused_at_every_level():
+def test_unknown_and_missing_keys_are_named_at_every_level():
     config = default_config()
     for node, name in ((config, "sede"), (config.data, "splits"), (config.checkpoint, "kept")):
         with pytest.raises((AttributeError, KeyError)):
@@ -56,32 +52,23 @@ def test_unknown_keys_are_refused_at_every_level():
         config.data.spilt = "train"
     with pytest.raises(UserError, match=r"^here: unknown config key 'data.spilt': did you mean"):
         configs.check_keys(config, "here")
-
-
-def test_a_missing_key_is_named():
     values = default_config().to_dict()
     del values["data"]["train"], values["seed"]
     with pytest.raises(UserError, match=r"missing config keys seed, data\.train; start from default_config\(\)"):
         configs.check_keys(ConfigDict(values), "here")
 
 
-# --- files ---
-
-
 @pytest.mark.parametrize(("text", "message"), [
     ("def get_config(: pass", "SyntaxError"),
-    ("import no_such_module_7", "ModuleNotFoundError: No module named 'no_such_module_7'"),
-    ("x = y", "NameError: name 'y' is not defined"),
-    ("raise ValueError", "ValueError: "),
+    ("import no_such_module_7", ", line 2: ModuleNotFoundError: No module named 'no_such_module_7'"),
+    ("raise ValueError", "ValueError"),
     ("x = [\n    y]", "line 3: NameError: name 'y' is not defined"),
     ("def f(): return {}['a']\ndef get_config(): return f()", "line 2: KeyError: 'a'"),
     ("", "get_config() is missing, or returns None; write one that changes default_config() and returns it"),
-    ("get_config = 3", "TypeError: 'int' object is not callable"),
     ("def get_config(path): pass", "get_config() missing 1 required positional argument: 'path'"),
     ("def get_config(): c = default_config(); c.sede = 1; return c", "unknown config key 'sede': did you mean 'seed'"),
     ("def get_config(): c = default_config(); c.seed = 'x'; return c",
      "line 2: TypeError: Could not override field 'seed'"),
-    ("def get_config(): c = default_config(); c.seed = None; return c", "seed=None must have the type int"),
     ("def get_config(): c = default_config(); c.seed = True; return c", "seed=True must have the type int"),
     ("def get_config(): c = default_config(); c.data.eval = {'a': 3}; return c", "data.eval.a=3 is not a split"),
     ("def get_config(): c = default_config(); c.data = {'train': 'a'}; return c", "missing config keys"),
@@ -104,11 +91,6 @@ def test_load_file_passes_the_argument_and_locks(tmp_path):
     assert config.data.source == "folder('a:b')"
     with pytest.raises((AttributeError, KeyError)):
         config.sede = 1
-    with pytest.raises(UserError, match=r"no config file '.*mime\.py'; did you mean mine\.py"):
-        configs.load_file(str(tmp_path / "mime.py"))
-    (tmp_path / "mine.txt").write_text("")
-    with pytest.raises(UserError, match="not a Python file"):
-        configs.load_file(str(tmp_path / "mine.txt"))
 
 
 SHAPES = {"digits": (8, 8, 1), "fashion_mnist": (28, 28, 1), "mnist": (28, 28, 1), "folder": (80, 100, 3),

@@ -21,28 +21,25 @@ from imgclf_jax.core.errors import UserError
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"seed": -1}, "seed=-1: allowed are 0 to 2**32 - 1"),
+    ({"seed": -1}, "seed=-1: must be 0 or more, and below 4294967296"),
     ({"seed": 2**32}, "seed=4294967296"),
     ({"batch_size": 0}, "batch_size=0: must be 1 or more"),
-    ({"checkpoint.keep": 0}, "checkpoint.keep=0: must be 1 or more"),
-    ({"data.threads": -1}, "data.threads=-1: must be 0 or more"),
-    ({"clip": -0.5}, "clip=-0.5: must be 0 or more"),
+    ({"clip": math.nan}, "clip=nan: must be 0 or more"),
+    ({"ema": 1.0}, "ema=1.0: must be 0 or more, and below 1"),
     ({"precision": "float16"}, "unknown precision 'float16': did you mean 'bfloat16' or 'float32'? allowed"),
     ({"matmul_precision": "float16"}, "unknown matmul_precision 'float16'"),
-    ({"data.placement": "hots"}, "unknown data.placement 'hots': did you mean 'host'?"),
-    ({"total": ""}, "total='': must be a duration above zero"),
-    ({"total": "0 steps"}, "total='0 steps': must be above zero"),
+    ({"model": " "}, "model is empty; write a value, such as 'cnn'"),
+    ({"total": ""}, "total is empty; write a value, such as '20 epochs'"),
+    ({"total": "0 steps"}, "total='0 steps' is not a duration"),
     ({"total": "10%"}, "total='10%' is not a duration"),
     ({"total": "five epochs"}, "write '5 epochs', '2000 steps', '1M examples'"),
-    ({"eval_every": "0%"}, "eval_every='0%': must be above zero, or empty for never"),
+    ({"eval_every": "0%"}, "eval_every='0%' is not a duration"),
     ({"log_every": "50"}, "log_every='50' is not a duration"),
-    ({"checkpoint_every": "-1 epochs"}, "checkpoint_every='-1 epochs' is not a duration"),
     ({"checkpoint.best": "val/accuracy"},
      "checkpoint.best='val/accuracy': unknown evaluation set 'val': allowed: test"),
     ({"data.eval": {"train": "test"}},
-     "data.eval names a set 'train': results use this name for something else"),
-    ({"data.eval": {"step": "test"}}, "data.eval names a set 'step': results use this name for something else"),
-    ({"data.eval": {"a/b": "test"}}, "data.eval names a set 'a/b': allowed are letters, digits, _ and -"),
+     "data.eval names a set 'train': use letters, digits, _ and -, and none of the names attack, epochs"),
+    ({"data.eval": {"a/b": "test"}}, "data.eval names a set 'a/b'"),
     ({"data.eval": {"": "test"}}, "data.eval names a set ''"),
 ])  # fmt: skip
 def test_values_that_no_run_could_use(changes, message):
@@ -54,8 +51,6 @@ def test_values_that_no_run_could_use(changes, message):
 
 
 AMOUNTS = st.tuples(st.integers(0, 10**6), st.integers(0, 3), st.integers(-1, 4), st.sampled_from(["", "k", "M"]))
-
-
 UNITS = st.sampled_from(["epoch", "epochs", "step", "steps", "example", "examples", "%"])
 
 
@@ -73,7 +68,7 @@ def test_a_duration_is_exactly_the_fraction_it_says(amount, unit, space, example
         "%": Fraction(total, 100),
     }[unit[0]]
     if exact == 0:
-        with pytest.raises(UserError, match="must be above zero"):
+        with pytest.raises(UserError, match="is not a duration"):
             configs.period(text, "log_every", examples, batch_size, total)
         return
     assert configs.period(text, "log_every", examples, batch_size, total) == exact
@@ -85,17 +80,12 @@ def test_any_other_text_is_a_user_error_that_names_the_key(text):
     duration = re.fullmatch(r"\s*(\d+(\.\d+)?(e\d+)?)\s*[kM]?\s*(epochs?|steps?|examples?|%)\s*", text)
     if not text.strip():
         assert configs.period(text, "eval_every", 100, 10, 50) is None
+        assert configs.steps(text, "eval_every", 100, 10, 50) == 0
     elif duration and Fraction(duration[1]):
         assert configs.period(text, "eval_every", 100, 10, 50) > 0
     else:
         with pytest.raises(UserError, match=re.escape(f"eval_every={text!r}")):
             configs.period(text, "eval_every", 100, 10, 50)
-
-
-def test_an_empty_duration_is_never():
-    assert configs.period(" ", "log_every", 100, 10, 50) is None
-    assert configs.steps("", "log_every", 100, 10, 50) == 0
-    assert not any(configs.is_due(step, None) for step in range(100))
 
 
 @given(st.fractions(min_value=Fraction(1, 50), max_value=60, max_denominator=1000))
@@ -104,6 +94,7 @@ def test_events_fall_on_the_first_whole_step_of_each_period(every):
     due = [step for step in range(1, 201) if configs.is_due(step, every)]
     k_max = math.floor(200 / every)
     assert due == sorted({math.ceil(k * every) for k in range(1, k_max + 1)})
+    assert not any(configs.is_due(step, None) for step in range(100))
 
 
 def changed():
@@ -139,18 +130,6 @@ def test_damaged_json_is_told_with_its_path(text, message):
     assert "runs/a/config.json" in str(e.value)
 
 
-def test_keys_newer_than_the_file_have_their_defaults(caplog):
-    """A run of last year's version can still be evaluated."""
-    config = changed()
-    stored = json.loads(configs.to_json(config))
-    del stored["clip"], stored["rules"], stored["data"]["threads"]
-    again = configs.flatten(configs.from_json(json.dumps(stored), "runs/a/config.json"))
-    newer = ["data.threads", "clip", *(key for key in KEYS if key.startswith("rules."))]
-    assert again == configs.flatten(config) | {key: KEYS[key][0] for key in newer}
-    assert caplog.messages == [f"runs/a/config.json is older than the config keys {', '.join(newer)}; using their "
-                               "defaults"]  # fmt: skip
-
-
 def test_difference_names_each_changed_key_but_those_of_location():
     assert configs.difference(changed(), changed()) == []
     lines = configs.difference(default_config(), changed())
@@ -181,14 +160,14 @@ def test_training_starts_without_packages_that_it_may_need_later():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_the_command_config_prints_every_key_with_its_documentation(capsys, file):
-    assert launch.main(["config", "--config", str(file), "--config.seed=7", "--config.data.eval.more=train[:9]"]) == 0
-    text = capsys.readouterr().out
-    expected = configs.flatten(configs.load_file(str(file))) | {"seed": 7}
-    expected["data.eval"] = expected["data.eval"] | {"more": "train[:9]"}
-    printed = re.findall(r"(\S+) = (.*)\n    (.*)\n", text)
-    assert {key: (ast.literal_eval(value), documentation) for key, value, documentation in printed} == {
-        key: (expected[key], documentation) for key, (_, documentation) in KEYS.items()
-    }
-    assert len(text.splitlines()) == 2 * len(KEYS)
+def test_the_command_config_prints_every_key_with_its_documentation(capsys):
+    for file in FILES:
+        assert launch.main(["config", f"--config={file}", "--config.seed=7", "--config.data.eval.more=train[:9]"]) == 0
+        text = capsys.readouterr().out
+        expected = configs.flatten(configs.load_file(str(file))) | {"seed": 7}
+        expected["data.eval"] = expected["data.eval"] | {"more": "train[:9]"}
+        printed = re.findall(r"(\S+) = (.*)\n    (.*)\n", text)
+        assert {key: (ast.literal_eval(value), documentation) for key, value, documentation in printed} == {
+            key: (expected[key], documentation) for key, (_, documentation) in KEYS.items()
+        }
+        assert len(text.splitlines()) == 2 * len(KEYS)

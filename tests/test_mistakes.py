@@ -86,17 +86,15 @@ def test_wrong_usage(mistake, tmp_path, monkeypatch, argv, fragments):
 
 
 @pytest.mark.parametrize(("flag", "fragments"), [
-    ("seed=-1", ["seed=-1", "0 to 2**32 - 1"]),
+    ("seed=-1", ["seed=-1: must be 0 or more, and below 4294967296"]),
     ("total=5", ["total='5' is not a duration", "'5 epochs'"]),
     ("precision=half", ["unknown precision 'half'", "bfloat16, float32"]),
     ("checkpoint.best=accuracy", ["unknown evaluation set", "'accuracy'", "allowed: test"]),
     ("checkpoint.best=test/acuracy", ["'min:test/acuracy' if the smallest value of your metric is best"]),
-    ("model=mlp(widths=(8, 0))", ["model='mlp(widths=(8, 0))': the parameter backbone/dense1/bias [0] is empty"]),
     ("model=cnn((0,))", ["model='cnn((0,))' fails on images [12, 12, 1]: "]),
     ("model=mlp(widths=(1000000000000,))", ["the train state of model=", "needs 1,788 TB of memory"]),
     ("num_seeds=10000000", ["the train state of", "with num_seeds=10000000 needs"]),
     ("batch_size=2000000000", ["a batch of batch_size=2000000000 needs 1 TB of memory"]),
-    ("total=3000M steps", ["total='3000M steps' is 3,000,000,000 steps; a run must have fewer than 2**31"]),
     ("clip=nan", ["clip=nan: must be 0 or more"]),
     ("batch_size=12", ["batch_size=12 is not divisible by the 8 devices", "16 is"]),
     ("model=cnnn", ["unknown model 'cnnn'", "did you mean 'cnn'", "import path"]),
@@ -119,7 +117,7 @@ def test_wrong_usage(mistake, tmp_path, monkeypatch, argv, fragments):
     ("data.source=photos", ["unknown source 'photos'", "write folder('photos')", "Datasets tfds('photos')"]),
     ("data.source=./photos", ["data.source='./photos'", "write folder('./photos')"]),
     ("model=", ["model is empty", "such as 'cnn'"]),
-    ("data.eval.val=", ["data.eval.val is empty", "such as 'test'"]),
+    ("data.eval.val=", ["data.eval.val: split '' does not parse"]),
     ("data.source=fake(8, 3)", ["fake(8, 3, 10): expected", "a shape (height, width, channels)"]),
     ("data.source=folder('nowhere')", ["no directory 'nowhere'", "working directory"]),
     ("data.sampling=weighted(3)", ["data.sampling='weighted(3)': data.source has no column 3"]),

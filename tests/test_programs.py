@@ -136,9 +136,9 @@ def test_targets_in_memory_make_the_task_that_they_make_in_a_source(fake_config)
 
 @pytest.mark.parametrize(("images", "labels", "says"), [
     (np.zeros((4, 8, 8), np.uint8), np.zeros(4, np.int32), "images are uint8[4, 8, 8]; pass uint8[n, h, w, c]"),
-    (np.zeros((4, 8, 8, 1), np.uint8), np.zeros(3, np.int32), "labels are int32[3] for 4 images"),
-    (np.zeros((4, 8, 8, 1), np.uint8), np.array([0, 1, 2, -1]), "labels are -1 to 2; number the classes from 0"),
-    (np.zeros((0, 8, 8, 1), np.uint8), np.zeros(0, np.int32), "images is empty"),
+    (np.zeros((4, 8, 8, 1), np.uint8), np.zeros(3, np.int32), "labels are int32[3] for 4 examples"),
+    (np.zeros((4, 8, 8, 1), np.uint8), np.array([0, 1, 2, -1]), "labels are from -1 to 2 for 3 class_names"),
+    (np.zeros((0, 8, 8, 1), np.uint8), np.zeros(0, np.int32), "Source(size=0): must be 1 or more"),
 ])  # fmt: skip
 def test_arrays_that_are_no_data(images, labels, says, fake_config):
     with pytest.raises(UserError) as error:

@@ -46,15 +46,13 @@ class Predictions(NamedTuple):
     probabilities: Array  # f32[n, classes]
     predicted: Array  # i32[n], of the logits: float32 rounds probabilities of distinct large logits to equal ones
     ranks: Array  # i32[n], of the label among the logits: see `label_ranks`
+    log_odds: Array  # f32[n, classes], see `losses.Link`; they order the examples
     mask: Array | None = None  # bool[n], False for padding; None without padding
-    log_odds: Array | None = None  # f32[n, classes], see `losses.Link`; None for a link without
 
     def for_seed(self, i: int) -> "Predictions":
         """The predictions of one of several seeds, or of their ensemble, -1."""
-        log_odds = None if self.log_odds is None else self.log_odds[i]
-        return self._replace(
-            probabilities=self.probabilities[i], predicted=self.predicted[i], ranks=self.ranks[i], log_odds=log_odds
-        )
+        per_seed = ("probabilities", "predicted", "ranks", "log_odds")
+        return self._replace(**{name: getattr(self, name)[i] for name in per_seed})
 
     def compute(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Returns {name: f64[r]} for example weights f64[r, n], such as counts in a bootstrap sample.
@@ -100,9 +98,8 @@ class Predictions(NamedTuple):
         """
         if np.isnan(self.probabilities).any():
             return np.full(len(weights), np.nan)
-        values = self.probabilities if self.log_odds is None else self.log_odds
-        classes = [1] if values.shape[1] == 2 else range(values.shape[1])
-        areas = np.stack([roc_area(values[:, c], self.labels == c, weights) for c in classes])
+        classes = [1] if self.log_odds.shape[1] == 2 else range(self.log_odds.shape[1])
+        areas = np.stack([roc_area(self.log_odds[:, c], self.labels == c, weights) for c in classes])
         known = ~np.isnan(areas)
         with np.errstate(invalid="ignore"):
             return np.where(known, areas, 0.0).sum(0) / known.sum(0)

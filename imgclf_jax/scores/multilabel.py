@@ -56,17 +56,8 @@ class TargetPredictions(NamedTuple):
         return equal.all(1) & np.isfinite(self.probabilities).all(1)
 
     def compute(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns `mean_average_precision`, `micro_f1`, `macro_f1` and `exact_match` f64[r], by name.
-
-        `weights` f64[r, n] are the weights of the examples.
-        """
-        counts = self.counts(weights)
-        return {
-            "mean_average_precision": _mean(self.average_precision(weights)),
-            "micro_f1": micro_f1(counts),
-            "macro_f1": macro_f1(counts),
-            "exact_match": weights @ self.exact / weights.sum(1),
-        }
+        """Returns the SCORES f64[r] by name, for example weights f64[r, n]."""
+        return {name: score(self, weights) for name, score in SCORES.items()}
 
     def counts(self, weights: np.ndarray, threshold: float | Sequence[float] = 0.5) -> np.ndarray:
         """f64[3, r, k]: how often a class is true, is predicted, and both; NaN if a probability is NaN.
@@ -99,6 +90,15 @@ class TargetPredictions(NamedTuple):
         return out
 
 
+# The scores that every multi-label evaluation reports: f64[r] for predictions and example weights f64[r, n].
+SCORES: dict[str, Callable[[TargetPredictions, np.ndarray], np.ndarray]] = {
+    "mean_average_precision": lambda predictions, weights: _mean(predictions.average_precision(weights)),
+    "micro_f1": lambda predictions, weights: micro_f1(predictions.counts(weights)),
+    "macro_f1": lambda predictions, weights: macro_f1(predictions.counts(weights)),
+    "exact_match": lambda predictions, weights: weights @ predictions.exact / weights.sum(1),
+}
+
+
 def auc(predictions: TargetPredictions) -> float:
     """The mean area under the ROC curve over the classes that some but not all examples have; NaN for NaN outputs."""
     targets, ranking = predictions.targets >= 0.5, predictions.ranking
@@ -111,20 +111,16 @@ def auc(predictions: TargetPredictions) -> float:
 def f1(predictions: TargetPredictions, threshold: float | Sequence[float] = 0.5, average: str = "macro") -> float:
     """F1 at one threshold or one per class: the mean over classes ('macro') or F1 of all decisions ('micro').
 
-    The mean ignores classes that are neither true nor predicted.
+    The mean ignores classes that are neither true nor predicted. Raises UserError for other arguments.
     """
-    check_f1(predictions.targets.shape[1], threshold, average)
-    counts = predictions.counts(np.ones((1, len(predictions.targets))), threshold)
-    return float((macro_f1 if average == "macro" else micro_f1)(counts)[0])
-
-
-def check_f1(classes: int, threshold: float | Sequence[float] = 0.5, average: str = "macro") -> None:
-    """Raises UserError for arguments that `f1` does not take."""
+    classes = predictions.targets.shape[1]
     values = threshold if isinstance(threshold, list | tuple) else [threshold] * classes
     numbers = all(isinstance(value, int | float) for value in values)
     if not numbers or len(values) != classes or average not in ("macro", "micro"):
         raise UserError(f"metrics: f1(threshold={threshold}, average={average!r}): threshold must be a number or "
                         f"{classes} of them, one per class, and average 'macro' or 'micro'")  # fmt: skip
+    counts = predictions.counts(np.ones((1, len(predictions.targets))), threshold)
+    return float((macro_f1 if average == "macro" else micro_f1)(counts)[0])
 
 
 METRICS: dict[str, Callable[..., float]] = {"auc": auc, "f1": f1}

@@ -47,11 +47,8 @@ def evaluate(
         add(sums, new)
         if predicted is not None:
             predictions.append(predicted)
-    wrong = sums.get("nonfinite", 0)
-    if "class_predicted" in sums:
-        wrong = sums["examples"] - sums["class_predicted"].sum(-1)
-    if np.max(wrong):
-        log.warning("the outputs of %d examples are NaN or infinite; they count as wrong", np.max(wrong))
+    if wrong := int(np.max(sums.get("nonfinite", 0))):
+        log.warning("the outputs of %d examples are NaN or infinite; they count as wrong", wrong)
     return sums, metrics.concatenate(predictions) if predictions else None
 
 

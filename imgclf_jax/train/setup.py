@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from imgclf_jax.core import processes, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Function, Json, JsonObject, PyTree
 from imgclf_jax.data import stream
+from imgclf_jax.data.source import Source
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run import early_stopping
@@ -133,7 +134,7 @@ def _initialize(
     return compiling.init(images=compiling.first_images(images), weights=weights)
 
 
-def _warnings(recipe: Recipe, base: datasets.Splits) -> Iterator[str]:
+def _warnings(recipe: Recipe, base: Mapping[str, Source]) -> Iterator[str]:
     """Yields a sentence for each setting that is probably a mistake."""
     config = recipe.config
     yield from overlap_warnings(config, config.data, base)

@@ -156,7 +156,7 @@ def _read_workdir(workdir: Workdir) -> Named:
 
 
 def _read_file(path: Path, programs: Programs, own: Mapping[str, jax.ShapeDtypeStruct]) -> Named:
-    backbone = programs.recipe.backbone
+    backbone = programs.recipe.plain_model.backbone
 
     def wanted(label: str, shape: tuple[int, ...]) -> bool:
         """Whether an array may be taken. Only the shapes of the others are needed."""
@@ -217,7 +217,7 @@ def _fit(
 
 def patch_grid(programs: Programs) -> Grid | None:
     """The patch grid (rows, columns) of the model; None for a model without patches."""
-    patch = getattr(programs.recipe.backbone, "patch", None)
+    patch = getattr(programs.recipe.plain_model.backbone, "patch", None)
     h, w, _ = programs.recipe.data.image_shape
     return (h // patch, w // patch) if isinstance(patch, int) else None
 

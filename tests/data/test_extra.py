@@ -94,16 +94,16 @@ def test_any_process_reads_its_rows_of_every_stream(config):
 
 
 @pytest.mark.parametrize(("name", "text", "message"), [
-    ("label", "train", "data.extra.label: batches use this name for something else; rename the stream"),
-    ("a-b", "train", "data.extra.a-b: it must be a Python name"),
+    ("label", "train", "data.extra.label: the name must be a Python name other than image, label"),
+    ("a-b", "train", "data.extra.a-b: the name must be a Python name"),
     ("more", "", "data.extra.more='' names no source; write"),
     ("more", "train|batch_size(12)", "data.extra.more: batch_size=12 is not divisible by the 8 devices"),
-    ("more", "train|batch_size('8')", "write batch_size(256), not batch_size('8')"),
-    ("more", "train|batchsize(8)", "unknown option 'batchsize': did you mean 'batch_size'"),
+    ("more", "train|batch_size('8')", "batch_size('8') is no option; options are"),
+    ("more", "train|batchsize(8)", "batchsize(8) is no option"),
     ("more", "train|sampling('balance')", "unknown sampling 'balance': did you mean 'balanced'"),
     ("more", "trian", "data.extra.more: unknown split 'trian': did you mean 'train'"),
     ("more", "train|preprocess('decode(7)')", "data.extra.more: "),
-    ("more", "train|sampling(\"weighted('none.npy')\")", "data.extra.more sampling=\"weighted('none.npy')\": can"),
+    ("more", "train|sampling(\"weighted('none.npy')\")", "data.extra.more: sampling=\"weighted('none.npy')\": can"),
 ])  # fmt: skip
 def test_a_mistake_names_its_stream(config, name, text, message):
     with config.unlocked():

@@ -136,11 +136,11 @@ FLAGS = ["--config.model=mlp(widths=(8,))", "--config.augment=normalize", "--con
 
 @pytest.mark.parametrize(("key", "value", "said"), [
     ("mix", "mixup(0.2)", "mix='mixup(0.2)': method='simclr' makes its own batches and does not mix them"),
-    ("loss", "focal", "loss='focal': method='simclr' trains no head and has a loss of its own; leave it 'softmax'"),
-    ("loss", "softmax(label_smoothing=0.1)", "trains no head and has a loss of its own; leave it 'softmax'"),
+    ("loss", "focal", "loss='focal': method='simclr' trains no head, so it makes no predictions and"),
+    ("loss", "softmax(label_smoothing=0.1)", "and has a loss of its own; leave loss='softmax'"),
     ("metrics", "auc", "metrics='auc': method='simclr' trains no head"),
     ("tta", "flip", "tta='flip': method='simclr' trains no head"),
-    ("checkpoint.best", "test/accuracy", "a method that trains no head has no accuracy; it has no metric, so leave"),
+    ("checkpoint.best", "test/accuracy", "evaluation has no 'accuracy'; it has no metric"),
 ])  # fmt: skip
 def test_keys_that_act_on_predictions_are_refused(fake_config, key, value, said):
     fake_config.method = "simclr"

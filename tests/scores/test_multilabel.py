@@ -22,8 +22,9 @@ def predictions(targets, probabilities, ranking=None):
     return TargetPredictions(targets, probabilities, probabilities if ranking is None else ranking)
 
 
-def of_all(targets, probabilities, ranking=None):
-    found = predictions(targets, probabilities, ranking).compute(np.ones((1, len(targets))))
+def of_all(targets, probabilities, ranking=None, weights=None):
+    weights = np.ones(len(targets)) if weights is None else weights
+    found = predictions(targets, probabilities, ranking).compute(weights[None])
     return {name: float(value[0]) for name, value in found.items()}
 
 
@@ -46,9 +47,8 @@ def test_scores_are_scikit_learns(decimals):
 def test_weights_of_examples_are_repetitions():
     targets, probabilities = drawn(60)
     counts = np.random.default_rng(0).integers(0, 4, 60)
-    weighted = predictions(targets, probabilities).compute(counts[None].astype(np.float64))
-    repeated = of_all(targets.repeat(counts, 0), probabilities.repeat(counts, 0))
-    assert {name: float(value[0]) for name, value in weighted.items()} == pytest.approx(repeated, abs=1e-12)
+    weighted = of_all(targets, probabilities, weights=counts.astype(np.float64))
+    assert weighted == pytest.approx(of_all(targets.repeat(counts, 0), probabilities.repeat(counts, 0)), abs=1e-12)
 
 
 def test_a_class_without_examples_is_left_out_of_means():
@@ -85,8 +85,9 @@ def test_thresholds_may_differ_by_class():
         expected = sklearn.metrics.f1_score(targets, predicted, average=average)
         found = multilabel.f1(predictions(targets, probabilities), thresholds, average)
         assert found == pytest.approx(expected, abs=1e-12)
-    with pytest.raises(UserError, match="threshold must be a number or 7 of them, one per class"):
-        multilabel.f1(predictions(targets, probabilities), (0.5, 0.5))
+    for wrong in ({"threshold": (0.5, 0.5)}, {"threshold": "a"}, {"threshold": None}, {"average": "weighted"}):
+        with pytest.raises(UserError, match=r"threshold must be a number or 7 of them, one per class, and average 'ma"):
+            multilabel.f1(predictions(targets, probabilities), **wrong)
 
 
 def test_the_best_threshold_is_that_of_the_greatest_f1():

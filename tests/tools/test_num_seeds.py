@@ -110,10 +110,3 @@ def test_every_replica_begins_from_the_weights(runs, name):
         jax.tree.map(
             lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-6), state.params, expected
         )
-
-
-@pytest.mark.parametrize(("number", "words"), [(0, "must be 1 or more"), (9, "exceeds 2")])
-def test_bad_numbers(number, words, tmp_path, capsys):
-    argv = [f"--workdir={tmp_path}", f"--config.num_seeds={number}", f"--config.seed={2**32 - 8}"]
-    assert launch.main(argv) == 1
-    assert words in capsys.readouterr().err

@@ -95,7 +95,7 @@ def test_training_records_the_metrics_of_the_task(run):
 def test_a_metric_of_one_class_is_refused_before_the_run_begins(tmp_path, capsys):
     argv = [f"--workdir={tmp_path / 'run'}", f"--config.data.source={write_pairs(tmp_path / 'data')}", *FLAGS]
     assert launch.main([*argv, "--config.loss=sigmoid", "--config.checkpoint.best=test/accuracy"]) == 1
-    assert "a run with several labels has no accuracy; it has loss, nll, " in capsys.readouterr().err
+    assert "evaluation has no 'accuracy'; it has loss, nll, mean_average_" in capsys.readouterr().err
     assert not (tmp_path / "run" / "config.json").exists()
 
 

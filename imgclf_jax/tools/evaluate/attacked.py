@@ -65,7 +65,7 @@ def make_step(programs: Programs, perturb: Attack) -> Callable[..., dict[str, me
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng.key(_SEED, "attack"), batch["index"])
 
         def nll(images: jax.Array) -> jax.Array:
-            return jnp.sum((link.nll or recipe.loss)(logits_fn(params, model_state, images), truth))
+            return jnp.sum(link.nll(logits_fn(params, model_state, images), truth))
 
         def compute_sums(images: jax.Array) -> metrics.Sums:
             logits = logits_fn(params, model_state, images)

@@ -1,4 +1,4 @@
-"""Recall, precision and confusions of each class, from the counts of an evaluation or from multi-label predictions."""
+"""Recall, precision and confusions of each class, of class or multi-label predictions."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,40 +6,36 @@ import numpy as np
 
 from imgclf_jax.core.text import decimals
 from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.metrics import Sums
+from imgclf_jax.scores.classification import Predictions
 from imgclf_jax.scores.multilabel import TargetPredictions, quotient
 
 THRESHOLD_NOTE = ("Precision, recall and F1 are at a threshold of 0.5. The best threshold has the greatest F1 on these "
                   "very examples; choose it on a validation set.")  # fmt: skip
 
 
-def counts(sums: Sums, num_seeds: int) -> dict[str, np.ndarray]:
-    """Selects the counts by class from the sums of an evaluation (see `metrics.classification_sums`).
+def counts(predictions: Predictions) -> dict[str, np.ndarray]:
+    """Counts the predictions by class.
 
-    They are `class_examples`, `class_predicted` and `class_correct`, int64[classes], and `confusion`, int64[label,
-    prediction], unless there are very many classes. For several seeds they are those of the ensemble.
+    Returns `examples`, `predicted` and `correct`, int[classes], and `confusion`, int[label, prediction]. An example
+    without a prediction is in no column.
     """
-    kept = {name: value for name, value in sums.items() if name.startswith("class_") or name == "confusion"}
-    return kept if num_seeds == 1 else {name: value[-1] for name, value in kept.items()}
+    labels, predicted = predictions.labels, predictions.predicted
+    by_class = predictions.class_counts(np.ones((1, len(labels))))[:, 0].astype(int)
+    confusion = np.zeros((by_class.shape[1],) * 2, int)
+    np.add.at(confusion, (labels[predicted >= 0], predicted[predicted >= 0]), 1)
+    return dict(zip(("examples", "predicted", "correct"), by_class, strict=True)) | {"confusion": confusion}
 
 
 def table(names: Sequence[str], counts: Mapping[str, np.ndarray]) -> tuple[list[str], list[list[str]]]:
-    """Returns the columns and a row for each class: examples, recall, precision and the most frequent confusion.
-
-    The last column needs `confusion`.
-    """
-    confusion = counts.get("confusion")
-    columns = ["class", "examples", "recall", "precision", *([] if confusion is None else ["most often taken for"])]
+    """Returns the columns and a row for each class: examples, recall, precision and the most frequent confusion."""
     rows = []
     for i, name in enumerate(names):
-        examples, predicted, right = (counts[f"class_{key}"][i] for key in ("examples", "predicted", "correct"))
-        row = [name, str(examples), decimals(right / examples) if examples else ""]
-        row.append(decimals(right / predicted) if predicted else "")
-        if confusion is not None:
-            wrong = confusion[i] * (np.arange(len(names)) != i)
-            row.append(f"{names[int(wrong.argmax())]} ({wrong.max()})" if wrong.any() else "")
-        rows.append(row)
-    return columns, rows
+        examples, predicted, right = (counts[key][i] for key in ("examples", "predicted", "correct"))
+        wrong = counts["confusion"][i] * (np.arange(len(names)) != i)
+        rows.append([name, str(examples), decimals(right / examples) if examples else "",
+                     decimals(right / predicted) if predicted else "",
+                     f"{names[int(wrong.argmax())]} ({wrong.max()})" if wrong.any() else ""])  # fmt: skip
+    return ["class", "examples", "recall", "precision", "most often taken for"], rows
 
 
 def multilabel(predictions: TargetPredictions, names: Sequence[str]) -> list[JsonObject]:

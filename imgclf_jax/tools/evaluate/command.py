@@ -19,6 +19,7 @@ from imgclf_jax.losses import Task
 from imgclf_jax.methods.table import build_attack
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.scores.classification import Predictions
 from imgclf_jax.scores.multilabel import TargetPredictions
 from imgclf_jax.tools.evaluate import attacked, by_class, corrupted, listing
 from imgclf_jax.tools.evaluate.intervals import with_intervals
@@ -37,9 +38,8 @@ def main(
 
     Scores and predictions of several seeds are those of their ensemble. The format "json" prints one object: the
     `step`, and for each set its metrics, its `scores` with 95 % confidence intervals, its `class_names` and, in their
-    order, its `confusion`, [label][prediction]. With more than CONFUSION_CLASSES classes, `class_examples`,
-    `class_predicted` and `class_correct` replace `scores` and `confusion`; a multi-label set has `classes` (see
-    `multilabel.by_class`).
+    order, its `confusion`, [label][prediction], unless there are more than CONFUSION_CLASSES classes. A multi-label set
+    has `classes` (see `by_class.multilabel`).
 
     - `workdir` is the run to evaluate; None evaluates the weights that `init_from` names.
     - `predictions` is a file for the `top_k` classes of each example, or "".
@@ -59,8 +59,9 @@ def main(
     programs = model.programs
     predicts = _check_evaluates(programs, bool(predictions or asked))
     if asked and programs.recipe.task is Task.MULTILABEL:
-        raise UserError(f"{asked[0]} measures accuracy, but this run has {metrics.TASK_NAMES[programs.recipe.task]}; "
-                        f"evaluate it without {asked[0]}")  # fmt: skip
+        raise UserError(
+            f"{asked[0]} measures accuracy, but this run has several labels; evaluate it without {asked[0]}"
+        )
     evals = open_evals(programs, base)
     if workdir:
         compare_with_record(programs, workdir, base, evals)
@@ -95,7 +96,7 @@ class _Evaluated:
     """The evaluation of a set; with several seeds, everything but `metrics` is of the ensemble."""
 
     metrics: dict[str, float]
-    counts: dict[str, np.ndarray]  # see `by_class.counts`; {} for multi-label runs
+    counts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # see `by_class.counts`; or {}
     scores: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     multilabel: TargetPredictions | None = None
     rows: list[JsonObject] = dataclasses.field(default_factory=list)  # of the predictions' file
@@ -105,8 +106,7 @@ def _evaluate(programs: Programs, model: Trained, name: str, images: stream.Imag
     """Evaluates a set, with rows of the `top_k` classes of each example unless that is 0."""
     several, names = programs.recipe.num_seeds > 1, model.class_names
     sums, predicted = evaluate(programs, model.state, images, caption=f"evaluating {name}")
-    counts = by_class.counts(sums, programs.recipe.num_seeds) if "class_examples" in sums else {}
-    out = _Evaluated(metrics.summarize(sums, predicted, programs.recipe.whole_set_metrics), counts)
+    out = _Evaluated(metrics.summarize(sums, predicted, programs.recipe.whole_set_metrics))
     if predicted is None or processes.index():
         return out
     predicted = predicted.for_seed(-1) if several else predicted
@@ -116,7 +116,9 @@ def _evaluate(programs: Programs, model: Trained, name: str, images: stream.Imag
         out.rows += listing.target_rows(name, examples, predicted, names, model.step)
     elif top_k:
         out.rows += listing.rows(name, examples, predicted, names, min(top_k, len(names)), model.step)
-    if out.multilabel or len(names) <= metrics.CONFUSION_CLASSES:
+    if isinstance(predicted, Predictions) and len(names) <= metrics.CONFUSION_CLASSES:
+        out.counts = by_class.counts(predicted)
+    if out.multilabel or out.counts:
         out.scores = with_intervals(predicted.compute, len(images), len(names))
     return out
 
@@ -124,8 +126,7 @@ def _evaluate(programs: Programs, model: Trained, name: str, images: stream.Imag
 def _as_json(one: _Evaluated, names: Sequence[str]) -> JsonObject:
     out: JsonObject = dict(one.metrics) | ({"scores": one.scores} if one.scores else {})
     if one.counts:
-        shown = ("confusion",) if "confusion" in one.counts else tuple(one.counts)
-        out |= {"class_names": list(names)} | {key: one.counts[key].tolist() for key in shown}
+        out |= {"class_names": list(names), "confusion": one.counts["confusion"].tolist()}
     if one.multilabel:
         out |= {"class_names": list(names), "classes": by_class.multilabel(one.multilabel, names)}
     return out
@@ -153,8 +154,6 @@ def _print_classes(one: _Evaluated, names: Sequence[str], task: Task) -> None:
         print_text(by_class.THRESHOLD_NOTE)
     if one.counts:
         print_table(*by_class.table(names, one.counts))
-        if "confusion" not in one.counts:
-            print_text(f"There is no confusion matrix for more than {metrics.CONFUSION_CLASSES} classes.")
         if task is Task.SOFT:
             print_text("Each label is the class of the largest weight in the target; only loss, nll and kl use the "
                        "whole target.")  # fmt: skip

@@ -24,7 +24,7 @@ def rows(
     The predicted class comes first; ties between the others are in class order. An example without a prediction is not
     correct. Each row ends with the checkpoint's `step`.
     """
-    order = np.array(predictions.probabilities if predictions.log_odds is None else predictions.log_odds)
+    order = np.array(predictions.log_odds)
     predicts = np.flatnonzero(predictions.predicted >= 0)
     order[predicts, predictions.predicted[predicts]] = np.inf
     best = np.argsort(-order, axis=1, kind="stable")[:, :top]

@@ -78,7 +78,7 @@ def _safetensors(model: Trained, path: Path, what: Outputs, names: str) -> list[
     from safetensors.numpy import save
 
     recipe = model.programs.recipe
-    backbone, merge = recipe.backbone, recipe.method.merge or (lambda variables: variables)
+    backbone, merge = recipe.plain_model.backbone, recipe.method.merge or (lambda variables: variables)
     names = torch_state.naming(backbone, names)
     params, model_state = jax.tree.map(sharding.fetch, model.state.evaluated)
     variables = {"params": params, **model_state}

@@ -36,8 +36,8 @@ class Evaluated:
 
     name: str
     metrics: dict[str, float]
-    counts: dict[str, np.ndarray]  # see `by_class.counts`
     scores: dict[str, dict[str, float]]  # see `with_intervals`; with very many classes, this and the rest are empty
+    counts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # see `by_class.counts`
     reliability: Reliability | None = None
     top_losses: tuple[TopLoss, ...] = ()  # the highest first
     wrong: int = 0  # the number of misclassified examples
@@ -102,17 +102,15 @@ def _evaluate(model: Trained, evals: Mapping[str, Images]) -> tuple[Evaluated, .
         log.info("evaluating %s (%d of %d): %d examples", name, len(evaluated) + 1, len(evals), len(images))
         sums, predictions = evaluate(programs, model.state, images, caption=f"evaluating {name}")
         several = programs.recipe.num_seeds > 1
-        one = Evaluated(
-            name, metrics.summarize(sums, predictions, programs.recipe.whole_set_metrics),
-            by_class.counts(sums, programs.recipe.num_seeds), {},
-        )  # fmt: skip
+        one = Evaluated(name, metrics.summarize(sums, predictions, programs.recipe.whole_set_metrics), {})
         if few_classes and isinstance(predictions, Predictions):
             own = predictions.for_seed(-1) if several else predictions
             highest = report_top_losses.highest_losses(own, max(1, TOP_LOSSES // len(evals)))
             wrong = report_top_losses.count_mistakes(own)
             intervals = with_intervals(own.compute, len(images), len(model.class_names))
             reliability = bin_by_confidence(own.probabilities.max(1), own.ranks == 0)
-            one = dataclasses.replace(one, scores=intervals, reliability=reliability, wrong=wrong)
+            one = dataclasses.replace(one, scores=intervals, counts=by_class.counts(own), reliability=reliability,
+                                      wrong=wrong)  # fmt: skip
             if highest.size:
                 method, explain = explainer()
                 log.info("explaining %d examples by %s", len(highest), method)

@@ -28,11 +28,12 @@ def set_section(one: Evaluated, names: Sequence[str], num_seeds: int) -> str:
     if one.multilabel:
         return "".join((*parts, _scores(one), _labels(one.name, one.multilabel, names)))
     if not one.scores:
-        parts.append(paragraph(f"This page omits scores, calibration and top losses, because the probabilities of "
-                               f"{len(names):,} classes may not fit into memory.", note=True))  # fmt: skip
+        note = f"This page has the metrics alone, because the probabilities of {len(names):,} classes may not fit into "
+        return "".join((*parts, paragraph(note + "memory.", note=True)))
     tables = [_classes(one, names)]
-    if (confusion := one.counts.get("confusion")) is not None and len(names) <= _FULL:
-        tables.append("<h3>Confusion matrix</h3>" + _matrix(f"Confusion matrix on {one.name}", confusion, names))
+    if len(names) <= _FULL:
+        matrix = _matrix(f"Confusion matrix on {one.name}", one.counts["confusion"], names)
+        tables.append("<h3>Confusion matrix</h3>" + matrix)
     parts += [_side_by_side(_scores(one), _calibration(one)),
               *([_side_by_side(*tables)] if len(names) <= _NARROW else tables)]  # fmt: skip
     return "".join((*parts, _top_losses(one, names, num_seeds)))
@@ -60,8 +61,6 @@ def _side_by_side(*blocks: str) -> str:
 
 
 def _scores(one: Evaluated) -> str:
-    if not one.scores:
-        return ""
     rows = [[name, decimals(score["value"]), interval(score["low"], score["high"]) if "low" in score else ""]
             for name, score in one.scores.items()]  # fmt: skip
     note = "The 95 % confidence interval is for test sets of this size. Another training seed may differ by more."
@@ -100,7 +99,7 @@ def _classes(one: Evaluated, names: Sequence[str]) -> str:
     columns, rows = by_class.table(names, one.counts)
     caption = f"Recall and precision of each class on {one.name}"
     if len(rows) > _ROWS:
-        examples, right = (one.counts[f"class_{key}"] for key in ("examples", "correct"))
+        examples, right = (one.counts[key] for key in ("examples", "correct"))
         recall = np.where(examples > 0, right / np.maximum(examples, 1), np.inf)
         rows = [rows[i] for i in np.argsort(recall, kind="stable")[:_ROWS]]
         caption += f": the {_ROWS} of {len(names):,} with the lowest recall"

@@ -33,11 +33,9 @@ def count_mistakes(predictions: Predictions) -> int:
 
 def label_losses(predictions: Predictions) -> np.ndarray:
     """The negative log-likelihood f64[n] of each label; nan without a label or a prediction."""
-    values = predictions.probabilities if predictions.log_odds is None else predictions.log_odds
-    own = np.take_along_axis(np.asarray(values, np.float64), np.asarray(predictions.labels)[:, None], 1)[:, 0]
-    with np.errstate(divide="ignore"):  # by log-odds, since float32 rounds small probabilities to 0
-        losses = np.maximum(-np.log(own), 0.0) if predictions.log_odds is None else np.logaddexp(0.0, -own)
-    return np.where((predictions.labels >= 0) & (predictions.predicted >= 0), losses, np.nan)
+    log_odds = np.asarray(predictions.log_odds, np.float64)  # float32 rounds small probabilities to 0
+    own = np.take_along_axis(log_odds, np.asarray(predictions.labels)[:, None], 1)[:, 0]
+    return np.where((predictions.labels >= 0) & (predictions.predicted >= 0), np.logaddexp(0.0, -own), np.nan)
 
 
 def highest_losses(predictions: Predictions, most: int) -> np.ndarray:
