@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import launched
 import numpy as np
 import pytest
-import runs
 from flax import linen as nn
 from PIL import Image
 
@@ -128,7 +128,7 @@ class Check:
 
     def loss(self, name: str) -> float:
         """The mean training loss of the last three logged steps."""
-        return float(np.mean(list(runs.records(self.folder / name, "train/loss").values())[-3:]))
+        return float(np.mean(list(launched.records(self.folder / name, "train/loss").values())[-3:]))
 
     def ways(self, **more: str) -> None:
         """Cadences, placement, and a resume from the middle: one digest."""
@@ -144,9 +144,9 @@ class Check:
         """Three SIGKILLs at random moments, resumed each time: one digest, the same records."""
         more = {"total": "300 steps", "checkpoint_every": "20 steps", "log_every": "5 steps", "eval_every": "100 steps"}
         flags = self.flags(**more, **{"checkpoint.keep": "2"})
-        runs.finish(self.folder / "alone", flags)
-        runs.kill_repeatedly(self.folder / "killed", flags, 3, random.Random(str(self.folder.name)))
-        assert runs.outcome(self.folder / "killed") == runs.outcome(self.folder / "alone")
+        launched.finish(self.folder / "alone", flags)
+        launched.kill_repeatedly(self.folder / "killed", flags, 3, random.Random(str(self.folder.name)))
+        assert launched.outcome(self.folder / "killed") == launched.outcome(self.folder / "alone")
 
     def seeds(self) -> None:
         """Three seeds in one program: the mean of the losses of three single runs."""
@@ -159,7 +159,7 @@ class Check:
         """Eight devices, `fsdp`, and two processes of two devices: the loss of one device."""
         self.train(self.folder / "1", **WAYS[0])
         for name, processes, count, more in (("8", 1, 8, {}), ("fsdp", 1, 8, {"mesh": "fsdp=-1"}), ("2x2", 2, 2, {})):
-            runs.finish(self.folder / name, self.flags(**more), processes, count)
+            launched.finish(self.folder / name, self.flags(**more), processes, count)
             assert self.loss(name) == pytest.approx(self.loss("1"), rel=1e-4), name
 
     def reproduce(self) -> None:

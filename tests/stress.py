@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import runs
+import launched
 
 from imgclf_jax.data.sampling import example_ids
 
@@ -91,15 +91,15 @@ class Round:
 
     def start(self) -> list[subprocess.Popen]:
         """The processes of the run."""
-        return runs.start(self.workdir, self.overrides, self.setup.processes, self.setup.devices,
+        return launched.start(self.workdir, self.overrides, self.setup.processes, self.setup.devices,
                           heartbeat=self.heartbeat, log=self.folder / "run")  # fmt: skip
 
     def sleep(self, started: list[subprocess.Popen]) -> None:
         """Until a random moment: in start-up, or some time after a record was written."""
         file = self.workdir / "metrics.jsonl"
         if self.rng.random() < 0.6:
-            before = runs.size(file)
-            wait_until(lambda: runs.size(file) > before or ended(started), self.longest)
+            before = launched.size(file)
+            wait_until(lambda: launched.size(file) > before or ended(started), self.longest)
         wait_until(lambda: ended(started), self.rng.uniform(0, 4))
 
     # What happens to the processes of a run. Each gives the statuses that they may end with.
@@ -231,11 +231,11 @@ def whole(folder: Path, setup: Setup) -> tuple[object, float]:
     """The outcome of the run by `setup` that is left alone, and the seconds it took; it is trained once."""
     one = Round(folder / f"whole{SETUPS.index(setup)}", setup, random.Random(0), collections.Counter())
     if not (one.workdir / "result.json").exists():
-        if any(runs.end(one.start())):
+        if any(launched.end(one.start())):
             raise SystemExit(one.said())
-        print(f"left alone ({setup.name}): {runs.outcome(one.workdir)[0][:8]}", flush=True)
+        print(f"left alone ({setup.name}): {launched.outcome(one.workdir)[0][:8]}", flush=True)
     times = json.loads((one.workdir / "result.json").read_text())["time"]
-    return runs.outcome(one.workdir), sum(part["seconds"] for part in times)
+    return launched.outcome(one.workdir), sum(part["seconds"] for part in times)
 
 
 def disturb(seconds: float, seed: int, folder: Path) -> int:
@@ -248,7 +248,7 @@ def disturb(seconds: float, seed: int, folder: Path) -> int:
             one = Round(place, setup, rng, count, max(1.0, took / USUAL))
             try:
                 one.play()
-                if runs.outcome(one.workdir) != expected:
+                if launched.outcome(one.workdir) != expected:
                     raise Fault("wrong", "the parameters or the records are others")
                 count["rounds equal"] += 1
             except (Fault, subprocess.TimeoutExpired) as e:

@@ -3,8 +3,8 @@
 import json
 from dataclasses import replace
 
+import launched
 import pytest
-import runs
 from methods_check import Check
 
 import launch
@@ -43,7 +43,7 @@ def test_training_depends_on_neither_placement_nor_threads(fake_config, tmp_path
     for config.data.placement, config.data.threads in (("host", 1), ("device", 3)):
         workdir = Workdir(tmp_path / config.data.placement)
         assert train.main(config, workdir) == 0
-        results.append((*runs.outcome(workdir.path), json.loads(workdir.result.read_text())["test"]))
+        results.append((*launched.outcome(workdir.path), json.loads(workdir.result.read_text())["test"]))
     assert results[0] == results[1]
     assert [r["step"] for r in results[0][1] if "train/loss" in r] == [5, 10, 15, 20, 23]
 
@@ -65,5 +65,5 @@ def test_keys_that_may_differ_on_resume_change_no_bit(fake_config, tmp_path):
     assert configs.flatten(moved.load_config()).items() >= new.items()
     began, resumed = moved.read_snapshots()
     assert [(one["step"], one["keys"]["checkpoint.keep"]) for one in (began, resumed)] == [(0, 2), (4, 1)]
-    assert list(runs.records(moved.path, "test/accuracy")) == [5, 10, 12]
+    assert list(launched.records(moved.path, "test/accuracy")) == [5, 10, 12]
     assert launch.main(["reproduce", str(moved.path), f"--output={tmp_path}/again"]) == 0

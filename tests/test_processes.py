@@ -9,16 +9,16 @@ import sys
 import time
 from pathlib import Path
 
+import launched
 import numpy as np
 import pytest
-import runs
 from cases import rewind
-from runs import ROOT
+from launched import ROOT
 
 import launch
 
-SHORT = (*runs.SMALL, "--config.model=mlp(widths=(16,))", "--config.log_every=1 steps", "--config.eval_every=20 steps",
-         "--config.total=300 steps", "--config.checkpoint_every=50 steps")  # fmt: skip
+SHORT = (*launched.SMALL, "--config.model=mlp(widths=(16,))", "--config.log_every=1 steps",
+         "--config.eval_every=20 steps", "--config.total=300 steps", "--config.checkpoint_every=50 steps")  # fmt: skip
 ARRAYS = """
 import json, sys
 import jax, numpy as np
@@ -73,7 +73,7 @@ def test_processes_that_were_given_something_else(tmp_path, last, sentence):
     workdir = tmp_path / "run"
     last = tuple(flag.replace("OTHER", f"{tmp_path}/other") for flag in last)
     began = time.monotonic()
-    assert runs.end(runs.start(workdir, SHORT, 2, last=last)) == [1, 1]
+    assert launched.end(launched.start(workdir, SHORT, 2, last=last)) == [1, 1]
     assert time.monotonic() - began < 60
     assert all(re.search(sentence, log) and "Traceback" not in log for log in logs(workdir))
     assert not workdir.exists() or not any(workdir.iterdir())
@@ -86,8 +86,8 @@ def test_processes_that_were_given_something_else(tmp_path, last, sentence):
 ])  # fmt: skip
 def test_a_process_that_is_stopped_ends_the_other(tmp_path, watchdog, heartbeat, sentence):
     """SIGSTOP of one of two."""
-    words = (*runs.LONG, f"--config.watchdog={watchdog} s")
-    started = runs.start(tmp_path / "run", words, 2, heartbeat=heartbeat)
+    words = (*launched.LONG, f"--config.watchdog={watchdog} s")
+    started = launched.start(tmp_path / "run", words, 2, heartbeat=heartbeat)
     try:
         end = time.monotonic() + 180
         while not list((tmp_path / "run").glob("checkpoints/[0-9]*")) and time.monotonic() < end:
@@ -103,7 +103,7 @@ def test_a_process_that_is_stopped_ends_the_other(tmp_path, watchdog, heartbeat,
 
 def start_two(program: str, *words: str, devices: tuple[int, int] = (2, 2)) -> list[subprocess.Popen]:
     """Starts two processes of a Python program, which gets its process index, a port, and these arguments."""
-    port, environment = str(runs.find_port()), {**os.environ, "JAX_PLATFORMS": "cpu"}
+    port, environment = str(launched.find_port()), {**os.environ, "JAX_PLATFORMS": "cpu"}
     return [
         subprocess.Popen([sys.executable, "-c", program, str(number), port, *words], cwd=ROOT,
                          env=environment | {"JAX_NUM_CPU_DEVICES": str(devices[number])},
@@ -154,16 +154,16 @@ def test_hosts_with_different_numbers_of_devices(tmp_path):
     words = (*SHORT, "--config.schedule=constant(1e-3)", "--local_devices=all", "--config.on_bad_step=skip",
              "--config.augment=normalize|poisoned:poison(((3, 2), (9, 8)))", "--config.total=40 steps",
              "--config.checkpoint_every=20 steps")  # fmt: skip
-    runs.finish(tmp_path / "uneven", words, 2, (3, 1))
+    launched.finish(tmp_path / "uneven", words, 2, (3, 1))
     rewind(tmp_path / "uneven", 20)
-    runs.finish(tmp_path / "uneven", words, 2, (3, 1))
-    runs.finish(tmp_path / "even", words, 1, 4)
+    launched.finish(tmp_path / "uneven", words, 2, (3, 1))
+    launched.finish(tmp_path / "even", words, 1, 4)
     for key, count in (("train/loss", 38), ("test/loss", 2), ("test/examples", 2)):
-        found, expected = (runs.records(tmp_path / name, key) for name in ("uneven", "even"))
+        found, expected = (launched.records(tmp_path / name, key) for name in ("uneven", "even"))
         assert found.keys() == expected.keys()
         assert len(found) == count
         np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
-    skipped = [runs.records(tmp_path / name, "train/skipped") for name in ("uneven", "even")]
+    skipped = [launched.records(tmp_path / name, "train/skipped") for name in ("uneven", "even")]
     assert skipped[0] == skipped[1]
     assert sum(skipped[0].values()) == 2
 
@@ -172,12 +172,12 @@ def test_hosts_with_different_numbers_of_devices(tmp_path):
 @pytest.mark.usefixtures("one_device")
 def test_a_signal_to_one_stops_both_and_one_process_goes_on(tmp_path):
     workdir = tmp_path / "run"
-    started = runs.start(workdir, SHORT, 2, 2)
+    started = launched.start(workdir, SHORT, 2, 2)
     metrics = workdir / "metrics.jsonl"
-    while started[0].poll() is None and not (metrics.exists() and len(runs.records(workdir, "train/loss")) > 5):
+    while started[0].poll() is None and not (metrics.exists() and len(launched.records(workdir, "train/loss")) > 5):
         time.sleep(0.05)
     started[1].send_signal(signal.SIGTERM)
-    assert runs.end(started) == [75, 75]
+    assert launched.end(started) == [75, 75]
     stopped = [int(re.search(r"stopped at step (\d+), checkpoint saved", log)[1]) for log in logs(workdir)]
     assert stopped[0] == stopped[1] == max(int(f.name) for f in (workdir / "checkpoints").iterdir())
     assert re.search(r"^\S+ \[process 1\] SIGTERM: stopping after this step", logs(workdir)[1], re.MULTILINE)
@@ -185,10 +185,10 @@ def test_a_signal_to_one_stops_both_and_one_process_goes_on(tmp_path):
 
     for folder in (workdir, tmp_path / "alone"):  # in this process, on one device
         assert launch.main([f"--workdir={folder}", *SHORT]) == 0
-    losses, expected = (runs.records(w, "train/loss") for w in (workdir, tmp_path / "alone"))
+    losses, expected = (launched.records(w, "train/loss") for w in (workdir, tmp_path / "alone"))
     assert losses.keys() == expected.keys() == set(range(1, 301))
     np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5)
-    assert runs.records(workdir, "test/examples") == runs.records(tmp_path / "alone", "test/examples")
+    assert launched.records(workdir, "test/examples") == launched.records(tmp_path / "alone", "test/examples")
     assert len(json.loads((workdir / "provenance.json").read_text())["devices"]) == 4  # of those that began it
 
 
@@ -196,8 +196,8 @@ def test_a_signal_to_one_stops_both_and_one_process_goes_on(tmp_path):
 def test_an_error_of_one_ends_both(tmp_path):
     """JAX ends the other, though it waits for nobody."""
     workdir = tmp_path / "run"
-    fails = (*SHORT, "--config.model=runs:fails_in_process_1()")
-    assert runs.end(runs.start(workdir, fails, 2)) in ([1, 1], [-signal.SIGABRT, 1])
+    fails = (*SHORT, "--config.model=launched:fails_in_process_1()")
+    assert launched.end(launched.start(workdir, fails, 2)) in ([1, 1], [-signal.SIGABRT, 1])
     first, second = logs(workdir)
     assert "error: this host lacks a file" in second
     assert re.search("another (task died|process of this run has died)", first)

@@ -5,8 +5,8 @@ import random
 import signal
 import time
 
+import launched
 import pytest
-import runs
 import stress
 
 import launch
@@ -29,7 +29,7 @@ DIGITS = ("--config.total=800 steps", "--config.checkpoint_every=25 steps", "--c
 def test_killed_at_a_random_moment(tmp_path, capsys):
     """With random crops, flips, mixing and dropout, and logs, evaluations and checkpoints at different steps."""
     whole, workdir = tmp_path / "whole", tmp_path / "run"
-    [process], saved = runs.start(workdir, SHORT), workdir / "checkpoints"
+    [process], saved = launched.start(workdir, SHORT), workdir / "checkpoints"
     while process.poll() is None and not (saved.exists() and any(f.name.isdigit() for f in saved.iterdir())):
         time.sleep(0.01)
     time.sleep(random.Random(0).uniform(0.0, 0.1))
@@ -38,7 +38,7 @@ def test_killed_at_a_random_moment(tmp_path, capsys):
     for folder in (whole, workdir):
         assert launch.main([f"--workdir={folder}", *SHORT]) == 0
     assert "resuming at step" in capsys.readouterr().err
-    assert runs.outcome(workdir) == runs.outcome(whole)
+    assert launched.outcome(workdir) == launched.outcome(whole)
     digests = [(folder / "digests.jsonl").read_text().splitlines() for folder in (workdir, whole)]
     assert digests[0] == digests[1]
     steps = [json.loads(line)["step"] for line in digests[0]]
@@ -54,7 +54,7 @@ def test_disturbed_by_a_plan(tmp_path):
 @pytest.mark.slow
 def test_killed_twenty_times(tmp_path):
     """On three poisoned batches, whose steps are skipped."""
-    runs.finish(tmp_path / "whole", DIGITS)
-    runs.kill_repeatedly(tmp_path / "killed", DIGITS, 20, random.Random(0))
-    assert runs.outcome(tmp_path / "killed") == runs.outcome(tmp_path / "whole")
+    launched.finish(tmp_path / "whole", DIGITS)
+    launched.kill_repeatedly(tmp_path / "killed", DIGITS, 20, random.Random(0))
+    assert launched.outcome(tmp_path / "killed") == launched.outcome(tmp_path / "whole")
     assert json.loads((tmp_path / "killed" / "result.json").read_text())["skipped"]

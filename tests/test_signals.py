@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cases import thorough
-from runs import ROOT, outcome
+from launched import ROOT, outcome
 
 import launch
 

@@ -6,7 +6,7 @@ import time
 
 import jax
 import pytest
-from runs import ROOT
+from launched import ROOT
 
 from imgclf_jax.run.profiler import Profiler
 from imgclf_jax.run.timer import PHASES, Timer
