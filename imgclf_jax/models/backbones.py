@@ -35,10 +35,8 @@ class CNN(nn.Module):
         h, w = x.shape[1:3]
         for i, width in enumerate(self.widths):
             if min(x.shape[1:3]) < self.kernel + 1:  # too small for one pooling window
-                raise UserError(
-                    f"cnn: images of {h} by {w} are too small for {len(self.widths)} blocks of convolution and "
-                    "pooling; resize them to a larger size or use fewer widths"
-                )
+                raise UserError(f"cnn: images of {h} by {w} are too small for {len(self.widths)} blocks of convolution "
+                                "and pooling; resize them or use fewer widths")  # fmt: skip
             x = ConvPool(width, self.kernel, dtype=self.dtype, name=f"block{i}")(x)  # [b, ~h/2, ~w/2, width]
         x = x.reshape(x.shape[0], -1)
         return nn.relu(Dense(self.hidden, dtype=self.dtype, kernel_init=_dense_init, name="dense")(x))
@@ -78,13 +76,12 @@ class RNN(nn.Module):
         cells = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell}
         if self.cell not in cells:
             raise UserError(unknown("rnn cell", self.cell, cells))
-
-        def zeros(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-            return jnp.zeros(shape, self.dtype)  # linen would use the dtype of the parameters
-
         x = x.reshape(*x.shape[:2], -1)  # [b, h, w * c]
         for i in range(self.layers):
-            cell = cells[self.cell](self.features, dtype=self.dtype, carry_init=zeros, name=f"cell{i}")
+            cell = cells[self.cell](
+                self.features, dtype=self.dtype, name=f"cell{i}",
+                carry_init=lambda key, shape, dtype: jnp.zeros(shape, self.dtype),  # linen's would be float32
+            )  # fmt: skip
             x = cast(jax.Array, nn.RNN(cell, name=f"rnn{i}")(x))  # [b, h, features]
         return x[:, -1]
 

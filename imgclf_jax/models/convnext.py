@@ -68,9 +68,7 @@ class ConvNeXt(nn.Module):
         settings: Arguments = {"dtype": self.dtype, "kernel_init": _init}
         rates = iter(self.drop_path * i / (sum(depths) - 1) for i in range(sum(depths)))
         block, norm = parts.remat(self.block, self.remat), parts.norms(self.norm, dtype=self.dtype)
-        passed: Arguments = {
-            "norm": norm, "activation": self.activation, "dtype": self.dtype, "layer_scale": self.layer_scale,
-        }  # fmt: skip
+        passed: Arguments = {"norm": norm, "activation": self.activation, "dtype": self.dtype}
         for i, (depth, d) in enumerate(zip(depths, dims, strict=True)):
             if i:
                 x = norm(f"downsample{i}_norm")(x, train)
@@ -79,5 +77,5 @@ class ConvNeXt(nn.Module):
             if not i:
                 x = norm("stem_norm")(x, train)  # [b, h/4, w/4, d]
             for j in range(depth):
-                x = block(drop_path=next(rates), **passed, name=f"stage{i}_{j}")(x, train)
+                x = block(drop_path=next(rates), layer_scale=self.layer_scale, **passed, name=f"stage{i}_{j}")(x, train)
         return norm("norm")(mean_pool(x), train)

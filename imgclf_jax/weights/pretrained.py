@@ -137,8 +137,7 @@ def _read_workdir(workdir: Workdir) -> Named:
     if (last := workdir.last_checkpoint()) is None:
         raise UserError(f"{what}: this run has no checkpoint yet")
     checkpoints = Checkpoints(workdir.checkpoints, best=metric, read_only=True)
-    best = checkpoints.best_step()
-    step = last if best is None else best
+    step = last if (best := checkpoints.best_step()) is None else best
     state = checkpoints.restore_any(step)["state"]
     digests.check(workdir, step, state["params"])
     # The evaluated weights: the averages (params, model_state) if the run has any.

@@ -219,8 +219,7 @@ def own_layout(array: np.ndarray, name: str, shape: tuple[int, ...]) -> np.ndarr
     """PyTorch's array in the layout of our parameter `name`, which has the shape `shape`.
 
     Convolutions are [out, in, kh, kw] in PyTorch and [kh, kw, in, out] here, dense layers [out, in] and [in, out]. Axes
-    of size one, such as in a layer scale [d, 1, 1], are removed if ours has none. If the models differ, the result may
-    have another shape than `shape`.
+    of size one, as in a layer scale [d, 1, 1], are removed. If the models differ, the shape may not be `shape`.
     """
     if name.endswith("/kernel"):
         return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T

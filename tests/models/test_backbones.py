@@ -146,18 +146,6 @@ def test_sincos_positions_are_their_definition():
             np.testing.assert_allclose(table[y * 5 + x], expected, rtol=0, atol=1e-6)
 
 
-def test_attention_maps_can_be_seen(monkeypatch):
-    """f32[b, heads, tokens, tokens] for every block; each row is a distribution."""
-    monkeypatch.setitem(vit._VIT, "Ti", (48, 3, 3))
-    model = vit.ViT("Ti", patch=8)
-    x = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
-    variables = random_variables(model, x)
-    _, seen = jax.jit(lambda: model.apply(variables, x, mutable=["intermediates"]))()
-    maps = [seen["intermediates"][f"block{i}"]["attn"]["attention"][0] for i in range(3)]
-    assert {m.shape for m in maps} == {(2, 3, 5, 5)}
-    np.testing.assert_allclose(np.sum(maps, -1), 1, rtol=1e-5)
-
-
 def test_whitening_whitens():
     """The first half of the filters' outputs on the images' own patches are uncorrelated with variance v / (v + e)."""
     rng = np.random.default_rng(0)

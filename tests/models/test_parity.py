@@ -10,7 +10,6 @@ import tensorflow as tf
 
 from imgclf_jax import losses, step
 from imgclf_jax.models import classifier
-from imgclf_jax.models.backbones import CNN
 from imgclf_jax.optim.optimizers import promoting
 
 CLASSES, BATCH, STEPS, SHAPE = 10, 8, 20, (28, 28, 1)
@@ -116,13 +115,3 @@ def test_logits_gradients_and_adam_agree_with_keras(float64):
     moved = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), state.params, params)
     assert min(jax.tree.leaves(moved)) > 1e-3
     assert_close(state.params, theirs.params(), 1e-8)
-
-
-def test_the_cnn_has_the_size_of_the_keras_example():
-    """121,930 parameters, and 64 features per image."""
-    model = classifier.build("cnn", CLASSES, "float32")
-    images = jnp.zeros((3, 28, 28, 1))
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    assert sum(p.size for p in jax.tree.leaves(variables)) == 121_930
-    backbone = {"params": variables["params"]["backbone"]}
-    assert jax.eval_shape(CNN().apply, backbone, images).shape == (3, 64)

@@ -1,10 +1,11 @@
-"""What PyTorch's models and files are, for tests: with PyTorch, torchvision, timm and safetensors it writes fixtures/.
+"""What PyTorch's models are, for tests: with PyTorch, torchvision and timm it writes fixtures/torch_models.json.
 
     python tests/weights/torch_fixtures.py
 
-No weights are stored: both sides draw them by `draw`, from their names. Stored are names, shapes and logits, and small
-files in PyTorch's two formats and in safetensors. Two models are in no package, and their entries stay as they are: the
-ResNets of akamaster/pytorch_resnet_cifar10 and of xternalz/WideResNet-pytorch.
+No weights are stored: both sides draw them by `draw`, from their names. Stored are names, shapes and logits. Two models
+are in no package, and their entries stay as they are: the ResNets of akamaster/pytorch_resnet_cifar10 and of
+xternalz/WideResNet-pytorch. `torch.save` and safetensors wrote the small files, with what `test_files.py` says, and
+timm's `resample_abs_pos_embed` made positions.json of `draw("pos_embed", (1, 17, 3))`.
 """
 
 import json
@@ -35,7 +36,6 @@ def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def _models() -> dict:
     """Name → (module, the model spec, image size)."""
-    import timm
     import torchvision.models as tv
     from timm.models.convnext import ConvNeXt
     from timm.models.mlp_mixer import MlpMixer
@@ -57,15 +57,6 @@ def _models() -> dict:
             VisionTransformer(32, 8, num_classes=5, embed_dim=48, depth=2, num_heads=3), "vit('Ti', patch=8)", 32
         ),
         "timm mixer": (MlpMixer(5, 32, patch_size=8, num_blocks=2, embed_dim=48), "mixer('S', patch=8)", 32),
-        # The published ones, in the slow tests.
-        "full torchvision resnet18": (tv.resnet18(), "resnet(18)", 224),
-        "full torchvision resnet50": (tv.resnet50(), "resnet(50)", 224),
-        "full timm resnet34": (timm.create_model("resnet34"), "resnet(34)", 224),
-        "full torchvision convnext_tiny": (tv.convnext_tiny(), "convnext('T')", 224),
-        "full timm convnext_small": (timm.create_model("convnext_small"), "convnext('S')", 224),
-        "full torchvision vit_b_16": (tv.vit_b_16(), "vit('B')", 224),
-        "full timm vit_small": (timm.create_model("vit_small_patch16_224"), "vit('S')", 224),
-        "full timm mixer_s16": (timm.create_model("mixer_s16_224"), "mixer('S')", 224),
     }  # fmt: skip
 
 
@@ -88,47 +79,5 @@ def _write_models() -> None:
     (FOLDER / "torch_models.json").write_text(f"{{\n{lines}\n}}\n")
 
 
-def _write_positions() -> None:
-    """A table of positions after timm's own resizing, up and down."""
-    import torch
-    from timm.layers import resample_abs_pos_embed
-
-    table = torch.from_numpy(draw("pos_embed", (1, 17, 3)))
-    out = {f"{h}x{w}": resample_abs_pos_embed(table, [h, w]).tolist() for h, w in ((6, 6), (2, 2), (7, 3))}
-    (FOLDER / "positions.json").write_text(json.dumps(out, separators=(",", ":")) + "\n")
-
-
-def _write_files() -> None:
-    import safetensors.torch
-    import torch
-    from torch import nn
-
-    base = torch.arange(24, dtype=torch.float32).reshape(4, 6) / 8
-    tensors = {
-        "base": base,
-        "transposed": base.t(),
-        "part": base[1:3, ::2],  # shares the storage, from an offset
-        "expanded": torch.tensor([3.0]).expand(2, 3),
-        "scalar": torch.tensor(2.5),
-        "empty": torch.zeros(0, 3),
-        "parameter": nn.Parameter(torch.tensor([1.0, -1.0])),
-        **{str(t).removeprefix("torch."): torch.arange(-3, 4).to(t) for t in (
-            torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-            torch.uint8, torch.bool,
-        )},
-    }  # fmt: skip
-    content = {
-        "epoch": 3, "best": 0.5, "names": ["a", ("b", None)], "size": base.shape, "device": torch.device("cpu"),
-        "dtype": torch.float32, "state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()},
-    }  # fmt: skip
-    torch.save(content, FOLDER / "zip.pth")
-    torch.save(content, FOLDER / "legacy.pth", _use_new_zipfile_serialization=False)
-    whole = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(whole, FOLDER / "all.safetensors")
-
-
 if __name__ == "__main__":
-    FOLDER.mkdir(exist_ok=True)
     _write_models()
-    _write_positions()
-    _write_files()

@@ -33,17 +33,14 @@ def drawn(label, shape):
     return rng.standard_normal(shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.slow if "full" in name else ()) for name in WHOSE
-])  # fmt: skip
+@pytest.mark.parametrize("name", WHOSE)
 def test_it_is_the_inverse_of_what_is_imported(name, monkeypatch):
     """Arrays with PyTorch's names, loaded into our model and written again: the same names, shapes and values."""
-    for depth in (18, 50) if "full" not in name else ():
+    for depth in (18, 50):
         monkeypatch.setitem(resnet._STAGES, depth, (1, 2, 1, 1))
-    if "full" not in name:
-        monkeypatch.setitem(convnext._VARIANTS, "T", ((1, 2, 1, 1), (8, 16, 24, 32)))
-        monkeypatch.setitem(vit._VIT, "Ti", (48, 2, 3))
-        monkeypatch.setitem(vit._MIXER, "S", (48, 2, 24, 192))
+    monkeypatch.setitem(convnext._VARIANTS, "T", ((1, 2, 1, 1), (8, 16, 24, 32)))
+    monkeypatch.setitem(vit._VIT, "Ti", (48, 2, 3))
+    monkeypatch.setitem(vit._MIXER, "S", (48, 2, 24, 192))
     fixture = MODELS[name]
     model = classifier.build(fixture["model"], fixture["classes"], "float32")
     shape = (fixture["size"], fixture["size"], 3)
