@@ -17,7 +17,8 @@ from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.metrics import AnyPredictions, Predictions
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run.record import Record
-from imgclf_jax.train.evaluation import data_changes, evaluate, open_evals
+from imgclf_jax.tools.evaluate.changes import data_changes
+from imgclf_jax.train.evaluation import evaluate, open_evals
 from imgclf_jax.trained import Trained, restore
 
 log = logging.getLogger(__name__)

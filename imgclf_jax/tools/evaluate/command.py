@@ -22,8 +22,9 @@ from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.scores.classification import Predictions
 from imgclf_jax.scores.multilabel import TargetPredictions
 from imgclf_jax.tools.evaluate import attacked, by_class, corrupted, listing
+from imgclf_jax.tools.evaluate.changes import compare_with_record
 from imgclf_jax.tools.evaluate.intervals import with_intervals
-from imgclf_jax.train.evaluation import compare_with_record, evaluate, open_evals
+from imgclf_jax.train.evaluation import evaluate, open_evals
 from imgclf_jax.train.leakage import initial_warnings
 from imgclf_jax.trained import Trained, load_converted, restore
 

@@ -15,8 +15,9 @@ from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import sources
 from imgclf_jax.data.source import Source
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.tools.evaluate.changes import compare_with_record
 from imgclf_jax.tools.probe import feature_sets, probing
-from imgclf_jax.train.evaluation import compare_with_record, open_evals
+from imgclf_jax.train.evaluation import open_evals
 from imgclf_jax.train.leakage import initial_warnings, overlap_warnings
 from imgclf_jax.trained import load_converted, restore
 

@@ -12,9 +12,10 @@ from imgclf_jax.core import terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data.source import Source
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.tools.evaluate.changes import compare_with_record
 from imgclf_jax.tools.pages import inputs
 from imgclf_jax.tools.probe import embeddings, feature_sets
-from imgclf_jax.train.evaluation import compare_with_record, open_evals, open_set
+from imgclf_jax.train.evaluation import open_evals, open_set
 from imgclf_jax.trained import Trained, load_converted, restore
 
 _ROWS = 1024  # images per write

@@ -16,12 +16,13 @@ from imgclf_jax.data.stream import Images
 from imgclf_jax.scores.classification import Predictions
 from imgclf_jax.scores.multilabel import TargetPredictions
 from imgclf_jax.tools.evaluate import by_class
+from imgclf_jax.tools.evaluate.changes import data_changes
 from imgclf_jax.tools.evaluate.intervals import with_intervals
 from imgclf_jax.tools.explain import explanations
 from imgclf_jax.tools.report import top_losses as report_top_losses
 from imgclf_jax.tools.report.calibration import Reliability, bin_by_confidence
 from imgclf_jax.tools.report.top_losses import TopLoss
-from imgclf_jax.train.evaluation import data_changes, evaluate, open_evals
+from imgclf_jax.train.evaluation import evaluate, open_evals
 from imgclf_jax.train.leakage import overlap_warnings
 from imgclf_jax.trained import Trained
 
