@@ -191,15 +191,6 @@ def test_what_evaluation_reports(task):
     assert [kind for kind, name in of_task.items() if name in names] in ([task], [Task.CLASSES, task])
 
 
-def test_a_run_asks_for_the_direction_before_data_are_opened(tmp_path, monkeypatch, capsys):
-    (tmp_path / "own_error.py").write_text("def error(labels, probabilities):\n    return 0.5\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("imgclf_jax.datasets.sources.open_splits", None)
-    argv = ["--config.metrics=own_error:error", f"--workdir={tmp_path}/run"]
-    assert launch.main([*argv, "--config.checkpoint.best=test/error"]) == 1
-    assert capsys.readouterr().err.startswith("error: checkpoint.best='test/error': write 'min:test/error' if the ")
-
-
 @pytest.mark.thorough
 def test_of_a_run(tmp_path, capsys):
     """In result.json and from `evaluate`, over 101 examples in batches of 16; the best checkpoint by AUC is kept."""
