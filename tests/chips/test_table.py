@@ -7,7 +7,6 @@ from compilers import printed
 PROGRAM = """
 import functools, math
 from imgclf_jax.data import placement
-from imgclf_jax.tools.dryrun.command import tables_shape
 
 config, found, examples = default_config(), [], 100_000
 config.model, config.optimizer, config.data.placement, config.batch_size = "mlp(widths=(8,))", "sgd", "device", 128
@@ -15,7 +14,7 @@ for shape in (32, 32, 3), (28, 28, 1):
     data = DataInfo(examples, shape, tuple(map(str, range(10))), "")
     programs = Programs(Recipe(config, data), sharding.make_mesh(topology.devices(chips)))
     gather = jax.jit(functools.partial(placement.gather, image_shape=shape))
-    [table] = tables_shape(programs)
+    table = placement.table_shape(examples, shape, 0, programs.mesh)
     memory = gather.lower(table, programs.batch_shape["label"]).compile().memory_analysis()
     found.append([examples * math.prod(shape), memory.argument_size_in_bytes, memory.temp_size_in_bytes])
 print(json.dumps(found))

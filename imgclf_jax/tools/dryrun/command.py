@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import losses
 from imgclf_jax.core import jaxprs, json_files, memory, sharding, terminal
 from imgclf_jax.core.memory import format_bytes
-from imgclf_jax.core.typing import Batch, JsonObject
+from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import placement
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe, check_names
@@ -59,6 +59,9 @@ def report(programs: Programs, chips: topology.Chips) -> JsonObject:
     recipe, chip = programs.recipe, CHIPS.get(chips.kind)
     config = recipe.config
     state, sums = programs.shape["state"], programs.shape["sums"]
+    kept = (recipe.data, *recipe.data.extra.values()) if config.data.placement == "device" else ()
+    tables = [placement.table_shape(one.train_examples, one.image_shape, len(one.target_names), programs.mesh)
+              for one in kept]  # fmt: skip
     result: JsonObject = {
         "chips": str(chips), "model": config.model, "batch_size": config.batch_size, "accumulate": config.accumulate,
         "precision": config.precision, "steps": recipe.total,
@@ -67,7 +70,7 @@ def report(programs: Programs, chips: topology.Chips) -> JsonObject:
             "parameters": counts.bytes_per_device((state.params, state.model_state)),
             "optimizer": counts.bytes_per_device(state.opt_state),
             "averages": counts.bytes_per_device((state.eval_variables, sums)),
-            "batch": counts.bytes_per_device((programs.batch_shape, tables_shape(programs))),
+            "batch": counts.bytes_per_device((programs.batch_shape, tables)),
         },
         "flops": jaxprs.matmul_flops(programs.traced_train.jaxpr) / chips.count, "compile_seconds": {},
     }  # fmt: skip
@@ -96,13 +99,6 @@ def report(programs: Programs, chips: topology.Chips) -> JsonObject:
         "collectives": {kind: {"count": n, "bytes": size} for kind, (n, size) in collectives.items()},
     }
     return result | (_times(programs, chips, chip, result) if chip else {})
-
-
-def tables_shape(programs: Programs) -> list[Batch]:
-    """The shapes, dtypes and shardings of the data sets that `data.placement` keeps on the devices."""
-    data, kept = programs.recipe.data, programs.recipe.config.data.placement == "device"
-    return [placement.table_shape(one.train_examples, one.image_shape, len(one.target_names), programs.mesh)
-            for one in (data, *data.extra.values()) if kept]  # fmt: skip
 
 
 def _times(programs: Programs, chips: topology.Chips, chip: Chip, result: JsonObject) -> JsonObject:

@@ -20,11 +20,9 @@ def data_changes(
     programs: Programs, run: ConfigDict, recorded: Mapping[str, str], base: dict[str, Source],
     evals: Mapping[str, stream.Images],
 ) -> list[str]:  # fmt: skip
-    """A sentence for each set of examples that has changed since training.
+    """A sentence for each set of examples that has changed since the training of the config `run`.
 
-    - `run` is the config of the run, and `recorded` its fingerprints of the evaluation sets, by name.
-    - `base` are the splits of the present source, and `evals` the evaluation sets; a set whose spec is not that of the
-      run is not compared.
+    `recorded` are its fingerprints of the evaluation sets `evals`, and `base` the splits of the present source.
     """
     found, now = [], programs.recipe.config.data
     if now.source == run.data.source:

@@ -107,11 +107,7 @@ def _print_table(records: Iterator[Record], columns: Columns) -> None:
 
 
 def _print_json(records: Iterator[Record], columns: Columns) -> None:
-    between = "["
-    for record in records:
-        print(between + "\n  " + json.dumps(record, indent=2).replace("\n", "\n  "), end="")
-        between = ","
-    print("[]" if between == "[" else "\n]")
+    terminal.print_json(list(records))
 
 
 def _print_lines(records: Iterator[Record], columns: Columns) -> None:

@@ -128,15 +128,11 @@ def _folder(record: Record, output: str) -> str:
 
 def _check_earlier(run: train.Run, output: str) -> None:
     """Raises UserError if other code or another environment trained the first steps of the run in the output."""
-    found = [
-        one
-        for snapshot in (run.workdir.read_snapshots() if run.start else ())
-        for one in find_differences(snapshot, run.snapshot)
-        if one.kind in ("code", "version", "device", "flags")
-    ]
-    if found:
-        raise UserError(f"--output={output} has been trained up to step {run.start} otherwise: {found[0]}; delete it, "
-                        "or name another directory")  # fmt: skip
+    for snapshot in run.workdir.read_snapshots() if run.start else ():
+        for one in find_differences(snapshot, run.snapshot):
+            if one.kind in ("code", "version", "device", "flags"):
+                raise UserError(f"--output={output} has been trained up to step {run.start} otherwise: {one}; delete "
+                                "it, or name another directory")  # fmt: skip
 
 
 def _compare_configs(old: ConfigDict, new: ConfigDict) -> list[Difference]:
