@@ -127,8 +127,6 @@ class Recipe:
         also_frozen = self.method.freeze
         if not (keys.lr or keys.decay or keys.freeze or keys.layer_decay or also_frozen):
             return rules.Rules()
-        if keys.layer_decay and getattr(self.plain_model.backbone, "sorts_parameters", False):
-            raise UserError("rules.layer_decay: the layers of an nnx model have no order; set rules.lr")
         return rules.build(keys.lr, keys.decay, keys.freeze, keys.layer_decay, list(self.parameters), also_frozen)
 
     @cached_property

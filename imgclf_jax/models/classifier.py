@@ -1,9 +1,6 @@
 """The Classifier, a backbone and a linear head, built from the config key `model`."""
 
-import functools
 import inspect
-import sys
-from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +60,7 @@ class Classifier(nn.Module):
 def build(text: str, num_classes: int, precision: str) -> Classifier:
     """Builds a Classifier from the spec of its backbone, such as `cnn(widths=(32, 64))`.
 
-    A backbone is a linen or an nnx module, or a function that makes one. If it takes `dtype`, it computes in
+    A backbone is a linen module, or a function that makes one. If it takes `dtype`, it computes in
     `precision` ("float32" or "bfloat16") unless the spec sets `dtype`. Every spec accepts `head_init`, a spec of
     HEAD_INITS in quotes such as 'normal(0.01)', for the head. Raises UserError for an unknown backbone, for arguments
     that do not fit, and for a `dropout` or `drop_path` outside [0, 1).
@@ -74,21 +71,10 @@ def build(text: str, num_classes: int, precision: str) -> Classifier:
     for name in ("dropout", "drop_path"):
         if name in kwargs and not 0 <= kwargs[name] < 1:
             raise UserError(f"model={text!r}: {name}={kwargs[name]!r} must be a number from 0 to below 1")
-    make = _bind(spec.Call(call.name, call.args, kwargs))
+    make = parts.bind(spec.Call(call.name, call.args, kwargs), BACKBONES)
     takes_dtype = "dtype" in inspect.signature(make.func).parameters and "dtype" not in make.keywords
     backbone = make(**{"dtype": jnp.dtype(precision)} if takes_dtype else {})
     if not isinstance(backbone, nn.Module):
-        raise UserError(f"model={text!r} is a {type(backbone).__name__}, not a flax.linen.Module or an nnx.Module")
+        raise UserError(f"model={text!r} is a {type(backbone).__name__}, not a flax.linen.Module; for an nnx module, "
+                        "name a function that wraps it by flax.nnx.bridge.ToLinen")  # fmt: skip
     return Classifier(backbone, num_classes, head_init=make_init())
-
-
-def _bind(call: spec.Call) -> functools.partial[Any]:
-    """The constructor of the backbone that `call` names, with its arguments."""
-    made = spec.lookup(call, BACKBONES, "model")
-    nnx = sys.modules.get("flax.nnx")  # importing it takes a second; the module of an nnx class has done so
-    if nnx is None or not inspect.isclass(made) or not issubclass(made, nnx.Module):
-        return parts.bind(call, BACKBONES)
-    from imgclf_jax.models.from_nnx import constructor
-
-    named = spec.Call(made.__name__, call.args, call.kwargs)
-    return spec.bind(named, {named.name: constructor(cast(Any, made))}, "model")

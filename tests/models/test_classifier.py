@@ -35,7 +35,7 @@ def test_how_the_head_begins(head_init, deviation, most):
     ("mlp(dropout=1.5)", r"model='mlp\(dropout=1.5\)': dropout=1.5 must be a number from 0 to below 1"),
     ("vit('Ti', patch=4, drop_path=1)", "drop_path=1 must be a number"),
     ("test_classifier:no_class", "model 'test_classifier:no_class': missing a required argument: 'x'"),
-    ("fractions:Fraction", "is a Fraction, not a flax.linen.Module or an nnx.Module"),
+    ("fractions:Fraction", "is a Fraction, not a flax.linen.Module; for an nnx module"),
 ])  # fmt: skip
 def test_a_backbone_that_cannot_be_is_refused(text, message):
     with pytest.raises(UserError, match=message):

@@ -8,17 +8,15 @@ import pytest
 from cases import rewind
 from flax import linen as nn
 from flax import nnx
+from flax.core import FrozenDict
 
 import launch
-from imgclf_jax import losses, recipe, step
-from imgclf_jax.config import default_config
+from imgclf_jax import losses, step
 from imgclf_jax.core import json_files, tree
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.models import classifier
-from imgclf_jax.run.provenance import DataInfo
 
 SHAPE, WIDTH = (4, 4, 1), 3
-SPEC = f"{__name__}:Nnx(width={WIDTH})"
+SPEC = f"{__name__}:bridged(dropout=0.0)"
 
 
 class Nnx(nnx.Module):
@@ -48,14 +46,15 @@ class Linen(nn.Module):
         return x
 
 
-class TakesTrain(nnx.Module):
-    """Draws nothing in its constructor, and takes `train`."""
+class Bridged(nnx.bridge.ToLinen):
+    """An nnx module as a linen module, as docs/extending.md has it."""
 
-    def __init__(self, factor: float):
-        self.factor = factor
+    def __call__(self, x, train=False):
+        return super().__call__(x, nnx_method=lambda net, x: (net.train() if train else net.eval()) or net(x))
 
-    def __call__(self, x, train):
-        return jnp.mean(x, (1, 2)) * (self.factor if train else 1.0)
+
+def bridged(width=WIDTH, dropout=0.0, dtype=jnp.float32):
+    return Bridged(Nnx, kwargs=FrozenDict(width=width, dropout=dropout, dtype=dtype), metadata_fn=None)
 
 
 def batch():
@@ -94,7 +93,7 @@ def test_it_trains_as_its_linen_twin():
 
 def test_its_dropout_follows_from_seed_and_step():
     """Evaluation draws nothing."""
-    model = classifier.build(f"{__name__}:Nnx(8, dropout=0.5)", 3, "float32")
+    model = classifier.build(f"{__name__}:bridged(8, dropout=0.5)", 3, "float32")
     state, train_step = start(model)
 
     def loss(seed, step):
@@ -107,19 +106,10 @@ def test_its_dropout_follows_from_seed_and_step():
     np.testing.assert_array_equal(model.apply(variables, images), model.apply(variables, images))
 
 
-def test_what_the_constructor_and_the_call_take():
-    built = classifier.build(f"{__name__}:TakesTrain(3.0)", 2, "float32")
-    x = jnp.ones((2, *SHAPE))
-    assert float(built.backbone.apply({}, x, train=True)[0, 0]) == 3.0 * float(built.backbone.apply({}, x)[0, 0]) == 3.0
-    assert classifier.build(SPEC, 3, "bfloat16").backbone.kwargs["dtype"] == jnp.bfloat16
-    with pytest.raises(UserError, match=r"Nnx\(depth=2\)'.*unknown argument 'depth'.*allowed: dropout, dtype, width$"):
-        classifier.build(f"{__name__}:Nnx(depth=2)", 3, "float32")
-
-
 @pytest.mark.thorough
 def test_a_run_goes_on_with_the_same_bits(tmp_path):
     """With dropout, batch norm and a list of layers in its checkpoints, and several seeds."""
-    common = [f"--config.model={__name__}:Nnx(width=4, dropout=0.5)", "--config.num_seeds=2", "--config.batch_size=16",
+    common = [f"--config.model={__name__}:bridged(4, dropout=0.5)", "--config.num_seeds=2", "--config.batch_size=16",
               "--config.schedule=constant(0.1)", "--config.data.source=fake(64, (8, 8, 1), 4)",
               "--config.preprocess=decode(1)", "--config.augment=", "--config.total=6 steps",
               "--config.checkpoint_every=3 steps"]  # fmt: skip
@@ -132,11 +122,3 @@ def test_a_run_goes_on_with_the_same_bits(tmp_path):
     rewind(tmp_path / "run", 3)
     assert run() == whole
     assert launch.main(["evaluate", f"--workdir={tmp_path / 'run'}", "--trust"]) == 0
-
-
-def test_layer_decay_is_refused():
-    """nnx sorts parameters by name, so layers have no order."""
-    config = default_config()
-    config.model, config.rules.layer_decay = f"{__name__}:TakesTrain(2.0)", 0.5
-    with pytest.raises(UserError, match=r"rules\.layer_decay: the layers of an nnx model have no order"):
-        _ = recipe.Recipe(config, DataInfo(8, SHAPE, ("a", "b"), "")).rules
