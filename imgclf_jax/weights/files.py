@@ -1,7 +1,7 @@
 """Reads weights from safetensors and PyTorch files, without PyTorch and without running code from the file.
 
 Files are untrusted. The first bytes determine the format; then the index, of bounded length, and the wanted arrays are
-read. So memory use is bounded by the wanted arrays, whatever the file claims.
+read. So memory use is bounded by the wanted arrays, or for safetensors by the file, whatever it claims.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
+import safetensors
 
 from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError, reason
@@ -73,10 +74,10 @@ def read_metadata(path: Path) -> JsonObject:
     """The metadata of a safetensors file that `read` accepts; {} for other formats, and if it has none."""
     if path.suffix != ".safetensors":
         return {}
-    with paths.open_regular(path) as file, contextlib.suppress(ValueError):  # of another format under this name
-        found = _read_header(file, paths.size(path))[1].get("__metadata__")
+    with paths.open_regular(path) as file, contextlib.suppress(ValueError, AttributeError, RecursionError):
+        found = json.loads(file.read(min(_MAX_HEADER, int.from_bytes(file.read(8), "little")))).get("__metadata__")
         return found if isinstance(found, dict) else {}
-    return {}
+    return {}  # of another format under this name, or damaged
 
 
 @contextlib.contextmanager
@@ -91,7 +92,7 @@ def _entries(path: Path) -> Iterator[dict[str, _Entry]]:
         elif start.startswith(pickle.dumps(_MAGIC, 2)):
             yield _find_weights(*_read_legacy(file), path)
         elif path.suffix == ".safetensors":
-            yield _read_safetensors(file, paths.size(path))
+            yield _read_safetensors(file)
         else:
             pointer = start.startswith(b"version https://git-lfs")
             problem = "is a Git LFS pointer, not the file itself; run git lfs pull" if pointer else (
@@ -189,36 +190,13 @@ def _view(tensor: Tensor, storage: np.ndarray) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(storage[tensor.offset :], tensor.shape, strides)
 
 
-def _read_header(file: IO[bytes], length: int) -> tuple[int, JsonObject]:
-    """The length of a safetensors header in bytes, and the header."""
-    size = int.from_bytes(file.read(8), "little")
-    if size > min(_MAX_HEADER, length - 8):
-        raise ValueError(f"its header claims {size} bytes")
-    return size, json.loads(file.read(size))
+def _read_safetensors(file: IO[bytes]) -> dict[str, _Entry]:
+    """Reads a safetensors file by its library, which checks the header against the length of the content."""
 
+    def read(tensor: JsonObject) -> np.ndarray:
+        return np.frombuffer(tensor["data"], _SAFETENSORS[tensor["dtype"]]).reshape(tensor["shape"])
 
-def _read_safetensors(file: IO[bytes], length: int) -> dict[str, _Entry]:
-    """Reads https://github.com/huggingface/safetensors: the length of the header, the JSON header, the arrays.
-
-    The library reads files on a disk only, and `init_from` may be in a bucket.
-    """
-    size, header = _read_header(file, length)
-
-    def read(start: int, length: int, dtype: np.dtype, shape: list[int]) -> np.ndarray:
-        file.seek(8 + size + start)
-        return np.frombuffer(file.read(length), dtype).reshape(shape)
-
-    out = {}
-    for name, tensor in header.items():
-        if name == "__metadata__":
-            continue
-        shape, (start, stop) = tensor["shape"], tensor["data_offsets"]
-        if tensor["dtype"] not in _SAFETENSORS:
-            raise ValueError(f"the unknown type {tensor['dtype']!a}")
-        dtype = _SAFETENSORS[tensor["dtype"]]
-        if len(shape) > 32 or not all(type(n) is int and 0 <= n < length for n in (start, *shape)):
-            raise ValueError("an array with an invalid shape")
-        if stop - start != math.prod(shape) * dtype.itemsize or stop > length - 8 - size:
-            raise ValueError("an array with the wrong number of bytes")
-        out[name] = _Entry(tuple(shape), functools.partial(read, start, stop - start, dtype, shape))
-    return out
+    found = safetensors.deserialize(file.read())  # not `safe_open`: `init_from` may be in a bucket
+    if unknown := [tensor["dtype"] for _, tensor in found if tensor["dtype"] not in _SAFETENSORS]:
+        raise ValueError(f"the unknown type {unknown[0]}")
+    return {name: _Entry(tuple(tensor["shape"]), functools.partial(read, tensor)) for name, tensor in found}

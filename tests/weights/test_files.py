@@ -211,20 +211,15 @@ def entry(**more):
     return {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **more}}
 
 
-@pytest.mark.parametrize(("header", "fragment"), [
-    (entry(shape=[400_000_001, 192]), "invalid shape"),
-    (entry(shape=[3]), "with the wrong number of bytes"),
-    (entry(shape=[-2]), "invalid shape"),
-    (entry(shape=[1] * 33), "invalid shape"),
-    (entry(shape=[20], data_offsets=[0, 80]), "with the wrong number of bytes"),
-    (entry(dtype="F4"), "the unknown type 'F4'"),
-    ([], "is damaged"),
-    (b"[" * 100_000, "is damaged"),
+@pytest.mark.parametrize("header", [
+    entry(shape=[400_000_001, 192]), entry(shape=[3]), entry(shape=[-2]), entry(shape=[1] * 99),
+    entry(shape=[20], data_offsets=[0, 80]), entry(dtype="F4"), [], b"[" * 100_000,
 ])  # fmt: skip
-def test_headers_of_safetensors(tmp_path, header, fragment):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
-    refused(tmp_path / "x.safetensors", fragment)
+def test_headers_of_safetensors(tmp_path, header):
+    text, path = header if isinstance(header, bytes) else json.dumps(header).encode(), tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    refused(path, "is damaged or cut short")
+    assert files.read_metadata(path) == {}
 
 
 def test_the_length_and_the_metadata_of_a_header(tmp_path):
@@ -234,7 +229,7 @@ def test_the_length_and_the_metadata_of_a_header(tmp_path):
     assert files.read_metadata(path) == {"format": "pt"}
     for size in (2**63, 1000):
         path.write_bytes(size.to_bytes(8, "little") + text + bytes(8))
-        refused(path, f"its header claims {size} bytes")
+        refused(path, "is damaged or cut short")
     path.write_bytes((FIXTURES / "zip.pth").read_bytes())  # under this name; read by its content
     assert files.read(path)
     assert files.read_metadata(path) == {}
