@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import thorough
-from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax.config import KEYS, default_config
@@ -34,38 +33,12 @@ def test_every_key_is_documented_typed_and_there():
     configs.validate(default_config())
 
 
-def test_the_types_of_keys_are_locked():
-    config = default_config()
-    for key, (default, _) in KEYS.items():
-        wrong = {int: "3", float: "0.5", bool: 1, str: 7, dict: "test"}[type(default)]
-        with pytest.raises(TypeError):
-            config.update_from_flattened_dict({key: wrong})
-    assert configs.flatten(config) == configs.flatten(default_config())
-
-
-def test_unknown_and_missing_keys_are_named_at_every_level():
-    config = default_config()
-    for node, name in ((config, "sede"), (config.data, "splits"), (config.checkpoint, "kept")):
-        with pytest.raises((AttributeError, KeyError)):
-            setattr(node, name, 1)
-    with config.unlocked():
-        config.data.spilt = "train"
-    with pytest.raises(UserError, match=r"^here: unknown config key 'data.spilt': did you mean"):
-        configs.check_keys(config, "here")
-    values = default_config().to_dict()
-    del values["data"]["train"], values["seed"]
-    with pytest.raises(UserError, match=r"missing config keys seed, data\.train; start from default_config\(\)"):
-        configs.check_keys(ConfigDict(values), "here")
-
-
 @pytest.mark.parametrize(("text", "message"), [
     ("def get_config(: pass", "SyntaxError"),
     ("import no_such_module_7", ", line 2: ModuleNotFoundError: No module named 'no_such_module_7'"),
-    ("raise ValueError", "ValueError"),
     ("x = [\n    y]", "line 3: NameError: name 'y' is not defined"),
     ("def f(): return {}['a']\ndef get_config(): return f()", "line 2: KeyError: 'a'"),
     ("", "get_config() is missing, or returns None; write one that changes default_config() and returns it"),
-    ("def get_config(path): pass", "get_config() missing 1 required positional argument: 'path'"),
     ("def get_config(): c = default_config(); c.sede = 1; return c", "unknown config key 'sede': did you mean 'seed'"),
     ("def get_config(): c = default_config(); c.seed = 'x'; return c",
      "line 2: TypeError: Could not override field 'seed'"),
@@ -95,25 +68,20 @@ def test_load_file_passes_the_argument_and_locks(tmp_path):
 
 SHAPES = {"digits": (8, 8, 1), "fashion_mnist": (28, 28, 1), "mnist": (28, 28, 1), "folder": (80, 100, 3),
           "faces": (112, 92, 1)}  # fmt: skip
-CLASSES = {"medical": 2}
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        *FEW,
-        *thorough(*(f for f in FILES if f not in FEW and f not in LARGE)),
-        *(pytest.param(f, marks=pytest.mark.slow) for f in LARGE),
-    ],
-    ids=lambda file: file.stem,
-)
+@pytest.mark.parametrize("file", [
+    *FEW, *thorough(*(f for f in FILES if f not in FEW and f not in LARGE)),
+    *(pytest.param(f, marks=pytest.mark.slow) for f in LARGE),
+], ids=lambda file: file.stem)  # fmt: skip
 @pytest.mark.usefixtures("one_device")
 def test_every_config_file_trains(file, tmp_path):
     """Two steps on fake data of the same shape, with evaluation."""
     config = configs.load_file(str(file))
     configs.validate(config)
     channels = int(re.match(r"decode\((\d)\)", config.preprocess)[1])
-    config.data.source = f"fake(16, {SHAPES.get(file.stem, (32, 32, channels))}, {CLASSES.get(file.stem, 10)})"
+    shape, classes = SHAPES.get(file.stem, (32, 32, channels)), 2 if file.stem == "medical" else 10
+    config.data.source = f"fake(16, {shape}, {classes})"
     for name, split in config.data.eval.items():  # of which there are train and test
         config.data.eval[name] = {"val": "test", "validation": "test"}.get(split, split)
     config.model = config.model.replace("depth=20", "depth=8")  # more of the same, which takes long to compile

@@ -101,10 +101,8 @@ def test_lookahead_with_a_schedule_is_airbench94s():
 
 @pytest.mark.parametrize(("text", "decay", "message"), [
     ("sgd|lookahead(0, 0.5)", 0.0, r"lookahead\(k=0, .*k must be an integer of 1 or more"),
-    ("sgd|lookahead(2.5)", 0.0, r"k=2\.5"),
     ("sgd|lookahead(5, 1.5)", 0.0, r"alpha=1\.5, .*at most 1"),
     ("sgd|lookahead(5, power=-1)", 0.0, "power=-1"),
-    ("sgd|lookahead(5, slow=1)", 0.0, "unknown argument 'slow'"),
     ("sgd|lookahead(5, 0.5)", 0.9, r"ema=0\.9 and lookahead\(5, 0\.5\) both choose the weights to evaluate"),
 ])  # fmt: skip
 def test_wrong_averages_are_told(text, decay, message):
@@ -135,9 +133,9 @@ def test_evaluation_and_prediction_use_the_average(tmp_path, flag):
     loss = float(jnp.mean(programs.recipe.loss(logits, examples["label"])))
     close = rounding(12 * 12 + 16 + 4 + 4) * float(jnp.abs(logits).max())  # two dense layers and the softmax
     np.testing.assert_allclose(result["test"]["loss"], loss, rtol=0, atol=2 * close)  # its slope is 2 at most
-    again = evaluate_all(programs, state, {"test": stream.Images(source, "decode(1)")})
-    assert again["test"] == result["test"]
-    plain = evaluate_all(programs, state.replace(eval_variables=None), {"test": stream.Images(source, "decode(1)")})
+    images = {"test": stream.Images(source, "decode(1)")}
+    assert evaluate_all(programs, state, images)["test"] == result["test"]
+    plain = evaluate_all(programs, state.replace(eval_variables=None), images)
     assert plain["test"]["loss"] != result["test"]["loss"]
     probabilities = programs.inference("predict")(*state.evaluated, examples["image"])
     np.testing.assert_allclose(probabilities, jax.nn.softmax(logits), rtol=0, atol=close)

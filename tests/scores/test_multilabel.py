@@ -10,11 +10,11 @@ from imgclf_jax.scores.multilabel import TargetPredictions
 from imgclf_jax.tools.evaluate.by_class import best_thresholds
 
 
-def drawn(n=300, classes=7, decimals=2):
-    """0/1 targets of unequal frequency, and probabilities f32 with ties."""
-    rng = np.random.default_rng(classes)
-    targets = (rng.random((n, classes)) < np.linspace(0.05, 0.8, classes)).astype(np.float32)
-    raw = np.round(0.5 * rng.random((n, classes)) + 0.35 * targets + 0.05, decimals)
+def drawn(n=300, decimals=2):
+    """0/1 targets of seven classes of unequal frequency, and probabilities f32 with ties."""
+    rng = np.random.default_rng(7)
+    targets = (rng.random((n, 7)) < np.linspace(0.05, 0.8, 7)).astype(np.float32)
+    raw = np.round(0.5 * rng.random((n, 7)) + 0.35 * targets + 0.05, decimals)
     return targets, raw.astype(np.float32)
 
 
@@ -22,9 +22,8 @@ def predictions(targets, probabilities, ranking=None):
     return TargetPredictions(targets, probabilities, probabilities if ranking is None else ranking)
 
 
-def of_all(targets, probabilities, ranking=None, weights=None):
-    weights = np.ones(len(targets)) if weights is None else weights
-    found = predictions(targets, probabilities, ranking).compute(weights[None])
+def of_all(targets, probabilities, ranking=None, weights=1.0):
+    found = predictions(targets, probabilities, ranking).compute(weights * np.ones((1, len(targets))))
     return {name: float(value[0]) for name, value in found.items()}
 
 
@@ -34,8 +33,7 @@ def test_scores_are_scikit_learns(decimals):
     found, predicted = of_all(targets, probabilities), probabilities >= 0.5
     expected = {
         "mean_average_precision": sklearn.metrics.average_precision_score(targets, probabilities, average="macro"),
-        "micro_f1": sklearn.metrics.f1_score(targets, predicted, average="micro"),
-        "macro_f1": sklearn.metrics.f1_score(targets, predicted, average="macro"),
+        **{f"{how}_f1": sklearn.metrics.f1_score(targets, predicted, average=how) for how in ("micro", "macro")},
         "exact_match": sklearn.metrics.accuracy_score(targets, predicted),
     }
     assert found == {name: pytest.approx(value, abs=1e-12) for name, value in expected.items()}
@@ -47,7 +45,7 @@ def test_scores_are_scikit_learns(decimals):
 def test_weights_of_examples_are_repetitions():
     targets, probabilities = drawn(60)
     counts = np.random.default_rng(0).integers(0, 4, 60)
-    weighted = of_all(targets, probabilities, weights=counts.astype(np.float64))
+    weighted = of_all(targets, probabilities, weights=counts)
     assert weighted == pytest.approx(of_all(targets.repeat(counts, 0), probabilities.repeat(counts, 0)), abs=1e-12)
 
 
@@ -85,7 +83,7 @@ def test_thresholds_may_differ_by_class():
         expected = sklearn.metrics.f1_score(targets, predicted, average=average)
         found = multilabel.f1(predictions(targets, probabilities), thresholds, average)
         assert found == pytest.approx(expected, abs=1e-12)
-    for wrong in ({"threshold": (0.5, 0.5)}, {"threshold": "a"}, {"threshold": None}, {"average": "weighted"}):
+    for wrong in ({"threshold": (0.5, 0.5)}, {"threshold": "a"}, {"average": "weighted"}):
         with pytest.raises(UserError, match=r"threshold must be a number or 7 of them, one per class, and average 'ma"):
             multilabel.f1(predictions(targets, probabilities), **wrong)
 
