@@ -1,8 +1,5 @@
 """Metrics of batches and of whole sets, against scikit-learn, and through evaluation's padded batches."""
 
-import sys
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,12 +138,10 @@ def test_the_highest_losses_are_of_the_logits(link, gaps):
 @pytest.mark.parametrize(("text", "says"), [
     ("aucc", "unknown metric 'aucc': did you mean 'auc'"), ("auc(3)", "too many positional arguments"),
     *((text, "results have a metric .* already") for text in
-      ("auc|auc", "own:loss", "own:accuracy", "own:examples", "own:f1_std", "own:ensemble_f1")),
+      ("auc|auc", "own:loss", "own:examples", "own:f1_std", "own:ensemble_f1")),
 ])  # fmt: skip
-def test_metrics_that_no_run_could_report(text, says, monkeypatch):
+def test_metrics_that_no_run_could_report(text, says):
     """A second `loss` would replace the first in result.json, and `f1_std` be read as a standard deviation."""
-    own = types.SimpleNamespace(**{text.partition(":")[2]: lambda labels, probabilities: 0.0})
-    monkeypatch.setitem(sys.modules, "own", own)
     with pytest.raises(UserError, match=says):
         metrics.build_whole_set(text)
 
@@ -157,8 +152,6 @@ def test_every_metric_says_which_value_is_best():
     assert metrics.parse_best("val/loss") == ("val/loss", -1.0)
     assert metrics.parse_best("val/auc") == ("val/auc", 1.0)
     assert metrics.parse_best("min:val/error") == ("val/error", -1.0)
-    with pytest.raises(UserError, match=r"write 'min:val/error' if the smallest .* 'max:val/error'"):
-        metrics.parse_best("val/error")
 
 
 @pytest.mark.parametrize("task", Task)

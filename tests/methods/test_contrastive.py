@@ -1,22 +1,20 @@
 """SimCLR and supervised contrastive learning: the papers' equations, and the outputs of runs without a trained head."""
 
-import functools
 import re
 import shutil
 
 import jax
 import numpy as np
 import pytest
-import test_semi_supervised as semi_supervised
 from cases import thorough
 from flax import linen as nn
 from PIL import Image
-from test_semi_supervised import PROBLEM
+from test_semi_supervised import PROBLEM, batch, run
 
 import launch
 from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.methods.simclr import contrast, simclr, supcon
+from imgclf_jax.methods.simclr import contrast, simclr
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
@@ -34,29 +32,8 @@ class Net(nn.Module):
         return nn.relu(nn.Dense(7)(x.reshape(len(x), -1)))
 
 
-run = functools.partial(semi_supervised.run, backbone=Net())
-
-
-def batch(b=16):
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (b, *PROBLEM.image_shape), np.uint8)
-    return {"image": images, "label": rng.integers(0, 3, b, np.int32)}
-
-
-def nt_xent(z, temperature):
-    """Equation 1 of arXiv:2002.05709 for each vector, float64; 2k and 2k + 1 are the views of one image."""
-    z = z.astype(np.float64)
-    sim = lambda i, j: z[i] @ z[j] / np.sqrt(z[i] @ z[i]) / np.sqrt(z[j] @ z[j])  # noqa: E731
-    out = []
-    for i in range(len(z)):
-        j = i + 1 if i % 2 == 0 else i - 1
-        denominator = sum(np.exp(sim(i, k) / temperature) for k in range(len(z)) if k != i)
-        out.append(-np.log(np.exp(sim(i, j) / temperature) / denominator))
-    return np.array(out)
-
-
 def l_out(z, labels, temperature):
-    """Equation 2 of arXiv:2004.11362 for each vector, float64."""
+    """Equation 2 of arXiv:2004.11362 for each vector, float64; with one positive, equation 1 of arXiv:2002.05709."""
     z = z.astype(np.float64)
     z /= np.sqrt((z**2).sum(1, keepdims=True))
     out = []
@@ -69,64 +46,40 @@ def l_out(z, labels, temperature):
     return np.array(out)
 
 
-@jax.jit
-def contrast_and_gradient(z, labels):
-    (_, found), gradients = jax.value_and_grad(
-        lambda z: (lambda x: (x[0].sum(), x))(contrast(z, labels, 0.5)), has_aux=True
-    )(z)
-    return *found, gradients
-
-
 @pytest.mark.parametrize("temperature", [0.1, *thorough(0.5)])
-def test_nt_xent_is_equation_1(temperature):
-    z = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
-    values, nearest = contrast(z, np.arange(10) // 2, temperature)
-    np.testing.assert_allclose(values, nt_xent(z, temperature), rtol=2e-5)
-    cosine = z @ z.T / np.outer(*[np.linalg.norm(z, axis=1)] * 2) - 9 * np.eye(10)
-    np.testing.assert_array_equal(nearest, cosine.argmax(1) // 2 == np.arange(10) // 2)
-
-
-def test_supcon_is_equation_2():
-    """Class 2 has one image, whose only positive is its other view."""
-    z = np.random.default_rng(1).normal(size=(12, 5)).astype(np.float32)
-    labels = np.repeat([0, 1, 0, 2, 1, 0], 2)
-    values, _ = contrast(z, labels, 0.1)
-    np.testing.assert_allclose(values, l_out(z, labels, 0.1), rtol=2e-5)
-    np.testing.assert_allclose(values[6:8], nt_xent(z, 0.1)[6:8], rtol=2e-5)
+@pytest.mark.parametrize("labels", [np.arange(12) // 2, np.repeat([0, 1, 0, 2, 1, 0], 2)])
+def test_the_loss_is_that_of_the_papers(labels, temperature):
+    """SimCLR's and SupCon's; class 2 of the latter has one image, whose only positive is its other view."""
+    z = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
+    values, nearest = contrast(z, labels, temperature)
+    np.testing.assert_allclose(values, l_out(z, labels, temperature), rtol=2e-5)
+    cosine = z @ z.T / np.outer(*[np.linalg.norm(z, axis=1)] * 2) - 9 * np.eye(12)
+    np.testing.assert_array_equal(nearest, labels[cosine.argmax(1)] == labels)
 
 
 def test_collapsed_and_zero_vectors_have_finite_gradients_and_no_accuracy():
     for z in (np.zeros((4, 3), np.float32), np.ones((4, 3), np.float32)):
-        values, nearest, gradients = contrast_and_gradient(z, np.arange(4) // 2)
+        values, nearest = contrast(z, np.arange(4) // 2, 0.5)
+        gradients = jax.grad(lambda z: contrast(z, np.arange(4) // 2, 0.5)[0].sum())(z)
         np.testing.assert_allclose(values, np.log(3), rtol=1e-6)
         assert not nearest.any()
         assert np.isfinite(gradients).all()
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("method", [simclr, *thorough(supcon)])
-def test_eight_devices_contrast_the_global_batch(method):
-    _, one, sums = run(method(PROBLEM), batch())
-    _, eight, of_eight = run(method(PROBLEM), batch(), devices=8)
-    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(eight.params), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-6)
-    np.testing.assert_allclose(sums["loss"], of_eight["loss"], rtol=1e-6)
-    assert 0 <= float(sums["contrastive_accuracy"]) == float(of_eight["contrastive_accuracy"])
-
-
 def test_a_step_trains_backbone_and_projector_and_reads_no_label():
-    before, after, sums = run(simclr(PROBLEM), batch())
+    given = batch(16, 0)
+    before, after, sums = run(simclr(PROBLEM), given, backbone=Net())
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), before.params, after.params)
     assert changed["projector"] == {"hidden": {"kernel": True, "bias": True}, "out": {"kernel": True}}
     assert all(jax.tree.leaves(changed["backbone"]))
     assert not any(jax.tree.leaves(changed["head"]))
     assert "correct" not in sums
-    jax.eval_shape(lambda images: run(simclr(PROBLEM), {"image": images})[1], batch()["image"])  # without labels
+    jax.eval_shape(lambda images: run(simclr(PROBLEM), {"image": images})[1], given["image"])  # without labels
 
 
 def test_mistakes_get_a_sentence():
     with pytest.raises(UserError, match="single image; raise batch_size or lower accumulate"):
-        run(simclr(PROBLEM), batch(1))
+        run(simclr(PROBLEM), batch(1, 0))
 
 
 FLAGS = ["--config.model=mlp(widths=(8,))", "--config.augment=normalize", "--config.preprocess=decode(1)",
@@ -136,7 +89,6 @@ FLAGS = ["--config.model=mlp(widths=(8,))", "--config.augment=normalize", "--con
 
 @pytest.mark.parametrize(("key", "value", "said"), [
     ("mix", "mixup(0.2)", "mix='mixup(0.2)': method='simclr' makes its own batches and does not mix them"),
-    ("loss", "focal", "loss='focal': method='simclr' trains no head, so it makes no predictions and"),
     ("loss", "softmax(label_smoothing=0.1)", "and has a loss of its own; leave loss='softmax'"),
     ("metrics", "auc", "metrics='auc': method='simclr' trains no head"),
     ("tta", "flip", "tta='flip': method='simclr' trains no head"),

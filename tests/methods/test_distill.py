@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import scipy.special
 
 import launch
 from imgclf_jax import datasets, losses
@@ -17,9 +18,9 @@ from imgclf_jax.methods.distill import distill
 from imgclf_jax.trained import load_teacher
 
 FLAGS = ("--config.preprocess=decode(1)", "--config.augment=normalize", "--config.batch_size=48",
-         "--config.total=4 steps",
-         "--config.log_every=2 steps", "--config.eval_every=", "--config.checkpoint_every=2 steps",
-         "--config.tensorboard=False", "--config.schedule=constant(1e-2)")  # fmt: skip
+         "--config.total=4 steps", "--config.log_every=2 steps", "--config.eval_every=",
+         "--config.checkpoint_every=2 steps", "--config.tensorboard=False",
+         "--config.schedule=constant(1e-2)")  # fmt: skip
 LEARN = "--config.method=distill('{}')"
 
 
@@ -38,22 +39,22 @@ def digest(workdir):
     return json.loads((workdir / "result.json").read_text())["params_sha256"]
 
 
-def log_softmax(x):
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-
-def test_the_loss_is_that_of_hinton():
+@pytest.mark.parametrize("several", [False, True])
+def test_the_loss_is_that_of_hinton(several):
+    """Section 2 of arXiv:1503.02531; with a sigmoid loss each class has a divergence of two Bernoulli distributions."""
     rng = np.random.default_rng(0)
     s, t, supervised = (rng.normal(size=shape) for shape in ((5, 3), (5, 3), 5))
     known = {"variables": {}, "apply": lambda v, x: np.float32(t)}
-    problem = Problem(3, ("a", "b", "c"), (1, 1, 1), None, lambda *_: np.float32(supervised), None, "", Task.CLASSES,
-                      None, lambda *_: known)  # fmt: skip
+    task, link = (Task.MULTILABEL, losses.SIGMOID) if several else (Task.CLASSES, losses.SOFTMAX)
+    problem = Problem(3, ("a", "b", "c"), (1, 1, 1), None, lambda *_: np.float32(supervised), None, "", task, None,
+                      lambda *_: known, link)  # fmt: skip
     method = distill(problem, "run", alpha=0.3, temperature=2.5)
     found = method.loss(lambda images, train: np.float32(s), {"image": np.zeros((5, 1, 1, 1))}, {})
-    p, q = log_softmax(t / 2.5), log_softmax(s / 2.5)
-    kl = 2.5**2 * (np.exp(p) * (p - q)).sum(-1)  # section 2 of arXiv:1503.02531
-    np.testing.assert_allclose(found.values, 0.7 * supervised + 0.3 * kl, rtol=2e-5)
+    p, q = (scipy.special.expit(x / 2.5) if several else scipy.special.softmax(x / 2.5, -1) for x in (t, s))
+    kl = scipy.special.rel_entr(p, q) + (scipy.special.rel_entr(1 - p, 1 - q) if several else 0)
+    np.testing.assert_allclose(found.values, 0.7 * supervised + 0.3 * 2.5**2 * kl.sum(-1), rtol=2e-5)
+    with pytest.raises(UserError, match="the loss of this run has neither"):
+        distill(dataclasses.replace(problem, link=losses.Link(*[np.asarray] * 4)), "run")
 
 
 @pytest.mark.thorough
@@ -103,22 +104,3 @@ def test_the_fixed_arrays_are_an_argument_of_the_program_and_sharded(teacher):
     kernels = [x for x in jax.tree.leaves(built.fixed) if x.shape == (64, 256)]
     assert [x.addressable_shards[0].data.shape for x in kernels] == [(64, 32)]
     assert not [x for x in built.traced_train.jaxpr.consts if np.size(x) > 100]
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def test_with_a_sigmoid_loss_each_class_has_a_divergence_of_its_own():
-    rng = np.random.default_rng(0)
-    s, t = rng.normal(size=(2, 5, 3))
-    known = {"apply": lambda v, x: np.float32(t)}
-    problem = Problem(3, ("a", "b", "c"), (1, 1, 1), None, lambda *_: np.zeros(5, np.float32), None, "",
-                      Task.MULTILABEL, None, lambda *_: known, losses.SIGMOID)  # fmt: skip
-    method = distill(problem, "run", alpha=1.0, temperature=2.5)
-    found = method.loss(lambda images, train: np.float32(s), {"image": np.zeros((5, 1, 1, 1))}, {})
-    p, q = sigmoid(t / 2.5), sigmoid(s / 2.5)
-    kl = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))  # of two Bernoulli distributions
-    np.testing.assert_allclose(found.values, 2.5**2 * kl.sum(-1), rtol=2e-5)
-    with pytest.raises(UserError, match="the loss of this run has neither"):
-        distill(dataclasses.replace(problem, link=losses.Link(*[np.asarray] * 4)), "run")

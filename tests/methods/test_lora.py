@@ -87,6 +87,12 @@ def run(workdir, *flags):
     return json.loads((workdir / "result.json").read_text())
 
 
+def digits_config(model, init_from):
+    c = config.load_file("configs/digits.py")
+    c.update(model=model, augment="normalize", preprocess="decode(1)", init_from=str(init_from))
+    return c
+
+
 @pytest.fixture(scope="module", params=["mlp(widths=(8,))", "resnet_cifar(8)"])
 def runs(tmp_path_factory, request):
     """(a plain run, a LoRA run on its weights)."""
@@ -126,10 +132,7 @@ def test_others_get_merged_weights(runs, tmp_path, capsys):
     assert "are merged" in capsys.readouterr().out
     assert load_file(file).keys() == load_file(tmp_path / "plain.safetensors").keys()
     for source in (file, runs[1]):
-        c = config.load_file("configs/digits.py")
-        model = load(runs[1]).config.model
-        c.update_from_flattened_dict({"model": model, "augment": "normalize", "preprocess": "decode(1)",
-                                      "init_from": str(source)})  # fmt: skip
+        c = digits_config(load(runs[1]).config.model, source)
         np.testing.assert_allclose(load_converted(c).logits(images), wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -141,9 +144,7 @@ def adapters_of_ones_own(problem):
 def test_adapters_that_are_not_merged_are_not_dropped(tmp_path):
     """Only `lora` itself is merged by `init_from`, which runs no code that the other run names."""
     run(tmp_path, "--config.model=mlp(widths=(4,))", f"--config.method={__name__}:adapters_of_ones_own")
-    c = config.load_file("configs/digits.py")
-    c.update_from_flattened_dict({"model": "mlp(widths=(4,))", "augment": "normalize", "preprocess": "decode(1)",
-                                  "init_from": str(tmp_path)})  # fmt: skip
+    c = digits_config("mlp(widths=(4,))", tmp_path)
     with pytest.raises(UserError, match=r"holds LoRA adapters, .*export"):
         load_converted(c)
     c.init_strict = False
@@ -151,17 +152,13 @@ def test_adapters_that_are_not_merged_are_not_dropped(tmp_path):
 
 
 def test_mistakes_get_a_sentence(tmp_path, capsys):
-    for method, said in (
-        ("lora(pattern='backbone/qkv/kernel')", r"method: lora(pattern): 'backbone/qkv/kernel' matches no parameter"),
-        ("lora(pattern='backbone/.*')", "match only kernels"),
+    for flags, said in (
+        (["method=lora(pattern='backbone/qkv/kernel')"], "lora(pattern): 'backbone/qkv/kernel' matches no parameter"),
+        (["method=lora(pattern='backbone/.*')"], "match only kernels"),
+        (["method=lora", "rules.freeze=backbone/.*"], "method trains; remove the backbone from rules.freeze"),
     ):
-        assert (
-            launch.main([f"--workdir={tmp_path / 'run'}", *FLAGS, "--config.model=mlp", f"--config.method={method}"])
-            == 1
-        )
+        flags = [f"--config.{flag}" for flag in ("model=mlp", *flags)]
+        assert launch.main([f"--workdir={tmp_path / 'run'}", *FLAGS, *flags]) == 1
         assert said in capsys.readouterr().err
-    flags = "--config.model=mlp", "--config.method=lora", "--config.rules.freeze=backbone/.*"
-    assert launch.main([f"--workdir={tmp_path / 'run'}", *FLAGS, *flags]) == 1
-    assert "which the method trains; remove the backbone from rules.freeze" in capsys.readouterr().err
     assert lora.scale_of("lora(16, alpha=4)") == 0.25
     assert lora.scale_of("my_methods:lora(16)") == 0

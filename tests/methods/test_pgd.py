@@ -3,18 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from cases import thorough
-from test_sam import CLASSES, PGD, SHAPE, Flat, batch, softmax_gradients
+from stepped import CLASSES, SHAPE, batch, one_step
+from test_sam import PGD, softmax_gradients
 
-from imgclf_jax import losses, step
 from imgclf_jax.augment import ops
 from imgclf_jax.core import rng
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import table
 from imgclf_jax.methods.pgd import attack
-from imgclf_jax.models.classifier import Classifier
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.train import command as train
 
@@ -32,17 +30,12 @@ def recording(gradient):
     return record
 
 
-def one_step(gradient, backbone=None, augment=NORMALIZE, given=None, **more):
-    """(state before, state after, sums, the images trained on) of one step of plain SGD."""
-    model, optimizer = Classifier(backbone or Flat(), CLASSES), optax.sgd(1.0)
-    wrap = table.build_gradient(f"{__name__}:recording|{gradient}", lambda: ops.pixel_range(augment, 1))
-    train_step = step.make_train_step(model, losses.softmax, optimizer, optax.constant_schedule(1.0),
-                                      ops.build(augment, train=True), gradient=wrap, **more)  # fmt: skip
-    state = step.init_state(model, optimizer, SHAPE, 0)
-    seen.clear()
-    after, window = jax.jit(train_step)(state, given or batch())
+def attacked(gradient, **more):
+    """(state before, state after, sums, the images trained on) of one step."""
+    wrap = table.build_gradient(f"{__name__}:recording|{gradient}", lambda: ops.pixel_range(NORMALIZE, 1))
+    found = one_step(augment=ops.build(NORMALIZE, train=True), gradient=wrap, **more)
     jax.effects_barrier()
-    return state, after, window, seen[-1]
+    return *found, seen[-1]
 
 
 def by_hand(params, given, start, eps, steps, size):
@@ -61,7 +54,7 @@ def by_hand(params, given, start, eps, steps, size):
 @pytest.mark.parametrize("accumulate", [2, *thorough(1)])
 def test_a_step_trains_on_the_examples_of_the_paper(accumulate):
     given = batch()
-    before, after, window, images = one_step(PGD, accumulate=accumulate)
+    before, after, window, images = attacked(PGD, accumulate=accumulate)
     keys = jax.random.split(rng.fold(rng.key(0, "dropout", 0), "pgd"), 16)
     start = jax.vmap(lambda key: jax.random.uniform(key, SHAPE, minval=-1, maxval=1))(keys)
     clean, wanted = by_hand(before.params, given, np.float64(start), 16 / 255, 3, 8 / 255)
@@ -72,7 +65,7 @@ def test_a_step_trains_on_the_examples_of_the_paper(accumulate):
     kernel, bias = (np.float64(before.params["head"][name]) for name in ("kernel", "bias"))
     of_kernel, _ = softmax_gradients(kernel, bias, (wanted - 0.3) / 0.2, given["label"])
     np.testing.assert_allclose(kernel - after.params["head"]["kernel"], of_kernel, atol=1e-5)
-    _, _, plain, _ = one_step("sam(0.0)")
+    _, _, plain, _ = attacked("sam(0.0)")
     assert window["loss"] > plain["loss"]  # it is that of the adversarial examples
 
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import thorough
 from flax import linen as nn
 
 from imgclf_jax import losses, step
@@ -15,6 +14,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import Problem
 from imgclf_jax.methods.fixmatch import fixmatch, forward_together, pseudo_label_losses
 from imgclf_jax.methods.mean_teacher import mean_teacher, ramp_up, squared_distance
+from imgclf_jax.methods.simclr import simclr, supcon
 from imgclf_jax.models.classifier import Classifier
 from imgclf_jax.models.norms import BatchNorm
 
@@ -46,7 +46,7 @@ def batch(b=8, u=24):
         labels = rng.integers(0, 3, n, np.int32)
         return {"image": images, "label": labels, "id": np.arange(n), "epoch": np.zeros(n, np.int32)}
 
-    return {**stream(b), "unlabeled": stream(u)}
+    return {**stream(b), **({"unlabeled": stream(u)} if u else {})}
 
 
 def run(method, given, devices=1, backbone=None, **kwargs):
@@ -136,32 +136,32 @@ def test_the_teacher_is_the_average_of_the_students_so_far(accumulate):
 
 @pytest.mark.thorough
 def test_mean_teacher_without_a_stream():
-    labeled = {name: x for name, x in batch().items() if name != "unlabeled"}
-    _, _, sums = run(mean_teacher(PROBLEM, ramp="0"), labeled)
+    _, _, sums = run(mean_teacher(PROBLEM, ramp="0"), batch(u=0))
     assert sums["consistency"] > 0  # dropout and the two views
     assert sums["consistency_weight"] / 8 == 100
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("make", [lambda: fixmatch(PROBLEM, threshold=0.5, strong="cutout(2)"),
-                                  *thorough(lambda: mean_teacher(PROBLEM, ramp="2"))])  # fmt: skip
-def test_eight_devices_train_as_one(make):
-    before, one, sums = run(make(), batch())
-    _, eight, _ = run(make(), batch(), devices=8)
+@pytest.mark.parametrize("method", [
+    fixmatch(PROBLEM, threshold=0.5, strong="cutout(2)"), mean_teacher(PROBLEM, ramp="2"), simclr(PROBLEM),
+    supcon(PROBLEM),
+], ids=["fixmatch", "mean_teacher", "simclr", "supcon"])  # fmt: skip
+def test_eight_devices_train_as_one(method):
+    """Also where each example of the global batch is compared with all others."""
+    (before, one, sums), (_, eight, of_eight) = (run(method, batch(), devices=n) for n in (1, 8))
     assert 0 < sums.get("mask_rate", 4) / 8 < 1
     assert np.isfinite(sums["grad_norm"])
-    assert all(
-        jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), before.params["head"], one.params["head"]))
-    )
-    for a, b in zip(jax.tree.leaves((one.params, one.model_state)), jax.tree.leaves((eight.params, eight.model_state)),
-                    strict=True):  # fmt: skip
+    part = "head" if method.predicts else "projector"
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), before.params[part], one.params[part])
+    assert all(jax.tree.leaves(changed))
+    np.testing.assert_allclose(sums["loss"], of_eight["loss"], rtol=1e-5)
+    for a, b in zip(*(jax.tree.leaves((state.params, state.model_state)) for state in (one, eight)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_mistakes_get_a_sentence():
-    without = {name: x for name, x in batch().items() if name != "unlabeled"}
     with pytest.raises(UserError, match=r"fixmatch reads the stream data\.extra\.unlabeled, which this run lacks"):
-        run(fixmatch(PROBLEM), without)
+        run(fixmatch(PROBLEM), batch(u=0))
     with pytest.raises(UserError, match=r"fixmatch\(threshold=95\): must be 0 to 1"):
         fixmatch(PROBLEM, threshold=95)
     with pytest.raises(UserError, match="unknown device op"):

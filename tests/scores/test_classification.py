@@ -42,13 +42,6 @@ def test_metrics_are_those_of_scikit_learn(classes, nan):
     assert [name for name, x in scores.items() if np.isnan(x)] == ["auc", "brier", "calibration_error"] * nan
 
 
-def test_a_confidence_of_one_belongs_to_the_last_bin():
-    probabilities = np.array([[1.0, 0.0], [0.99, 0.01], [1.0, 0.0], [14 / 15, 1 / 15]])
-    assert classification.confidence_bins(probabilities.max(1)).tolist() == [14, 14, 14, 13]
-    found = score(np.array([0, 0, 1, 0]), probabilities)["calibration_error"]
-    assert found == pytest.approx(abs(1.0 + 0.99 + 1.0 - 2) / 4 + abs(14 / 15 - 1) / 4, abs=1e-12)
-
-
 def test_classes_that_never_come():
     """A class that is neither a label nor predicted does not count; one that is only predicted has precision 0."""
     labels = np.array([0, 0, 1, 1])
