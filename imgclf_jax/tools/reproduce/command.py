@@ -116,9 +116,9 @@ def _last_step(record: Record, steps: int | None) -> int:
 
 
 def _folder(record: Record, output: str) -> str:
-    if not output and processes.count() > 1:
-        raise UserError("reproduce in several processes needs --output, a directory that they share")
     if not output:
+        if processes.count() > 1:
+            raise UserError("reproduce in several processes needs --output, a directory that they share")
         return tempfile.mkdtemp(prefix="reproduce-")
     path = paths.as_path(output)
     if not paths.in_bucket(path) and path.resolve() == Path(record.path).resolve():
@@ -180,8 +180,7 @@ def _print(word: str, end: int, compared: Comparison, found: list[Difference], t
 
 def _as_json(word: str, end: int, compared: Comparison, found: list[Difference], output: str | None) -> JsonObject:
     def value(of: Any) -> JsonObject | None:
-        """Converts a metric, with the property that `_asdict` omits."""
-        return of and of._asdict() | {"relative": of.relative}
+        return of and of._asdict() | {"relative": of.relative}  # which `_asdict` omits
 
     return {
         "verdict": word,

@@ -1,5 +1,4 @@
-"""The command `status`: how far runs are, how they fare, and where their time goes. It reads records and starts no JAX
-backend."""
+"""The command `status`: how far runs are, and where their time goes, by their records alone: no JAX backend starts."""
 
 import math
 from collections.abc import Callable, Sequence
