@@ -1,18 +1,14 @@
 """RandAugment of google-research/big_vision: `randaug` of pp/autoaugment.py, with TensorFlow's arithmetic.
 
 It differs from torchvision's policies (`augment.policies`) in its ops, their strengths and rounding. A magnitude of 10
-is full strength. It keeps big_vision's deviations from Pillow:
+is full strength. `docs/recipes.md` compares each op with the original. It keeps these deviations from Pillow:
 
 - `contrast` blends with the level h * w / 256, at most 255, instead of the mean level.
 - `solarize` has a uint8 threshold, which at full strength wraps from 256 to 0 and inverts every pixel.
 - `posterize` keeps more bits at a greater magnitude.
 - `color`, `contrast`, `brightness` and `sharpness` draw no sign: at full strength their factor is always 1.9.
-
-Tests compare each op with the original, bit for bit, with one exception: where an exact level of the smooth image of
-`sharpness` or the grey image of `color` is an integer or nearly so, TensorFlow's float32 may be one level lower.
 """
 
-import functools
 import math
 
 import jax
@@ -53,54 +49,26 @@ def apply(
 
     `negative` i32[b] is 1 to rotate, shear or translate the other way; `centre`, (y, x) i32[b], is that of the cutout.
     """
-    images = _change_colors(images, op, magnitude)
-    h, w = images.shape[1:3]
-    images = _transform(images, jnp.asarray(_maps(magnitude, h, w))[op, negative], fill)
-
-    (y, x), side = centre, int(magnitude / FULL * _CUTOUT)
-    inside = geometry.in_box(h, w, y - side, x - side, y + side, x + side)
-    return jnp.where((op == OPS.index("cutout"))[:, None, None, None] & inside, fill, images)
-
-
-def _change_colors(images: jax.Array, op: jax.Array, magnitude: int) -> jax.Array:
     b, h, w, _ = images.shape
     part = magnitude / FULL
     levels = jnp.arange(256, dtype=jnp.uint8).reshape(1, 256, 1, 1)
     factor = jnp.full(b, part * 1.8 + 0.1, jnp.float32)
+    shift = min(8 - int(part * 4), 7)  # TensorFlow shifts a byte by 7 at most
     tables = {
-        "autocontrast": _stretch(levels, *photometric.extremes(images)),
+        "autocontrast": photometric.stretch(levels, *photometric.extremes(images), tensorflow=True),
         "equalize": photometric.equalization(images)[:, :, None],
         "invert": 255 - levels,
-        "posterize": _posterize(levels, int(part * 4)),
+        "posterize": levels >> shift << shift,
         "solarize": photometric.solarize(levels, jnp.full(1, int(part * 256) % 256)),
         "contrast": photometric.blend(jnp.full_like(levels, min(h * w // 256, 255)), levels, factor[:1]),
         "brightness": photometric.brightness(levels, factor[:1]),
         "solarize_add": jnp.where(levels < 128, levels + jnp.uint8(int(part * _ADDITION)), levels),  # 127 + 110 < 256
     }  # uint8[b or 1, 256, 1, 1 or c]
-    is_op = {name: (op == i)[:, None, None, None] for i, name in enumerate(OPS)}
-    smooth = functools.partial(photometric.smooth, cut=True)
-    return photometric.apply_ops(images, is_op, tables, _grey, smooth, factor)
-
-
-def _stretch(levels: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    """`photometric.stretch` with TensorFlow's rounding: x * scale - low * scale, scale = 255 / (high - low)."""
-    x, low, high = (v.astype(jnp.float32) for v in (levels, low, high))
-    scale = 255 / jnp.maximum(high - low, 1)
-    stretched = photometric.rounded_product(scale, x) - photometric.rounded_product(scale, low)
-    return jnp.where(high > low, jnp.clip(stretched, 0, 255).astype(jnp.uint8), levels)
-
-
-def _posterize(levels: jax.Array, bits: int) -> jax.Array:
-    shift = min(8 - bits, 7)  # TensorFlow shifts a byte by 7 at most
-    return levels >> shift << shift
-
-
-def _grey(images: jax.Array) -> jax.Array:
-    """`tf.image.rgb_to_grayscale`, uint8[b, h, w, 1]: (0.2989 r + 0.587 g + 0.114 b) * 255.5 / 255, truncated."""
-    if images.shape[-1] == 1:
-        return images
-    r, g, b = (images[..., i : i + 1].astype(jnp.int32) for i in range(3))
-    return ((2989 * r + 5870 * g + 1140 * b) * 511 // 5_100_000).astype(jnp.uint8)
+    images = photometric.apply_ops(images, op, OPS, tables, factor, tensorflow=True)
+    images = geometry.affine(images, jnp.asarray(_maps(magnitude, h, w))[op, negative], fill)
+    (y, x), side = centre, int(part * _CUTOUT)
+    inside = geometry.in_box(h, w, y - side, x - side, y + side, x + side)
+    return jnp.where((op == OPS.index("cutout"))[:, None, None, None] & inside, fill, images)
 
 
 def _maps(magnitude: int, height: int, width: int) -> np.ndarray:
@@ -118,16 +86,3 @@ def _maps(magnitude: int, height: int, width: int) -> np.ndarray:
         y = (bottom - (sin * right + cos * bottom)) / 2
         maps[OPS.index("rotate"), negative] = cos, -sin, x, sin, cos, y
     return maps
-
-
-def _transform(images: jax.Array, matrix: jax.Array, fill: jax.Array) -> jax.Array:
-    """TensorFlow's `ImageProjectiveTransformV3` by maps f32[b, 6]: float32 coordinates, halves round away from zero."""
-    h, w = images.shape[1:3]
-    y, x = jnp.arange(h, dtype=jnp.float32)[:, None], jnp.arange(w, dtype=jnp.float32)
-
-    def coordinate(row: jax.Array) -> jax.Array:  # f32[b, 3] → i32[b, h, w]
-        a, b, c = (row[:, i, None, None] for i in range(3))
-        at = photometric.rounded_product(a, x) + photometric.rounded_product(b, y) + c
-        return jax.lax.round(at, jax.lax.RoundingMethod.AWAY_FROM_ZERO).astype(jnp.int32)
-
-    return geometry.read(images, coordinate(matrix[:, 3:]), coordinate(matrix[:, :3]), fill, matrix)

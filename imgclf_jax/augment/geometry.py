@@ -1,4 +1,4 @@
-"""Affine maps of uint8 images with Pillow's arithmetic: nearest neighbour, coordinates in 16.16 fixed point.
+"""Affine maps of uint8 images, nearest neighbour, with Pillow's arithmetic in 16.16 fixed point or TensorFlow's.
 
 A map takes output to input coordinates, as in `Image.transform(AFFINE)`: x_in = a x + b y + c, y_in = d x + e y + f,
 with pixel centres at halves. `fixed_point` computes it in NumPy float64, so it is the same on every device.
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imgclf_jax.augment import photometric
 from imgclf_jax.core import platform
 
 Matrix = tuple[float, float, float, float, float, float]  # a, b, c, d, e, f
@@ -41,27 +42,27 @@ def in_box(height: int, width: int, top: jax.Array, left: jax.Array, bottom: jax
 
 
 def affine(images: jax.Array, matrix: jax.Array, fill: jax.Array) -> jax.Array:
-    """Applies to each image of [b, h, w, c] its map i32[b, 6] of `fixed_point`; `fill` [c] is read outside."""
-    h, w = images.shape[1:3]
-    y, x = jnp.arange(h, dtype=jnp.int32)[:, None], jnp.arange(w, dtype=jnp.int32)
+    """Applies to each image of uint8[b, h, w, c], c at most 3, its map [b, 6]; `fill` [c] is read outside.
 
-    def coordinate(row: jax.Array) -> jax.Array:  # i32[b, 3] → i32[b, h, w]
-        return (row[:, 0, None, None] * x + row[:, 1, None, None] * y + row[:, 2, None, None]) >> 16
-
-    # Truncation is rounding of half a pixel less.
-    rounded = matrix.astype(jnp.float32) / _ONE - jnp.array([0, 0, 0.5, 0, 0, 0.5], jnp.float32)
-    return read(images, coordinate(matrix[:, 3:]), coordinate(matrix[:, :3]), fill, rounded)
-
-
-def read(images: jax.Array, y: jax.Array, x: jax.Array, fill: jax.Array, matrix: jax.Array) -> jax.Array:
-    """Reads each image of uint8[b, h, w, c], c at most 3, at rows y and columns x, i32[b, h, w]; `fill` [c] outside.
-
-    y and x are the coordinates of `matrix` f32[b, 6] rounded to the nearest integers. Each map is a shear or a
+    Maps i32 of `fixed_point` are computed as in Pillow. Maps f32 take pixel indices to pixel indices as in TensorFlow's
+    `ImageProjectiveTransformV3`, in float32 and with halves rounded away from zero. Each map is a shear or a
     translation along one axis, or a rotation about the centre by up to 135 degrees.
     """
     b, h, w, c = images.shape
+    rows, columns = jnp.arange(h, dtype=matrix.dtype)[:, None], jnp.arange(w, dtype=matrix.dtype)
+
+    def coordinate(row: jax.Array) -> jax.Array:  # [b, 3] → i32[b, h, w]
+        of_x, of_y, start = (row[:, i, None, None] for i in range(3))
+        if matrix.dtype == jnp.int32:
+            return (of_x * columns + of_y * rows + start) >> 16
+        at = photometric.rounded_product(of_x, columns) + photometric.rounded_product(of_y, rows) + start
+        return jax.lax.round(at, jax.lax.RoundingMethod.AWAY_FROM_ZERO).astype(jnp.int32)
+
+    x, y = coordinate(matrix[:, :3]), coordinate(matrix[:, 3:])
     inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
     if platform.current() == "tpu":
+        if matrix.dtype == jnp.int32:  # which truncates: rounds half a pixel less
+            matrix = matrix.astype(jnp.float32) / _ONE - jnp.array([0, 0, 0.5, 0, 0, 0.5], jnp.float32)
         pixels = _read_by_slides(images, y, x, matrix)
     else:
         source = jnp.where(inside, y * w + x, 0).reshape(b, h * w)
@@ -71,12 +72,13 @@ def read(images: jax.Array, y: jax.Array, x: jax.Array, fill: jax.Array, matrix:
 
 
 def _read_by_slides(images: jax.Array, y: jax.Array, x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """`read` without a gather, which is slow on TPU; arbitrary outside of the images.
+    """Pixels [b, h, w, c] at rows y and columns x, the rounded coordinates of a map f32[b, 6]; arbitrary outside.
 
-    A rotation is three shears, of rows, of columns, and of rows again (Paeth 1986, "A fast algorithm for general raster
-    rotation"), each a slide of whole lines by whole pixels. No pixel is lost, each ends within two pixels of its
-    target, and integer arithmetic tells where, so a selection among 25 neighbours equals a gather, bit for bit. A
-    rotation by more than 45 degrees is a turn by 90 and a rest; a shear or a translation is one slide.
+    It has no gather, which is slow on TPU. A rotation is three shears, of rows, of columns, and of rows again (Paeth
+    1986, "A fast algorithm for general raster rotation"), each a slide of whole lines by whole pixels. No pixel is
+    lost, each ends within two pixels of its target, and integer arithmetic tells where, so a selection among 25
+    neighbours equals a gather, bit for bit. A rotation by more than 45 degrees is a turn by 90 and a rest; a shear or a
+    translation is one slide.
     """
     h, w, c = images.shape[1:]
     side, near = max(h, w), 2
@@ -100,7 +102,7 @@ def _read_by_slides(images: jax.Array, y: jax.Array, x: jax.Array, matrix: jax.A
     half = jnp.where(rotates, -d / (1 + a), 0)  # the tangent of half the angle, with its sign
     first, third = jnp.where(rotates, half, b), -half * ((h - 1) / 2)  # the middle row stays
     lines = [(first, c_x - third - first * f), (d, f - d * third), (half, third)]  # slopes and intercepts
-    fixed = [[jnp.round(v * _ONE).astype(jnp.int32) for v in line] for line in lines]
+    fixed = jnp.round(jnp.array(lines) * _ONE).astype(jnp.int32)
 
     def amount(i: int, line: jax.Array) -> jax.Array:  # pixels by which slide i moves this line
         slope, start = (v.reshape(-1, *[1] * (line.ndim - 1)) for v in fixed[i])
@@ -108,9 +110,9 @@ def _read_by_slides(images: jax.Array, y: jax.Array, x: jax.Array, matrix: jax.A
 
     rows, columns = jnp.arange(-near, side + near)[None], jnp.arange(-margin, side + margin)[None]
     moved = jnp.pad(packed, ((0, 0), (near, near), (margin, margin)))
-    moved = slide(moved, amount(0, rows)[:, :, None], 2)
-    moved = slide(moved, amount(1, columns)[:, None], 1)
-    moved = slide(moved, amount(2, rows)[:, :, None], 2)
+    moved = _slide(moved, amount(0, rows)[:, :, None], 2)
+    moved = _slide(moved, amount(1, columns)[:, None], 1)
+    moved = _slide(moved, amount(2, rows)[:, :, None], 2)
     # Where the pixel at row y and column x is now, from its target.
     column = x - amount(0, y)
     row = y - amount(1, column)
@@ -122,17 +124,10 @@ def _read_by_slides(images: jax.Array, y: jax.Array, x: jax.Array, matrix: jax.A
     return jnp.stack([(out >> 8 * i).astype(jnp.uint8) for i in range(c)], -1)
 
 
-def slide(lines: jax.Array, amount: jax.Array, axis: int) -> jax.Array:
-    """out[i] = lines[i + amount] along the axis, 0 outside of the lines: a selection for each bit, not a gather.
-
-    `amount`, an integer array, has the rank of the lines and one element along the axis.
-    """
-    n, padding = lines.shape[axis], [(0, 0)] * lines.ndim
-    units = [2**i for i in reversed(range((2 * n).bit_length()))]
-    padding[axis] = (n, sum(units) - n)
-    lines, amount = jnp.pad(lines, padding), jnp.clip(amount + n, 0, 2 * n)
-    for unit in units:
-        rest = lines.shape[axis] - unit
-        near, far = (jax.lax.slice_in_dim(lines, start, start + rest, axis=axis) for start in (0, unit))
-        lines = jnp.where(amount & unit > 0, far, near)
+def _slide(lines: jax.Array, amount: jax.Array, axis: int) -> jax.Array:
+    """out[i] = lines[i + amount] along the axis, modulo its length; `amount` i32 has one element along the axis."""
+    n = lines.shape[axis]
+    amount %= n
+    for bit in range(n.bit_length()):  # a selection for each bit, not a gather
+        lines = jnp.where(amount >> bit & 1 == 1, jnp.roll(lines, -(2**bit), axis), lines)
     return lines

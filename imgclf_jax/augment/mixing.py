@@ -1,9 +1,8 @@
 """Mixing: mixes each image with another one of its batch, and their targets or the losses of their labels alike.
 
-A mixing op takes `(key, images, …)`, or `(images, …)` if it is deterministic (see `core.kinds`), and returns (images,
-weight f32[b]). Image i is mixed with image i - 1, the first with the last, and keeps the share `weight`. As the order
-of a batch is random, the neighbour is a random example.
-The neighbours of all images but the first of each device are on the same device.
+A mixing op is `@kinds.random`: it takes `(key, images, …)` and returns (images, weight f32[b]). Image i is mixed with
+image i - 1, the first with the last, and keeps the share `weight`. As the order of a batch is random, the neighbour is
+a random example; only those of the first images of each device are on another device.
 """
 
 import inspect
@@ -43,9 +42,8 @@ def mixup(
 ) -> Mixed:  # fmt: skip
     """weight * image + (1 - weight) * other, weight ~ Beta(alpha, alpha) (Zhang et al. 2017, arXiv:1710.09412).
 
-    Each image draws its own weight, as the paper defines it, so the gradient varies less than with one weight per
-    batch. `per_batch` makes one draw a per batch, with the weight max(a, 1 - a), as in big_vision (Beyer et al. 2022,
-    arXiv:2205.01580). `probability` is the share of batches that this op mixes: see `build`.
+    Each image draws its own weight, as the paper defines it; `per_batch` makes one draw a per batch, with the weight
+    max(a, 1 - a), as in big_vision. `probability` is the share of batches that this op mixes: see `build`.
     """
     del probability
     weight = _draw_weights("mixup", key, alpha, 1 if per_batch else images.shape[0])
@@ -59,9 +57,8 @@ def mixup(
 def cutmix(key: jax.Array, images: jax.Array, alpha: float = 1.0, probability: float | None = None) -> Mixed:
     """Pastes a box of the other image (Yun et al. 2019, arXiv:1905.04899).
 
-    The box's sides are sqrt(1 - weight) of the image's, weight ~ Beta(alpha, alpha). Its centre is uniform over the
-    image, and the border clips it; the returned weight is the share of the area that remains. `probability` is as for
-    mixup.
+    The box's sides are sqrt(1 - a) of the image's, a ~ Beta(alpha, alpha). Its centre is uniform over the image, and
+    the border clips it; the weight is the share of the area that remains. `probability` is as for mixup.
     """
     del probability
     b, h, w, _ = images.shape
@@ -81,16 +78,14 @@ def cutmix(key: jax.Array, images: jax.Array, alpha: float = 1.0, probability: f
 
 MIXES: dict[str, Callable[..., Mixed]] = {"mixup": mixup, "cutmix": cutmix}
 
-_LEADING = {kinds.PLAIN: ("images",), kinds.RANDOM: ("key", "images")}
-
 
 def build(text: str) -> Mix | None:
     """Returns the function (key, images) → (images, weight) that a spec of mixing ops names; None for empty text.
 
     It draws one of the ops per batch. Ops without a `probability`, in the spec or as their default, share the rest
-    equally; if all have one, the rest of the batches stay unmixed. An op's draws do not depend on the other ops.
+    equally; if all have one, other batches stay unmixed.
     """
-    ops = [kinds.bind(call, MIXES, "mixing op", _LEADING) for call in spec.parse(text)]
+    ops = [kinds.bind(call, MIXES, "mixing op", {kinds.RANDOM: ("key", "images")}) for call in spec.parse(text)]
     if not ops:
         return None
     arguments = [inspect.signature(op).parameters.get("probability") for op in ops]
@@ -100,9 +95,9 @@ def build(text: str) -> Mix | None:
         raise UserError(f"mix={text!r}: each probability must be from 0 to 1, and their sum at most 1")
     rest = (1 - total) / max(1, probabilities.count(None))
     limits = np.cumsum([rest if p is None else p for p in probabilities], dtype=np.float32)
-    branches = [_with_key(op) for op in ops]
+    branches: list[Mix] = [*ops]
     if None not in probabilities and total < 1 - 1e-6:
-        branches.append(_unmixed)
+        branches.append(lambda key, images: (images, jnp.ones(images.shape[0], jnp.float32)))
 
     def mix(key: jax.Array, images: jax.Array) -> Mixed:
         key_choice, key_op = jax.random.split(key)
@@ -114,20 +109,11 @@ def build(text: str) -> Mix | None:
     return mix
 
 
-def _with_key(op: Callable[..., Mixed]) -> Mix:
-    return op if kinds.kind_of(op) == kinds.RANDOM else lambda key, images: op(images)
-
-
-def _unmixed(key: jax.Array, images: jax.Array) -> Mixed:
-    return images, jnp.ones(images.shape[0], jnp.float32)
-
-
 def batch_loss(loss: Loss, logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """The loss f32[b] of logits against a batch's "target" f32[b, k], or its "label" i32[b].
+    """The loss f32[b] of logits against a batch's "target" f32[b, k], already mixed, or its "label" i32[b].
 
-    A mixed batch with labels also has "other" and "weight", of which the loss is weight * loss(logits, label) +
-    (1 - weight) * loss(logits, other). If it is linear in the target, such as cross-entropy, this is the loss against
-    the mixed target. Targets are already mixed.
+    A mixed batch with labels also has "other" and "weight". The weighted mean of the two losses is the loss against the
+    mixed target if it is linear in the target, such as cross-entropy.
     """
     if "target" in batch:
         return loss(logits, batch["target"])

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from imgclf_jax.augment import geometry, policies
+from imgclf_jax.augment import geometry, photometric, policies
 from imgclf_jax.core import kinds, rng, spec
 from imgclf_jax.core.errors import UserError
 
@@ -48,27 +48,23 @@ def pad_crop(key: jax.Array, images: jax.Array, pad: int = 4, mode: str = "const
     b, h, w, c = images.shape
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode=mode)
     corners = jax.random.randint(key, (b, 2), 0, 2 * pad + 1)  # [b, (top, left)]
-
-    def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (h, w, c))
-
-    return jax.vmap(crop)(padded, corners)
+    crop = jax.vmap(lambda image, corner: jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (h, w, c)))
+    return crop(padded, corners)
 
 
 @kinds.random
 def cutout(key: jax.Array, images: jax.Array, size: int = 8, fill: float = 0.0) -> jax.Array:
     """Fills a square of `size` by `size` pixels in each image (DeVries and Taylor 2017, arXiv:1708.04552).
 
-    Its centre is uniform over the image, and the border clips it. It covers rows centre - size // 2 to
-    centre - size // 2 + size - 1. `fill` is in the units of the images: after `normalize`, 0 is the mean.
+    Its centre is uniform over the image, and the border clips it. `fill` is in the units of the images: after
+    `normalize`, 0 is the mean.
     """
-    _check_fill("cutout", images, fill)
     b, h, w, _ = images.shape
     key_y, key_x = jax.random.split(key)
     top = jax.random.randint(key_y, (b,), 0, h) - size // 2
     left = jax.random.randint(key_x, (b,), 0, w) - size // 2
     inside = geometry.in_box(h, w, top, left, top + size, left + size)
-    return jnp.where(inside, jnp.asarray(fill, images.dtype), images)
+    return jnp.where(inside, photometric.fill_values("cutout", images, fill), images)
 
 
 def normalize(
@@ -90,14 +86,10 @@ def random_erasing(
     """Fills a random box in each image with a `probability` (Zhong et al. 2017, arXiv:1708.04896).
 
     - `area`: the range of the box's share of the image, drawn uniformly.
-    - `aspect`: the range of its height / width, drawn log-uniformly. As in timm, the first of ten draws that fits into
-      the image is used.
-    - `fill`: a number in the units of the images (after `normalize`, 0 is the mean), "pixel" for noise per pixel, or
-      "color" for one random color per box. Random values are uniform over 0 … 255 in uint8 images, and standard normal
-      in float ones.
+    - `aspect`: the range of its height / width, log-uniform. As in timm, the first of ten boxes that fits is used.
+    - `fill`: a number in the units of the images, "pixel" for noise per pixel, or "color" for one random color per box.
+      Random values are uniform over 0 … 255 in uint8 images, and standard normal in float ones.
     """
-    if fill not in ("pixel", "color"):
-        _check_fill("random_erasing", images, fill)
     b, h, w, c = images.shape
     key_apply, key_area, key_aspect, key_y, key_x, key_fill = jax.random.split(key, 6)
     target = jax.random.uniform(key_area, (10, b), minval=area[0], maxval=area[1]) * (h * w)
@@ -111,17 +103,14 @@ def random_erasing(
     erase = jax.random.bernoulli(key_apply, float(probability), (b,)) & jnp.any(fits, 0)
 
     inside = erase[:, None, None, None] & geometry.in_box(h, w, top, left, top + height, left + width)
-    if isinstance(fill, str):
-        shape = images.shape if fill == "pixel" else (b, 1, 1, c)
-        return jnp.where(inside, _noise(key_fill, shape, images.dtype), images)
-    return jnp.where(inside, jnp.asarray(fill, images.dtype), images)
+    if fill not in ("pixel", "color"):
+        return jnp.where(inside, photometric.fill_values("random_erasing", images, fill), images)
+    shape = images.shape if fill == "pixel" else (b, 1, 1, c)
+    return jnp.where(inside, _noise(key_fill, shape, images.dtype), images)
 
 
 def _noise(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-    """Uniform bytes, or normal floats on 2**16 levels.
-
-    Each random word is split into two or four values, which takes at most a third of the time of a word per value.
-    """
+    """Uniform bytes, or normal floats on 2**16 levels; each random word makes two or four of them, which is faster."""
     width = 8 if dtype == jnp.uint8 else 16
     size, pieces = math.prod(shape[1:]), 32 // width
     words = jax.random.bits(key, (shape[0], -(-size // pieces), 1), jnp.uint32)
@@ -132,22 +121,14 @@ def _noise(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Arra
     return (math.sqrt(2) * jax.lax.erf_inv((cut.astype(jnp.float32) + 0.5) / 32768 - 1)).astype(dtype)
 
 
-def _check_fill(name: str, images: jax.Array, fill: float | str) -> None:
-    if isinstance(fill, str) or (images.dtype == jnp.uint8 and fill not in range(256)):
-        raise UserError(f"{name}(fill={fill!r}): uint8 images take 0 to 255, those after normalize any number")
-
-
 DEVICE_OPS: dict[str, Callable] = {
     f.__name__: f
     for f in (flip_lr, flip_alternating, pad_crop, cutout, random_erasing, policies.color_jitter, policies.randaugment,
               policies.trivialaugment, normalize)
 }  # fmt: skip
 
-_LEADING = {
-    kinds.PLAIN: ("images",),
-    kinds.RANDOM: ("key", "images"),
-    kinds.BY_EXAMPLE: ("key", "images", "ids", "epochs"),
-}
+_LEADING = {kinds.PLAIN: ("images",), kinds.RANDOM: ("key", "images"),
+            kinds.BY_EXAMPLE: ("key", "images", "ids", "epochs")}  # fmt: skip
 
 
 def _bind(text: str) -> list[functools.partial[Any]]:

@@ -1,17 +1,19 @@
 """Batched changes of brightness and color with Pillow's arithmetic.
 
 Images are uint8[b, h, w, c] with c = 1 or 3; a `factor` is f32[b], one per image. Pointwise functions take any shape
-[b, …, c], so `policies` can apply them to the 256 levels instead of the pixels. Tests compare each function with
-`PIL.ImageOps` and `PIL.ImageEnhance`.
+[b, …, c], so `policies` can apply them to the 256 levels instead of the pixels.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from imgclf_jax.core import platform
 from imgclf_jax.core.errors import UserError
+
+Fill = float | tuple[float, ...]
 
 
 def check(name: str, images: jax.Array) -> None:
@@ -22,16 +24,29 @@ def check(name: str, images: jax.Array) -> None:
         raise UserError(f"{name}: the images have {images.shape[-1]} channels; allowed are 1 and 3")
 
 
+def fill_values(name: str, images: jax.Array, fill: Fill | str) -> jax.Array:
+    """`fill`, one value or one per channel, in the dtype of the images; `name` is the op in the error."""
+    is_wrong = images.dtype == jnp.uint8 and not all(v in range(256) for v in np.ravel(fill))
+    if is_wrong or np.size(fill) not in (1, images.shape[-1]):
+        raise UserError(f"{name}(fill={fill!r}): one value or one per channel; of uint8 images whole, from 0 to 255")
+    return jnp.broadcast_to(jnp.asarray(fill, images.dtype), images.shape[-1:])
+
+
 def broadcast_along_batch(values: jax.Array, like: jax.Array) -> jax.Array:
     """Reshapes [b] to [b, 1, …] of the rank of `like`."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def grey(images: jax.Array) -> jax.Array:
-    """ITU-R 601 luma uint8[b, h, w, 1], rounded like Pillow's `convert("L")`. Grey images pass unchanged."""
+def grey(images: jax.Array, tensorflow: bool = False) -> jax.Array:
+    """ITU-R 601 luma uint8[b, h, w, 1], rounded like Pillow's `convert("L")`. Grey images pass unchanged.
+
+    `tensorflow` makes it `tf.image.rgb_to_grayscale`: (0.2989 r + 0.587 g + 0.114 b) * 255.5 / 255, rounded down.
+    """
     if images.shape[-1] == 1:
         return images
     r, g, b = (images[..., i : i + 1].astype(jnp.int32) for i in range(3))
+    if tensorflow:
+        return ((2989 * r + 5870 * g + 1140 * b) * 511 // 5_100_000).astype(jnp.uint8)
     return ((19595 * r + 38470 * g + 7471 * b + 32768) >> 16).astype(jnp.uint8)
 
 
@@ -53,10 +68,9 @@ def blend(degenerate: jax.Array, images: jax.Array, factor: jax.Array) -> jax.Ar
 
 
 def rounded_product(factor: jax.Array, integers: jax.Array) -> jax.Array:
-    """factor * integers in float32, rounded before any addition; the integers are below 2**12.
+    """factor * integers in float32, rounded before any addition, even by an FMA; the integers are below 2**12.
 
-    A compiler may contract a product and a sum into an FMA, which rounds once. Splitting the factor into two parts of
-    12 bits makes both products exact, so their sum is the rounded product either way.
+    Splitting the factor into two parts of 12 bits makes both products exact, so their sum is the rounded product.
     """
     high = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(factor, jnp.int32) & -4096, jnp.float32)
     return high * integers + (factor - high) * integers
@@ -77,10 +91,10 @@ def color(images: jax.Array, factor: jax.Array) -> jax.Array:
     return blend(grey(images), images, factor)
 
 
-def smooth(images: jax.Array, cut: bool = False) -> jax.Array:
+def smooth(images: jax.Array, tensorflow: bool = False) -> jax.Array:
     """The mean over 3×3 pixels with the centre weighted five times, except on the border: `ImageFilter.SMOOTH`.
 
-    It rounds to the nearest level, or with `cut` down.
+    It rounds to the nearest level, or for `tensorflow` down.
     """
     h, w = images.shape[1:3]
     if h < 3 or w < 3:
@@ -89,7 +103,7 @@ def smooth(images: jax.Array, cut: bool = False) -> jax.Array:
     rows = x[:, :-2] + x[:, 1:-1] + x[:, 2:]
     total = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * x[:, 1:-1, 1:-1]
     # The quotient is never within 1/26 of an integer, so its rounding does not matter.
-    inner = ((total.astype(jnp.float32) + (0.5 if cut else 6.5)) / 13).astype(jnp.uint8)
+    inner = ((total.astype(jnp.float32) + (0.5 if tensorflow else 6.5)) / 13).astype(jnp.uint8)
     return images.at[:, 1:-1, 1:-1].set(inner)
 
 
@@ -109,22 +123,23 @@ def extremes(images: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.min(images, (1, 2), keepdims=True), jnp.max(images, (1, 2), keepdims=True)
 
 
-def stretch(levels: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+def stretch(levels: jax.Array, low: jax.Array, high: jax.Array, tensorflow: bool = False) -> jax.Array:
     """floor(255 (x - low) / (high - low)), clipped to 0 … 255; x if low = high: autocontrast.
 
     Pillow computes x * scale + offset in float64, and may be one level lower where the exact value is an integer.
+    `tensorflow` has big_vision's rounding: x * scale - low * scale in float32.
     """
     x, low, high = (v.astype(jnp.float32) for v in (levels, low, high))
-    # The half keeps an integer quotient from rounding down, and lifts no other to the next integer.
-    stretched = jnp.clip((255 * (x - low) + 0.5) / jnp.maximum(high - low, 1), 0, 255).astype(jnp.uint8)
-    return jnp.where(high > low, stretched, levels)
+    span = jnp.maximum(high - low, 1)
+    if tensorflow:
+        stretched = rounded_product(255 / span, x) - rounded_product(255 / span, low)
+    else:  # the half keeps an integer quotient from rounding down, and lifts no other to the next integer
+        stretched = (255 * (x - low) + 0.5) / span
+    return jnp.where(high > low, jnp.clip(stretched, 0, 255).astype(jnp.uint8), levels)
 
 
 def histogram(images: jax.Array) -> jax.Array:
-    """The histogram of each channel, i32[b, 256, c].
-
-    Exact for up to 2**24 pixels. `vmap` shows the compiler that images are independent, so each device keeps its own.
-    """
+    """The histogram of each channel, i32[b, 256, c], exact for up to 2**24 pixels."""
     b, h, w, c = images.shape
     if platform.current() == "tpu":  # scatters are slow: a matmul counts pairs of the upper and lower four bits
         digits, pixels = jnp.arange(16, dtype=jnp.uint8), images.reshape(b, h * w, c, 1)
@@ -136,6 +151,7 @@ def histogram(images: jax.Array) -> jax.Array:
     def count(bins: jax.Array) -> jax.Array:
         return jnp.zeros(256 * c, jnp.int32).at[bins].add(1, mode="promise_in_bounds")
 
+    # `vmap` shows the compiler that images are independent, so each device keeps its own.
     return jax.vmap(count)(bins.reshape(b, h * w * c)).reshape(b, 256, c)
 
 
@@ -168,22 +184,22 @@ def lookup(images: jax.Array, table: jax.Array) -> jax.Array:
 
 
 def apply_ops(
-    images: jax.Array, is_op: Mapping[str, jax.Array], tables: Mapping[str, jax.Array],
-    grey: Callable[[jax.Array], jax.Array], smooth: Callable[[jax.Array], jax.Array], factor: jax.Array,
+    images: jax.Array, op: jax.Array, names: Sequence[str], tables: Mapping[str, jax.Array], factor: jax.Array,
+    tensorflow: bool = False,
 ) -> jax.Array:  # fmt: skip
-    """Applies to each image its own op: a lookup table, or "color" or "sharpness"; images of other ops pass unchanged.
+    """Applies to each image its own op, an index i32[b] into `names`; ops without a change of color do nothing.
 
-    - `is_op` bool[b, 1, 1, 1] by name says which images have an op.
-    - `tables` uint8[b or 1, 256, 1, 1 or c] are those of the other ops.
-    - "color" blends with `grey(images)`, "sharpness" with `smooth(images)`, by `factor` f32[b].
+    "color" blends with `grey(images)`, "sharpness" with `smooth(images)`, by `factor` f32[b]; the others are lookup
+    `tables` uint8[b or 1, 256, 1, 1 or c].
     """
     b, _, _, c = images.shape
+    is_op = {name: (op == i)[:, None, None, None] for i, name in enumerate(names)}
     table = jnp.broadcast_to(jnp.arange(256, dtype=jnp.uint8)[:, None, None], (b, 256, 1, c))
     for name, other in tables.items():
         table = jnp.where(is_op[name], other, table)
     # On CPU, the barriers keep fusion from recomputing the table, grey and smooth images for each pixel.
     images = lookup(images, platform.cpu_barrier(table)[:, :, 0])
-    greyed, smoothed = platform.cpu_barrier((grey(images), smooth(images)))
+    greyed, smoothed = platform.cpu_barrier((grey(images, tensorflow), smooth(images, tensorflow)))
     blended = blend(jnp.where(is_op["color"], greyed, smoothed), images, factor)
     return jnp.where(is_op["color"] | is_op["sharpness"], blended, images)
 

@@ -26,12 +26,10 @@ OPS = (
 )  # fmt: skip
 BINS = 31  # magnitudes 0, the weakest, to 30
 
-Fill = float | tuple[float, ...]
-
 
 @dataclass(frozen=True)
 class Ranges:
-    """The strength of each op at the greatest magnitude; magnitude m has m / 30 of it. Signs are random."""
+    """The strength of each op at magnitude 30; m has m / 30 of it. Solarize inverts values from 256 (1 - m / 30)."""
 
     shear: float  # pixels sideways per pixel
     x: float  # translation in pixels
@@ -39,7 +37,6 @@ class Ranges:
     degrees: float  # of rotation; 135 at most
     enhance: float  # brightness, color, contrast and sharpness: the factor's distance from 1
     posterize: float  # bits removed
-    # solarize inverts values of 256 (1 - m / 30) or more
 
 
 class Strengths(NamedTuple):
@@ -78,11 +75,6 @@ def _map(op: str, part: float, ranges: Ranges, height: int, width: int) -> geome
 
 def apply(images: jax.Array, op: jax.Array, strength: Strengths, fill: jax.Array) -> jax.Array:
     """Applies to each image of uint8[b, h, w, c] its own op, an index i32[b] into OPS; `fill` uint8[c] the border."""
-    return geometry.affine(_change_colors(images, op, strength), strength.matrix, fill)
-
-
-def _change_colors(images: jax.Array, op: jax.Array, strength: Strengths) -> jax.Array:
-    is_op = {name: (op == i)[:, None, None, None] for i, name in enumerate(OPS)}
     levels = jnp.broadcast_to(jnp.arange(256, dtype=jnp.uint8)[:, None, None], (len(images), 256, 1, 1))
     tables = {
         "brightness": photometric.brightness(levels, strength.factor),
@@ -92,7 +84,8 @@ def _change_colors(images: jax.Array, op: jax.Array, strength: Strengths) -> jax
         "autocontrast": photometric.stretch(levels, *photometric.extremes(images)),
         "equalize": photometric.equalization(images)[:, :, None],
     }  # uint8[b, 256, 1, 1 or c]
-    return photometric.apply_ops(images, is_op, tables, photometric.grey, photometric.smooth, strength.factor)
+    images = photometric.apply_ops(images, op, OPS, tables, strength.factor)
+    return geometry.affine(images, strength.matrix, fill)
 
 
 def _draw_and_apply(
@@ -105,27 +98,17 @@ def _draw_and_apply(
     return apply(images, op, Strengths(*(values[index] for values in strengths(ranges, h, w))), fill)
 
 
-def _check_fill(name: str, images: jax.Array, fill: Fill) -> jax.Array:
-    """uint8[c]."""
-    values = fill if isinstance(fill, tuple) else (fill,)
-    if len(values) not in (1, images.shape[-1]) or not all(v in range(256) for v in values):
-        raise UserError(f"{name}(fill={fill}): allowed are whole numbers from 0 to 255, one or one per channel")
-    return jnp.broadcast_to(jnp.asarray(fill, jnp.uint8), images.shape[-1:])
-
-
 @kinds.random
 def randaugment(
     key: jax.Array, images: jax.Array, num_ops: int = 2, magnitude: int = 9, magnitude_std: float = 0.0,
-    fill: Fill | None = None, ops: str = "torchvision",
+    fill: photometric.Fill | None = None, ops: str = "torchvision",
 ) -> jax.Array:  # fmt: skip
     """Applies `num_ops` random ops per image, in sequence (RandAugment, Cubuk et al. 2019, arXiv:1909.13719).
 
     - `ops` names the set. "torchvision" has the 14 OPS with a `magnitude` of 0 to 30: at 30 shear 0.3, translation
-      150/331 of the side, 30 degrees, factors 1 ± 0.9, 4 bits, solarize threshold 0. That threshold is 256 (1 - m / 30)
-      as in `trivialaugment`; torchvision's is 255 (1 - m / 30). "big_vision" has the 16 ops of that codebase, including
-      invert, cutout and solarize-add, with a magnitude of 0 to 10: see `augment.big_vision`.
-    - `magnitude_std` is the standard deviation of normal noise on the magnitude, which is then rounded and clipped to
-      0 … 30.
+      150/331 of the side, 30 degrees, factors 1 ± 0.9, 4 bits; the solarize threshold is 256 (1 - m / 30), there
+      255 (1 - m / 30). "big_vision" has that codebase's 16 ops, with a magnitude of 0 to 10: see `augment.big_vision`.
+    - `magnitude_std` is the standard deviation of normal noise on the magnitude, then rounded and clipped to 0 … 30.
     - `fill`, 0 to 255, one or one per channel, fills the border: 0 by default, 128 for "big_vision".
 
     Put it before `normalize`, on uint8.
@@ -134,7 +117,7 @@ def randaugment(
     if ops not in ("torchvision", "big_vision"):
         raise UserError(unknown("randaugment ops", ops, ("torchvision", "big_vision")))
     default_fill, strongest = (0, BINS - 1) if ops == "torchvision" else (big_vision.FILL, big_vision.FULL)
-    fill_colors = _check_fill("randaugment", images, default_fill if fill is None else fill)
+    fill_colors = photometric.fill_values("randaugment", images, default_fill if fill is None else fill)
     if magnitude not in range(strongest + 1) or (magnitude_std and ops == "big_vision"):
         raise UserError(f"randaugment(magnitude={magnitude}, magnitude_std={magnitude_std}, ops={ops!r}): magnitude "
                         f"must be a whole number from 0 to {strongest}, without noise for 'big_vision'")  # fmt: skip
@@ -154,20 +137,17 @@ def randaugment(
 
 
 @kinds.random
-def trivialaugment(key: jax.Array, images: jax.Array, fill: Fill = 0) -> jax.Array:
+def trivialaugment(key: jax.Array, images: jax.Array, fill: photometric.Fill = 0) -> jax.Array:
     """Applies one random op per image, with a magnitude uniform over 0 to 30 (TrivialAugment, "wide").
 
     Müller and Hutter 2021, arXiv:2103.10158. The ranges are torchvision's: at 30 shear 0.99, translation 32 pixels, 135
-    degrees, factors 1 ± 0.99, 6 bits, solarize threshold 0. That threshold is the authors' 256 (1 - m / 30), not
-    torchvision's 255 (1 - m / 30). The authors' code draws factors uniformly from 0.01 to 2, truncates degrees to whole
-    numbers, and truncates the bits that posterize removes, 6 m / 30, where torchvision and this op round. `fill`, 0 to
-    255, one or one per channel, fills the border. Put it before `normalize`, on uint8.
+    degrees, factors 1 ± 0.99, 6 bits, solarize threshold 0; that threshold is as in `randaugment`. `fill`, 0 to 255,
+    one or one per channel, fills the border. Put it before `normalize`, on uint8.
     """
     photometric.check("trivialaugment", images)
-    fill_colors = _check_fill("trivialaugment", images, fill)
     ranges = Ranges(0.99, 32.0, 32.0, 135.0, 0.99, 6)
     draw = functools.partial(jax.random.randint, shape=images.shape[:1], minval=0, maxval=BINS)
-    return _draw_and_apply(key, images, ranges, draw, fill_colors)
+    return _draw_and_apply(key, images, ranges, draw, photometric.fill_values("trivialaugment", images, fill))
 
 
 @kinds.random

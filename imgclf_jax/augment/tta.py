@@ -1,17 +1,15 @@
 """Test-time augmentation (TTA): averages a model's logits over several views of each image.
 
-A view op takes no images, only its own arguments, and returns [(weight, function)]. The weights sum to 1, and each
+A view op takes no images, only its own arguments, and returns [(weight, function)]. The weights are relative, and each
 function maps images [b, h, w, c] to images of the same shape.
 """
 
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from imgclf_jax.core import kinds, spec
-from imgclf_jax.core.errors import UserError
 
 Views = list[tuple[float, Callable[[jax.Array], jax.Array]]]
 
@@ -36,8 +34,6 @@ def translate(pad: int = 1) -> Views:
 
     def crop(images: jax.Array, offset: int) -> jax.Array:
         h, w = images.shape[1:3]
-        if pad >= min(h, w):
-            raise UserError(f"translate(pad={pad}): must be less than the height and width of the images, {h} by {w}")
         padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
         return padded[:, offset : offset + h, offset : offset + w]
 
@@ -48,7 +44,7 @@ VIEWS: dict[str, Callable[..., Views]] = {"flip": flip, "translate": translate}
 
 
 def build(text: str) -> Views:
-    """Returns the views that a spec names; for empty text only the image.
+    """Returns the views that a spec names, with weights that sum to 1; for empty text only the image.
 
     Each op applies to all views of the ops after it, and their weights multiply. `flip|translate(1)` is thus the three
     translated views and their mirror images, the six views of airbench94.
@@ -56,9 +52,8 @@ def build(text: str) -> Views:
     views = NONE
     for call in reversed(spec.parse(text)):
         op = kinds.bind(call, VIEWS, "view", {kinds.PLAIN: ()})()
-        if not math.isclose(total := math.fsum(weight for weight, _ in op), 1, rel_tol=1e-6):
-            raise UserError(f"tta={text!r}: the weights of {call.name} sum to {total:g}; make them sum to 1")
-        views = [(a * b, _compose(first, second)) for a, first in views for b, second in op]
+        total = sum(weight for weight, _ in op)
+        views = [(a * b / total, _compose(first, second)) for a, first in views for b, second in op]
     return views
 
 

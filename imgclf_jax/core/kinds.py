@@ -4,7 +4,7 @@ An op without a decorator is plain: it takes only the images, or one image on th
 applies plain ops, training the ops of all kinds. ::
 
     kind          device op                      mixing op        host op        view op
-    plain         (images, …)                    (images, …)      (image, …)     (…)
+    plain         (images, …)                                     (image, …)     (…)
     random        (key, images, …)               (key, images, …) (rng, image, …)
     by_example    (key, images, ids, epochs, …)
 

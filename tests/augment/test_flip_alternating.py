@@ -40,11 +40,9 @@ def test_two_epochs_show_each_example_both_ways(place, batch_size):
     """Batches of 12 straddle the epochs of 40."""
     stop = 4 * 40 // batch_size
     flips = {(epoch, id_): flipped for epoch, id_, flipped in orientations(place, batch_size, 0, stop)}
-    for epoch in range(2):
+    for epoch in range(3):
         for id_ in range(40):
             assert flips[epoch, id_] != flips[epoch + 1, id_]
-            if (epoch + 2, id_) in flips:
-                assert flips[epoch, id_] == flips[epoch + 2, id_]
     first = [flips[0, id_] for id_ in range(40)]
     assert 0 < sum(first) < 40
 

@@ -1,24 +1,17 @@
 """TTA views against the same computed by hand, their weights, and the config key in evaluation and prediction."""
 
-import sys
-import types
-
 import jax
 import numpy as np
 import pytest
 from cases import thorough
 
-from imgclf_jax import losses, metrics, step
-from imgclf_jax.augment import ops as augment
+from imgclf_jax import metrics
 from imgclf_jax.augment import tta
 from imgclf_jax.config import default_config
 from imgclf_jax.core import sharding
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
-from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.train import command as train
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (16, 7, 9, 3), np.uint8)
 AUGMENT = "flip_lr|normalize(mean=0.4, std=0.3)"
@@ -31,14 +24,10 @@ def trained():
     config.update({"model": "mlp(widths=(16,))", "augment": AUGMENT, "batch_size": 16})
     e = Programs(Recipe(config, DataInfo(64, (7, 9, 3), ("a", "b", "c"), "")))
     state = e.init(0)["state"]
-    seen = (IMAGES / 255 - 0.4) / 0.3
-
+    seen = ((IMAGES / 255 - 0.4) / 0.3).astype(np.float32)
     apply = jax.jit(lambda images: e.recipe.model.apply({"params": state.params}, images, train=False))
 
-    def logits(images):
-        return np.asarray(apply(np.asarray(images, np.float32)))
-
-    return e, state, seen, logits
+    return e, state, seen, apply
 
 
 def moved(images, dy, dx):
@@ -67,23 +56,13 @@ def by_hand(text, x, logits):
 @pytest.mark.parametrize("text", ["flip|translate(1)", *thorough("", "flip", "translate(2)")])
 def test_logits_are_those_averaged_by_hand(trained, text):
     """flip|translate(1) as in airbench94: half the original image, a quarter each of two translations, mirrored too."""
-    e, state, seen, logits = trained
+    _, _, seen, logits = trained
     expected = by_hand(text, seen, logits)
     views = tta.build(text)
     assert len(views) == {"": 1, "flip": 2, "translate(2)": 3, "flip|translate(1)": 6}[text]
     assert sum(weight for weight, _ in views) == 1
-    ops = augment.build(AUGMENT, train=False)
-    probabilities = jax.jit(step.make_inference("predict", e.recipe.model, ops, views))(state.params, {}, IMAGES)
-    softmax = np.exp(expected - expected.max(-1, keepdims=True))
-    np.testing.assert_allclose(probabilities, softmax / softmax.sum(-1, keepdims=True), atol=1e-5)
-
-    labels, mask = np.random.default_rng(1).integers(0, 3, 16), np.arange(16) < 13
-    loss = losses.build("softmax")
-    batch = {"image": IMAGES, "label": labels.astype(np.int32), "mask": mask}
-    sums, _ = jax.jit(step.make_eval_step(e.recipe.model, loss, ops, views))(state.params, {}, batch)
-    assert int(sums["correct"]) == int((expected.argmax(-1) == labels)[mask].sum())
-    by_example = -np.log((softmax / softmax.sum(-1, keepdims=True))[np.arange(16), labels])
-    np.testing.assert_allclose(sums["loss"], by_example[mask].sum(), rtol=1e-5)
+    found = jax.jit(lambda x: tta.mean_logits(views, logits, x))(seen)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_the_config_key_reaches_evaluation_and_prediction(trained):
@@ -107,18 +86,3 @@ def test_the_config_key_reaches_evaluation_and_prediction(trained):
     placed = sharding.put_batch({"image": IMAGES}, e.mesh)["image"]
     found = e.inference("predict")(state.params, {}, placed)
     np.testing.assert_allclose(found, softmax / softmax.sum(-1, keepdims=True), atol=1e-5)
-
-
-@pytest.mark.parametrize(("weights", "total"), [((), "0"), ((float("nan"),), "nan"), ((0.5,), "0.5")])
-def test_the_weights_of_views_must_sum_to_1(weights, total, monkeypatch):
-    own = types.SimpleNamespace(views=lambda: [(weight, np.negative) for weight in weights])
-    monkeypatch.setitem(sys.modules, "own", own)
-    with pytest.raises(UserError, match=f"the weights of own:views sum to {total}; make them sum to 1"):
-        tta.build("own:views")
-
-
-def test_a_translation_larger_than_the_image_is_refused_before_training(fake_config, tmp_path):
-    fake_config.tta = "flip|translate(12)"
-    with pytest.raises(UserError, match=r"translate\(pad=12\): must be less than .* images, 12 by 12"):
-        train.main(fake_config, Workdir(tmp_path / "run"))
-    assert not list((tmp_path / "run").glob("*"))
