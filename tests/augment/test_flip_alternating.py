@@ -38,7 +38,7 @@ def orientations(place, batch_size, start, stop):
 @pytest.mark.parametrize("batch_size", [8, 12])
 def test_two_epochs_show_each_example_both_ways(place, batch_size):
     """Batches of 12 straddle the epochs of 40."""
-    stop = 4 * 40 // batch_size
+    stop = -(-4 * 40 // batch_size)
     flips = {(epoch, id_): flipped for epoch, id_, flipped in orientations(place, batch_size, 0, stop)}
     for epoch in range(3):
         for id_ in range(40):

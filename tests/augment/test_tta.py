@@ -72,7 +72,7 @@ def test_the_config_key_reaches_evaluation_and_prediction(trained):
     config.tta = "flip|translate(1)"
     e = Programs(Recipe(config, plain.recipe.data), plain.mesh)
     assert (plain.eval_batch_size, e.eval_batch_size) == (16, 8)
-    expected = by_hand("flip|translate(1)", seen, logits)
+    expected = np.asarray(by_hand("flip|translate(1)", seen, logits))
     labels = np.random.default_rng(1).integers(0, 3, 16).astype(np.int32)
     state = sharding.put_replicated(state, e.mesh)
     correct = 0
