@@ -24,20 +24,15 @@ def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = equation.primitive.name, equation.params
+        outputs = math.prod(_shape(equation.outvars[0])) if equation.outvars else 0
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            total += (
-                2
-                * math.prod(_shape(equation.outvars[0]))
-                * math.prod(_shape(equation.invars[0])[i] for i in contracted)
-            )
+            total += 2 * outputs * math.prod(_shape(equation.invars[0])[i] for i in contracted)
         elif name == "conv_general_dilated":
             numbers = params["dimension_numbers"]
-            taps = math.prod(
-                _shape(equation.invars[1])[i] for i in numbers.rhs_spec[1:]
-            )  # input features and positions
+            taps = math.prod(_shape(equation.invars[1])[i] for i in numbers.rhs_spec[1:])  # features and positions
             spread = math.prod(params["lhs_dilation"])  # zeros between inputs are free
-            total += 2 * math.prod(_shape(equation.outvars[0])) * taps / (spread * params["batch_group_count"])
+            total += 2 * outputs * taps / (spread * params["batch_group_count"])
         elif name.startswith("dot_product_attention"):
             b, queries, heads, width = _shape(equation.invars[0])
             matmuls = 5 if "bwd" in name else 2

@@ -113,8 +113,7 @@ def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _NO_R
 
 
 def _strongly_typed(x: Any) -> Any:
-    """As the states of later steps are."""
-    return jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x
+    return jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x  # as in later steps
 
 
 def _bound(maker: functools.partial[Any]) -> inspect.BoundArguments:

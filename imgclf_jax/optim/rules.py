@@ -72,13 +72,12 @@ def match[Value](rules: Sequence[tuple[str, Value]], names: Sequence[str], key: 
         except re.error as e:
             raise UserError(f"{key}: {pattern!r} is not a regular expression: {e}") from e
         matched = [name for name in names if expression.fullmatch(name)]
-        new = [name for name in matched if name not in out]
         if not matched:
             raise UserError(f"{key}: {pattern!r} matches no parameter by its whole path; they are "
                             f"{', '.join(names[:8])}, …; write '.*' around a part of it")  # fmt: skip
-        if not new:
+        if out.keys() >= set(matched):
             raise UserError(f"{key}: {pattern!r} has no effect: earlier rules match all its parameters; put it first")
-        out |= dict.fromkeys(new, value)
+        out = dict.fromkeys(matched, value) | out
     return out
 
 
@@ -107,9 +106,8 @@ def layers(names: Sequence[str]) -> dict[str, int]:
 
     `names` are all paths in the order in which the model uses them. A layer is a block: a numbered part of the backbone
     that has modules inside, such as `block3` or `stage2_5`. Parts before the first block are layer 0, one between two
-    blocks belongs to the second, and those after the last one and the head form the top layer. Without blocks each part
-    is a layer. A LoRA adapter belongs to the layer of its kernel. In timm's ViTs and Mixers, unlike here, the final
-    norm belongs to the last block.
+    blocks belongs to the second, and those after the last one (in timm the final norm is in it) and the head form the
+    top layer. Without blocks each part is a layer. A LoRA adapter belongs to the layer of its kernel.
     """
     kernels = {name: f"backbone/{match[1]}" for name in names if (match := _ADAPTER.fullmatch(name))}
     matches = {name: match for name in names if name not in kernels and (match := _PART.match(name))}
