@@ -78,7 +78,6 @@ def set_up(config: ConfigDict, workdir: Workdir) -> Run:
     compiling = programs.programs_for_images(config, images, load=load_teacher)
     recipe = compiling.recipe
     check_targets(compiling, images)
-    compiling.check_best()
     evals = open_evals(compiling, base)
     compiling.check_size()
     cadences = Cadences(recipe.total, *map(recipe.period, configs.CADENCES), check=recipe.period("check_every"))
@@ -97,6 +96,7 @@ def set_up(config: ConfigDict, workdir: Workdir) -> Run:
         log.info("resuming at step %d of %d", start, recipe.total)
     run = restored or _initialize(compiling, images, weights.taken if weights else None, workdir)
     _ = compiling.traced_eval  # traced while the train step compiles: what fails in evaluation ends the run here
+    compiling.check_best()
     if not processes.index():
         for sentence in _warnings(recipe, base):
             log.warning("%s", sentence)
