@@ -162,9 +162,8 @@ def _max_pool_jvp(
     primals = platform.cpu_barrier(primals)  # the maximum and its position must see the same roundings
     y = _max_pool(window, strides, padding, *primals)
     argmax = pool.first_argmax(pool.window_slices(*primals, window, strides, padding, -jnp.inf), y)
-    if platform.current() == "cpu" and window == strides and not padding:
-        return y, pool.take_max_disjoint(*tangents, argmax, window=window)
-    return y, pool.take_max(*tangents, argmax, window, strides, padding)
+    take = pool.take_max_fast if platform.current() == "cpu" else pool.take_max
+    return y, take(*tangents, argmax, window=window, strides=strides, padding=padding)
 
 
 def mean_pool(x: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Max pooling on CPU, over axes 1 and 2 of images [b, h, w, c] or, features first, [c, h, w, b]."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +44,34 @@ def _unpool(gradient: jax.Array, argmax: jax.Array, like: jax.ShapeDtypeStruct, 
     return jnp.pad(y, ((0, 0), (0, like.shape[1] - ho * window), (0, like.shape[2] - wo * window), (0, 0)))
 
 
-# `take_max` of windows side by side, called with `window=`; its transpose takes one pass over the images.
-take_max_disjoint = multilinear("take_max", lambda x, argmax, window: take_max(x, argmax, window, window, 0), _unpool)
+def _put_max(
+    gradient: jax.Array, argmax: jax.Array, like: jax.ShapeDtypeStruct, window: int, strides: int, padding: int
+) -> jax.Array:
+    """The transpose of `take_max`: inputs at the same offset modulo the stride are in the same windows.
+
+    So the gradients of an offset are sums of arrays as small as the outputs, and the offsets interleave.
+    """
+    if window == strides and not padding:
+        return _unpool(gradient, argmax, like, window)
+    gradient, argmax = lax.optimization_barrier((gradient, argmax))
+    (b, ho, wo, c), (h, w) = gradient.shape, like.shape[1:3]
+    n, m = -(-(h + 2 * padding) // strides), -(-(w + 2 * padding) // strides)
+
+    def at(row: int, column: int) -> jax.Array:
+        total = jnp.zeros((b, n, m, c), gradient.dtype)
+        for i, j in itertools.product(range(row, window, strides), range(column, window, strides)):
+            part, down, right = jnp.where(argmax == i * window + j, gradient, 0), i // strides, j // strides
+            room = (0, 0, 0), (down, n - ho - down, 0), (right, m - wo - right, 0), (0, 0, 0)
+            total += lax.pad(part, jnp.zeros((), part.dtype), room)
+        return lax.optimization_barrier(total)
+
+    y = jnp.stack([jnp.stack([at(i, j) for j in range(strides)], 3) for i in range(strides)], 2)  # [b, n, s, m, s, c]
+    y = lax.optimization_barrier(y.reshape(b, n * strides, m * strides, c))
+    return y[:, padding : padding + h, padding : padding + w]
+
+
+# `take_max`, called with `window=`, `strides=` and `padding=`, with a faster transpose.
+take_max_fast = multilinear("take_max", take_max, _put_max)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
@@ -73,5 +100,5 @@ def _pool_bias_relu_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     (x, bias), (d_x, d_bias), wide = primals, tangents, accumulator(dtype)
     out, argmax = _pool_bias_relu(x, bias, window, dtype)
-    d_max = take_max_disjoint(d_x.astype(dtype), argmax, window=window).astype(wide)
+    d_max = take_max_fast(d_x.astype(dtype), argmax, window=window, strides=window, padding=0).astype(wide)
     return out, (d_max + jnp.where(argmax >= 0, d_bias.astype(wide)[:, None, None, None], 0)).astype(dtype)
