@@ -403,5 +403,5 @@ class Programs:
 
     def eval_images(self, source: Source) -> Images:
         """The images of a source, with the preprocessing of evaluation."""
-        config = self.recipe.config
-        return Images(source, self.preprocess_eval, config.seed, config.data.threads)
+        _ = self.preprocess_eval  # logs what it derives from `preprocess`
+        return datasets.eval_images(source, self.recipe.config)

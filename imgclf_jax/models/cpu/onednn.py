@@ -19,6 +19,7 @@ from imgclf_jax.core import dtypes
 from imgclf_jax.core.typing import Function
 from imgclf_jax.models.cpu.matmuls import Pads, Pair, Shaped, accumulator
 from imgclf_jax.models.cpu.multilinear import multilinear
+from imgclf_jax.models.cpu.pool import interleave
 
 _BLOCK = 16  # channels; see `_images_of_a_part`
 _CACHED = 2**24  # bytes that stay in the caches
@@ -38,18 +39,6 @@ def _convolve(
         x, lax.optimization_barrier(kernel), strides, pads, rhs_dilation=dilation, dimension_numbers=dimensions,
         feature_group_count=groups,
     )  # fmt: skip
-
-
-def _interleave(phases: Sequence[Sequence[jax.Array]], shape: tuple[int, ...]) -> jax.Array:
-    """Arranges y[p][q] [b, n, m, c] to [b, s * n, t * m, c], where row s * i + p, column t * j + q is y[p][q][i, j].
-
-    Then crops to `shape`.
-    """
-    if len(phases) == len(phases[0]) == 1:
-        return phases[0][0]
-    y = jnp.stack([jnp.stack(row, 3) for row in phases], 2)  # [b, n, s, m, t, c]
-    b, n, s, m, t, c = y.shape
-    return lax.optimization_barrier(y.reshape(b, n * s, m * t, c)[:, : shape[1], : shape[2]])
 
 
 def _groups(kernel: Shaped, x: Shaped) -> int:
@@ -92,7 +81,7 @@ def _conv_images(
         return _convolve(gradient, part[::-1, ::-1], (1, 1), (above, beside), groups=groups)
 
     phases = [[at(row, column) for column in range(strides[1])] for row in range(strides[0])]
-    return _interleave(phases, like.shape)
+    return interleave(phases, like.shape)
 
 
 def _conv_kernel(

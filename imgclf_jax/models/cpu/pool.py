@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,18 @@ def take_max(x: jax.Array, argmax: jax.Array, window: int, strides: int, padding
     """Takes x at the `first_argmax` of each of its `window_slices`; zero where it is -1."""
     taken = [jnp.where(argmax == k, y, 0) for k, y in enumerate(window_slices(x, window, strides, padding, 0))]
     return functools.reduce(jnp.add, taken)
+
+
+def interleave(phases: Sequence[Sequence[jax.Array]], shape: tuple[int, ...]) -> jax.Array:
+    """Arranges y[p][q] [b, n, m, c] to [b, s * n, t * m, c], where row s * i + p, column t * j + q is y[p][q][i, j].
+
+    Then crops to `shape`.
+    """
+    if len(phases) == len(phases[0]) == 1:
+        return phases[0][0]
+    y = jnp.stack([jnp.stack(row, 3) for row in phases], 2)  # [b, n, s, m, t, c]
+    b, n, s, m, t, c = y.shape
+    return lax.optimization_barrier(y.reshape(b, n * s, m * t, c)[:, : shape[1], : shape[2]])
 
 
 def _unpool(gradient: jax.Array, argmax: jax.Array, like: jax.ShapeDtypeStruct, window: int) -> jax.Array:
@@ -65,8 +78,8 @@ def _put_max(
             total += lax.pad(part, jnp.zeros((), part.dtype), room)
         return lax.optimization_barrier(total)
 
-    y = jnp.stack([jnp.stack([at(i, j) for j in range(strides)], 3) for i in range(strides)], 2)  # [b, n, s, m, s, c]
-    y = lax.optimization_barrier(y.reshape(b, n * strides, m * strides, c))
+    phases = [[at(row, column) for column in range(strides)] for row in range(strides)]
+    y = interleave(phases, (b, h + 2 * padding, w + 2 * padding, c))
     return y[:, padding : padding + h, padding : padding + w]
 
 
