@@ -46,7 +46,7 @@ KEYS: dict[str, tuple[Value, str]] = {
     "preprocess_eval": ("", "Host ops for evaluation and prediction, without randomness; empty means those of "
                             "`preprocess`, with resize_small and central_crop in place of random_resized_crop."),
     "augment": ("", "Device ops on the batch, with pixels in [0, 1]; evaluation skips the random ones."),
-    "mix": ("", "Mixing: mixup(0.2)|cutmix(1.0) draws one per batch; mixup(probability=0.5) mixes every other one."),
+    "mix": ("", "Mixing: mixup(0.2)|cutmix(1.0) draws one per batch; mixup(probability=0.5) mixes half of them."),
     "num_seeds": (1, "Replicas trained at once with seed, seed + 1, …; results are means with standard deviations."),
     "tta": ("", "Test-time augmentation: the mean logits of views, such as flip, translate(1) or 'flip|translate(1)'."),
     "model": ("cnn", "The backbone: cnn, resnet(depth=50), …, or an import path; vit(head_init='zeros') initializes "
@@ -198,6 +198,8 @@ def validate(config: ConfigDict) -> None:
     for key, allowed in _CHOICES.items():
         if flat[key] not in allowed:
             raise UserError(unknown(key, flat[key], allowed))
+    if config.seed + config.num_seeds > 2**32:
+        raise UserError(f"seed={config.seed} with num_seeds={config.num_seeds}: the last seed exceeds 2**32 - 1")
     period(config.total, "total", 1000, 10)
     for key in (*CADENCES, "check_every"):
         period(config[key], key, 1000, 10, 10)

@@ -23,6 +23,7 @@ from imgclf_jax.core.errors import UserError
     ({"batch_size": 0}, "batch_size=0: must be 1 or more"),
     ({"ema": 1.0}, "ema=1.0: must be 0 or more, and below 1"),
     ({"matmul_precision": "float16"}, "unknown matmul_precision 'float16'"),
+    ({"seed": 2**32 - 1, "num_seeds": 2}, "the last seed exceeds 2**32 - 1"),
     ({"total": ""}, "total is empty; write a value, such as '20 epochs'"),
     ({"total": "10%"}, "total='10%' is not a duration"),
     ({"eval_every": "0%"}, "eval_every='0%' is not a duration"),

@@ -52,7 +52,7 @@ def write(run: Run, records: Records, outcome: Outcome) -> None:
     trained = f"the last {step - run.start} of {step}" if run.start else str(step)
     print(f"trained {trained} steps ({result['epochs']:g} epochs) in {result['seconds']} s; see "
           f"{printable(str(run.workdir.path))}")  # fmt: skip
-    for words in ("report", "predict FILE", "serve"):
+    for words in ("report", *(("predict FILE", "serve") if run.programs.recipe.method.predicts else ())):
         print(f"  {display.program()} {words} --workdir {shlex.quote(printable(str(run.workdir.path)))}")
 
 

@@ -27,13 +27,13 @@ def main(
     config: ConfigDict, workdir: Workdir | None, paths: list[str], checkpoint: str, format: str, top_k: int,
     threshold: str = "",
 ) -> int:  # fmt: skip
-    """Prints the predictions for each image, in order as they are computed; returns 1 if an image fails, else 0.
+    """Prints the predictions for each image, in order; returns 1 if an image fails, else 0.
 
     These are the `top_k` classes, or the classes of a multi-label model from `threshold` on (see `Trained.describe`).
     With a `sigmoid` loss, probabilities do not sum to 1 (see `losses.Link`).
 
     - `workdir` is the run to use; None uses the weights that `init_from` names and the classes of the config's source.
-    - `format` is "table", "json" (a list), "jsonl" (an object per line) or "csv".
+    - `format` is "json" (a list, once all are computed), or "table", "jsonl" (an object per line) or "csv".
     """
     images = inputs.find(paths)
     model = load_trained(config, workdir, checkpoint)
