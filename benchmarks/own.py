@@ -74,7 +74,7 @@ def run_steps(programs: Programs, state: Any, batches: Any, seconds: float) -> t
     while not steps or time.perf_counter() - began < seconds:
         state, sums = programs.train(state, sums, next(batches))
         in_flight.append(sums["steps"])
-        if len(in_flight) > 4:
+        if len(in_flight) > 2:
             in_flight.popleft().block_until_ready()
         steps += 1
     jax.block_until_ready((state, sums))
@@ -100,7 +100,7 @@ def _training(programs: Programs, images: stream.Images) -> Measure:
 
 def _inference(programs: Programs, images: np.ndarray) -> Measure:
     """The program of `evaluate`, or for single images that of `predict`."""
-    batch_size = programs.eval_batch_size
+    batch_size = 1 if programs.eval_batch_size == 1 else programs.eval_call_size
     state = programs.init()["state"]
     usable = len(images) // batch_size * batch_size
     if not usable:

@@ -7,6 +7,7 @@ it can be lowered and compiled, though not run, for a mesh of devices that are a
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -33,6 +34,7 @@ from imgclf_jax.recipe import Recipe, check_names
 
 log = logging.getLogger(__name__)
 
+_CALL_BYTES = 2**23  # of images, in a call of `eval` on CPU
 _FIRST_IMAGES = 5000  # training images that airbench94 computes its whitening from
 
 
@@ -290,7 +292,7 @@ class Programs:
 
     @property
     def eval_batch_size(self) -> int:
-        """Examples in an evaluation batch, a multiple of the device count; the last batch is padded and masked.
+        """Examples that evaluation computes at once, a multiple of the device count.
 
         No result depends on it but for rounding. On CPU small batches are faster, since they fit the caches.
         """
@@ -299,9 +301,19 @@ class Programs:
         return sharding.round_up(max(1, size // len(self.recipe.views)), self.mesh)
 
     @property
+    def eval_call_size(self) -> int:
+        """Examples in a call of `eval`; the last call is padded and masked.
+
+        On a single CPU a call computes several small batches, one of which takes hardly longer than to begin a call.
+        """
+        size = self.eval_batch_size
+        batches = _CALL_BYTES // (size * math.prod(self.recipe.data.image_shape)) if self.platform == "cpu" else 1
+        return size * (min(max(batches, 1), 8) if self.mesh.size == 1 else 1)
+
+    @property
     def eval_batch_shape(self) -> Batch:
-        """The shapes, dtypes and shardings of an evaluation batch."""
-        data, rows = self.recipe.data, self.eval_batch_size
+        """The shapes, dtypes and shardings of the batch of a call of `eval`."""
+        data, rows = self.recipe.data, self.eval_call_size
         return placement.batch_shape(rows, data.image_shape, len(data.target_names), self.mesh, mask="bool")
 
     @once
@@ -312,7 +324,8 @@ class Programs:
             recipe.model, recipe.loss, recipe.augment(train=False), recipe.views, recipe.num_seeds,
             self.predicting or bool(recipe.whole_set_metrics), recipe.task, recipe.method,
         )  # fmt: skip
-        jitted = jax.jit(pure, out_shardings=sharding.replicated(self.mesh), compiler_options=options)
+        evaluate = step.in_parts(pure, self.eval_call_size // self.eval_batch_size)
+        jitted = jax.jit(evaluate, out_shardings=sharding.replicated(self.mesh), compiler_options=options)
         fixed = None if self._evaluates_forward else self.fixed_shape  # so that evaluation loads no teacher
         with self.tracing(self._evaluates_forward):
             traced = jitted.trace(state.params, state.model_state, self.eval_batch_shape, fixed)
@@ -323,7 +336,7 @@ class Programs:
 
     @once
     def eval(self) -> Function:
-        """Compiled `(params, model_state, batch) -> (sums, predictions)`: see `step.make_eval_step`.
+        """Compiled `(params, model_state, batch) -> (sums, predictions)`: see `step.make_eval_step` and `in_parts`.
 
         A batch is {"image": uint8[b, h, w, c], "label": i32[b], "mask": bool[b]}.
         """

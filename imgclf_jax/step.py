@@ -446,3 +446,26 @@ def make_eval_step(
         return sums, metrics.predict(logits, wanted, link, mask, task)
 
     return eval_step
+
+
+def in_parts(eval_step: Function, count: int) -> Function:
+    """`eval_step` of each of `count` parts of a batch, one after the other: its results, [count, …].
+
+    Parts at the end that are only padding are not computed, and their results are zero.
+    """
+
+    def evaluate(params: Params, model_state: ModelState, batch: Batch, fixed: PyTree = None) -> PyTree:
+        parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+
+        def result(i: jax.Array | int) -> PyTree:
+            return eval_step(params, model_state, jax.tree.map(lambda x: x[i], parts), fixed)
+
+        if count == 1:
+            return jax.tree.map(lambda x: x[None], result(0))
+        none = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), jax.eval_shape(result, 0))
+        used = jnp.sum(jnp.any(parts["mask"], 1), dtype=jnp.int32)
+        return jax.lax.fori_loop(
+            0, used, lambda i, all: jax.tree.map(lambda x, y: x.at[i].set(y), all, result(i)), none
+        )
+
+    return evaluate

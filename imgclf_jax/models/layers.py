@@ -132,7 +132,10 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        if wants_features_first() and x.ndim == 2:
+            y = conv(x[:, None, None], kernel[None, None], dtype=self.dtype)[:, 0, 0]
+        else:
+            y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
         return add_bias(y, bias).astype(self.dtype)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import operator
 from collections.abc import Callable, Iterator
 
 import jax
@@ -35,14 +36,14 @@ def evaluate(
     """
     sums: metrics.Sums = {}
     predictions: list[metrics.AnyPredictions] = []  # one a batch
-    parts = batches(programs, images, stop)
+    calls = batches(programs, images, stop)
     if caption:
-        parts = track(parts, len(images), caption, lambda _: programs.eval_batch_size)
-    results = (programs.eval(*state.evaluated, batch) for batch in parts)
+        calls = track(calls, len(images), caption, lambda _: programs.eval_call_size)
+    results = (programs.eval(*state.evaluated, batch) for batch in calls)
     for new, predicted in map(jax.device_get, run_ahead(results, 1)):  # while the device computes the next batch
         add(sums, new)
         if predicted is not None:
-            predictions.append(predicted)
+            predictions += [jax.tree.map(operator.itemgetter(i), predicted) for i in range(len(predicted.mask))]
     if wrong := int(np.max(sums.get("nonfinite", 0))):
         log.warning("the outputs of %d examples are NaN or infinite; they count as wrong", wrong)
     return sums, metrics.concatenate(predictions) if predictions else None
@@ -53,18 +54,18 @@ def batches(programs: Programs, images: stream.Images, stop: Callable[[], str] =
 
     Raises Stopped as `evaluate` does.
     """
-    rows = sharding.rows_here(programs.eval_batch_size, programs.mesh)
-    for batch in stream.eval_batches(images, programs.eval_batch_size, rows):
+    rows = sharding.rows_here(programs.eval_call_size, programs.mesh)
+    for batch in stream.eval_batches(images, programs.eval_call_size, rows):
         if name := stop():
             raise Stopped(name)
         yield sharding.put_batch(batch, programs.mesh)
 
 
 def add(sums: metrics.Sums, new: metrics.Sums) -> None:
-    """Adds the sums of a batch, on the host, to `sums`: integers as int64, the loss as float64."""
+    """Adds the sums of some batches, [batches, …] on the host, to `sums`: integers as int64, the loss as float64."""
     for name, value in new.items():
         exact = np.float64 if jnp.issubdtype(value.dtype, jnp.floating) else np.int64
-        sums[name] = sums.get(name, 0) + np.asarray(value, exact)
+        sums[name] = sums.get(name, 0) + np.sum(value, 0, exact)
 
 
 def evaluate_all(

@@ -22,7 +22,7 @@ from imgclf_jax.train.setup import Run
 
 log = logging.getLogger(__name__)
 
-_MAX_IN_FLIGHT = 4  # steps that the host may be ahead of the devices
+_MAX_IN_FLIGHT = 2  # steps that the host may be ahead of the devices
 Results = dict[str, dict[str, float]]  # the metrics of each evaluation set
 
 

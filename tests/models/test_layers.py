@@ -16,12 +16,13 @@ from imgclf_jax.models.layers import Conv, ConvPool, Dense, conv
 
 pytestmark = pytest.mark.optimized
 
-SETTINGS = [  # kernel, strides, padding, dilation, groups
-    ((2, 5), (1, 3), "VALID", 1, 1),
-    (3, 1, "SAME", 1, 2),
-    *thorough((3, 1, "SAME", 2, 1)),
-    *thorough((3, 1, "SAME", 1, 1), (4, 3, ((0, 2), (3, 1)), 1, 1)),
-    *thorough((3, 1, "VALID", 1, 1), ((3, 2), (2, 1), "SAME", 1, 1), (1, 2, "SAME", 1, 1), (3, 2, 1, 1, 1)),
+SETTINGS = [  # kernel, strides, padding, dilation, groups, channels
+    ((2, 5), (1, 3), "VALID", 1, 1, 4),
+    ((3, 2), (2, 1), ((0, -1), (1, 2)), (1, 2), 1, 1),
+    (3, 1, "SAME", 1, 2, 4),
+    *thorough((3, 1, "SAME", 2, 1, 4)),
+    *thorough((3, 1, "SAME", 1, 1, 4), (4, 3, ((0, 2), (3, 1)), 1, 1, 4), (2, 3, "SAME", 1, 1, 2)),
+    *thorough((3, 1, "VALID", 1, 1, 4), ((3, 2), (2, 1), "SAME", 1, 1, 4), (1, 2, "SAME", 1, 1, 4), (3, 2, 1, 1, 1, 4)),
 ]
 
 
@@ -35,10 +36,11 @@ def shapes(layer, *args):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(("kernel", "strides", "padding", "dilation", "groups"), SETTINGS)
-def test_conv_is_flax_conv(kernel, strides, padding, dilation, groups):
+@pytest.mark.parametrize(("kernel", "strides", "padding", "dilation", "groups", "channels"), SETTINGS)
+def test_conv_is_flax_conv(kernel, strides, padding, dilation, groups, channels):
     """The same parameters, results and gradients as nn.Conv, in float64."""
-    x, settings = jnp.asarray(normal(0, 3, 11, 9, 4)), {"kernel_dilation": dilation, "feature_group_count": groups}
+    x = jnp.asarray(normal(0, 3, 11, 9, channels))
+    settings = {"kernel_dilation": dilation, "feature_group_count": groups}
     ours = Conv(6, kernel, strides, padding, **settings, dtype=jnp.float64)
     size = (kernel, kernel) if isinstance(kernel, int) else kernel
     theirs = nn.Conv(6, size, strides, padding, **settings, dtype=jnp.float64)

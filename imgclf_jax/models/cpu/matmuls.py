@@ -8,9 +8,11 @@ Matmul operands are in `dtype`, float32 or bfloat16 (or float64); sums accumulat
 """
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
@@ -20,6 +22,8 @@ from imgclf_jax.models.cpu.multilinear import multilinear
 type Shaped = jax.Array | jax.ShapeDtypeStruct
 type Pair = tuple[int, int]
 type Pads = tuple[Pair, Pair]  # (top, bottom), (left, right)
+
+_FEW_TAPS = 9  # of a kernel: as many as one of 3×3 has on one channel
 
 
 def wants_features_first() -> bool:
@@ -47,15 +51,37 @@ def _matmul(a: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array:
     return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=dtype)
 
 
+def _output_size(x: Shaped, kernel: Shaped, strides: Pair, pads: Pads, dilation: Pair) -> Pair:
+    """(ho, wo) of the convolution of x [c, h, w, b] with [kh, kw, c, f]."""
+    sizes = zip(x.shape[1:3], kernel.shape[:2], strides, pads, dilation, strict=True)
+    ho, wo = ((n + low + high - (k - 1) * d - 1) // s + 1 for n, k, s, (low, high), d in sizes)
+    return ho, wo
+
+
+def _padded(x: jax.Array, kernel: Shaped, pads: Pads, dtype: DTypeLike) -> jax.Array:
+    """x [c, h, w, b] in `dtype`, padded. What negative padding crops at the end stays, since no tap reads it."""
+    edges = ((0, 0, 0), *((low, max(high, 0), 0) for low, high in pads), (0, 0, 0))
+    x = lax.optimization_barrier(lax.pad(x.astype(dtype), jnp.zeros((), dtype), edges))
+    if not _has_few_taps(kernel):
+        return x
+    # A gather of all rows, in order, puts each in one piece: XLA would leave x untransposed and read taps by strides.
+    rows = x.reshape(-1, x.shape[3])
+    return lax.optimization_barrier(rows.at[jnp.arange(len(rows))].get(mode="promise_in_bounds")).reshape(x.shape)
+
+
+def _has_few_taps(kernel: Shaped) -> bool:
+    """Whether an output sums so few inputs that the operation that reads it computes it faster than a matmul."""
+    return math.prod(kernel.shape[:3]) <= _FEW_TAPS
+
+
 def _im2col(x: jax.Array, kernel: Shaped, strides: Pair, pads: Pads, dilation: Pair, dtype: DTypeLike) -> jax.Array:
     """The patch of inputs under the kernel at each output position: [c, h, w, b] → [kh * kw * c, ho, wo, b]."""
-    x = lax.pad(x.astype(dtype), jnp.zeros((), dtype), ((0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)))
-    (kh, kw), (sh, sw), (c, h, w, b) = kernel.shape[:2], strides, x.shape
-    ho, wo = (h - (kh - 1) * dilation[0] - 1) // sh + 1, (w - (kw - 1) * dilation[1] - 1) // sw + 1
+    (kh, kw), (sh, sw), (c, _, _, b) = kernel.shape[:2], strides, x.shape
+    ho, wo = _output_size(x, kernel, strides, pads, dilation)
+    x = _padded(x, kernel, pads, dtype)
     if (kh, kw) == (1, 1):
         return x[:, : (ho - 1) * sh + 1 : sh, : (wo - 1) * sw + 1 : sw]
     corners = jnp.asarray([(i * dilation[0], j * dilation[1]) for i in range(kh) for j in range(kw)])  # [kh * kw, 2]
-    x = lax.optimization_barrier(x)
 
     def slice_at(corner: jax.Array) -> jax.Array:
         extent = (c, (ho - 1) * sh + 1, (wo - 1) * sw + 1, b)
@@ -66,8 +92,15 @@ def _im2col(x: jax.Array, kernel: Shaped, strides: Pair, pads: Pads, dilation: P
 
 
 def _conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads, dilation: Pair, dtype: DTypeLike) -> jax.Array:
-    weights = kernel.astype(dtype).reshape(-1, kernel.shape[3]).T
-    return _matmul(weights, _im2col(x, kernel, strides, pads, dilation, dtype), accumulator(dtype))
+    weights, wide = kernel.astype(dtype).reshape(-1, kernel.shape[3]).T, accumulator(dtype)  # [f, kh * kw * c]
+    if not _has_few_taps(kernel):
+        return _matmul(weights, _im2col(x, kernel, strides, pads, dilation, dtype), wide)
+    ho, wo = _output_size(x, kernel, strides, pads, dilation)
+    x, total = _padded(x, kernel, pads, dtype).astype(wide), jnp.zeros((), wide)
+    for k, (i, j, c) in enumerate(np.ndindex(kernel.shape[:3])):
+        seen = x[c, i * dilation[0] :: strides[0], j * dilation[1] :: strides[1]][:ho, :wo]  # [ho, wo, b]
+        total += weights[:, k, None, None, None].astype(wide) * seen
+    return total
 
 
 def _conv_images(

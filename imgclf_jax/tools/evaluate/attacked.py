@@ -92,7 +92,7 @@ def _evaluate(
     for i, batch in enumerate(track(batches, -(-len(images) // size), caption)):
         batch = {**batch, "index": (i * size + rows).astype(np.int32)}
         for name, sums in jax.device_get(evaluate(*state.evaluated, sharding.put_batch(batch, mesh))).items():
-            evaluation.add(totals[name], sums)
+            evaluation.add(totals[name], {key: value[None] for key, value in sums.items()})
     return totals
 
 

@@ -67,7 +67,7 @@ def measure(
 
     Images are read once, and corrupted on the host. `caption` labels the progress bar.
     """
-    size, mesh = programs.eval_batch_size, programs.mesh
+    size, mesh = programs.eval_call_size, programs.mesh
     rows = sharding.rows_here(size, mesh)
     kinds = [CLEAN, *((name, severity) for name in names for severity in SEVERITIES)]
     sums: dict[Key, metrics.Sums] = {kind: {} for kind in kinds}
