@@ -136,6 +136,14 @@ def test_wrong_values(mistake, tmp_path, flag, fragments):
     assert snapshot(tmp_path) == {}
 
 
+def test_sums_that_would_overflow(mistake, tmp_path):
+    argv = [f for f in FAKE if not f.startswith(("--config.total=", "--config.log_every="))]
+    argv += ["--config.total=200M steps", "--config.log_every=3000M examples"]
+    assert mistake("train", f"--workdir={tmp_path / 'run'}", *argv).startswith(
+        "error: log_every='3000M examples' sums over"
+    )
+
+
 def test_a_folder_of_data_is_no_work_directory(mistake, tmp_path):
     """A run in the folder of one's photographs left files there that the next start took for a class."""
     (tmp_path / "cat").mkdir()

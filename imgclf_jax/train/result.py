@@ -4,6 +4,7 @@ import logging
 import shlex
 
 from imgclf_jax.core import json_files, processes, sharding
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.terminal import format_metrics
 from imgclf_jax.core.text import printable
 from imgclf_jax.step import TrainState
@@ -26,10 +27,16 @@ def is_done(run: Run) -> bool:
 
 
 def write(run: Run, records: Records, outcome: Outcome) -> None:
-    """Writes result.json and prints the results. All processes call this."""
+    """Writes result.json and prints the results. All processes call this.
+
+    Raises UserError if a seed skipped all of its steps.
+    """
     step, timer = outcome.step, records.timer
+    skipped = sharding.fetch(outcome.state.skipped)
+    if step and (skipped == step).any():
+        raise UserError(f"all {step} steps were skipped: their loss, gradient or parameters are not finite, so nothing "
+                        "was trained; look for the first with on_bad_step=stop")  # fmt: skip
     results = outcome.results or _evaluate_again(run, records, outcome.state)
-    skipped = int(sharding.fetch(outcome.state.skipped).sum())
     seconds, steps = timer.seconds["input"] + timer.seconds["steps"], timer.steps
     result = {
         "step": step,
@@ -37,7 +44,7 @@ def write(run: Run, records: Records, outcome: Outcome) -> None:
         "seconds": round(timer.since_main, 2),  # of this process, from the start of `main`
         "images_per_second": round(steps * records.images_per_step / seconds, 1) if steps else None,
         "params_sha256": records.digests.sha256(),
-        **({"skipped": skipped} if skipped else {}),
+        **({"skipped": int(skipped.sum())} if skipped.any() else {}),
         **({"stopped_early": outcome.stopped_early} if outcome.stopped_early else {}),
         "time": timer.summary(),
         **results,

@@ -81,6 +81,8 @@ def set_up(config: ConfigDict, workdir: Workdir) -> Run:
     evals = open_evals(compiling, base)
     compiling.check_size()
     cadences = Cadences(recipe.total, *map(recipe.period, configs.CADENCES), check=recipe.period("check_every"))
+    if min(cadences.log or recipe.total, recipe.total) * config.batch_size >= 2**31:
+        raise UserError(f"log_every={config.log_every!r} sums over 2**31 examples or more in int32; log more often")
     _ = compiling.traced_train, recipe.views, recipe.whole_set_metrics  # which shows errors in the config
 
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)

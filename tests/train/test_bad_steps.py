@@ -12,6 +12,7 @@ from flax import linen as nn
 from imgclf_jax import datasets, programs
 from imgclf_jax import step as steps
 from imgclf_jax.core import sharding, tree
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sampling
 from imgclf_jax.losses import softmax
 from imgclf_jax.models.classifier import Classifier
@@ -83,6 +84,14 @@ def test_a_bad_step_is_skipped(poisoned, tmp_path, one_device, caplog):
     assert np.isfinite([line["train/loss"] for line in logged]).all()
     last = logged[-1]  # steps 21 to 24, as updates 19 to 22 of 24
     assert last["train/learning_rate"] == pytest.approx(1e-2 * (1 - np.mean([18, 19, 20, 21]) / TOTAL), rel=1e-5)
+
+
+def test_a_run_that_skips_every_step_has_no_result(poisoned, tmp_path, one_device):
+    poisoned.augment, poisoned.on_bad_step = f"normalize|poisoned:poison({tuple((i, 0) for i in range(64))})", "skip"
+    poisoned.total = "1 epochs"
+    with pytest.raises(UserError, match="all 4 steps were skipped"):
+        train.main(poisoned, Workdir(tmp_path))
+    assert not (tmp_path / "result.json").exists()
 
 
 def root_loss(logits, labels):
