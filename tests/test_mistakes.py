@@ -139,9 +139,7 @@ def test_wrong_values(mistake, tmp_path, flag, fragments):
 def test_sums_that_would_overflow(mistake, tmp_path):
     argv = [f for f in FAKE if not f.startswith(("--config.total=", "--config.log_every="))]
     argv += ["--config.total=200M steps", "--config.log_every=3000M examples"]
-    assert mistake("train", f"--workdir={tmp_path / 'run'}", *argv).startswith(
-        "error: log_every='3000M examples' sums over"
-    )
+    assert has(mistake("train", f"--workdir={tmp_path / 'run'}", *argv), "log_every='3000M examples' sums over 2**31")
 
 
 def test_a_folder_of_data_is_no_work_directory(mistake, tmp_path):
