@@ -49,8 +49,7 @@ KEYS: dict[str, tuple[Value, str]] = {
     "mix": ("", "Mixing: mixup(0.2)|cutmix(1.0) draws one per batch; mixup(probability=0.5) mixes half of them."),
     "num_seeds": (1, "Replicas trained at once with seed, seed + 1, …; results are means with standard deviations."),
     "tta": ("", "Test-time augmentation: the mean logits of views, such as flip, translate(1) or 'flip|translate(1)'."),
-    "model": ("cnn", "The backbone: cnn, resnet(depth=50), …, or an import path; vit(head_init='zeros') initializes "
-                     "its head."),
+    "model": ("cnn", "The backbone, such as resnet(depth=50), vit(head_init='zeros') or an import path."),
     "batch_norm": ("global", "Which examples BatchNorm statistics cover: 'global' (SyncBatchNorm), or 'groups(32)' "
                              "(ghost: 32 examples of the batch, with all their views)."),
     "init_from": ("", "Initial weights: a work directory, a PyTorch file (.pth, .pt, .th) or a .safetensors file."),
@@ -59,8 +58,7 @@ KEYS: dict[str, tuple[Value, str]] = {
     "method": ("supervised", "What a run learns from a batch: supervised, distill, fixmatch, lora, mean_teacher, "
                              "simclr, supcon, or an import path."),
     "gradient": ("", "Gradient transforms, such as sam, asam, pgd (adversarial training), 'sam|my_file:noisy(0.1)'."),
-    "optimizer": ("adam", "An optax optimizer without its learning rate, after any transforms: "
-                          "'add_decayed_weights(5e-4)|sgd'."),
+    "optimizer": ("adam", "An optax optimizer without its learning rate: adam, 'add_decayed_weights(5e-4)|sgd'."),
     "schedule": ("constant(1e-3)", "Learning-rate schedule: constant, cosine, linear, one_cycle, step or triangle."),
     "clip": (0.0, "Global norm to clip the gradient to; 0 does not clip."),
     "accumulate": (1, "Number of gradient-accumulation microbatches per step; more take less memory."),
@@ -68,15 +66,13 @@ KEYS: dict[str, tuple[Value, str]] = {
     "on_bad_step": ("stop", "A step whose loss or gradient is not finite: 'stop' the run, or 'skip' the step."),
     "rules.lr": ("", "Learning-rate multipliers by parameter path, the first match: 'backbone/.*=0.1, head/.*=1'."),
     "rules.decay": ("", "Weight-decay multipliers by parameter path; '.*(bias|scale)=0' exempts biases and norms."),
-    "rules.freeze": ("", "Parameters to freeze, as patterns of full paths: 'backbone/.*'; frozen modules run in "
-                         "evaluation mode."),
+    "rules.freeze": ("", "Patterns of the parameters to freeze: 'backbone/.*'; their modules run in evaluation mode."),
     "rules.shard": ("", "The axis of a parameter that fsdp shards: 'head/kernel=0, .*bias=none'; else the largest."),
     "rules.layer_decay": (0.0, "Layer-wise decay: a layer's learning rate over that of the layer above; 0: off."),
     "metrics": ("", "Evaluation metrics besides accuracy, loss, nll and top5: auc, balanced_accuracy, f1, 'auc|f1'."),
     "tensorboard": (True, "Write TensorBoard files next to metrics.jsonl."),
     "log_images": (False, "Write the first augmented images of step 0 to TensorBoard and `writers`."),
-    "writers": ("", "Further metric writers, by import path: "
-                    "'my_writers:Wandb(project=\"x\")|my_writers:Csv(\"x.csv\")'."),
+    "writers": ("", "Further metric writers, by import path: 'my_writers:Wandb(project=\"x\")|my_writers:Csv'."),
     "log_every": ("50 steps", "How often to log training metrics; empty: never."),
     "eval_every": ("1 epochs", "How often to evaluate on every set of `data.eval`; empty: only at the end."),
     "checkpoint_every": ("1 epochs", "How often to save a checkpoint; empty: only at the end."),
@@ -120,7 +116,7 @@ HOST_KEYS = ("data.data_dir", "data.manual_dir", "data.threads")
 
 # Names that metrics.jsonl, result.json and `evaluate` use themselves, so no evaluation set can have them.
 RESERVED = frozenset({"train", "step", "epochs", "seconds", "images_per_second", "params_sha256", "num_seeds",
-                      "left_out", "attack", "skipped", "stopped_early", "time"})  # fmt: skip
+                      "attack", "skipped", "stopped_early", "time"})  # fmt: skip
 
 
 def default_config() -> ConfigDict:
@@ -297,9 +293,7 @@ def from_json(text: str | bytes, where: str) -> ConfigDict:
     try:
         config = ConfigDict(json.loads(text))
     except (ValueError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(
-            f"{where} is damaged ({reason(e)}); restore it from a backup, or train into a new --workdir"
-        ) from e
+        raise UserError(f"{where} is damaged ({reason(e)}); restore it, or train into a new --workdir") from e
     check_keys(config, where)
     return config.lock()
 

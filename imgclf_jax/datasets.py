@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.core import processes, spec
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import decode, sampling, sources, splits
+from imgclf_jax.data import decode, sampling, sources
 from imgclf_jax.data.source import Source
 from imgclf_jax.data.stream import Images
 
@@ -43,19 +43,15 @@ def open_data(config: ConfigDict, text: str = "") -> dict[str, Source]:
 
 
 def open_train_images(config: ConfigDict, base: Mapping[str, Source] | None = None) -> Images:
-    """Opens the training images of a config, with its `data.extra`; `base` are its sources, if open already."""
+    """Opens the training images of a config, with its `data.extra`; `base` are its sources, if open already.
+
+    All processes must call this. Raises UserError unless they sample by the same numbers.
+    """
     base = open_data(config) if base is None else base
     extra = {name: _extra_images(config, name, stream, base) for name, stream in extra_streams(config).items()}
-    return train_images(sources.take_split(base, config.data.train), config, extra)
-
-
-def train_images(source: Source, config: ConfigDict, extra: Mapping[str, Images] | None = None) -> Images:
-    """The images of a source with the host ops of training, in the order of `data.sampling`.
-
-    All processes must call this; it raises UserError unless they sample by the same numbers.
-    """
+    source = sources.take_split(base, config.data.train)
     sampler = _sampler(config.data.sampling, source, "data.sampling")
-    return Images(source, config.preprocess, config.seed, config.data.threads, sampler, extra or {})
+    return Images(source, config.preprocess, config.seed, config.data.threads, sampler, extra)
 
 
 def eval_images(source: Source, config: ConfigDict) -> Images:
@@ -66,7 +62,6 @@ def eval_images(source: Source, config: ConfigDict) -> Images:
 
 def _extra_images(config: ConfigDict, name: str, stream: ExtraStream, base: Mapping[str, Source]) -> Images:
     """Opens a stream of `data.extra`. Raises UserError naming its key."""
-    key = f"data.extra.{name}"
     try:
         opened = open_data(config, stream.source) if stream.source else base
         split = stream.split or ("train" if len(opened) > 1 else next(iter(opened)))
@@ -74,7 +69,7 @@ def _extra_images(config: ConfigDict, name: str, stream: ExtraStream, base: Mapp
         sampler = _sampler(stream.sampling, source, "sampling")
         return Images(source, stream.preprocess, config.seed, config.data.threads, sampler)
     except UserError as e:
-        raise UserError(f"{key}: {e}") from e
+        raise UserError(f"data.extra.{name}: {e}") from e
 
 
 def _sampler(text: str, source: Source, key: str) -> sampling.Sampler:
@@ -126,19 +121,6 @@ def split_source(text: str) -> tuple[str, str]:
         return text, ""
     source, _, split = text.rpartition("/")
     return source.strip(), split.strip()
-
-
-def describe_use(config: ConfigDict, base: Mapping[str, Source]) -> str:
-    """Describes in one line the splits to train and evaluate on, with the sizes of those of these base splits."""
-    sizes = {name: source.size for name, source in base.items()}
-
-    def with_size(text: str) -> str:
-        if ")" in text:  # of another source
-            return text
-        return f"{text} ({sum(part.stop - part.start for part in splits.resolve(text, sizes))})"
-
-    evals = ", ".join(f"{name} = {with_size(text)}" for name, text in config.data.eval.items())
-    return f"training on {with_size(config.data.train)}" + (f"; evaluating on {evals}" if evals else "")
 
 
 def skipped_files(base: Mapping[str, Source], images: Images) -> list[str]:

@@ -1,8 +1,7 @@
-"""Diagnosis of failures: the config key that cannot be traced, the examples of a nonfinite step, oversized arrays."""
+"""Diagnosis of failures: the config key that cannot be traced, and the examples of a nonfinite step."""
 
 import contextlib
 import functools
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax import metrics, step
-from imgclf_jax.core import json_files, memory, processes, rng, spec
+from imgclf_jax import metrics
+from imgclf_jax.core import json_files, processes, rng, spec
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.data import stream
 from imgclf_jax.recipe import Recipe
@@ -64,12 +63,3 @@ def refuse_nonfinite(
         f"(all in {file}); {kept}; inspect those examples, lower the learning rate, set clip=1.0, or skip such steps: "
         "on_bad_step='skip', in a new --workdir"
     )
-
-
-def check_size(recipe: Recipe, state: step.TrainState) -> None:
-    """Raises UserError for a train state or a batch beyond the host's memory; `state` holds the shapes."""
-    config = recipe.config
-    nbytes = sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(state))
-    memory.require(nbytes, f"the train state of model={config.model!r} with num_seeds={config.num_seeds}")
-    images = config.batch_size * config.num_seeds * math.prod(recipe.data.image_shape)
-    memory.require(5 * images, f"a batch of batch_size={config.batch_size}")  # as uint8 and as float32

@@ -4,8 +4,7 @@ A loss declares its `Link`, from logits to probabilities. Metrics, mixing and th
 
 `class_weights`, one number per class, multiply the losses of the examples of each class, as in Keras and scikit-learn;
 they need labels. The batch loss is the mean over examples, whereas PyTorch divides by the sum of the labels' weights.
-The weights 'balanced' are n / (classes * count) by the class counts of the training split, so all classes have equal
-total weight.
+The weights 'balanced' are n / (classes * count) by the class counts of the training split.
 """
 
 import enum

@@ -168,9 +168,8 @@ def build_whole_set(text: str, task: Task = Task.CLASSES) -> dict[str, WholeSetM
     have already.
     """
     several = task is Task.MULTILABEL
-    whole_set: dict[str, WholeSetMetric] = {}
-    if several:
-        whole_set |= {name: functools.partial(_score, score) for name, score in multilabel.SCORES.items()}
+    scores = multilabel.SCORES if several else {}
+    whole_set: dict[str, WholeSetMetric] = {name: functools.partial(_score, score) for name, score in scores.items()}
     for call in spec.parse(text):
         name, is_own = call.name.rpartition(":")[2], ":" in call.name
         if name in whole_set or (is_own and RESERVED.fullmatch(name)):

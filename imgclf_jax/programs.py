@@ -6,7 +6,6 @@ it can be lowered and compiled, though not run, for a mesh of devices that are a
 
 import contextlib
 import functools
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,20 +18,17 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import datasets, diagnose, losses, metrics, step
 from imgclf_jax.config import selecting_metrics
-from imgclf_jax.core import internals, platform, sharding, tree
+from imgclf_jax.core import internals, memory, platform, sharding, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.once import once
 from imgclf_jax.core.typing import Array, Batch, Function, PyTree
 from imgclf_jax.data import decode, placement
 from imgclf_jax.data.info import DataInfo
-from imgclf_jax.data.source import Source
 from imgclf_jax.data.stream import Images, StreamSpec
 from imgclf_jax.models import norms
 from imgclf_jax.models.frozen import Frozen
 from imgclf_jax.optim import partition
 from imgclf_jax.recipe import Recipe, check_names
-
-log = logging.getLogger(__name__)
 
 _CALL_BYTES = 2**23  # of images, in a call of `eval` on CPU
 _FIRST_IMAGES = 5000  # training images that airbench94 computes its whitening from
@@ -124,16 +120,12 @@ class Programs:
         With several seeds, which are `seed`, `seed + 1`, …, all arrays are [num_seeds, …].
         """
         seed = self.recipe.config.seed if seed is None else seed
+        if weights:  # no device holds all of them
+            shardings = partition.state_shardings(dict(weights), self._axes, self.mesh)
+            weights = {name: sharding.put(x, shardings[name]) for name, x in weights.items()}
         with self.tracing():
-            state: step.TrainState = self._jitted_init(np.uint32(seed), images, self._sharded(weights))
+            state: step.TrainState = self._jitted_init(np.uint32(seed), images, weights)
         return state
-
-    def _sharded(self, weights: Mapping[str, Array] | None) -> dict[str, jax.Array] | None:
-        """Weights by path, sharded like the parameters of one seed, so that no device holds all of them."""
-        if weights is None:
-            return None
-        shardings = partition.state_shardings(dict(weights), self._axes, self.mesh)
-        return {name: sharding.put(x, shardings[name]) for name, x in weights.items()}
 
     @once
     def _jitted_init(self) -> jax.stages.Wrapped:
@@ -151,8 +143,13 @@ class Programs:
 
     def check_size(self) -> None:
         """Raises UserError if the devices use the host's memory and the train state or a batch exceeds it."""
-        if self.platform == "cpu":
-            diagnose.check_size(self.recipe, self.state_shape)
+        if self.platform != "cpu":
+            return
+        config = self.recipe.config
+        nbytes = sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(self.state_shape))
+        memory.require(nbytes, f"the train state of model={config.model!r} with num_seeds={config.num_seeds}")
+        images = config.batch_size * config.num_seeds * math.prod(self.recipe.data.image_shape)
+        memory.require(5 * images, f"a batch of batch_size={config.batch_size}")  # as uint8 and as float32
 
     @once
     def _axes(self) -> dict[str, int | None]:
@@ -360,8 +357,7 @@ class Programs:
         """Raises UserError if the run's method trains no head."""
         if not self.recipe.method.predicts:
             raise UserError(f"method={self.recipe.config.method!r} trains no head, so this run predicts nothing; use "
-                            "its features (commands features and probe, export --gives=features), or begin a run with "
-                            "a head from it by init_from")  # fmt: skip
+                            "features, probe or export --gives=features, or train a head with init_from")  # fmt: skip
 
     def pure(self, outputs: step.Outputs) -> step.Inference:
         """The pure function (params, model_state, images) → what `outputs` names: see `step.make_inference`."""
@@ -404,17 +400,7 @@ class Programs:
         """The preprocessing of evaluation as one function: see `decode.build`."""
         return decode.build(self.preprocess_eval)[0]
 
-    @once
+    @property
     def preprocess_eval(self) -> str:
         """The spec of the preprocessing of evaluation and inference, which is deterministic."""
-        config = self.recipe.config
-        found = decode.evaluation_spec(config.preprocess_eval, config.preprocess)
-        if not config.preprocess_eval and found != config.preprocess:
-            log.info("preprocess=%r draws at random, and preprocess_eval is empty: evaluation and prediction use %r",
-                     config.preprocess, found)  # fmt: skip
-        return found
-
-    def eval_images(self, source: Source) -> Images:
-        """The images of a source, with the preprocessing of evaluation."""
-        _ = self.preprocess_eval  # logs what it derives from `preprocess`
-        return datasets.eval_images(source, self.recipe.config)
+        return decode.evaluation_spec(self.recipe.config.preprocess_eval, self.recipe.config.preprocess)

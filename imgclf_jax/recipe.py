@@ -138,9 +138,9 @@ class Recipe:
             images = jnp.zeros((1, *self.data.image_shape), jnp.float32)
             rngs = rng.init_streams(jax.random.key(0))  # any key: only shapes
             variables = self.model.init(rngs, images, train=False)
-            leaves = {tree.join(path): x.shape for path, x in traverse_util.flatten_dict(variables["params"]).items()}
-            shapes.update({name: shape for name, shape in leaves.items()
-                           if self.method.predicts or not name.startswith("head/")})  # fmt: skip
+            for path, x in traverse_util.flatten_dict(variables["params"]).items():
+                if self.method.predicts or path[0] != "head":
+                    shapes[tree.join(path)] = x.shape
 
         jax.eval_shape(init)
         return shapes
@@ -223,11 +223,8 @@ class Recipe:
 
     @cached_property
     def views(self) -> tta.Views:
-        """The TTA views of evaluation and prediction. Raises UserError if images are too small for them."""
-        views, images = tta.build(self.config.tta), jax.ShapeDtypeStruct((1, *self.data.image_shape), "float32")
-        for _, view in views:
-            jax.eval_shape(view, images)
-        return views
+        """The TTA views of evaluation and prediction."""
+        return tta.build(self.config.tta)
 
     @_built
     def whole_set_metrics(self) -> dict[str, metrics.WholeSetMetric]:
@@ -249,8 +246,7 @@ def _check_keys(method: Method, config: ConfigDict, has_targets: bool) -> None:
     """Raises UserError if a config key is set that the method ignores: `mix`, `metrics`, `tta` or `loss`."""
     if config.mix and method.inputs and not method.mixes:
         raise UserError(f"mix={config.mix!r}: method={config.method!r} makes its own batches and does not mix them; "
-                        "leave mix empty, or, in your own method, call problem.mix in `inputs` and return "
-                        "Method(…, mixes=True)")  # fmt: skip
+                        "leave mix empty, or call problem.mix in `inputs` of a Method(…, mixes=True)")  # fmt: skip
     has_name = spec.parse_one(config.loss).name if has_targets else configs.KEYS["loss"][0]  # for the kind of targets
     for key, value in {"metrics": "", "tta": "", "loss": has_name}.items():
         if not method.predicts and config[key] != value:

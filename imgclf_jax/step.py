@@ -187,13 +187,12 @@ def make_train_step(
         key = rng.key(state.seed, "dropout", state.step)
         (mean_loss, (model_state, (logits, named))), grads = take_gradient(state.params, state.model_state, whole, key)
         _refuse_difference("gradients that do not fit the parameters", grads, state.params)
+        count = state.step - state.skipped  # of updates so far, as in the optimizer's own state
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=mean_loss)
         _refuse_difference("updates of the optimizer that do not fit the parameters", updates, state.params)
         params = optax.apply_updates(state.params, shard(updates))
-        (params, model_state), evaluated = average.update(
-            state.eval_variables, (params, model_state), _updates(state), opt_state
-        )
+        (params, model_state), evaluated = average.update(state.eval_variables, (params, model_state), count, opt_state)
 
         grad_norm = optax.tree.norm(grads)
         param_norm = optax.tree.norm(params)
@@ -205,7 +204,7 @@ def make_train_step(
             "loss": mean_loss * examples,
             "grad_norm": grad_norm,
             "param_norm": param_norm,
-            "learning_rate": jnp.asarray(promoting(schedule)(_updates(state)), jnp.float32),
+            "learning_rate": jnp.asarray(promoting(schedule)(count), jnp.float32),
             **{name: value * examples for name, value in named.items()},
             NONFINITE_STEP: jnp.where(finite, jnp.int32(metrics.NO_STEP), state.step),
         }
@@ -218,11 +217,6 @@ def make_train_step(
         return new, sums
 
     return train_step
-
-
-def _updates(state: TrainState) -> jax.Array:
-    """The number i32[] of updates before this step, which the optimizer's own count is: steps without the skipped."""
-    return state.step - state.skipped
 
 
 def _refuse_difference(what: str, given: PyTree, wanted: PyTree, with_dtype: bool = False) -> None:
@@ -249,8 +243,7 @@ def _check_sown(losses: PyTree, part: Batch) -> None:
     for name, x in tree.named_leaves(losses):
         if jnp.size(x) != 1 and (jnp.ndim(x) > 1 or len(x) % examples):
             raise UserError(f"the sown loss {name!r} has the shape {list(jnp.shape(x))}; sow f32[] or one number per "
-                            "example, f32[b]; nn.scan and nn.vmap stack what their layers sow: return such losses from "
-                            "the layer, and sow their sum outside")  # fmt: skip
+                            "example, f32[b], and outside of nn.scan and nn.vmap, which would stack it")  # fmt: skip
 
 
 def _mean_loss(out: Any) -> jax.Array:
@@ -271,13 +264,8 @@ def _named_metrics(named: Mapping[str, jax.Array], sown: PyTree) -> metrics.Sums
     means = {}
     for name, values in {**named, **by_path}.items():
         values = values if isinstance(values, tuple) else (values,)  # `sow` appends to a tuple
-        of = name.removesuffix("_std")
-        if name in _OWN_METRICS or (of != name and of in (*_OWN_METRICS, *named, *by_path)):
-            raise UserError(f"a metric is called {name!r}, which every step has, or runs of several seeds for the "
-                            "standard deviation of another; rename it")  # fmt: skip
-        if bad := [jnp.shape(x) for x in values if jnp.ndim(x) > 1]:
-            raise UserError(f"the metric {name!r} has the shape {list(bad[0])}; give f32[] or one number per example, "
-                            "f32[b]")  # fmt: skip
+        if name in _OWN_METRICS or name.endswith("_std"):
+            raise UserError(f"a metric is called {name!r}, which every step has, or runs of several seeds; rename it")
         means[name] = jnp.mean(jnp.stack([jnp.mean(jnp.asarray(x).astype(jnp.float32)) for x in values]))
     return means
 
@@ -289,8 +277,7 @@ def _count_correct(logits: jax.Array | None, batch: Batch, link: Link, task: Tas
         return {}
     if "other" in batch:
         wanted = mixing.main_labels(wanted, batch["weight"])
-    correct = metrics.correct(logits, wanted, link, task)
-    return {} if correct is None else {"correct": jnp.sum(correct, dtype=jnp.int32)}
+    return {"correct": jnp.sum(metrics.correct(logits, wanted, link, task), dtype=jnp.int32)}
 
 
 def zero_sums(like: metrics.Sums) -> metrics.Sums:
@@ -313,10 +300,9 @@ def over_seeds(train_step: Function, num_seeds: int) -> Function:
     if num_seeds == 1:
         return train_step
 
-    def step(states: TrainState, batch: Batch, fixed: PyTree) -> tuple[TrainState, metrics.Sums]:
+    def step(states: TrainState, batch: Batch, fixed: PyTree) -> PyTree:
         own = jax.tree.map(lambda x: x.reshape(-1, num_seeds, *x.shape[1:]), batch)
-        result: tuple[TrainState, metrics.Sums] = jax.vmap(train_step, (0, 1, None))(states, own, fixed)
-        return result
+        return jax.vmap(train_step, (0, 1, None))(states, own, fixed)
 
     return step
 

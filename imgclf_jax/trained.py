@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from imgclf_jax import datasets, losses
-from imgclf_jax.core import dtypes, processes, sharding, tree
+from imgclf_jax.core import dtypes, processes, sharding
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import JsonObject, Variables
 from imgclf_jax.data import decode
@@ -55,21 +55,14 @@ class Trained(NamedTuple):
     step: int
 
     def __repr__(self) -> str:
-        recipe, leaves = self.programs.recipe, jax.tree.leaves(self.state.params)
-        seeds = f", {recipe.num_seeds} seeds" if recipe.num_seeds > 1 else ""
-        return (f"Trained({self.config.model} at step {self.step}: images {list(recipe.data.image_shape)} → "
-                f"{len(self.class_names)} classes, "
-                f"{sum(x.size for x in leaves):,} parameters{seeds})")  # fmt: skip
+        shape, size = self.programs.recipe.data.image_shape, sum(x.size for x in jax.tree.leaves(self.state.params))
+        return (f"Trained({self.config.model} at step {self.step}: images {list(shape)} → {len(self.class_names)} "
+                f"classes, {size:,} parameters)")  # fmt: skip
 
     @property
     def config(self) -> ConfigDict:
         """The config of its training."""
         return self.programs.recipe.config
-
-    @property
-    def params_sha256(self) -> str:
-        """The digest of the parameters, as in result.json and digests.jsonl. All processes call this."""
-        return tree.sha256(self.state.params)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -78,7 +71,7 @@ class Trained(NamedTuple):
 
     @property
     def task(self) -> Task:
-        """What it predicts: one class, several labels, or numbers."""
+        """What it predicts: one class or several."""
         return self.programs.recipe.task
 
     def prepare(self, image: ImageLike, place: int = 0) -> np.ndarray:
@@ -94,13 +87,7 @@ class Trained(NamedTuple):
         elif isinstance(image, np.ndarray) and image.ndim == 2:
             image = image[..., None]
         wanted = self.programs.recipe.data.image_shape
-        try:
-            out = self.programs.host_ops(image, self.config.seed, place)
-        except UserError:
-            raise
-        except Exception as e:  # from a user's own op, or Pillow
-            ops = self.programs.preprocess_eval
-            raise UserError(f"preprocess={ops!r} fails: {type(e).__name__}: {reason(e)}") from e
+        out = self.programs.host_ops(image, self.config.seed, place)
         if out.shape != wanted:
             raise UserError(f"preprocess gives {out.shape}, not {wanted}")
         return out
@@ -263,20 +250,15 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
 
     Raises UserError if there is no such checkpoint.
     """
-    programs = load_programs(config, workdir)
+    recipe = Recipe(config, workdir.load_data_info(), load_teacher)
+    programs = Programs(recipe, sharding.make_inference_mesh(config.mesh))
     if not workdir.checkpoints.is_dir():
         raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
     state, step = _choose(config, workdir, which, programs)
     processes.agree(provenance.process_facts)  # restoring may have imported more
-    _ = programs.host_ops, programs.recipe.views, programs.recipe.whole_set_metrics  # import what they name
+    _ = programs.host_ops, recipe.views, recipe.whole_set_metrics  # import what they name
     workdir.warn_of_changed_modules()
     return Trained(programs, state, step)
-
-
-def load_programs(config: ConfigDict, workdir: Workdir) -> Programs:
-    """The programs of a run, for inference on all devices."""
-    recipe = Recipe(config, workdir.load_data_info(), load_teacher)
-    return Programs(recipe, sharding.make_inference_mesh(config.mesh))
 
 
 def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs) -> tuple[TrainState, int]:

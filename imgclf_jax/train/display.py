@@ -9,13 +9,11 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from imgclf_jax import datasets
 from imgclf_jax.config import KEYS
 from imgclf_jax.core import processes
 from imgclf_jax.core.terminal import format_metrics
 from imgclf_jax.core.text import printable
 from imgclf_jax.data import stream
-from imgclf_jax.data.source import Source
 from imgclf_jax.models import summary
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
@@ -25,7 +23,9 @@ from imgclf_jax.run.workdir import Workdir
 _NOT_IN_A_LINE = {"examples", "grad_norm", "param_norm", "learning_rate", "input_wait"}  # metrics.jsonl has them
 
 
-def head(compiling: Programs, images: stream.Images, base: Mapping[str, Source], workdir: Workdir, fresh: bool) -> str:
+def head(
+    compiling: Programs, images: stream.Images, evals: Mapping[str, stream.Images], workdir: Workdir, fresh: bool
+) -> str:
     """What is trained, on what and how. A run that begins (`fresh`) also has its model's parameters."""
     recipe, config = compiling.recipe, compiling.recipe.config
     shape, classes = "x".join(map(str, images.shape)), len(recipe.data.class_names)
@@ -33,9 +33,10 @@ def head(compiling: Programs, images: stream.Images, base: Mapping[str, Source],
                if config[key] != KEYS[key][0]]  # fmt: skip
     seeds = f" to {config.seed + recipe.num_seeds - 1}, trained at once" if recipe.num_seeds > 1 else ""
     epochs = recipe.total * config.batch_size / len(images)
+    evaluating = ", ".join(f"{name} = {config.data.eval[name]} ({len(one)})" for name, one in evals.items())
     facts = {
         "data": f"{printable(config.data.source)}: {len(images):,} images of {shape}, {classes} classes\n"
-                + datasets.describe_use(config, base),
+                f"training on {config.data.train} ({len(images)})" + (f"; evaluating on {evaluating}" * bool(evals)),
         "model": printable(config.model) + (f": {_parameters(recipe)}" if fresh else ""),
         "optimizer": ", ".join([config.optimizer, *options]),
         "schedule": config.schedule,

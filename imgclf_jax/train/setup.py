@@ -102,7 +102,7 @@ def set_up(config: ConfigDict, workdir: Workdir) -> Run:
     if not processes.index():
         for sentence in _warnings(recipe, base):
             log.warning("%s", sentence)
-        log.info("the run:\n%s", display.head(compiling, images, base, workdir, fresh=not start))
+        log.info("the run:\n%s", display.head(compiling, images, evals, workdir, fresh=not start))
     return Run(config, workdir, images, evals, compiling, compiled, eval_compiled, checkpoints, cadences,
                recipe.early_stopping, start, snapshot, run["state"], run["sums"])  # fmt: skip
 

@@ -98,7 +98,7 @@ def test_the_fixed_arrays_are_an_argument_of_the_program_and_sharded(teacher):
         key, _, value = flag.removeprefix("--config.").partition("=")
         c.update_from_flattened_dict({key: value if key not in ("batch_size", "tensorboard") else eval(value)})
     source = sources.take_split(datasets.open_data(c), c.data.train)
-    built = programs.programs_for_images(c, datasets.train_images(source, c), load=load_teacher)
+    built = programs.programs_for_images(c, datasets.open_train_images(c, {"train": source}), load=load_teacher)
     _ = built.traced_train
     assert "fixed" not in vars(built)  # so that it compiles for devices that hold no arrays
     kernels = [x for x in jax.tree.leaves(built.fixed) if x.shape == (64, 256)]

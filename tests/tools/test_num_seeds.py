@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import launch
+from imgclf_jax import datasets
 from imgclf_jax.core import sharding
 from imgclf_jax.data import placement, sources, stream
 from imgclf_jax.programs import Programs
@@ -82,7 +83,7 @@ def test_results(runs):
     probabilities = []
     for seed in (5, 6):
         programs, state, _ = state_of(runs[str(seed)])
-        images = programs.eval_images(sources.open_splits(SOURCE)["test"])
+        images = datasets.eval_images(sources.open_splits(SOURCE)["test"], programs.recipe.config)
         _, predictions = evaluate(programs, state, images)
         probabilities.append(predictions.probabilities)
     mean = np.mean(probabilities, 0, np.float64)

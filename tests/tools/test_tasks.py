@@ -61,7 +61,7 @@ def run(tmp_path_factory):
 def outputs_of(workdir, what="predict"):
     """(targets f64[64, k], probabilities f64[64, k] or logits) on the test set."""
     model = restore(workdir.load_config(), workdir, "latest")
-    images = model.programs.eval_images(datasets.open_data(workdir.load_config())["test"])
+    images = datasets.eval_images(datasets.open_data(model.config)["test"], model.config)
     read = images.read(np.arange(len(images)), np.arange(len(images)))
     found = np.asarray(model.programs.inference(what)(*model.state.evaluated, read["image"]))
     return read["target"].astype(np.float64), found.astype(np.float64)

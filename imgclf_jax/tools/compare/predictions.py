@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from imgclf_jax import datasets
-from imgclf_jax.core import paths
+from imgclf_jax.core import paths, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.json_files import as_object
 from imgclf_jax.core.typing import JsonObject
@@ -110,7 +110,7 @@ def _check_checkpoint(run: Record, model: Trained) -> None:
     result = run.final or {}
     if model.step != result["step"]:
         raise UserError(f"its latest checkpoint has step {model.step}, but its result has step {result['step']}")
-    if result.get("params_sha256") not in (None, model.params_sha256):
+    if result.get("params_sha256") not in (None, tree.sha256(model.state.params)):
         raise UserError("the parameters in its latest checkpoint are not those of its result")
 
 

@@ -47,7 +47,7 @@ def main(config: ConfigDict, workdir: Workdir | None, checkpoint: str, format: s
         compare_with_record(model.programs, workdir, base, sets)
     for sentence in _overlaps(config, workdir, base):
         log.warning("%s", sentence)
-    training = model.programs.eval_images(sources.take_split(base, model.config.data.train))
+    training = datasets.eval_images(sources.take_split(base, model.config.data.train), model.config)
     with terminal.showing("computing features"):
         train, labels = feature_sets.compute(model, training)
         tests = {name: feature_sets.compute(model, images) for name, images in sets.items()}

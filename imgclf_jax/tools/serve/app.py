@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from imgclf_jax import __version__
+from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.text import decimals, escape_surrogates
 from imgclf_jax.core.typing import JsonObject
@@ -111,7 +112,8 @@ def build(model: Trained, name: str = "", hosts: Sequence[str] = ("*",), cors: S
         "name": escape_surrogates(name), "model": model.config.model, "step": model.step, "task": model.task.value,
         "classes": class_names, "input": {"height": height, "width": width, "channels": channels,
                                           "preprocess": model.programs.preprocess_eval},
-        "parameters": sum(x.size for x in jax.tree.leaves(model.state.params)), "params_sha256": model.params_sha256,
+        "parameters": sum(x.size for x in jax.tree.leaves(model.state.params)),
+        "params_sha256": tree.sha256(model.state.params),
         "version": __version__,
     }  # fmt: skip
 

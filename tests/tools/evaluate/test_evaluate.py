@@ -11,6 +11,7 @@ from scored import score
 from tolerance import rounding
 
 import launch
+from imgclf_jax import datasets
 from imgclf_jax.core import sharding
 from imgclf_jax.data import sources
 from imgclf_jax.data.source import read_examples
@@ -85,7 +86,7 @@ def test_exact(trained, counted, batch_size, count):
     # The last example, which padding repeats, is one that is classified correctly, so padding would show if counted.
     place = counted["one_right"] + 1
     source = sources.take_split(sources.open_splits(config.data.source), f"test[{place}:]+test[:{place}]")
-    images = programs.eval_images(source)
+    images = datasets.eval_images(source, config)
     sums, predictions = evaluate(programs, state, images)
     assert predictions is None  # no metric needs them
     for name in ("examples", "correct", "top5"):

@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from imgclf_jax.config import default_config
-from imgclf_jax.core import sharding
+from imgclf_jax.core import sharding, tree
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
@@ -114,7 +114,7 @@ def test_other_hosts_names_are_refused(client, model):
 
 def test_the_model_is_described(client, model):
     found = client.get("/model").json()
-    assert (found["name"], found["step"], found["params_sha256"]) == ("birds", 20, model.params_sha256)
+    assert (found["name"], found["step"], found["params_sha256"]) == ("birds", 20, tree.sha256(model.state.params))
     assert {"/predict", "/explain", "/model"} == client.get("/openapi.json").json()["paths"].keys()
 
 
