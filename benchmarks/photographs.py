@@ -72,7 +72,7 @@ def own(folder: Path, cores: int, decode: str = "decode(3)") -> Iterator[Any]:
     tensorflow_import.tensorflow().result()
     source = sources.open_splits(f"folder({str(folder)!r})")["train"]
     images = stream.Images(source, f"{decode}|random_resized_crop({_SIDE})", 0, cores)
-    return stream.train_batches(images, 0, _BATCH, 0, 10**9)
+    return (batch for _, batch in stream.batches(images, stream.StreamSpec(0, _BATCH), range(10**9)))
 
 
 def tf_data(folder: Path, cores: int) -> Iterator[Any]:

@@ -136,7 +136,7 @@ def test_a_loop_of_your_own_is_the_runs(fake_config):
     own = step.init_state(parts.model, parts.optimizer, parts.data.image_shape, fake_config.seed)
     augment = parts.augment(train=True)
     train_step = jax.jit(step.make_train_step(parts.model, parts.loss, parts.optimizer, parts.schedule, augment))
-    for batch in stream.train_batches(images, fake_config.seed, fake_config.batch_size, 0, 3):
+    for _, batch in stream.batches(images, stream.StreamSpec(fake_config.seed, fake_config.batch_size), range(3)):
         own, metrics = train_step(own, batch)
     assert int(own.step) == int(state.step) == 3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), own.params, state.params)

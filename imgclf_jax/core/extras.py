@@ -29,13 +29,9 @@ def require(extra: str, what: str, *modules: str) -> None:
     """Raises UserError, naming the command that installs the extra, if one of its modules (default: all) is missing."""
     if names := missing(extra, *modules):
         be = "is" if len(names) == 1 else "are"
-        raise UserError(f"{what} needs {', '.join(names)}, which {be} not installed; {how_to_install(extra)}")
-
-
-def how_to_install(extra: str) -> str:
-    """How to install an extra, or the dependency group `onnx`."""
-    kind, more = "extra", ""
-    if extra == "onnx":  # pip refuses jax2onnx, for its bound on Orbax
-        kind, more = "group", " && pip install --no-deps jax2onnx"
-    return (f"run it by `uv run --{kind} {extra} launch.py …` in a clone, or install it by "
-            f"`pip install 'imgclf_jax[{extra}]'{more}`")  # fmt: skip
+        kind, more = "extra", ""
+        if extra == "onnx":  # pip refuses jax2onnx, for its bound on Orbax
+            kind, more = "group", " && pip install --no-deps jax2onnx"
+        raise UserError(f"{what} needs {', '.join(names)}, which {be} not installed; run it by `uv run --{kind} "
+                        f"{extra} launch.py …` in a clone, or install it by "
+                        f"`pip install 'imgclf_jax[{extra}]'{more}`")  # fmt: skip

@@ -115,14 +115,10 @@ def broadcast[T: Json](function: Callable[[], T]) -> T:
     return told["value"]
 
 
-def gather(value: Json) -> list[Json]:
-    """All-gathers a JSON value: returns the values of all processes, by index."""
-    return list(_exchange(value)) if _count > 1 else [value]
-
-
 def barrier() -> None:
     """Waits for all processes."""
-    gather(None)
+    if _count > 1:
+        list(_exchange(None))
 
 
 def agree(facts: Callable[[], JsonObject], fix: str = ALIKE) -> None:

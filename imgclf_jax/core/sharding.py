@@ -42,19 +42,12 @@ def make_mesh(devices: list[jax.Device] | None = None, text: str = "data=-1") ->
         raise UserError(f"mesh={text!r}: the sizes multiply to {fixed}, but there are {len(devices)} devices; an axis "
                         "of size -1 takes those that remain")  # fmt: skip
     shape = [len(devices) // fixed if size < 0 else size for size in sizes.values()]
-    return Mesh(_arranged(devices, shape), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-
-
-def _arranged(devices: list[jax.Device], shape: list[int]) -> np.ndarray:
-    """Arranges the devices as a ring, or along the axes of a torus; devices without such an order keep their own.
-
-    `jax.make_mesh` does so too, but except on v5e refuses to split a physical axis.
-    """
-    try:
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    try:  # as a ring, or along the axes of a torus; `jax.make_mesh`, except on v5e, refuses to split a physical axis
+        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     except (AssertionError, NotImplementedError, ValueError) as e:
         log.info("the devices keep their own order, since JAX has none for a mesh of %s: %s", shape, reason(e))
-        return np.array(devices).reshape(shape)
+        arranged = np.array(devices).reshape(shape)
+    return Mesh(arranged, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def make_inference_mesh(text: str) -> Mesh:

@@ -164,7 +164,10 @@ def bind(
     name. Raises UserError if the arguments do not fit the signature.
     """
     function = lookup(call, table, kind)
-    signature = parameters(function, call, kind)
+    try:
+        signature = inspect.signature(function).parameters
+    except ValueError as e:
+        raise UserError(f"in {kind} {str(call)!r}: {call.name} has no readable signature: {e}") from e
     named = [name for name, p in signature.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(named) < len(leading) and not any(p.kind is p.VAR_POSITIONAL for p in signature.values()):
         raise UserError(f"{kind} {call.name!r} takes ({', '.join(signature)}); it must take ({', '.join(leading)}), "
@@ -184,14 +187,6 @@ def bind(
     if positional or by_name:
         return functools.partial(function, **dict(zip((p.name for p in own), call.args, strict=False)), **call.kwargs)
     return functools.partial(function, *call.args, **call.kwargs)
-
-
-def parameters(function: Function, call: Call, kind: str) -> Mapping[str, inspect.Parameter]:
-    """The parameters of the function that `call` names; UserError if it has no signature, as some builtins."""
-    try:
-        return inspect.signature(function).parameters
-    except ValueError as e:
-        raise UserError(f"in {kind} {str(call)!r}: {call.name} has no readable signature: {e}") from e
 
 
 def names_code(text: str) -> bool:

@@ -56,7 +56,9 @@ def stopping() -> Iterator[Callable[[], str]]:
     evaluation. It returns the name in all of them from the same call on. Outside the main thread nothing is noted.
     """
     received = told = ""
-    several = processes.count() > 1
+    if several := processes.count() > 1:
+        import jax
+        from jax.experimental import multihost_utils
 
     def note(number: int, _: FrameType | None) -> None:
         nonlocal received
@@ -67,7 +69,7 @@ def stopping() -> Iterator[Callable[[], str]]:
 
     def stop() -> str:
         nonlocal received, told
-        if several and not received and reached_sync_point(next(_points)):
+        if several and not received and multihost_utils.reached_preemption_sync_point(next(_points)):
             received = "SIGTERM"
         if received and not told:
             told = received
@@ -79,28 +81,14 @@ def stopping() -> Iterator[Callable[[], str]]:
         return
     before = _handle(note)
     try:
-        if several:
-            start_preemption_service()
+        if several:  # JAX notes SIGTERM from now on, in place of Python's handler
+            jax.config.update("jax_enable_preemption_service", True)
+            if not (state := internals.coordination_state()).preemption_sync_manager:
+                state.initialize_preemption_sync_manager()
         yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def start_preemption_service() -> None:
-    """Lets JAX note SIGTERM from now on, for `reached_sync_point`. It replaces Python's handler of the signal."""
-    import jax
-
-    jax.config.update("jax_enable_preemption_service", True)
-    if not internals.coordination_state().preemption_sync_manager:
-        internals.coordination_state().initialize_preemption_sync_manager()
-
-
-def reached_sync_point(number: int) -> bool:
-    """Whether all processes stop at their call `number`, since one received SIGTERM. All must make every call."""
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.reached_preemption_sync_point(number))
 
 
 def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:

@@ -5,11 +5,10 @@ generator before the image. Pillow decodes in training, evaluation and predictio
 size are in `resizing`.
 """
 
-import contextlib
 import functools
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +62,11 @@ def _decode(image: Undecoded, channels: int = 3, draft: int = 0) -> Picture:
         if image.shape[-1] == channels:
             return image
         return _convert(resizing.to_pillow(image), channels)
-    with _errors_as_sentences():
+    try:
         picture = image if isinstance(image, Image.Image) else _open(image)
         if draft:
             picture.draft(None, (draft, draft))  # affects only JPEG
         return _convert(_upright(picture), channels)
-
-
-@contextlib.contextmanager
-def _errors_as_sentences() -> Iterator[None]:
-    try:
-        yield
     except UserError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:  # Pillow's limits are above ours

@@ -36,15 +36,12 @@ def walk(folder: Path | str) -> Iterator[str]:
                 continue
             if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
                 yield from inside(f"{prefix}{entry.name}/")
-            elif _is_image(entry):
+            elif os.path.splitext(entry.name)[1].lower() in _SUFFIXES and (
+                os.path.isfile(entry) or (entry.is_symlink() and not os.path.exists(entry))
+            ):
                 yield prefix + entry.name
 
     yield from inside("")
-
-
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    leads_nowhere = entry.is_symlink() and not os.path.exists(entry)
-    return os.path.splitext(entry.name)[1].lower() in _SUFFIXES and (leads_nowhere or os.path.isfile(entry))
 
 
 def _identity(directory: Path | str) -> tuple[int, int]:

@@ -33,7 +33,8 @@ def resolve(text: str, sizes: Mapping[str, int]) -> list[Part]:
             raise UserError(f"split {text!r} does not parse; write 'train', 'train[:90%]', 'train[100:]' or 'a+b'")
         name, start, stop = match.groups()
         if name not in sizes:
-            raise UserError(unknown("split", name, sizes) + _explain_holdout(sizes))
+            raise UserError(f"{unknown('split', name, sizes)}; to hold out a part, pass "
+                            "--config.data.train='train[:90%]' --config.data.eval.test='train[90%:]'")  # fmt: skip
         n = sizes[name]
         if start and stop and start.endswith("%") != stop.endswith("%"):  # TFDS reads both as percentages
             raise UserError(f"split {piece.strip()!r} mixes a number with a percentage; write both in the same form")
@@ -42,15 +43,6 @@ def resolve(text: str, sizes: Mapping[str, int]) -> list[Part]:
             raise UserError(f"split {piece.strip()!r} has no examples; {name!r} has {n}: take a larger part")
         parts.append(part)
     return parts
-
-
-def _explain_holdout(sizes: Mapping[str, int]) -> str:
-    """How to evaluate on a part of the only base split; "" if there are several."""
-    if len(sizes) > 1:
-        return ""
-    only = next(iter(sizes))
-    return (f"; to hold out a part of {only}, pass --config.data.train='{only}[:90%]' "
-            f"--config.data.eval.test='{only}[90%:]'")  # fmt: skip
 
 
 def check_disjoint(text: str, sizes: Mapping[str, int]) -> None:

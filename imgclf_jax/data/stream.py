@@ -146,13 +146,6 @@ class StreamSpec:
         return self.batch_size * self.num_seeds
 
 
-def train_batches(
-    images: Images, seed: int, batch_size: int, start: int, stop: int, rows: np.ndarray | None = None, prefetch: int = 4
-) -> Iterator[Batch]:
-    """Yields the batches of steps start to stop (exclusive), or only their `rows`."""
-    return (batch for _, batch in batches(images, StreamSpec(seed, batch_size), range(start, stop), rows, prefetch))
-
-
 def batches(
     images: Images, spec: StreamSpec, steps: Iterable[int], rows: np.ndarray | None = None, prefetch: int = 4,
     extra_rows: Mapping[str, np.ndarray] = MappingProxyType({}),

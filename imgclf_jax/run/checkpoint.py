@@ -124,19 +124,16 @@ class Checkpoints:
     def _finish(self, step: int) -> None:
         """Waits, in the thread, until a checkpoint is on disk; writes its manifest, and removes those it replaces."""
         self._manager.wait_until_finished()
-        if not processes.index():
-            manifest.write(self.directory / str(step))
+        if processes.index():
+            self.latest = step
+            return
+        manifest.write(self.directory / str(step))
         self.latest = step
-        if not processes.index():
-            self._remove_old()
-
-    def _remove_old(self) -> None:
-        """Removes all checkpoints but the latest and the best."""
         steps = self.steps()
         kept = {*steps[-self._keep :], self.best_step()}
-        if old := [step for step in steps if step not in kept]:
-            for step in old:
-                self._remove(step)
+        if old := [one for one in steps if one not in kept]:
+            for one in old:
+                self._remove(one)
             self._manager.reload()
 
     def _remove(self, step: int) -> None:

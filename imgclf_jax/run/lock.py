@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import fcntl
-import json
 import logging
 import os
 import socket
@@ -62,7 +61,7 @@ def _take(file: Path) -> IO[str]:
         except BlockingIOError as e:
             with handle:
                 handle.seek(0)
-                who = _describe(handle.read())
+                who = handle.read(200) or "which began just now"
             raise UserError(f"{file.parent} is in use by another training run ({who}); wait until it ends, stop it, or "
                             "pass another --workdir") from e  # fmt: skip
         except OSError as e:  # on some network file systems
@@ -74,14 +73,6 @@ def _take(file: Path) -> IO[str]:
         handle.close()  # its last holder removed the file in between
     handle.truncate(0)
     now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    content = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now})
+    content = f"host {socket.gethostname()}, process {os.getpid()}, since {now}"
     os.write(handle.fileno(), content.encode())  # unbuffered, as a full disk would keep the handle from being closed
     return handle
-
-
-def _describe(text: str) -> str:
-    try:
-        who = json.loads(text)
-        return f"host {who['host']}, process {who['process']}, since {who['since']}"
-    except (ValueError, TypeError, KeyError):  # not yet written
-        return "which began just now"

@@ -33,11 +33,3 @@ def find_best(values: Iterable[tuple[int, float]], sign: float) -> tuple[int, fl
     """
     finite = [(step, value) for step, value in values if math.isfinite(value)]
     return max(finite, key=lambda one: sign * one[1], default=None)
-
-
-def latest(records: Iterable[JsonMapping]) -> dict[str, float]:
-    """The latest value of each metric in the records, which are in the order of steps."""
-    found: dict[str, float] = {}
-    for record in records:
-        found |= {name: value for name, value in record.items() if type(value) in (int, float) and name != "step"}
-    return found

@@ -15,7 +15,7 @@ from imgclf_jax import config as configs
 from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.run import bundle, ranking, writers
+from imgclf_jax.run import bundle, writers
 from imgclf_jax.run.provenance import snapshots
 from imgclf_jax.run.workdir import Workdir
 
@@ -149,19 +149,19 @@ class Record:
 
     def latest(self) -> dict[str, float]:
         """The latest value of each metric."""
-        return ranking.latest(self.metrics)
+        found: dict[str, float] = {}
+        for record in self.metrics:
+            found |= {name: value for name, value in record.items() if type(value) in (int, float) and name != "step"}
+        return found
 
     def pack(self, file: Path) -> None:
         """Writes the bundle of a work directory. Raises UserError if it cannot be written or a record is damaged."""
         _ = self.digests, self.metrics
-        bundle.write(file, {**self.files, "requirements.txt": self._requirements().encode()})
-
-    def _requirements(self) -> str:
-        """The package versions that the run was trained with, as a requirements file."""
         found = sorted(self.provenance.get("packages", {}).items())
         # This package comes from a clone, at the commit in provenance.json.
         lines = [f"{name}=={version}\n" for name, version in found if name != "imgclf-jax"]
-        return f"# Python {self.provenance.get('python', 'unknown')}\n" + "".join(lines)
+        versions = f"# Python {self.provenance.get('python', 'unknown')}\n" + "".join(lines)
+        bundle.write(file, {**self.files, "requirements.txt": versions.encode()})
 
 
 def read(path: Path) -> Record:

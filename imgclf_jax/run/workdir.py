@@ -15,12 +15,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import JsonMapping, JsonObject
 from imgclf_jax.data.info import DataInfo
 from imgclf_jax.run import lock
-from imgclf_jax.run.provenance import (
-    find_differences,
-    load_data_info,
-    module_digests,
-    snapshots,
-)
+from imgclf_jax.run.provenance import find_differences, load_data_info, module_digests, snapshots
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +59,6 @@ class Workdir:
         """The snapshots in provenance.json; [] without the file. Raises UserError if it is not JSON."""
         found = json_files.read(self.provenance) if self.provenance.is_file() else {}
         return snapshots(json_files.as_object(found))
-
-    def read_result(self) -> JsonObject:
-        """The content of result.json; {} if the run has not ended, or if the file is damaged."""
-        with contextlib.suppress(UserError):
-            return json_files.as_object(json_files.read(self.result))
-        return {}
 
     def load_data_info(self) -> DataInfo:
         """Loads the facts about the data from provenance.json. Raises UserError if it is missing or damaged."""
@@ -167,8 +156,10 @@ class Workdir:
 
     def last_step(self) -> int:
         """The step of result.json, at which the run ended; 0 without one that is readable."""
-        step = self.read_result().get("step")
-        return step if type(step) is int else 0
+        with contextlib.suppress(UserError):
+            step = json_files.as_object(json_files.read(self.result)).get("step")
+            return step if type(step) is int else 0
+        return 0
 
     def check_snapshot(self, snapshot: JsonMapping) -> None:
         """Raises UserError if the run in the directory began with other data or weights than those of `snapshot`."""
@@ -181,8 +172,8 @@ class Workdir:
     def record(self, config: str, snapshot: JsonMapping, start: int) -> None:
         """Appends the snapshot of the process that trains from step `start` on to provenance.json; writes config.json.
 
-        `config` is the config as JSON.
-        Earlier snapshots of a later step go, since nothing is left of those processes. Logs what differs from the last.
+        `config` is JSON. Earlier snapshots of a later step go, since nothing is left of those processes. Logs what
+        differs from the last.
         """
         kept = [one for one in self._begun() if one.get("step", 0) < start]
         if kept and (found := find_differences(kept[-1], snapshot)):

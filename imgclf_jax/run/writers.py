@@ -6,6 +6,7 @@ All of them have the interface of `clu.metric_writers.MetricWriter`; TensorBoard
 import concurrent.futures
 import contextlib
 import importlib.util
+import inspect
 import io
 import json
 import logging
@@ -225,7 +226,7 @@ def find_factories(specs: str) -> dict[str, Callable[[Path, int], Writer]]:
 
     def bind(call: spec.Call) -> Callable[[Path, int], Writer]:
         function = spec.bind(call, {}, "writer", by_name=("workdir", "step"))
-        takes = spec.parameters(function.func, call, "writer").keys() - function.keywords.keys()
+        takes = inspect.signature(function.func).parameters.keys() - function.keywords.keys()
 
         def make(workdir: Path, step: int) -> Writer:
             passed = {"workdir": workdir, "step": step}

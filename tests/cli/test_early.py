@@ -10,6 +10,7 @@ import pytest
 
 from imgclf_jax import config as configs
 from imgclf_jax.core import extras
+from imgclf_jax.core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,4 +64,5 @@ def test_how_to_install_an_extra(extra):
     if extra == "onnx":  # conflicts with the others
         kind, names = "group", project["dependency-groups"]
     assert extra in names
-    assert extras.how_to_install(extra).startswith(f"run it by `uv run --{kind} {extra} launch.py …`")
+    with pytest.raises(UserError, match=f"run it by `uv run --{kind} {extra} launch.py …`"):
+        extras.require(extra, "it", "no_such_module")

@@ -26,6 +26,11 @@ def fake(n=40, shape=(9, 8, 1)):
     return sources.fake(n, shape, 5)["train"]
 
 
+def train_batches(images, seed, batch_size, start, stop, rows=None, prefetch=4):
+    steps = range(start, stop)
+    return (batch for _, batch in stream.batches(images, stream.StreamSpec(seed, batch_size), steps, rows, prefetch))
+
+
 def recorded(source, ids, pause=0):
     """The source, which notes the ids it reads and sleeps for up to `pause` seconds."""
 
@@ -70,11 +75,11 @@ def test_a_source_is_read_in_one_thread_at_a_time():
 def test_the_rows_of_all_processes_make_the_global_batch(processes):
     """However the rows are divided: here, every second one for each of two processes."""
     images = stream.Images(fake(), RANDOM_OPS, 4)
-    whole = list(stream.train_batches(images, 4, 12, 2, 5))
+    whole = list(train_batches(images, 4, 12, 2, 5))
     for process in range(processes):
         rows = np.arange(process, 12, processes)
         expected = [{k: batch[k][rows] for k in ("image", "label")} for batch in whole]
-        assert_same(stream.train_batches(images, 4, 12, 2, 5, rows), expected)
+        assert_same(train_batches(images, 4, 12, 2, 5, rows), expected)
 
 
 def test_random_ops_draw_anew_in_every_epoch_and_for_every_seed():
@@ -82,7 +87,7 @@ def test_random_ops_draw_anew_in_every_epoch_and_for_every_seed():
     crops = set()
     for seed, epoch in ((0, 0), (0, 1), (1, 0)):  # of one image, so that each batch is an epoch
         images = stream.Images(one, RANDOM_OPS, seed)
-        crops.add(next(stream.train_batches(images, seed, 1, epoch, epoch + 1))["image"].tobytes())
+        crops.add(next(train_batches(images, seed, 1, epoch, epoch + 1))["image"].tobytes())
     assert len(crops) == 3
 
 
@@ -90,18 +95,18 @@ def test_random_ops_draw_anew_in_every_epoch_and_for_every_seed():
 def test_a_batch_is_the_same_however_it_is_reached(ops, monkeypatch):
     """From step 0 or directly, with any prefetch and number of threads, kept or not, with and without TensorFlow."""
     ids = []
-    whole = list(stream.train_batches(stream.Images(recorded(fake(), ids), ops, 3), 3, 12, 0, 8))
+    whole = list(train_batches(stream.Images(recorded(fake(), ids), ops, 3), 3, 12, 0, 8))
     assert [b["image"].shape for b in whole] == [(12, 9, 8, 1) if ops == "decode(1)" else (12, 6, 5, 1)] * 8
     assert len(ids) == 1 + (40 if ops == "decode(1)" else 8 * 12)  # the first is read for its shape
     monkeypatch.setattr(stream, "_KEPT_BYTES", 0)
     for start, threads, prefetch, pause in ((5, 1, 1, 0), (3, 7, 9, 0.02), (7, 3, 2, 0.01)):
         images = stream.Images(recorded(fake(), [], pause), ops, 3, threads)
-        assert_same(stream.train_batches(images, 3, 12, start, 8, prefetch=prefetch), whole[start:])
+        assert_same(train_batches(images, 3, 12, start, 8, prefetch=prefetch), whole[start:])
     # Where TensorFlow's import ends when some batches have been read, and where TensorFlow is not installed.
     for module in (tensorflow, None):
         importing: Future = Future()
         monkeypatch.setattr(read_ahead.tensorflow_import, "tensorflow", lambda importing=importing: importing)
-        batches = stream.train_batches(images, 3, 12, 2, 8)
+        batches = train_batches(images, 3, 12, 2, 8)
         first = [next(batches) for _ in range(2)]
         importing.set_result(module)
         assert_same([*first, *batches], whole[2:])
@@ -110,7 +115,7 @@ def test_a_batch_is_the_same_however_it_is_reached(ops, monkeypatch):
 def test_streaming_from_step_ten_million_reads_those_examples_alone():
     ids: list[int] = []
     images = stream.Images(recorded(fake(2**40, (2, 2, 1)), ids), "decode(1)")
-    batches = list(stream.train_batches(images, 7, 16, 10**7, 10**7 + 3))
+    batches = list(train_batches(images, 7, 16, 10**7, 10**7 + 3))
     expected = sampling.position_ids(7, np.arange(10**7 * 16, (10**7 + 3) * 16), 2**40)
     assert sorted(ids[1:]) == sorted(expected.tolist())
     np.testing.assert_array_equal(np.concatenate([b["label"] for b in batches]), expected % 5)

@@ -179,7 +179,7 @@ def test_it_trains_and_resumes_bit_for_bit(text, fake_config, tmp_path):
     data = provenance.DataInfo(64, (12, 12, 1), tuple("0123"), "")
     programs = Programs(Recipe(config, data))
     images = stream.Images(sources.open_splits(config.data.source)["train"], "decode(1)")
-    batches = list(stream.train_batches(images, 0, config.batch_size, 0, 40))
+    batches = [batch for _, batch in stream.batches(images, stream.StreamSpec(0, config.batch_size), range(40))]
 
     def go(run, first, last):
         """Trains on these steps; returns only their sums."""
