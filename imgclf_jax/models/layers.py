@@ -23,6 +23,8 @@ from imgclf_jax.core.typing import Initializer
 from imgclf_jax.models.cpu import matmuls, onednn, pool, sums
 from imgclf_jax.models.cpu.matmuls import features_first, features_last, wants_features_first
 
+_FEW_TAPS_ON_TPU = 36  # in float32: the kernel's gradient of a convolution by few takes XLA's TPU compiler minutes
+
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
@@ -52,10 +54,17 @@ def conv(
     depthwise = groups == x.shape[3] == kernel.shape[3]
     if platform.uses_onednn() and (groups == 1 or depthwise) and dilation == (1, 1):
         return onednn.conv(x, kernel, strides, pads, dtype)
+    x, kernel, form = x.astype(dtype), kernel.astype(dtype), ("NHWC", "HWIO", "NHWC")
+    few = groups == 1 and kernel.shape[:2] != (1, 1) and kernel[..., 0].size <= _FEW_TAPS_ON_TPU
+    if few and platform.current() == "tpu" and dtype != jnp.bfloat16:
+        patches = lax.conv_general_dilated_patches(
+            x, kernel.shape[:2], strides, pads, rhs_dilation=dilation, dimension_numbers=form,
+            precision=lax.Precision.HIGHEST,
+        )  # fmt: skip
+        return patches @ kernel.transpose(2, 0, 1, 3).reshape(-1, kernel.shape[3])
     return lax.conv_general_dilated(
-        x.astype(dtype), kernel.astype(dtype), strides, pads, rhs_dilation=dilation, feature_group_count=groups,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )  # fmt: skip
+        x, kernel, strides, pads, rhs_dilation=dilation, feature_group_count=groups, dimension_numbers=form
+    )
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:

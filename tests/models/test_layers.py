@@ -56,7 +56,7 @@ def test_conv_is_flax_conv(kernel, strides, padding, dilation, groups, channels)
         jax.jit(platform.tracing_for(form)(jax.value_and_grad(functools.partial(scalar, layer), (0, 1), True)))(
             params, x
         )
-        for layer, form in ((theirs, ""), (ours, "cpu"), (ours, "gpu"))
+        for layer, form in ((theirs, ""), (ours, "cpu"), (ours, "gpu"), (ours, "tpu"))
     )
     for result in results:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), result, expected)
