@@ -12,7 +12,6 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from imgclf_jax.core import internals
 from imgclf_jax.core.errors import UserError, reason
@@ -148,18 +147,16 @@ def first_in_process_0[T](function: Callable[[], T]) -> T:
 def _exchange(value: Json) -> Iterator[Json]:
     """Publishes a value, and returns an iterator that waits for that of each process, by index."""
     call = next(_calls)
-    _client().key_value_set(f"imgclf_jax/{call}/{index()}", json.dumps(value, default=str))
+    client = internals.coordination_state().client
+    client.key_value_set(f"imgclf_jax/{call}/{index()}", json.dumps(value, default=str))
     return (_get(call, process) for process in range(_count))
 
 
-def _client() -> Any:
-    return internals.coordination_state().client
-
-
 def _get(call: int, process: int) -> Json:
+    client = internals.coordination_state().client
     while True:  # a living process may download a data set for hours, and a dead one ends this one sooner
         try:
-            return json.loads(_client().blocking_key_value_get(f"imgclf_jax/{call}/{process}", 1000))
+            return json.loads(client.blocking_key_value_get(f"imgclf_jax/{call}/{process}", 1000))
         except Exception as e:  # Python handles signals in between
             if "DEADLINE_EXCEEDED" not in str(e):
                 raise

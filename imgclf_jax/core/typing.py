@@ -13,7 +13,6 @@ type Params = Any  # a pytree of arrays: nested dicts, as linen's "params" colle
 type ModelState = Any  # every other linen collection by name, such as {"batch_stats": …}
 type Variables = Mapping[str, Any]  # linen's collections by name: {"params": …, "batch_stats": …}
 type OptState = Any  # the state of an optax optimizer
-type State = Any  # a `TrainState`, for modules below `step`
 type Batch = dict[str, Any]  # arrays by name; a further stream is a dict of arrays
 # As a source reads them: "image" uint8[n, h, w, c] or a list, "label" i32[n] or "target" f32[n, k].
 type Examples = dict[str, Any]

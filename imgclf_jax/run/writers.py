@@ -45,10 +45,6 @@ class Writer(Protocol):
         """Closes the writer, also after an error or a signal."""
 
 
-def _line(record: JsonMapping) -> str:
-    return json.dumps(record) + "\n"
-
-
 class RecordFile:
     """A file of JSON lines to append to. It is first rewritten with the records `kept`.
 
@@ -57,7 +53,7 @@ class RecordFile:
     """
 
     def __init__(self, path: Path, kept: Iterable[JsonMapping] = ()):
-        content, self._path = "".join(map(_line, kept)), path
+        content, self._path = "".join(f"{json.dumps(record)}\n" for record in kept), path
         with _naming_errors(path):
             paths.write_atomically(path, content)
         self._object = path if paths.in_bucket(path) else None
@@ -68,7 +64,7 @@ class RecordFile:
     def write(self, record: JsonMapping) -> None:
         """Appends a record and hands it to the operating system, so a killed process does not lose it."""
         with _naming_errors(self._path):
-            self._file.write(_line(record))
+            self._file.write(f"{json.dumps(record)}\n")
             self._file.flush()
 
     def flush(self) -> None:

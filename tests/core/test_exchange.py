@@ -3,6 +3,7 @@
 import re
 import threading
 import time
+import types
 
 import pytest
 
@@ -50,7 +51,7 @@ def three(monkeypatch):
     """Three processes as threads; yields a function that runs a function in all of them and returns their results."""
     store = Store()
     monkeypatch.setattr(processes, "_count", 3)
-    monkeypatch.setattr(processes, "_client", lambda: store)
+    monkeypatch.setattr(processes.internals, "coordination_state", lambda: types.SimpleNamespace(client=store))
     monkeypatch.setattr(processes, "index", lambda: HERE.number)
     monkeypatch.setattr(processes, "_calls", Calls())
 
