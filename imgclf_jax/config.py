@@ -278,11 +278,6 @@ def is_due(step: int, every: Fraction | None) -> bool:
     return every is not None and step // every > (step - 1) // every
 
 
-def next_due(step: int, every: Fraction | None, total: int) -> int:
-    """The first step after `step` on which an event of period `every` falls, at most `total`."""
-    return total if every is None else min(total, math.ceil((step // every + 1) * every))
-
-
 def to_json(config: ConfigDict) -> str:
     """The config as indented JSON, nested like its keys."""
     return json.dumps(config.to_dict(), indent=2) + "\n"

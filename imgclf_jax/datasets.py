@@ -43,10 +43,7 @@ def open_data(config: ConfigDict, text: str = "") -> dict[str, Source]:
 
 
 def open_train_images(config: ConfigDict, base: Mapping[str, Source] | None = None) -> Images:
-    """Opens the training images of a config, with its `data.extra`; `base` are its sources, if open already.
-
-    All processes must call this. Raises UserError unless they sample by the same numbers.
-    """
+    """Opens the training images of a config, in all processes, with `data.extra`; `base` are its sources, if open."""
     base = open_data(config) if base is None else base
     extra = {name: _extra_images(config, name, stream, base) for name, stream in extra_streams(config).items()}
     source = sources.take_split(base, config.data.train)

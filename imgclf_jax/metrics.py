@@ -145,7 +145,8 @@ def summarize(
 
 def reported(sums: Mapping[str, Any], whole_set: Mapping[str, WholeSetMetric]) -> list[str]:
     """The names of the metrics that `summarize` makes of the sums of one seed."""
-    return [*(name for name, key in _MEANS.items() if key in sums), *own_names(sums), *whole_set]
+    own = [name.removeprefix(OWN) for name in sums if name.startswith(OWN)]
+    return [*(name for name, key in _MEANS.items() if key in sums), *own, *whole_set]
 
 
 WHOLE_SET = classification.METRICS | multilabel.METRICS  # the values of the config key `metrics`
@@ -186,11 +187,6 @@ def _score(score: Function, predictions: TargetPredictions) -> float:
 
 def _compute_own(metric: Function, predictions: AnyPredictions) -> float:
     return float(metric(*predictions[:2]))
-
-
-def own_names(sums: Mapping[str, Any]) -> list[str]:
-    """The names of the metrics among the sums that a method's `evaluate` returns."""
-    return [name.removeprefix(OWN) for name in sums if name.startswith(OWN)]
 
 
 def parse_best(text: str, key: str = "checkpoint.best") -> tuple[str, float]:

@@ -263,9 +263,7 @@ class Programs:
     def traced_train(self) -> jax.stages.Traced:
         """`train`, traced but not yet lowered. Any machine can lower it for the mesh's platform."""
 
-        def train(
-            state: step.TrainState, sums: metrics.Sums, batch: Batch, fixed: PyTree
-        ) -> tuple[step.TrainState, metrics.Sums]:
+        def train(state: step.TrainState, sums: metrics.Sums, batch: Batch, fixed: PyTree) -> PyTree:
             state, new = self._train_step(state, batch, fixed)
             return state, step.add_sums(sums, new)
 
@@ -326,7 +324,8 @@ class Programs:
         fixed = None if self._evaluates_forward else self.fixed_shape  # so that evaluation loads no teacher
         with self.tracing(self._evaluates_forward):
             traced = jitted.trace(state.params, state.model_state, self.eval_batch_shape, fixed)
-        if both := [name for name in metrics.own_names(traced.out_info[0]) if name in recipe.whole_set_metrics]:
+        names = metrics.reported(traced.out_info[0], recipe.whole_set_metrics)
+        if both := [name for name in names if names.count(name) > 1]:
             raise UserError(f"the method's evaluate returns {both[0]!r}, which metrics={recipe.config.metrics!r} "
                             "computes too; rename it")  # fmt: skip
         return traced

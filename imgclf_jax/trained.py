@@ -252,8 +252,6 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
     """
     recipe = Recipe(config, workdir.load_data_info(), load_teacher)
     programs = Programs(recipe, sharding.make_inference_mesh(config.mesh))
-    if not workdir.checkpoints.is_dir():
-        raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
     state, step = _choose(config, workdir, which, programs)
     processes.agree(provenance.process_facts)  # restoring may have imported more
     _ = programs.host_ops, recipe.views, recipe.whole_set_metrics  # import what they name
@@ -269,8 +267,7 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
     names = {"latest": steps[-1] if steps else None, "best": best, "": best}
     step = names.get(which, int(which) if which.isdecimal() else None)
     if step is None and which == "":
-        found = checkpoints.restore_latest(wanted, optimizer=False)
-        if found is None:
+        if not (found := checkpoints.restore_latest(wanted, optimizer=False)):
             raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
         step, run = found
     elif step in steps:

@@ -1,5 +1,6 @@
 """When a run logs, evaluates and saves, and the steps it trains."""
 
+import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import NamedTuple
@@ -37,12 +38,10 @@ class Cadences:
 
     def evaluations(self, until: int) -> list[int]:
         """The steps up to `until` after which the run evaluates."""
-        steps, step = [], 0
-        while self.eval is not None and (step := configs.next_due(step, self.eval, self.total)) <= until:
-            steps.append(step)
-            if step == self.total:
-                break
-        return steps
+        if self.eval is None:
+            return []
+        steps = {min(math.ceil(k * self.eval), self.total) for k in range(1, until // self.eval + 1)}
+        return sorted(steps | ({self.total} if until >= self.total else set()))
 
     @property
     def last(self) -> int:
