@@ -72,7 +72,7 @@ KEYS: dict[str, tuple[Value, str]] = {
     "metrics": ("", "Evaluation metrics besides accuracy, loss, nll and top5: auc, balanced_accuracy, f1, 'auc|f1'."),
     "tensorboard": (True, "Write TensorBoard files next to metrics.jsonl."),
     "log_images": (False, "Write the first augmented images of step 0 to TensorBoard and `writers`."),
-    "writers": ("", "Further metric writers, by import path: 'my_writers:Wandb(project=\"x\")|my_writers:Csv'."),
+    "writers": ("", "Further metric writers, by import path: 'my_file:Wandb(project=\"x\")|my_file:Csv(\"a.csv\")'."),
     "log_every": ("50 steps", "How often to log training metrics; empty: never."),
     "eval_every": ("1 epochs", "How often to evaluate on every set of `data.eval`; empty: only at the end."),
     "checkpoint_every": ("1 epochs", "How often to save a checkpoint; empty: only at the end."),
