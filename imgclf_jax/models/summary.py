@@ -24,6 +24,6 @@ def parameters_by_module(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int
 def forward_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> float:
     """FLOPs of the matmuls of a forward pass of one image, two per multiply-add."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    with platform.tracing_for("tpu"):  # where layers are plain matmuls and convolutions
+    with platform.tracing_for("gpu"):  # where layers are plain matmuls and convolutions
         init = jax.make_jaxpr(lambda x: model.init_with_output(rng.init_streams(jax.random.key(0)), x, train=False))
         return jaxprs.matmul_flops(init(images))
