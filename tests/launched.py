@@ -9,12 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import jax
+import numpy as np
 
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.data.source import Source
 
 ROOT = Path(__file__).parent.parent
 LONGEST = 600  # seconds that a process may take to end
@@ -122,3 +125,10 @@ def fails_in_process_1() -> NoReturn:
         raise UserError("this host lacks a file")
     time.sleep(LONGEST)
     raise AssertionError("the other process has ended this one")
+
+
+def dies_in_process_1(source: Source) -> Callable[..., np.ndarray]:
+    """A sampler that one process does not live to see."""
+    if jax.process_index():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return lambda key, positions, n: positions % n

@@ -31,7 +31,7 @@ import launched
 from imgclf_jax.data.sampling import example_ids
 
 # Seconds on a machine that does nothing else; they grow with the time that the undisturbed run takes.
-LONGEST = 180  # that a process may take to end
+LONGEST = 330  # that a process may take to end: it waits 300 s for the others
 HEARTBEAT = 20  # between several processes
 USUAL = 20  # that the undisturbed run takes
 NOISE = 10**7  # examples: too many to be kept in memory, so that the source is read in every step

@@ -203,5 +203,17 @@ def test_an_error_of_one_ends_both(tmp_path):
     assert re.search("another (task died|process of this run has died)", first)
 
 
+@pytest.mark.thorough
+def test_a_process_that_dies_before_the_first_step_ends_the_other(tmp_path):
+    """Where the other waits for it in a barrier, not in a collective operation."""
+    workdir = tmp_path / "run"
+    first, second = launched.start(workdir, (*SHORT, "--config.data.sampling=launched:dies_in_process_1"), processes=2)
+    assert second.wait(120) == -signal.SIGKILL
+    assert first.wait(120) in (1, -signal.SIGABRT)
+    said = logs(workdir)[0]
+    assert re.search("another (task died|process of this run has died)", said)
+    assert "Traceback" not in said
+
+
 def logs(workdir: Path) -> list[str]:
     return [Path(f"{workdir}.log.{number}").read_text() for number in range(2)]

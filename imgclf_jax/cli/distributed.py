@@ -11,7 +11,7 @@ from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import provenance
 
-_LOST_PEER = re.compile("Gloo .* failed|remote process exited")  # by Gloo and by NCCL
+_LOST_PEER = re.compile("Gloo .* failed|remote process exited|task is set to ERROR")  # by Gloo, NCCL and JAX's barriers
 
 
 @contextlib.contextmanager
