@@ -88,8 +88,7 @@ def _evaluate(
     size, mesh = programs.eval_batch_size, programs.mesh
     rows = sharding.rows_here(size, mesh)
     totals: dict[str, metrics.Sums] = {"clean": {}, "attacked": {}, "failed": {}}
-    batches = stream.eval_batches(images, size, rows)
-    for i, batch in enumerate(track(batches, -(-len(images) // size), caption)):
+    for i, batch in enumerate(track(stream.eval_batches(images, size, rows), -(-len(images) // size), caption)):
         batch = {**batch, "index": (i * size + rows).astype(np.int32)}
         for name, sums in jax.device_get(evaluate(*state.evaluated, sharding.put_batch(batch, mesh))).items():
             evaluation.add(totals[name], {key: value[None] for key, value in sums.items()})

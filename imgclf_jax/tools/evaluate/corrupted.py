@@ -71,9 +71,8 @@ def measure(
     rows = sharding.rows_here(size, mesh)
     kinds = [CLEAN, *((name, severity) for name in names for severity in SEVERITIES)]
     sums: dict[Key, metrics.Sums] = {kind: {} for kind in kinds}
-    batches = stream.eval_batches(images, size, rows)
     with ThreadPoolExecutor() as pool:
-        for i, batch in enumerate(track(batches, -(-len(images) // size), caption)):
+        for i, batch in enumerate(track(stream.eval_batches(images, size, rows), -(-len(images) // size), caption)):
             for kind in kinds:
                 corrupted = batch["image"]
                 if kind != CLEAN:
