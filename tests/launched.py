@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -131,4 +132,11 @@ def dies_in_process_1(source: Source) -> Callable[..., np.ndarray]:
     """A sampler that one process does not live to see."""
     if jax.process_index():
         os.kill(os.getpid(), signal.SIGKILL)
+    return lambda key, positions, n: positions % n
+
+
+def writes_little_in_process_0(source: Source) -> Callable[..., np.ndarray]:
+    """A sampler after which one process can write no large file."""
+    if not jax.process_index():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
     return lambda key, positions, n: positions % n

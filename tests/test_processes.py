@@ -215,5 +215,16 @@ def test_a_process_that_dies_before_the_first_step_ends_the_other(tmp_path):
     assert "Traceback" not in said
 
 
+@pytest.mark.thorough
+def test_a_process_that_cannot_write_ends_both(tmp_path):
+    """By a limit on the size of files, as a full disk would; each waited ten minutes for the other."""
+    workdir = tmp_path / "run"
+    words = (*SHORT, "--config.model=mlp(widths=(2048,))", "--config.data.sampling=launched:writes_little_in_process_0")
+    first, second = launched.start(workdir, words, processes=2)
+    assert first.wait(120) == 1
+    assert second.wait(120) in (1, -signal.SIGABRT)
+    assert "error: a checkpoint could not be saved" in logs(workdir)[0]
+
+
 def logs(workdir: Path) -> list[str]:
     return [Path(f"{workdir}.log.{number}").read_text() for number in range(2)]

@@ -9,6 +9,7 @@ checkpoints only once the new one is verified. Which one is best follows from me
 import concurrent.futures
 import contextlib
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ class Checkpoints:
             create=False,
             # By default Orbax waits in a device collective, which needs as many devices in every process.
             multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=set(range(processes.count()))),
+            async_options=ocp.AsyncOptions(barrier_sync_fn=_wait_unless_failed),
             save_interval_steps=0 if read_only else 1,
             read_only=read_only,
             # A folder in a bucket cannot be renamed atomically, so a file marks it as complete.
@@ -306,6 +308,12 @@ class Checkpoints:
                 f"a checkpoint could not be saved in {self.directory}: {reason(e)}; {kept}; free some space or repair "
                 "the disk, then run the same command again"
             ) from e
+
+
+def _wait_unless_failed(key: str, timeout_ms: int) -> None:
+    """Waits for all processes, except while a save fails here: the others then wait in another barrier of Orbax."""
+    if not sys.exception():
+        ocp.multihost.get_barrier_sync_fn(processes=set(range(processes.count())))(key=key, timeout_ms=timeout_ms)
 
 
 def _is_key(leaf: Leaf) -> bool:
