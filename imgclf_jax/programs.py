@@ -299,7 +299,7 @@ class Programs:
     def eval_call_size(self) -> int:
         """Examples in a call of `eval`; the last call is padded and masked.
 
-        On a single CPU a call computes several small batches, one of which takes hardly longer than to begin a call.
+        On one CPU device a call computes several small batches: each call costs up to a third of the time of one.
         """
         size = self.eval_batch_size
         batches = _CALL_BYTES // (size * math.prod(self.recipe.data.image_shape)) if self.platform == "cpu" else 1

@@ -451,7 +451,7 @@ def in_parts(eval_step: Function, count: int) -> Function:
         none = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), jax.eval_shape(result, 0))
         used = jnp.sum(jnp.any(parts["mask"], 1), dtype=jnp.int32)
         return jax.lax.fori_loop(
-            0, used, lambda i, all: jax.tree.map(lambda x, y: x.at[i].set(y), all, result(i)), none
+            0, used, lambda i, done: jax.tree.map(lambda x, y: x.at[i].set(y), done, result(i)), none
         )
 
     return evaluate

@@ -15,8 +15,8 @@ def physical() -> int:
 def keep_freed() -> None:
     """Makes glibc's allocator keep freed memory: to fault tens of megabytes in again takes as long as a step on CPU.
 
-    All threads share the main arena: the others grow to 64 MB, and what does not fit there is mapped anew at each step,
-    which took a fifth of the time of training ResNet-20.
+    All threads share the main arena: the others hold at most 64 MB, and larger arrays are mapped anew at each step, a
+    fifth of the time of training ResNet-20.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt, trim_threshold, mmap_threshold, arena_max = ctypes.CDLL(None).mallopt, -1, -3, -8

@@ -147,7 +147,8 @@ def build(text: str) -> tuple[HostOps, bool]:
     """Returns the function (image, seed, position) → uint8[h, w, c] of a spec of host ops, and whether it is random.
 
     `position` is the example's global position in the stream. An op's draws depend on the seed, the position, its name
-    and the number of earlier ops of that name, so adding another op does not change them.
+    and the number of earlier ops of that name, so adding another op does not change them. The function raises UserError
+    for an image that an op of this package cannot process; an error in a user's op passes, for its traceback.
     """
     calls, ops = _bind(text, "preprocess")
     ops[0] = functools.partial(_decode, *ops[0].args, **ops[0].keywords)
@@ -157,7 +158,12 @@ def build(text: str) -> tuple[HostOps, bool]:
     def apply(image: Any, seed: int, position: int) -> np.ndarray:
         for op, random, stream, call in zip(ops, is_random, streams, calls, strict=True):
             image = image if op.func in _PICTURE_OPS else _read_only(image)
-            image = op(rng.generator(seed, stream, position), image) if random else op(image)
+            try:
+                image = op(rng.generator(seed, stream, position), image) if random else op(image)
+            except (TypeError, ValueError, ArithmeticError) as e:
+                if isinstance(e, UserError) or ":" in call.name:
+                    raise
+                raise UserError(f"preprocess={text!r} fails: {e}") from e
             resizing.check_pixels(f"the image after {call.name}", *resizing.size_of(image))
         return resizing.to_array(image)
 

@@ -33,8 +33,9 @@ def resolve(text: str, sizes: Mapping[str, int]) -> list[Part]:
             raise UserError(f"split {text!r} does not parse; write 'train', 'train[:90%]', 'train[100:]' or 'a+b'")
         name, start, stop = match.groups()
         if name not in sizes:
-            raise UserError(f"{unknown('split', name, sizes)}; to hold out a part, pass "
-                            "--config.data.train='train[:90%]' --config.data.eval.test='train[90%:]'")  # fmt: skip
+            first = next(iter(sizes))
+            raise UserError(f"{unknown('split', name, sizes)}; to hold out a part of {first}, pass "
+                            f"--config.data.train='{first}[:90%]' --config.data.eval.test='{first}[90%:]'")  # fmt: skip
         n = sizes[name]
         if start and stop and start.endswith("%") != stop.endswith("%"):  # TFDS reads both as percentages
             raise UserError(f"split {piece.strip()!r} mixes a number with a percentage; write both in the same form")

@@ -112,10 +112,6 @@ class Images:
             return self._ops(image, seed, position)
         except UserError as e:
             raise UserError(f"{self.source.example_name(example)}: {e}") from e
-        except (TypeError, ValueError, ArithmeticError) as e:
-            if ":" in self.preprocess:
-                raise  # the user needs the traceback into their own op
-            raise UserError(f"preprocess={self.preprocess!r} fails: {e}") from e
 
 
 @dataclass(frozen=True)

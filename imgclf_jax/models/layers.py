@@ -23,7 +23,7 @@ from imgclf_jax.core.typing import Initializer
 from imgclf_jax.models.cpu import matmuls, onednn, pool, sums
 from imgclf_jax.models.cpu.matmuls import features_first, features_last, wants_features_first
 
-_FEW_TAPS_ON_TPU = 36  # in float32: the kernel's gradient of a convolution by few takes XLA's TPU compiler minutes
+_FEW_TAPS_ON_TPU = 36  # a float32 kernel with up to so many takes XLA's TPU compiler minutes, for its gradient
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
@@ -141,7 +141,7 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        if wants_features_first() and x.ndim == 2:
+        if wants_features_first() and x.ndim == 2:  # a convolution of one pixel
             y = conv(x[:, None, None], kernel[None, None], dtype=self.dtype)[:, 0, 0]
         else:
             y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))

@@ -35,7 +35,7 @@ def write(run: Run, records: Records, outcome: Outcome) -> None:
     skipped = sharding.fetch(outcome.state.skipped)
     if step and (skipped == step).any():
         raise UserError(f"all {step} steps were skipped: their loss, gradient or parameters are not finite, so nothing "
-                        "was trained; look for the first with on_bad_step=stop")  # fmt: skip
+                        "was trained; on_bad_step=stop names the examples of the first")  # fmt: skip
     results = outcome.results or _evaluate_again(run, records, outcome.state)
     seconds, steps = timer.seconds["input"] + timer.seconds["steps"], timer.steps
     result = {

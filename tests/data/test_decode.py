@@ -223,3 +223,12 @@ def test_ops_give_the_same_for_pillow_images_as_for_arrays(op, channels):
         assert found.shape[2] == channels
         mixed = build(f"decode({channels})|{op}|{__name__}:turned|resize(7)")[0](data, seed, position)
         np.testing.assert_array_equal(mixed, resize(expected[::-1], 7))
+
+
+def test_an_op_that_fails_is_named_unless_it_is_the_users():
+    """In training and prediction alike; the user needs the traceback into an op of their own."""
+    image = np.zeros((9, 9, 1), np.uint8)
+    with pytest.raises(UserError, match=r"^preprocess=\"decode\(1\)\|resize\('a'\)\" fails: "):
+        build("decode(1)|resize('a')")[0](image, 0, 0)
+    with pytest.raises(TypeError, match="ArrayType"):
+        build("decode(1)|numpy:sin('a')")[0](image, 0, 0)
