@@ -28,8 +28,8 @@ DOCS = {name: page.read_text() for name, page in PAGES.items()}
 SHORT = ["--config.total=2 steps", "--config.schedule=constant(1e-3)", "--config.eval_every="]
 
 
-def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 120
+def test_the_readme_takes_a_screen_and_a_half():
+    assert len(README.splitlines()) <= 82
 
 
 def test_its_links_lead_somewhere():
@@ -84,7 +84,8 @@ OF_THE_COMMAND = {
     "transfer_frozen": {"init_from", "data.source", "num_seeds", "rules.freeze", "schedule"},
     "transfer_scratch": {"data.source", "num_seeds"},
 }
-LINKED = re.findall(r"\[([\d.]+)([^\]]*)\]\(docs/results/(\w+)(-0)?\.zip\)", README)
+RESULTS = README + DOCS["results"]  # the README repeats a few of the table's rows
+LINKED = dict.fromkeys(re.findall(r"\[([\d.]+)([^\]]*)\]\((?:docs/)?results/(\w+)(-0)?\.zip\)", RESULTS))
 
 
 NEW = ("digits", "fashion_mnist_fast")  # the other bundles have config keys that are gone, until they are made anew
@@ -95,7 +96,7 @@ NEW = ("digits", "fashion_mnist_fast")  # the other bundles have config keys tha
     for one in LINKED
 ], ids=[name for *_, name, _ in LINKED])  # fmt: skip
 def test_a_result_with_bundles_is_that_of_the_bundles(mean, of, name, several):
-    """The mean test accuracy in the README's row, over as many seeds or draws as it says, and the header's numbers."""
+    """The mean test accuracy in the table's row, over as many seeds or draws as it says, and the header's numbers."""
     folder = ROOT / "docs" / "results"
     files = sorted(folder.glob(f"{name}-?.zip")) if several else [folder / f"{name}.zip"]  # one: all seeds at once
     records = [Record.load(str(file)) for file in files]
