@@ -4,6 +4,7 @@ import gc
 import itertools
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -40,6 +41,19 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000)
+
+
+# Why a test may skip: of a package, a compiler, a processor or a permission that this machine lacks.
+MAY_SKIP = r"group `(peers|onnx|browser)`|needs Chromium|needs a compiler|oneDNN|Linux's|not permitted|devices round"
+
+
+def pytest_sessionfinish(session):
+    """A test that skips for any other reason fails the run: nobody would notice that it never runs."""
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")  # none in the processes of xdist
+    for report in terminal.stats.get("skipped", ()) if terminal else ():
+        if not re.search(MAY_SKIP, report.longrepr[2]):
+            terminal.write_line(f"\n{report.nodeid} may not skip (see tests/conftest.py): {report.longrepr[2]}", red=True)
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -39,8 +39,3 @@ def with_bytes(content, changes, cut=0):
         if out:
             out[(-1 if place % 2 else 1) * (place // 2 % len(out))] = value
     return bytes(out[: len(out) - cut])
-
-
-def mostly(good, others):
-    """The good value, and one of the others now and then, so that several changes at once leave most of a file good."""
-    return st.integers(0, 15).flatmap(lambda n: others if n == 9 else st.just(good))

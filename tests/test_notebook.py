@@ -29,8 +29,3 @@ def test_the_cells_run_in_order(name, tolerance, capsys, tmp_path, monkeypatch):
             assert re.sub(number, "N", out.strip()) == re.sub(number, "N", expected.strip())
             for found, wanted in zip(re.findall(number, out), re.findall(number, expected), strict=True):
                 assert abs(float(found) - float(wanted)) < tolerance
-
-
-def test_the_notebooks_are_those_of_the_page():
-    page = (NOTEBOOKS.parent / "library.md").read_text()
-    assert set(re.findall(r"notebooks/(\w+)\.ipynb", page)) == {file.stem for file in NOTEBOOKS.glob("*.ipynb")}

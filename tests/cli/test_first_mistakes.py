@@ -107,7 +107,6 @@ def test_help_of_the_installed_package_has_nothing_of_a_clone(capsys):
     ("digts", "unknown config 'digts': did you mean 'digits'? allowed: cifar10_airbench, cifar10_resnet20, digits, "),
     ("airbench", "unknown config 'airbench': did you mean 'cifar10_airbench'? allowed: "),
     ("configs/folder.py:photos", "unknown config 'configs/folder.py': did you mean 'folder'? allowed: "),
-    ("digits.py", "unknown config 'digits.py': did you mean 'digits'? allowed: "),
 ])  # fmt: skip
 def test_a_config_that_is_not_there(says, name, said):
     status, words = says("config", f"--config={name}")

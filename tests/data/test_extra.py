@@ -101,7 +101,6 @@ def test_any_process_reads_its_rows_of_every_stream(config):
     ("more", "train|batch_size('8')", "batch_size('8') is no option; options are"),
     ("more", "train|batchsize(8)", "batchsize(8) is no option"),
     ("more", "train|sampling('balance')", "unknown sampling 'balance': did you mean 'balanced'"),
-    ("more", "trian", "data.extra.more: unknown split 'trian': did you mean 'train'"),
     ("more", "train|preprocess('decode(7)')", "data.extra.more: "),
     ("more", "train|sampling(\"weighted('none.npy')\")", "data.extra.more: sampling=\"weighted('none.npy')\": can"),
 ])  # fmt: skip

@@ -202,7 +202,6 @@ def taken(problem):
 
 
 @pytest.mark.parametrize(("key", "value", "said"), [
-    ("method", "methods_check:prototypes(weigth=1)", "unknown argument 'weigth': did you mean 'weight'"),
     ("method", f"{__name__}:not_a_method", "returns a dict; return imgclf_jax.methods.Method"),
     ("method", f"{__name__}:bare", "the method's loss returns a .*; return imgclf_jax.methods.Loss"),
     ("method", f"{__name__}:taken", "a metric is called 'grad_norm', which every step has, or"),

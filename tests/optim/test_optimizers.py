@@ -116,7 +116,6 @@ def test_clip_bounds_the_norm_over_all_parameters_together(clip):
 
 
 @pytest.mark.parametrize(("text", "ruled", "message"), [
-    ("add_decay_weights(0.1)|sgd", {}, "unknown transform before the optimizer 'add_decay_weights': did you mean 'add"),
     ("add_decayed_weights(0.1)", {}, "unknown optimizer 'add_decayed_weights'"),
     ("sgd|add_decayed_weights(0.1)", {}, "expected exactly one optimizer; allowed before it are .*, after it lookahe"),
     ("lookahead(5)", {}, "expected exactly one optimizer"),

@@ -19,11 +19,10 @@ RUN = ("--config.data.source=fake(64, (8, 8, 1), 4)", "--config.preprocess=decod
 @pytest.fixture(scope="module")
 def bucket():
     """The address of an empty bucket."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed: uv sync --extra buckets")
-    server = pytest.importorskip("moto.server", reason="moto is not installed: uv sync --group dev")
     import boto3
+    from moto.server import ThreadedMotoServer
 
-    running = server.ThreadedMotoServer(port=0, verbose=False)
+    running = ThreadedMotoServer(port=0, verbose=False)
     running.start()
     host, port = running.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
