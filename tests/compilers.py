@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from imgclf_jax.core import extras
-from imgclf_jax.tools.dryrun import topology
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,6 +34,8 @@ from imgclf_jax.tools.dryrun import counts
 
 def skip_without(chips: str) -> None:
     """Skips the test where the compiler for these chips is not installed."""
+    from imgclf_jax.tools.dryrun import topology
+
     platform = topology.parse(chips).platform
     if (extra := topology._COMPILERS.get(platform)) and extras.missing(extra):
         pytest.skip(f"needs a compiler: uv run --isolated --extra {extra} pytest -m chips")

@@ -19,7 +19,6 @@ from PIL import Image
 
 import launch
 from imgclf_jax.core import spec
-from imgclf_jax.tools.dryrun import topology
 
 ROOT = Path(__file__).parent.parent
 PAGES = {page.stem: page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
@@ -109,6 +108,8 @@ def first_run(words: list[str]) -> list[str]:
 
 def run_dryrun(words: list[str]) -> None:
     """In a separate process, which sets its platform, for virtual devices, since no compiler of a chip is installed."""
+    from imgclf_jax.tools.dryrun import topology
+
     [chips] = [word.removeprefix("--chips=") for word in words if word.startswith("--chips=")]
     topology.parse(chips)
     if chips.startswith("cpu"):
@@ -186,12 +187,6 @@ def test_the_blocks_of_a_page_run(name, folder, weights, capsys):
                 run_launch(words[1:])
             else:
                 run_other(words)
-
-
-def test_every_page_is_in_the_table_of_contents():
-    index = (ROOT / "docs" / "index.md").read_text()
-    found = {line for block in re.findall(r"```{toctree}\n(.*?)```", index, re.DOTALL) for line in block.splitlines()}
-    assert {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"} <= found
 
 
 def test_the_tests_that_reliability_names_are_there():

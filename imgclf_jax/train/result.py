@@ -3,6 +3,7 @@
 import logging
 import shlex
 
+from imgclf_jax.cli.table import COMMANDS
 from imgclf_jax.core import json_files, processes, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.terminal import format_metrics
@@ -60,7 +61,8 @@ def write(run: Run, records: Records, outcome: Outcome) -> None:
     print(f"trained {trained} steps ({result['epochs']:g} epochs) in {result['seconds']} s; see "
           f"{printable(str(run.workdir.path))}")  # fmt: skip
     for words in ("report", *(("predict FILE", "serve") if run.programs.recipe.method.predicts else ())):
-        print(f"  {display.program()} {words} --workdir {shlex.quote(printable(str(run.workdir.path)))}")
+        if words.split()[0] in COMMANDS:  # a tool may have been deleted
+            print(f"  {display.program()} {words} --workdir {shlex.quote(printable(str(run.workdir.path)))}")
 
 
 def _evaluate_again(run: Run, records: Records, state: TrainState) -> Results:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sklearn.metrics
-from fastapi.testclient import TestClient
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -16,7 +15,6 @@ import launch
 from imgclf_jax import datasets
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
-from imgclf_jax.tools.serve import app
 from imgclf_jax.trained import restore
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -184,6 +182,10 @@ def test_every_tool_has_the_labels(run, capsys, tmp_path):
     printed(capsys, "export", tmp_path / "a.stablehlo", workdir)
     described = json.loads(zipfile.ZipFile(tmp_path / "a.stablehlo").read("metadata.json"))
     assert [described["gives"], described["task"]] == ["probabilities", "multilabel"]
+
+    from fastapi.testclient import TestClient
+
+    from imgclf_jax.tools.serve import app
 
     with TestClient(app.build(restore(run.load_config(), run, "latest"))) as client:
         [answer] = client.post("/predict", files={"images": paths[0].read_bytes()}).json()

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import traverse_util
 from safetensors import safe_open
 from test_stablehlo import made
@@ -145,6 +146,17 @@ def test_a_model_is_written_in_the_same_bytes_each_time(tmp_path, monkeypatch):
     with safe_open(file, "np") as found:
         assert found.metadata()["model"] == "mlp(widths=(8,))"
         np.testing.assert_array_equal(found.get_tensor("head.bias"), model.state.params["head"]["bias"])
+
+
+def test_weights_of_swapped_parts_have_no_published_names():
+    """PyTorch's model would load them and compute something else."""
+    assert torch_state.naming(resnet.ResNetCIFAR(8)) == "akamaster"
+    named = classifier.build("resnet_cifar(8, norm='batch_norm')", 4, "float32").backbone
+    assert torch_state.naming(named) == "akamaster"
+    for backbone in (resnet.ResNetCIFAR(8, activation=nn.gelu), resnet.ResNetCIFAR(8, block=resnet.Bottleneck)):
+        assert torch_state.naming(backbone) == "own"
+        with pytest.raises(UserError, match="unknown names of a ResNetCIFAR 'akamaster'"):
+            torch_state.naming(backbone, "akamaster")
 
 
 def test_weights_that_hold_nan_are_not_written(tmp_path, monkeypatch, capsys):
