@@ -19,8 +19,10 @@ def prepare(deterministic: bool = False) -> None:
     own = os.environ.get("XLA_FLAGS", "")
     added = [f"--{name}={value}" for name, value in flags.items() if name not in own]
     os.environ["XLA_FLAGS"] = " ".join([*own.split(), *added])
-    # The compilation cache is per kind of processor, since machines may share a home folder.
-    kind = " ".join([cpuinfo.facts().get("model name", platform.processor()), *sorted(cpuinfo.flags())])
+    # The compilation cache is per kind of processor, since machines may share a home folder, and per number of cores:
+    # XLA shares a program's loops out among them when it compiles it, and JAX's key does not have them.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    kind = " ".join([cpuinfo.facts().get("model name", platform.processor()), *sorted(cpuinfo.flags()), str(cores)])
     compiled = cache.folder(f"compiled-{zlib.crc32(kind.encode()):08x}")
     with contextlib.suppress(OSError):  # without a folder, nothing is cached
         compiled.mkdir(parents=True, exist_ok=True)
