@@ -52,7 +52,7 @@ def pytest_sessionfinish(session):
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")  # none in the processes of xdist
     for report in terminal.stats.get("skipped", ()) if terminal else ():
         if not re.search(MAY_SKIP, report.longrepr[2]):
-            terminal.write_line(f"\n{report.nodeid} may not skip (see tests/conftest.py): {report.longrepr[2]}", red=True)
+            terminal.write_line(f"\n{report.nodeid} may not skip (see conftest.py): {report.longrepr[2]}", red=True)
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
