@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -37,6 +38,8 @@ def end_on_signals() -> None:
         name = signal.Signals(number).name
         with contextlib.suppress(OSError):
             os.write(2, f"{name}: stopped; nothing is lost; run the same command again\n".encode())
+        # Where Python would drop the exception: in a finalizer, or a callback of the garbage collector such as JAX's.
+        sys.unraisablehook = lambda _: os._exit(128 + number)
         raise SystemExit(128 + number)
 
     _handle(end)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -9,8 +11,9 @@ from imgclf_jax.core import stopping
 
 
 @pytest.fixture(autouse=True)
-def _default_handlers():
+def _default_handlers(monkeypatch):
     """Resets ignored signals, since some shells start background processes with SIGINT ignored."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which an ending process replaces
     before = {number: signal.signal(number, signal.SIG_DFL) for number in stopping.SIGNALS}
     yield
     for number, handler in before.items():
@@ -44,6 +47,21 @@ def test_outside_it_ends_the_process_at_once(number, capfd):
         receive()
     assert raised.value.code == 128 + number
     assert capfd.readouterr().err == f"{number.name}: stopped; nothing is lost; run the same command again\n"
+
+
+def test_it_ends_the_process_also_where_python_drops_exceptions():
+    """JAX has a callback of the garbage collector, from which no exception passes on."""
+    program = """if True:
+        import gc, os, signal, time
+        from imgclf_jax.core import stopping
+        stopping.end_on_signals()
+        gc.callbacks.append(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        gc.collect()
+        time.sleep(60)
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
+    said = "SIGTERM: stopped; nothing is lost; run the same command again\n"
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, said)
 
 
 def test_ignored_signals_stay_ignored():
