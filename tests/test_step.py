@@ -167,7 +167,6 @@ def first_rows(tree):
 
 
 def test_gradients_of_other_shapes_are_not_broadcast():
-    """The gradient of a kernel's first row trained all its rows, silently."""
     model, optimizer = Classifier(Net(), 5), optax.sgd(1.0)
 
     def rows_of(gradient):

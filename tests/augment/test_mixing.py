@@ -126,7 +126,6 @@ def test_one_op_is_drawn_for_each_batch(text, shares):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("mixpu", "unknown mixing op 'mixpu': did you mean 'mixup'"),
     ("mixup(probability=0.7)|cutmix(probability=0.7)", "their sum at most 1"),
     ("cutmix(probability=-0.1)", "from 0 to 1"),
     ("cutmix(probability='x')", "from 0 to 1"),

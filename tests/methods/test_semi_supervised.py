@@ -164,5 +164,3 @@ def test_mistakes_get_a_sentence():
         run(fixmatch(PROBLEM), batch(u=0))
     with pytest.raises(UserError, match=r"fixmatch\(threshold=95\): must be 0 to 1"):
         fixmatch(PROBLEM, threshold=95)
-    with pytest.raises(UserError, match="unknown device op"):
-        fixmatch(PROBLEM, strong="cuttout(2)")

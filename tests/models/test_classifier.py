@@ -31,7 +31,6 @@ def test_how_the_head_begins(head_init, deviation, most):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("mlp(head_init='zero')", "unknown head_init 'zero': did you mean 'zeros'"),
     ("mlp(dropout=1.5)", r"model='mlp\(dropout=1.5\)': dropout=1.5 must be a number from 0 to below 1"),
     ("vit('Ti', patch=4, drop_path=1)", "drop_path=1 must be a number"),
     ("test_classifier:no_class", "model 'test_classifier:no_class': missing a required argument: 'x'"),

@@ -174,7 +174,6 @@ class Partly(nn.Module):
         2, dropout_rate=0.5, deterministic=not train, name="part")(x[:, None])[:, 0],
 ])  # fmt: skip
 def test_frozen_modules_run_as_in_evaluation_whatever_they_call_the_mode(part):
-    """Running statistics drifted and dropout stayed on, unless the argument was called `train`."""
     model, x = Partly(part), jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)), jnp.float32)
     variables = model.init(jax.random.key(0), x)
     names = tuple(name for name, _ in tree.named_leaves(variables["params"]))

@@ -48,7 +48,6 @@ def test_they_are_those_of_the_result_and_of_evaluate(tmp_path, one_device, caps
 
 @pytest.mark.thorough
 def test_predictions_are_of_the_result_or_not_used(trained, copy, one_device, capsys):
-    """Those of other labels made a better run the worse one (p = 0.0001)."""
     data, file = trained.parent / "data.npz", copy / predictions.FILE
     before, arrays = data.read_bytes(), dict(np.load(data))
     np.savez(data, **arrays | {"y_test": (arrays["y_test"] + 1) % 3})

@@ -71,10 +71,10 @@ def test_several_seeds_are_attacked_each_by_itself(runs, capsys):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(("words", "message"), [
-    (["--attack=pdg"], "unknown attack 'pdg': did you mean 'pgd'"),
-    (["--attack=pgd(eps=8)"], "pgd(eps=8): must be above 0 and at most 1"),
-    (["--attack=pgd(epsilon=0.1)"], "unknown argument 'epsilon'"),
+    (["--attack=pdg(eps=8)"], "unknown attack 'pdg'"),
     (["--attack=pgd", "--corruptions=all"], "--corruptions and --attack print different things"),
+    (["--corruptions=all", "--predictions=a.csv"], "--corruptions and --predictions print different things"),
+    (["--corruptions=pixelat"], "--corruptions: unknown corruption 'pixelat'"),
 ])  # fmt: skip
 def test_mistakes(runs, capsys, words, message):
     assert launch.main(["evaluate", f"--workdir={runs[0].path}", *words]) == 1

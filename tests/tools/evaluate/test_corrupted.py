@@ -67,13 +67,3 @@ def test_accuracies_are_those_of_images_corrupted_by_hand(run, capsys):
     state = sharding.put_replicated(jax.tree.map(np.asarray, trained.state), one)
     again = corrupted.measure(alone, state, images, ["gaussian_noise"])
     assert [again["gaussian_noise", s] for s in SEVERITIES] == found["corruptions"]["gaussian_noise"]["severities"]
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize(("words", "message"), [
-    (["--corruptions=pixelat"], "--corruptions: unknown corruption 'pixelat': did you mean 'pixelate'"),
-    (["--corruptions=all", "--predictions=a.csv"], "--corruptions and --predictions print different things"),
-])  # fmt: skip
-def test_mistakes(run, capsys, words, message):
-    assert launch.main(["evaluate", f"--workdir={run.path}", *words]) == 1
-    assert message in capsys.readouterr().err

@@ -150,7 +150,6 @@ def test_mistakes(run, tmp_path, capsys):
         ([str(tmp_path / "a.pt")], "the suffix must select the format: .stablehlo, .savedmodel, .onnx, .safetensors"),
         ([str(tmp_path / "none" / "a.stablehlo")], "does not exist; create it first"),
         ([], "name the file to write"),
-        ([str(tmp_path / "a.safetensors"), "--names=timm"], "unknown names of a MLP 'timm'"),
     ]:
         capsys.readouterr()
         assert launch.main(["export", f"--workdir={run}", *words]) == 1

@@ -79,7 +79,6 @@ SHARED = {
 
 
 def test_variables_that_would_share_a_name_are_all_written_and_read_back():
-    """The `kernel` and the `scale` of one module were both called `weight`, and the file held only the last one."""
     backbone, own = classifier.build("mlp", 5, "float32").backbone, {n: drawn(n, shape) for n, shape in SHARED.items()}
     written = torch_state.state_dict(backbone, traverse_util.unflatten_dict(own, sep="/"), "own", (2, 2, 3))
     del own["params/projector/dense/kernel"]  # no classifier has it

@@ -54,7 +54,6 @@ def test_the_linear_probe_is_scikit_learns(monkeypatch):
 
 
 def test_a_probe_of_a_rare_label_is_fitted(monkeypatch):
-    """It was a traceback of scikit-learn, "All the 5 fits failed": no positive was drawn."""
     monkeypatch.setattr(probing, "_MAX_TO_CHOOSE", 50)
     monkeypatch.setattr(probing, "STRENGTHS", (1e-2, 1.0))
     targets = np.zeros((200, 3), np.float32)
@@ -75,7 +74,6 @@ def test_a_few_of_each_class_are_drawn():
 
 
 def test_a_probe_that_is_fitted_to_what_it_is_scored_on_warns(tmp_path):
-    """Only the training split of the run was compared, and with weights of a file none: 1-NN then has accuracy 1."""
     base, config = sources.fake(100, (2, 2, 1), 2), configs.default_config()
     config.data.eval = {"test": "test"}
     (tmp_path / "config.json").write_text(configs.to_json(config))
