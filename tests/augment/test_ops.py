@@ -142,6 +142,8 @@ def test_build_applies_the_ops_in_order_each_with_a_key_of_its_name():
     expected = numpy_cutout(cut, numpy_normalize(expected, (0.1, 0.2, 0.3), 0.5), 4, 0.25)
     out = jax.jit(ops.build(ALL, train=True))(KEY, images)
     np.testing.assert_allclose(out, expected, rtol=0, atol=rounding(3) * np.abs(expected).max())
+    twice = jax.jit(ops.build("flip_lr|flip_lr", train=True))(KEY, images)
+    assert np.abs(twice - images / np.float32(255)).max() > 0.1  # the second one has draws of its own
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,15 @@ def test_trivialaugment_draws_every_op_sign_and_magnitude_alike():
     assert stats.chisquare(observed, expected).pvalue > 1e-3
 
 
+def test_randaugment_draws_the_ops_of_its_magnitude():
+    """On an oblong image, where translations differ by axis; whose ops are Pillow's, see above."""
+    image = IMAGES["oblong"][3]
+    table = everything(narrow(*image.shape[:2])[0], image)
+    counts = drawn(lambda key, x: policies.randaugment(key, x, 1, 30), 60, image)
+    assert counts.keys() <= {own.tobytes() for _, magnitude, own in table if abs(magnitude) == 30}
+    assert len(counts) > 10
+
+
 @pytest.mark.thorough
 def test_magnitude_std_spreads_the_magnitude():
     """A solarized ramp reveals the magnitude: the normal draw, rounded and clipped to 0 to 30."""

@@ -113,6 +113,18 @@ def test_sown_losses_are_added_and_sown_metrics_are_logged(accumulate):
     assert not {"losses", "metrics"} & set(after.model_state)
 
 
+def test_each_microbatch_has_dropout_of_its_own():
+    drawn = set()
+
+    def loss(model, batch, fixed):
+        jax.debug.callback(lambda bits: drawn.add(int(bits)), jax.random.bits(model.make_rng("dropout")))
+        return Loss(losses.softmax(model(batch["image"], train=True), batch["label"]))
+
+    one_step(learned=Method(loss), accumulate=4)
+    jax.effects_barrier()
+    assert len(drawn) == 4
+
+
 @pytest.mark.parametrize("place", ["device", *thorough("host")])
 def test_a_memory_of_each_example(place, fake_config, tmp_path, monkeypatch):
     """The page's `elr`: with constant weights, after two epochs each row is 1 - 0.7² of the prediction."""

@@ -79,6 +79,9 @@ def test_one_step_without_a_random_start_is_fgsm():
     images, keys = jnp.array([0.5, 0.5, 0.5, 0.99]).reshape(1, 2, 2, 1), jax.random.split(jax.random.key(0), 1)
     found = attack(linear, images, keys, 0.0, 1.0, eps=0.1, steps=1, step_size=0.1, random_start=False)
     np.testing.assert_allclose(found.reshape(4), [0.6, 0.4, 0.5, 1.0], rtol=1e-6)
+    eight = images.repeat(8, 0), jax.random.split(jax.random.key(0), 8)
+    found = attack(linear, *eight, 0.0, 1.0, eps=0.1).reshape(8, 4)  # by default ten steps cross the ball
+    np.testing.assert_allclose(np.delete(found, 2, 1), [[0.6, 0.4, 1.0]] * 8, rtol=1e-6)
 
 
 def centred(images):

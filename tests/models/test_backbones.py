@@ -12,7 +12,7 @@ from test_forms import SMALL, random_variables
 from imgclf_jax import metrics
 from imgclf_jax.config import default_config
 from imgclf_jax.core import sharding
-from imgclf_jax.models import classifier, vit
+from imgclf_jax.models import classifier, convnext, vit
 from imgclf_jax.models.airbench import AirBench
 from imgclf_jax.models.backbones import BACKBONES
 from imgclf_jax.models.convnext import ConvNeXtBlock
@@ -134,6 +134,14 @@ def test_train_and_evaluation_differ_where_they_should(name):
     assert np.any(train_1 != eval_1)
     drawn = "drop" in spec
     assert np.any(train_1 != train_2) == drawn
+
+
+@pytest.mark.parametrize(("module", "spec", "blocks"), [(convnext, "convnext('T'", 18), (vit, "vit('Ti'", 12)])
+def test_stochastic_depth_grows_linearly_to_the_last_block(module, spec, blocks, monkeypatch):
+    spec, rates = f"{spec}, drop_path=0.5)", set()
+    monkeypatch.setattr(module, "drop_path", lambda block, x, rate, train: rates.add(rate) or x)
+    jax.eval_shape(classifier.build(spec, 4, "float32").init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    np.testing.assert_allclose(sorted(rates), np.linspace(0, 0.5, blocks), rtol=1e-12)
 
 
 def test_sincos_positions_are_their_definition():

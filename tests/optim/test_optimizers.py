@@ -85,10 +85,10 @@ def test_muon_is_its_definition(nesterov):
 def test_weight_decay_is_pytorchs_times_its_rule(text):
     """torch.optim.SGD: g ← g + λ p, v ← μ v + g, and p ← p - η v or, with nesterov, p ← p - η (g + μ v); and AdamW.
 
-    A parameter without a rule has the factor 1.
+    A parameter without a rule has the factor 1, of the decay and of the learning rate.
     """
     params, *grads = draw({"a": (3, 2), "b": (4,), "c": (2,)})
-    out = by_optax(text, params, grads, decay={"a": 0.0, "b": 0.25})
+    out = by_optax(text, params, grads, decay={"a": 0.0, "b": 0.25}, lr={"c": 0.5})
     for (name, p), factor in zip(params.items(), (0.0, 0.25, 1.0), strict=True):
         decay, m, v = 0.1 * factor, 0.0, 0.0
         for n, g in enumerate(g[name] for g in grads):
@@ -98,7 +98,7 @@ def test_weight_decay_is_pytorchs_times_its_rule(text):
             else:
                 m = 0.9 * m + g + decay * p
                 update = g + decay * p + 0.9 * m if "nesterov" in text else m
-            p = p - RATE * update
+            p = p - RATE * (0.5 if name == "c" else 1) * update
         # Adam divides by the root of 1 - b2**n, whose relative error is 1000 times the rounding of b2 = 0.999.
         np.testing.assert_allclose(out[name], p, rtol=0, atol=3 * rounding(2 * 12) + RATE * rounding(3) * 500)
 

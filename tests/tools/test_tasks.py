@@ -144,8 +144,9 @@ def test_predict_of_several_labels_prints_all_from_the_threshold_on(run, capsys)
     [row, *_] = csv.DictReader(printed(capsys, *argv, "--format=csv", f"--threshold={each}").splitlines())
     assert set(row["labels"].split("|")) == {f"a {c}" for c in range(2, 10)}
     assert float(row["probability[a 0]"]) == pytest.approx(outputs[0, 0], abs=1e-5)
-    assert launch.main([*map(str, argv), "--threshold=0.5,0.5"]) == 1
-    assert "must be a number from 0 to 1, or 10 numbers separated by commas, one per class" in capsys.readouterr().err
+    for wrong in ("0.5,0.5", "1.5"):
+        assert launch.main([*map(str, argv), f"--threshold={wrong}"]) == 1
+        assert "a number from 0 to 1, or 10 numbers separated by commas, one per class" in capsys.readouterr().err
 
 
 @pytest.mark.thorough

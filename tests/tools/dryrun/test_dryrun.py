@@ -35,6 +35,8 @@ def test_on_virtual_devices(tmp_path, capsys):
     assert found["memory"]["optimizer"] == 4 * (2 * parameters + 2)  # Adam's moments and counts
     assert found["flops"] == 2 * 8 * (2 * 192 * 16 + 3 * 16 * 5)  # 8 images a device; the first layer's input: none
     assert found["collectives"]["all-reduce"]["bytes"] >= 4 * parameters
+    sizes = [size for name, size in found["memory"].items() if name not in ("capacity", "peak")]
+    assert found["memory"]["peak"] == pytest.approx(sum(sizes), rel=0.02)  # the new state replaces the old one
     assert found["fits"]
     assert {"train", "eval"} == set(found["compile_seconds"])
     assert "seconds" not in found  # a CPU has no published figures

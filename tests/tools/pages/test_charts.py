@@ -39,3 +39,4 @@ def test_a_chart_has_its_points():
     found, starts = heights([1.0, math.nan, 3.0])
     assert (len(found), starts) == (2, 2)
     assert charts.chart("t", "x", [charts.Line("n", 0, [(0, math.nan)])]) == ""
+    assert charts.thinned(range(1000))[::299] == [0, 999]  # 300 points, with both ends

@@ -35,8 +35,9 @@ def change(file: Path, **values) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-def test_several_seeds_and_many_classes(tmp_path, capsys):
+def test_several_seeds_and_many_classes(tmp_path, capsys, monkeypatch):
     """Scores, confusions and mistakes are the ensemble's, as the page says; 40 classes have no matrix."""
+    monkeypatch.setattr("imgclf_jax.tools.report.sets._ROWS", 10)
     workdir = tmp_path / "run"
     assert launch.main([f"--workdir={workdir}", *SEEDS]) == 0
     page = Page(reported(workdir))
@@ -50,6 +51,9 @@ def test_several_seeds_and_many_classes(tmp_path, capsys):
     assert page.tables["Scores on test"][1][1] == f"{found['ensemble_accuracy']:.4f}"
     assert "Everything below describes the ensemble" in page.text
     assert "Confusion matrix on test" not in page.tables
+    recalls = [row[i] / sum(row) for i, row in enumerate(found["confusion"]) if any(row)]
+    shown = page.tables["Recall and precision of each class on test: the 10 of 40 with the lowest recall"][1:]
+    assert [row[2] for row in shown] == [f"{recall:.4f}" for recall in sorted(recalls)[:10]]
     bands = [own["class"] for tag, own in page.tags if "band" in own.get("class", "")]
     assert bands == ["band c0", "band c1"] * 2 + ["band c1"] * 2  # of loss and accuracy; NLL and top-5 are of test
 
@@ -100,6 +104,11 @@ def test_a_run_that_names_code_is_refused(copy, capsys, key):
     assert re.search(r"error: .* names .*'os:system'.*add --trust", capsys.readouterr().err)
     assert not (copy / "harm").exists()
     assert not (copy / "report.html").exists()
+
+
+def test_another_evaluation_set_is_told(copy):
+    text = Page(reported(copy, "--config.data.eval.test=test[:50%]")).text
+    assert "This page has other values than the run: data.eval.test: 'test' → 'test[:50%]'. Its scores need" in text
 
 
 def test_a_run_without_a_checkpoint(copy):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx2 as httpx
 import pytest
+from fastapi.testclient import TestClient
 from test_app import form, model, png  # noqa: F401  the former is a fixture
 
 import launch
@@ -50,3 +51,8 @@ def test_mistakes(model, tmp_path, monkeypatch, capsys):  # noqa: F811
         port = taken.getsockname()[1]
         assert launch.main(["serve", f"--workdir={tmp_path}", f"--port={port}"]) == 1
     assert f"serve: cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+    asked = []
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: asked.append(TestClient(self.config.app)))
+    assert launch.main(["serve", f"--workdir={tmp_path}", "--port=0"]) == 0
+    for host, status in (("localhost", 200), ("evil.example", 400)):  # whose name resolves to this machine
+        assert asked[0].get("/", headers={"Host": host}).status_code == status

@@ -78,6 +78,7 @@ def test_runs_that_are_done_are_skipped(run, monkeypatch):
     status, lines = run("--sweep=seed=0..2")  # one more
     assert status == 0
     assert lines[:3] == ["seed=0 done before", "seed=1 done before", "seed=2 done N s"]
+    assert run("--sweep=seed=0", "--config.batch_size=32")[1][0] == "seed=0 done N s"  # of another config
 
 
 def test_one_that_fails_stops_no_other(run):
