@@ -71,7 +71,7 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     """x [..., f] + bias [f] in at least float32, so that the bias gradient accumulates in float32."""
     x = dtypes.upcast(x)
     if platform.current() == "cpu":
-        return x + sums.broadcast(bias.astype(x.dtype), x.shape)
+        return x + sums.broadcast(bias.astype(x.dtype), shape=x.shape)
     return x + bias.astype(x.dtype)
 
 

@@ -5,7 +5,6 @@ Statistics accumulate in float32 (or float64); outputs are in `dtype`.
 
 import functools
 import re
-from contextlib import AbstractContextManager
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +17,8 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Initializer, PyTree
 from imgclf_jax.models.cpu import sums
 
-_groups = jax.make_user_context(1)
-
-
-def statistics_over(groups: int) -> AbstractContextManager[None]:
-    """While tracing inside, training BatchNorm splits the batch into this many groups with statistics of their own."""
-    context: AbstractContextManager[None] = _groups(groups)
-    return context
+# While tracing inside `statistics_over(n)`, training BatchNorm splits the batch into n groups with statistics each.
+statistics_over = jax.make_user_context(1)
 
 
 def groups(text: str, images: int) -> int:
@@ -72,7 +66,7 @@ class BatchNorm(nn.Module):
             return (x * factor.astype(x.dtype) + (bias - mean * factor).astype(x.dtype)).astype(self.dtype)
         # Off CPU, XLA's automatic derivative is faster: the rule below would cost it a pass over the images.
         normalize = functools.partial(_batch_norm_by_rule if platform.current() == "cpu" else _batch_norm, self.epsilon)
-        if (parts := _groups.value) == 1 or len(x) == 1:  # models are initialized on one example
+        if (parts := statistics_over.value) == 1 or len(x) == 1:  # models are initialized on one example
             y, mean, var = normalize(x, scale.astype(x.dtype), bias.astype(x.dtype))
         else:
             by_group = x.reshape(parts, -1, *x.shape[1:])
@@ -102,12 +96,12 @@ class GroupNorm(nn.GroupNorm):
 
 def _spread(values: jax.Array, x: jax.Array) -> jax.Array:
     """Broadcasts values [c] to the shape of x [..., c]."""
-    return sums.broadcast(values, x.shape) if platform.current() == "cpu" else jnp.broadcast_to(values, x.shape)
+    return sums.broadcast(values, shape=x.shape) if platform.current() == "cpu" else jnp.broadcast_to(values, x.shape)
 
 
 def _mean(x: jax.Array) -> jax.Array:
     """The mean over all axes but the last → [c]."""
-    total = sums.sum_features(x) if platform.current() == "cpu" else jnp.sum(x, range(x.ndim - 1))
+    total = sums.sum_features(x, shape=x.shape) if platform.current() == "cpu" else jnp.sum(x, range(x.ndim - 1))
     return total / (x.size // x.shape[-1])
 
 

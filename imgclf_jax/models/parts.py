@@ -45,14 +45,10 @@ def bind(call: spec.Call, backbones: Mapping[str, object]) -> functools.partial[
     made = spec.bind(call, backbones, "model")
     signature = inspect.signature(made.func)
     settings = signature.bind_partial(*made.args, **made.keywords).arguments
-    for key in ("norm", "activation"):
+    for key, table, leading, by_name in (("norm", NORMS, (), _PASSED), ("activation", ACTIVATIONS, ("x",), ())):
         if key not in settings or not callable(signature.parameters[key].default):
             continue
-        inner = spec.parse_one(str(settings[key]))
-        if key == "norm":
-            part = spec.bind(inner, NORMS, key, by_name=_PASSED)
-        else:
-            part = spec.bind(inner, ACTIVATIONS, key, leading=("x",))
+        part = spec.bind(spec.parse_one(str(settings[key])), table, key, leading, by_name)
         settings[key] = part if part.args or part.keywords else part.func
     return functools.partial(made.func, **settings)
 
@@ -73,14 +69,13 @@ class Norm:
     def __call__(self, name: str | None = None, scale: float = 1.0) -> Callable[..., jax.Array]:
         """Returns a layer (x, train) -> x whose scale parameter is initialized to `scale`.
 
-        It passes `train`, linen's `use_running_average`, or neither. Raises UserError if the class lacks a field that
-        the network sets; `momentum`, `epsilon` and `use_scale` are for classes that have them.
+        It passes `train`, linen's `use_running_average`, or neither. `momentum`, `epsilon` and `use_scale` are for
+        classes that have them.
         """
         passed = self.passed if scale == 1 else {**self.passed, "scale_init": nn.initializers.constant(scale)}
         fields, bound = inspect.signature(self.cls).parameters, getattr(self.cls, "keywords", {})
-        if missing := [key for key in passed if key not in (*fields, *_OF_BATCH_NORM)]:
-            raise UserError(f"norm {self.cls} has no field {missing[0]!r}, which this network sets")
-        module = self.cls(**{k: v for k, v in passed.items() if k in fields and k not in bound}, name=name)
+        given = {k: v for k, v in passed.items() if k not in bound and (k in fields or k not in _OF_BATCH_NORM)}
+        module = self.cls(**given, name=name)
         takes = inspect.signature(type(module).__call__).parameters
 
         def normalize(x: jax.Array, train: bool = False) -> jax.Array:

@@ -105,8 +105,6 @@ class ViT(nn.Module):
     - `positions` are "learned" or "sincos".
     - `pool` is "cls" (the class token) or "mean" (over all tokens).
     - `representation` adds a dense layer of the same width with tanh, as in the paper's pre-training.
-
-    With `mutable=["intermediates"]` each block sows its attention maps.
     """
 
     variant: str = "S"

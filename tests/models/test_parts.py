@@ -179,7 +179,7 @@ def test_linens_batch_norm_knows_of_training():
 @pytest.mark.parametrize(("spec", "says"), [
     ("resnet_cifar(norm='no_such_file:Norm')", "cannot import 'no_such_file' for norm 'no_such_file:Norm'"),
     ("resnet_cifar(depth=8, norm='group_norm')", "groups (32) does not divide the number of channels (16)"),
-    ("resnet_cifar(depth=8, norm='test_parts:WithoutPrecision')", "has no field 'dtype', which this network sets"),
+    ("resnet_cifar(depth=8, norm='test_parts:WithoutPrecision')", "unexpected keyword argument 'dtype'"),
     ("resnet_cifar(depth=8, activation='flax.linen:PReLU')", "PReLU"),
     ("resnet_cifar(depth=8, block='basic_block')", "the first argument must be callable"),
     ("resnet_cifar(depth=8, shortcut='none')", "shortcut='none': allowed are"),

@@ -12,11 +12,15 @@ _MAX_ROWS = 7  # with more, XLA copies the computation of x too often to fuse it
 
 
 def _broadcast(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Broadcasts values [c] to `shape` [..., c]."""
     return lax.broadcast_in_dim(values, shape, (len(shape) - 1,))
 
 
 def _sum(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Sums images [b, h, w, c] in steps that vectorize: fused with the computation of x, one is ten times slower."""
+    """The sum [c] over all axes but the last of x, which has this `shape`.
+
+    Images [b, h, w, c] are summed in steps that vectorize: fused with the computation of x, one is ten times slower.
+    """
     if x.ndim != 4:
         return jnp.sum(x, range(x.ndim - 1))
     b, h, w, c = shape
@@ -26,15 +30,6 @@ def _sum(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.sum(lax.optimization_barrier(jnp.sum(lax.optimization_barrier(few_rows), 0)), (0, 1))
 
 
-_broadcast_product = multilinear("broadcast", _broadcast, lambda gradient, like, shape: _sum(gradient, shape))
-_sum_product = multilinear("sum", _sum, lambda gradient, like, shape: _broadcast(gradient, shape))
-
-
-def broadcast(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Broadcasts values [c] to `shape` [..., c]; its gradient is `sum_features`."""
-    return _broadcast_product(values, shape=tuple(shape))
-
-
-def sum_features(x: jax.Array) -> jax.Array:
-    """The sum [c] over all axes of x [..., c] but the last; its gradient is `broadcast`."""
-    return _sum_product(x, shape=x.shape)
+# Both are called with `shape=`.
+broadcast = multilinear("broadcast", _broadcast, lambda gradient, like, shape: _sum(gradient, shape))
+sum_features = multilinear("sum", _sum, lambda gradient, like, shape: _broadcast(gradient, shape))
