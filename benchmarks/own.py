@@ -82,7 +82,7 @@ def run_steps(programs: Programs, state: Any, batches: Any, seconds: float) -> t
 
 
 def _training(programs: Programs, images: stream.Images) -> Measure:
-    state = programs.init()["state"]
+    state = programs.init_state()
     batches = (batch for _, batch in programs.batches(images, itertools.count()))
     for _ in range(2):  # compiles
         state, *_ = run_steps(programs, state, batches, 0)
@@ -101,7 +101,7 @@ def _training(programs: Programs, images: stream.Images) -> Measure:
 def _inference(programs: Programs, images: np.ndarray) -> Measure:
     """The program of `evaluate`, or for single images that of `predict`."""
     batch_size = 1 if programs.eval_batch_size == 1 else programs.eval_call_size
-    state = programs.init()["state"]
+    state = programs.init_state()
     usable = len(images) // batch_size * batch_size
     if not usable:
         raise ValueError(f"{len(images)} images are fewer than a batch of {batch_size}")

@@ -2,7 +2,7 @@
 
 import keyword
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -16,8 +16,7 @@ from imgclf_jax.data.stream import Images
 _TAKEN = ("image", "label", "target", "id", "epoch", "step", "mask", "table", "other", "weight")
 
 
-@dataclass(frozen=True)
-class ExtraStream:
+class ExtraStream(NamedTuple):
     """An entry of `data.extra`, with the run's own values as defaults."""
 
     source: str  # "" for a split of `data.source`
@@ -118,9 +117,3 @@ def split_source(text: str) -> tuple[str, str]:
         return text, ""
     source, _, split = text.rpartition("/")
     return source.strip(), split.strip()
-
-
-def skipped_files(base: Mapping[str, Source], images: Images) -> list[str]:
-    """The unreadable files that the sources of a run skip, sorted."""
-    used = [*base.values(), *(stream.source for stream in images.extra.values())]
-    return sorted({file for source in used for file in source.skipped_files})

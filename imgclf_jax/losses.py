@@ -117,13 +117,6 @@ def link_of(loss: Loss | str) -> Link:
     return link
 
 
-def task_of(text: str, has_targets: bool) -> Task:
-    """The task of a loss spec, on data with targets or with labels."""
-    if not has_targets:
-        return Task.CLASSES
-    return Task.MULTILABEL if link_of(text) == SIGMOID else Task.SOFT
-
-
 def check_targets(text: str, task: Task, targets: np.ndarray, name: Callable[[int], str] = "example {}".format) -> None:
     """Raises UserError for finite targets f32[n, k] that do not fit the task of the loss spec `text`.
 

@@ -45,7 +45,7 @@ def predict(
     return Predictions(labels, outputs, predicted_classes(logits), label_ranks(logits, labels), log_odds, mask)
 
 
-def concatenate[P: AnyPredictions](batches: Sequence[P]) -> P:
+def concatenate(batches: Sequence[AnyPredictions]) -> AnyPredictions:
     """Concatenates the predictions of all batches on the host, without the padding."""
 
     def join(name: str) -> np.ndarray | None:
@@ -54,9 +54,7 @@ def concatenate[P: AnyPredictions](batches: Sequence[P]) -> P:
         rest = (slice(None),) if name in _OF_OUTPUTS else ()
         return np.concatenate([getattr(batch, name)[..., batch.mask, *rest] for batch in batches], -1 - len(rest))
 
-    kind: Any = type(batches[0])
-    joined: P = kind(*map(join, kind._fields))
-    return joined
+    return batches[0]._replace(**{name: join(name) for name in batches[0]._fields})
 
 
 def dominant_labels(targets: jax.Array) -> jax.Array:
@@ -144,8 +142,11 @@ def summarize(
 
 
 def reported(sums: Mapping[str, Any], whole_set: Mapping[str, WholeSetMetric]) -> list[str]:
-    """The names of the metrics that `summarize` makes of the sums of one seed."""
+    """The names of the metrics that `summarize` makes of `sums`. Raises UserError for a method's that means another."""
     own = [name.removeprefix(OWN) for name in sums if name.startswith(OWN)]
+    for name in own:
+        if name in whole_set or RESERVED.fullmatch(name):
+            raise UserError(f"the method's evaluate returns {name!r}, a name of another result; rename it")
     return [*(name for name, key in _MEANS.items() if key in sums), *own, *whole_set]
 
 

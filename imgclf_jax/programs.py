@@ -1,8 +1,4 @@
-"""The compiled programs of a recipe (init, train, eval, predict) and the shardings of their arrays on the mesh.
-
-Each program is traced for the platform of the mesh's devices (`core/platform.py`), not for JAX's default backend. So
-it can be lowered and compiled, though not run, for a mesh of devices that are absent.
-"""
+"""The compiled programs of a recipe (init, train, eval, predict) and the shardings of their arrays on the mesh."""
 
 import contextlib
 import functools
@@ -16,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from imgclf_jax import datasets, diagnose, losses, metrics, step
+from imgclf_jax import datasets, losses, metrics, step
+from imgclf_jax.augment import ops
 from imgclf_jax.config import selecting_metrics
 from imgclf_jax.core import internals, memory, platform, sharding, tree
 from imgclf_jax.core.errors import UserError
@@ -81,7 +78,7 @@ class Programs:
 
     def _uses_onednn(self, wanted: bool) -> bool:
         """Whether oneDNN computes a program; not of several seeds, whose `vmap` makes grouped convolutions."""
-        return wanted and self.platform == "cpu" and platform.has_onednn() and self.recipe.num_seeds == 1
+        return wanted and self.platform == "cpu" and platform.has_onednn() and self.recipe.config.num_seeds == 1
 
     def caching(self, onednn: bool) -> contextlib.AbstractContextManager[None]:
         """The context to compile a program in: programs on oneDNN stay out of JAX's compilation cache."""
@@ -95,7 +92,7 @@ class Programs:
         """
         target = self.platform, platform.compute_capability_of(self.mesh), self._uses_onednn(onednn)
         matmuls = jax.default_matmul_precision(None if self.platform == "cpu" else self.recipe.config.matmul_precision)
-        with platform.tracing_for(*target), diagnose.naming_the_key(self.recipe), matmuls:
+        with platform.tracing_for(*target), self.recipe.naming_the_key(), matmuls:
             yield
 
     def _init(
@@ -105,26 +102,21 @@ class Programs:
         init = functools.partial(step.init_state, recipe.model, recipe.optimizer, recipe.data.image_shape,
                                  average=recipe.average, images=images, weights=weights,
                                  head=recipe.method.predicts)  # fmt: skip
-        if recipe.num_seeds == 1:
+        if recipe.config.num_seeds == 1:
             return init(seed=seed)
-        seeds = seed + jnp.arange(recipe.num_seeds, dtype=jnp.uint32)
+        seeds = seed + jnp.arange(recipe.config.num_seeds, dtype=jnp.uint32)
         states: step.TrainState = jax.vmap(lambda seed: init(seed=seed))(seeds)
         return states
 
     def init_state(
-        self, seed: int | None = None, images: np.ndarray | None = None, weights: Mapping[str, Array] | None = None
+        self, images: np.ndarray | None = None, weights: Mapping[str, Array] | None = None
     ) -> step.TrainState:
-        """The train state at step 0.
-
-        `seed` defaults to the config's. `images` are `first_images`. `weights` replace random initial values, by path.
-        With several seeds, which are `seed`, `seed + 1`, …, all arrays are [num_seeds, …].
-        """
-        seed = self.recipe.config.seed if seed is None else seed
+        """The train state at step 0: see `step.init_state`. With several seeds all arrays are [num_seeds, …]."""
         if weights:  # no device holds all of them
             shardings = partition.state_shardings(dict(weights), self._axes, self.mesh)
             weights = {name: sharding.put(x, shardings[name]) for name, x in weights.items()}
         with self.tracing():
-            state: step.TrainState = self._jitted_init(np.uint32(seed), images, weights)
+            state: step.TrainState = self._jitted_init(np.uint32(self.recipe.config.seed), images, weights)
         return state
 
     @once
@@ -138,7 +130,7 @@ class Programs:
         """The shapes, dtypes and shardings of `init_state`'s result."""
         with self.tracing():
             shapes = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), "uint32"))
-        state: step.TrainState = self._with_shardings(shapes, self._axes, leading=int(self.recipe.num_seeds > 1))
+        state: step.TrainState = self._with_shardings(shapes, self._axes, leading=int(self.recipe.config.num_seeds > 1))
         return state
 
     def check_size(self) -> None:
@@ -177,10 +169,10 @@ class Programs:
     @property
     def stream(self) -> StreamSpec:
         """The specification of the run's training batches."""
-        recipe = self.recipe
-        streams = datasets.extra_streams(recipe.config)
-        sizes = tuple((name, streams[name].batch_size) for name in recipe.data.extra)
-        return StreamSpec(recipe.config.seed, recipe.config.batch_size, recipe.num_seeds, recipe.needs_ids, extra=sizes)
+        config, streams = self.recipe.config, datasets.extra_streams(self.recipe.config)
+        sizes = tuple((name, streams[name].batch_size) for name in self.recipe.data.extra)
+        needs_ids = not self.recipe.supervised or ops.needs_ids(config.augment)
+        return StreamSpec(config.seed, config.batch_size, config.num_seeds, needs_ids, extra=sizes)
 
     def batches(self, images: Images, steps: Iterable[int]) -> Iterator[tuple[int, Batch]]:
         """Yields each step with its batch on the devices."""
@@ -215,7 +207,8 @@ class Programs:
                 recipe.mix, recipe.config.accumulate, self._shard, recipe.gradient,
                 recipe.task, losses.link_of(recipe.config.loss), recipe.config.on_bad_step == "skip",
             )  # fmt: skip
-        return jax.jit(step.over_seeds(pure, recipe.num_seeds))
+        num_seeds = recipe.config.num_seeds
+        return jax.jit(step.over_seeds(pure, num_seeds) if num_seeds > 1 else pure)
 
     @once
     def _fixed(self) -> PyTree:
@@ -248,12 +241,6 @@ class Programs:
             _, sums = self._train_step.trace(self.state_shape, self.batch_shape, fixed).out_info
         sums = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), sums)
         return {"state": self.state_shape, "sums": sums}
-
-    def init(
-        self, seed: int | None = None, images: np.ndarray | None = None, weights: Mapping[str, Array] | None = None
-    ) -> dict[str, PyTree]:
-        """What a run starts from: {"state": see `init_state`, "sums": of no step}."""
-        return {"state": self.init_state(seed, images, weights), "sums": self.zero_sums()}
 
     def zero_sums(self) -> metrics.Sums:
         """The metric sums of no step, for every seed, on the devices."""
@@ -305,29 +292,22 @@ class Programs:
         batches = _CALL_BYTES // (size * math.prod(self.recipe.data.image_shape)) if self.platform == "cpu" else 1
         return size * (min(max(batches, 1), 8) if self.mesh.size == 1 else 1)
 
-    @property
-    def eval_batch_shape(self) -> Batch:
-        """The shapes, dtypes and shardings of the batch of a call of `eval`."""
-        data, rows = self.recipe.data, self.eval_call_size
-        return placement.batch_shape(rows, data.image_shape, len(data.target_names), self.mesh, mask="bool")
-
     @once
     def traced_eval(self) -> jax.stages.Traced:
         """`eval`, traced but not yet lowered."""
         recipe, state, options = self.recipe, self.state_shape, self.compiler_options(self._evaluates_forward)
         pure = step.make_eval_step(
-            recipe.model, recipe.loss, recipe.augment(train=False), recipe.views, recipe.num_seeds,
+            recipe.model, recipe.loss, recipe.augment(train=False), recipe.views, recipe.config.num_seeds,
             self.predicting or bool(recipe.whole_set_metrics), recipe.task, recipe.method,
         )  # fmt: skip
-        evaluate = step.in_parts(pure, self.eval_call_size // self.eval_batch_size)
+        size, data = self.eval_call_size, recipe.data
+        batch = placement.batch_shape(size, data.image_shape, len(data.target_names), self.mesh, mask="bool")
+        evaluate = step.in_parts(pure, size // self.eval_batch_size)
         jitted = jax.jit(evaluate, out_shardings=sharding.replicated(self.mesh), compiler_options=options)
         fixed = None if self._evaluates_forward else self.fixed_shape  # so that evaluation loads no teacher
         with self.tracing(self._evaluates_forward):
-            traced = jitted.trace(state.params, state.model_state, self.eval_batch_shape, fixed)
-        names = metrics.reported(traced.out_info[0], recipe.whole_set_metrics)
-        if both := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"the method's evaluate returns {both[0]!r}, which metrics={recipe.config.metrics!r} "
-                            "computes too; rename it")  # fmt: skip
+            traced = jitted.trace(state.params, state.model_state, batch, fixed)
+        metrics.reported(traced.out_info[0], recipe.whole_set_metrics)  # refuses names that mean something else
         return traced
 
     @once
@@ -363,7 +343,7 @@ class Programs:
         recipe = self.recipe
         if outputs != "features":
             self.check_predicts()
-        parts = recipe.augment(train=False), recipe.views, recipe.num_seeds, losses.link_of(recipe.config.loss)
+        parts = recipe.augment(train=False), recipe.views, recipe.config.num_seeds, losses.link_of(recipe.config.loss)
         return step.make_inference(outputs, recipe.model, *parts)
 
     @once

@@ -6,7 +6,6 @@ Nothing here is compiled or depends on devices. `programs.py` compiles a recipe 
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -29,12 +28,14 @@ from imgclf_jax.core.typing import Function
 from imgclf_jax.data import sampling
 from imgclf_jax.data.info import DataInfo
 from imgclf_jax.data.source import Source
+from imgclf_jax.losses import Task
 from imgclf_jax.methods import Method, Problem, gradients
 from imgclf_jax.methods import table as methods
 from imgclf_jax.models import classifier
 from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
-from imgclf_jax.run.early_stopping import EarlyStopping
 from imgclf_jax.run.provenance import raised_in_user_code
+
+_TRACED_KEYS = ("method", "gradient", "model", "augment", "mix", "tta", "loss", "optimizer", "schedule")
 
 
 class _built[T](cached_property[T]):
@@ -69,21 +70,6 @@ class Recipe:
         """The period of the cadence `key` in steps; None for never."""
         return configs.period(self.config[key], key, self.data.train_examples, self.config.batch_size, self.total)
 
-    @property
-    def early_stopping(self) -> EarlyStopping | None:
-        """The early stopping of the key `stop`, if any.
-
-        Its patience spans whole evaluations, at least one. With a fractional period they are that many steps apart,
-        rounded up or down, so the patience is rounded down.
-        """
-        every = self.period("eval_every")
-        if not self.config.stop or every is None:
-            return None
-        metric, patience = configs.split_stop(self.config.stop)
-        evaluations = (self.steps("stop", patience, self.total) - 1) // every + 1
-        return EarlyStopping(*metrics.parse_best(metric, key="stop"), max(1, math.floor(evaluations * every)),
-                             self.config.stop)  # fmt: skip
-
     @contextlib.contextmanager
     def naming(self, key: str) -> Iterator[None]:
         """Context manager or decorator: raises UserError that names `key` for an error in what the key builds.
@@ -99,6 +85,27 @@ class Recipe:
                 raise
             shape = list(self.data.image_shape)
             raise UserError(f"{key}={self.config[key]!r} fails on images {shape}: {reason(e)}") from e
+
+    @contextlib.contextmanager
+    def naming_the_key(self) -> Iterator[None]:
+        """Raises UserError naming the config key at fault if tracing fails inside, though no `naming` caught it.
+
+        It is the model's, or that of a user's own code, which returned something unfit. Errors raised in that code pass
+        unchanged.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as e:  # JAX, Flax and Optax raise many types
+            images = jax.ShapeDtypeStruct((1, *self.data.image_shape), "float32")
+            for key, model in (("model", self.plain_model), ("method", self.model)):
+                init = functools.partial(model.init, rng.init_streams(jax.random.key(0)), train=False)
+                jax.eval_shape(self.naming(key)(init), images)
+            own = [f"{key}={self.config[key]!r}" for key in _TRACED_KEYS if spec.names_code(self.config[key])]
+            if own and not raised_in_user_code(e):
+                raise UserError(f"{' or '.join(own)} returns something that the step cannot use: {reason(e)}") from e
+            raise
 
     @_built
     def schedule(self) -> optax.Schedule:
@@ -148,9 +155,8 @@ class Recipe:
     @_built
     def model(self) -> Any:
         """The linen module to train: the backbone and its head, or the method's own model."""
-        if self.method.model is None:
-            return self.plain_model
-        return self.method.model(self.plain_model.backbone, self._problem)
+        make = self.method.model
+        return make(self.plain_model.backbone, self._problem) if make else self.plain_model
 
     @_built
     def plain_model(self) -> classifier.Classifier:
@@ -169,7 +175,7 @@ class Recipe:
     def _problem(self) -> Problem:
         return Problem(
             classes=len(self.data.class_names), class_names=self.data.class_names, image_shape=self.data.image_shape,
-            head_init=self.plain_model.head_init, normalization=self.normalization,
+            head_init=self.plain_model.head_init, normalization=ops.evaluation_spec(self.config.augment),
             supervised=lambda logits, batch: mixing.batch_loss(self.loss, logits, batch),
             steps=functools.partial(self.steps, "method", total=self.total), task=self.task,
             build_augment=lambda text: ops.build(text, train=True), loader=self.load,
@@ -188,18 +194,15 @@ class Recipe:
         return self.naming("loss")(losses.build(self.config.loss, self.data.class_counts, self.data.class_names))
 
     @cached_property
-    def task(self) -> losses.Task:
+    def task(self) -> Task:
         """What the run predicts, by its loss and data."""
-        return losses.task_of(self.config.loss, bool(self.data.target_names))
+        if not self.data.target_names:
+            return Task.CLASSES
+        return Task.MULTILABEL if losses.link_of(self.config.loss) == losses.SIGMOID else Task.SOFT
 
     def augment(self, train: bool) -> Callable[..., jax.Array]:
         """The device ops; without `train`, only the deterministic ones. See `ops.build`."""
         return self.naming("augment")(ops.build(self.config.augment, train))
-
-    @property
-    def normalization(self) -> str:
-        """The deterministic ops of the key `augment`, which evaluation applies too, as a spec."""
-        return ops.evaluation_spec(self.config.augment)
 
     def pixel_range(self) -> tuple[jax.Array, jax.Array]:
         """The least and greatest pixel values of the model's input: see `ops.pixel_range`."""
@@ -209,11 +212,6 @@ class Recipe:
     def supervised(self) -> bool:
         """Whether the method is the default one, which reads only images and their labels or targets."""
         return spec.parse_one(self.config.method).name == "supervised"
-
-    @property
-    def needs_ids(self) -> bool:
-        """Whether batches carry example ids and epochs, for a method or an op that reads them."""
-        return not self.supervised or ops.needs_ids(self.config.augment)
 
     @_built
     def mix(self) -> mixing.Mix | None:
@@ -235,11 +233,6 @@ class Recipe:
     def trains_on_onednn(self) -> bool:
         """Whether oneDNN computes the train step on CPU: unless the backbone says False."""
         return bool(getattr(self.model.backbone, "trains_on_onednn", True))
-
-    @property
-    def num_seeds(self) -> int:
-        """The number of replicas trained at once."""
-        return int(self.config.num_seeds)
 
 
 def _check_keys(method: Method, config: ConfigDict, has_targets: bool) -> None:

@@ -297,8 +297,6 @@ def over_seeds(train_step: Function, num_seeds: int) -> Function:
 
     All seeds share the method's `fixed` arrays.
     """
-    if num_seeds == 1:
-        return train_step
 
     def step(states: TrainState, batch: Batch, fixed: PyTree) -> PyTree:
         own = jax.tree.map(lambda x: x.reshape(-1, num_seeds, *x.shape[1:]), batch)
@@ -315,17 +313,11 @@ def _over_models(function: Function, num_seeds: int) -> Function:
 
 
 def _check_evaluated(values: Mapping[str, jax.Array], shape: tuple[int, ...]) -> None:
-    """Raises UserError unless a method's `evaluate` returns a number per example, under names of its own.
-
-    A mean over the batch would count its padding.
-    """
+    """Raises UserError unless a method's `evaluate` returns a number per example: a mean would count the padding."""
     for name, x in values.items():
         if jnp.shape(x) != shape:
             raise UserError(f"the method's evaluate returns {name!r} of the shape {list(jnp.shape(x))}; return one "
                             f"number per example, {list(shape)}")  # fmt: skip
-        if metrics.RESERVED.fullmatch(name):
-            raise UserError(f"the method's evaluate returns {name!r}, a name that results use for something else; "
-                            "rename it")  # fmt: skip
 
 
 def make_logits(model: nn.Module, augment: Augment, views: tta.Views = tta.NONE, num_seeds: int = 1) -> Inference:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from imgclf_jax import datasets, losses
+from imgclf_jax.augment import ops
 from imgclf_jax.core import dtypes, processes, sharding
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import JsonObject, Variables
@@ -129,8 +130,6 @@ class Trained(NamedTuple):
             if isinstance(row, UserError):
                 raise row
             rows.append(row)
-        if not rows:
-            raise UserError("there are no images")
         return np.stack(rows, axis)
 
     def stream(self, what: Outputs, images: Iterable[ImageLike]) -> Iterator[np.ndarray | UserError]:
@@ -207,9 +206,7 @@ def load(workdir: str | os.PathLike[str], checkpoint: str = "", trust: bool = Fa
     with contextlib.nullcontext() if trust else place.untrusted():
         config = place.load_config()
         check_names(config)
-        model = restore(config, place, checkpoint)
-        _ = model.programs.host_ops  # imports what it names while imports are still guarded
-        return model
+        return restore(config, place, checkpoint)  # which imports what the config names while imports are guarded
 
 
 def load_teacher(problem: Problem, run: str, checkpoint: str = "", trust: bool = False) -> dict[str, Any]:
@@ -219,10 +216,11 @@ def load_teacher(problem: Problem, run: str, checkpoint: str = "", trust: bool =
     """
     found = load(run, checkpoint, trust)
     recipe = found.programs.recipe
-    if recipe.num_seeds > 1:
-        raise UserError(f"{run} holds num_seeds={recipe.num_seeds} models; a teacher is a run of one seed")
+    if recipe.config.num_seeds > 1:
+        raise UserError(f"{run} holds num_seeds={recipe.config.num_seeds} models; a teacher is a run of one seed")
+    normalization = ops.evaluation_spec(recipe.config.augment)
     for key, theirs, ours in (("preprocess", recipe.data.image_shape, problem.image_shape),
-                              ("augment", recipe.normalization, problem.normalization)):  # fmt: skip
+                              ("augment", normalization, problem.normalization)):  # fmt: skip
         if theirs != ours:
             raise UserError(f"{run} was trained on images with {theirs or 'no normalization'}, and this run has "
                             f"{ours or 'none'}: its predictions would be wrong; give both the same {key}")  # fmt: skip

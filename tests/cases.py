@@ -46,7 +46,7 @@ def trained_for(config: ConfigDict, steps: int) -> tuple[Any, ...]:
     split = sources.take_split(datasets.open_data(config), config.data.train)
     images = stream.Images(split, config.preprocess, config.seed)
     programs = programs_for_images(config, images)
-    state, sums = programs.init()["state"], programs.zero_sums()
+    state, sums = programs.init_state(), programs.zero_sums()
     for _, batch in programs.batches(images, range(steps)):
         state, sums = programs.train(state, sums, batch)
     return programs, split, images, state

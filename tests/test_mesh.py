@@ -43,8 +43,7 @@ def compiled(of, name):
 def train(of, steps, run=None):
     """The run after some steps, and the mean loss of each; all runs see the same batches."""
     rng = np.random.default_rng(0)
-    run = of.init(0) if run is None else run
-    state, losses = run["state"], []
+    state, losses = of.init_state() if run is None else run["state"], []
     for _ in range(steps):
         images = rng.integers(0, 256, (of.stream.rows, *DATA.image_shape), np.uint8)
         labels = rng.integers(0, 4, of.stream.rows, np.int32)

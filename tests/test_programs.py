@@ -59,7 +59,7 @@ def test_evaluation_on_one_device_and_on_eight(fake_config):
     for devices in (1, 8):
         programs = Programs(Recipe(fake_config, images.describe()), sharding.make_mesh(jax.devices()[:devices]))
         assert programs.eval_call_size == {1: 128, 8: 16}[devices]
-        found.append(evaluation.evaluate(programs, programs.init()["state"], images))
+        found.append(evaluation.evaluate(programs, programs.init_state(), images))
     sums, rows = found[0]
     assert sums["examples"] == 50
     np.testing.assert_array_equal(rows.labels, np.arange(50) % 4)
@@ -91,7 +91,7 @@ def test_factories_run_outside_of_any_trace(key, function, lr, fake_config):
     programs = Programs(Recipe(fake_config, DATA))
     programs.check_size()
     programs.traced_train.lower()
-    programs.init(0)
+    programs.init_state()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ TIERS = [
     "config losses methods metrics models optim scores",
     "augment data",
     "run step",
-    "datasets diagnose programs recipe",
+    "datasets programs recipe",
     "weights",
     "trained",
     "cli train",

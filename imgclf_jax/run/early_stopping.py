@@ -1,9 +1,13 @@
 """Early stopping: ends a run once a metric stops improving, as a pure function of its recorded metrics."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
+from imgclf_jax import config as configs
+from imgclf_jax import metrics
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import writers
@@ -29,6 +33,19 @@ class EarlyStopping:
         if best is None:
             return f"{self.metric} was never finite in {waited} steps (stop={self.text!r})"
         return f"{self.metric} has not improved for {waited} steps: best {best[1]:.4g} at step {best[0]}"
+
+
+def build(text: str, every: Fraction | None, steps: Callable[[str], int]) -> EarlyStopping | None:
+    """The early stopping of the key `stop`, if any, of a run that evaluates `every` so many steps.
+
+    Its patience spans whole evaluations, at least one. With a fractional period they are that many steps apart, rounded
+    up or down, so the patience is rounded down. `steps` maps its duration to steps.
+    """
+    if not text or every is None:
+        return None
+    metric, patience = configs.split_stop(text)
+    evaluations = (steps(patience) - 1) // every + 1
+    return EarlyStopping(*metrics.parse_best(metric, key="stop"), max(1, math.floor(evaluations * every)), text)
 
 
 def find_reason(early: EarlyStopping | None, cadences: Cadences, folder: Path, step: int) -> str:

@@ -31,7 +31,7 @@ def head(
     shape, classes = "x".join(map(str, images.shape)), len(recipe.data.class_names)
     options = [f"{key}={config[key]}" for key in ("clip", "accumulate", "ema", "method", "gradient", "stop")
                if config[key] != KEYS[key][0]]  # fmt: skip
-    seeds = f" to {config.seed + recipe.num_seeds - 1}, trained at once" if recipe.num_seeds > 1 else ""
+    seeds = f" to {config.seed + config.num_seeds - 1}, trained at once" if config.num_seeds > 1 else ""
     epochs = recipe.total * config.batch_size / len(images)
     evaluating = ", ".join(f"{name} = {config.data.eval[name]} ({len(one)})" for name, one in evals.items())
     facts = {

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 
-from imgclf_jax import diagnose
 from imgclf_jax.core import processes
 from imgclf_jax.core.stopping import Stopped, stopping
 from imgclf_jax.core.typing import Batch
@@ -55,7 +54,7 @@ def train(run: Run, records: Records) -> Outcome:
             done = jax.device_get(sums)  # waits for the devices
             records.timer.enter("other")
             checkpoints.poll()
-            diagnose.refuse_nonfinite(done, run.config, run.images, checkpoints, run.workdir.path)
+            records.refuse_nonfinite(done)
             if due.log:
                 records.write_training(step, done)
                 sums = programs.zero_sums()

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import terminal
+from imgclf_jax.core import json_files, processes, terminal
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Batch, PyTree
 from imgclf_jax.losses import Task
+from imgclf_jax.metrics import NO_STEP
 from imgclf_jax.run.digests import Digests
 from imgclf_jax.run.profiler import Profiler
 from imgclf_jax.run.timer import Timer
@@ -36,7 +38,7 @@ class Records(contextlib.ExitStack):
         super().__init__()
         self.timer, self._run = timer, run
         self._in_flight: collections.deque[Any] = collections.deque()
-        self.images_per_step = int(run.config.batch_size) * run.programs.recipe.num_seeds
+        self.images_per_step = int(run.config.batch_size) * run.config.num_seeds
         config, folder = run.config, run.workdir.path
         metrics = MetricsWriter(folder, run.start, configs.flatten(config), config.tensorboard, config.writers)
         self.metrics = self.enter_context(contextlib.closing(metrics))
@@ -69,6 +71,26 @@ class Records(contextlib.ExitStack):
         self._profiler.after(step, sums["steps"])
         if step in self.digests.edges:
             self.digests.record(step, state.params)
+
+    def refuse_nonfinite(self, sums: dict[str, np.ndarray]) -> None:
+        """Raises UserError if `sums`, on the host, record a nonfinite step; writes its examples to nonfinite.json."""
+        run, by_seed = self._run, np.atleast_1d(sums[NONFINITE_STEP])
+        step, seed = int(by_seed.min()), run.config.seed + int(by_seed.argmin())
+        if step == NO_STEP:
+            return
+        run.checkpoints.wait()
+        positions = step * run.config.batch_size + np.arange(run.config.batch_size, dtype=np.int64)
+        ids = run.images.sampler.ids(seed, positions).tolist()
+        file, names = run.workdir.path / "nonfinite.json", [run.images.source.example_name(i) for i in ids]
+        record = {"step": step, "seed": seed, "example_ids": ids, "examples": names}
+        processes.broadcast(lambda: json_files.write(file, record))
+        good = run.checkpoints.steps()
+        kept = f"the last good checkpoint is of step {good[-1]}" if good else "no checkpoint had been saved yet"
+        raise UserError(
+            f"the loss, gradient or parameters are not finite at step {step}, on the example ids {str(ids[:8])[:-1]}, "
+            f"…] (all in {file}); {kept}; inspect those examples, lower the learning rate, set clip=1.0, or skip such "
+            "steps: on_bad_step='skip', in a new --workdir"
+        )
 
     def write_training(self, step: int, sums: dict[str, np.ndarray]) -> None:
         """Writes and logs the means of `sums`, on the host, since the last log line."""

@@ -1,6 +1,7 @@
 """Sets a training run up: its data, its compiled programs, and its initial or restored state."""
 
 import concurrent.futures
+import functools
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -88,9 +89,10 @@ def set_up(config: ConfigDict, workdir: Workdir) -> Run:
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
     start, restored = checkpoints.restore_latest(compiling.shape) or (0, None)
     weights = pretrained.load(compiling) if config.init_from and restored is None else None
+    used = [*base.values(), *(extra.source for extra in images.extra.values())]
     snapshot = _snapshot(compiling, workdir, weights.source if weights else None,
                          evals={name: one.source.fingerprint for name, one in evals.items()},
-                         unreadable=datasets.skipped_files(base, images))  # fmt: skip
+                         unreadable=sorted({file for source in used for file in source.skipped_files}))  # fmt: skip
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
     compiled, eval_compiled = (pool.submit(getattr, compiling, name) for name in ("train", "eval"))
     pool.shutdown(wait=False)
@@ -103,8 +105,10 @@ def set_up(config: ConfigDict, workdir: Workdir) -> Run:
         for sentence in _warnings(recipe, base):
             log.warning("%s", sentence)
         log.info("the run:\n%s", display.head(compiling, images, evals, workdir, fresh=not start))
+    patience = functools.partial(recipe.steps, "stop", total=recipe.total)
+    stopping = early_stopping.build(config.stop, cadences.eval, patience)
     return Run(config, workdir, images, evals, compiling, compiled, eval_compiled, checkpoints, cadences,
-               recipe.early_stopping, start, snapshot, run["state"], run["sums"])  # fmt: skip
+               stopping, start, snapshot, run["state"], run["sums"])  # fmt: skip
 
 
 def _snapshot(compiling: Programs, workdir: Workdir, init_from: Json, **recorded: Json) -> JsonObject:
@@ -133,7 +137,7 @@ def _initialize(
         workdir.write_parameters(recipe.parameters)
     if recipe.rules:
         log.info("rules:\n%s", recipe.rules.table(recipe.parameters))
-    return compiling.init(images=compiling.first_images(images), weights=weights)
+    return {"state": compiling.init_state(compiling.first_images(images), weights), "sums": compiling.zero_sums()}
 
 
 def _warnings(recipe: Recipe, base: Mapping[str, Source]) -> Iterator[str]:

@@ -75,7 +75,7 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     """
     config = programs.recipe.config
     path = paths.as_path(config.init_from)
-    state, replicas = programs.state_shape, programs.recipe.num_seeds > 1
+    state, replicas = programs.state_shape, programs.recipe.config.num_seeds > 1
     shapes = {"params": state.params, **state.model_state}
     own = dict(tree.named_leaves(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[replicas:], x.dtype), shapes)))
     if not programs.recipe.method.predicts:  # accept the names of a head, but no array

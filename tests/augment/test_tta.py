@@ -23,7 +23,7 @@ def trained():
     config = default_config()
     config.update({"model": "mlp(widths=(16,))", "augment": AUGMENT, "batch_size": 16})
     e = Programs(Recipe(config, DataInfo(64, (7, 9, 3), ("a", "b", "c"), "")))
-    state = e.init(0)["state"]
+    state = e.init_state()
     seen = ((IMAGES / 255 - 0.4) / 0.3).astype(np.float32)
     apply = jax.jit(lambda images: e.recipe.model.apply({"params": state.params}, images, train=False))
 

@@ -142,7 +142,7 @@ def test_fine_tuning_begins_from_the_backbone_alone(pretrained_run, fake_config,
     with caplog.at_level("INFO"):
         taken = pretrained.load(programs).taken
     assert "2 arrays taken; a new head (it has none); left out: projector" in caplog.text
-    fresh, tuned = (dict(tree.named_leaves(programs.init_state(0, weights=w).params)) for w in (None, taken))
+    fresh, tuned = (dict(tree.named_leaves(programs.init_state(weights=w).params)) for w in (None, taken))
     assert set(tuned) == set(fresh)
     given = parameters(pretrained_run)
     for name, value in tuned.items():

@@ -141,7 +141,7 @@ def test_a_memory_of_each_example(place, fake_config, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("values", "said"), [
     (lambda x: {"spread": jnp.mean(x)}, r"'spread' of the shape \[\]; return one number per example, \[16\]"),
     (lambda x: {"spread": jnp.mean(x, (1, 2))}, r"'spread' of the shape \[16, 1\]"),  # was summed over 16 x 16
-    (lambda x: {"accuracy": x[:, 0, 0, 0]}, "'accuracy', a name that results use for something else; rename it"),
+    (lambda x: {"accuracy": x[:, 0, 0, 0]}, "'accuracy', a name of another result; rename it"),
     (lambda x: {"spread": x[:, 0, 0, 0]}, None),
 ])  # fmt: skip
 def test_a_methods_evaluation_is_a_number_per_example_under_a_name_of_its_own(values, said):
@@ -152,6 +152,7 @@ def test_a_methods_evaluation_is_a_number_per_example_under_a_name_of_its_own(va
     given = {**batch(), "mask": np.ones(16, bool)}
     with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
         sums, _ = jax.eval_shape(evaluate, state.params, state.model_state, given)
+        assert metrics.reported(sums, {})[-1] == "spread"
         assert sums["own/spread"].shape == ()
 
 

@@ -65,7 +65,7 @@ def test_eight_devices_take_one_perturbation(fake_config, mesh, spec):
     after = []
     for devices, fake_config.mesh in ((1, "data=-1"), (8, mesh)):
         programs = Programs(Recipe(fake_config, data), sharding.make_mesh(jax.devices()[:devices], fake_config.mesh))
-        state = programs.init(0)["state"]
+        state = programs.init_state()
         after.append(programs.train(state, programs.zero_sums(), sharding.put_batch(batch(), programs.mesh)))
     (one, of_one), (eight, of_eight) = after
     for name in ("loss", "grad_norm"):

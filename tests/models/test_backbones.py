@@ -91,13 +91,9 @@ def test_a_step_in_bfloat16_over_eight_devices(name):
         "image": rng.integers(0, 256, (16, size, size, 3), np.uint8),
         "label": rng.integers(0, 4, 16, np.int32),
     }
-    run = exp.init(0)
-    before = jax.tree.map(np.asarray, (run["state"].params, run["state"].model_state))
-    state, sums = exp.train(
-        jax.device_put(run["state"], sharding.replicated(exp.mesh)),
-        sharding.put_replicated(run["sums"], exp.mesh),
-        sharding.put_batch(batch, exp.mesh),
-    )  # fmt: skip
+    state = exp.init_state()
+    before = jax.tree.map(np.asarray, (state.params, state.model_state))
+    state, sums = exp.train(state, exp.zero_sums(), sharding.put_batch(batch, exp.mesh))
     assert int(sums["nonfinite_step"]) == metrics.NO_STEP
     assert 0 < float(sums["grad_norm"]) < 1e4
     assert float(sums["loss"]) / 16 < 20

@@ -11,7 +11,6 @@ from cases import thorough
 from flax import linen as nn
 from test_forms import assert_equal, random_variables
 
-from imgclf_jax import diagnose
 from imgclf_jax.config import default_config
 from imgclf_jax.core import platform
 from imgclf_jax.core.errors import UserError
@@ -203,7 +202,7 @@ def test_values_that_a_network_cannot_have(spec, says):
 
     def start():
         recipe = Recipe(config, DataInfo(64, (28, 32, 3), ("a", "b"), ""))
-        with diagnose.naming_the_key(recipe):
+        with recipe.naming_the_key():
             jax.eval_shape(recipe.model.init, jax.random.key(0), jnp.zeros((1, 28, 32, 3)))
 
     with pytest.raises(UserError) as error:
@@ -222,7 +221,7 @@ def test_a_mistake_in_a_strangers_block_is_shown_where_it_is():
     config = default_config()
     config.model = "test_parts:broken"
     recipe = Recipe(config, DataInfo(64, (8, 8, 1), ("a", "b"), ""))
-    with pytest.raises(AttributeError, match="no_such_attribute"), diagnose.naming_the_key(recipe):
+    with pytest.raises(AttributeError, match="no_such_attribute"), recipe.naming_the_key():
         jax.eval_shape(lambda: recipe.model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))
 
 
@@ -238,5 +237,5 @@ def test_what_a_strangers_function_returns_and_cannot_be_used_is_said_of_its_key
     config.model, config.loss = "mlp", "test_parts:two_values"
     recipe = Recipe(config, DataInfo(64, (8, 8, 1), ("a", "b"), ""))
     says = r"^loss='test_parts:two_values' returns something that the step cannot use: "
-    with pytest.raises(UserError, match=says), diagnose.naming_the_key(recipe):
+    with pytest.raises(UserError, match=says), recipe.naming_the_key():
         jax.eval_shape(lambda x: recipe.loss(x, x).sum(), jnp.zeros(3))

@@ -136,7 +136,7 @@ def test_frozen_parameters_keep_every_bit(fake_config):
     fake_config.update_from_flattened_dict({"model": f"{__name__}:Blocks", "optimizer": "adamw(weight_decay=0.1)",
                                             "clip": 1.0, "rules.freeze": frozen})  # fmt: skip
     programs, _, _, after = trained_for(fake_config, 4)
-    before = programs.init()["state"]
+    before = programs.init_state()
     values = zip(*map(tree.named_leaves, (before.params, after.params)), strict=True)
     assert {name for (name, a), (_, b) in values if np.array_equal(a, b)} == programs.recipe.rules.frozen
     stats = [dict(tree.named_leaves(state.model_state["batch_stats"])) for state in (before, after)]

@@ -1,5 +1,6 @@
 """Early stopping: when a run ends, as a function of what it has recorded."""
 
+import functools
 import json
 import math
 from fractions import Fraction
@@ -10,7 +11,7 @@ from imgclf_jax import config as configs
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.cadences import Cadences
-from imgclf_jax.run.early_stopping import EarlyStopping, find_reason
+from imgclf_jax.run.early_stopping import EarlyStopping, build, find_reason
 from imgclf_jax.run.provenance import DataInfo
 
 NAN, INF = math.nan, math.inf
@@ -35,13 +36,18 @@ def test_when_a_run_stops(sign, values, patience, stops):
     assert first == stops
 
 
+def built(recipe):
+    steps = functools.partial(recipe.steps, "stop", total=recipe.total)
+    return build(recipe.config.stop, recipe.period("eval_every"), steps)
+
+
 @pytest.mark.parametrize("examples", [64, 1437])
 @pytest.mark.parametrize(("patience", "waits"), [("5 epochs", 5), ("1.3 epochs", 2), ("0.5%", 1)])
 def test_a_patience_in_epochs_counts_evaluations_of_epochs(examples, patience, waits):
     """However many steps an epoch has, and whichever evaluation was the best one."""
     keys = {"stop": f"test/loss, patience {patience}", "eval_every": "1 epochs", "total": "200 epochs"}
     recipe = Recipe(config(batch_size=64, **keys), DataInfo(examples, (12, 12, 1), tuple("abcd"), ""))
-    stopping = recipe.early_stopping
+    stopping = built(recipe)
     steps = Cadences(recipe.total, None, recipe.period("eval_every"), None).evaluations(recipe.total)
     for best in range(8):
         history = [(step, float(i != best)) for i, step in enumerate(steps)]
@@ -77,9 +83,9 @@ def config(**keys):
 
 def test_the_key():
     data, keys = DataInfo(1280, (2, 2, 1), tuple("ab"), ""), {"total": "1000 steps", "eval_every": "1 steps"}
-    found = Recipe(config(stop=" max:test/my_score ,patience   10% ", **keys), data).early_stopping
+    found = built(Recipe(config(stop=" max:test/my_score ,patience   10% ", **keys), data))
     assert (found.metric, found.sign, found.patience) == ("test/my_score", 1.0, 100)
-    assert Recipe(config(), data).early_stopping is None
+    assert built(Recipe(config(), data)) is None
 
 
 @pytest.mark.parametrize(("keys", "says"), [

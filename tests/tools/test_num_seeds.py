@@ -105,7 +105,7 @@ def test_every_replica_begins_from_the_weights(runs, name):
     with config.unlocked():
         config.num_seeds, config.init_from = 3, str(runs[name].path)
     programs = Programs(Recipe(config, load_data_info(runs["5"].provenance)))
-    state = programs.init(0, weights=pretrained.load(programs).taken)["state"]
+    state = programs.init_state(weights=pretrained.load(programs).taken)
     expected, _ = state_of(runs["5"])[1].evaluated
     for i in range(3):
         jax.tree.map(

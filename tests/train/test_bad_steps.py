@@ -49,7 +49,7 @@ def train_without(config, left_out):
     config.on_bad_step = "stop"
     images = datasets.open_train_images(config)
     of = programs.programs_for_images(config, images)
-    state = of.init()["state"]
+    state = of.init_state()
     for number in range(TOTAL):
         if number in left_out:
             state = state.replace(step=state.step + 1)

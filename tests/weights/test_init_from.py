@@ -82,7 +82,7 @@ def test_an_optimizer_that_keeps_parameters_gets_these(mlp):
     """The optimizer's state follows from the weights, not from the random values."""
     like = programs_of_mlp(mlp)
     like.recipe.config.optimizer = "test_init_from:remembering_sgd"
-    state = like.init(0, weights=pretrained.load(like).taken)["state"]
+    state = like.init_state(weights=pretrained.load(like).taken)
     kept = [x for x in jax.tree.leaves(state.opt_state) if x.shape == (144, 16)]
     np.testing.assert_array_equal(kept[0], MLP["dense0.weight"].T)
 

@@ -52,7 +52,7 @@ def test_all_of_a_file(file, caplog):
     """Every array is loaded unchanged, except for its layout; the report and the record say so."""
     with caplog.at_level(logging.INFO, "imgclf_jax"):
         weights = pretrained.load(programs(file), whole=True)
-    state = programs(file).init(0, weights=weights.taken)["state"]
+    state = programs(file).init_state(weights=weights.taken)
     start = dict(tree.named_leaves({"params": state.params, **state.model_state}))
     assert set(weights.taken) == set(start)
     kernel = start["params/backbone/layer2_0/conv1/kernel"]
@@ -130,7 +130,7 @@ def test_positions_are_resized_as_timm_does(tmp_path, monkeypatch, caplog):
 def write_run(folder: Path, programs: Programs, shape: tuple, names=("0", "1"), **keys: str) -> dict:
     """Records a run on images of this shape, whose checkpoint has the initial parameters, which are returned."""
     checkpoints, digests = Checkpoints(folder / "checkpoints"), Digests(folder, 0, 1)
-    params = programs.init(0)["state"].params
+    params = programs.init_state().params
     digests.record(0, params)
     checkpoints.save(0, {"state": {"params": params, "model_state": {}}})
     digests.close()

@@ -120,7 +120,7 @@ def _times(programs: Programs, chips: topology.Chips, chip: Chip, result: JsonOb
     return {
         "seconds": {**seconds, "step": step},
         "bound_by": max(seconds, key=lambda name: seconds[name]),
-        "images_per_second": config.batch_size * programs.recipe.num_seeds / step,
+        "images_per_second": config.batch_size * config.num_seeds / step,
         "run_seconds": run,
         "chip_hours": run * n / 3600,
         "source": chip.source,

@@ -78,7 +78,7 @@ def make_step(programs: Programs, perturb: Attack) -> Callable[..., dict[str, me
         return {"clean": compute_sums(clean), "attacked": compute_sums(attacked),
                 "failed": {"examples": jnp.sum(failed, dtype=jnp.int32)}}  # fmt: skip
 
-    return one_seed if recipe.num_seeds == 1 else jax.vmap(one_seed, (0, 0, None))
+    return one_seed if recipe.config.num_seeds == 1 else jax.vmap(one_seed, (0, 0, None))
 
 
 def _evaluate(

@@ -105,7 +105,7 @@ class _Evaluated:
 
 def _evaluate(programs: Programs, model: Trained, name: str, images: stream.Images, top_k: int) -> _Evaluated:
     """Evaluates a set, with rows of the `top_k` classes of each example unless that is 0."""
-    several, names = programs.recipe.num_seeds > 1, model.class_names
+    several, names = programs.recipe.config.num_seeds > 1, model.class_names
     sums, predicted = evaluate(programs, model.state, images, caption=f"evaluating {name}")
     out = _Evaluated(metrics.summarize(sums, predicted, programs.recipe.whole_set_metrics))
     if predicted is None or processes.index():

@@ -56,7 +56,7 @@ def report(model: Trained, evals: dict[str, stream.Images], names: Sequence[str]
         print_json({"step": step, **results})
         return 0
     for set_name, summary in results.items():
-        _print(set_name, summary, programs.recipe.num_seeds)
+        _print(set_name, summary, programs.recipe.config.num_seeds)
     return 0
 
 
@@ -80,7 +80,7 @@ def measure(
                     corrupted = np.stack(list(pool.map(apply, batch["image"], (i * size + rows).tolist())))
                 own = sharding.put_batch({**batch, "image": corrupted}, mesh)
                 evaluation.add(sums[kind], jax.device_get(programs.eval(*state.evaluated, own)[0]))
-    accuracy = "ensemble_accuracy" if programs.recipe.num_seeds > 1 else "accuracy"
+    accuracy = "ensemble_accuracy" if programs.recipe.config.num_seeds > 1 else "accuracy"
     return {kind: metrics.summarize(own)[accuracy] for kind, own in sums.items()}
 
 

@@ -36,7 +36,7 @@ def build(model: Trained, method: str = "auto", layer: str = "", window: int = 0
     """
     programs, params = model.programs, model.state.evaluated
     recipe, classifier = programs.recipe, attribution.without_remat(programs.recipe.model)
-    one_seed = jax.tree.map(lambda x: x[0], params) if recipe.num_seeds > 1 else params
+    one_seed = jax.tree.map(lambda x: x[0], params) if recipe.config.num_seeds > 1 else params
     with programs.tracing():
         layers = attribution.inspect(classifier, {"params": one_seed[0], **one_seed[1]}, recipe.data.image_shape)
     if method == "auto":
@@ -49,7 +49,7 @@ def build(model: Trained, method: str = "auto", layer: str = "", window: int = 0
         probabilities = functools.partial(predict, model, size=size)
         return method, lambda images, labels: attribution.occlusion(probabilities, images, labels, window, size)
     chosen = attribution.choose_layer(layers, layer)
-    pure = attribution.make_gradcam(classifier, recipe.augment(train=False), chosen, recipe.num_seeds)
+    pure = attribution.make_gradcam(classifier, recipe.augment(train=False), chosen, recipe.config.num_seeds)
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(programs.mesh))
     def traced(*args: PyTree) -> jax.Array:

@@ -87,9 +87,9 @@ def _safetensors(model: Trained, path: Path, what: Outputs, names: str) -> list[
     metadata |= {"grid": "{}x{}".format(*grid)} if (grid := pretrained.patch_grid(model.programs)) else {}
     metadata |= {"task": model.task.value, "class_names": one_per_line(model.class_names)}
     lines = []
-    for seed in range(recipe.num_seeds):
-        own = variables if recipe.num_seeds == 1 else jax.tree.map(lambda x, seed=seed: np.asarray(x)[seed], variables)
-        file = path if recipe.num_seeds == 1 else path.with_suffix(f".seed{recipe.config.seed + seed}{path.suffix}")
+    for seed in range(num_seeds := recipe.config.num_seeds):
+        own = variables if num_seeds == 1 else jax.tree.map(lambda x, seed=seed: np.asarray(x)[seed], variables)
+        file = path if num_seeds == 1 else path.with_suffix(f".seed{recipe.config.seed + seed}{path.suffix}")
         state = torch_state.state_dict(backbone, merge(own), names, recipe.data.image_shape)
         paths.write_atomically(file, _with_sorted_metadata(save(state, metadata)))
         lines.append(f"{file}: {len(state)} arrays, named by the scheme {names}")

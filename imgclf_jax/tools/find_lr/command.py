@@ -105,7 +105,7 @@ def measure(config: ConfigDict, low: float, high: float) -> RangeTest:
 def _losses(compiled: Programs, images: stream.Images) -> Iterator[float]:
     """The mean training loss of each step, over the seeds if there are several."""
     weights = pretrained.load(compiled).taken if compiled.recipe.config.init_from else None
-    state = compiled.init(images=compiled.first_images(images), weights=weights)["state"]
+    state = compiled.init_state(compiled.first_images(images), weights)
     total = compiled.recipe.total
     for _, batch in terminal.track(compiled.batches(images, range(total)), total, "training"):
         state, sums = compiled.train(state, compiled.zero_sums(), batch)

@@ -24,7 +24,7 @@ def compute_batches(model: Trained, images: stream.Images) -> Iterator[tuple[np.
     def finish(out: jax.Array, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         nonlocal done
         features = np.asarray(jax.device_get(out))
-        features = (features if programs.recipe.num_seeds > 1 else features[None])[:, batch["mask"]]
+        features = (features if programs.recipe.config.num_seeds > 1 else features[None])[:, batch["mask"]]
         if (broken := np.flatnonzero(~np.isfinite(features).all((0, 2)))).size:
             name = images.source.example_name(done + int(broken[0]))
             raise UserError(f"{name}: the features are NaN or infinite; the weights may have NaN, so try another "

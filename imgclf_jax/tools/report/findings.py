@@ -102,7 +102,7 @@ def _evaluate(model: Trained, evals: Mapping[str, Images]) -> tuple[Evaluated, .
     for name, images in evals.items():
         log.info("evaluating %s (%d of %d): %d examples", name, len(evaluated) + 1, len(evals), len(images))
         sums, predictions = evaluate(programs, model.state, images, caption=f"evaluating {name}")
-        several = programs.recipe.num_seeds > 1
+        several = programs.recipe.config.num_seeds > 1
         one = Evaluated(name, metrics.summarize(sums, predictions, programs.recipe.whole_set_metrics), {})
         if few_classes and isinstance(predictions, Predictions):
             own = predictions.for_seed(-1) if several else predictions

@@ -131,7 +131,7 @@ def made(spec, tta=""):
     first = None
     if hasattr(recipe.model.backbone, "init_on_images"):
         first = np.asarray(jax.jit(lambda x: recipe.augment(train=False)(None, x))(np.tile(images, (8, 1, 1, 1))))
-    return Trained(programs, programs.init(images=first)["state"], 0), images
+    return Trained(programs, programs.init_state(first), 0), images
 
 
 @pytest.mark.slow

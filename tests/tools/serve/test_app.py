@@ -26,7 +26,7 @@ def untrained(data, **keys):
     config = default_config()
     config.update(model="mlp(widths=(8,))", **keys)
     programs = Programs(Recipe(config, data), sharding.make_mesh(jax.devices()[:1]))
-    return Trained(programs, programs.init()["state"], 20)
+    return Trained(programs, programs.init_state(), 20)
 
 
 @pytest.fixture(scope="module")
