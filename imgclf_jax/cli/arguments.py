@@ -8,23 +8,25 @@ from typing import NoReturn
 
 from imgclf_jax import __version__
 from imgclf_jax import config as configs
-from imgclf_jax.cli.command_line import CommandLine, find_config
+from imgclf_jax.cli.command_line import CommandLine, configs_folder, find_config
 from imgclf_jax.cli.openers import from_record, without_config
 from imgclf_jax.cli.table import COMMANDS, FLAGS
 from imgclf_jax.core.errors import UsageError, unknown
 
 _CONFIG = "a config file, or the name of one that ships (default: digits); its get_config gets ARG"
 _OVERVIEW = """\
-flags of most commands: --config=FILE.py[:ARG], --config.KEY=VALUE and --workdir=DIR
+flags of most commands:
+  --config=FILE.py[:ARG], --config.KEY=VALUE and --workdir=DIR
 
-exit status: 0 done, 1 failed, 2 wrong usage,
-             75 stopped by a signal after saving a checkpoint: run the same command again,
-             130 (SIGINT), 143 (SIGTERM) stopped by a signal with nothing to save
+exit status:
+  0 done, 1 failed, 2 wrong usage,
+  75 stopped by a signal after saving a checkpoint: run the same command again,
+  130 (SIGINT), 143 (SIGTERM) stopped by a signal with nothing to save
 
 examples:
-  {0}                                           train on scikit-learn's digits
-  {0} --config folder:photos --workdir runs/a   train on your own images
-  {0} predict new.jpg --workdir runs/a          classify a new one
+  {0}                              train on scikit-learn's digits
+  {0} --config folder:photos --workdir runs/a     on your own images
+  {0} predict new.jpg --workdir runs/a            classify a new one
 """
 
 
@@ -43,10 +45,10 @@ def build(program: str) -> argparse.ArgumentParser:
                                      metavar="COMMAND")  # fmt: skip
     for name, command in COMMANDS.items():
         files = command.files and f" {command.files}{'' if command.opens is from_record else ' ...'}"
-        more = textwrap.fill(command.more, 100)
+        described = (f"{command.summary[0].upper()}{command.summary[1:]}.", command.more)
         own = commands.add_parser(
             name, help=command.summary, usage=f"{program} {name}{files} [flags]", formatter_class=style,
-            description=f"{command.summary[0].upper()}{command.summary[1:]}.\n\n{more}".rstrip(), allow_abbrev=False,
+            description="\n\n".join(textwrap.fill(text, 78) for text in described if text), allow_abbrev=False,
         )  # fmt: skip
         if command.opens not in (without_config, from_record):
             own.add_argument("--config", metavar="FILE.py[:ARG]", help=_CONFIG)
@@ -103,10 +105,17 @@ def _take_overrides(words: Sequence[str]) -> tuple[list[tuple[str, str]], list[s
 
 def _refused(command: str, word: str) -> UsageError:
     """The error for a word that the command does not take, with what to write instead."""
-    name, own = word.lstrip("-").partition("=")[0], COMMANDS[command].flags
+    flag, _, value = word.partition("=")
+    name, own = flag.lstrip("-"), COMMANDS[command].flags
     if name in configs.KEYS:
         return UsageError(f"{command} does not take {word!r}: it is a config key: write --config.{name}=VALUE")
+    if name == "workdir" and COMMANDS[command].files:
+        return UsageError(f"{command} takes directories without a flag: write {command} {value or 'DIR'}")
     if word.startswith("-"):
-        return UsageError(unknown("flag", word.partition("=")[0], [f"--{flag}" for flag in ("config", *own)]))
-    hint = f": if that is a run, pass --workdir={word}" if "workdir" in own else ""
+        return UsageError(unknown("flag", flag, [f"--{known}" for known in ("config", *own)]))
+    file = word.partition(":")[0]
+    if file.endswith(".py") or (configs_folder() / f"{file}.py").is_file():
+        hint = f": if that is a config, pass --config={word}"
+    else:
+        hint = f": if that is a run, pass --workdir={word}" if "workdir" in own else ""
     return UsageError(f"{command} takes no files, but got {word!r}{hint}")

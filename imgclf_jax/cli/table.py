@@ -104,7 +104,7 @@ FLAGS: Mapping[str, dict[str, Any]] = {
     "window": _flag("the side of the occluding square, in pixels (default: an image's / 7)", "N", 0, type=_NATURAL),
     "k": _flag("how many neighbors, one number or several (default: 1,5,20,100)", "K,...", "1,5,20,100"),
     "draws": _flag("how many few-shot subsets to draw (default: 5)", "N", 5, type=_at_least(2)),
-    "steps": _flag("how many steps to train (default: all recorded steps; find-lr: 200)", "N", None, type=_POSITIVE),
+    "steps": _flag("how many steps to train (default: all recorded ones; of find-lr: 200)", "N", None, type=_POSITIVE),
     "low": _flag("the first learning rate (default: 1e-7)", "X", 1e-7, type=float),
     "high": _flag("the last learning rate (default: 10)", "X", 10.0, type=float),
     "tolerance": _flag("the largest relative difference of equal metrics (default: 0)", "X", 0.0, type=_at_least(0.0)),

@@ -90,8 +90,11 @@ def _printable(record: logging.LogRecord) -> logging.LogRecord:
 
 
 def print_text(text: str) -> None:
-    """Prints a line on standard output, with unprintable characters escaped."""
-    print(printable(text), flush=True)
+    """Prints a line on standard output, with unprintable characters escaped. A terminal breaks it between words."""
+    if sys.stdout.isatty():
+        Console(markup=False, emoji=False, highlight=False).print(printable(text))
+    else:
+        print(printable(text), flush=True)
 
 
 def print_json(value: Json) -> None:

@@ -29,6 +29,8 @@ from imgclf_jax.run.ranking import find_best, values_of
 from imgclf_jax.run.workdir import check_path
 
 log = logging.getLogger(__name__)
+# Orbax warns of each directory that it is asked to open as `read_only`.
+logging.getLogger("absl").addFilter(lambda record: "directory is read only" not in str(record.msg))
 
 _OPTIMIZER = "state/opt_state/"  # how the names of the optimizer's arrays begin
 _REMOVED = "removed-"  # a checkpoint while its files are removed

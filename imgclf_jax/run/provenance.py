@@ -94,8 +94,9 @@ def find_differences(old: JsonMapping, new: JsonMapping) -> list[Difference]:
     found = [Difference(kind, name, _short(a[name]), _short(b[name]))
              for entry, kind in _KINDS.items() for name in a
              if name.partition(".")[0] == entry and name in b and a[name] != b[name]]  # fmt: skip
-    if any(one.what == "code" for one in found):
-        found.append(Difference("code", "git.commit", _commit(old.get("git", {})), _commit(new.get("git", {}))))
+    commits = _commit(old.get("git", {})), _commit(new.get("git", {}))
+    if any(one.what == "code" for one in found) and commits[0] != commits[1]:
+        found.append(Difference("code", "git.commit", *commits))
     return found
 
 

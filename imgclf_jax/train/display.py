@@ -36,12 +36,12 @@ def head(
     evaluating = ", ".join(f"{name} = {config.data.eval[name]} ({len(one)})" for name, one in evals.items())
     facts = {
         "data": f"{printable(config.data.source)}: {len(images):,} images of {shape}, {classes} classes\n"
-                f"training on {config.data.train} ({len(images)})" + (f"; evaluating on {evaluating}" * bool(evals)),
-        "model": printable(config.model) + (f": {_parameters(recipe)}" if fresh else ""),
+                f"training on {config.data.train} ({len(images)})" + (f"\nevaluating on {evaluating}" * bool(evals)),
+        "model": printable(config.model) + (f"\n{_parameters(recipe)}" if fresh else ""),
         "optimizer": ", ".join([config.optimizer, *options]),
         "schedule": config.schedule,
         "steps": f"{recipe.total:,} of {config.batch_size} images, {epochs:.4g} epochs",
-        "devices": f"{_devices(compiling.mesh)}, {config.precision}",
+        "devices": _devices(compiling.mesh, config.precision),
         "seed": f"{config.seed}{seeds}",
         "workdir": printable(str(workdir.path)),
     }  # fmt: skip
@@ -56,16 +56,21 @@ def _parameters(recipe: Recipe) -> str:
     return "\n".join([total, *(f"  {name:<16}{count:>12,}" for name, count in counts.items())])
 
 
-def _devices(mesh: Mesh) -> str:
+def _devices(mesh: Mesh, precision: str) -> str:
     first = mesh.devices.flat[0]
+    of = f" of {processes.count()} processes" if processes.count() > 1 else ""
     kind = processor() if first.platform == "cpu" else first.device_kind
-    text = f"{mesh.size} {first.platform} device{'s' * (mesh.size > 1)} ({kind})"
-    return text + (f" of {processes.count()} processes" if processes.count() > 1 else "")
+    return f"{mesh.size} {first.platform} device{'s' * (mesh.size > 1)}{of}, {precision}\n{kind}"
 
 
 def line(step: int, steps_per_epoch: float, name: str, values: Mapping[str, float]) -> str:
-    """A record of training or of an evaluation set: `step 225  epoch 10.0  test  accuracy 0.9694 …`."""
+    """A record of training or of an evaluation set: `step 225  epoch 10.0  test  accuracy 0.9694 …`.
+
+    `nll` is left out where it is the loss.
+    """
     shown = {key: value for key, value in values.items() if key not in _NOT_IN_A_LINE}
+    if shown.get("nll") == shown.get("loss"):
+        shown.pop("nll", None)
     if "images_per_second" in shown:
         shown["images/s"] = round(shown.pop("images_per_second"))
     return f"step {step}  epoch {step / steps_per_epoch:.1f}  {name}  {format_metrics(shown)}"

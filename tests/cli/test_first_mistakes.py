@@ -35,6 +35,8 @@ def says(capsys, monkeypatch, tmp_path):
     (["--batch_size=4"], "train does not take '--batch_size=4': it is a config key: write --config.batch_size=VALUE"),
     (["--config.seed", "--workdir=a"], "--config.seed needs a value: write --config.seed=VALUE"),
     (["status", "runs", "--config.seed=3"], "status takes no config, but got --config.seed"),
+    (["reproduce", "--workdir=runs/a"], "reproduce takes directories without a flag: write reproduce runs/a"),
+    (["train", "digits"], "train takes no files, but got 'digits': if that is a config, pass --config=digits"),
 ])  # fmt: skip
 def test_a_name_or_a_place_that_is_another_one_here(says, argv, said):
     assert says(*argv) == (2, said)

@@ -28,6 +28,8 @@ def test_a_table_loses_nothing(monkeypatch, screen):
     assert (text.count("x"), text.count("z")) == (3000, 50)
     assert (len(text.splitlines()[-1]) == 60) == (screen is Screen)
     assert (f"│ {'x' * 3000} │ {'z' * 50} │" in text) == (screen is io.StringIO)
+    terminal.print_text("words " * 20)
+    assert (len(shown.getvalue().splitlines()[-1]) <= 60) == (screen is Screen)
 
 
 def test_json_has_no_nan(capsys):

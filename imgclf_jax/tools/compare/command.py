@@ -58,7 +58,7 @@ def main(files: Sequence[str], format: str, html: str, test: bool, trust: bool) 
 def _print_tables(groups: Sequence[Group], comparisons: Sequence[Comparison], test: bool) -> None:
     for columns, rows in (compare_tables.results(groups), compare_tables.tests(comparisons)):
         if rows:
-            terminal.print_table(columns, rows)
+            terminal.print_table([column.replace("/", " ") for column in columns], rows)  # where a terminal breaks them
     for line in compare_tables.notes(groups, comparisons, test):
         terminal.print_text(line)
 

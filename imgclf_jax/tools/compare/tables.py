@@ -15,21 +15,21 @@ def spread_text(value: Spread) -> str:
     return decimals(value.mean) + ("" if math.isnan(value.std) else f" ± {decimals(value.std)}")
 
 
-def _columns(groups: Sequence[Group]) -> list[str]:
-    names = dict.fromkeys(name for group in groups for name in group.metrics())
-    return [name for name in names if not name.rpartition("/")[2].startswith(_HIDDEN)]
+def _columns(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """The metrics of the table, each with a cell for every group. A `loss` that shows what `nll` does has none."""
+    values = [group.metrics() for group in groups]
+    names = dict.fromkeys(name for own in values for name in own if not name.rpartition("/")[2].startswith(_HIDDEN))
+    cells = {name: [spread_text(own[name]) if name in own else "" for own in values] for name in names}
+    return {name: texts for name, texts in cells.items()
+            if not name.endswith("/loss") or texts != cells.get(f"{name.removesuffix('loss')}nll")}  # fmt: skip
 
 
 def results(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     """Returns the columns and rows of the results: a row for each group with a finished run."""
-    keys, metrics = list(groups[0].settings), _columns(groups)
-    rows = []
-    for group in groups:
-        if group.done:
-            values = group.metrics()
-            cells = [spread_text(values[name]) if name in values else "" for name in metrics]
-            rows.append([*group.texts, ", ".join(map(str, group.seeds)), *cells])
-    return [*keys, "seed", *metrics], rows
+    metrics = _columns(groups)
+    rows = [[*group.texts, ", ".join(map(str, group.seeds)), *(texts[i] for texts in metrics.values())]
+            for i, group in enumerate(groups) if group.done]  # fmt: skip
+    return [*groups[0].settings, "seed", *metrics], rows
 
 
 def tests(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:

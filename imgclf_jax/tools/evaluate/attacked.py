@@ -9,7 +9,7 @@ import numpy as np
 from imgclf_jax import losses, metrics, step
 from imgclf_jax.core import processes, rng, sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.terminal import format_metrics, print_json, track
+from imgclf_jax.core.terminal import format_metrics, print_json, print_text, track
 from imgclf_jax.core.typing import Batch, Function, JsonObject, ModelState, Params
 from imgclf_jax.data import stream
 from imgclf_jax.losses import Task
@@ -44,7 +44,7 @@ def report(model: Trained, evals: dict[str, stream.Images], attack: str, perturb
         print_json({"step": at, "attack": attack, **results})
         return 0
     for name, summary in results.items():
-        print(f"{name}: {format_metrics(summary)}")
+        print_text(f"{name}: {format_metrics(summary)}")
     return 0
 
 

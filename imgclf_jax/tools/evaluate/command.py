@@ -52,6 +52,8 @@ def main(
     if len(asked) > 1 or (asked and predictions):
         raise UserError(f"{' and '.join([*asked, *['--predictions'] * bool(predictions)])} print different things: "
                         "pass one of them")  # fmt: skip
+    if predictions and Path(predictions).suffix not in (".csv", ".jsonl"):
+        raise UserError(f"--predictions={predictions}: the name must end in .csv or .jsonl")
     perturb = build_attack(attack) if attack else None
     kinds = corrupted.parse(corruptions) if corruptions else []
     restored = restore(config, workdir, checkpoint) if workdir else None
@@ -86,7 +88,7 @@ def main(
         print_json({"step": model.step, **{name: _as_json(one, model.class_names) for name, one in found.items()}})
         return 0
     for name, one in found.items():
-        print(f"{name}: {format_metrics(one.metrics)}")
+        print_text(f"{name}: {format_metrics(one.metrics)}")
         _print_scores(one.scores)
         _print_classes(one, model.class_names, programs.recipe.task)
     return 0

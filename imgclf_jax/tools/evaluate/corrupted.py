@@ -10,7 +10,7 @@ import numpy as np
 from imgclf_jax import metrics
 from imgclf_jax.core import processes, sharding
 from imgclf_jax.core.errors import UserError, unknown
-from imgclf_jax.core.terminal import print_json, print_table, track
+from imgclf_jax.core.terminal import print_json, print_table, print_text, track
 from imgclf_jax.core.text import decimals
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import stream
@@ -86,10 +86,10 @@ def measure(
 
 def _print(name: str, summary: JsonObject, num_seeds: int) -> None:
     ensemble = f" of the ensemble of {num_seeds} seeds" if num_seeds > 1 else ""
-    print(f"{name}: examples {summary['examples']}  accuracy{ensemble} {decimals(summary['clean'])}  "
-          f"mean corruption accuracy {decimals(summary['mean_corruption_accuracy'])}")  # fmt: skip
+    print_text(f"{name}: examples {summary['examples']}  accuracy{ensemble} {decimals(summary['clean'])}  "
+               f"mean corruption accuracy {decimals(summary['mean_corruption_accuracy'])}")  # fmt: skip
     rows = [[corruption, *map(decimals, (*own["severities"], own["mean"]))]
             for corruption, own in summary["corruptions"].items()]  # fmt: skip
     columns = zip(*(own["severities"] for own in summary["corruptions"].values()), strict=True)
     rows.append(["mean of all", *map(decimals, (*map(np.mean, columns), summary["mean_corruption_accuracy"]))])
-    print_table(["corruption", *(f"severity {s}" for s in SEVERITIES), "mean"], rows)
+    print_table(["corruption", f"severity {SEVERITIES[0]}", *map(str, SEVERITIES[1:]), "mean"], rows)

@@ -59,10 +59,9 @@ def main(
     if format == "json":
         terminal.print_json(list(records()))
     else:
-        rows = ([r["file"], r["class"], decimals(r["probability"]), r["method"], f"{r['greatest']:.3g}",
-                 r["picture"]] for r in records())  # fmt: skip
-        columns = ["file", "class", "probability", "method", "greatest value", "picture"]
-        terminal.print_table(columns, rows)
+        rows = ([r["file"], r["class"], decimals(r["probability"]), f"{r['greatest']:.3g}", r["picture"]]
+                for r in records())  # fmt: skip
+        terminal.print_table(["file", "class", "probability", "largest value", "figure"], rows)
     return int(results.failed > 0)
 
 

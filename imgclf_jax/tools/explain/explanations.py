@@ -14,10 +14,7 @@ from imgclf_jax.core.typing import PyTree
 from imgclf_jax.tools.explain import attribution, heatmap
 from imgclf_jax.trained import Trained
 
-TITLES = {
-    "gradcam": "Grad-CAM: evidence for the class",
-    "occlusion": "occlusion: drop of the probability",
-}
+TITLES = {"gradcam": "Grad-CAM: evidence for the class", "occlusion": "occlusion: drop of the probability"}
 
 _ROWS = 8  # images per batch; more large ones may not fit into memory
 
@@ -82,7 +79,6 @@ def predict(model: Trained, images: np.ndarray, size: int = 1, ranked: bool = Fa
     """Returns the probabilities f32[b, classes] of images uint8[b, h, w, c] from `Trained.prepare`.
 
     With `ranked`, f32[2, b, classes]: the probabilities, and the logits that order the classes.
-
     Batches are padded to `size`, at least b, so that calls with the same `size` share one program.
     """
     mesh = model.programs.mesh

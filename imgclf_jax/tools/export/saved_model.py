@@ -35,9 +35,12 @@ LOADER = """\
 import tensorflow as tf
 
 model = tf.saved_model.load("{name}")
-classes = [name.decode() for name in model.signatures["class_names"]()["class_names"].numpy()]
+names = model.signatures["class_names"]()["class_names"].numpy()
+classes = [name.decode() for name in names]
 function = model.signatures["serving_default"]
-# {gives} = function(images=images)["{gives}"].numpy()   # {takes}"""
+# images: {takes}
+# {gives} = function(images=images)["{gives}"].numpy()
+"""
 
 
 def write(model: Trained, what: Outputs, folder: Path, today: datetime.date) -> float:

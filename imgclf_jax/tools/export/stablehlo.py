@@ -32,7 +32,8 @@ from jax import export
 archive = zipfile.ZipFile("{name}")
 model = export.deserialize(bytearray(archive.read("model.stablehlo")))
 classes = json.loads(archive.read("metadata.json"))["class_names"]
-# {gives} = jax.jit(model.call)(images)   # {takes}"""
+# {gives} = jax.jit(model.call)(images)   # {takes}
+"""
 
 
 def program(model: Trained, what: Outputs) -> export.Exported:

@@ -139,14 +139,14 @@ def _with_rate(schedule: str, rate: float) -> str:
 
 
 def page(test: RangeTest, config: ConfigDict, said: str) -> str:
-    """The loss over the learning rate, with the sentence `said`, as one HTML file without scripts."""
+    """The loss over the learning rate, with the lines of `said`, as one HTML file without scripts."""
     x = np.log10(test.rates).tolist()
     lines = [Line("loss of each step", 1, list(zip(x, test.losses.tolist(), strict=True))),
              Line("smoothed", 0, list(zip(x, test.smoothed.tolist(), strict=True)))]  # fmt: skip
-    curve = chart("training loss", "log10 of the learning rate", lines, description=said)
+    curve = chart("training loss", "log10 of the learning rate", lines, description=said.split("\n")[0])
     title = f"Learning-rate range test of {config.model}"
     return pages.document(title, [
-        f"<h1>{pages.text(title)}</h1>", pages.paragraph(said),
+        f"<h1>{pages.text(title)}</h1>", *map(pages.paragraph, said.split("\n")),
         pages.legend([(line.name, line.color, False) for line in lines]),
         pages.charts([pages.figure("training loss", curve)]),
         pages.paragraph(f"optimizer={config.optimizer!r}, batch_size={config.batch_size}, seed={config.seed}", True),

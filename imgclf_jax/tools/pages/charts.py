@@ -65,15 +65,15 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [f * 10.0**p for p in powers for f in factors if low * 0.999 <= f * 10.0**p <= high * 1.001]
 
 
-def chart(title: str, x_name: str, lines: Sequence[Line], description: str = "") -> str:
+def chart(title: str, x_name: str, lines: Sequence[Line], description: str = "", linear: bool = False) -> str:
     """Draws a chart as an `svg` element, or returns "" without a finite value. Nonfinite values are gaps.
 
-    The `description` is where each line ends, unless another is given. The y axis is logarithmic if all values are
-    positive and the largest is far above the smallest; the ends of a line do not stretch such an axis, as where a
-    learning rate ends at 0. Values that differ only by float32 rounding make a level line, on an axis from 0. Points
-    show their values while the mouse is over them.
+    The `description` is where each line ends, unless another is given. Unless it is to be `linear`, the y axis is
+    logarithmic if all values are positive and the largest is far above the smallest; the ends of a line do not
+    stretch such an axis, as where a learning rate ends at 0. Values that differ only by float32 rounding make a
+    level line, on an axis from 0. Points show their values while the mouse is over them.
     """
-    if not (ends := _range(lines)):
+    if not (ends := _range(lines, linear)):
         return ""
     low, high, log = ends
     steps = [x for line in lines for x, _ in line.points]
@@ -100,7 +100,7 @@ def _label(x: float, y: float, text: str, anchor: str = "middle") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _range(lines: Sequence[Line]) -> tuple[float, float, bool] | None:
+def _range(lines: Sequence[Line], linear: bool) -> tuple[float, float, bool] | None:
     """(lowest, highest, logarithmic) of the y axis; None without a finite value."""
 
     def values(part: slice) -> list[float]:
@@ -113,9 +113,9 @@ def _range(lines: Sequence[Line]) -> tuple[float, float, bool] | None:
         return None
     low, high = min(values(slice(None))), max(values(slice(None)))
     floor = min(values(slice(1, -1)), default=low)
-    if floor > 0 and high / floor >= _LOG_FROM and low < floor / 10:
+    if floor > 0 and high / floor >= _LOG_FROM and low < floor / 10 and not linear:
         low = floor
-    if low > 0 and high / low >= _LOG_FROM:
+    if low > 0 and high / low >= _LOG_FROM and not linear:
         return low, high, True
     if high - low > _ROUNDING * max(abs(low), abs(high)):
         margin = (high - low) * 0.04

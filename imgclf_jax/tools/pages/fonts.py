@@ -12,9 +12,5 @@ def fitting(text: str, size: int) -> tuple[Font, str]:
 
     The font has ASCII alone: other characters are written without accents, or as their code, such as `\\u732b`.
     """
-    plain = (unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode() or _code(c) for c in text)
-    return ImageFont.load_default(size), "".join(plain)
-
-
-def _code(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
+    plain = (unicodedata.normalize("NFKD", c).encode("ascii", "ignore") or c.encode("unicode_escape") for c in text)
+    return ImageFont.load_default(size), b"".join(plain).decode("ascii")

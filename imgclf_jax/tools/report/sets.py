@@ -78,7 +78,7 @@ def _calibration(one: Evaluated) -> str:
     points = [(mean, own) for n, mean, own in zip(*one.reliability, strict=True) if n]
     title = f"Reliability on {one.name}: accuracy by mean confidence"
     svg = chart(title, "confidence", [Line("diagonal", 8, [(0, 0), (1, 1)], dashed=True), Line("accuracy", 0, points)],
-                "The values are in the table below.")  # fmt: skip
+                "The values are in the table below.", linear=True)  # fmt: skip
     note = f"Accuracy in {bins} bins of confidence. The model is overconfident where the line is below the diagonal."
     return (f"<h3>Calibration</h3><figure>{svg}</figure>" + paragraph(note, note=True)
             + html.details("The bins as a table", table(f"Calibration on {one.name}", columns, rows)))  # fmt: skip

@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
+import io
 import logging
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def main(
         return dataclasses.replace(run, cadences=dataclasses.replace(run.cadences, end=end))
 
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(io.StringIO()):  # what to do next with a run that may be removed
             status = train.main(config, Workdir(folder), transform_run=end_early)
     except UserError as e:
         with contextlib.suppress(OSError):

@@ -31,8 +31,6 @@ log = logging.getLogger(__name__)
 MAX_IMAGES = 64  # of a request
 
 Prediction = TypedDict("Prediction", {"class": str, "probability": float})
-
-
 Explainer = Callable[[bytes, int | None], bytes]
 
 

@@ -44,6 +44,16 @@ def test_spread_of_parts_is_that_of_all_values():
     assert math.isnan(alone.std)
 
 
+def test_intervals_are_those_of_scipy():
+    """Of single runs the paired t-test's; of seeds whose luck explains all, Welch's on their accuracies."""
+    rng = np.random.default_rng(0)
+    a, b = rng.random((5, 300)) < 0.9, rng.random((4, 300)) < 0.8
+    welch = stats.ttest_ind(a.mean(1), b.mean(1), equal_var=False).confidence_interval()
+    assert paired.difference(a, b)[1:] == pytest.approx(tuple(welch), rel=1e-9)
+    t = stats.ttest_rel(a[0].astype(float), b[0].astype(float)).confidence_interval()
+    assert paired.difference(a[:1], b[:1])[1:] == pytest.approx(tuple(t), rel=1e-9)
+
+
 def coverage(seeds, between, examples, times):
     """How often the interval holds the difference over all examples and all seeds there could be, here zero.
 

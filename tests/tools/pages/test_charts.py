@@ -24,8 +24,8 @@ def test_ticks(low, high):
 def test_a_chart_has_its_points():
     """The y axis is logarithmic from a factor of 20 on, and nonfinite values are gaps."""
 
-    def heights(values):
-        svg = charts.chart("t", "x", [charts.Line("n", 0, list(enumerate(values)))])
+    def heights(values, linear=False):
+        svg = charts.chart("t", "x", [charts.Line("n", 0, list(enumerate(values)))], linear=linear)
         shape = next(path.get("d") for path in ET.fromstring(svg).iter("path") if "line" in path.get("class"))
         return [float(y) for y in re.findall(r"[ML]\S+ (\S+?)(?=[ML]|$)", shape)], shape.count("M")
 
@@ -34,6 +34,8 @@ def test_a_chart_has_its_points():
     assert first > third
     (first, second, third), _ = heights([1.0, 10.0, 100.0])
     assert first - second == pytest.approx(second - third, abs=0.11)
+    (first, second, third), _ = heights([1.0, 10.0, 100.0], linear=True)
+    assert 10 * (first - second) == pytest.approx(second - third, abs=1.1)
     found, _ = heights([1e-3, 1e-3 * (1 + 5e-8), 1e-3])
     assert max(found) - min(found) < 0.2  # the rounding of a constant learning rate
     found, starts = heights([1.0, math.nan, 3.0])
