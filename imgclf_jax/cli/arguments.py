@@ -24,9 +24,9 @@ exit status:
   130 (SIGINT), 143 (SIGTERM) stopped by a signal with nothing to save
 
 examples:
-  {0}                              train on scikit-learn's digits
-  {0} --config folder:photos --workdir runs/a     on your own images
-  {0} predict new.jpg --workdir runs/a            classify a new one
+  {0}                                           train on digits
+  {0} --config folder:photos --workdir runs/a   train on your own images
+  {0} predict new.jpg --workdir runs/a          classify a new one
 """
 
 
