@@ -20,12 +20,11 @@ def port(model):  # noqa: F811
 
 
 @pytest.fixture(params=[(size, scheme) for size in WIDTHS for scheme in ("light", "dark")], ids="-".join)
-def page(request, browser, port, tmp_path):  # noqa: F811
+def page(request, browser, port):  # noqa: F811
     """The open page. At the end there has been no console message, no error, and no request to another server."""
     size, scheme = request.param
     with chromium.opened(browser, size, scheme, f"http://127.0.0.1:{port}/") as (page, said, asked):
         yield page
-        page.screenshot(path=tmp_path / f"{size}-{scheme}.png", full_page=True)
     assert [text for text in said if "status of 422" not in text] == []  # which the browser says of a refused image
     assert [url for url in asked if not url.startswith((f"http://127.0.0.1:{port}/", "blob:", "data:"))] == []
 
