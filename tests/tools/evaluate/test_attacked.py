@@ -75,6 +75,7 @@ def test_several_seeds_are_attacked_each_by_itself(runs, capsys):
     (["--attack=pgd", "--corruptions=all"], "--corruptions and --attack print different things"),
     (["--corruptions=all", "--predictions=a.csv"], "--corruptions and --predictions print different things"),
     (["--corruptions=pixelat"], "--corruptions: unknown corruption 'pixelat'"),
+    (["--predictions=a.txt"], "--predictions=a.txt: the name must end in .csv or .jsonl"),
 ])  # fmt: skip
 def test_mistakes(runs, capsys, words, message):
     assert launch.main(["evaluate", f"--workdir={runs[0].path}", *words]) == 1
