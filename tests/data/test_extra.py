@@ -99,7 +99,6 @@ def test_any_process_reads_its_rows_of_every_stream(config):
     ("more", "", "data.extra.more='' names no source; write"),
     ("more", "train|batch_size(12)", "data.extra.more: batch_size=12 is not divisible by the 8 devices"),
     ("more", "train|batch_size('8')", "batch_size('8') is no option; options are"),
-    ("more", "train|batchsize(8)", "batchsize(8) is no option"),
     ("more", "train|sampling('balance')", "unknown sampling 'balance': did you mean 'balanced'"),
     ("more", "train|preprocess('decode(7)')", "data.extra.more: "),
     ("more", "train|sampling(\"weighted('none.npy')\")", "data.extra.more: sampling=\"weighted('none.npy')\": can"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sklearn.metrics
+from fastapi.testclient import TestClient
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -183,8 +184,6 @@ def test_every_tool_has_the_labels(run, capsys, tmp_path):
     printed(capsys, "export", tmp_path / "a.stablehlo", workdir)
     described = json.loads(zipfile.ZipFile(tmp_path / "a.stablehlo").read("metadata.json"))
     assert [described["gives"], described["task"]] == ["probabilities", "multilabel"]
-
-    from fastapi.testclient import TestClient
 
     from imgclf_jax.tools.serve import app
 
