@@ -15,7 +15,8 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.data.decode import FORMATS
 
 _SMALL = 2**20  # pixels times scans, about 10 ms; larger images may take seconds and a gigabyte
-_TINY_FILE, _TINY = 4096, 2**14  # bytes, and pixels times scans: under a millisecond
+_TINY_FILE, _TINY = 4096, 2**14  # bytes, and pixels times scans: a millisecond or two
+_PACKED = re.compile(b"iCCP|iTXt|zTXt")  # chunks of a PNG image that may each unpack to a megabyte
 _MAX_WAITING = 64  # slow images
 # libjpeg-turbo advises refusing more than 500 scans. Each covers all pixels: 2**30 take 4 seconds.
 _MAX_SCANS, _MAX_WORK = 500, 2**30
@@ -41,7 +42,7 @@ class Decoder:
 
     async def decode[T](self, image: bytes, make: Callable[[bytes], T]) -> T:
         """Returns `make(image)`. Raises its UserError, one for an image built to be slow, or as `alone` does."""
-        if len(image) <= _TINY_FILE and work_of(image) <= _TINY:  # done before another thread would begin
+        if len(image) <= _TINY_FILE and not _PACKED.search(image) and work_of(image) <= _TINY:  # not worth a thread
             return make(image)
         try:
             return await _call(self._small, image, make, _SMALL)

@@ -80,9 +80,16 @@ def test_usual_files_pass():
     assert decoding.work_of(encode(noise(1, 900, 3), "PNG")) == 900**2 // 64  # an op may enlarge it
 
 
+@pytest.mark.parametrize(("image", "at_once"), [(encode(noise(9, 9), "PNG"), True),
+                                                (with_profiles(3, bytes(1_000_000)), False)])  # fmt: skip
+def test_the_event_loop_decodes_tiny_images_that_unpack_to_little(image, at_once):
+    thread = asyncio.run(decoding.Decoder().decode(image, lambda _: threading.current_thread()))
+    assert (thread is threading.main_thread()) == at_once
+
+
 def test_small_images_do_not_wait_for_large_ones():
     """More of them than may wait: another is refused, and one whose client has gone is never decoded."""
-    large, small, go, begun = encode(noise(1200, 1200), "PNG"), encode(noise(9, 9), "PNG"), threading.Event(), []
+    large, small, go, begun = encode(noise(1200, 1200), "PNG"), encode(noise(80, 80), "PNG"), threading.Event(), []
 
     def make(image):
         if image is large:
