@@ -5,6 +5,7 @@ Usage: launch.py [COMMAND] [--config=FILE.py[:ARG]] [--workdir=DIR] [--config.KE
 
 import importlib.util
 import os
+import signal
 import sys
 
 if sys.version_info < (3, 12):  # noqa: UP036  before anything is imported that older versions cannot read
@@ -12,6 +13,8 @@ if sys.version_info < (3, 12):  # noqa: UP036  before anything is imported that 
              "`uv run launch.py` brings one")  # fmt: skip
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C during the imports: no traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Installed packages come first: a jax.py next to this file must not shadow JAX.
     _here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [folder for folder in sys.path if folder != _here] + [_here]

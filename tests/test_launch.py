@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,22 @@ def run(cache: str, workdir: Path) -> dict:
     done = subprocess.run(command, cwd=ROOT, env=user_environment(cache), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("start", ["path('launch.py'", "module('imgclf_jax'"])
+def test_ctrl_c_during_the_imports_is_no_traceback(start):
+    program = f"""if True:
+        import os, runpy, signal, sys
+        class Finder:
+            def find_spec(self, name, *_):
+                if name == "imgclf_jax.cli":
+                    os.kill(os.getpid(), signal.SIGINT)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # also if a shell has it ignored
+        sys.meta_path.insert(0, Finder())
+        runpy.run_{start}, run_name="__main__")
+    """
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
