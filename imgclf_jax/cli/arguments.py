@@ -15,11 +15,9 @@ from imgclf_jax.core.errors import UsageError, unknown
 
 _CONFIG = "a config file, or the name of one that ships (default: digits); its get_config gets ARG"
 _OVERVIEW = """\
-flags of most commands:
-  --config=FILE.py[:ARG], --config.KEY=VALUE and --workdir=DIR
+flags of most commands: --config=FILE.py[:ARG] --config.KEY=VALUE --workdir=DIR
 
-exit status:
-  0 done, 1 failed, 2 wrong usage,
+exit status: 0 done, 1 failed, 2 wrong usage,
   75 stopped by a signal after saving a checkpoint: run the same command again,
   130 (SIGINT), 143 (SIGTERM) stopped by a signal with nothing to save
 
@@ -114,8 +112,6 @@ def _refused(command: str, word: str) -> UsageError:
     if word.startswith("-"):
         return UsageError(unknown("flag", flag, [f"--{known}" for known in ("config", *own)]))
     file = word.partition(":")[0]
-    if file.endswith(".py") or (configs_folder() / f"{file}.py").is_file():
-        hint = f": if that is a config, pass --config={word}"
-    else:
-        hint = f": if that is a run, pass --workdir={word}" if "workdir" in own else ""
+    key = "config" if file.endswith(".py") or (configs_folder() / f"{file}.py").is_file() else "workdir"
+    hint = f": if that is a {'run' if key == 'workdir' else key}, pass --{key}={word}" if key in ("config", *own) else ""
     return UsageError(f"{command} takes no files, but got {word!r}{hint}")

@@ -64,12 +64,9 @@ def _devices(mesh: Mesh, precision: str) -> str:
 
 
 def line(step: int, steps_per_epoch: float, name: str, values: Mapping[str, float]) -> str:
-    """A record of training or of an evaluation set: `step 225  epoch 10.0  test  accuracy 0.9694 …`.
-
-    `nll` is left out where it is the loss.
-    """
+    """A record of training or of an evaluation set: `step 225  epoch 10.0  test  accuracy 0.9694 …`."""
     shown = {key: value for key, value in values.items() if key not in _NOT_IN_A_LINE}
-    if shown.get("nll") == shown.get("loss"):
+    if shown.get("nll") == shown.get("loss"):  # said once
         shown.pop("nll", None)
     if "images_per_second" in shown:
         shown["images/s"] = round(shown.pop("images_per_second"))
