@@ -113,5 +113,5 @@ def _refused(command: str, word: str) -> UsageError:
         return UsageError(unknown("flag", flag, [f"--{known}" for known in ("config", *own)]))
     file = word.partition(":")[0]
     key = "config" if file.endswith(".py") or (configs_folder() / f"{file}.py").is_file() else "workdir"
-    hint = f": if that is a {'run' if key == 'workdir' else key}, pass --{key}={word}" if key in ("config", *own) else ""
+    hint = f": if that is a {key.replace('workdir', 'run')}, pass --{key}={word}" * (key in ("config", *own))
     return UsageError(f"{command} takes no files, but got {word!r}{hint}")
