@@ -91,20 +91,6 @@ def test_linen_builds_the_same_networks(name):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("mode", ["train", "infer"])
-def test_the_flax_loop_runs(mode):
-    """With BatchNorm, whose running statistics are part of its state."""
-    from networks import NETWORKS, examples
-    from peers import on_linen
-
-    with jax.numpy_dtype_promotion("standard"):
-        prepare = on_linen.open_variant(NETWORKS["resnet20"], "float32")
-        images, seconds = prepare(examples(NETWORKS["resnet20"], 8), mode, 4)(0.0)
-    assert images == 4
-    assert seconds > 0
-
-
-@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["vit", "mixer", "resnet50", "convnext", "resnet20", "cnn", "airbench"])
 def test_twins_are_the_same_networks(name):
     """Parameters and running statistics of equal sizes in linen's."""
@@ -148,13 +134,6 @@ def test_ratios_are_of_the_same_round():
     assert own["to_fastest_any"] == {"median": 1, "min": 0.75, "max": 2}
     assert rows["imgclf_jax host bfloat16"]["to_fastest_float32"]["median"] == 4
     assert rows["torch eager bfloat16"]["own_to_it"] == {"median": 2, "min": 1.5, "max": 5}
-
-
-@pytest.mark.parametrize("script", ["speed.py", "photographs.py", "accuracy.py", "twins.py"])
-def test_help_says_what_is_measured(script):
-    done = subprocess.run([sys.executable, BENCHMARKS / script, "--help"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert f"benchmarks/{script}" in done.stdout
 
 
 @pytest.mark.slow
