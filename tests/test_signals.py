@@ -69,7 +69,7 @@ runpy.run_path(launch, run_name="__main__")
 
 RUN = ("--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=normalize",
        "--config.model=mlp(widths=(16,))", "--config.schedule=constant(1e-3)", "--config.batch_size=16",
-       "--config.total=12 steps", "--config.log_every=5 steps", "--config.eval_every=6 steps",
+       "--config.total=12 steps", "--config.log_every=5 steps", "--config.eval_every=12 steps",
        "--config.checkpoint_every=4 steps", "--config.checkpoint.best=test/accuracy", "--config.tensorboard=False",
        "--config.data.placement=device")  # fmt: skip
 BEFORE = ("imports", "data", "compile")

@@ -36,15 +36,11 @@ def says(capsys, monkeypatch, tmp_path):
     (["status", "runs", "--config.seed=3"], "status takes no config, but got --config.seed"),
     (["reproduce", "--workdir=runs/a"], "reproduce takes directories without a flag: write reproduce runs/a"),
     (["train", "digits"], "train takes no files, but got 'digits': if that is a config, pass --config=digits"),
+    (["probe", "--checkpoint=best", "--config.init_from=w.pth"], "probe loads a run (--workdir, --checkpoint) or "
+     "weights (--config.init_from), not both; drop either"),
 ])  # fmt: skip
 def test_a_name_or_a_place_that_is_another_one_here(says, argv, said):
     assert says(*argv) == (2, said)
-
-
-def test_values_after_their_keys_are_no_files(says):
-    """`--config.seed 3` is a key and its value."""
-    status, said = says("config", "--config.seed", "3", "--config.batch_size", "-1")
-    assert (status, said) == (1, "batch_size=-1: must be 1 or more")
 
 
 @pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unable to initialize backend 'cuda': no plugin")])

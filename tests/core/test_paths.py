@@ -1,6 +1,7 @@
 """Files are written completely or not at all, and the error for a full disk names the file."""
 
 import contextlib
+import os
 import resource
 import sys
 from pathlib import Path
@@ -49,6 +50,15 @@ def test_a_full_disk_names_the_file_and_leaves_no_other(name, tmp_path):
     WRITERS[name](path)
     assert path.stat().st_size > 4096
     assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_the_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    """Else a power cut leaves an empty file in place of the old one."""
+    done, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.fstat(handle).st_ino))
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append("renamed") or replace(a, b))
+    paths.write_atomically(tmp_path / "out", "new")
+    assert done == [(tmp_path / "out").stat().st_ino, "renamed", tmp_path.stat().st_ino]
 
 
 def test_two_writers_of_one_file(tmp_path):

@@ -59,8 +59,3 @@ def test_a_port_in_use_is_refused_in_a_sentence():
         port = server.getsockname()[1]
         with pytest.raises(UserError, match=r"cannot join .Address already in use.*a free port"):
             processes.start(f"localhost:{port}", 2, 0)
-
-
-def test_flags_that_do_not_fit_together():
-    with pytest.raises(UserError, match=r"cannot join .*with --coordinator"):
-        processes.start(coordinator="localhost:1", number=2, process=2)

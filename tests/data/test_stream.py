@@ -11,22 +11,12 @@ from imgclf_jax.data import sampling
 
 SEEDS = st.integers(0, 2**32 - 1)
 SIZES = st.integers(1, 2000)
-BATCHES = st.integers(1, 700)
 
 
 @given(SEEDS, SIZES)
 def test_every_epoch_is_an_exact_permutation(seed, n):
     ids = sampling.position_ids(seed, np.arange(2 * n), n).reshape(2, n)
     np.testing.assert_array_equal(np.sort(ids), np.tile(np.arange(n), (2, 1)))
-
-
-@given(SEEDS, SIZES, BATCHES, BATCHES, st.integers(0, 10**9))
-def test_batch_size_changes_only_the_grouping(seed, n, a, b, position):
-    """The flat sequence of ids is the same, wherever it is cut."""
-    in_steps_of_a, in_steps_of_b = position // a, position // b
-    one = sampling.example_ids(seed, in_steps_of_a, a, n)[position - in_steps_of_a * a]
-    other = sampling.example_ids(seed, in_steps_of_b, b, n)[position - in_steps_of_b * b]
-    assert one == other == sampling.position_ids(seed, np.array([position]), n)[0]
 
 
 def test_mix_is_the_published_splitmix64():

@@ -98,8 +98,3 @@ def test_a_key_that_is_wrong(keys, says):
     with pytest.raises(UserError) as e:
         configs.validate(config(**keys))
     assert says in str(e.value)
-
-
-def test_evaluations_are_part_of_a_run_that_stops_by_them():
-    assert "eval_every" in configs.free_keys(config())
-    assert "eval_every" not in configs.free_keys(config(stop="test/loss, patience 1 epochs"))

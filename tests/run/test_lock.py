@@ -46,6 +46,21 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
         assert "cannot be locked" in caplog.text
 
 
+def test_a_lock_that_its_last_holder_removes(tmp_path, monkeypatch):
+    """While the next one waits for it, which then held a file without a name, and a third one another."""
+    file = tmp_path / "lock"
+
+    def removed(handle, how):
+        monkeypatch.undo()
+        file.unlink()
+        file.touch()
+        lock.fcntl.flock(handle, how)
+
+    monkeypatch.setattr(lock.fcntl, "flock", removed)
+    with lock.held(file):
+        assert lock.is_held(file)
+
+
 def test_to_look_at_a_lock_takes_none(tmp_path):
     """`status` said "running" of a stopped run that another `status` looked at."""
     file = tmp_path / "lock"

@@ -30,7 +30,8 @@ def test_the_checkpoint_of_another_run(copy, tmp_path, capsys):
     shutil.rmtree(copy / "checkpoints" / "10")
     shutil.copytree(tmp_path / "other" / "checkpoints" / "10", copy / "checkpoints" / "10")
     where = f"{copy}/checkpoints/10 holds other parameters than {copy}/digests.jsonl records for step 10"
-    for words in (["evaluate", f"--workdir={copy}"], ["report", f"--workdir={copy}"],
+    own = (*argv[2:], "--config.schedule=cosine(1e-2)", "--config.optimizer=sgd(momentum=0.9)")
+    for words in ([f"--workdir={copy}", *own], ["evaluate", f"--workdir={copy}"], ["report", f"--workdir={copy}"],
                   [f"--workdir={tmp_path}/new", *argv[1:], f"--config.init_from={copy}"]):  # fmt: skip
         capsys.readouterr()
         assert launch.main(words) == 1

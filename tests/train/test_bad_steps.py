@@ -86,12 +86,19 @@ def test_a_bad_step_is_skipped(poisoned, tmp_path, one_device, caplog):
     assert last["train/learning_rate"] == pytest.approx(1e-2 * (1 - np.mean([18, 19, 20, 21]) / TOTAL), rel=1e-5)
 
 
-def test_a_run_that_skips_every_step_has_no_result(poisoned, tmp_path, one_device):
-    poisoned.augment, poisoned.on_bad_step = f"normalize|poisoned:poison({tuple((i, 0) for i in range(64))})", "skip"
-    poisoned.total = "1 epochs"
-    with pytest.raises(UserError, match="all 4 steps were skipped"):
-        train.main(poisoned, Workdir(tmp_path))
-    assert not (tmp_path / "result.json").exists()
+def test_one_of_two_seeds_fails_in_its_only_step(poisoned, tmp_path, one_device):
+    """It is named with the examples of its own stream, and leaves no result if the step is skipped."""
+    first, second = (sampling.example_ids(seed, 0, BATCH, EXAMPLES) for seed in (0, 1))
+    poisoned.num_seeds, poisoned.total = 2, "1 steps"
+    poisoned.augment = f"normalize|poisoned:poison((({np.setdiff1d(second, first)[0]}, 0),))"
+    with pytest.raises(UserError, match="not finite at step 0, "):
+        train.main(poisoned, Workdir(tmp_path / "a"))
+    found = json.loads((tmp_path / "a" / "nonfinite.json").read_text())
+    assert (found["seed"], found["example_ids"]) == (1, second.tolist())
+    poisoned.on_bad_step = "skip"
+    with pytest.raises(UserError, match="all 1 steps were skipped"):
+        train.main(poisoned, Workdir(tmp_path / "b"))
+    assert not (tmp_path / "b" / "result.json").exists()
 
 
 def root_loss(logits, labels):

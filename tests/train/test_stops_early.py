@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 KEYS = ("--config.data.source=fake(32, (4, 4, 1), 3)", "--config.preprocess=decode(1)", "--config.model=mlp",
         "--config.batch_size=8", "--config.optimizer=sgd", "--config.schedule=constant(0.0)", "--config.total=40 steps",
         "--config.eval_every=4 steps", "--config.log_every=7 steps", "--config.checkpoint_every=5 steps",
-        "--config.checkpoint.keep=9", "--config.tensorboard=False",
+        "--config.checkpoint.keep=9", "--config.checkpoint.best=test/accuracy", "--config.tensorboard=False",
         "--config.stop=test/loss, patience 6 steps")  # fmt: skip
 WHY = "test/loss has not improved for 8 steps: best "
 
@@ -34,7 +34,7 @@ def test_it_ends_at_the_first_evaluation_after_its_patience(stopped):
     records = writers.read_metrics(stopped / "metrics.jsonl")
     assert [r["step"] for r in records if "test/loss" in r] == [4, 8, 12]
     assert [r["step"] for r in records if "train/loss" in r] == [7]
-    assert sorted(int(p.name) for p in (stopped / "checkpoints").iterdir() if p.name.isdigit()) == [5, 10, 12]
+    assert sorted(int(p.name) for p in (stopped / "checkpoints").iterdir() if p.name.isdigit()) == [4, 5, 8, 10, 12]
     run = record.read(stopped)
     assert (run.final, run.total) == (result, 40)
 

@@ -20,7 +20,7 @@ from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
-from imgclf_jax.train.evaluation import evaluate
+from imgclf_jax.train.evaluation import add, evaluate
 from imgclf_jax.trained import restore
 
 N = 2_000
@@ -93,6 +93,12 @@ def test_exact(trained, counted, batch_size, count):
         assert sums[name] == counted[name]
     assert float(sums["loss"]) == pytest.approx(counted["loss"], rel=CLOSE)
     assert float(sums["nll"]) == pytest.approx(counted["nll"], rel=CLOSE)
+
+
+def test_sums_over_many_batches_are_exact():
+    """From 2**24 on, float32 would add no 1."""
+    add(sums := {}, {"loss": np.array([2**24, 1], np.float32), "correct": np.array([2**31 - 1, 1], np.int32)})
+    assert [value.item() for value in sums.values()] == [2**24 + 1, 2**31]
 
 
 @pytest.fixture
