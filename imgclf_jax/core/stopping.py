@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -33,11 +34,14 @@ class Stopped(Exception):
 def end_on_signals() -> None:
     """Lets a signal end the process: a line on standard error, and SystemExit with status 128 + the signal's number."""
 
-    def end(number: int, _: FrameType | None) -> None:
+    def end(number: int, frame: FrameType | None) -> None:
         ignore_signals()  # `uv run` sends Ctrl-C a second time
         name = signal.Signals(number).name
         with contextlib.suppress(OSError):
             os.write(2, f"{name}: stopped; nothing is lost; run the same command again\n".encode())
+        # The module that is being imported may be C++, which aborts the process on an exception.
+        if any(f.f_code.co_filename == "<frozen importlib._bootstrap>" for f, _ in traceback.walk_stack(frame)):
+            os._exit(128 + number)
         # Where Python would drop the exception: in a finalizer, or a callback of the garbage collector such as JAX's.
         sys.unraisablehook = lambda _: os._exit(128 + number)
         raise SystemExit(128 + number)

@@ -49,14 +49,22 @@ def test_outside_it_ends_the_process_at_once(number, capfd):
     assert capfd.readouterr().err == f"{number.name}: stopped; nothing is lost; run the same command again\n"
 
 
-def test_it_ends_the_process_also_where_python_drops_exceptions():
-    """JAX has a callback of the garbage collector, from which no exception passes on."""
-    program = """if True:
-        import gc, os, signal, time
+@pytest.mark.parametrize("where", ["gc.callbacks.append(ask); gc.collect()",
+                                   "sys.meta_path.insert(0, Module); import anything"])  # fmt: skip
+def test_it_ends_the_process_also_where_exceptions_are_dropped(where):
+    """JAX has a callback of the garbage collector; a module in C++ that is interrupted aborts."""
+    program = f"""if True:
+        import contextlib, gc, os, signal, sys, time
         from imgclf_jax.core import stopping
+        def ask(*_):
+            os.kill(os.getpid(), signal.SIGTERM)
+        class Module:
+            def find_spec(*_):
+                with contextlib.suppress(BaseException):
+                    ask()
+                time.sleep(60)
         stopping.end_on_signals()
-        gc.callbacks.append(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        gc.collect()
+        {where}
         time.sleep(60)
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
