@@ -1,6 +1,5 @@
 """The benchmarks: all frameworks build the same networks, and ratios are computed as documented."""
 
-import functools
 import importlib.util
 import json
 import subprocess
@@ -88,22 +87,6 @@ def test_linen_builds_the_same_networks(name):
     assert sorted(x.size for x in jax.tree.leaves(ours)) == sorted(x.size for x in jax.tree.leaves(theirs))
     assert logits.dtype == jnp.float32
     assert "bf16" not in str(traced)
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("name", ["vit", "mixer", "resnet50", "convnext", "resnet20", "cnn", "airbench"])
-def test_twins_are_the_same_networks(name):
-    """Parameters and running statistics of equal sizes in linen's."""
-    import twins
-    from peers.linen_twins import TWINS
-
-    images = jnp.zeros((2, *TWINS[name][1]))
-    with jax.numpy_dtype_promotion("standard"):  # which linen's layers need
-        ours, linen = (
-            jax.eval_shape(functools.partial(twins.model(name, kind).init, train=False), jax.random.key(0), images)
-            for kind in ("ours", "linen")
-        )
-    assert sorted(x.size for x in jax.tree.leaves(ours)) == sorted(x.size for x in jax.tree.leaves(linen))
 
 
 def test_ratios_are_of_the_same_round():
