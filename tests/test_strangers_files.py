@@ -15,7 +15,6 @@ import launch
 from imgclf_jax.core import paths
 from imgclf_jax.data import image_files
 from imgclf_jax.run.checkpoint import Checkpoints
-from imgclf_jax.tools.pages import inputs
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -148,4 +147,3 @@ def test_a_directory_is_entered_once(tmp_path):
         (tmp_path / f"d{i}" / "root").symlink_to("/")
     images = image_files.walk(tmp_path)
     assert sorted(name.count("/") for name in images) == list(range(1, 12))
-    assert len(list(inputs.find([str(tmp_path)]))) == 11

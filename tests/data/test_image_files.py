@@ -1,7 +1,6 @@
 """Which files are images, for training and prediction alike."""
 
 import os
-from pathlib import Path
 
 import pytest
 from test_folder import files, flat, write  # noqa: F401  a fixture
@@ -9,7 +8,6 @@ from test_folder import files, flat, write  # noqa: F401  a fixture
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import image_check, image_files
 from imgclf_jax.data.folder import folder
-from imgclf_jax.tools.pages import inputs
 
 
 def test_training_and_prediction_read_the_same_files(flat):
@@ -25,7 +23,7 @@ def test_training_and_prediction_read_the_same_files(flat):
     source = folder(str(flat))["train"]
     assert source.size == 14
     assert {"cat/linked.png", "emu/deep/X.PNG"} < set(files(source, flat))
-    assert sorted(map(Path, inputs.find([str(flat)]))) == sorted(flat / file for file in files(source, flat))
+    assert sorted(image_files.walk(flat)) == sorted(files(source, flat))  # what prediction reads
 
 
 def test_an_image_in_a_format_that_is_not_read_is_named_and_not_skipped(flat):

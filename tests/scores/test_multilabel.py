@@ -7,7 +7,6 @@ import sklearn.metrics
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.scores import multilabel
 from imgclf_jax.scores.multilabel import TargetPredictions
-from imgclf_jax.tools.evaluate.by_class import best_thresholds
 
 
 def drawn(n=300, decimals=2):
@@ -80,10 +79,3 @@ def test_thresholds_may_differ_by_class():
     for wrong in ({"threshold": (0.5, 0.5)}, {"threshold": "a"}, {"average": "weighted"}):
         with pytest.raises(UserError, match=r"threshold must be a number or 7 of them, one per class, and average 'ma"):
             multilabel.f1(predictions(targets, probabilities), **wrong)
-
-
-def test_the_best_threshold_is_that_of_the_greatest_f1():
-    targets, probabilities = drawn(100)
-    for c, threshold in enumerate(best_thresholds(predictions(targets, probabilities))):
-        scores = [sklearn.metrics.f1_score(targets[:, c], probabilities[:, c] >= t) for t in probabilities[:, c]]
-        assert sklearn.metrics.f1_score(targets[:, c], probabilities[:, c] >= threshold) == max(scores)
