@@ -88,10 +88,10 @@ class Recipe:
 
     @contextlib.contextmanager
     def naming_the_key(self) -> Iterator[None]:
-        """Raises UserError naming the config key at fault if tracing fails inside, though no `naming` caught it.
+        """Raises UserError naming the config key at fault if tracing fails inside, but outside of every `naming`.
 
-        It is the model's, or that of a user's own code, which returned something unfit. Errors raised in that code pass
-        unchanged.
+        That key is `model` or `method`, or one whose user code returned something unfit. Errors raised in user code
+        pass unchanged.
         """
         try:
             yield

@@ -32,14 +32,17 @@ class Stopped(Exception):
 
 
 def end_on_signals() -> None:
-    """Lets a signal end the process: a line on standard error, and SystemExit with status 128 + the signal's number."""
+    """Lets a signal end the process with status 128 + its number: a line on standard error, and SystemExit.
+
+    Where an exception would be dropped or abort the process, it ends at once, without any clean-up.
+    """
 
     def end(number: int, frame: FrameType | None) -> None:
         ignore_signals()  # `uv run` sends Ctrl-C a second time
         name = signal.Signals(number).name
         with contextlib.suppress(OSError):
             os.write(2, f"{name}: stopped; nothing is lost; run the same command again\n".encode())
-        # The module that is being imported may be C++, which aborts the process on an exception.
+        # The module being imported may be C++, which aborts the process on an exception.
         if any(f.f_code.co_filename == "<frozen importlib._bootstrap>" for f, _ in traceback.walk_stack(frame)):
             os._exit(128 + number)
         # Where Python would drop the exception: in a finalizer, or a callback of the garbage collector such as JAX's.

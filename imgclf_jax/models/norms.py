@@ -17,7 +17,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Initializer, PyTree
 from imgclf_jax.models.cpu import sums
 
-# While tracing inside `statistics_over(n)`, training BatchNorm splits the batch into n groups with statistics each.
+# While tracing inside `statistics_over(n)`, training BatchNorm takes the statistics of n groups of the batch.
 statistics_over = jax.make_user_context(1)
 
 

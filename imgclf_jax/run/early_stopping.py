@@ -36,7 +36,7 @@ class EarlyStopping:
 
 
 def build(text: str, every: Fraction | None, steps: Callable[[str], int]) -> EarlyStopping | None:
-    """The early stopping of the key `stop`, if any, of a run that evaluates `every` so many steps.
+    """The early stopping of the key `stop`, if any, of a run with an evaluation every `every` steps.
 
     Its patience spans whole evaluations, at least one. With a fractional period they are that many steps apart, rounded
     up or down, so the patience is rounded down. `steps` maps its duration to steps.
