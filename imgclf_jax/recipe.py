@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax import datasets, losses, metrics
 from imgclf_jax.augment import mixing, ops, tta
-from imgclf_jax.core import rng, spec, tree
+from imgclf_jax.core import rng, spec
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Function
 from imgclf_jax.data import sampling
@@ -147,7 +147,7 @@ class Recipe:
             variables = self.model.init(rngs, images, train=False)
             for path, x in traverse_util.flatten_dict(variables["params"]).items():
                 if self.method.predicts or path[0] != "head":
-                    shapes[tree.join(path)] = x.shape
+                    shapes["/".join(map(str, path))] = x.shape
 
         jax.eval_shape(init)
         return shapes

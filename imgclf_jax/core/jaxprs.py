@@ -3,7 +3,12 @@
 import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+from imgclf_jax.core import platform, rng
 
 
 def inner(equation: JaxprEqn) -> list[Jaxpr | ClosedJaxpr]:
@@ -42,3 +47,11 @@ def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
             times = params.get("length", 1) if name == "scan" else 1
             total += times * (max(bodies, default=0.0) if name == "cond" else sum(bodies))
     return total
+
+
+def forward_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> float:
+    """FLOPs of the matmuls of a forward pass of one image, two per multiply-add."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    with platform.tracing_for("gpu"):  # where layers are plain matmuls and convolutions
+        init = jax.make_jaxpr(lambda x: model.init_with_output(rng.init_streams(jax.random.key(0)), x, train=False))
+        return matmul_flops(init(images))

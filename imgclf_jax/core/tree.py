@@ -1,6 +1,9 @@
 """Names and digests of parameter trees."""
 
+import collections
 import hashlib
+import math
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,11 +19,6 @@ def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
     """`(path, leaf)` of every leaf, sorted by path; the parts of a path are joined by `/`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return sorted(((_name(path), leaf) for path, leaf in leaves), key=lambda pair: pair[0])
-
-
-def join(path: Iterable[object]) -> str:
-    """The name of the leaf at these keys; an `nnx.List` numbers its modules."""
-    return "/".join(map(str, path))
 
 
 def map_named(function: Function, tree: PyTree, *others: PyTree) -> PyTree:
@@ -57,3 +55,12 @@ def digests(named: Iterable[tuple[str, np.ndarray]]) -> tuple[str, dict[str, str
         digest.update(content)
         each[path] = f"{zlib.crc32(content, zlib.crc32(header)):08x}"
     return digest.hexdigest(), each
+
+
+def parameters_by_module(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The parameters of each module of the backbone and beside it, from all shapes by path; `layer1_*` is a sum."""
+    counts = collections.Counter[str]()
+    for path, shape in shapes.items():
+        module = path.removeprefix("backbone/").split("/")[0]
+        counts[re.sub(r"\d+$", "*", module)] += math.prod(shape)
+    return dict(counts)

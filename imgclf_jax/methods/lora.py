@@ -81,7 +81,7 @@ def match_kernels(params: Params, pattern: str) -> dict[str, tuple[int, ...]]:
 
     Raises UserError if the pattern matches nothing, or a parameter that is no kernel.
     """
-    shapes = {f"backbone/{tree.join(path)}": x.shape for path, x in traverse_util.flatten_dict(params).items()}
+    shapes = {"/".join(("backbone", *map(str, p))): x.shape for p, x in traverse_util.flatten_dict(params).items()}
     matched = rules.match([(part, True) for part in rules.split(pattern)], list(shapes), "method: lora(pattern)")
     for name in matched:
         if not name.endswith("/kernel") or len(shapes[name]) < 2:

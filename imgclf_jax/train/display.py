@@ -10,11 +10,10 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from imgclf_jax.config import KEYS
-from imgclf_jax.core import processes
+from imgclf_jax.core import jaxprs, processes, tree
 from imgclf_jax.core.terminal import format_metrics
 from imgclf_jax.core.text import printable
 from imgclf_jax.data import stream
-from imgclf_jax.models import summary
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import processor
@@ -50,8 +49,8 @@ def head(
 
 def _parameters(recipe: Recipe) -> str:
     """The model's parameters, also by module, and its FLOPs."""
-    counts = summary.parameters_by_module(recipe.parameters)
-    flops = summary.forward_flops(recipe.model, recipe.data.image_shape) / 1e6
+    counts = tree.parameters_by_module(recipe.parameters)
+    flops = jaxprs.forward_flops(recipe.model, recipe.data.image_shape) / 1e6
     total = f"{sum(counts.values()):,} parameters, {flops:,.3g} MFLOPs an image"
     return "\n".join([total, *(f"  {name:<16}{count:>12,}" for name, count in counts.items())])
 

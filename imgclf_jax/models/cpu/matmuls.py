@@ -7,6 +7,7 @@ kernel. Layers still take and return [b, h, w, c] and [b, d]: XLA cancels the tr
 Matmul operands are in `dtype`, float32 or bfloat16 (or float64); sums accumulate in float32 (float64 for float64).
 """
 
+import functools
 import itertools
 import math
 
@@ -47,7 +48,7 @@ def accumulator(dtype: DTypeLike) -> jnp.dtype:
 def _matmul(a: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array:
     """[m, k] times [k, …] → [m, …] in `dtype`."""
     # A transpose inside of the matmul would be slow, and jaxlib 0.12 has none in bfloat16.
-    a = lax.optimization_barrier(a)
+    a, b = lax.optimization_barrier((a, b))
     return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=dtype)
 
 
@@ -124,10 +125,32 @@ def _conv_kernel(
     x: jax.Array, gradient: jax.Array, like: Shaped, strides: Pair, pads: Pads, dilation: Pair, dtype: DTypeLike
 ) -> jax.Array:
     """The gradient of the kernel [kh, kw, c, f], from the gradient of the outputs [f, ho, wo, b]."""
+    gradient = gradient.astype(dtype)
+    even = gradient.shape[1] % 2 == gradient.shape[2] % 2 == 0
+    if even and (strides, dilation) == ((1, 1), (1, 1)) and _has_few_taps(like):
+        return _conv_kernel_by_blocks(x, gradient, like, pads, dtype)
     patches = _im2col(x, like, strides, pads, dilation, dtype)  # CSE merges it with the forward pass's
-    gradient, positions = lax.optimization_barrier(gradient.astype(dtype)), (((1, 2, 3), (1, 2, 3)), ((), ()))
-    sums = lax.dot_general(patches, gradient, positions, preferred_element_type=accumulator(dtype))
-    return lax.optimization_barrier(sums).reshape(like.shape)
+    return _sum_products(patches, gradient).reshape(like.shape)
+
+
+def _conv_kernel_by_blocks(x: jax.Array, gradient: jax.Array, like: Shaped, pads: Pads, dtype: DTypeLike) -> jax.Array:
+    """The gradient of a kernel of few taps from 2×2 blocks of outputs, whose matmul is four times as wide.
+
+    A block sees (kh + 1, kw + 1) inputs, and its output (i, j) those from (i, j) on.
+    """
+    (kh, kw, c, f), corners = like.shape, list(np.ndindex(2, 2))
+    gradient = jnp.concatenate([gradient[:, i::2, j::2] for i, j in corners])  # [4 * f, ho / 2, wo / 2, b]
+    patches = _im2col(x, jax.ShapeDtypeStruct((kh + 1, kw + 1, c, f), dtype), (2, 2), pads, (1, 1), dtype)
+    sums = _sum_products(gradient, patches).reshape(4, f, kh + 1, kw + 1, c)
+    parts = [sums[k, :, i : i + kh, j : j + kw] for k, (i, j) in enumerate(corners)]
+    return functools.reduce(jnp.add, parts).transpose(1, 2, 3, 0)
+
+
+def _sum_products(x: jax.Array, y: jax.Array) -> jax.Array:
+    """[m, ho, wo, b] and [n, ho, wo, b] → [m, n], summed over all positions and images."""
+    x, y = lax.optimization_barrier((x, y))
+    positions, wide = (((1, 2, 3), (1, 2, 3)), ((), ())), accumulator(x.dtype)
+    return lax.optimization_barrier(lax.dot_general(x, y, positions, preferred_element_type=wide))
 
 
 _conv_product = multilinear("conv", _conv, _conv_images, _conv_kernel)

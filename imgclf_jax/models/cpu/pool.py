@@ -53,7 +53,7 @@ def _unpool(gradient: jax.Array, argmax: jax.Array, like: jax.ShapeDtypeStruct, 
     offset = jnp.arange(window**2, dtype=argmax.dtype).reshape(1, 1, window, 1, window, 1)
     expanded = (a, ho, 1, wo, 1, d)
     y = jnp.where(argmax.reshape(expanded) == offset, gradient.reshape(expanded), 0)
-    y = lax.optimization_barrier(y.reshape(a, ho * window, wo * window, d))
+    y = y.reshape(a, ho * window, wo * window, d)
     return jnp.pad(y, ((0, 0), (0, like.shape[1] - ho * window), (0, like.shape[2] - wo * window), (0, 0)))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.models import summary
+from imgclf_jax.core import jaxprs, tree
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run import record
 from imgclf_jax.run.workdir import Workdir
@@ -40,8 +40,8 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
             log.info("%s", sentence)
         recipe = model.programs.recipe
         findings = dataclasses.replace(
-            findings, parameters=summary.parameters_by_module(recipe.parameters),
-            flops=summary.forward_flops(recipe.model, recipe.data.image_shape),
+            findings, parameters=tree.parameters_by_module(recipe.parameters),
+            flops=jaxprs.forward_flops(recipe.model, recipe.data.image_shape),
         )  # fmt: skip
     else:
         findings = Findings(missing=("There is no checkpoint yet, so this page omits everything that needs a model.",))

@@ -1,7 +1,7 @@
 """A model's parameters by module and its FLOPs, by hand."""
 
 from imgclf_jax import config as configs
-from imgclf_jax.models import summary
+from imgclf_jax.core import jaxprs, tree
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 
@@ -11,9 +11,9 @@ def test_a_network_by_hand():
     config = configs.default_config()
     config.model = "cnn(widths=(5, 6), hidden=7, kernel=2)"
     recipe = Recipe(config, DataInfo(10, (8, 8, 3), ("a", "b"), ""))
-    assert summary.parameters_by_module(recipe.parameters) == {
+    assert tree.parameters_by_module(recipe.parameters) == {
         "block*": 4 * 3 * 5 + 5 + 4 * 5 * 6 + 6, "dense": 6 * 7 + 7, "head": 7 * 2 + 2,
     }  # fmt: skip
     # Without the row and the column that fill no pooling window: 6 by 6 and 2 by 2 outputs.
     macs = 36 * 4 * 3 * 5 + 4 * 4 * 5 * 6 + 6 * 7 + 7 * 2
-    assert summary.forward_flops(recipe.model, (8, 8, 3)) == 2 * macs
+    assert jaxprs.forward_flops(recipe.model, (8, 8, 3)) == 2 * macs
