@@ -218,15 +218,28 @@ def build(text: str, class_counts: Sequence[int] = (), class_names: Sequence[str
     """Returns the loss that a spec such as `softmax(label_smoothing=0.1)` names.
 
     `class_counts`, for 'balanced', are the training examples per class. Raises UserError for a spec that names no loss,
-    and for 'balanced' if a class has no training example.
+    for 'balanced' if a class has no training example, and when called, unless the loss returns one number per example.
     """
     loss = spec.bind(spec.parse_one(text), LOSSES, "loss", leading=("logits", "labels"))
-    if loss.keywords.get("class_weights") != BALANCED:
-        return loss
+    if loss.keywords.get("class_weights") == BALANCED:
+        loss = functools.partial(loss, class_weights=_balanced(text, class_counts, class_names))
+
+    @functools.wraps(loss)
+    def checked(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        values: jax.Array = loss(logits, labels)
+        shape = getattr(values, "shape", type(values).__name__)
+        if shape != logits.shape[:1]:  # a mean would be broadcast where losses are mixed or added
+            raise UserError(f"loss={text!r} returns {shape} for logits {logits.shape}; return one number per example, "
+                            "f32[b]")  # fmt: skip
+        return values
+
+    return checked
+
+
+def _balanced(text: str, class_counts: Sequence[int], class_names: Sequence[str]) -> tuple[float, ...]:
     counts = np.asarray(class_counts or [0] * len(class_names))
     if not counts.all():
         names = [name for name, count in zip(class_names, counts, strict=True) if not count]
         raise UserError(f"loss={text!r}: the training split has no example of {', '.join(names)}, so no weight can "
                         "balance the classes; write numbers as class_weights")  # fmt: skip
-    weights = counts.sum() / (len(counts) * counts)
-    return functools.partial(loss, class_weights=tuple(weights.tolist()))
+    return tuple((counts.sum() / (len(counts) * counts)).tolist())

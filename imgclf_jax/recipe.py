@@ -12,6 +12,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +36,12 @@ from imgclf_jax.models import classifier
 from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
 from imgclf_jax.run.provenance import raised_in_user_code
 
+_SIDE_EFFECTS = {
+    jax.errors.UnexpectedTracerError: "keeps an array of one trace, in a global or an attribute, for another; return "
+                                      "it, or use a linen variable",
+    flax.errors.ModifyScopeVariableError: "changes a variable in evaluation too, as BatchNorm does without "
+                                          "use_running_average=not train",
+}  # fmt: skip
 _TRACED_KEYS = ("method", "gradient", "model", "augment", "mix", "tta", "loss", "optimizer", "schedule")
 
 
@@ -98,11 +105,13 @@ class Recipe:
         except UserError:
             raise
         except Exception as e:  # JAX, Flax and Optax raise many types
+            own = [f"{key}={self.config[key]!r}" for key in _TRACED_KEYS if spec.names_code(self.config[key])]
+            if own and (sentence := _SIDE_EFFECTS.get(type(e))):
+                raise UserError(f"{' or '.join(own)} {sentence} ({reason(e).partition('. ')[0]})") from e
             images = jax.ShapeDtypeStruct((1, *self.data.image_shape), "float32")
             for key, model in (("model", self.plain_model), ("method", self.model)):
                 init = functools.partial(model.init, rng.init_streams(jax.random.key(0)), train=False)
                 jax.eval_shape(self.naming(key)(init), images)
-            own = [f"{key}={self.config[key]!r}" for key in _TRACED_KEYS if spec.names_code(self.config[key])]
             if own and not raised_in_user_code(e):
                 raise UserError(f"{' or '.join(own)} returns something that the step cannot use: {reason(e)}") from e
             raise

@@ -1,8 +1,9 @@
 """The train state, and the pure functions of training, evaluation and inference."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -109,7 +110,9 @@ def make_inputs(
 
         if method is not None and method.inputs is not None:
             steps = jnp.broadcast_to(step, batch["image"].shape[0])
-            return method.inputs(rng.key(seed, "inputs", step), {**batch, "step": steps}, augmented)
+            given = {**batch, "step": steps}
+            with _listing(given):
+                return method.inputs(rng.key(seed, "inputs", step), given, augmented)
         out = {**batch, "image": augmented(rng.key(seed, "augment", step), batch["image"])}
         for name, stream in batch.items():
             if isinstance(stream, dict):  # of `data.extra`
@@ -154,7 +157,8 @@ def make_train_step(
     ) -> tuple[jax.Array, Any]:
         apply = apply_function(learned.loss, model, mutable=[*model_state, *SOWN])
         rngs = {"dropout": key, **rng.init_streams(rng.fold(key, "params"))}  # other streams are drawn from these
-        out, changed = apply({"params": params, **model_state}, part, fixed, rngs=rngs)
+        with _listing(part):
+            out, changed = apply({"params": params, **model_state}, part, fixed, rngs=rngs)
         losses, sown = (changed.get(name, {}) for name in SOWN)
         updated = {name: value for name, value in changed.items() if name not in SOWN}
         _refuse_difference("a step changes the model's state", updated, model_state, with_dtype=True)
@@ -219,6 +223,17 @@ def make_train_step(
     return train_step
 
 
+@contextlib.contextmanager
+def _listing(batch: Batch) -> Iterator[None]:
+    """Adds the keys of a batch to a KeyError for another one, which a method may raise inside."""
+    try:
+        yield
+    except KeyError as e:
+        if e.args and e.args[0] not in batch:
+            e.add_note(f"the batch has the keys {', '.join(map(repr, batch))}")
+        raise
+
+
 def _refuse_difference(what: str, given: PyTree, wanted: PyTree, with_dtype: bool = False) -> None:
     """Raises UserError unless both have the same paths and leaves of the same shape and, with `with_dtype`, dtype.
 
@@ -251,8 +266,8 @@ def _mean_loss(out: Any) -> jax.Array:
     if not isinstance(out, methods.Loss):
         raise UserError(f"the method's loss returns a {type(out).__name__}; return imgclf_jax.methods.Loss(values)")
     if jnp.ndim(out.values) != 1:
-        raise UserError(f"the loss, or the method's Loss, has values of the shape {list(jnp.shape(out.values))}; "
-                        "return one number per example, f32[b]")  # fmt: skip
+        raise UserError(f"the method's Loss has values of the shape {list(jnp.shape(out.values))}; return one number "
+                        "per example, f32[b]")  # fmt: skip
     return jnp.mean(dtypes.upcast(out.values))
 
 
@@ -396,7 +411,8 @@ def make_eval_step(
             return {}
         given = {**batch, "image": augment(None, batch["image"])}
         variables = {"params": params, **model_state}
-        values = nn.apply(method.evaluate, model)(variables, given, fixed)
+        with _listing(given):
+            values = nn.apply(method.evaluate, model)(variables, given, fixed)
         _check_evaluated(values, batch["mask"].shape)
         return {metrics.OWN + name: jnp.sum(jnp.where(batch["mask"], dtypes.upcast(x), 0.0))
                 for name, x in values.items()}  # fmt: skip

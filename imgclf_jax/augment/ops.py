@@ -7,6 +7,7 @@ see uint8, ops after it float32.
 
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -147,6 +148,17 @@ def evaluation_spec(text: str) -> str:
     """The spec of the deterministic ops, which evaluation applies."""
     calls = zip(spec.parse(text), _bind(text), strict=True)
     return "|".join(str(call) for call, op in calls if kinds.kind_of(op) == kinds.PLAIN)
+
+
+def divides_twice(text: str, image_shape: tuple[int, ...]) -> bool:
+    """Whether an op before `normalize` returns pixels of about 0 to 1, which `normalize` would divide by 255 again."""
+    calls = spec.parse(text)
+    before = "|".join(str(call) for call in itertools.takewhile(lambda call: call.name != "normalize", calls))
+    if not spec.names_code(before) or "normalize" not in [call.name for call in calls]:
+        return False
+    ramp, run = np.linspace(0, 255, math.prod(image_shape)).astype(np.uint8), build(f"{before}|normalize", train=True)
+    ramp = ramp.reshape(1, *image_shape)
+    return bool(jnp.max(run(jax.random.key(0), ramp, jnp.uint32(0), *np.zeros((2, 1), np.int32))) <= 4 / 255)
 
 
 def pixel_range(text: str, channels: int) -> tuple[jax.Array, jax.Array]:

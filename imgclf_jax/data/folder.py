@@ -42,6 +42,8 @@ def folder(path: str, train_per_class: int = 0, draw: int = 0, *, unreadable: st
                             "train/ and test/")  # fmt: skip
         chosen = _choose([file for file in files if file in checked.digests], train_per_class, draw)
         splits = tuple("train" if file in chosen else "test" for file in files)
+    elif draw:
+        raise UserError(f"folder(draw={draw}) draws nothing without train_per_class; set both, or neither")
     number = {name: label for label, name in enumerate(class_names)}
     labels = np.array([number[name] for name in classes], np.int32)
     return file_sources(root, files, splits, labels, class_names, checked)

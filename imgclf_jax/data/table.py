@@ -35,6 +35,8 @@ def table(
     All columns are `columns` of the source, so `data.sampling` may be weighted by one. Files are checked at the start
     like those of `folder`, with the same `unreadable`. Raises UserError naming the column, row or file at fault.
     """
+    if targets and (classes or label != "label"):
+        raise UserError(f"table(targets={targets!r}) replaces labels; leave out label and classes")
     table_path = paths.as_path(path)
     base = open_folder("table: root", root or str(table_path.parent))
     if not table_path.is_file():

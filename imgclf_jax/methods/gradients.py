@@ -5,6 +5,7 @@ the signature of `gradient`. `"sam(rho=0.05)|my_gradients:noisy(0.1)"` means noi
 lists the built-in ones.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from imgclf_jax.core import platform, tree
+from imgclf_jax.core import platform, rng, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Batch, ModelState, Params
 
@@ -24,8 +25,9 @@ type GradientFunction = Callable[[Params, ModelState, Batch, jax.Array], LossAnd
 class Gradient:
     """The gradient of the mean loss of a batch: `gradient(params, model_state, batch, key) -> ((loss, aux), grads)`.
 
-    `batch` comes from `Method.inputs`; `key` is for dropout. Microbatches, sharded parameters and sown losses are
-    handled inside.
+    `batch` comes from `Method.inputs`: by default "image" f32[b, h, w, c], augmented, mixed and normalized (pixels from
+    0 to 1 with a plain `normalize`), and "label" i32[b]. `key` is for dropout. Microbatches, sharded parameters and
+    sown losses are handled inside.
 
     - `images(params, model_state, batch, key)` f32[b, h, w, c] is the gradient of the summed example losses with
       respect to batch["image"].
@@ -39,6 +41,25 @@ class Gradient:
 
     def __call__(self, params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> LossAndGrads:
         return self.function(params, model_state, batch, key)
+
+
+def transform(gradient: Gradient, function: Callable[[Gradient], GradientFunction], name: str, count: int) -> Gradient:
+    """`gradient` transformed by `function`, whose key is its own: by its name and the `count` of earlier ones of it.
+
+    The key that it passes on becomes the step's again, so dropout masks are those of a step without transforms.
+    """
+
+    def swap(key: jax.Array) -> jax.Array:
+        if ":" not in name and not count:  # the built-in ones draw from a stream with their name
+            return key
+        mask = jax.random.key_data(rng.fold(jax.random.key(0), name, count))
+        return jax.random.wrap_key_data(jax.random.key_data(key) ^ mask)  # twice is the identity
+
+    def swapped[Out](of: Callable[..., Out]) -> Callable[..., Out]:
+        return lambda params, model_state, batch, key: of(params, model_state, batch, swap(key))
+
+    given = dataclasses.replace(gradient, function=swapped(gradient.function), images=swapped(gradient.images))
+    return dataclasses.replace(gradient, function=swapped(function(given)))
 
 
 def check_examples(batch: Batch, given: Batch, parts: int) -> None:
@@ -83,6 +104,9 @@ def accumulate(gradient: GradientFunction, parts: int) -> GradientFunction:
             loss, (model_state, (logits, named)) = out
             return (jax.tree.map(jnp.add, total, grads), model_state), (loss, logits, named)
 
+        if len(batch["image"]) % parts:
+            raise UserError(f"accumulate={parts} does not divide the batch of {len(batch['image'])} that a gradient "
+                            "function takes; set accumulate=1")  # fmt: skip
         carry = (jax.tree.map(jnp.zeros_like, params), model_state)
         (total, model_state), (losses, logits, named) = jax.lax.scan(
             add, carry, (jnp.arange(parts), _split(batch, parts)), unroll=_unroll()

@@ -1,14 +1,14 @@
 """The built-in methods, gradient transforms and attacks, built from `method`, `gradient` and `--attack`."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
 
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.methods import Method, Problem
+from imgclf_jax.methods import Method, Problem, gradients
+from imgclf_jax.methods.clip_per_example import clip_per_example
 from imgclf_jax.methods.distill import distill
 from imgclf_jax.methods.fixmatch import fixmatch
 from imgclf_jax.methods.gradients import Gradient, GradientFunction
@@ -22,7 +22,9 @@ from imgclf_jax.methods.supervised import supervised
 METHODS: dict[str, Callable[..., Method]] = {
     f.__name__: f for f in (distill, fixmatch, lora, mean_teacher, simclr, supcon, supervised)
 }
-GRADIENTS: dict[str, Callable[..., GradientFunction]] = {"asam": asam, "pgd": pgd, "sam": sam}
+GRADIENTS: dict[str, Callable[..., GradientFunction]] = {
+    "asam": asam, "clip_per_example": clip_per_example, "pgd": pgd, "sam": sam,
+}  # fmt: skip
 ATTACKS: dict[str, Attack] = {"pgd": attack}
 
 
@@ -50,12 +52,16 @@ def build_gradient(
     `pixel_range` becomes an attribute of the gradient, see `Gradient`. Raises UserError for an unknown name and for
     arguments that do not fit.
     """
-    functions = [spec.bind(call, GRADIENTS, "gradient", leading=("gradient",)) for call in spec.parse(text)]
+    calls = spec.parse(text)
+    functions = [spec.bind(call, GRADIENTS, "gradient", leading=("gradient",)) for call in calls]
+    streams = [(call.name, i) for call, i in zip(calls, spec.occurrences(calls), strict=True)]
 
     def wrap(gradient: Gradient) -> Gradient:
         if pixel_range is not None:
             gradient = dataclasses.replace(gradient, pixel_range=pixel_range)
-        return functools.reduce(lambda g, f: dataclasses.replace(g, function=f(g)), functions, gradient)
+        for function, (name, occurrence) in zip(functions, streams, strict=True):
+            gradient = gradients.transform(gradient, function, name, occurrence)
+        return gradient
 
     return wrap
 

@@ -1,15 +1,7 @@
 """The normalization and activation of a backbone, chosen in its spec, and rematerialization of its blocks.
 
 `resnet_cifar(norm='group_norm(num_groups=8)', activation='my_file:swish')` works for each linen class whose fields
-`norm` and `activation` have a class and a function as defaults. In Python, pass the class and the function themselves::
-
-    class MyNet(nn.Module):
-        norm: ModuleDef = BatchNorm
-
-        @nn.compact
-        def __call__(self, x, train=False):
-            norm = parts.norms(self.norm, momentum=0.9, dtype=x.dtype)
-            return norm("bn")(x, train)
+`norm` and `activation` have a class and a function as defaults. In Python, pass these themselves; see `norms`.
 """
 
 import functools
@@ -35,6 +27,7 @@ ACTIVATIONS = {
 }
 _OF_BATCH_NORM = ("momentum", "epsilon", "use_scale")  # for norms that have such fields
 _PASSED = ("dtype", "scale_init", *_OF_BATCH_NORM)
+_WITHOUT_EFFECT = {"axis_name", "axis_index_groups", "force_float32_reductions"}  # fields of linen's, in a train step
 
 
 def bind(call: spec.Call, backbones: Mapping[str, object]) -> functools.partial[Any]:
@@ -49,6 +42,8 @@ def bind(call: spec.Call, backbones: Mapping[str, object]) -> functools.partial[
         if key not in settings or not callable(signature.parameters[key].default):
             continue
         part = spec.bind(spec.parse_one(str(settings[key])), table, key, leading, by_name)
+        if part.func in table.values() and (ignored := _WITHOUT_EFFECT & part.keywords.keys()):
+            raise UserError(f"{key}={settings[key]!r}: {min(ignored)} has no effect here; leave it out")
         settings[key] = part if part.args or part.keywords else part.func
     return functools.partial(made.func, **settings)
 
@@ -85,9 +80,16 @@ class Norm:
         return normalize
 
 
-def norms(norm: ModuleDef, **passed: object) -> Norm:
-    """Wraps a class, or a partial of one, in a Norm; returns a Norm unchanged."""
-    return norm if isinstance(norm, Norm) else Norm(norm, passed)
+def norms(norm: ModuleDef, chosen_momentum: float | None = None, **passed: object) -> Norm:
+    """Wraps a class, or a partial of one, in a Norm that passes it `passed`; returns a Norm unchanged.
+
+    `chosen_momentum`, unless None, replaces the `momentum` passed. Raises UserError if the class would not get it.
+    """
+    if isinstance(norm, Norm) or chosen_momentum is None:
+        return norm if isinstance(norm, Norm) else Norm(norm, passed)
+    if "momentum" not in inspect.signature(norm).parameters or "momentum" in getattr(norm, "keywords", {}):
+        raise UserError(f"momentum={chosen_momentum}: the norm takes none, or has its own; leave momentum out")
+    return Norm(norm, {**passed, "momentum": chosen_momentum})
 
 
 def remat(block: ModuleDef, kind: str) -> ModuleDef:

@@ -91,7 +91,7 @@ class ResNet(nn.Module):
 
     depth: int = 50
     zero_init: bool = True
-    momentum: float = 0.9
+    momentum: float | None = None  # of the running statistics; None: 0.9, if the norm has any
     remat: str = ""
     dtype: DTypeLike = jnp.float32
     block: ModuleDef | None = None  # None: BasicBlock below depth 50, else Bottleneck
@@ -102,7 +102,7 @@ class ResNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         if self.depth not in _STAGES:
             raise UserError(f"resnet(depth={self.depth!r}): the depth must be one of {list(_STAGES)}")
-        norm = parts.norms(self.norm, momentum=self.momentum, dtype=self.dtype)
+        norm = parts.norms(self.norm, self.momentum, momentum=0.9, dtype=self.dtype)
         x = _conv(64, 7, 2, self.dtype, "conv1")(x)  # h/2, w/2, 64 channels
         x = max_pool(self.activation(norm("bn1")(x, train)), 3, 2, 1)  # h/4, w/4
         block = partial(
@@ -120,7 +120,7 @@ class ResNetCIFAR(nn.Module):
     """
 
     depth: int = 20
-    momentum: float = 0.9
+    momentum: float | None = None  # of the running statistics; None: 0.9, if the norm has any
     shortcut: str = "pad"
     dtype: DTypeLike = jnp.float32
     block: ModuleDef = BasicBlock
@@ -131,7 +131,7 @@ class ResNetCIFAR(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         if self.depth % 6 != 2 or self.depth < 8:
             raise UserError(f"resnet_cifar(depth={self.depth}): the depth must be 6n + 2, such as 20 or 56")
-        norm = parts.norms(self.norm, momentum=self.momentum, dtype=self.dtype)
+        norm = parts.norms(self.norm, self.momentum, momentum=0.9, dtype=self.dtype)
         x = self.activation(norm("bn1")(_conv(16, 3, 1, self.dtype, "conv1")(x), train))
         block = partial(
             self.block, norm=norm, activation=self.activation, dtype=self.dtype, shortcut=self.shortcut, last_scale=1.0
@@ -166,7 +166,7 @@ class WideResNet(nn.Module):
     depth: int = 28
     width: int = 10
     dropout: float = 0.0
-    momentum: float = 0.9
+    momentum: float | None = None  # of the running statistics; None: 0.9, if the norm has any
     dtype: DTypeLike = jnp.float32
     block: ModuleDef = WideBlock
     norm: ModuleDef = BatchNorm
@@ -176,7 +176,7 @@ class WideResNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         if self.depth % 6 != 4 or self.depth < 10:
             raise UserError(f"wide_resnet(depth={self.depth}): the depth must be 6n + 4, such as 28 or 40")
-        norm = parts.norms(self.norm, momentum=self.momentum, dtype=self.dtype)
+        norm = parts.norms(self.norm, self.momentum, momentum=0.9, dtype=self.dtype)
         x = _conv(16, 3, 1, self.dtype, "conv1")(x)
         block = partial(self.block, norm=norm, activation=self.activation, dtype=self.dtype, dropout=self.dropout)
         x = _stages(block, 16 * self.width, [self.depth // 6] * 3, x, train)

@@ -122,12 +122,9 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        for kind, value, allowed in (
-            ("variant", self.variant, list(_VIT)),
-            ("positions", self.positions, ["learned", "sincos"]),
-            ("pool", self.pool, ["cls", "mean"]),
-        ):
-            if value not in allowed:
+        choices = {"variant": [*_VIT], "positions": ["learned", "sincos"], "pool": ["cls", "mean"]}
+        for kind, allowed in choices.items():
+            if (value := getattr(self, kind)) not in allowed:
                 raise UserError(unknown(f"vit {kind}", value, allowed))
         width, layers, heads = _VIT[self.variant]
         x = _patches(x, self.patch, width, self.dtype, "vit")

@@ -52,6 +52,13 @@ _TRANSFORMS = ("adaptive_grad_clip", "add_decayed_weights", "centralize", "clip"
 TRANSFORMS: dict[str, Function] = {name: getattr(optax, name) for name in _TRANSFORMS}  # before the optimizer
 
 _DECAYS = ("weight_decay", "weight_decay_rate", "adam_weight_decay")  # the weight decay's names in optax
+_NEEDED = {
+    "nesterov": ("momentum",),
+    "accumulator_dtype": ("momentum",),
+    "dtype_momentum": ("momentum",),
+    "mask": _DECAYS,
+    "weight_decay_mask": _DECAYS,
+}  # optax ignores an argument without the other one
 _NO_RULES = Rules()
 
 
@@ -83,6 +90,12 @@ def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _NO_R
         raise UserError(f"optimizer={text!r}: name the arguments, as in {last.name}(...={last.args[-1]!r}); "
                         "set the learning rate by the key schedule")  # fmt: skip
     makers.append(functools.partial(optimizer, schedule))
+    for maker, call in zip(makers, calls, strict=True):
+        bound = _bound(maker).arguments
+        for name in call.kwargs:
+            needed = [other for other in _NEEDED.get(name, ()) if other in bound]
+            if needed and not any(bound[other] or other in call.kwargs for other in needed):
+                raise UserError(f"optimizer={text!r}: {name} has no effect in {call.name} without {needed[0]}")
     decays = [_decays(maker) for maker in makers]
     if rules.decay and not any(decays):
         raise UserError(f"rules.decay: optimizer={text!r} has no weight decay to multiply; use one that decays "
@@ -90,7 +103,7 @@ def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _NO_R
                         "add_decayed_weights(5e-4)|sgd(momentum=0.9)")  # fmt: skip
     try:
         parts = [_with_decay(maker, own, rules) for maker, own in zip(makers, decays, strict=True)]
-    except ValueError as e:  # optax raises it for arguments out of range
+    except (TypeError, ValueError) as e:  # optax raises them for unfit arguments
         raise UserError(f"optimizer={text!r}: {e}") from e
     evaluated = evaluated_by(parts[-1])
     if rules and evaluated:
@@ -110,6 +123,17 @@ def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _NO_R
         last_state = (lambda state: state) if len(chain) == 1 else operator.itemgetter(-1)
         return with_evaluated(out, promoting(lambda state, params: evaluated(last_state(state), params)))
     return out
+
+
+def ignores_learning_rate(text: str, params: Params) -> bool:
+    """Whether an optimizer updates `params`, arrays or their shapes, alike by two learning rates."""
+
+    def program(rate: float) -> str:
+        optimizer = optax.with_extra_args_support(build(text, optax.constant_schedule(rate), 0.0))
+        update = jax.make_jaxpr(lambda params: optimizer.update(params, optimizer.init(params), params, value=0.0))
+        return str(update(params))
+
+    return program(0.5) == program(0.25)
 
 
 def _strongly_typed(x: Any) -> Any:

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ class Records(contextlib.ExitStack):
 
     def __init__(self, run: Run, timer: Timer, profile: tuple[int, int] | None = None):
         super().__init__()
-        self.timer, self._run = timer, run
+        self.timer, self._run, self._warned = timer, run, False
         self._in_flight: collections.deque[Any] = collections.deque()
         self.images_per_step = int(run.config.batch_size) * run.config.num_seeds
         config, folder = run.config, run.workdir.path
@@ -110,6 +111,9 @@ class Records(contextlib.ExitStack):
         scores = {f"{name}/{key}": value for name, values in results.items() for key, value in values.items()}
         self.metrics.write_scalars(step, scores)
         self.metrics.flush()
+        if (best := self._run.checkpoints.best) and not self._warned and not math.isfinite(scores.get(best, 0)):
+            self._warned = True
+            log.warning("checkpoint.best: %s is %s at step %d, which is never the best", best, scores[best], step)
 
     def _log(self, step: int, name: str, values: Mapping[str, float]) -> None:
         log.info("%s", display.line(step, len(self._run.images) / self._run.config.batch_size, name, values))

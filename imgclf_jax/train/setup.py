@@ -11,11 +11,14 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax import datasets, metrics, programs
-from imgclf_jax.core import processes, tree
+from imgclf_jax.augment import ops
+from imgclf_jax.core import processes, spec, tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import Function, Json, JsonObject, PyTree
+from imgclf_jax.core.typing import Function, Json, JsonObject, Params, PyTree
 from imgclf_jax.data import stream
 from imgclf_jax.data.source import Source
+from imgclf_jax.models import classifier
+from imgclf_jax.optim import optimizers
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run import early_stopping
@@ -102,7 +105,7 @@ def set_up(config: ConfigDict, workdir: Workdir) -> Run:
     _ = compiling.traced_eval  # traced while the train step compiles: what fails in evaluation ends the run here
     compiling.check_best()
     if not processes.index():
-        for sentence in _warnings(recipe, base):
+        for sentence in _warnings(recipe, base, run["state"].params):
             log.warning("%s", sentence)
         log.info("the run:\n%s", display.head(compiling, images, evals, workdir, fresh=not start))
     patience = functools.partial(recipe.steps, "stop", total=recipe.total)
@@ -140,12 +143,20 @@ def _initialize(
     return {"state": compiling.init_state(compiling.first_images(images), weights), "sums": compiling.zero_sums()}
 
 
-def _warnings(recipe: Recipe, base: Mapping[str, Source]) -> Iterator[str]:
+def _warnings(recipe: Recipe, base: Mapping[str, Source], params: Params) -> Iterator[str]:
     """Yields a sentence for each setting that is probably a mistake."""
     config = recipe.config
     yield from overlap_warnings(config, config.data, base)
     yield from initial_warnings(config, base)
     yield from selection_warnings(config)
+    if config.precision != "float32" and classifier.ignores_precision(config.model):
+        yield (f"precision={config.precision!r} does not reach model={config.model!r}, which takes no argument dtype; "
+               "what it does not cast itself is in float32")  # fmt: skip
+    if spec.names_code(config.optimizer) and optimizers.ignores_learning_rate(config.optimizer, params):
+        yield f"optimizer={config.optimizer!r} ignores its learning_rate: the schedule, and the rate logged, do nothing"
+    if ops.divides_twice(config.augment, recipe.data.image_shape):
+        yield (f"augment={config.augment!r}: an op before normalize returns pixels from 0 to 1, and normalize divides "
+               "by 255 again; return 0 to 255")  # fmt: skip
     if recipe.method.freeze and not config.init_from:
         yield (f"method={config.method!r} freezes weights that are random without init_from; name the run or file to "
                "load them from")  # fmt: skip

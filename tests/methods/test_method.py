@@ -214,7 +214,38 @@ def taken(problem):
     return Method(loss)
 
 
+def missing(problem):
+    return Method(lambda model, batch, fixed: Loss(batch["weight"]))
+
+
+def test_a_missing_key_lists_those_of_the_batch(fake_config, tmp_path):
+    with pytest.raises(KeyError) as error:
+        train.main(config_of(fake_config, method=f"{__name__}:missing"), Workdir(tmp_path))
+    assert error.value.__notes__[0] == "the batch has the keys 'epoch', 'id', 'image', 'label'"
+
+
+def mean_loss(logits, labels):
+    return jnp.mean(losses.softmax(logits, labels))  # with `mix` it was broadcast in silence
+
+
+kept: list[jax.Array] = []
+
+
+def leaking(logits, labels):
+    kept.append(jnp.mean(logits))
+    return losses.softmax(logits, labels) + kept[0]
+
+
+class AlwaysTraining(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.BatchNorm(use_running_average=False)(x.reshape(len(x), -1))
+
+
 @pytest.mark.parametrize(("key", "value", "said"), [
+    ("loss", f"{__name__}:mean_loss", r"mean_loss' returns \(\) for logits .*; return one number per example"),
+    ("loss", f"{__name__}:leaking", "leaking' keeps an array of one trace, in a global or an attribute, for another"),
+    ("model", f"{__name__}:AlwaysTraining", r"in evaluation too, .*use_running_average=not train \(Cannot .*/BatchN"),
     ("method", f"{__name__}:not_a_method", "returns a dict; return imgclf_jax.methods.Method"),
     ("method", f"{__name__}:bare", "the method's loss returns a .*; return imgclf_jax.methods.Loss"),
     ("method", f"{__name__}:taken", "a metric is called 'grad_norm', which every step has, or"),
@@ -222,4 +253,4 @@ def taken(problem):
 ])  # fmt: skip
 def test_a_mistake_is_one_sentence(key, value, said, fake_config, tmp_path):
     with pytest.raises(UserError, match=said):
-        train.main(config_of(fake_config, **{key: value}), Workdir(tmp_path))
+        train.main(config_of(fake_config, **{"mix": "mixup" * (key == "loss"), key: value}), Workdir(tmp_path))

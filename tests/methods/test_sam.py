@@ -1,19 +1,30 @@
 """SAM and ASAM: the papers' equations in NumPy, also of a user's gradients; one perturbation on eight devices."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import thorough
-from stepped import CLASSES, SHAPE, batch, one_step, write_module
+from flax import linen as nn
+from stepped import CLASSES, SHAPE, batch, one_step
 
+from imgclf_jax import losses
 from imgclf_jax.core import sharding
-from imgclf_jax.methods import table
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.methods import Loss, Method, table
+from imgclf_jax.models.norms import BatchNorm
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 
 SPECS = ["sam(rho=0.2)", "asam(rho=0.7, eta=0.05)"]
 PGD = "pgd(eps='16/255', steps=3, step_size='8/255')"
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return BatchNorm()(x.reshape(len(x), -1), train)
 
 
 def softmax_gradients(kernel, bias, x, labels):
@@ -41,10 +52,9 @@ def test_the_gradient_is_that_of_the_paper(spec, accumulate):
     assert not np.allclose(found[0], of_kernel, atol=1e-3)  # nor is it the gradient itself
 
 
-def test_per_example_gradients_need_no_fork(tmp_path, monkeypatch):
-    """The page's `clipped`: the mean of the examples' gradients, each at most as long as told, in float64."""
-    write_module("my_gradients.py", tmp_path, monkeypatch)
-    before, after, _ = one_step(gradient=table.build_gradient("my_gradients:clipped(2.0)"))
+def test_per_example_clipping():
+    """The mean of the examples' gradients, each at most as long as told, in float64."""
+    before, after, _ = one_step(gradient=table.build_gradient("clip_per_example(2.0)"))
     given = batch()
     x = given["image"].reshape(16, 1, -1) / 255.0
     kernel, bias = (np.float64(before.params["head"][name]) for name in ("kernel", "bias"))
@@ -54,6 +64,52 @@ def test_per_example_gradients_need_no_fork(tmp_path, monkeypatch):
     for name, part in (("kernel", 0), ("bias", 1)):
         wanted = np.mean([g[part] * min(1, 2 / norm) for g, norm in zip(each, norms, strict=True)], 0)
         np.testing.assert_allclose(before.params["head"][name] - after.params["head"][name], wanted, atol=1e-6)
+
+
+keys: list[np.ndarray] = []  # of the calls below, as bits
+
+
+def note(key):
+    jax.debug.callback(lambda bits: keys.append(bits.item()), jax.random.bits(key))
+
+
+def drawing(gradient):
+    """A user's gradient function that draws from its key."""
+
+    def draw(params, model_state, batch, key):
+        note(key)
+        return gradient(params, model_state, batch, key)
+
+    return draw
+
+
+def noted(model, given, fixed):
+    note(model.make_rng("dropout"))
+    return Loss(losses.softmax(model(given["image"], train=True), given["label"]))
+
+
+def keys_of(spec, **more):
+    keys.clear()
+    one_step(learned=Method(noted), gradient=table.build_gradient(spec), **more)
+    jax.effects_barrier()
+    return list(keys)
+
+
+def test_each_gradient_function_has_its_own_key_and_the_model_that_of_the_step():
+    [plain] = keys_of("")
+    *drawn, dropout = keys_of(f"{__name__}:drawing|{__name__}:drawing|{__name__}:drawing")
+    assert (len({*drawn, plain}), dropout) == (4, plain)
+    assert len({*keys_of("clip_per_example")}) == 17  # of each example, and of the batch for its loss
+
+
+@pytest.mark.parametrize(("backbone", "more", "said"), [
+    (Normed(), {}, "no meaning for a model with batch statistics"),
+    (None, {"accumulate": 2}, "accumulate=2 does not divide the batch of 1"),
+    (None, {"learned": Method(noted, lambda key, given, augment: {**given, "few": jnp.zeros(3)})}, "'few' has not"),
+])  # fmt: skip
+def test_examples_that_cannot_be_clipped_one_by_one(backbone, more, said):
+    with pytest.raises(UserError, match=said):
+        one_step(backbone, gradient=table.build_gradient("clip_per_example"), **more)
 
 
 @pytest.mark.parametrize("mesh", thorough("fsdp=-1", "data=-1", "data=2, fsdp=4"))

@@ -11,8 +11,9 @@ from cases import thorough
 from flax import linen as nn
 from test_forms import assert_equal, random_variables
 
+from imgclf_jax.augment import mixing
 from imgclf_jax.config import default_config
-from imgclf_jax.core import platform
+from imgclf_jax.core import kinds, platform
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.models import classifier
 from imgclf_jax.models.norms import BatchNorm
@@ -66,6 +67,10 @@ def se_wide(dtype=jnp.float32):
 
 def broken(dtype=jnp.float32):
     return ResNetCIFAR(8, block=Broken, dtype=dtype)
+
+
+def without_mode():
+    return WithoutPrecision()
 
 
 class WithoutPrecision(nn.Module):
@@ -182,6 +187,9 @@ def test_linens_batch_norm_knows_of_training():
     ("resnet_cifar(depth=8, activation='flax.linen:PReLU')", "PReLU"),
     ("resnet_cifar(depth=8, block='basic_block')", "the first argument must be callable"),
     ("resnet_cifar(depth=8, shortcut='none')", "shortcut='none': allowed are"),
+    ("resnet(depth=18, momentum=0.5, norm='group_norm')", "momentum=0.5: the norm takes none"),
+    ("resnet_cifar(depth=8, momentum=0.5, norm='batch_norm(momentum=0.9)')", "takes none, or has its own"),
+    ("test_parts:without_mode", "__call__ takes (self, x); add train"),
     ("resnet_cifar(depth=21)", "the depth must be 6n + 2, such as 20"),
     ("wide_resnet(depth=27)", "the depth must be 6n + 4, such as 28"),
     ("resnet(depth='50')", "the depth must be one of [18, 34, 50, 101, 152]"),
@@ -225,17 +233,18 @@ def test_a_mistake_in_a_strangers_block_is_shown_where_it_is():
         jax.eval_shape(lambda: recipe.model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))
 
 
-def two_values(logits, labels):
-    """A loss that returns a pair."""
-    return logits, logits
+@kinds.random
+def three_values(key, images):
+    """A mixing op that returns too much."""
+    return images, images, images
 
 
 def test_what_a_strangers_function_returns_and_cannot_be_used_is_said_of_its_key(monkeypatch):
     """A traceback would end in this package, where nothing is wrong."""
     monkeypatch.setattr("imgclf_jax.run.provenance.own_files", dict)  # the test itself is in the traceback
     config = default_config()
-    config.model, config.loss = "mlp", "test_parts:two_values"
+    config.model, config.mix = "mlp", "test_parts:three_values"
     recipe = Recipe(config, DataInfo(64, (8, 8, 1), ("a", "b"), ""))
-    says = r"^loss='test_parts:two_values' returns something that the step cannot use: "
+    says = r"^mix='test_parts:three_values' returns something that the step cannot use: "
     with pytest.raises(UserError, match=says), recipe.naming_the_key():
-        jax.eval_shape(lambda x: recipe.loss(x, x).sum(), jnp.zeros(3))
+        mixing.mix_batch(recipe.mix, jax.random.key(0), {"image": jnp.zeros((2, 8, 8, 1))})

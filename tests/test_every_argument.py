@@ -1,0 +1,263 @@
+"""Every argument of every shipped spec changes the program or the data, or is refused: none is dropped in silence."""
+
+import hashlib
+import inspect
+import os
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import thorough
+from PIL import Image
+
+from imgclf_jax import losses, metrics, step
+from imgclf_jax.augment import mixing, ops, tta
+from imgclf_jax.config import default_config
+from imgclf_jax.core import spec
+from imgclf_jax.data import decode, sampling, sources
+from imgclf_jax.data.info import DataInfo
+from imgclf_jax.methods import table as methods
+from imgclf_jax.models import backbones, classifier, parts
+from imgclf_jax.optim import optimizers, schedules, weight_averages
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.scores.multilabel import TargetPredictions
+
+SHAPE = (4, 4, 1)
+
+
+def program(function, *args):
+    """The text of a traced program, with the values of its constants."""
+    traced = jax.make_jaxpr(function)(*args)
+    assert not any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in traced.consts)
+    constants = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in traced.consts)).hexdigest()
+    return re.sub(r"0x[0-9a-f]+", "", str(traced)) + constants
+
+
+def of_model(text):
+    model, x = classifier.build(text, 3, "float32"), jnp.zeros((2, 32, 32, 3))
+
+    def train(key):
+        variables = model.init(key, x)
+        return model.apply(variables, x, train=True, mutable=[*variables], rngs={"dropout": key})
+
+    return program(train, jax.random.key(0))
+
+
+def of_ops(text):
+    x, ids = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3), np.arange(2)
+    return program(ops.build(text, train=True), jax.random.key(0), x, jnp.uint32(0), ids, ids)
+
+
+def of_mix(text):
+    return program(mixing.build(text), jax.random.key(0), jnp.zeros((2, 8, 8, 1)))
+
+
+def of_views(text):
+    return program(lambda x: [view(x) for _, view in tta.build(text)], jnp.zeros((2, 8, 8, 1)))
+
+
+def of_loss(text):
+    return program(losses.build(text, (1, 2, 3), ("a", "b", "c")), jnp.zeros((4, 3)), np.arange(4) % 3)
+
+
+def of_metric(text):
+    rng = np.random.default_rng(0)
+    targets, outputs = (rng.random((30, 4)) > 0.5).astype(np.float32), rng.random((30, 4))
+    metric = metrics.build_whole_set(text, losses.Task.MULTILABEL)[spec.parse_one(text).name]
+    return metric(TargetPredictions(targets, outputs, outputs))
+
+
+def of_optimizer(text):
+    built, lookahead = optimizers.build(text, optax.constant_schedule(0.5), 0.0), optimizers.split_lookahead(text)[1]
+    average = weight_averages.build(0.0, lookahead, 100, built)
+
+    def run(params):
+        state = built.init(params)
+        updates, state = built.update(params, state, params, value=jnp.float32(1))
+        return updates, state, average.update(average.init((params, {})), (params, {}), jnp.int32(7), state)
+
+    return program(run, {"backbone": {"kernel": jnp.zeros((256, 130)), "bias": jnp.zeros(130)}})
+
+
+def of_schedule(text):
+    rate = schedules.build(text, lambda duration: int(duration[:-1] or 0), 100)
+    return [float(rate(i)) for i in range(100)]
+
+
+def of_method(text, gradient=""):
+    config = default_config()
+    config.update({"augment": "normalize", "model": "mlp(widths=(8, 8), dropout=0.5)", "method": text,
+                   "gradient": gradient})  # fmt: skip
+
+    def load(problem, run, *_):
+        return {"apply": lambda fixed, images: len(run) * fixed}
+
+    recipe = Recipe(config, DataInfo(64, SHAPE, tuple("abc"), ""), load)
+    train = step.make_train_step(recipe.model, recipe.method, optax.sgd(1.0), optax.constant_schedule(1.0),
+                                 recipe.augment(True), gradient=recipe.gradient)  # fmt: skip
+    state = step.init_state(recipe.model, optax.sgd(1.0), SHAPE, 0, head=recipe.method.predicts)
+    numbers = np.arange(16, dtype=np.int32)
+    batch = {"image": np.zeros((16, *SHAPE), np.uint8), "label": numbers % 3, "id": numbers, "epoch": numbers}
+    return program(train, state, {**batch, "unlabeled": batch}, jnp.zeros((16, 3)))
+
+
+def of_gradient(text):
+    return of_method("supervised", text)
+
+
+def of_attack(text):
+    attack, keys = methods.build_attack(text), jax.random.split(jax.random.key(0), 2)
+    return program(lambda x, keys: attack(jnp.sin, x, keys, 0.0, 1.0), jnp.zeros((2, *SHAPE)), keys)
+
+
+def of_sampling(text):
+    source = sources.fake(8)["train"]
+    columns = {"weight": np.arange(8.0), "other": np.arange(8.0)[::-1].copy()}
+    sampler = sampling.bind(text)[1](type(source)(**{**vars(source), "columns": columns}))
+    return sampler.ids(0, np.arange(50)).tolist(), sampler.epoch
+
+
+def of_source(text):
+    found = spec.bind(spec.parse_one(text), sources.SOURCES, "source")()
+    return str({name: (one.class_names, one.read(np.arange(one.size)), one.fingerprint) for name, one in found.items()})
+
+
+def of_host_op(text):
+    run, _ = decode.build(text if text.startswith("decode") else f"decode|{text}")
+    image = run(Path("noise.jpg").read_bytes(), 0, 0)
+    return image.shape, image.tobytes()
+
+
+# By key: the table, what is compared, the arguments that the caller passes, and the spec around a call. `tfds` is left
+# out: its arguments say which data there are, and where.
+KINDS = {
+    "model": (backbones.BACKBONES, of_model, "", "{}"),
+    "norm": (parts.NORMS, of_model, "", 'resnet_cifar(depth=8, norm="{}")'),
+    "activation": (parts.ACTIVATIONS, of_model, "x", 'mlp(activation="{}")'),
+    "head_init": (classifier.HEAD_INITS, of_model, "", 'mlp(head_init="{}")'),
+    "augment": (ops.DEVICE_OPS, of_ops, "key images ids epochs", "{}"),
+    "mix": (mixing.MIXES, of_mix, "key images", "{}"),
+    "tta": (tta.VIEWS, of_views, "", "{}"),
+    "loss": (losses.LOSSES, of_loss, "logits labels", "{}"),
+    "metrics": ({"f1": metrics.WHOLE_SET["f1"]}, of_metric, "predictions", "{}"),
+    "optimizer": (optimizers.OPTIMIZERS, of_optimizer, "learning_rate", "{}"),
+    "transform": (optimizers.TRANSFORMS, of_optimizer, "", "{}|sgd"),
+    "lookahead": ({"lookahead": weight_averages.lookahead}, of_optimizer, "total", "sgd|{}"),
+    "schedule": (schedules.SCHEDULES, of_schedule, "steps total", "{}"),
+    "method": (methods.METHODS, of_method, "problem", "{}"),
+    "gradient": (methods.GRADIENTS, of_gradient, "gradient", "{}"),
+    "attack": (methods.ATTACKS, of_attack, "gradient images keys low high", "{}"),
+    "sampling": (sampling.SAMPLINGS, of_sampling, "source", "{}"),
+    "source": ({name: f for name, f in sources.SOURCES.items() if name != "tfds"}, of_source, "", "{}"),
+    "preprocess": (decode.HOST_OPS, of_host_op, "image rng", "{}"),
+}
+# What a call needs, or has so that its other arguments matter.
+GIVEN = {
+    "resnet": {"depth": 18}, "resnet_cifar": {"depth": 8}, "wide_resnet": {"depth": 10, "width": 1},
+    "airbench": {"widths": (8, 8, 8)}, "vit": {"variant": "Ti", "patch": 8}, "mixer": {"variant": "S", "patch": 8},
+    "group_norm": {"num_groups": 2}, "distill": {"teacher": "run"}, "pgd": {"steps": 2}, "subset": {"ids": "ids.npy"},
+    **{key: {"peak": 0.1} for key in schedules.SCHEDULES}, "adaptive_grad_clip": {"clipping": 0.1},
+    "clip": {"max_delta": 0.1}, "clip_by_block_rms": {"threshold": 0.1}, "clip_by_global_norm": {"max_norm": 0.1},
+    "fake": {"n": 16, "shape": (4, 4, 1), "classes": 3}, "folder": {"path": "photos", "unreadable": "skip"},
+    "table": {"path": "table.csv", "unreadable": "skip"}, "arrays": {"path": "arrays.npz"},
+    **{key: {"height": 20} for key in ("resize", "central_crop", "random_resized_crop", "inception_crop")},
+    "resize_small": {"size": 19},
+}  # fmt: skip
+# Another value of an argument, by its name, or by those of the call and the argument.
+OTHER = {
+    "remat": "block", "norm": "group_norm(num_groups=2)", "activation": "tanh", "block": "my:Res", "cell": "gru",
+    "shortcut": "conv", "positions": "sincos", "pool": "mean", "param_dtype": "bfloat16", "reduction_axes": (2, 3),
+    "axis_name": "data", "mode": "edge", "class_weights": (1.0, 2.0, 3.0), "positive_weights": (1.0, 2.0, 3.0),
+    ("mixup", "alpha"): 0.5, "warmup": "10%", "at": ("20%",), "average": "micro", "strong": "cutout(2)",
+    "ramp": "50%", "pattern": "backbone/dense0/kernel", ("pgd", "eps"): "4/255", "min_dim_size_to_factor": 200,
+    "warmup_steps": 5, "axis": 1, "preconditioning": "schatten", "muon_weight_dimension_numbers": False,
+    "weight_decay_mask": False, "mask": False, "momentum": 0.5, "draft": 8, "method": "bicubic",
+    "like": "torchvision", "unreadable": "error", "ids": "other.npy", "by": "other", "shape": (8, 8, 1),
+    ("folder", "path"): "others", ("table", "path"): "other.csv", ("arrays", "path"): "other.npz", "root": "photos",
+    "label": "other_label", "targets": ("number",), "split": "other_split", ("table", "classes"): ("dog", "cat"),
+    **dict.fromkeys(("dtype", "mu_dtype", "state_dtype", "dtype_momentum", "accumulator_dtype"), "bfloat16"),
+    **{(name, "depth"): 2 * GIVEN[name]["depth"] - 2 for name in ("resnet", "resnet_cifar")},
+}  # fmt: skip
+
+
+def other_value(name, argument, default):
+    for key in ((name, argument), argument):
+        if key in OTHER:
+            return OTHER[key]
+    if isinstance(default, tuple):
+        return tuple(0.7 * x for x in default)
+    change = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: 0.5 * x + 0.1, str: lambda x: "other"}
+    return change.get(type(default), lambda x: 0.3)(default)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Images, tables and arrays, two of each, in the working directory."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("files"))
+    Image.effect_noise((43, 33), 64).convert("RGB").save("noise.jpg")
+    for name in ("photos/cat", "photos/dog"):
+        Path(name).mkdir(parents=True)
+        for i in range(4):
+            Image.effect_noise((8, 8), 50).save(f"{name}/{i}.png")
+    Path("photos/cat/broken.png").touch()
+    shutil.copytree("photos", "others")
+    Path("others/cat").rename("others/bird")
+    rows = [f"photos/{name}/{i}.png,{name},{i},x{name},{'test' if i else 'train'},{'train' if i else 'test'}"
+            for name in ("cat", "dog") for i in range(4)]  # fmt: skip
+    rows += ["photos/cat/broken.png,cat,0,xcat,test,test"]
+    Path("table.csv").write_text("\n".join(["file,label,number,other_label,split,other_split", *rows]))
+    Path("other.csv").write_text("\n".join(["file,label,number,other_label,split,other_split", *rows[:-2], rows[-1]]))
+    for name, n in (("ids", 5), ("arrays", 5), ("other", 6)):
+        np.save(name, np.arange(n))
+        np.savez(name, x_train=np.zeros((n, 4, 4, 1), np.uint8), y_train=np.arange(n) % 2)
+    yield
+    os.chdir(before)
+
+
+SLOW = {
+    "wide_resnet",
+    "convnext",
+    "vit",
+    "mixer",
+    "airbench",
+    "layer_norm",
+    "group_norm",
+    "supcon",
+    "simclr",
+    "distill",
+    "asam",
+    "cutmix",
+}
+CASES = [case for kind, (table, *_) in KINDS.items() for name in table
+         for case in (thorough((kind, name)) if name in SLOW else [(kind, name)])]  # fmt: skip
+
+
+@pytest.mark.usefixtures("files", "shallow")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_an_argument_has_an_effect_or_is_refused(kind, name):
+    table, result, leading, around = KINDS[kind]
+    given = GIVEN.get(name, {})
+
+    def of(arguments):
+        return result(around.format(spec.Call(name, (), arguments)))
+
+    plain = of(given)
+    assert plain == of(given)
+    silent = []
+    for argument, parameter in inspect.signature(table[name]).parameters.items():
+        if argument in (*leading.split(), "parent", "name"):
+            continue
+        value = other_value(name, argument, given.get(argument, parameter.default))
+        try:
+            if of({**given, argument: value}) == plain:
+                silent.append(f"{argument}={value!r}")
+        except (TypeError, ValueError):  # of this package, a UserError, or of the library; never silence
+            continue
+    assert not silent
