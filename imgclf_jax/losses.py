@@ -229,8 +229,7 @@ def build(text: str, class_counts: Sequence[int] = (), class_names: Sequence[str
         values: jax.Array = loss(logits, labels)
         shape = getattr(values, "shape", type(values).__name__)
         if shape != logits.shape[:1]:  # a mean would be broadcast where losses are mixed or added
-            raise UserError(f"loss={text!r} returns {shape} for logits {logits.shape}; return one number per example, "
-                            "f32[b]")  # fmt: skip
+            raise UserError(f"loss={text!r} returns {shape} for logits {logits.shape}; return one number per example")
         return values
 
     return checked

@@ -266,8 +266,7 @@ def _mean_loss(out: Any) -> jax.Array:
     if not isinstance(out, methods.Loss):
         raise UserError(f"the method's loss returns a {type(out).__name__}; return imgclf_jax.methods.Loss(values)")
     if jnp.ndim(out.values) != 1:
-        raise UserError(f"the method's Loss has values of the shape {list(jnp.shape(out.values))}; return one number "
-                        "per example, f32[b]")  # fmt: skip
+        raise UserError(f"the method's Loss has values of shape {jnp.shape(out.values)}; return one number per example")
     return jnp.mean(dtypes.upcast(out.values))
 
 

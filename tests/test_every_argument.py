@@ -28,6 +28,7 @@ from imgclf_jax.recipe import Recipe
 from imgclf_jax.scores.multilabel import TargetPredictions
 
 SHAPE = (4, 4, 1)
+KEY, KEYS, IMAGES = jax.random.key(0), jax.random.split(jax.random.key(0), 2), np.zeros((2, 8, 8, 1), np.float32)
 
 
 def program(function, *args):
@@ -45,24 +46,12 @@ def of_model(text):
         variables = model.init(key, x)
         return model.apply(variables, x, train=True, mutable=[*variables], rngs={"dropout": key})
 
-    return program(train, jax.random.key(0))
+    return program(train, KEY)
 
 
 def of_ops(text):
     x, ids = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3), np.arange(2)
-    return program(ops.build(text, train=True), jax.random.key(0), x, jnp.uint32(0), ids, ids)
-
-
-def of_mix(text):
-    return program(mixing.build(text), jax.random.key(0), jnp.zeros((2, 8, 8, 1)))
-
-
-def of_views(text):
-    return program(lambda x: [view(x) for _, view in tta.build(text)], jnp.zeros((2, 8, 8, 1)))
-
-
-def of_loss(text):
-    return program(losses.build(text, (1, 2, 3), ("a", "b", "c")), jnp.zeros((4, 3)), np.arange(4) % 3)
+    return program(ops.build(text, train=True), KEY, x, jnp.uint32(0), ids, ids)
 
 
 def of_metric(text):
@@ -106,15 +95,6 @@ def of_method(text, gradient=""):
     return program(train, state, {**batch, "unlabeled": batch}, jnp.zeros((16, 3)))
 
 
-def of_gradient(text):
-    return of_method("supervised", text)
-
-
-def of_attack(text):
-    attack, keys = methods.build_attack(text), jax.random.split(jax.random.key(0), 2)
-    return program(lambda x, keys: attack(jnp.sin, x, keys, 0.0, 1.0), jnp.zeros((2, *SHAPE)), keys)
-
-
 def of_sampling(text):
     source = sources.fake(8)["train"]
     columns = {"weight": np.arange(8.0), "other": np.arange(8.0)[::-1].copy()}
@@ -141,21 +121,23 @@ KINDS = {
     "activation": (parts.ACTIVATIONS, of_model, "x", 'mlp(activation="{}")'),
     "head_init": (classifier.HEAD_INITS, of_model, "", 'mlp(head_init="{}")'),
     "augment": (ops.DEVICE_OPS, of_ops, "key images ids epochs", "{}"),
-    "mix": (mixing.MIXES, of_mix, "key images", "{}"),
-    "tta": (tta.VIEWS, of_views, "", "{}"),
-    "loss": (losses.LOSSES, of_loss, "logits labels", "{}"),
+    "mix": (mixing.MIXES, lambda text: program(mixing.build(text), KEY, IMAGES), "key images", "{}"),
+    "tta": (tta.VIEWS, lambda text: program(lambda x: [view(x) for _, view in tta.build(text)], IMAGES), "", "{}"),
+    "loss": (losses.LOSSES, lambda text: program(losses.build(text), np.eye(3), np.arange(3)), "logits labels", "{}"),
     "metrics": ({"f1": metrics.WHOLE_SET["f1"]}, of_metric, "predictions", "{}"),
     "optimizer": (optimizers.OPTIMIZERS, of_optimizer, "learning_rate", "{}"),
     "transform": (optimizers.TRANSFORMS, of_optimizer, "", "{}|sgd"),
     "lookahead": ({"lookahead": weight_averages.lookahead}, of_optimizer, "total", "sgd|{}"),
     "schedule": (schedules.SCHEDULES, of_schedule, "steps total", "{}"),
     "method": (methods.METHODS, of_method, "problem", "{}"),
-    "gradient": (methods.GRADIENTS, of_gradient, "gradient", "{}"),
-    "attack": (methods.ATTACKS, of_attack, "gradient images keys low high", "{}"),
+    "gradient": (methods.GRADIENTS, lambda text: of_method("supervised", text), "gradient", "{}"),
+    "attack": (methods.ATTACKS,
+               lambda text: program(lambda *args: methods.build_attack(text)(jnp.sin, *args, 0.0, 1.0), IMAGES, KEYS),
+               "gradient images keys low high", "{}"),
     "sampling": (sampling.SAMPLINGS, of_sampling, "source", "{}"),
     "source": ({name: f for name, f in sources.SOURCES.items() if name != "tfds"}, of_source, "", "{}"),
     "preprocess": (decode.HOST_OPS, of_host_op, "image rng", "{}"),
-}
+}  # fmt: skip
 # What a call needs, or has so that its other arguments matter.
 GIVEN = {
     "resnet": {"depth": 18}, "resnet_cifar": {"depth": 8}, "wide_resnet": {"depth": 10, "width": 1},

@@ -156,8 +156,8 @@ def divides_twice(text: str, image_shape: tuple[int, ...]) -> bool:
     before = "|".join(str(call) for call in itertools.takewhile(lambda call: call.name != "normalize", calls))
     if not spec.names_code(before) or "normalize" not in [call.name for call in calls]:
         return False
-    ramp, run = np.linspace(0, 255, math.prod(image_shape)).astype(np.uint8), build(f"{before}|normalize", train=True)
-    ramp = ramp.reshape(1, *image_shape)
+    ramp = np.linspace(0, 255, math.prod(image_shape)).astype(np.uint8).reshape(1, *image_shape)
+    run = build(f"{before}|normalize", train=True)
     return bool(jnp.max(run(jax.random.key(0), ramp, jnp.uint32(0), *np.zeros((2, 1), np.int32))) <= 4 / 255)
 
 

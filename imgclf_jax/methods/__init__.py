@@ -69,21 +69,33 @@ class Method:
 
 @dataclass(frozen=True)
 class Problem:
-    """Facts about the run, and its functions, that a method may use."""
+    """What a method may use of the run.
+
+    - `classes`, and their `class_names`; `task`, what the run predicts; `image_shape` (h, w, c) of the model's inputs.
+    - `supervised(logits f32[b, classes], batch) -> f32[b]` is the key `loss`, mixing included. `link` maps logits to
+      probabilities f32[b, classes].
+    - `mix(key, batch) -> batch` mixes f32 images and their labels by the key `mix`.
+    - `build_augment(spec)` returns `(key, images uint8[b, h, w, c]) -> f32[b, h, w, c]`. `normalization` is the spec of
+      those ops of the key `augment` that evaluation applies too.
+    - `steps('5%')` is a duration in whole steps, rounded up; `total` is that of the run. `examples` is the size of the
+      training split: batch["id"] i32[b] numbers its examples from 0.
+    - `head_init`, from the key `model`, initializes the head's kernel f32[d, classes].
+    - `load(run)` returns a `Teacher`. `loader`, which it calls, is None in programs that only evaluate.
+    """
 
     classes: int
     class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]  # (h, w, c) of the model's inputs
-    head_init: Initializer  # the initializer of the head's kernel, from the key `model`
-    supervised: Callable[[jax.Array, Batch], jax.Array]  # (logits, batch) → f32[b]: the key `loss`, mixing included
-    steps: Callable[[str], int]  # a duration such as '5%' or '3 epochs' → whole steps, rounded up
-    normalization: str  # the ops of the key `augment` that evaluation applies too
+    image_shape: tuple[int, int, int]
+    head_init: Initializer
+    supervised: Callable[[jax.Array, Batch], jax.Array]
+    steps: Callable[[str], int]
+    normalization: str
     task: Task
-    build_augment: Callable[[str], Callable[..., jax.Array]] = field(repr=False)  # spec → (key, images) → images
-    loader: Any = field(default=None, repr=False)  # `trained.load_teacher`; None in programs that only evaluate
-    link: Link = SOFTMAX  # maps logits to probabilities, from the key `loss`
-    mix: Callable[[jax.Array, Batch], Batch] = lambda key, batch: batch  # mixes f32 images and labels by the key `mix`
-    examples: int = 0  # of the training split; batch["id"] numbers them from 0
+    build_augment: Callable[[str], Callable[..., jax.Array]] = field(repr=False)
+    loader: Any = field(default=None, repr=False)
+    link: Link = SOFTMAX
+    mix: Callable[[jax.Array, Batch], Batch] = lambda key, batch: batch
+    examples: int = 0
 
     @property
     def total(self) -> int:

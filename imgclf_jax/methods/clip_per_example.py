@@ -23,12 +23,10 @@ def clip_per_example(gradient: Gradient, max_norm: float = 1.0) -> GradientFunct
 
     def clipped(params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> LossAndGrads:
         if "batch_stats" in model_state:
-            raise UserError("gradient: clip_per_example has no meaning for a model with batch statistics, which depend "
-                            "on all examples; use another norm, as in resnet(norm='group_norm')")  # fmt: skip
+            raise UserError("gradient: clip_per_example needs a model without batch statistics: norm='group_norm'")
         b = len(batch["image"])
         if wrong := [name for name, x in tree.named_leaves(batch) if jnp.shape(x)[:1] != (b,)]:
-            raise UserError(f"gradient: clip_per_example needs one entry per example in each array of the batch, which "
-                            f"{wrong[0]!r} has not")  # fmt: skip
+            raise UserError(f"gradient: clip_per_example needs arrays of one entry per example; {wrong[0]!r} is none")
 
         def one(example: Batch, key: jax.Array) -> Params:
             return gradient(params, model_state, jax.tree.map(lambda x: x[None], example), key)[1]

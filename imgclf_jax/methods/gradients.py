@@ -88,8 +88,9 @@ def _join(x: jax.Array) -> jax.Array:
     return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
 
-def _unroll() -> bool:
-    return platform.current() == "cpu"  # XLA's CPU convolution is a hundred times slower inside a loop
+def _scan(function: Callable[..., Any], carry: Any, batch: Batch, parts: int) -> Any:
+    """`lax.scan` over (i, microbatch i). On CPU it is unrolled: a convolution in a loop is a hundred times slower."""
+    return jax.lax.scan(function, carry, (jnp.arange(parts), _split(batch, parts)), unroll=platform.current() == "cpu")
 
 
 def accumulate(gradient: GradientFunction, parts: int) -> GradientFunction:
@@ -105,12 +106,9 @@ def accumulate(gradient: GradientFunction, parts: int) -> GradientFunction:
             return (jax.tree.map(jnp.add, total, grads), model_state), (loss, logits, named)
 
         if len(batch["image"]) % parts:
-            raise UserError(f"accumulate={parts} does not divide the batch of {len(batch['image'])} that a gradient "
-                            "function takes; set accumulate=1")  # fmt: skip
+            raise UserError(f"accumulate={parts} does not divide the batch of {len(batch['image'])} that it gets")
         carry = (jax.tree.map(jnp.zeros_like, params), model_state)
-        (total, model_state), (losses, logits, named) = jax.lax.scan(
-            add, carry, (jnp.arange(parts), _split(batch, parts)), unroll=_unroll()
-        )
+        (total, model_state), (losses, logits, named) = _scan(add, carry, batch, parts)
         logits = None if logits is None else _join(logits)  # [b, classes]
         named = {name: jnp.mean(values) for name, values in named.items()}
         grads = jax.tree.map(lambda g: g / parts, total)
@@ -128,7 +126,6 @@ def accumulate_images(gradient: Callable[..., jax.Array], parts: int) -> Callabl
         def one(_: None, part: tuple[jax.Array, Batch]) -> tuple[None, jax.Array]:
             return None, gradient(params, model_state, part[1], jax.random.fold_in(key, part[0]))
 
-        _, out = jax.lax.scan(one, None, (jnp.arange(parts), _split(batch, parts)), unroll=_unroll())
-        return _join(out)
+        return _join(_scan(one, None, batch, parts)[1])
 
     return gradients

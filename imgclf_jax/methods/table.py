@@ -22,9 +22,7 @@ from imgclf_jax.methods.supervised import supervised
 METHODS: dict[str, Callable[..., Method]] = {
     f.__name__: f for f in (distill, fixmatch, lora, mean_teacher, simclr, supcon, supervised)
 }
-GRADIENTS: dict[str, Callable[..., GradientFunction]] = {
-    "asam": asam, "clip_per_example": clip_per_example, "pgd": pgd, "sam": sam,
-}  # fmt: skip
+GRADIENTS: dict[str, Callable[..., GradientFunction]] = {f.__name__: f for f in (asam, clip_per_example, pgd, sam)}
 ATTACKS: dict[str, Attack] = {"pgd": attack}
 
 

@@ -27,7 +27,8 @@ HEAD_INITS: dict[str, Function] = {
 class Classifier(nn.Module):
     """A backbone and a linear head: images f32[b, h, w, c] → features [b, d] → logits [b, num_classes].
 
-    The head computes in `dtype`, the backbone in its own.
+    The head computes in `dtype`, the backbone in its own. A method calls the whole as `(images, train=…)`, or
+    `features(images, train)`, `head(features)`, and what a subclass adds.
     """
 
     backbone: nn.Module

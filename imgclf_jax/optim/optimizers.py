@@ -52,13 +52,10 @@ _TRANSFORMS = ("adaptive_grad_clip", "add_decayed_weights", "centralize", "clip"
 TRANSFORMS: dict[str, Function] = {name: getattr(optax, name) for name in _TRANSFORMS}  # before the optimizer
 
 _DECAYS = ("weight_decay", "weight_decay_rate", "adam_weight_decay")  # the weight decay's names in optax
-_NEEDED = {
-    "nesterov": ("momentum",),
-    "accumulator_dtype": ("momentum",),
-    "dtype_momentum": ("momentum",),
-    "mask": _DECAYS,
-    "weight_decay_mask": _DECAYS,
-}  # optax ignores an argument without the other one
+_NEEDED = {  # optax ignores these arguments without one of those
+    **dict.fromkeys(("nesterov", "accumulator_dtype", "dtype_momentum"), ("momentum",)),
+    **dict.fromkeys(("mask", "weight_decay_mask"), _DECAYS),
+}
 _NO_RULES = Rules()
 
 
@@ -90,17 +87,17 @@ def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _NO_R
         raise UserError(f"optimizer={text!r}: name the arguments, as in {last.name}(...={last.args[-1]!r}); "
                         "set the learning rate by the key schedule")  # fmt: skip
     makers.append(functools.partial(optimizer, schedule))
+    decays: list[dict[str, float]] = []  # the nonzero ones of each transform by argument name, defaults included
     for maker, call in zip(makers, calls, strict=True):
         bound = _bound(maker).arguments
+        decays.append({name: bound[name] for name in _DECAYS if bound.get(name)})
         for name in call.kwargs:
             needed = [other for other in _NEEDED.get(name, ()) if other in bound]
-            if needed and not any(bound[other] or other in call.kwargs for other in needed):
+            if needed and ":" not in call.name and not any(bound[other] or other in call.kwargs for other in needed):
                 raise UserError(f"optimizer={text!r}: {name} has no effect in {call.name} without {needed[0]}")
-    decays = [_decays(maker) for maker in makers]
     if rules.decay and not any(decays):
-        raise UserError(f"rules.decay: optimizer={text!r} has no weight decay to multiply; use one that decays "
-                        "weights, such as adamw(weight_decay=1e-2), or "
-                        "add_decayed_weights(5e-4)|sgd(momentum=0.9)")  # fmt: skip
+        raise UserError(f"rules.decay: optimizer={text!r} has no weight decay to multiply; use one that has, such as "
+                        "adamw(weight_decay=1e-2) or add_decayed_weights(5e-4)|sgd")  # fmt: skip
     try:
         parts = [_with_decay(maker, own, rules) for maker, own in zip(makers, decays, strict=True)]
     except (TypeError, ValueError) as e:  # optax raises them for unfit arguments
@@ -144,11 +141,6 @@ def _bound(maker: functools.partial[Any]) -> inspect.BoundArguments:
     bound = inspect.signature(maker.func).bind(*maker.args, **maker.keywords)
     bound.apply_defaults()
     return bound
-
-
-def _decays(maker: functools.partial[Any]) -> dict[str, float]:
-    """The nonzero weight decays of a transform by argument name, defaults included."""
-    return {name: value for name in _DECAYS if (value := _bound(maker).arguments.get(name))}
 
 
 def _with_decay(

@@ -150,13 +150,11 @@ def _warnings(recipe: Recipe, base: Mapping[str, Source], params: Params) -> Ite
     yield from initial_warnings(config, base)
     yield from selection_warnings(config)
     if config.precision != "float32" and classifier.ignores_precision(config.model):
-        yield (f"precision={config.precision!r} does not reach model={config.model!r}, which takes no argument dtype; "
-               "what it does not cast itself is in float32")  # fmt: skip
+        yield f"precision={config.precision!r} does not reach model={config.model!r}, which takes no argument dtype"
     if spec.names_code(config.optimizer) and optimizers.ignores_learning_rate(config.optimizer, params):
         yield f"optimizer={config.optimizer!r} ignores its learning_rate: the schedule, and the rate logged, do nothing"
     if ops.divides_twice(config.augment, recipe.data.image_shape):
-        yield (f"augment={config.augment!r}: an op before normalize returns pixels from 0 to 1, and normalize divides "
-               "by 255 again; return 0 to 255")  # fmt: skip
+        yield f"augment={config.augment!r}: an op before normalize returns 0 to 1, and normalize divides by 255 again"
     if recipe.method.freeze and not config.init_from:
         yield (f"method={config.method!r} freezes weights that are random without init_from; name the run or file to "
                "load them from")  # fmt: skip

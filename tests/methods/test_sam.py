@@ -103,9 +103,9 @@ def test_each_gradient_function_has_its_own_key_and_the_model_that_of_the_step()
 
 
 @pytest.mark.parametrize(("backbone", "more", "said"), [
-    (Normed(), {}, "no meaning for a model with batch statistics"),
+    (Normed(), {}, "needs a model without batch statistics"),
     (None, {"accumulate": 2}, "accumulate=2 does not divide the batch of 1"),
-    (None, {"learned": Method(noted, lambda key, given, augment: {**given, "few": jnp.zeros(3)})}, "'few' has not"),
+    (None, {"learned": Method(noted, lambda key, given, augment: {**given, "few": jnp.zeros(3)})}, "'few' is none"),
 ])  # fmt: skip
 def test_examples_that_cannot_be_clipped_one_by_one(backbone, more, said):
     with pytest.raises(UserError, match=said):
