@@ -1,8 +1,6 @@
 """The Classifier, a backbone and a linear head, built from the config key `model`."""
 
-import functools
 import inspect
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +66,13 @@ def build(text: str, num_classes: int, precision: str) -> Classifier:
     HEAD_INITS in quotes such as 'normal(0.01)', for the head. Raises UserError for an unknown backbone, for arguments
     that do not fit, and for a `dropout` or `drop_path` outside [0, 1).
     """
-    make, make_init = _bind(text)
+    call = spec.parse_one(text)
+    kwargs = dict(call.kwargs)
+    make_init = spec.bind(spec.parse_one(str(kwargs.pop("head_init", "glorot_uniform"))), HEAD_INITS, "head_init")
+    for name in ("dropout", "drop_path"):
+        if name in kwargs and not 0 <= kwargs[name] < 1:
+            raise UserError(f"model={text!r}: {name}={kwargs[name]!r} must be a number from 0 to below 1")
+    make = parts.bind(spec.Call(call.name, call.args, kwargs), BACKBONES)
     takes_dtype = "dtype" in inspect.signature(make.func).parameters and "dtype" not in make.keywords
     backbone = make(**{"dtype": jnp.dtype(precision)} if takes_dtype else {})
     if not isinstance(backbone, nn.Module):
@@ -78,19 +82,3 @@ def build(text: str, num_classes: int, precision: str) -> Classifier:
     if "train" not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         raise UserError(f"model={text!r}: __call__ takes ({', '.join(takes)}); add train, which is True in training")
     return Classifier(backbone, num_classes, head_init=make_init())
-
-
-def ignores_precision(text: str) -> bool:
-    """Whether the backbone of a spec takes no `dtype`, so that the key `precision` does not reach it."""
-    return "dtype" not in inspect.signature(_bind(text)[0].func).parameters
-
-
-def _bind(text: str) -> tuple[functools.partial[Any], functools.partial[Any]]:
-    """The functions, without arguments, that make the backbone of a spec and the initializer of the head."""
-    call = spec.parse_one(text)
-    kwargs = dict(call.kwargs)
-    make_init = spec.bind(spec.parse_one(str(kwargs.pop("head_init", "glorot_uniform"))), HEAD_INITS, "head_init")
-    for name in ("dropout", "drop_path"):
-        if name in kwargs and not 0 <= kwargs[name] < 1:
-            raise UserError(f"model={text!r}: {name}={kwargs[name]!r} must be a number from 0 to below 1")
-    return parts.bind(spec.Call(call.name, call.args, kwargs), BACKBONES), make_init

@@ -149,8 +149,9 @@ def _warnings(recipe: Recipe, base: Mapping[str, Source], params: Params) -> Ite
     yield from overlap_warnings(config, config.data, base)
     yield from initial_warnings(config, base)
     yield from selection_warnings(config)
-    if config.precision != "float32" and classifier.ignores_precision(config.model):
-        yield f"precision={config.precision!r} does not reach model={config.model!r}, which takes no argument dtype"
+    in_float32 = classifier.build(config.model, len(recipe.data.class_names), "float32").backbone
+    if config.precision != "float32" and recipe.plain_model.backbone == in_float32:
+        yield f"precision={config.precision!r} does not reach model={config.model!r}, which takes no dtype or sets it"
     if spec.names_code(config.optimizer) and optimizers.ignores_learning_rate(config.optimizer, params):
         yield f"optimizer={config.optimizer!r} ignores its learning_rate: the schedule, and the rate logged, do nothing"
     if ops.divides_twice(config.augment, recipe.data.image_shape):

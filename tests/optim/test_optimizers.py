@@ -130,14 +130,6 @@ def test_wrong_chains_and_rules_are_told(text, ruled, message):
         optimizers.build(text, optax.constant_schedule(0.1), 0.0, Rules(**ruled))
 
 
-@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
-def test_every_optimizer_takes_a_step(name):
-    """Traced, with the arguments of the train step."""
-    optimizer = optimizers.build(name, optax.constant_schedule(0.1), 0.5)
-    params = {"head": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
-    jax.eval_shape(lambda params: optimizer.update(params, optimizer.init(params), params, value=1.0), params)
-
-
 class Net(nn.Module):
     """A convolution, a normalization with statistics, and dropout."""
 
