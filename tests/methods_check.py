@@ -30,6 +30,7 @@ BASE = {
 UNLABELED = {"data.train": "train[:400]", "data.extra.unlabeled": "train[400:]|batch_size(32)"}
 SPECS: dict[str, dict[str, str]] = {
     "supervised": {},
+    "clip_per_example": {"gradient": "clip_per_example", "model": "mlp(widths=(8,), dropout=0.1)"},
     "sam": {"gradient": "sam(0.05)"},
     "asam": {"gradient": "asam(0.5)"},
     "pgd": {"gradient": "pgd(eps='8/255', steps=2, step_size='4/255')"},
