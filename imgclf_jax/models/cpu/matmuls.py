@@ -93,14 +93,16 @@ def _im2col(x: jax.Array, kernel: Shaped, strides: Pair, pads: Pads, dilation: P
 
 
 def _conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads, dilation: Pair, dtype: DTypeLike) -> jax.Array:
-    weights, wide = kernel.astype(dtype).reshape(-1, kernel.shape[3]).T, accumulator(dtype)  # [f, kh * kw * c]
+    wide = accumulator(dtype)
     if not _has_few_taps(kernel):
+        weights = kernel.astype(dtype).reshape(-1, kernel.shape[3]).T  # [f, kh * kw * c]
         return _matmul(weights, _im2col(x, kernel, strides, pads, dilation, dtype), wide)
     ho, wo = _output_size(x, kernel, strides, pads, dilation)
-    x, total = _padded(x, kernel, pads, dtype).astype(wide), jnp.zeros((), wide)
-    for k, (i, j, c) in enumerate(np.ndindex(kernel.shape[:3])):
+    # Without a matmul nothing gains by bfloat16 operands, and their rounding would be the layer's largest error.
+    x, kernel, total = _padded(x, kernel, pads, wide), kernel.astype(wide), jnp.zeros((), wide)
+    for i, j, c in np.ndindex(kernel.shape[:3]):
         seen = x[c, i * dilation[0] :: strides[0], j * dilation[1] :: strides[1]][:ho, :wo]  # [ho, wo, b]
-        total += weights[:, k, None, None, None].astype(wide) * seen
+        total += kernel[i, j, c, :, None, None, None] * seen
     return total
 
 
