@@ -192,8 +192,7 @@ def _class_weighted(losses: jax.Array, logits: jax.Array, labels: jax.Array, wei
     if weights is None:
         return losses
     if labels.ndim > 1:
-        raise UserError("class_weights needs one label per example, but the data have targets; for several labels use "
-                        "positive_weights, one number per class")  # fmt: skip
+        raise UserError("class_weights needs one label per example, not targets; for these use positive_weights")
     return losses * _check_weights("class_weights", weights, logits)[labels]
 
 

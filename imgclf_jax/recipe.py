@@ -37,11 +37,9 @@ from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
 from imgclf_jax.run.provenance import raised_in_user_code
 
 _SIDE_EFFECTS = {
-    jax.errors.UnexpectedTracerError: "keeps an array of one trace, in a global or an attribute, for another; return "
-                                      "it, or use a linen variable",
-    flax.errors.ModifyScopeVariableError: "changes a variable in evaluation too, as BatchNorm does without "
-                                          "use_running_average=not train",
-}  # fmt: skip
+    jax.errors.UnexpectedTracerError: "keeps an array of one trace for another; return it, or use a linen variable",
+    flax.errors.ModifyScopeVariableError: "changes a variable in evaluation too; set use_running_average=not train",
+}
 _TRACED_KEYS = ("method", "gradient", "model", "augment", "mix", "tta", "loss", "optimizer", "schedule")
 
 

@@ -151,7 +151,7 @@ def test_a_loss_declares_its_link(text, link):
     ("softmax(class_weights=(0, 0, 0))", [0], "class_weights=.*, not all 0"),
     ("focal(class_weights='balanced')", [0], "the training split has no example of b, c"),
     ("sigmoid(positive_weights='balanced')", [[0, 1, 1]], "positive_weights='balanced': allowed are 3 numbers"),
-    ("softmax(class_weights=(1, 2, 3))", [[0, 1, 0]], "class_weights needs one label per example, .* use positive_"),
+    ("softmax(class_weights=(1, 2, 3))", [[0, 1, 0]], "class_weights needs one label per example, .*use positive_"),
     ("sigmoid(0.0, False, (1, 2, 3))", [[0, 1, 1]], "class_weights needs one label per example"),
 ])  # fmt: skip
 def test_arguments_that_no_loss_takes(text, labels, says):

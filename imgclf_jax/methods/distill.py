@@ -24,8 +24,7 @@ def distill(problem: Problem, teacher: str, alpha: float = 0.5, temperature: flo
         raise UserError(f"method: distill(alpha={alpha}): alpha must be 0 to 1")
     divergence = _DIVERGENCES.get(problem.link)
     if divergence is None:
-        raise UserError("method: distill compares softmax or sigmoid probabilities, but the loss of this run has "
-                        "neither; use a loss such as 'softmax' or 'sigmoid'")  # fmt: skip
+        raise UserError("method: distill needs a loss with probabilities, such as 'softmax' or 'sigmoid'")
     trained = problem.load(teacher)
 
     def loss(model: Any, batch: Batch, fixed: PyTree) -> Loss:
@@ -61,6 +60,5 @@ def _load_variables(teacher: Teacher, problem: Problem, run: str) -> PyTree:
                         f"({', '.join(problem.class_names[:3])}, …); train both on the same classes")  # fmt: skip
     if teacher.link != problem.link:
         raise UserError(f"method: the teacher {run} was trained with another kind of loss, so its logits mean "
-                        "different probabilities; train both with softmax losses, or both with sigmoid "
-                        "losses")  # fmt: skip
+                        "other probabilities; train both with softmax, or both with sigmoid")  # fmt: skip
     return teacher.variables

@@ -81,8 +81,7 @@ def pseudo_label_losses(weak: jax.Array, strong: jax.Array, threshold: float) ->
 def check_link(name: str, problem: Problem) -> None:
     """Raises UserError unless the run predicts a single class by softmax."""
     if problem.link is not SOFTMAX:
-        raise UserError(f"method: {name} compares softmax probabilities, which the loss of this run does not train; "
-                        "use a single-label loss such as 'softmax'")  # fmt: skip
+        raise UserError(f"method: {name} compares softmax probabilities; use a single-label loss such as 'softmax'")
 
 
 def forward_together(forward: Callable[[jax.Array], jax.Array], batches: Sequence[jax.Array]) -> list[jax.Array]:

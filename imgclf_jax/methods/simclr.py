@@ -44,8 +44,7 @@ def _contrastive(classes: Callable[[Batch], jax.Array], temperature: float, widt
 
     def loss(model: Any, batch: Batch, fixed: PyTree) -> Loss:
         if len(batch["image"]) < 2:
-            raise UserError("the method contrasts the images of a batch, and this one has a single image; raise "
-                            "batch_size or lower accumulate")  # fmt: skip
+            raise UserError("a batch of a single image contrasts nothing; raise batch_size or lower accumulate")
         # The views of an image are adjacent, so they stay on its device and in its BatchNorm group.
         views = jnp.stack([batch["image"], batch["second_view"]], 1)  # [b, 2, h, w, c]
         z = model.project(model.features(views.reshape(-1, *views.shape[2:]), train=True))  # [2b, width]

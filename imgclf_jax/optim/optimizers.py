@@ -104,8 +104,7 @@ def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _NO_R
         raise UserError(f"optimizer={text!r}: {e}") from e
     evaluated = evaluated_by(parts[-1])
     if rules and evaluated:
-        raise UserError(f"optimizer={text!r}: {last.name} evaluates other parameters than it trains, and takes neither "
-                        "rules nor frozen parameters; use another optimizer, such as adamw")  # fmt: skip
+        raise UserError(f"optimizer={text!r}: {last.name} takes neither rules nor frozen parameters; use another")
     chain = [optax.clip_by_global_norm(clip)] * bool(clip) + parts + [_scale_by_name(rules.lr)] * bool(rules.lr)
     out = chain[0] if len(chain) == 1 else optax.chain(*chain)
     if rules.frozen:

@@ -95,8 +95,7 @@ def _numbers(text: str, key: str) -> list[tuple[str, float]]:
         except ValueError:
             value = -1.0
         if not pattern or not 0 <= value < float("inf"):
-            raise UserError(f"{key}: {part!r} is not PATTERN=NUMBER with a number of 0 or more, such as "
-                            "'backbone/.*=0.1'")  # fmt: skip
+            raise UserError(f"{key}: {part!r} is not PATTERN=NUMBER, a number of 0 or more, such as 'backbone/.*=0.1'")
         rules.append((pattern, value))
     return rules
 

@@ -74,8 +74,7 @@ def _half_cosine(first: float, last: float, length: int) -> optax.Schedule:
 
 def _check_warmup(warmup: int, total: int) -> None:
     if warmup > total:
-        raise UserError(f"schedule: a warmup of {warmup} steps is longer than the run of {total} steps; shorten "
-                        "warmup or raise total")  # fmt: skip
+        raise UserError(f"schedule: a warmup of {warmup} steps is longer than the run of {total} steps; shorten it")
 
 
 def _warm_up(schedule: optax.Schedule, peak: float, warmup: int, total: int) -> optax.Schedule:

@@ -157,8 +157,7 @@ def _warnings(recipe: Recipe, base: Mapping[str, Source], params: Params) -> Ite
     if ops.divides_twice(config.augment, recipe.data.image_shape):
         yield f"augment={config.augment!r}: an op before normalize returns 0 to 1, and normalize divides by 255 again"
     if recipe.method.freeze and not config.init_from:
-        yield (f"method={config.method!r} freezes weights that are random without init_from; name the run or file to "
-               "load them from")  # fmt: skip
+        yield f"method={config.method!r} freezes random weights; name the run or file to load by init_from"
 
 
 def _check_config(config: ConfigDict, workdir: Workdir) -> None:

@@ -78,7 +78,7 @@ def test_a_step_trains_backbone_and_projector_and_reads_no_label():
 
 
 def test_mistakes_get_a_sentence():
-    with pytest.raises(UserError, match="single image; raise batch_size or lower accumulate"):
+    with pytest.raises(UserError, match="single image contrasts nothing; raise batch_size or lower accumulate"):
         run(simclr(PROBLEM), batch(1, 0))
 
 

@@ -53,7 +53,7 @@ def test_the_loss_is_that_of_hinton(several):
     p, q = (scipy.special.expit(x / 2.5) if several else scipy.special.softmax(x / 2.5, -1) for x in (t, s))
     kl = scipy.special.rel_entr(p, q) + (scipy.special.rel_entr(1 - p, 1 - q) if several else 0)
     np.testing.assert_allclose(found.values, 0.7 * supervised + 0.3 * 2.5**2 * kl.sum(-1), rtol=2e-5)
-    with pytest.raises(UserError, match="the loss of this run has neither"):
+    with pytest.raises(UserError, match="needs a loss with probabilities"):
         distill(dataclasses.replace(problem, link=losses.Link(*[np.asarray] * 4)), "run")
 
 

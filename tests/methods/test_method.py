@@ -244,8 +244,8 @@ class AlwaysTraining(nn.Module):
 
 @pytest.mark.parametrize(("key", "value", "said"), [
     ("loss", f"{__name__}:mean_loss", r"mean_loss' returns \(\) for logits .*; return one number per example"),
-    ("loss", f"{__name__}:leaking", "leaking' keeps an array of one trace, in a global or an attribute, for another"),
-    ("model", f"{__name__}:AlwaysTraining", r"in evaluation too, .*use_running_average=not train \(Cannot .*/BatchN"),
+    ("loss", f"{__name__}:leaking", "leaking' keeps an array of one trace for another"),
+    ("model", f"{__name__}:AlwaysTraining", r"in evaluation too; set use_running_average=not train \(Cannot .*/BatchN"),
     ("method", f"{__name__}:not_a_method", "returns a dict; return imgclf_jax.methods.Method"),
     ("method", f"{__name__}:bare", "the method's loss returns a .*; return imgclf_jax.methods.Loss"),
     ("method", f"{__name__}:taken", "a metric is called 'grad_norm', which every step has, or"),

@@ -41,7 +41,7 @@ def test_the_first_rule_that_matches_a_whole_path_counts():
     ({"lr": "backbone=0.1"}, r"rules\.lr: 'backbone' matches no parameter by its whole path; they are backbone/block0"),
     ({"lr": "head/.*=1, head/bias=2"}, r"'head/bias' has no effect: earlier rules match all its parameters"),
     ({"lr": "head/.*"}, r"rules\.lr: 'head/\.\*' is not PATTERN=NUMBER"),
-    ({"decay": "head/.*=-1"}, r"rules\.decay: 'head/\.\*=-1' is not PATTERN=NUMBER with a number of 0 or more"),
+    ({"decay": "head/.*=-1"}, r"rules\.decay: 'head/\.\*=-1' is not PATTERN=NUMBER, a number of 0 or more"),
     ({"freeze": "head/(bias"}, r"rules\.freeze: 'head/\(bias' is not a regular expression: "),
     ({"freeze": ".*"}, "matches every parameter: nothing is left to train"),
 ])  # fmt: skip
