@@ -8,10 +8,9 @@ import jax
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import Method, Problem, gradients
-from imgclf_jax.methods.clip_per_example import clip_per_example
 from imgclf_jax.methods.distill import distill
 from imgclf_jax.methods.fixmatch import fixmatch
-from imgclf_jax.methods.gradients import Gradient, GradientFunction
+from imgclf_jax.methods.gradients import Gradient, GradientFunction, clip_per_example
 from imgclf_jax.methods.lora import lora
 from imgclf_jax.methods.mean_teacher import mean_teacher
 from imgclf_jax.methods.pgd import Attack, attack, pgd
@@ -52,13 +51,12 @@ def build_gradient(
     """
     calls = spec.parse(text)
     functions = [spec.bind(call, GRADIENTS, "gradient", leading=("gradient",)) for call in calls]
-    streams = [(call.name, i) for call, i in zip(calls, spec.occurrences(calls), strict=True)]
 
     def wrap(gradient: Gradient) -> Gradient:
         if pixel_range is not None:
             gradient = dataclasses.replace(gradient, pixel_range=pixel_range)
-        for function, (name, occurrence) in zip(functions, streams, strict=True):
-            gradient = gradients.transform(gradient, function, name, occurrence)
+        for function, call, count in zip(functions, calls, spec.occurrences(calls), strict=True):
+            gradient = gradients.transform(gradient, function, call.name, count)
         return gradient
 
     return wrap
