@@ -52,7 +52,7 @@ KEYS: dict[str, tuple[Value, str]] = {
     "model": ("cnn", "The backbone, such as resnet(depth=50), vit(head_init='zeros') or an import path."),
     "batch_norm": ("global", "Which examples BatchNorm statistics cover: 'global' (SyncBatchNorm), or 'groups(32)' "
                              "(ghost: 32 examples of the batch, with all their views)."),
-    "init_from": ("", "Initial weights: a work directory, a PyTorch file (.pth, .pt, .th) or a .safetensors file."),
+    "init_from": ("", "Initial weights: a work directory, a .safetensors or PyTorch file, or 'FILE::model_ema' in it."),
     "init_strict": (True, "Refuse `init_from` if more than the head differs from the model; False loads what fits."),
     "loss": ("softmax", "softmax, sigmoid (a binary cross-entropy per class), focal, or an import path."),
     "method": ("supervised", "What a run learns from a batch: supervised, distill, fixmatch, lora, mean_teacher, "

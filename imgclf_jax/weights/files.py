@@ -8,8 +8,9 @@ import contextlib
 import functools
 import io
 import json
-import math
+import logging
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,11 +25,14 @@ from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.weights import unpickle
 from imgclf_jax.weights.unpickle import Refused, Storage, Tensor, Unpickled
 
+log = logging.getLogger(__name__)
+
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how checkpoints before PyTorch 1.6 start
 _SAFETENSORS = {code: dtype for _, _, code, dtype in unpickle.DTYPES}
 _MAX_HEADER = 16 << 20  # bytes; 10,000 tensors take 1 MB
-_CONTAINERS = ("state_dict", "model", "model_state_dict", "net")
-_PREFIXES = ("module.", "_orig_mod.", "model.")  # added by DataParallel, torch.compile and Lightning
+# Entries of a checkpoint that hold the weights, the first to take first: exponential moving averages before raw ones.
+_CONTAINERS = ("model_ema", "state_dict_ema", "ema", "state_dict", "model", "model_state_dict", "net")
+_PREFIXES = re.compile(r"(module\.|_orig_mod\.|model\.)*")  # added by DataParallel, torch.compile and Lightning
 
 
 class _Entry(NamedTuple):
@@ -38,21 +42,25 @@ class _Entry(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
-def read(path: Path, wanted: Callable[[str, tuple[int, ...]], bool] | None = None) -> dict[str, np.ndarray]:
+def read(
+    path: Path, wanted: Callable[[str, tuple[int, ...]], bool] | None = None, container: str = ""
+) -> dict[str, np.ndarray]:
     """Reads {name: array} from a safetensors file or a PyTorch checkpoint, in its old or its new format.
 
-    The format is recognized by content. The weights may be the top level or under `state_dict`, `model`,
-    `model_state_dict` or `net`. A prefix that all names share (`module.`, `_orig_mod.`, `model.`) is removed. Arrays
-    have the dtype of the file. An array for which `wanted(name, shape)` is False is not read; zeros of its shape, which
-    take no memory, stand in for it. Raises UserError for a file that is damaged, of another format, or would run code.
+    The format is recognized by content. The weights are under the entry `container`, by default the first of
+    `_CONTAINERS`, or at the top level. Prefixes that all names share (`module.`, `_orig_mod.`, `model.`) are removed.
+    Arrays have the dtype of the file. An array for which `wanted(name, shape)` is False is not read; zeros of its
+    shape, which take no memory, stand in for it. Raises UserError for a file that is damaged, of another format, or
+    would run code.
     """
     if not path.is_file():
         raise UserError(f"{path} is not a regular file")
     try:
-        with _entries(path) as entries:
-            for prefix in _PREFIXES:
-                if entries and all(name.startswith(prefix) for name in entries):
-                    entries = {name.removeprefix(prefix): entry for name, entry in entries.items()}
+        with _entries(path, container) as entries:
+            entries.pop("n_averaged", None)  # of an AveragedModel
+            shared = min((_PREFIXES.match(name)[0] for name in entries), key=len, default="")  # type: ignore[index]
+            if all(name.startswith(shared) for name in entries):
+                entries = {name.removeprefix(shared): entry for name, entry in entries.items()}
             if not all(name.isprintable() for name in entries):
                 raise ValueError("an unprintable name")
             return {
@@ -81,18 +89,20 @@ def read_metadata(path: Path) -> JsonObject:
 
 
 @contextlib.contextmanager
-def _entries(path: Path) -> Iterator[dict[str, _Entry]]:
+def _entries(path: Path, container: str) -> Iterator[dict[str, _Entry]]:
     """Opens a file of any format and yields its arrays, which can be read inside the context."""
     with paths.open_regular(path) as file:
         start = file.read(64)
         file.seek(0)
         if start.startswith(b"PK\3\4"):
             with zipfile.ZipFile(file) as content:
-                yield _find_weights(*_read_zip(content), path)
+                yield _find_weights(*_read_zip(content), path, container)
         elif start.startswith(pickle.dumps(_MAGIC, 2)):
-            yield _find_weights(*_read_legacy(file), path)
+            yield _find_weights(*_read_legacy(file), path, container)
         elif path.suffix == ".safetensors":
-            yield _read_safetensors(file)
+            if container:
+                raise UserError(f"{path} has no entries, so no {container!r}; name the file without ::{container}")
+            yield _read_safetensors(file, path)
         else:
             pointer = start.startswith(b"version https://git-lfs")
             problem = "is a Git LFS pointer, not the file itself; run git lfs pull" if pointer else (
@@ -156,19 +166,24 @@ def _read_legacy(file: IO[bytes]) -> tuple[Unpickled, _Storages]:
     return tree, storage
 
 
-def _find_weights(tree: Unpickled, storages: _Storages, path: Path) -> dict[str, _Entry]:
-    """Finds the state dict in a checkpoint. Raises UserError if there is none."""
+def _find_weights(tree: Unpickled, storages: _Storages, path: Path, container: str) -> dict[str, _Entry]:
+    """Finds the state dict in a checkpoint, see `read`, and names the others. Raises UserError if there is none."""
 
     def tensors(value: Unpickled) -> dict[str, Tensor]:
         items = value.items() if isinstance(value, Mapping) else ()
         return {str(name): tensor for name, tensor in items if isinstance(tensor, Tensor)}
 
-    nested = [tensors(tree.get(name)) for name in _CONTAINERS] if isinstance(tree, Mapping) else []
-    found = next((some for some in nested if some), tensors(tree))
+    held = tree if isinstance(tree, Mapping) else {}
+    chosen = container or next((name for name in _CONTAINERS if tensors(held.get(name))), "")
+    found = tensors(held.get(chosen)) if chosen else tensors(tree)
     if not found:
-        names = [ascii(name)[:50] for name in list(tree)[:5]] if isinstance(tree, Mapping) else [type(tree).__name__]
-        raise UserError(f"{path} holds no named weights (it has: {', '.join(names)}); save a state dict at the top "
-                        f"level or under {', '.join(_CONTAINERS)}")  # fmt: skip
+        names = [ascii(name)[:50] for name in list(tree)[:9]] if held else [type(tree).__name__]
+        raise UserError(f"{path} holds no named weights{f' under {container!r}' * bool(container)} (it has: "
+                        f"{', '.join(names)}); name its entry as in 'FILE::model_ema', or save a state dict at the top "
+                        "level")  # fmt: skip
+    if not container and (others := [name for name in _CONTAINERS if name != chosen and tensors(held.get(name))]):
+        log.warning("%s holds several sets of weights: %r is taken; choose another by 'FILE::%s'", path, chosen,
+                    " or ::".join(others))  # fmt: skip
     kept: dict[Storage, np.ndarray] = {}
 
     def read(tensor: Tensor) -> np.ndarray:
@@ -181,16 +196,12 @@ def _find_weights(tree: Unpickled, storages: _Storages, path: Path) -> dict[str,
 
 def _view(tensor: Tensor, storage: np.ndarray) -> np.ndarray:
     """The tensor as a view of its storage. Raises ValueError if it exceeds the storage."""
-    last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
-    if math.prod(tensor.shape) == 0:
-        return storage[:0].reshape(tensor.shape)
-    if last >= storage.size:
-        raise ValueError("a tensor reaches beyond its storage")
-    strides = [stride * storage.itemsize for stride in tensor.strides]
-    return np.lib.stride_tricks.as_strided(storage[tensor.offset :], tensor.shape, strides)
+    size = storage.itemsize
+    strides = [stride * size for stride in tensor.strides]
+    return np.ndarray(tensor.shape, storage.dtype, storage.view(np.uint8), tensor.offset * size, strides)
 
 
-def _read_safetensors(file: IO[bytes]) -> dict[str, _Entry]:
+def _read_safetensors(file: IO[bytes], path: Path) -> dict[str, _Entry]:
     """Reads a safetensors file by its library, which checks the header against the length of the content."""
 
     def read(tensor: JsonObject) -> np.ndarray:
@@ -198,5 +209,5 @@ def _read_safetensors(file: IO[bytes]) -> dict[str, _Entry]:
 
     found = safetensors.deserialize(file.read())  # not `safe_open`: `init_from` may be in a bucket
     if unknown := [tensor["dtype"] for _, tensor in found if tensor["dtype"] not in _SAFETENSORS]:
-        raise ValueError(f"the unknown type {unknown[0]}")
+        raise UserError(f"{path} has arrays of the type {unknown[0]:.20}, which is not read; save them as float32")
     return {name: _Entry(tuple(tensor["shape"]), functools.partial(read, tensor)) for name, tensor in found}

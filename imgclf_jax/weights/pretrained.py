@@ -74,16 +74,17 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     file says that it was trained for other classes or with another normalization, link or model.
     """
     config = programs.recipe.config
-    path = paths.as_path(config.init_from)
+    file, _, container = config.init_from.partition("::")
+    path = paths.as_path(file)
     state, replicas = programs.state_shape, programs.recipe.config.num_seeds > 1
     shapes = {"params": state.params, **state.model_state}
     own = dict(tree.named_leaves(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[replicas:], x.dtype), shapes)))
     if not programs.recipe.method.predicts:  # accept the names of a head, but no array
         own |= {f"{_HEAD}{leaf}": jax.ShapeDtypeStruct((0,), "float32") for leaf in ("kernel", "bias")}
-    if path.is_dir():
+    if path.is_dir() and not container:
         named, labels, source = _read_workdir(Workdir(path))
     elif path.is_file():
-        named, labels, source = _read_file(path, programs, own)
+        named, labels, source = _read_file(path, container, programs, own)
     else:
         raise no_such("init_from", "file or work directory", path)
     record = _read_record(path, named)
@@ -154,8 +155,13 @@ def _read_workdir(workdir: Workdir) -> Named:
     return named, {name: name for name in named}, {"step": step, "sha256": digest}
 
 
-def _read_file(path: Path, programs: Programs, own: Mapping[str, jax.ShapeDtypeStruct]) -> Named:
-    backbone = programs.recipe.plain_model.backbone
+def _read_file(path: Path, container: str, programs: Programs, own: Mapping[str, jax.ShapeDtypeStruct]) -> Named:
+    """Reads a file of PyTorch's names and layouts: see `files.read`. Logs what is assumed of them."""
+    model, metadata, flattened = programs.recipe.plain_model, files.read_metadata(path), dict[str, int]()
+    backbone = model.backbone
+    if "names" not in metadata or "flattened" in metadata:  # `export` once wrote rows in our order
+        shapes = {name: x.shape for name, x in own.items()}
+        flattened = torch_names.flattened(model, programs.recipe.data.image_shape, shapes)
 
     def wanted(label: str, shape: tuple[int, ...]) -> bool:
         """Whether an array may be taken. Only the shapes of the others are needed."""
@@ -165,7 +171,7 @@ def _read_file(path: Path, programs: Programs, own: Mapping[str, jax.ShapeDtypeS
         grid = name.endswith(_POSITIONS) and len(shape) == 3 and shape[1] <= _MAX_POSITIONS
         return math.prod(shape) == math.prod(own[name].shape) or (grid and shape[::2] == own[name].shape[::2])
 
-    found = files.read(path, wanted)
+    found = files.read(path, wanted, container)
     named, labels = {}, {}
     for label, array in found.items():
         if label.endswith("num_batches_tracked"):  # a counter that BatchNorm with a momentum does not use
@@ -174,8 +180,12 @@ def _read_file(path: Path, programs: Programs, own: Mapping[str, jax.ShapeDtypeS
         if name is None or name in named:
             name = f"unused/{_UNKNOWN}/{label}"  # equals no parameter's path
         else:
-            array = torch_names.own_layout(array, name, own[name].shape)
+            array = torch_names.own_layout(array, name, own[name].shape, flattened.get(name, 1))
         named[name], labels[name] = array, label
+    if reordered := [labels[name] for name in flattened if name in labels]:
+        log.info("%s: the inputs of %s are reordered from [c, h, w] to [h, w, c]", path, ", ".join(reordered))
+    if type(backbone) in torch_names.ASSUMED:
+        log.info("%s: the weights are taken for those of %s", path, torch_names.ASSUMED[type(backbone)])
     with paths.open_regular(path) as file:
         return named, labels, {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -203,6 +213,9 @@ def _fit(
         elif name in head and weights.head:
             continue
         elif array.shape == own[name].shape and (not name.endswith(_POSITIONS) or their_grid in (None, grid)):
+            if array.dtype.kind in "biuc" and array.dtype != own[name].dtype:
+                raise UserError(f"init_from: {labels[name]} holds {array.dtype} and not floating-point numbers, as "
+                                "quantized weights do; name the file that they were quantized from")  # fmt: skip
             weights.taken[name] = np.array(array, own[name].dtype)
         elif grid and name.endswith(_POSITIONS) and (
             fitted := _resize_positions(array, own[name].shape, grid, tokens, their_grid)

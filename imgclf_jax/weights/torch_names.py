@@ -9,11 +9,16 @@ later rows of the same module are aliases, which only import reads.
 import functools
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
+import jax
 import numpy as np
 from flax import linen as nn
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from imgclf_jax.core import jaxprs, platform, rng
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.models.classifier import Classifier
 from imgclf_jax.models.convnext import ConvNeXt
 from imgclf_jax.models.resnet import ResNet, ResNetCIFAR, WideResNet
 from imgclf_jax.models.vit import Mixer, ViT
@@ -113,6 +118,11 @@ TABLES: dict[type, dict[str, Rows]] = {
     ConvNeXt: {"torchvision": _CONVNEXT_TORCHVISION, "timm": _CONVNEXT_TIMM},
     ViT: {"timm": _VIT_TIMM, "torchvision": _VIT_TORCHVISION},
     Mixer: {"timm": _MIXER_TIMM},
+}
+
+# Models whose names and shapes are also those of others, which compute something else.
+ASSUMED: dict[type, str] = {
+    ResNet: "torchvision's ResNet, which strides in its 3x3 convolutions and, unlike timm's resnetblur, does not blur"
 }
 
 # The last parts of names, ours to PyTorch's.
@@ -215,19 +225,61 @@ def _with_leaf(pattern: str, replacement: str) -> tuple[str, str]:
     return rf"(?:{pattern})(?P<leaf>\.\w+)?", rf"{replacement}\g<leaf>"
 
 
-def own_layout(array: np.ndarray, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def flattened(
+    model: Classifier, image_shape: tuple[int, int, int], own: Mapping[str, tuple[int, ...]]
+) -> dict[str, int]:
+    """{kernel: c} of the dense layers among `own`, {name: shape}, whose input is a flattened image [h, w, c].
+
+    PyTorch flattens it as [c, h, w], so the rows of the kernel are in another order there. Raises UserError if a
+    flattened image might be the input of several layers.
+    """
+    if type(model.backbone) in TABLES:  # they flatten nothing
+        return {}
+    with platform.tracing_for("gpu"):  # where layers are plain operations
+        run = jax.make_jaxpr(lambda x: model.init_with_output(rng.init_streams(jax.random.key(0)), x, train=False))
+        jaxpr = run(jax.ShapeDtypeStruct((2, *image_shape), "float32"))
+    out: dict[str, int] = {}
+    for size, channels in {*_flattened_sizes(jaxpr, set())}:
+        kernels = [name for name, shape in own.items() if name.endswith("/kernel") and shape[:-1] == (size,)]
+        if len(kernels) > 1 or out.keys() & kernels:
+            raise UserError(f"PyTorch orders the {size} values of a flattened image otherwise, and one of "
+                            f"{', '.join(kernels)} reads them; give each another number of inputs")  # fmt: skip
+        out |= dict.fromkeys(kernels, channels)
+    return out
+
+
+def _flattened_sizes(jaxpr: Jaxpr | ClosedJaxpr, channels_first: set[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
+    """Yields (h * w * c, c) for each [b, h, w, c] that is flattened to [b, h * w * c]."""
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        for one in jaxprs.inner(equation):
+            yield from _flattened_sizes(one, channels_first)
+        name, shapes = equation.primitive.name, [one.aval.shape for one in (*equation.invars, *equation.outvars)]
+        if name == "transpose" and equation.params["permutation"] == (0, 3, 1, 2):
+            channels_first.add(shapes[-1])  # flattened as in PyTorch
+        elif name == "reshape" and len(shapes[0]) == 4 and shapes[0] not in channels_first:
+            b, h, w, c = shapes[0]
+            if shapes[-1] == (b, h * w * c) and h * w > 1 and c > 1:
+                yield h * w * c, c
+
+
+def own_layout(array: np.ndarray, name: str, shape: tuple[int, ...], channels: int = 1) -> np.ndarray:
     """PyTorch's array in the layout of our parameter `name`, which has the shape `shape`.
 
-    Convolutions are [out, in, kh, kw] in PyTorch and [kh, kw, in, out] here, dense layers [out, in] and [in, out]. Axes
-    of size one, as in a layer scale [d, 1, 1], are removed. If the models differ, the shape may not be `shape`.
+    Convolutions are [out, in, kh, kw] in PyTorch and [kh, kw, in, out] here, dense layers [out, in] and [in, out];
+    behind a flattened image of `channels`, `in` is [c, h, w] there and [h, w, c] here. Axes of size one, as in a layer
+    scale [d, 1, 1], are removed. If the models differ, the shape may not be `shape`.
     """
+    if channels > 1 and array.ndim == 2 and array.shape[::-1] == shape:
+        array = array.reshape(len(array), channels, -1).swapaxes(1, 2).reshape(array.shape)
     if name.endswith("/kernel"):
         return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
     return array.squeeze() if array.ndim > len(shape) and array.squeeze().shape == shape else array
 
 
-def torch_layout(array: np.ndarray, name: str, library: str) -> np.ndarray:
+def torch_layout(array: np.ndarray, name: str, library: str, channels: int = 1) -> np.ndarray:
     """Our parameter `name` in the layout of PyTorch: the inverse of `own_layout`."""
+    if channels > 1:
+        array = array.reshape(-1, channels, array.shape[1]).swapaxes(0, 1).reshape(array.shape)
     if name.endswith("/kernel"):
         array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
     elif name.endswith("/gamma") and library == "torchvision":

@@ -9,6 +9,7 @@ one allocates its memo by the largest index in the file.
 import collections
 import io
 import pickle
+import re
 from typing import Any, ClassVar, NamedTuple
 
 import ml_dtypes
@@ -31,7 +32,12 @@ DTYPES = (
     ("int8", "CharStorage", "I8", np.dtype("i1")),
     ("uint8", "ByteStorage", "U8", np.dtype("u1")),
     ("bool", "BoolStorage", "BOOL", np.dtype("?")),
+    # Those without a storage of their own: their bytes are in an untyped one.
+    ("float8_e4m3fn", "", "F8_E4M3", np.dtype(ml_dtypes.float8_e4m3fn)),
+    ("float8_e5m2", "", "F8_E5M2", np.dtype(ml_dtypes.float8_e5m2)),
+    ("uint16", "", "U16", np.dtype("<u2")),
 )
+_DTYPES = {name: dtype for name, _, _, dtype in DTYPES}
 _OPCODES = """PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT
     BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES
     BINBYTES8 TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST EMPTY_DICT APPEND APPENDS GLOBAL STACK_GLOBAL BINPERSID
@@ -83,16 +89,36 @@ def _tensor(storage: Unpickled, offset: Unpickled, shape: Unpickled, strides: Un
     return Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
+def _tensor_of_bytes(storage: Storage, offset: Unpickled, shape: Unpickled, strides: Unpickled, *more: str) -> Tensor:
+    return _tensor(storage._replace(dtype=_DTYPES[more[2]]), offset, shape, strides)
+
+
+# What training scripts save beside weights: it is neither made nor called.
+_IGNORED = re.compile(
+    r"argparse\.Namespace|datetime\.datetime|pathlib\.(_local\.)?\w+Path|_codecs\.encode|numpy\.(dtype|ndarray)|"
+    r"numpy\._?core\.multiarray\.(scalar|_reconstruct)|"
+    r"(builtins|__builtin__)\.(bool|bytearray|complex|dict|float|frozenset|int|list|set|slice|str|tuple)"
+)
+
+
+def _ignored(*_: Unpickled) -> None:
+    """Stands for an object, and for its class."""
+
+
 # What a pickle may name. The types of storages are NumPy's dtypes here, and dtypes their names.
 _FUNCTIONS: dict[str, Function | np.dtype | str] = {
     "collections.OrderedDict": _ordered,
+    "collections.defaultdict": lambda *_: {},
+    "collections.Counter": lambda *_: {},
     "torch.Size": lambda *sizes: tuple(*sizes),
     "torch.device": lambda *device: device,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_of_bytes,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "torch.storage.UntypedStorage": np.dtype("u1"),
     **{f"torch.{storage}": dtype for _, storage, _, dtype in DTYPES},
-    **{f"torch.{name}": name for name, _, _, _ in DTYPES},
+    **{f"torch.{name}": name for name in _DTYPES},
 }
 
 
@@ -110,7 +136,8 @@ class _Unpickler(internals.PythonUnpickler):
         self._left = file.getbuffer().nbytes  # elements that calls may still copy: each was in the pickle once
 
     def find_class(self, module: str, name: str) -> Unpickled:
-        if (found := _FUNCTIONS.get(f"{module}.{name}")) is None:
+        found = _ignored if _IGNORED.fullmatch(f"{module}.{name}") else _FUNCTIONS.get(f"{module}.{name}")
+        if found is None:
             if not self.read(1):
                 raise EOFError("it ends within a name")
             text = f"{module}.{name}"[:200]
@@ -132,9 +159,9 @@ class _Unpickler(internals.PythonUnpickler):
         self.stack[-1] = self.stack[-1](*arguments)
 
     def _build(self) -> None:
-        """Drops the attributes of a state dict, such as the versions of its modules."""
+        """Drops the attributes of a state dict, such as the versions of its modules, or of an ignored object."""
         self.stack.pop()
-        if not isinstance(self.stack[-1], dict):
+        if not isinstance(self.stack[-1], dict | None):
             raise ValueError("attributes of something else than a dict")
 
     def _set_items(self, items: list[Unpickled]) -> None:
@@ -153,6 +180,7 @@ class _Unpickler(internals.PythonUnpickler):
             for opcode in (getattr(pickle, name) for name in _OPCODES)
         },
         pickle.REDUCE[0]: _reduce,
+        pickle.NEWOBJ[0]: _reduce,
         pickle.BUILD[0]: _build,
         pickle.SETITEM[0]: _set_item,
         pickle.SETITEMS[0]: lambda self: self._set_items(self.pop_mark()),

@@ -152,6 +152,12 @@ def test_a_tensor_lies_within_its_storage(tmp_path):
     assert files.read(huge, lambda *_: False)["w"].shape == files.read(huge)["w"].shape == (1, 400_000_001, 192)
 
 
+def test_float8(tmp_path):
+    array = np.float32([-0.25, 1.5]).astype(ml_dtypes.float8_e5m2)
+    path = torch_format.write(tmp_path / "x.pth", {"w": torch_format.float8("0", 2)}, {"0": array.tobytes()})
+    np.testing.assert_array_equal(files.read(path)["w"].astype(np.float32), [-0.25, 1.5])
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_a_damaged_file(tmp_path, name):
     """Cut short anywhere; in a zip archive a flipped bit too."""

@@ -26,7 +26,8 @@ from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.digests import Digests
 from imgclf_jax.run.provenance import DataInfo
-from imgclf_jax.weights import pretrained
+from imgclf_jax.tools.export import torch_state
+from imgclf_jax.weights import pretrained, torch_names
 
 RESNET20 = {name: draw(name, tuple(shape)) for name, shape in MODELS["akamaster resnet20"]["shapes"].items()}
 
@@ -41,7 +42,9 @@ def file(tmp_path) -> Path:
     return torch_format.save(tmp_path / "resnet8.pth", resnet8())
 
 
-def programs(init_from: Path, model: str = "resnet_cifar(8)", shape: tuple = (32, 32, 3), classes: int = 10, **more):
+def programs(
+    init_from: Path | str, model: str = "resnet_cifar(8)", shape: tuple = (32, 32, 3), classes: int = 10, **more
+):
     config = default_config()
     config.init_from, config.model = str(init_from), model
     config.update(more)
@@ -207,14 +210,65 @@ class Other(Same):
     torch_names = ((r"layers\.0", "backbone.fc1"), ("out", "head"))
 
 
-@pytest.mark.parametrize(("model", "layer", "head"), [("Same", "fc1", "head"), ("Other", "layers.0", "out")])
+class AsPyTorch(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(4, name="fc1")(x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1))
+
+
+class Twice(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(12, name="fc2")(nn.Dense(12, name="fc1")(x.reshape(x.shape[0], -1)))
+
+
+@pytest.mark.parametrize(("model", "layer", "head"), [
+    ("Same", "fc1", "head"), ("Other", "layers.0", "out"), ("AsPyTorch", "fc1", "head")])  # fmt: skip
 def test_a_pytorch_model_of_a_backbone_without_a_table(tmp_path, model, layer, head):
-    arrays = {f"{name}.{leaf}": x for name, w in ((layer, draw("a.weight", (4, 12))), (head, draw("b.weight", (3, 4))))
+    """PyTorch flattens images [c, h, w]: its logits, here in NumPy, are ours, and export gives its arrays again."""
+    arrays = {f"{name}.{leaf}": x for name, w in ((layer, draw("a.weight", (4, 18))), (head, draw("b.weight", (3, 4))))
               for leaf, x in (("weight", w), ("bias", w[:, 0]))}  # fmt: skip
-    file = torch_format.save(tmp_path / "x.pth", arrays)
-    weights = pretrained.load(programs(file, f"{__name__}:{model}", (2, 2, 3), 3), whole=True)
-    np.testing.assert_array_equal(weights.taken["params/backbone/fc1/kernel"], arrays[f"{layer}.weight"].T)
-    np.testing.assert_array_equal(weights.taken["params/head/kernel"], arrays[f"{head}.weight"].T)
+    file, images = torch_format.save(tmp_path / "x.pth", arrays), draw("x.image", (5, 2, 3, 3))
+    own = programs(file, f"{__name__}:{model}", (2, 3, 3), 3)
+    state = own.init_state(weights=pretrained.load(own, whole=True).taken)
+    hidden = images.transpose(0, 3, 1, 2).reshape(5, -1) @ arrays[f"{layer}.weight"].T + arrays[f"{layer}.bias"]
+    logits = hidden @ arrays[f"{head}.weight"].T + arrays[f"{head}.bias"]
+    np.testing.assert_allclose(own.recipe.model.apply({"params": state.params}, images), logits, atol=1e-6)
+    variables = jax.tree.map(np.asarray, {"params": state.params})
+    shapes = {name: x.shape for name, x in tree.named_leaves(variables)}
+    flattened = torch_names.flattened(own.recipe.plain_model, (2, 3, 3), shapes)
+    assert flattened == ({} if model == "AsPyTorch" else {"params/backbone/fc1/kernel": 3})
+    out = torch_state.state_dict(own.recipe.plain_model.backbone, variables, "own", (2, 3, 3), flattened)
+    np.testing.assert_array_equal(out["fc1.weight"], arrays[f"{layer}.weight"])
+    save_file(arrays, tmp_path / "old.safetensors", {"names": "own"})  # as `export` wrote it
+    old = pretrained.load(programs(tmp_path / "old.safetensors", f"{__name__}:{model}", (2, 3, 3), 3))
+    np.testing.assert_array_equal(old.taken["params/backbone/fc1/kernel"], arrays[f"{layer}.weight"].T)
+
+
+def test_a_flattened_image_that_two_layers_may_read(tmp_path):
+    file = torch_format.save(tmp_path / "x.pth", {"fc1.weight": np.zeros((12, 12))})
+    with pytest.raises(UserError, match=r"one of params/backbone/fc1/kernel, params/backbone/fc2/kernel.* reads them"):
+        pretrained.load(programs(file, f"{__name__}:Twice", (2, 2, 3), 3))
+
+
+@pytest.mark.parametrize("ema", ["model_ema", "state_dict_ema"])
+def test_a_checkpoint_with_averages(tmp_path, caplog, ema):
+    """They are taken, and the log names the others; `FILE::NAME` chooses."""
+    raw, mean = ({name: x + i for name, x in resnet8().items()} for i in (0, 1))
+    wrapped = {"n_averaged": np.zeros(()), **{f"module._orig_mod.model.{name}": x for name, x in mean.items()}}
+    file = torch_format.save_nested(tmp_path / "x.pth", {"model": raw, ema: wrapped})
+    for name, expected in (("", mean), (f"::{ema}", mean), ("::model", raw)):
+        kernel = pretrained.load(programs(f"{file}{name}"), whole=True).taken["params/head/kernel"]
+        np.testing.assert_array_equal(kernel, expected["linear.weight"].T)
+    assert f"{ema!r} is taken; choose another by 'FILE::model'" in caplog.text
+    with pytest.raises(UserError, match=r"no named weights under 'best' \(it has: 'model', "):
+        pretrained.load(programs(f"{file}::best"))
+
+
+def test_quantized_weights_are_refused(tmp_path):
+    save_file({name: x.astype(np.int8) for name, x in SMALL_MLP.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"(weight|bias) holds int8 and not floating-point numbers, as quantized"):
+        pretrained.load(programs(tmp_path / "x.safetensors", "mlp(widths=(4,))", (3, 3, 1), 2))
 
 
 def test_an_array_of_which_the_file_holds_next_to_nothing(tmp_path, monkeypatch):

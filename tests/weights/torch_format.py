@@ -26,6 +26,13 @@ def tensor(key: str, size: int, offset: int, shape: Sequence[int], strides: Sequ
     )  # fmt: skip
 
 
+def float8(key: str, size: int) -> bytes:
+    """The opcodes of a float8 tensor of `size` elements, whose storage has no type."""
+    storage = b"(" + text("storage") + b"ctorch.storage\nUntypedStorage\n" + text(key) + text("cpu") + b"I%d\ntQ" % size
+    return (b"ctorch._utils\n_rebuild_tensor_v3\n(" + storage + b"I0\n" + integers([size]) + integers([1])
+            + b"\x89Nctorch\nfloat8_e5m2\ntR")  # fmt: skip
+
+
 def write(path: Path, items: Mapping[str, bytes], storages: Mapping[str, bytes]) -> Path:
     """Writes a file of 1.6 and later: a dict of names and the opcodes of their values, and the storages' bytes."""
     content = b"\x80\x02}(" + b"".join(text(name) + value for name, value in items.items()) + b"u."
@@ -38,10 +45,24 @@ def write(path: Path, items: Mapping[str, bytes], storages: Mapping[str, bytes])
 
 def save(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
     """Writes what `torch.save` would for a state dict of these f32 arrays."""
+    return write(path, *_items(arrays, ""))
+
+
+def save_nested(path: Path, dicts: Mapping[str, Mapping[str, np.ndarray]]) -> Path:
+    """Writes a checkpoint of several state dicts."""
+    items, storages = {}, {}
+    for name, arrays in dicts.items():
+        inner, own = _items(arrays, name)
+        items[name] = b"}(" + b"".join(text(key) + value for key, value in inner.items()) + b"u"
+        storages |= own
+    return write(path, items, storages)
+
+
+def _items(arrays: Mapping[str, np.ndarray], prefix: str) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """The opcodes of the tensors by name, and their storages, whose names begin with `prefix`."""
     items, storages = {}, {}
     for i, (name, array) in enumerate(arrays.items()):
         array = np.array(array, "<f4", order="C")
-        strides = [stride // 4 for stride in array.strides]
-        items[name] = tensor(str(i), array.size, 0, array.shape, strides)
-        storages[str(i)] = array.tobytes()
-    return write(path, items, storages)
+        items[name] = tensor(f"{prefix}{i}", array.size, 0, array.shape, [stride // 4 for stride in array.strides])
+        storages[f"{prefix}{i}"] = array.tobytes()
+    return items, storages

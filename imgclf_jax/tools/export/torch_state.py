@@ -1,5 +1,8 @@
 """A PyTorch `state_dict` from our variables, by the names and layouts in `weights.torch_names`."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import numpy as np
 from flax import linen as nn
 
@@ -25,14 +28,18 @@ def naming(backbone: nn.Module, names: str = "") -> str:
 
 
 def state_dict(
-    backbone: nn.Module, variables: Variables, names: str, image_shape: tuple[int, int, int]
+    backbone: nn.Module,
+    variables: Variables,
+    names: str,
+    image_shape: tuple[int, int, int],
+    flattened: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, np.ndarray]:
     """PyTorch's `state_dict` of a classifier over `backbone`, from its variables {"params", "batch_stats", …}.
 
     `names` is a result of `naming`. Modules that a method adds to the backbone and the head, such as a projector, are
     dropped. Fixed positions, which are no parameters here, are added if the PyTorch model stores them. With "own"
-    names, dense layers after flattening expect [h, w, c], as here. Raises UserError if the library's model lacks one of
-    the weights, or needs another one.
+    names, `flattened` are the dense layers whose rows need PyTorch's order: see `torch_names.flattened`. Raises
+    UserError if the library's model lacks one of the weights, or needs another one.
     """
     own = {name: x for name, x in tree.named_leaves(variables) if name.split("/")[1] in ("backbone", "head")}
     if isinstance(backbone, ViT) and backbone.positions == "sincos" and names != "own":
@@ -43,7 +50,7 @@ def state_dict(
         if (label := labels[name]) is None:
             raise UserError(f"the weight {name} of {type(backbone).__name__} has no name in {names}'s model; "
                             "pass --names=own")  # fmt: skip
-        out[label] = torch_names.torch_layout(np.asarray(value), name, names)
+        out[label] = torch_names.torch_layout(np.asarray(value), name, names, flattened.get(name, 1))
         if label.endswith(".running_mean"):  # a counter that PyTorch stores, and uses only without a momentum
             out[f"{label.removesuffix('running_mean')}num_batches_tracked"] = np.zeros((), np.int64)
     if isinstance(backbone, ViT) and names == "torchvision" and "class_token" not in out:
