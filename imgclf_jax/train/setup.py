@@ -17,7 +17,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Function, Json, JsonObject, Params, PyTree
 from imgclf_jax.data import stream
 from imgclf_jax.data.source import Source
-from imgclf_jax.models import classifier
+from imgclf_jax.models import classifier, norms
 from imgclf_jax.optim import optimizers
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
@@ -156,6 +156,8 @@ def _warnings(recipe: Recipe, base: Mapping[str, Source], params: Params) -> Ite
         yield f"optimizer={config.optimizer!r} ignores its learning_rate: the schedule, and the rate logged, do nothing"
     if ops.divides_twice(config.augment, recipe.data.image_shape):
         yield f"augment={config.augment!r}: an op before normalize returns 0 to 1, and normalize divides by 255 again"
+    if config.batch_norm != "global" and norms.calls_linens(recipe.model, recipe.data.image_shape):
+        yield f"batch_norm={config.batch_norm!r} does not reach linen's BatchNorm; use that of imgclf_jax.models.norms"
     if recipe.method.freeze and not config.init_from:
         yield f"method={config.method!r} freezes random weights; name the run or file to load by init_from"
 

@@ -11,8 +11,10 @@ from flax import linen as nn
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.models import norms
+from imgclf_jax.models.classifier import Classifier
 from imgclf_jax.models.layers import Dense
 from imgclf_jax.models.norms import BatchNorm, GroupNorm, LayerNorm
+from imgclf_jax.models.resnet import ResNetCIFAR
 
 
 def normal(seed, *shape):
@@ -112,3 +114,10 @@ def test_groups():
     for text, message in (("groups(33)", "256 images do not divide into groups of 33"), ("local", "allowed are")):
         with pytest.raises(UserError, match=message):
             norms.groups(text, 256)
+
+
+@pytest.mark.parametrize(("norm", "expected"), [(nn.BatchNorm, True), (BatchNorm, False)])
+def test_linens_batch_norm_is_found(norm, expected):
+    """The key batch_norm='groups(8)' does not reach it, which a run warns of."""
+    backbone = ResNetCIFAR(8, norm=norm)
+    assert norms.calls_linens(Classifier(backbone, 3), (8, 8, 3)) == expected
