@@ -44,26 +44,26 @@ def open_data(config: ConfigDict, text: str = "") -> dict[str, Source]:
 def open_train_images(config: ConfigDict, base: Mapping[str, Source] | None = None) -> Images:
     """Opens the training images of a config, in all processes, with `data.extra`; `base` are its sources, if open."""
     base = open_data(config) if base is None else base
-    extra = {name: _extra_images(config, name, stream, base) for name, stream in extra_streams(config).items()}
     source = sources.take_split(base, config.data.train)
+    extra = {name: _extra_images(config, name, one, base, source.bits) for name, one in extra_streams(config).items()}
     sampler = _sampler(config.data.sampling, source, "data.sampling")
     return Images(source, config.preprocess, config.seed, config.data.threads, sampler, extra)
 
 
-def eval_images(source: Source, config: ConfigDict) -> Images:
-    """The images of a source with the host ops of evaluation."""
+def eval_images(source: Source, config: ConfigDict, bits: int | None = None) -> Images:
+    """The images of a source with the host ops of evaluation; `bits` are the run's (see `Images`)."""
     preprocess = decode.evaluation_spec(config.preprocess_eval, config.preprocess)
-    return Images(source, preprocess, config.seed, config.data.threads)
+    return Images(source, preprocess, config.seed, config.data.threads, bits=bits)
 
 
-def _extra_images(config: ConfigDict, name: str, stream: ExtraStream, base: Mapping[str, Source]) -> Images:
+def _extra_images(config: ConfigDict, name: str, stream: ExtraStream, base: Mapping[str, Source], bits: int) -> Images:
     """Opens a stream of `data.extra`. Raises UserError naming its key."""
     try:
         opened = open_data(config, stream.source) if stream.source else base
         split = stream.split or ("train" if len(opened) > 1 else next(iter(opened)))
         source = sources.take_split(opened, split)
         sampler = _sampler(stream.sampling, source, "sampling")
-        return Images(source, stream.preprocess, config.seed, config.data.threads, sampler)
+        return Images(source, stream.preprocess, config.seed, config.data.threads, sampler, bits=bits)
     except UserError as e:
         raise UserError(f"data.extra.{name}: {e}") from e
 

@@ -377,7 +377,7 @@ class Programs:
     @once
     def host_ops(self) -> decode.HostOps:
         """The preprocessing of evaluation as one function: see `decode.build`."""
-        return decode.build(self.preprocess_eval)[0]
+        return decode.build(self.preprocess_eval, self.recipe.data.bits)[0]
 
     @property
     def preprocess_eval(self) -> str:

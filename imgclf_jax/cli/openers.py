@@ -26,8 +26,12 @@ def without_config(line: CommandLine) -> tuple[None, None]:
 
 
 def from_file(line: CommandLine) -> tuple[ConfigDict, str]:
-    """The config file --config."""
-    return _overridden(configs.load_file(line.config_file), line), _workdir(line)
+    """The config file --config. A run in --workdir that skips unreadable images goes on skipping them."""
+    config, workdir = configs.load_file(line.config_file), _workdir(line)
+    file = paths.as_path(workdir) / "config.json"
+    if file.is_file() and configs.from_json(paths.read(file), str(file)).data.unreadable == "skip":
+        config.data.unreadable = "skip"
+    return _overridden(config, line), workdir
 
 
 def from_run(line: CommandLine) -> tuple[ConfigDict, str]:

@@ -13,6 +13,7 @@ from imgclf_jax.core import memory, paths
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.data.source import MAX_CLASSES, Source
 
+_NAMES = ("class_names", "target_names")
 _UNNAMED_CLASSES = 1000  # up to which classes need neither names nor an example each
 
 
@@ -36,7 +37,7 @@ def arrays(path: str) -> dict[str, Source]:
     - `x_NAME` uint8[n, h, w(, c)] and `y_NAME` int[n] or int[n, 1], as in Keras's mnist.npz, or `NAME_images` and
       `NAME_labels`, as in MedMNIST. `images` and `labels` are the split `train`.
     - `class_names` (optional) names the classes, at most 1,000,000; by default they are numbered.
-    - `NAME_targets` (`targets`), numbers [n] or [n, k], replace labels; `target_names` names the k targets.
+    - `NAME_targets` (`targets`), numbers [n] or [n, k], replace labels; `target_names` or `class_names` names them.
     - `NAME_weights` (`weights`) [n] are the weights of the sampling 'weighted'.
 
     Raises UserError for a file that is damaged, of another kind, or larger than memory.
@@ -54,8 +55,9 @@ def arrays(path: str) -> dict[str, Source]:
             ys = {y: content[y].reshape(len(content[y]), -1).astype(np.float32) for _, y, _ in splits.values()}
     else:
         ys = {y: content[y].reshape(-1) for _, y, _ in splits.values()}
-    given = content.get("target_names" if True in kinds else "class_names")
-    names = _number_classes(ys, where) if given is None else _text(given, where)
+    if len(given := [content[key] for key in _NAMES if key in content]) > 1:
+        raise UserError(f"{where}, both {' and '.join(_NAMES)} name the same; keep one")
+    names = _number_classes(ys, where) if not given else _text(given[0], where)
     out = {}
     for split, (x, y, weights) in splits.items():
         images = content[x] if content[x].ndim == 4 else content[x][..., None]
@@ -86,7 +88,7 @@ def _load(path: str) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, str, s
         with paths.open_regular(file) as opened, zipfile.ZipFile(opened) as content:
             infos = {info.filename.removesuffix(".npy"): info for info in content.infolist()}
             splits = _splits(infos, path)
-            used = {"class_names", "target_names", *(key for keys in splits.values() for key in keys)} & infos.keys()
+            used = {*_NAMES, *(key for keys in splits.values() for key in keys)} & infos.keys()
             memory.require(sum(infos[key].file_size for key in used), f"arrays: {path}")
             return {key: _array(content, infos[key]) for key in used}, splits
     except UserError:

@@ -6,6 +6,7 @@ size are in `resizing`.
 """
 
 import functools
+import importlib.util
 import io
 import math
 from collections.abc import Callable
@@ -21,7 +22,10 @@ from imgclf_jax.data import resizing
 from imgclf_jax.data.resizing import Picture
 
 # The formats of photographs and data sets. Pillow tries some of its forty others on any bytes; EPS runs Ghostscript.
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF")
+FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF"]
+if importlib.util.find_spec("pillow_heif"):  # HEIC, of phones
+    importlib.import_module("pillow_heif").register_heif_opener()
+    FORMATS.append("HEIF")
 _MAX_BYTES = 8 * resizing.MAX_PIXELS  # of a file: four uncompressed channels of 16 bits
 _TILE = (322, 323)  # TIFF tags of a tile's width and height
 _MAX_TILE = 2**24  # pixels; usual tiles have 2**16
@@ -45,15 +49,28 @@ def decode(image: Undecoded, channels: int = 3, draft: int = 0) -> np.ndarray:
     `channels` is 1, 3 or 4. `draft` decodes a JPEG image at the smallest of 1/2, 1/4 and 1/8 of its size whose sides
     have at least `draft` pixels, which is faster and gives other pixels.
 
-    It applies the EXIF orientation, takes the first frame of an animation, drops alpha unless channels is 4, keeps the
-    high byte of 16-bit grey, and converts color to grey by ITU-R 601 luma. Raises UserError for bytes that do not
-    decode, and for an image of more than 2**26 pixels, or 2**20 in a row or column.
+    It applies the EXIF orientation, takes the first frame of an animation, drops alpha unless channels is 4, converts
+    color to grey by ITU-R 601 luma, and keeps the high byte of 16 bits per channel, or in grey of the `bits` of the
+    data set. Raises UserError for bytes that do not decode, and for an image of more than 2**26 pixels, or 2**20 in a
+    row or column.
     """
     return resizing.to_array(_decode(image, channels, draft))
 
 
-def _decode(image: Undecoded, channels: int = 3, draft: int = 0) -> Picture:
-    """`decode` for the ops of `resizing`, which take a Pillow image."""
+def measure(data: bytes) -> int:
+    """Decodes an image. Returns the bits of its greatest value if it is grey of more than 8 bits, else 0."""
+    decode(data, draft=1)  # twice as fast for JPEG, and reads the whole file too
+    picture = _open(data)
+    if picture.mode.startswith("I"):
+        return int(np.asarray(picture).max()).bit_length()
+    if ";16" in str(picture.tile) and np.asarray(picture).max() < 16:  # Pillow has dropped the low bytes
+        raise UserError("the image has 16 bits per channel and color, and no value above 4095: it would be black, as "
+                        "only the high bytes are read; save it with 8 bits")  # fmt: skip
+    return 0
+
+
+def _decode(image: Undecoded, channels: int = 3, draft: int = 0, bits: int = 16) -> Picture:
+    """`decode` for the ops of `resizing`, which take a Pillow image. `bits` are those of grey with more than 8."""
     if channels not in _MODES:
         raise UserError(f"decode(channels={channels!r}): allowed are 1, 3 and 4")
     if isinstance(image, np.ndarray):
@@ -61,18 +78,19 @@ def _decode(image: Undecoded, channels: int = 3, draft: int = 0) -> Picture:
             raise UserError(f"the image is {image.dtype}{list(image.shape)}; expected uint8[h, w, c] with c 1 to 4")
         if image.shape[-1] == channels:
             return image
-        return _convert(resizing.to_pillow(image), channels)
+        return _convert(resizing.to_pillow(image), channels, bits)
     try:
         picture = image if isinstance(image, Image.Image) else _open(image)
         if draft:
             picture.draft(None, (draft, draft))  # affects only JPEG
-        return _convert(_upright(picture), channels)
+        return _convert(_upright(picture), channels, bits)
     except UserError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:  # Pillow's limits are above ours
         raise UserError(f"the image has more than {resizing.MAX_PIXELS:,} pixels; make it smaller") from e
     except UnidentifiedImageError as e:
-        raise UserError(f"the image is in none of the formats {', '.join(FORMATS)}; convert it to one") from e
+        more = "" if "HEIF" in FORMATS else ", or install pillow-heif if it is HEIC"
+        raise UserError(f"the image is in none of the formats {', '.join(FORMATS)}; convert it to one{more}") from e
     except Exception as e:  # Pillow's plugins raise many types for damaged bytes
         raise UserError(f"the image does not decode: {reason(e)}") from e
 
@@ -96,13 +114,14 @@ def _upright(picture: Image.Image) -> Image.Image:
     return picture if turn is None else picture.transpose(turn)
 
 
-def _convert(picture: Image.Image, channels: int) -> Image.Image:
-    """Converts a Pillow image to one with this number of channels of 8 bits."""
-    if picture.mode.startswith("I"):  # 16 bits per pixel, which convert("L") would clip instead of scale
-        deep = np.asarray(picture)
-        if deep.dtype.itemsize > 2 and (deep.min() < 0 or deep.max() > 65535):
-            raise UserError("the image has more than 16 bits per channel; save it with 8 or 16")
-        picture = Image.fromarray((deep >> 8).astype(np.uint8))
+def _convert(picture: Image.Image, channels: int, bits: int) -> Image.Image:
+    """Converts a Pillow image to one with this number of channels of 8 bits, the high ones of `bits` of deep grey."""
+    if picture.mode.startswith("I"):  # more than 8 bits, which convert("L") would clip instead of scale
+        deep = np.asarray(picture).astype(np.int64)
+        if deep.min() < 0 or deep.max() >> bits:
+            raise UserError(f"the image has more than {bits} bits per channel: its values are from {deep.min()} to "
+                            f"{deep.max()}; save it with 8, or as the training images")  # fmt: skip
+        picture = Image.fromarray((deep << 8 >> bits).astype(np.uint8))
     elif picture.mode == "F":
         raise UserError("the image holds floating-point values of unknown range; save it with 8 or 16 bits per channel")
     if picture.mode == "P":  # a palette may hold color and alpha
@@ -143,15 +162,16 @@ def _bind(text: str, where: str) -> tuple[list[spec.Call], list[functools.partia
     return calls, [kinds.bind(call, HOST_OPS, "host op", _LEADING) for call in calls]
 
 
-def build(text: str) -> tuple[HostOps, bool]:
+def build(text: str, bits: int = 16) -> tuple[HostOps, bool]:
     """Returns the function (image, seed, position) → uint8[h, w, c] of a spec of host ops, and whether it is random.
 
+    `bits` are those of the data set's grey images of more than 8 (see `Source`).
     `position` is the example's global position in the stream. An op's draws depend on the seed, the position, its name
     and the number of earlier ops of that name, so adding another op does not change them. The function raises UserError
     for an image that an op of this package cannot process; an error in a user's op passes, for its traceback.
     """
     calls, ops = _bind(text, "preprocess")
-    ops[0] = functools.partial(_decode, *ops[0].args, **ops[0].keywords)
+    ops[0] = functools.partial(_decode, *ops[0].args, **ops[0].keywords, bits=bits)
     streams = [f"preprocess/{call.name}/{i}" for call, i in zip(calls, spec.occurrences(calls), strict=True)]
     is_random = [kinds.kind_of(op) == kinds.RANDOM for op in ops]
 

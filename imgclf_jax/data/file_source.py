@@ -46,7 +46,7 @@ def file_sources(
         names = [str(root / file) for file in own]
         own_columns = {name: [values[row] for row in rows] for name, values in columns.items()}
         out[split] = Source(len(own), functools.partial(_read, names), class_names, fingerprint, y, names.__getitem__,
-                            own_columns, skipped)  # fmt: skip
+                            own_columns, skipped, checked.bits)  # fmt: skip
     return out
 
 
@@ -73,7 +73,8 @@ def open_folder(kind: str, path: str) -> Path:
 def check_files(kind: str, root: Path, files: Sequence[str], unreadable: str) -> Checked:
     """Checks the image files of a source: see `image_check.check`.
 
-    Raises UserError naming the first unreadable ones, or warns of their number if `unreadable` is "skip".
+    Raises UserError naming the first unreadable ones, or warns of their number if `unreadable` is "skip". Also warns of
+    images of 16 or 32 bits that hold smaller values.
     """
     if unreadable not in ("error", "skip"):
         raise UserError(unknown("value of unreadable", unreadable, ("error", "skip")))
@@ -83,7 +84,10 @@ def check_files(kind: str, root: Path, files: Sequence[str], unreadable: str) ->
         shown = "; ".join(f"{root / file} ({reason})" for file, reason in list(bad.items())[:3])
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise UserError(f"{kind}: unreadable image: {shown}{more}; repair, move or remove it, or skip all such files "
-                        "by --config.data.unreadable=skip")  # fmt: skip
+                        "by --config.data.unreadable=skip, which the run then keeps")  # fmt: skip
     if bad:
         log.warning("%s: unreadable files left out: %d, such as %s", root, len(bad), root / next(iter(bad)))
+    if checked.bits != 16:
+        log.warning("%s: its grey images of more than 8 bits hold values of up to %d bits, which are scaled to 8", root,
+                    checked.bits)  # fmt: skip
     return checked

@@ -17,7 +17,7 @@ from imgclf_jax.core import cache, paths, terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode
 
-_FORM = 8  # increase it when `decode` refuses other files than before, or the record changes
+_FORM = 9  # increase it when `decode` refuses other files than before, or the record changes
 THREADS = 16  # a network file system is slow for each request, but serves many at a time
 
 # Size in bytes, mtime and ctime in nanoseconds. The ctime reveals a replaced file whose mtime `cp -p` preserved.
@@ -29,6 +29,7 @@ class Checked(NamedTuple):
 
     unreadable: dict[str, str]  # name → the reason; sorted
     digests: dict[str, str]  # name → 32 hex digits of the contents, for readable files
+    bits: int  # of the greatest value of readable grey images of more than 8 bits; 16 without any
 
 
 class _Entry(NamedTuple):
@@ -37,6 +38,7 @@ class _Entry(NamedTuple):
     stamp: Stamp
     reason: str  # why it is unreadable; "" if readable
     digest: str = ""
+    bits: int = 0
 
 
 def check(root: Path, files: Sequence[str]) -> Checked:
@@ -47,7 +49,7 @@ def check(root: Path, files: Sequence[str]) -> Checked:
     found = dict(zip(files, _map(lambda name: _stamp(root / name), files), strict=True))
     reasons = {name: stamp for name, stamp in found.items() if isinstance(stamp, str)}
     stamps = {name: stamp for name, stamp in found.items() if not isinstance(stamp, str)}
-    decoder = f" {PIL.__version__} {_FORM}".encode()
+    decoder = f" {PIL.__version__} {_FORM} {decode.FORMATS}".encode()
     record = cache.folder("checked") / f"{hashlib.sha256(os.fsencode(root.resolve()) + decoder).hexdigest()[:32]}.json"
     known = _load(record)
     entries = {name: known[name] for name, stamp in stamps.items() if name in known and known[name].stamp == stamp}
@@ -60,7 +62,7 @@ def check(root: Path, files: Sequence[str]) -> Checked:
             _save(record, known | entries)
     reasons |= {name: entry.reason for name, entry in entries.items() if entry.reason}
     digests = {name: entry.digest for name, entry in entries.items() if not entry.reason}
-    return Checked(dict(sorted(reasons.items())), digests)
+    return Checked(dict(sorted(reasons.items())), digests, max((one.bits for one in entries.values()), default=0) or 16)
 
 
 def _map[T](function: Callable[[str], T], names: Sequence[str]) -> Iterator[T]:
@@ -83,8 +85,8 @@ def _stamp(file: Path) -> Stamp | str:
 def _check(file: Path, stamp: Stamp) -> _Entry:
     try:
         data = decode.read_file(file)
-        decode.decode(data, draft=1)  # twice as fast for JPEG, and reads the whole file too
-        return _Entry(stamp, "", hashlib.sha256(data).hexdigest()[:32])
+        bits = decode.measure(data)
+        return _Entry(stamp, "", hashlib.sha256(data).hexdigest()[:32], bits)
     except OSError as e:  # permissions or a failing disk, which may be transient: no file has this stamp
         return _Entry((0, 0, 0), e.strerror or str(e))
     except UserError as e:

@@ -15,3 +15,4 @@ class DataInfo:
     target_names: tuple[str, ...] = ()  # equal to class_names if examples have targets f32[k]; empty with labels
     sampling: str = ""  # SHA-256 of the weights or ids that data.sampling reads; empty if it reads none
     extra: dict[str, "DataInfo"] = field(default_factory=dict)  # the further streams of `data.extra`, by name
+    bits: int = 16  # of encoded grey images of more than 8 bits: see `Source`

@@ -34,6 +34,7 @@ class Source:
     example_name: Callable[[int], str] = "example {}".format  # for messages and listings, such as the file
     columns: Mapping[str, Sequence[Any] | np.ndarray] = field(default_factory=dict)  # more values [size] by name
     skipped_files: tuple[str, ...] = ()  # unreadable files that are no examples, sorted
+    bits: int = 16  # of encoded grey images of more than 8 bits, which `decode` scales to 8
 
     def __post_init__(self) -> None:
         names, n = self.class_names, self.size
@@ -147,7 +148,7 @@ def concatenate(parts: Sequence[tuple[Source, int, int]]) -> Source:
         np.concatenate(known) if len(known) == len(parts) else None, name,
         {key: np.concatenate([np.asarray(source.columns[key])[start:stop] for source, start, stop in parts])
          for key in sorted(shared)},
-        tuple(sorted({file for source, _, _ in parts for file in source.skipped_files})),
+        tuple(sorted({file for source, _, _ in parts for file in source.skipped_files})), first.bits,
     )  # fmt: skip
 
 

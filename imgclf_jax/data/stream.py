@@ -34,16 +34,17 @@ class Images:
 
     def __init__(
         self, source: Source, preprocess: str, seed: int = 0, threads: int = 0, sampler: sampling.Sampler | None = None,
-        extra: Mapping[str, "Images"] = MappingProxyType({}),
+        extra: Mapping[str, "Images"] = MappingProxyType({}), bits: int | None = None,
     ):  # fmt: skip
         """Decodes the first example for its shape. Raises UserError for a bad spec or a broken first image.
 
         `sampler` orders the examples of the stream, by default in exact permutations; `extra` are further streams by
-        name.
+        name. `bits` are those that the run scales deep grey by, by default the source's.
         """
         self.source, self.preprocess, self.seed, self.extra = source, preprocess, seed, extra
         self.sampler = sampler or sampling.permutation(source)
-        self._ops, self.random = decode.build(preprocess)
+        self.bits = source.bits if bits is None else bits
+        self._ops, self.random = decode.build(preprocess, self.bits)
         self._threads = threads or os.cpu_count() or 1
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
         first, labels = self._decode(np.zeros(1, np.int64), np.zeros(1, np.int64), seed)
@@ -65,7 +66,7 @@ class Images:
             counts = tuple(np.bincount(read_labels(source), minlength=len(source.class_names)).tolist())
         extra = {name: images.describe() for name, images in self.extra.items()}
         return DataInfo(source.size, self.shape, source.class_names, source.fingerprint, counts, source.target_names,
-                        self.sampler.digest, extra)  # fmt: skip
+                        self.sampler.digest, extra, self.bits)  # fmt: skip
 
     def read(self, ids: np.ndarray, positions: np.ndarray, seed: int | None = None) -> Batch:
         """Reads {"image": uint8[b, h, w, c], "label": i32[b]} for ids int64[b], or "target" f32[b, k] for "label".

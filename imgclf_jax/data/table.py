@@ -32,8 +32,9 @@ def table(
     - `root` is the folder of relative files, by default the table's.
     - `classes` names the classes in order; by default they are the sorted labels, whole numbers by value.
 
-    All columns are `columns` of the source, so `data.sampling` may be weighted by one. Files are checked at the start
-    like those of `folder`, with the same `unreadable`. Raises UserError naming the column, row or file at fault.
+    All columns are `columns` of the source, so `data.sampling` may be weighted by one. Spaces around a cell are
+    dropped, but for file names below a header without any. Files are checked at the start like those of `folder`, with
+    the same `unreadable`. Raises UserError naming the column, row or file at fault, and for a file with two labels.
     """
     if targets and (classes or label != "label"):
         raise UserError(f"table(targets={targets!r}) replaces labels; leave out label and classes")
@@ -41,7 +42,7 @@ def table(
     base = open_folder("table: root", root or str(table_path.parent))
     if not table_path.is_file():
         raise no_such("table", "file", table_path)
-    columns = _read(table_path)
+    columns = _read(table_path, file)
     try:
         files = [os.path.normpath(name) for name in _column(columns, file, "file")]
         targets = (targets,) if isinstance(targets, str) else tuple(targets)
@@ -49,6 +50,7 @@ def table(
         splits = ["train"] * len(files)
         if split and (split != "split" or split in columns):
             splits = _column(columns, split, "split")
+        _check_repeated([os.path.join(os.path.abspath(base), name) for name in files], labels)
     except UserError as e:
         raise UserError(f"table: {table_path}: {e}") from e
     checked = check_files("table", base, sorted(set(files)), unreadable)
@@ -57,18 +59,29 @@ def table(
     return out
 
 
-def _read(path: Path) -> Columns:
+def _check_repeated(files: Sequence[str], labels: np.ndarray) -> None:
+    """Raises UserError if a file has two labels, or targets."""
+    first: dict[str, int] = {}
+    for row, name in enumerate(files):
+        if first.setdefault(name, row) != row and (labels[first[name]] != labels[row]).any():
+            raise UserError(
+                f"the rows {first[name] + 1} and {row + 1} give {name!r} different labels; keep one of them"
+            )
+
+
+def _read(path: Path, file: str) -> Columns:
     """Reads a table. Raises UserError for another kind of file, and for one without rows."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         text = io.StringIO(paths.read(path).decode("utf-8-sig"), newline="")
-        rows = [[cell.strip() for cell in row] for row in csv.reader(text, delimiter=delimiter, strict=True) if row]
+        rows = [row for row in csv.reader(text, delimiter=delimiter, strict=True) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"table: cannot read {path} as UTF-8 text with fields separated by {delimiter!r}: "
                         f"{reason(e)}") from e  # fmt: skip
     if len(rows) < 2:
         raise UserError(f"table: {path} has no rows")
-    header = rows.pop(0)
+    exact = rows[0].index(file) if file in rows[0] else -1
+    header, *rows = ([cell if i == exact else cell.strip() for i, cell in enumerate(row)] for row in rows)
     if len(set(header)) < len(header):
         raise UserError(f"table: {path} has two columns with the same name among {header}; rename one")
     if wrong := [row for row in rows if len(row) != len(header)]:

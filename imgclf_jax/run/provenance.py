@@ -271,9 +271,8 @@ def _data_info(data: Json) -> DataInfo:
     names, counts = tuple(map(str, data["class_names"])), tuple(map(int, data.get("class_counts", ())))
     targets, sampling = tuple(map(str, data.get("target_names", ()))), str(data.get("sampling", ""))
     extra = {str(name): _data_info(one) for name, one in data.get("extra", {}).items()}
-    return DataInfo(
-        int(data["train_examples"]), (h, w, c), names, str(data["fingerprint"]), counts, targets, sampling, extra
-    )
+    return DataInfo(int(data["train_examples"]), (h, w, c), names, str(data["fingerprint"]), counts, targets, sampling,
+                    extra, int(data.get("bits", 16)))  # fmt: skip
 
 
 def load_data_info(path: Path) -> DataInfo:

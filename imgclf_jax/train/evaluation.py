@@ -109,7 +109,7 @@ def open_set(programs: Programs, base: dict[str, Source], text: str, key: str) -
                         f"that differs is {here!r} here and {there!r} in the model")  # fmt: skip
     if source.target_names != programs.recipe.data.target_names:
         raise UserError(f"{key}={text!r}: one of this set and the training examples has targets, the other has labels")
-    images = datasets.eval_images(source, config)
+    images = datasets.eval_images(source, config, programs.recipe.data.bits)
     if images.shape != programs.recipe.data.image_shape:
         raise UserError(f"{key}: preprocess_eval={programs.preprocess_eval!r} gives images of "
                         f"{images.shape}, training ones are {programs.recipe.data.image_shape}; add "

@@ -5,11 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from test_decode import png
 from test_folder import flat, write  # noqa: F401  a fixture
 
+from imgclf_jax.cli import arguments, openers
+from imgclf_jax.config import default_config, to_json
+from imgclf_jax.core import json_files
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import image_check, sources, stream
 from imgclf_jax.data.folder import folder
+from imgclf_jax.run.provenance import load_data_info, take_snapshot
 
 
 @pytest.fixture
@@ -69,6 +75,40 @@ def test_a_changed_or_new_file_alone_is_checked_again(flat, decoded, monkeypatch
     monkeypatch.setattr(image_check.PIL, "__version__", "0")  # which may refuse other files
     folder(str(flat))
     assert len(decoded) == 13
+
+
+@pytest.mark.parametrize(("form", "dtype", "top"), [("PNG", np.uint16, 4095), ("TIFF", np.int32, 16)])
+def test_deep_images_with_small_values(tmp_path, caplog, form, dtype, top):
+    """They are scaled by the bits of the whole set, which the run records; an image with more bits is an error."""
+    for name, value in (("train/a", top), ("train/b", 3), ("test/a", 1), ("test/b", 0)):
+        (tmp_path / name).mkdir(parents=True)
+        Image.fromarray(np.full((2, 2), value, dtype)).save(tmp_path / name / "x.png", form)
+    bits, base = top.bit_length(), sources.open_splits(f"folder({str(tmp_path)!r})")
+    assert f"hold values of up to {bits} bits, which are scaled to 8" in caplog.text
+    images = stream.Images(sources.take_split(base, "test+train"), "decode(1)")
+    read = images.read(np.arange(4), np.arange(4))["image"][:, 0, 0, 0]
+    assert sorted(read.tolist()) == sorted(value * 256 >> bits for value in (top, 3, 1, 0))
+    recorded = take_snapshot({}, images.describe())
+    json_files.write(tmp_path / "provenance.json", recorded)
+    assert load_data_info(tmp_path / "provenance.json").bits == bits
+    ops, _ = image_check.decode.build("decode(1)", bits)
+    with pytest.raises(UserError, match=f"more than {bits} bits per channel: its values are from 40000 to 40000"):
+        ops(Image.fromarray(np.full((2, 2), 40_000, np.uint16)), 0, 0)
+
+
+def test_color_whose_low_bytes_are_lost_is_unreadable(flat):
+    (flat / "cat" / "deep.png").write_bytes(png(np.full((2, 2, 3), 4095), 16, 2))
+    with pytest.raises(UserError, match=r"deep\.png \(the image has 16 bits per channel and color, and no value above"):
+        folder(str(flat))
+
+
+def test_a_run_that_skips_goes_on_skipping(tmp_path):
+    config = default_config()
+    config.data.unreadable = "skip"
+    (tmp_path / "config.json").write_text(to_json(config))
+    for flags, expected in (([], "skip"), (["--config.data.unreadable=error"], "error")):
+        line = arguments.parse(["train", f"--workdir={tmp_path}", *flags], "launch.py", ["launch.py"])
+        assert openers.from_file(line)[0].data.unreadable == expected
 
 
 @pytest.mark.parametrize("ops", ["decode(3)", "decode(3)|random_resized_crop(4)"])

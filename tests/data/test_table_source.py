@@ -107,6 +107,8 @@ def test_the_fingerprint_covers_files_and_labels(images):
     ({}, {"root": "s3://bucket"}, "is in a bucket"),
     ({}, {"root": "/"}, "unreadable image: /a/0.png (No such file or directory)"),
     ({"file": "gone", "split": "val"}, {"unreadable": "skip"}, "the split 'val' has no readable image"),
+    ({"file": "a/../a/0.png"}, {}, "a/0.png' different labels; keep one of them"),
+    ({"file": "a/4.png"}, {"targets": ("age",)}, "t.csv: the rows 2 and 5 give"),
 ])  # fmt: skip
 def test_what_a_table_lacks(images, change, options, message):
     rows = [row | {"one": "x"} | (change if i == 1 else {}) for i, row in enumerate(ROWS)]
@@ -128,6 +130,17 @@ def test_what_is_no_table(tmp_path, content, message):
         (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(UserError, match=message):
         table(str(tmp_path / "t.csv"))
+
+
+@pytest.mark.parametrize(("text", "name"), [("label,file\ncat, x.png\ndog,y.png", " x.png"),
+                                             ("label, file\ncat, x.png\ndog, y.png", "x.png")])  # fmt: skip
+def test_spaces_before_a_file_name(tmp_path, text, name):
+    """They are a part of it, unless the header is written with some."""
+    for file in (name, "y.png"):
+        Image.new("L", (2, 2)).save(tmp_path / file)
+    (tmp_path / "t.csv").write_text(text)
+    source = table(str(tmp_path / "t.csv"))["train"]
+    assert {source.example_name(i) for i in range(2)} == {str(tmp_path / name), str(tmp_path / "y.png")}
 
 
 def test_a_file_of_two_splits_is_warned_of(images, caplog):

@@ -44,7 +44,8 @@ def test_arrays_read_targets(tmp_path, dtype, shape):
     ({"x_train": X, "train_targets": np.where(T.max() == T, 1e39, T.astype(float))}, "is inf; targets must be finite"),
     ({"x_train": X, "train_targets": T[:5]}, "x_train is uint8[40, 5, 4, 1] and train_targets is float32[5, 3]"),
     ({"x_train": X, "train_targets": T.astype(complex)}, "train_targets is complex128[40, 3]; expected"),
-    ({"x_train": X, "train_targets": T, "target_names": ["a", "b"]}, "targets are float32[40, 3]; expected"),
+    ({"x_train": X, "train_targets": T, "class_names": ["a", "b"]}, "targets are float32[40, 3]; expected"),
+    ({"x_train": X, "train_targets": T, "class_names": NAMES, "target_names": NAMES}, "keep one"),
     ({"x_train": X, "train_targets": T, "x_test": X, "test_targets": T[:, :2]}, "test_targets: Source: targets"),
 ])  # fmt: skip
 def test_targets_in_arrays_are_checked(tmp_path, data, message):

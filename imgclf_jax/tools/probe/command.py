@@ -47,7 +47,8 @@ def main(config: ConfigDict, workdir: Workdir | None, checkpoint: str, format: s
         compare_with_record(model.programs, workdir, base, sets)
     for sentence in _overlaps(config, workdir, base):
         log.warning("%s", sentence)
-    training = datasets.eval_images(sources.take_split(base, model.config.data.train), model.config)
+    bits = model.programs.recipe.data.bits
+    training = datasets.eval_images(sources.take_split(base, model.config.data.train), model.config, bits)
     with terminal.showing("computing features"):
         train, labels = feature_sets.compute(model, training)
         tests = {name: feature_sets.compute(model, images) for name, images in sets.items()}
