@@ -63,7 +63,7 @@ def measure(data: bytes) -> int:
     picture = _open(data)
     if picture.mode.startswith("I"):
         return int(np.asarray(picture).max()).bit_length()
-    if ";16" in str(picture.tile) and np.asarray(picture).max() < 16:  # Pillow has dropped the low bytes
+    if ";16" in str(getattr(picture, "tile", "")) and np.asarray(picture).max() < 16:  # Pillow drops the low bytes
         raise UserError("the image has 16 bits per channel and color, and no value above 4095: it would be black, as "
                         "only the high bytes are read; save it with 8 bits")  # fmt: skip
     return 0
@@ -171,7 +171,7 @@ def build(text: str, bits: int = 16) -> tuple[HostOps, bool]:
     for an image that an op of this package cannot process; an error in a user's op passes, for its traceback.
     """
     calls, ops = _bind(text, "preprocess")
-    ops[0] = functools.partial(_decode, *ops[0].args, **ops[0].keywords, bits=bits)
+    ops[0] = functools.partial(_decode, *ops[0].args, **ops[0].keywords | {"bits": bits})
     streams = [f"preprocess/{call.name}/{i}" for call, i in zip(calls, spec.occurrences(calls), strict=True)]
     is_random = [kinds.kind_of(op) == kinds.RANDOM for op in ops]
 
