@@ -40,7 +40,7 @@ _SIDE_EFFECTS = {
     jax.errors.UnexpectedTracerError: "keeps an array of one trace for another; return it, or use a linen variable",
     flax.errors.ModifyScopeVariableError: "changes a variable in evaluation too; set use_running_average=not train",
 }
-_TRACED_KEYS = ("method", "gradient", "model", "augment", "mix", "tta", "loss", "optimizer", "schedule")
+TRACED_KEYS = ("method", "gradient", "model", "augment", "mix", "tta", "loss", "optimizer", "schedule")
 
 
 class _built[T](cached_property[T]):
@@ -103,7 +103,7 @@ class Recipe:
         except UserError:
             raise
         except Exception as e:  # JAX, Flax and Optax raise many types
-            own = [f"{key}={self.config[key]!r}" for key in _TRACED_KEYS if spec.names_code(self.config[key])]
+            own = [f"{key}={self.config[key]!r}" for key in TRACED_KEYS if spec.names_code(self.config[key])]
             if own and (sentence := _SIDE_EFFECTS.get(type(e))):
                 raise UserError(f"{' or '.join(own)} {sentence} ({reason(e).partition('. ')[0]})") from e
             images = jax.ShapeDtypeStruct((1, *self.data.image_shape), "float32")

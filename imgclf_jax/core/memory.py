@@ -1,15 +1,11 @@
-"""The machine's memory: refuses data that cannot fit, before reading them, and sets the allocator up."""
+"""Memory: refuses data that cannot fit, before reading them, and sets the allocator up."""
 
 import contextlib
 import ctypes
 import os
 
+from imgclf_jax.core import cgroups
 from imgclf_jax.core.errors import UserError
-
-
-def physical() -> int:
-    """The machine's memory in bytes."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def keep_freed() -> None:
@@ -28,8 +24,8 @@ def keep_freed() -> None:
 
 
 def require(nbytes: int, what: str) -> None:
-    """Raises UserError if `what` needs more bytes than the machine has."""
-    if nbytes > (most := physical()):
+    """Raises UserError if `what` needs more bytes than this process may use."""
+    if nbytes > (most := cgroups.memory()):
         raise UserError(f"{what} needs {format_bytes(nbytes)} of memory, but this machine has {format_bytes(most)}")
 
 

@@ -117,12 +117,15 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     On a narrow terminal cells go on in the next line; elsewhere a row is one line of any length, for programs.
     """
     table, encoding = Table(), sys.stdout.encoding or "utf-8"
-    for name in columns:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(printable(cell).encode(encoding, "backslashreplace").decode(encoding) for cell in row))
-    if table.row_count:  # a file may be called "a[b]:c:.png"
-        Console(width=None if sys.stdout.isatty() else _WIDE, markup=False, emoji=False).print(table)
+    console = Console(width=None if sys.stdout.isatty() else _WIDE, markup=False, emoji=False)
+    cells = [[printable(cell).encode(encoding, "backslashreplace").decode(encoding) for cell in row] for row in rows]
+    for i, name in enumerate(columns):  # the first one, of names without spaces, stays whole if there is room
+        whole = i == 0 and max((len(row[0]) for row in cells), default=0) <= console.width // 2
+        table.add_column(name, overflow="fold", no_wrap=whole)
+    for row in cells:
+        table.add_row(*row)
+    if cells:  # a file may be called "a[b]:c:.png"
+        console.print(table)
 
 
 def format_metrics(values: Mapping[str, float]) -> str:

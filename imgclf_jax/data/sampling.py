@@ -21,6 +21,7 @@ from imgclf_jax.data.source import Source, read_labels, to_numbers
 
 _ROUNDS = 6  # of the Feistel network
 _RANKED = 32  # the most elements to permute by ranking hashes
+_RECORDED = 2**20  # positions of the first epoch, at most, by whose ids a run recognizes a user's sampling
 
 type Ids = Callable[[int, np.ndarray], np.ndarray]  # (seed, positions int64[b]) → ids int64[b]
 
@@ -106,7 +107,7 @@ class Sampler:
 
     ids: Ids
     epoch: int  # positions in an epoch of the stream: a batch's `epoch` is position // epoch
-    digest: str = ""  # of the numbers that it samples by, besides the data
+    digest: str = ""  # of the numbers that it samples by, besides the data, or of what a user's own returns
 
 
 def permutation(source: Source) -> Sampler:
@@ -201,7 +202,7 @@ def build(text: str, source: Source, key: str = "data.sampling") -> Sampler:
 
     A user's own is a function `(key uint64, positions int64[b], n, …) -> ids int64[b]`, or a factory `(source, …)` that
     returns a function `(key, positions, n)`. The function's attribute `epoch`, if any, is the length of an epoch of the
-    stream.
+    stream. The digest covers the ids of the first epoch and of a position in each later one, whatever they follow from.
     """
     call, make = bind(text)
     where = f"{key}={text!r}"
@@ -229,7 +230,9 @@ def _user_sampler(function: Function, n: int, where: str) -> Sampler:
     if not all(np.array_equal(ids(0, probe[i::2]), together[i::2]) for i in range(2)):
         raise UserError(f"{where} returns other ids for the same positions in another call; an id must depend only on "
                         "the key and its position")  # fmt: skip
-    return Sampler(ids, int(spec.declared(function, "epoch", n)))
+    epoch = int(spec.declared(function, "epoch", n))
+    first, later = np.arange(min(epoch, _RECORDED)), (epoch + 1) * np.arange(1, 4096)
+    return Sampler(ids, epoch, _digest(ids(0, np.concatenate([first, later]))))
 
 
 def _digest(values: np.ndarray) -> str:

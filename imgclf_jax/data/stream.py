@@ -5,14 +5,13 @@ threads, and after any restart.
 """
 
 import concurrent.futures
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
 
-from imgclf_jax.core import rng
+from imgclf_jax.core import cgroups, rng
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Batch
 from imgclf_jax.data import decode, sampling
@@ -21,6 +20,7 @@ from imgclf_jax.data.read_ahead import read_ahead
 from imgclf_jax.data.source import Source, read_examples, read_labels
 
 _KEPT_BYTES = 1 << 30  # the largest decoded set to keep in memory
+_TRIED = 8  # examples that are read twice before anything else
 # Mean bytes of an image below which one thread decodes them. Python takes most of the time, and threads hand over the
 # GIL for each image: two take 1.4 times as long as one for PNG images of 28 x 28 pixels, half as long for 64 x 64.
 _SMALL = 4096
@@ -36,7 +36,7 @@ class Images:
         self, source: Source, preprocess: str, seed: int = 0, threads: int = 0, sampler: sampling.Sampler | None = None,
         extra: Mapping[str, "Images"] = MappingProxyType({}), bits: int | None = None,
     ):  # fmt: skip
-        """Decodes the first example for its shape. Raises UserError for a bad spec or a broken first image.
+        """Decodes the first examples twice. Raises UserError for a bad spec, a broken image, and if they differ.
 
         `sampler` orders the examples of the stream, by default in exact permutations; `extra` are further streams by
         name. `bits` are those that the run scales deep grey by, by default the source's.
@@ -45,11 +45,16 @@ class Images:
         self.sampler = sampler or sampling.permutation(source)
         self.bits = source.bits if bits is None else bits
         self._ops, self.random = decode.build(preprocess, self.bits)
-        self._threads = threads or os.cpu_count() or 1
+        self._threads = threads or cgroups.processors()
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
-        first, labels = self._decode(np.zeros(1, np.int64), np.zeros(1, np.int64), seed)
+        tried = np.arange(min(_TRIED, source.size))
+        (first, labels), again = (self._decode(tried, tried, seed) for _ in range(2))
+        if (first.tobytes(), labels.tobytes()) != tuple(array.tobytes() for array in again):
+            raise UserError(f"preprocess={preprocess!r}, or the source, gives other values in a second call for the "
+                            "same examples, so no run could be repeated or resumed; draw only from the generator that "
+                            "an op with @kinds.random gets")  # fmt: skip
         self.shape: tuple[int, int, int] = first.shape[1:]
-        self.kept = not self.random and source.size * first.nbytes <= _KEPT_BYTES
+        self.kept = not self.random and source.size * first[0].nbytes <= _KEPT_BYTES
         if self.kept:
             self._images = np.empty((source.size, *self.shape), np.uint8)
             self._labels = np.empty((source.size, *labels.shape[1:]), labels.dtype)

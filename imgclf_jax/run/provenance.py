@@ -41,7 +41,7 @@ _OPTIONS_OF_NO_RESULT = f"{_OF_ONE_PROCESS}|platform|process|coordinat"
 # The kind of each entry of a snapshot that is compared, and the most important first. The others are only shown.
 _KINDS = {
     "data": "data", "evals": "data", "unreadable": "data", "init_from": "weights", "fixed_sha256": "weights",
-    "keys": "config", "code": "code", "modules": "code", "python": "version", "packages": "version",
+    "keys": "config", "code": "code", "modules": "code", "traced": "trace", "python": "version", "packages": "version",
     "platform": "device", "processor": "device", "devices": "device", "processes": "device", "flags": "flags",
 }  # fmt: skip
 # The types of entries that commands read, in a file that anybody may have written.
@@ -55,7 +55,7 @@ _TYPES: dict[str, type] = {
 class Difference(NamedTuple):
     """A difference of two runs that may explain different numbers."""
 
-    kind: str  # data, weights, config or code; version, device or flags, which only affect rounding
+    kind: str  # data, weights, config, code or trace; version, device or flags, which only affect rounding
     what: str  # its name in provenance.json, such as "packages.jax"
     recorded: str
     here: str

@@ -28,7 +28,7 @@ from imgclf_jax.run.early_stopping import EarlyStopping
 from imgclf_jax.run.provenance import take_snapshot
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import TrainState
-from imgclf_jax.train import display
+from imgclf_jax.train import display, purity
 from imgclf_jax.train.evaluation import check_targets, open_evals
 from imgclf_jax.train.leakage import initial_warnings, overlap_warnings, selection_warnings
 from imgclf_jax.trained import load_teacher
@@ -102,7 +102,8 @@ def set_up(config: ConfigDict, workdir: Workdir) -> Run:
     if restored is not None:
         log.info("resuming at step %d of %d", start, recipe.total)
     run = restored or _initialize(compiling, images, weights.taken if weights else None, workdir)
-    _ = compiling.traced_eval  # traced while the train step compiles: what fails in evaluation ends the run here
+    snapshot |= purity.check(compiling, fresh=not start)  # while the train step compiles
+    _ = compiling.traced_eval  # what fails in evaluation ends the run here
     compiling.check_best()
     if not processes.index():
         for sentence in _warnings(recipe, base, run["state"].params):

@@ -28,6 +28,10 @@ def test_a_table_loses_nothing(monkeypatch, screen):
     assert (text.count("x"), text.count("z")) == (3000, 50)
     assert (len(text.splitlines()[-1]) == 60) == (screen is Screen)
     assert (f"│ {'x' * 3000} │ {'z' * 50} │" in text) == (screen is io.StringIO)
+    terminal.print_table(
+        ["file", "top 1", "top 2"], [["photos/of/img_2.jpeg", "Sonnenblume 0.9876", "Gänseblümchen 0.01"]]
+    )
+    assert all(whole in shown.getvalue() for whole in ("img_2.jpeg", "Sonnenblume", "Gänseblümchen"))
     terminal.print_text("words " * 20)
     assert (len(shown.getvalue().splitlines()[-1]) <= 60) == (screen is Screen)
 

@@ -189,6 +189,24 @@ def test_a_mistake_is_one_sentence(tmp_path, text, numbers, message):
     assert message in str(e.value)
 
 
+def from_file(source, path):
+    order = np.load(path)
+    return lambda key, positions, n: order[positions % len(order)]
+
+
+def test_a_sampler_that_reads_a_file_is_recorded(tmp_path):
+    """By the ids that it returns: also in a part of the file that only later epochs read."""
+    digests = []
+    for changed in (0, 0, 7, 250):
+        order = np.arange(300) % N
+        order[changed : changed + 2] += changed > 0
+        np.save(tmp_path / "order.npy", order % N)
+        own = f"{__name__}:from_file({str(tmp_path / 'order.npy')!r})"
+        digests.append(stream.Images(source(), "decode(1)", sampler=build(own)).describe().sampling)
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
 def wrong(key, positions, n, returns):
     return {"halves": positions / 2, "positions": positions, "rows": np.arange(len(positions)) % n}[returns]
 

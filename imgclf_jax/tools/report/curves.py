@@ -32,6 +32,9 @@ def curves(run: Record) -> str:
             is_metric = group in sets or (group == "train" and kind not in _OTHERS)
             if is_metric and kind != "examples" and not kind.endswith("_std"):
                 kinds[kind.removeprefix("ensemble_")] = None
+    pairs = [(r.get(f"{name}/nll"), r.get(f"{name}/loss")) for r in run.metrics for name in ("train", *sets)]
+    if all(nll == loss for nll, loss in pairs if nll is not None):
+        kinds.pop("nll", None)  # one curve
     figures, drawn = [], dict[tuple[str, int, bool], None]()
     for kind in kinds:
         lines = [_line(run.metrics, name, f"{name}/{kind}", color) for color, name in enumerate(("train", *sets))]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from imgclf_jax.config import KEYS, flatten
-from imgclf_jax.core.text import decimals
+from imgclf_jax.core.text import decimals, interval
 from imgclf_jax.core.typing import JsonMapping
 from imgclf_jax.run.provenance import PACKAGES, find_differences
 from imgclf_jax.run.ranking import main_metric
@@ -74,6 +74,8 @@ def _headline(run: Record, findings: Findings) -> str:
     name, _, kind = found[0].partition("/")
     std = results[name].get(f"{kind}_std", math.nan)
     spread = f" ± {decimals(std)}" if math.isfinite(std) else ""
+    for score in (one.scores.get(kind, {}) for one in findings.sets if one.name == name and not spread):
+        spread += f" (95 % interval: {interval(score['low'], score['high'])})" if "low" in score else ""
     return f"{name} {kind.replace('_', ' ')} {decimals(results[name][kind])}{spread}"
 
 

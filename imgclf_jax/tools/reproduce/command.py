@@ -18,10 +18,13 @@ from imgclf_jax.core.stopping import STATUS_SAVED
 from imgclf_jax.core.terminal import print_json, print_table, print_text
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
+from imgclf_jax.run.cadences import Cadences
 from imgclf_jax.run.provenance import Difference, find_differences
 from imgclf_jax.run.record import Record
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.tools.reproduce.reproduction import ROUNDING, Comparison, compare, list_differences, verdict
+from imgclf_jax.tools.reproduce import reproduction
+from imgclf_jax.tools.reproduce.reproduction import ROUNDING, Comparison
+from imgclf_jax.tools.reproduce.seeds import Spread, find_spread
 from imgclf_jax.train import command as train
 
 log = logging.getLogger(__name__)
@@ -43,9 +46,9 @@ def main(
                         "restore the file from a copy of the run or from its bundle")  # fmt: skip
     if bundle:
         return _pack(record, bundle)
-    end = _last_step(record, steps)
+    end, recorded = _last_step(record, steps), _last_step(record, None)
     folder = paths.as_path(processes.broadcast(lambda: _folder(record, output)))
-    found = _compare_configs(record.config, config)
+    found, cadences = _compare_configs(record.config, config), list[Cadences]()
     config.tensorboard, config.writers = False, ""
 
     def end_early(run: train.Run) -> train.Run:
@@ -54,12 +57,13 @@ def main(
             raise UserError(f"total={config.total!r} is {total} steps, but the run in {record.path} recorded {end}; "
                             f"pass --steps={total}, or a longer total")  # fmt: skip
         processes.broadcast(lambda: _check_earlier(run, output))
-        found.extend(list_differences(record.snapshots, run.snapshot))
+        found.extend(reproduction.list_differences(record.snapshots, run.snapshot))
         for difference in found:
             log.warning("%s differs: %s", difference.kind, difference)
         if run.start >= end:
             log.warning("--output=%s has been trained up to step %d before, by the present code: it is compared "
                         "without training; to train, delete it", output, run.start)  # fmt: skip
+        cadences.append(run.cadences)
         return dataclasses.replace(run, cadences=dataclasses.replace(run.cadences, end=end))
 
     try:
@@ -77,16 +81,31 @@ def main(
         return status or 1
     moved = any(one.get("keys") != record.provenance.get("keys") for one in record.snapshots)
     result = {name: record.result.get(name) for name in ("step", "params_sha256", *record.config.data.eval)}
-    compared = compare((record.digests, record.metrics, result), (here.digests, here.metrics), moved)
+    compared = reproduction.compare((record.digests, record.metrics, result), (here.digests, here.metrics), moved)
+    changed = moved or any(one.kind == "config" for one in found)
+
+    def due(step: int) -> bool:  # a digest
+        planned, best = cadences[0].due(step), bool(config.checkpoint.best)
+        return step & (step - 1) == 0 or (not changed and (planned.checkpoint or (planned.eval and best)))
+
+    until = end if record.result else min(end, recorded - 1)  # a kill may take the records of the last step
+    absent = reproduction.find_absent(
+        (record.digests, record.metrics), (here.digests, here.metrics), due, until, changed
+    )
+    absent = absent if record.snapshots else ((0, "provenance.json"), *absent)
+    compared = dataclasses.replace(compared, absent=absent)
     if not (compared.digest_steps or compared.values):
         raise UserError(f"{record.path} has no digest or metric up to step {end} to compare; pass more --steps")
-    word = verdict(compared, found, tolerance)
+    word = reproduction.verdict(compared, found, tolerance)
+    spread = None if word == "same" else find_spread(record, here.result)
     kept = bool(output) or word != "same"
     if processes.index() == 0:
         if format == "json":
-            print_json(_as_json(word, end, compared, found, str(folder) if kept else None))
+            print_json(_as_json(word, end, compared, found, spread, str(folder) if kept else None))
         else:
             _print(word, end, compared, found, tolerance)
+            if spread:
+                print_text(f"{spread}.")
             if kept:
                 print(f"the new run is in {printable(str(folder))}")
         if not kept:
@@ -148,6 +167,7 @@ def _compare_configs(old: ConfigDict, new: ConfigDict) -> list[Difference]:
 _SENTENCES = {
     "same": "The same, bit for bit",
     "tolerated": "The same within --tolerance={tolerance:g}, but not bit for bit",
+    "incomplete": "The record is incomplete; what it has is the same",
     "rounding": "The same up to rounding: only versions, devices or flags differ, and no metric by more than {most:g}",
     "different": "Different from step {first} on",
 }
@@ -165,6 +185,8 @@ def _print(word: str, end: int, compared: Comparison, found: list[Difference], t
     )
     for step, name in compared.missing[:1]:
         print_text(f"{len(compared.missing)} recorded values are missing, the first is {name} at step {step}.")
+    for step, name in compared.absent[:1]:
+        print_text(f"The record lacks {len(compared.absent)} values of this run, the first is {name} at step {step}.")
     rows = []
     if params := compared.parameters:
         until = "" if params.equal_until is None else f"; equal at step {params.equal_until}"
@@ -178,7 +200,9 @@ def _print(word: str, end: int, compared: Comparison, found: list[Difference], t
         print_table(["what else differs", "", "recorded", "here"], [list(one) for one in found])
 
 
-def _as_json(word: str, end: int, compared: Comparison, found: list[Difference], output: str | None) -> JsonObject:
+def _as_json(
+    word: str, end: int, compared: Comparison, found: list[Difference], spread: Spread | None, output: str | None
+) -> JsonObject:  # fmt: skip
     def value(of: Any) -> JsonObject | None:
         return of and of._asdict() | {"relative": of.relative}  # which `_asdict` omits
 
@@ -188,9 +212,11 @@ def _as_json(word: str, end: int, compared: Comparison, found: list[Difference],
         "compared": {"digests": list(compared.digest_steps), "metrics": len(compared.values)},
         "first_step": compared.first_step,
         "missing": [{"step": step, "name": name} for step, name in compared.missing],
+        "absent": [{"step": step, "name": name} for step, name in compared.absent],
         "parameters": compared.parameters and compared.parameters._asdict(),
         "first_metric": value(compared.first_value),
         "largest_metric": value(compared.largest),
+        "spread": spread and spread._asdict(),
         "differences": [one._asdict() for one in found],
         "output": output,
     }

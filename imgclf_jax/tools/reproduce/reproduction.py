@@ -4,7 +4,7 @@ All functions take what runs record (see `run.record`): lines of digests.jsonl, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeGuard
 
@@ -12,6 +12,8 @@ from imgclf_jax.core.json_files import as_object
 from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
 from imgclf_jax.run.provenance import Difference, find_differences
 from imgclf_jax.run.writers import TIMES
+
+type Lines = tuple[Sequence[JsonMapping], Sequence[JsonMapping]]  # of digests.jsonl and metrics.jsonl
 
 ROUNDING = 1e-3  # the largest relative difference of a metric that rounding may explain
 
@@ -53,6 +55,7 @@ class Comparison:
     values: tuple[Value, ...]  # compared metrics in order of steps
     parameters: Parameters | None
     missing: tuple[tuple[int, str], ...] = ()  # (step, metric): recorded, but not reproduced
+    absent: tuple[tuple[int, str], ...] = ()  # (step, metric or "parameters"): reproduced, but not recorded
 
     @property
     def first_value(self) -> Value | None:
@@ -78,7 +81,7 @@ class Comparison:
 
 def compare(
     recorded: tuple[Sequence[JsonMapping], Sequence[JsonMapping], JsonMapping],
-    here: tuple[Sequence[JsonMapping], Sequence[JsonMapping]], moved: bool = False,
+    here: Lines, moved: bool = False,
 ) -> Comparison:  # fmt: skip
     """Compares (digests, metrics, result) of a run with (digests, metrics) of its reproduction.
 
@@ -123,6 +126,27 @@ def compare(
     )  # fmt: skip
 
 
+def find_absent(
+    recorded: Lines, here: Lines, due: Callable[[int], bool], until: int, moved: bool = False
+) -> tuple[tuple[int, str], ...]:
+    """What the (digests, metrics) of a run lack, and its reproduction has: (step, metric or "parameters").
+
+    Looks up to step `until`. Digests are `due` at some steps. A metric that the record has at no step, next to others,
+    is one that its version did not compute. If the run was `moved` (see `compare`), only its digests are looked for.
+    """
+    steps = {line["step"] for line in recorded[0]}
+    found = {(line["step"], "parameters") for line in here[0] if due(line["step"]) and line["step"] not in steps}
+    known = {name for record in recorded[1] for name in record}
+    has = {(record["step"], name) for record in recorded[1] for name in record}
+    groups = {(step, name.partition("/")[0]) for step, name in has}
+    for record in here[1] if not moved else ():
+        for name in record.keys() - {"step", *TIMES}:
+            expected = name in known or (record["step"], name.partition("/")[0]) not in groups
+            if expected and (record["step"], name) not in has:
+                found.add((record["step"], name))
+    return tuple(sorted((step, name) for step, name in found if step <= until))
+
+
 def _have_other_parameters(old: JsonMapping, new: JsonMapping) -> bool:
     """Whether two lines of digests.jsonl differ, in the digest of all parameters or of single ones."""
     return bool(old["params_sha256"] != new["params_sha256"] or old.get("params", new["params"]) != new["params"])
@@ -156,19 +180,21 @@ def list_differences(recorded: Sequence[JsonMapping], here: JsonMapping) -> list
 
 
 def verdict(compared: Comparison, found: Sequence[Difference], tolerance: float = 0.0) -> str:
-    """Returns "same" (bit for bit), "tolerated", "rounding" or "different".
+    """Returns "same" (bit for bit), "tolerated", "incomplete", "rounding" or "different".
 
     - "tolerated": metrics were compared, and none differs by more than the relative `tolerance`.
+    - "incomplete": same or tolerated, but the record lacks what every run records.
     - "rounding": only versions, devices or flags differ, and no metric by more than ROUNDING.
     """
     if compared.first_step is None:
-        return "same"
+        return "incomplete" if compared.absent else "same"
     largest = compared.largest.relative if compared.largest else 0.0
     if compared.missing:
         return "different"
     if tolerance and compared.values and largest <= tolerance:
-        return "tolerated"
-    kinds = {difference.kind for difference in found} - {"place"}  # moved data are compared by fingerprint
+        return "incomplete" if compared.absent else "tolerated"
+    # Moved data are compared by fingerprint, and what changed the trace has a kind of its own.
+    kinds = {difference.kind for difference in found} - {"place", "trace"}
     if kinds and kinds <= {"version", "device", "flags"} and compared.values and largest <= ROUNDING:
         return "rounding"
     return "different"

@@ -74,12 +74,14 @@ def build(model: Trained, name: str = "", hosts: Sequence[str] = ("*",), cors: S
         top_k: Annotated[int, Query(ge=1, description="how many classes; multi-label models ignore it")] = 5,
     ) -> list[Answer]:
         """The most likely classes of each image, or the labels of a multi-label model."""
-        prepared = []
+        prepared, errors = [], []
         for image in images:  # one by one, so that requests of many images leave room for others
             try:
                 prepared.append(await decoder.decode(await image.read(), model.prepare))
             except UserError as e:
-                raise UserError(f"{image.filename}: {e}") from None
+                errors.append(f"{image.filename}: {e}")
+        if errors:
+            raise UserError("; ".join(errors))
         rows = await asyncio.gather(*map(batcher.predict, prepared))
         return [Answer(file=image.filename or "", predictions=describe(row, top_k))
                 for image, row in zip(images, rows, strict=True)]  # fmt: skip

@@ -76,7 +76,7 @@ def test_its_numbers_are_those_of_evaluate(trained, page, capsys):
                     for name, of in found["scores"].items()]  # fmt: skip
     _, _, first, *rest = page.tables["Confusion matrix on test"]
     assert [first[1:], *rest] == [[name, *map(str, row)] for name, row in zip(NAMES, found["confusion"], strict=True)]
-    assert f"run: test accuracy {found['accuracy']:.4f} " in page.text
+    assert f"run: test accuracy {found['accuracy']:.4f} (95 % interval: {rows[0][2]})" in page.text
     recalls = np.diag(found["confusion"]) / np.sum(found["confusion"], 1)
     assert [row[2] for row in page.tables["Recall and precision of each class on test"][1:]] == [
         f"{recall:.4f}" for recall in recalls]  # fmt: skip
@@ -133,7 +133,7 @@ def test_it_is_well_formed_and_refers_to_nothing(text, page):
 
 def test_curves_and_origin(trained, page):
     charts = [item for item in page.items if ", loss " not in item]
-    assert charts == ["loss", "accuracy", "nll", "learning rate", "gradient norm", "parameter norm",
+    assert charts == ["loss", "accuracy", "learning rate", "gradient norm", "parameter norm",
                       "training images per second", "waiting for input, % of the time"]  # fmt: skip
     result = json.loads((trained / "result.json").read_text())
     provenance = json.loads((trained / "provenance.json").read_text())

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -120,6 +121,36 @@ def test_a_record_that_is_damaged(copy, tmp_path, capsys, name, content, says):
         assert f"{name} of {copy} {says}" in capsys.readouterr().err
     assert not (tmp_path / "again").exists()
     assert not (tmp_path / "damaged.zip").exists()
+
+
+@pytest.mark.parametrize(("name", "keep", "lacks"), [
+    ("metrics.jsonl", slice(-1), "test/accuracy at step 10"),
+    ("metrics.jsonl", slice(0), "train/accuracy at step 5"),
+    ("digests.jsonl", slice(3), "parameters at step 4"),
+    ("provenance.json", slice(0), "provenance.json at step 0"),
+], ids=["last metrics", "metrics", "digests", "provenance"])  # fmt: skip
+def test_a_record_that_lacks_something(reproduce, copy, name, keep, lacks):
+    """Nothing that it has differs, and that is not the same."""
+    lines = (copy / name).read_text().splitlines(keepends=True)[keep]
+    (copy / name).write_text("".join(lines)) if lines else (copy / name).unlink()
+    status, out = reproduce(copy, format="table")
+    assert status == 1
+    assert out.startswith("The record is incomplete; what it has is the same.\n")
+    assert f"the first is {lacks}." in out
+
+
+def test_another_result_beside_recorded_seeds(reproduce, trained, tmp_path):
+    """As on another processor: is it as near to them as another seed would be?"""
+    for seed, accuracy in enumerate((0.5, 0.6, 0.7)):
+        shutil.copytree(trained, tmp_path / "runs" / str(seed))
+        edit(tmp_path / "runs" / str(seed) / "config.json", lambda config, seed=seed: config.update(seed=seed))
+        edit(tmp_path / "runs" / str(seed) / "result.json", lambda r, a=accuracy: r["test"].update(accuracy=a))
+    here = json.loads((trained / "result.json").read_text())["test"]["accuracy"]
+    status, found = reproduce(tmp_path / "runs" / "0")
+    spread = found["spread"]
+    assert (status, spread["metric"], spread["here"], spread["seeds"]) == (1, "test/accuracy", here, 3)
+    assert (spread["mean"], spread["std"]) == (pytest.approx(0.6), pytest.approx(0.1))
+    assert spread["errors"] == pytest.approx(abs(here - 0.6) / 0.1 / math.sqrt(4 / 3))
 
 
 def test_a_bundle(reproduce, trained, tmp_path, capsys):

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from imgclf_jax.run.provenance import Difference
-from imgclf_jax.tools.reproduce.reproduction import Comparison, Value, compare, list_differences, verdict
+from imgclf_jax.tools.reproduce.reproduction import Comparison, Value, compare, find_absent, list_differences, verdict
 
 
 def line(step: int, whole: str, **params: str) -> dict:
@@ -49,6 +49,22 @@ def test_a_run_that_went_on_with_another_total_or_other_cadences():
     assert found.missing == ()
     lacking = compare((OLD, old, {}), ([line(12, "z")], new))
     assert (lacking.missing, verdict(lacking, [], tolerance=1.0)) == (((6, "train/loss"),), "different")
+
+
+@pytest.mark.parametrize(("digests", "metrics", "lacks"), [
+    (OLD, METRICS, ()),
+    (OLD, METRICS[:2], ((9, "test/examples"), (9, "train/loss"))),  # the last line
+    ([OLD[0], OLD[1], OLD[3]], METRICS, ((4, "parameters"),)),
+    (OLD, [], ((4, "test/accuracy"), (4, "train/loss"), (9, "test/examples"), (9, "train/loss"))),
+    (OLD, [{"step": 4, "train/loss": 0.5}, METRICS[1], {"step": 9, "train/loss": 0.2}], ((9, "test/examples"),)),
+])  # fmt: skip
+def test_what_the_record_lacks(digests, metrics, lacks):
+    """Steps and metrics that the reproduction has; not a metric that the run's version did not compute."""
+    here = [METRICS[0] | {"train/new": 1.0}, *METRICS[1:]]
+    found = find_absent((digests, metrics), (OLD, here), lambda step: step in (0, 1, 4), 9)
+    assert set(found) - {(4, "train/new")} == set(lacks)
+    compared = Comparison((0,), (), None, absent=found)
+    assert verdict(compared, []) == ("incomplete" if found else "same")
 
 
 def test_a_result_is_compared_too():

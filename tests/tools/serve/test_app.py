@@ -80,7 +80,7 @@ def bomb():
 
 
 @pytest.mark.parametrize(("path", "files", "status", "words"), [
-    ("/predict", form(png(0), b"garbage"), 422, "1.png: the image is in none of the formats"),
+    ("/predict", form(b"", png(0), b"garbage"), 422, "; 2.png: the image is in none of the formats"),
     ("/predict", form(png(0)[:50]), 422, "0.png: the image does not decode"),
     ("/predict", form(bomb()), 422, "more than 67,108,864 pixels"),
     ("/predict", {"picture": png(0)}, 422, "Field required"),

@@ -56,6 +56,8 @@ def test_it_classifies_what_it_is_given(page, tmp_path):
         )
         assert answered(page) == first
     page.locator("#canvas").scroll_into_view_if_needed()
+    page.click("#classify")  # nothing
+    page.get_by_role("status").filter(has_text="The drawing is empty").wait_for()
     box = page.locator("#canvas").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 30)
     page.mouse.down()
@@ -70,6 +72,13 @@ def test_it_classifies_what_it_is_given(page, tmp_path):
     page.set_input_files("#file", [tmp_path / f"{seed}.png" for seed in range(3)])
     assert len(answered(page, 3)) == 2
     assert "0.png: the image is in none of the formats" in page.text_content("article .error")
+    page.set_input_files("#file", [tmp_path / "0.png"] * 2)
+    page.get_by_role("status").filter(has_text="2 images").filter(has_text="2 failed").wait_for()
+    page.evaluate("name => { document.querySelector('article').replaceChildren(); "
+                  "show(document.querySelector('article'), new File([], name), [{class: name, probability: 0.5}]) }",
+                  "Sonnenblume")  # fmt: skip
+    name = page.locator("article th").bounding_box()
+    assert name["height"] < 40  # one line
 
 
 def test_it_shows_where_a_class_is_found(page, tmp_path):

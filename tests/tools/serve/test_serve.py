@@ -50,7 +50,9 @@ def test_mistakes(model, tmp_path, monkeypatch, capsys):  # noqa: F811
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert launch.main(["serve", f"--workdir={tmp_path}", f"--port={port}"]) == 1
-    assert f"serve: cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"serve: cannot listen on 127.0.0.1:{port} (Address already in use" in said
+    assert (said.count("in use"), said.count("Errno")) == (1, 0)
     asked = []
     monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: asked.append(TestClient(self.config.app)))
     assert launch.main(["serve", f"--workdir={tmp_path}", "--port=0"]) == 0

@@ -31,11 +31,13 @@ async function classify(files) {
       const [answer] = await (await post("predict", "images", file)).json();
       show(article, file, answer.predictions);
     } catch (error) {
-      article.append(element("p", { className: "error", textContent: error.message }));
+      const name = file.name || "the image", said = error.message.startsWith(name) ? "" : `${name}: `;
+      article.append(element("p", { className: "error", textContent: said + error.message }));
     }
   }));
-  const took = performance.now() - begun;
-  by("status").textContent = `${files.length} ${files.length > 1 ? "images" : "image"} in ${took.toFixed(0)} ms`;
+  const took = performance.now() - begun, failed = by("answers").querySelectorAll(".error").length;
+  by("status").textContent = `${files.length} ${files.length > 1 ? "images" : "image"} in ${took.toFixed(0)} ms` +
+    (failed ? `, ${failed} failed` : "");
   by("status").scrollIntoView({ block: "nearest" }); // on a phone the answers are below the images
 }
 
@@ -92,8 +94,9 @@ document.addEventListener("drop", (event) => {
 document.addEventListener("paste", (event) => take(event.clipboardData.files));
 
 const canvas = by("canvas"), pen = canvas.getContext("2d");
-let last = null;
+let last = null, drawn = false;
 function clear() {
+  drawn = false;
   pen.fillStyle = "#000";
   pen.fillRect(0, 0, canvas.width, canvas.height);
 }
@@ -108,12 +111,16 @@ function stroke(event) {
   pen.lineTo(next[0] + 0.01, next[1]);
   pen.stroke();
   last = next;
+  drawn = true;
 }
 canvas.addEventListener("pointerdown", (event) => { canvas.setPointerCapture(event.pointerId); stroke(event); });
 canvas.addEventListener("pointermove", (event) => { if (last) stroke(event); });
 for (const end of ["pointerup", "pointercancel"]) canvas.addEventListener(end, () => { last = null; });
 by("clear").addEventListener("click", clear);
-by("classify").addEventListener("click", () => canvas.toBlob((image) => classify([image])));
+by("classify").addEventListener("click", () => {
+  if (drawn) canvas.toBlob((image) => classify([image]));
+  else by("status").textContent = "The drawing is empty: draw something first.";
+});
 clear();
 
 by("command").textContent = `curl -F images=@a.jpg -F images=@b.jpg '${location.origin}/predict?top_k=3'`;

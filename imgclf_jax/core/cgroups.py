@@ -1,0 +1,37 @@
+"""How much of the machine this process may use: a container or a cluster's job limits it by its control groups."""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_ROOT, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def memory() -> int:
+    """The bytes that this process may use: the machine's memory, or its limit if that is less."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(min([machine, *(limit for limit, *_ in _limits("memory", "memory.max", "memory.limit_in_bytes"))]))
+
+
+def processors() -> int:
+    """The processors that this process may use at once, by its affinity mask and its share of time, rounded up."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas, periods = (_limits("cpu", "cpu.max", f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    shares = [quota[0] / period[-1] for quota, period in zip(quotas, periods, strict=False)]
+    return math.ceil(min([count, *(share for share in shares if share > 0)]))  # -1 and "max" are no limit
+
+
+def _limits(controller: str, new: str, old: str) -> Iterator[list[float]]:
+    """Yields the numbers in a file of this process's group and of those above: `new` in version 2, `old` in 1."""
+    with contextlib.suppress(OSError):
+        for line in _OWN.read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers and controller not in controllers.split(","):
+                continue
+            folder = (_ROOT / controller if controllers else _ROOT) / group.strip("/")
+            for one in (folder, *folder.parents):  # in a container the group may have another path, or none
+                with contextlib.suppress(OSError, ValueError):
+                    text = (one / (old if controllers else new)).read_text()
+                    yield [float(word) for word in text.replace("max", "inf").split()]

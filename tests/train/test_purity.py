@@ -1,0 +1,77 @@
+"""Code of a user that is impure is refused before the first step; pure code has the same digest in any process."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from imgclf_jax import losses
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.train import setup
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+calls = [0]
+
+
+def drawing(logits, labels):
+    return losses.softmax(logits, labels) * np.random.rand()  # noqa: NPY002
+
+
+def drawing_an_array(logits, labels):
+    return losses.softmax(logits + np.random.rand(logits.shape[-1]).astype("f"), labels)  # noqa: NPY002
+
+
+@jax.jit
+def jitted(logits, labels):
+    return drawing_an_array(logits, labels)
+
+
+def counting(images):
+    calls[0] += 1
+    return images ** calls[0]
+
+
+class Counting(nn.Module):
+    """Draws a constant where it is built."""
+
+    scale: float = 1.0
+
+    def __post_init__(self):
+        calls[0] += 1
+        self.scale = float(calls[0])
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(4)(x.reshape(len(x), -1)) * self.scale
+
+
+def pure(logits, labels, scale=1.0):
+    return losses.softmax(logits, labels) * scale + jnp.asarray(np.arange(3.0)).sum()
+
+
+@pytest.mark.parametrize(("key", "name"), [
+    ("loss", "drawing"), ("loss", "drawing_an_array"), ("loss", "jitted"), ("augment", "counting"),
+    ("model", "Counting"),
+])  # fmt: skip
+def test_impure_code_is_refused(fake_config, tmp_path, key, name):
+    """A draw or a count while tracing is a constant: a resumed run would have another one, without a word."""
+    fake_config[key] = f"{__name__}:{name}"
+    with pytest.raises(UserError, match=rf"^{key}='{__name__}:{name}' gives another program when it is traced again"):
+        setup.set_up(fake_config, Workdir(tmp_path))
+
+
+def test_pure_code_is_recorded(fake_config, tmp_path):
+    """By the digest of its program, which what it reads from a file changes too. Without own code there is none."""
+
+    def traced(loss, at):
+        fake_config.loss = loss
+        return setup.set_up(fake_config, Workdir(tmp_path / at)).snapshot.get("traced")
+
+    first = traced(f"{__name__}:pure", "a")
+    assert first == traced(f"{__name__}:pure", "b")
+    assert first != traced(f"{__name__}:pure(scale=2.0)", "c")
+    assert traced("softmax", "d") is None
