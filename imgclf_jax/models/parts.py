@@ -38,6 +38,8 @@ def bind(call: spec.Call, backbones: Mapping[str, object]) -> functools.partial[
     made = spec.bind(call, backbones, "model")
     signature = inspect.signature(made.func)
     settings = signature.bind_partial(*made.args, **made.keywords).arguments
+    if "block" in settings and made.func in backbones.values():
+        raise UserError(f"model={str(call)!r}: a spec names no block; pass the class in Python, in a function of yours")
     for key, table, leading, by_name in (("norm", NORMS, (), _PASSED), ("activation", ACTIVATIONS, ("x",), ())):
         if key not in settings or not callable(signature.parameters[key].default):
             continue

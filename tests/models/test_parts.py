@@ -185,7 +185,7 @@ def test_linens_batch_norm_knows_of_training():
     ("resnet_cifar(depth=8, norm='group_norm')", "groups (32) does not divide the number of channels (16)"),
     ("resnet_cifar(depth=8, norm='test_parts:WithoutPrecision')", "unexpected keyword argument 'dtype'"),
     ("resnet_cifar(depth=8, activation='flax.linen:PReLU')", "PReLU"),
-    ("resnet_cifar(depth=8, block='basic_block')", "the first argument must be callable"),
+    ("resnet_cifar(depth=8, block='basic_block')", "a spec names no block"),
     ("resnet_cifar(depth=8, shortcut='none')", "shortcut='none': allowed are"),
     ("resnet(depth=18, momentum=0.5, norm='group_norm')", "momentum=0.5: the norm takes none"),
     ("resnet_cifar(depth=8, momentum=0.5, norm='batch_norm(momentum=0.9)')", "takes none, or has its own"),
