@@ -151,7 +151,7 @@ def _warnings(recipe: Recipe, base: Mapping[str, Source], params: Params) -> Ite
     yield from initial_warnings(config, base)
     yield from selection_warnings(config)
     in_float32 = classifier.build(config.model, len(recipe.data.class_names), "float32").backbone
-    if config.precision != "float32" and recipe.plain_model.backbone == in_float32:
+    if config.precision != "float32" and repr(recipe.plain_model.backbone) == repr(in_float32):  # fields may be arrays
         yield f"precision={config.precision!r} does not reach model={config.model!r}, which takes no dtype or sets it"
     if spec.names_code(config.optimizer) and optimizers.ignores_learning_rate(config.optimizer, params):
         yield f"optimizer={config.optimizer!r} ignores its learning_rate: the schedule, and the rate logged, do nothing"
