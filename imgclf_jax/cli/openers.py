@@ -4,6 +4,7 @@ Each returns the config, with the keys that the command line sets, and what the 
 Record of a run, or None.
 """
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ def from_file(line: CommandLine) -> tuple[ConfigDict, str]:
     """The config file --config. A run in --workdir that skips unreadable images goes on skipping them."""
     config, workdir = configs.load_file(line.config_file), _workdir(line)
     file = paths.as_path(workdir) / "config.json"
-    if file.is_file() and configs.from_json(paths.read(file), str(file)).data.unreadable == "skip":
-        config.data.unreadable = "skip"
+    with contextlib.suppress(OSError, UserError):  # missing or damaged, which the commands on this run say
+        if configs.from_json(paths.read(file), str(file)).data.unreadable == "skip":
+            config.data.unreadable = "skip"
     return _overridden(config, line), workdir
 
 

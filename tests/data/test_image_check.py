@@ -105,8 +105,9 @@ def test_color_whose_low_bytes_are_lost_is_unreadable(flat):
 def test_a_run_that_skips_goes_on_skipping(tmp_path):
     config = default_config()
     config.data.unreadable = "skip"
-    (tmp_path / "config.json").write_text(to_json(config))
-    for flags, expected in (([], "skip"), (["--config.data.unreadable=error"], "error")):
+    text, explicit = to_json(config), ["--config.data.unreadable=error"]
+    for recorded, flags, expected in ((text, [], "skip"), (text, explicit, "error"), ("damaged", [], "error")):
+        (tmp_path / "config.json").write_text(recorded)
         line = arguments.parse(["train", f"--workdir={tmp_path}", *flags], "launch.py", ["launch.py"])
         assert openers.from_file(line)[0].data.unreadable == expected
 
@@ -115,8 +116,9 @@ def test_a_run_that_skips_goes_on_skipping(tmp_path):
 def test_a_file_that_breaks_in_mid_stream_is_named_after_the_batches_before_it(flat, ops):
     source = sources.take_split(folder(str(flat)), "train[:50%]+train[50%:]")
     file = Path(source.example_name(7))
+    images = stream.Images(source, ops)
     file.write_bytes(file.read_bytes()[:60])
-    batches = stream.eval_batches(stream.Images(source, ops), 3)
+    batches = stream.eval_batches(images, 3)
     assert [next(batches)["mask"].tolist() for _ in range(2)] == [[True] * 3] * 2
     with pytest.raises(UserError) as e:
         next(batches)
