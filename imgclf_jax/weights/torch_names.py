@@ -225,9 +225,7 @@ def _with_leaf(pattern: str, replacement: str) -> tuple[str, str]:
     return rf"(?:{pattern})(?P<leaf>\.\w+)?", rf"{replacement}\g<leaf>"
 
 
-def flattened(
-    model: Classifier, image_shape: tuple[int, int, int], own: Mapping[str, tuple[int, ...]]
-) -> dict[str, int]:
+def flattened(model: Classifier, image_shape: tuple[int, ...], own: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """{kernel: c} of the dense layers among `own`, {name: shape}, whose input is a flattened image [h, w, c].
 
     PyTorch flattens it as [c, h, w], so the rows of the kernel are in another order there. Raises UserError if a

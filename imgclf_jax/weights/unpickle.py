@@ -89,10 +89,6 @@ def _tensor(storage: Unpickled, offset: Unpickled, shape: Unpickled, strides: Un
     return Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
-def _tensor_of_bytes(storage: Storage, offset: Unpickled, shape: Unpickled, strides: Unpickled, *more: str) -> Tensor:
-    return _tensor(storage._replace(dtype=_DTYPES[more[2]]), offset, shape, strides)
-
-
 # What training scripts save beside weights: it is neither made nor called.
 _IGNORED = re.compile(
     r"argparse\.Namespace|datetime\.datetime|pathlib\.(_local\.)?\w+Path|_codecs\.encode|numpy\.(dtype|ndarray)|"
@@ -114,7 +110,7 @@ _FUNCTIONS: dict[str, Function | np.dtype | str] = {
     "torch.device": lambda *device: device,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_of_bytes,
+    "torch._utils._rebuild_tensor_v3": lambda storage, *view: _tensor(storage._replace(dtype=_DTYPES[view[5]]), *view),
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch.storage.UntypedStorage": np.dtype("u1"),
     **{f"torch.{storage}": dtype for _, storage, _, dtype in DTYPES},
