@@ -20,7 +20,7 @@ from imgclf_jax.data.read_ahead import read_ahead
 from imgclf_jax.data.source import Source, read_examples, read_labels
 
 _KEPT_BYTES = 1 << 30  # the largest decoded set to keep in memory
-_TRIED = 8  # examples that are read twice before anything else
+_TRIED = 8  # positions at which the first example is read, twice
 # Mean bytes of an image below which one thread decodes them. Python takes most of the time, and threads hand over the
 # GIL for each image: two take 1.4 times as long as one for PNG images of 28 x 28 pixels, half as long for 64 x 64.
 _SMALL = 4096
@@ -36,7 +36,7 @@ class Images:
         self, source: Source, preprocess: str, seed: int = 0, threads: int = 0, sampler: sampling.Sampler | None = None,
         extra: Mapping[str, "Images"] = MappingProxyType({}), bits: int | None = None,
     ):  # fmt: skip
-        """Decodes the first examples twice. Raises UserError for a bad spec, a broken image, and if they differ.
+        """Decodes the first example twice. Raises UserError for a bad spec, a broken image, and if they differ.
 
         `sampler` orders the examples of the stream, by default in exact permutations; `extra` are further streams by
         name. `bits` are those that the run scales deep grey by, by default the source's.
@@ -47,11 +47,11 @@ class Images:
         self._ops, self.random = decode.build(preprocess, self.bits)
         self._threads = threads or cgroups.processors()
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
-        tried = np.arange(min(_TRIED, source.size))
-        (first, labels), again = (self._decode(tried, tried, seed) for _ in range(2))
+        ids, positions = np.zeros(_TRIED, np.int64), np.arange(_TRIED)
+        (first, labels), again = (self._decode(ids, positions, seed) for _ in range(2))
         if (first.tobytes(), labels.tobytes()) != tuple(array.tobytes() for array in again):
             raise UserError(f"preprocess={preprocess!r}, or the source, gives other values in a second call for the "
-                            "same examples, so no run could be repeated or resumed; draw only from the generator that "
+                            "same example, so no run could be repeated or resumed; draw only from the generator that "
                             "an op with @kinds.random gets")  # fmt: skip
         self.shape: tuple[int, int, int] = first.shape[1:]
         self.kept = not self.random and source.size * first[0].nbytes <= _KEPT_BYTES

@@ -98,7 +98,7 @@ def test_a_batch_is_the_same_however_it_is_reached(ops, monkeypatch):
     ids = []
     whole = list(train_batches(stream.Images(recorded(fake(), ids), ops, 3), 3, 12, 0, 8))
     assert [b["image"].shape for b in whole] == [(12, 9, 8, 1) if ops == "decode(1)" else (12, 6, 5, 1)] * 8
-    assert len(ids) == 16 + (40 if ops == "decode(1)" else 8 * 12)  # the first eight are read twice
+    assert len(ids) == 16 + (40 if ops == "decode(1)" else 8 * 12)  # the first is read twice at eight positions
     monkeypatch.setattr(stream, "_KEPT_BYTES", 0)
     for start, threads, prefetch, pause in ((5, 1, 1, 0), (3, 7, 9, 0.02), (7, 3, 2, 0.01)):
         images = stream.Images(recorded(fake(), [], pause), ops, 3, threads)
@@ -172,7 +172,7 @@ def own(image, what):
 @pytest.mark.parametrize("image", [np.full((5, 5, 1), 7, np.uint8), Image.new("L", (5, 5), 7)])
 def test_a_users_host_op(image):
     """It changed an example for all later epochs; as uint8, all values in [0, 1] would become 0."""
-    source = Source(1, lambda ids: {"image": [image]}, ("a",), "own", np.zeros(1, int))
+    source = Source(1, lambda ids: {"image": [image] * len(ids)}, ("a",), "own", np.zeros(1, int))
     for what, message in (("changes", "read-only"), ("fails", "cannot reshape")):  # with the traceback into the op
         with pytest.raises(ValueError, match=message) as e:
             stream.Images(source, f"decode(1)|{__name__}:own({what!r})")
