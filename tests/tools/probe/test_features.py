@@ -1,50 +1,16 @@
-"""`launch.py features`, `probe` and `explain`: their files and output for a trained run and for weights."""
+"""`launch.py features` and `probe`: their files and output for a trained run and for weights."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 import imgclf_jax
 import launch
 from imgclf_jax.data import sources
 from imgclf_jax.data.source import read_examples
-from imgclf_jax.tools.explain import attribution, explanations
 from imgclf_jax.tools.probe import command as probe
-
-FLAGS = ["--config.total=60 steps", "--config.model=cnn(widths=(4,), hidden=8)", "--config.schedule=constant(1e-2)",
-         "--config.preprocess=decode(1)", "--config.eval_every=", "--config.checkpoint_every=",
-         "--config.augment=normalize"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, one_device):
-    workdir = tmp_path_factory.mktemp("digits") / "run"
-    assert launch.main([*FLAGS, f"--workdir={workdir}"]) == 0
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def seeds(tmp_path_factory, one_device):
-    """A run of two seeds."""
-    workdir = tmp_path_factory.mktemp("seeds") / "run"
-    assert launch.main([*FLAGS, f"--workdir={workdir}", "--config.num_seeds=2"]) == 0
-    return workdir
-
-
-@pytest.fixture
-def photos(tmp_path, monkeypatch):
-    """Digits of three classes in folders named after them, one in another folder, and a broken one."""
-    monkeypatch.chdir(tmp_path)
-    examples = read_examples(sources.digits()["test"], np.arange(6))
-    for i, (image, label) in enumerate(zip(examples["image"], examples["label"], strict=True)):
-        folder = tmp_path / "photos" / (str(label) if i else "unknown")
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image[..., 0]).save(folder / f"{i}.png")
-    return tmp_path / "photos"
 
 
 def load(file):
@@ -115,73 +81,25 @@ def test_probe(run, capsys, monkeypatch):
 
 
 @pytest.mark.thorough
-def test_probe_of_weights_for_other_classes_and_of_several_seeds(run, seeds, capsys, monkeypatch, tmp_path):
+def test_probe_of_weights_for_other_classes_and_of_several_seeds(run, seeds, flags, capsys, monkeypatch, tmp_path):
     """Weights need no head; each seed of a run counts. With few images per class, larger probes are left out."""
     monkeypatch.setattr(probe.probing, "STRENGTHS", (1.0,))
     config = tmp_path / "c.py"
     config.write_text("from imgclf_jax.config import default_config as get_config\n")
-    flags = [f"--config={config}", *FLAGS, f"--config.init_from={run}", "--config.data.source=fake(24, (8, 8, 1), 3)"]
-    _, found = probed(flags, capsys)
+    source = "--config.data.source=fake(24, (8, 8, 1), 3)"
+    _, found = probed([f"--config={config}", *flags, f"--config.init_from={run}", source], capsys)
     assert {shots for method, shots in found if method == "few images"} == {1, 5}
     assert found["linear probe", None]["mean"] > 0.5
     out, found = probed([f"--workdir={seeds}", "--k=2,201", "--config.data.train=train[:200]"], capsys)
     assert "skipping 201 neighbors, because there are only 200 training images" in out["log"]
     assert (len(found["nearest neighbors", 2]["accuracies"]), len(found["few images", 1]["accuracies"])) == (2, 4)
-
-
-def explained(flags, capsys):
-    capsys.readouterr()
-    status = launch.main(["explain", "--format=json", *flags])
-    return status, json.loads(capsys.readouterr().out)
-
-
-@pytest.mark.thorough
-def test_explain(run, photos, capsys):
-    """The class and probability of the model, the map of the pure function, and a picture of each image."""
-    status, records = explained(["photos", f"--workdir={run}", "--output=heat"], capsys)
-    assert status == 0
-    model = imgclf_jax.load(run)
-    probabilities = model.predict([record["file"] for record in records])
-    assert [r["class"] for r in records] == [model.class_names[best] for best in probabilities.argmax(1)]
-    assert [r["probability"] for r in records] == pytest.approx(probabilities.max(1).tolist(), abs=1e-6)
-    assert {r["method"] for r in records} == {"gradcam"}
-    for file in {r["picture"] for r in records}:
-        with Image.open(file) as picture:
-            assert picture.size[0] > 2 * 256
-    assert len({r["picture"] for r in records}) == 6
-    # In batches of 8, with a class for each: the maps of the pure function.
-    some, labels = read_examples(sources.digits()["test"], np.arange(9))["image"], np.arange(9, dtype=np.int32)
-    classifier, augment = model.programs.recipe.model, model.programs.recipe.augment(train=False)
-    seen = attribution.inspect(classifier, {"params": model.state.params}, (8, 8, 1))
-    pure = attribution.make_gradcam(classifier, augment, attribution.choose_layer(seen))
-    found = explanations.build(model)[1](some, labels)
-    np.testing.assert_allclose(found, pure(*model.state.evaluated, some, labels), atol=1e-5)
-
-
-@pytest.mark.thorough
-def test_explain_another_class_and_by_occlusion(run, seeds, photos, capsys):
-    """For several seeds, the drop of their mean probability. Two images of one name have two figures."""
-    for folder in ("x", "y"):
-        shutil.copytree(photos / "unknown", photos / folder)
-    flags = ["photos/x", "photos/y", f"--workdir={seeds}", "--method=occlusion", "--class=4", "--window=3"]
-    status, records = explained(flags, capsys)
-    assert status == 0
-    assert [r["picture"] for r in records] == ["explained/0.4.occlusion.png", "explained/0.4-2.occlusion.png"]
-    model = imgclf_jax.load(seeds)
-    image = model.prepare("photos/x/0.png")
-    [found] = attribution.occlusion(model.predict, image[None], np.array([4]), 3)
-    assert records[0]["greatest"] == pytest.approx(found.max(), abs=1e-5)
-    assert records[0]["probability"] == pytest.approx(model.predict(image)[0, 4], abs=1e-6)
-    launch.main(["features", "--split=test[:9]", f"--workdir={seeds}", "--output=b.npz"])
-    assert load("b.npz")["features"].shape == (2, 9, 8)
+    launch.main(["features", "--split=test[:9]", f"--workdir={seeds}", f"--output={tmp_path / 'b.npz'}"])
+    assert load(tmp_path / "b.npz")["features"].shape == (2, 9, 8)
 
 
 @pytest.mark.parametrize(("words", "message"), [
     (["features"], "--output=: name an .npz file to write"),
     (["features", "--output=a.npz", "--split=test", "photos"], "drop one"),
-    (["explain", "photos", "--class=eleven"], "unknown class 'eleven'"),
-    (["explain", "photos", "--layer=block7"], "unknown layer with feature maps 'block7': did you mean 'block0'"),
-    (["explain", "photos", "--method=occlusion", "--layer=block0"], "--layer needs --method=gradcam"),
     (["probe", "--k=3,x"], "--k=3,x: must be a number of neighbors"),
 ])  # fmt: skip
 def test_mistakes(run, photos, capsys, words, message):
