@@ -88,11 +88,13 @@ def main(
         planned, best = cadences[0].due(step), bool(config.checkpoint.best)
         return step & (step - 1) == 0 or (not changed and (planned.checkpoint or (planned.eval and best)))
 
-    until = end if record.result else min(end, recorded - 1)  # a kill may take the records of the last step
+    ended = bool(record.result) or recorded >= cadences[0].total
+    until = end if ended else min(end, recorded - 1)  # a kill may take the records of the last step
     absent = reproduction.find_absent(
         (record.digests, record.metrics), (here.digests, here.metrics), due, until, changed
     )
     absent = absent if record.snapshots else ((0, "provenance.json"), *absent)
+    absent = (*absent, (end, "result.json")) if ended and end == recorded and not record.result else absent
     compared = dataclasses.replace(compared, absent=absent)
     if not (compared.digest_steps or compared.values):
         raise UserError(f"{record.path} has no digest or metric up to step {end} to compare; pass more --steps")
@@ -186,7 +188,7 @@ def _print(word: str, end: int, compared: Comparison, found: list[Difference], t
     for step, name in compared.missing[:1]:
         print_text(f"{len(compared.missing)} recorded values are missing, the first is {name} at step {step}.")
     for step, name in compared.absent[:1]:
-        print_text(f"The record lacks {len(compared.absent)} values of this run, the first is {name} at step {step}.")
+        print_text(f"The record lacks {len(compared.absent)} of the values here; the first is {name} at step {step}.")
     rows = []
     if params := compared.parameters:
         until = "" if params.equal_until is None else f"; equal at step {params.equal_until}"
