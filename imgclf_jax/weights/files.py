@@ -14,7 +14,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 import safetensors
@@ -35,13 +35,6 @@ _CONTAINERS = ("model_ema", "state_dict_ema", "ema", "state_dict", "model", "mod
 _PREFIXES = re.compile(r"(module\.|_orig_mod\.|model\.)*")  # added by DataParallel, torch.compile and Lightning
 
 
-class _Entry(NamedTuple):
-    """An array in the file that has not been read yet."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-
-
 def read(
     path: Path, wanted: Callable[[str, tuple[int, ...]], bool] | None = None, container: str = ""
 ) -> dict[str, np.ndarray]:
@@ -56,16 +49,16 @@ def read(
     if not path.is_file():
         raise UserError(f"{path} is not a regular file")
     try:
-        with _entries(path, container) as entries:
-            entries.pop("n_averaged", None)  # of an AveragedModel
-            shared = min((_PREFIXES.match(name)[0] for name in entries), key=len, default="")  # type: ignore[index]
-            if all(name.startswith(shared) for name in entries):
-                entries = {name.removeprefix(shared): entry for name, entry in entries.items()}
-            if not all(name.isprintable() for name in entries):
+        with _open(path, container) as (found, array):
+            found.pop("n_averaged", None)  # of an AveragedModel
+            shared = min((_PREFIXES.match(name)[0] for name in found), key=len, default="")  # type: ignore[index]
+            if all(name.startswith(shared) for name in found):
+                found = {name.removeprefix(shared): x for name, x in found.items()}
+            if not all(name.isprintable() for name in found):
                 raise ValueError("an unprintable name")
             return {
-                name: x.read() if not wanted or wanted(name, x.shape) else np.broadcast_to(np.uint8(0), x.shape)
-                for name, x in entries.items()
+                name: array(x) if not wanted or wanted(name, x.shape) else np.broadcast_to(np.uint8(0), x.shape)
+                for name, x in found.items()
             }
     except Refused as e:
         raise UserError(
@@ -88,9 +81,13 @@ def read_metadata(path: Path) -> JsonObject:
     return {}  # of another format under this name, or damaged
 
 
+# ({name: what has a `shape`}, the function that reads its array)
+type _Found = tuple[dict[str, Any], Callable[[Any], np.ndarray]]
+
+
 @contextlib.contextmanager
-def _entries(path: Path, container: str) -> Iterator[dict[str, _Entry]]:
-    """Opens a file of any format and yields its arrays, which can be read inside the context."""
+def _open(path: Path, container: str) -> Iterator[_Found]:
+    """Opens a file of any format and finds its arrays, which can be read inside the context."""
     with paths.open_regular(path) as file:
         start = file.read(64)
         file.seek(0)
@@ -110,7 +107,7 @@ def _entries(path: Path, container: str) -> Iterator[dict[str, _Entry]]:
             raise UserError(f"{path} {problem}")
 
 
-_Storages = Callable[[Storage], np.ndarray]  # reads the elements of a storage, [n]
+type _Storages = Callable[[Storage], bytes]  # reads the elements of a storage
 
 
 def _read_zip(content: zipfile.ZipFile) -> tuple[Unpickled, _Storages]:
@@ -124,18 +121,18 @@ def _read_zip(content: zipfile.ZipFile) -> tuple[Unpickled, _Storages]:
         raise Refused("is a zip archive of something else")
     folder = pickles[0].removesuffix("data.pkl")
 
-    def member(name: str) -> np.ndarray:
+    def member(name: str) -> bytes:
         info = content.getinfo(folder + name)
         if info.compress_type != zipfile.ZIP_STORED:
             raise ValueError("a compressed archive, which PyTorch does not write")
-        return np.frombuffer(content.read(info), np.uint8)
+        return content.read(info)
 
-    if f"{folder}byteorder" in names and member("byteorder").tobytes() != b"little":
+    if f"{folder}byteorder" in names and member("byteorder") != b"little":
         raise ValueError("its numbers are big-endian")
     if content.getinfo(pickles[0]).file_size > unpickle.MAX_BYTES:
         raise Refused(f"holds more than {unpickle.MAX_BYTES >> 20} MiB besides its arrays")
     tree, _ = unpickle.load(io.BytesIO(member("data.pkl")))
-    return tree, lambda storage: member(f"data/{storage.key}").view(storage.dtype)
+    return tree, lambda storage: member(f"data/{storage.key}")
 
 
 def _read_legacy(file: IO[bytes]) -> tuple[Unpickled, _Storages]:
@@ -154,19 +151,18 @@ def _read_legacy(file: IO[bytes]) -> tuple[Unpickled, _Storages]:
     for key in keys:
         length = int.from_bytes(file.read(8), "little") * dtypes[key].itemsize
         extents[key] = file.tell(), length
-        if file.tell() + length > file_size:
-            raise ValueError(f"the array {key!r} is longer than the file"[:100])
-        file.seek(length, io.SEEK_CUR)
+        if file.seek(length, io.SEEK_CUR) > file_size:
+            raise ValueError("an array longer than the file")
 
-    def storage(storage: Storage) -> np.ndarray:
+    def storage(storage: Storage) -> bytes:
         start, length = extents[storage.key]
         file.seek(start)
-        return np.frombuffer(file.read(length), storage.dtype)
+        return file.read(length)
 
     return tree, storage
 
 
-def _find_weights(tree: Unpickled, storages: _Storages, path: Path, container: str) -> dict[str, _Entry]:
+def _find_weights(tree: Unpickled, storages: _Storages, path: Path, container: str) -> _Found:
     """Finds the state dict in a checkpoint, see `read`, and names the others. Raises UserError if there is none."""
 
     def tensors(value: Unpickled) -> dict[str, Tensor]:
@@ -184,30 +180,20 @@ def _find_weights(tree: Unpickled, storages: _Storages, path: Path, container: s
     if not container and (others := [name for name in _CONTAINERS if name != chosen and tensors(held.get(name))]):
         log.warning("%s holds several sets of weights: %r is taken; choose another by 'FILE::%s'", path, chosen,
                     " or ::".join(others))  # fmt: skip
-    kept: dict[Storage, np.ndarray] = {}
+    kept = functools.cache(storages)
 
-    def read(tensor: Tensor) -> np.ndarray:
-        if tensor.storage not in kept:
-            kept[tensor.storage] = storages(tensor.storage)
-        return _view(tensor, kept[tensor.storage])
+    def view(tensor: Tensor) -> np.ndarray:
+        dtype = tensor.storage.dtype
+        strides = [stride * dtype.itemsize for stride in tensor.strides]
+        return np.ndarray(tensor.shape, dtype, kept(tensor.storage), tensor.offset * dtype.itemsize, strides)
 
-    return {name: _Entry(tensor.shape, functools.partial(read, tensor)) for name, tensor in found.items()}
-
-
-def _view(tensor: Tensor, storage: np.ndarray) -> np.ndarray:
-    """The tensor as a view of its storage. Raises ValueError if it exceeds the storage."""
-    size = storage.itemsize
-    strides = [stride * size for stride in tensor.strides]
-    return np.ndarray(tensor.shape, storage.dtype, storage.view(np.uint8), tensor.offset * size, strides)
+    return found, view
 
 
-def _read_safetensors(file: IO[bytes], path: Path) -> dict[str, _Entry]:
+def _read_safetensors(file: IO[bytes], path: Path) -> _Found:
     """Reads a safetensors file by its library, which checks the header against the length of the content."""
-
-    def read(tensor: JsonObject) -> np.ndarray:
-        return np.frombuffer(tensor["data"], _SAFETENSORS[tensor["dtype"]]).reshape(tensor["shape"])
-
     found = safetensors.deserialize(file.read())  # not `safe_open`: `init_from` may be in a bucket
-    if unknown := [tensor["dtype"] for _, tensor in found if tensor["dtype"] not in _SAFETENSORS]:
+    if unknown := [x["dtype"] for _, x in found if x["dtype"] not in _SAFETENSORS]:
         raise UserError(f"{path} has arrays of the type {unknown[0]:.20}, which is not read; save them as float32")
-    return {name: _Entry(tuple(tensor["shape"]), functools.partial(read, tensor)) for name, tensor in found}
+    arrays = {name: np.frombuffer(x["data"], _SAFETENSORS[x["dtype"]]).reshape(x["shape"]) for name, x in found}
+    return arrays, lambda array: array
