@@ -66,9 +66,14 @@ def _constants(jaxpr: Jaxpr | ClosedJaxpr) -> Iterator[Any]:
             yield from _constants(one)
 
 
+def forward(model: nn.Module, image_shape: tuple[int, int, int]) -> ClosedJaxpr:
+    """The forward pass of one image, with layers that are plain matmuls and convolutions."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    with platform.tracing_for("gpu"):
+        init = jax.make_jaxpr(lambda x: model.init_with_output(rng.init_streams(jax.random.key(0)), x, train=False))
+        return init(images)
+
+
 def forward_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> float:
     """FLOPs of the matmuls of a forward pass of one image, two per multiply-add."""
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    with platform.tracing_for("gpu"):  # where layers are plain matmuls and convolutions
-        init = jax.make_jaxpr(lambda x: model.init_with_output(rng.init_streams(jax.random.key(0)), x, train=False))
-        return matmul_flops(init(images))
+    return matmul_flops(forward(model, image_shape))

@@ -19,6 +19,7 @@ from imgclf_jax.core.errors import UserError, no_such
 from imgclf_jax.core.text import one_per_line
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.methods import lora
+from imgclf_jax.models.resnet import ResNet
 from imgclf_jax.programs import Programs
 from imgclf_jax.run import digests
 from imgclf_jax.run.checkpoint import Checkpoints
@@ -157,11 +158,9 @@ def _read_workdir(workdir: Workdir) -> Named:
 
 def _read_file(path: Path, container: str, programs: Programs, own: Mapping[str, jax.ShapeDtypeStruct]) -> Named:
     """Reads a file of PyTorch's names and layouts: see `files.read`. Logs what is assumed of them."""
-    model, metadata, flattened = programs.recipe.plain_model, files.read_metadata(path), dict[str, int]()
-    backbone = model.backbone
-    if "names" not in metadata or "flattened" in metadata:  # `export` once wrote rows in our order
-        shapes = {name: x.shape for name, x in own.items()}
-        flattened = torch_names.flattened(model, programs.recipe.data.image_shape, shapes)
+    backbone, metadata = programs.recipe.plain_model.backbone, files.read_metadata(path)
+    old = "names" in metadata and "flattened" not in metadata  # `export` once wrote rows in our order
+    flattened = {} if old else torch_names.flattened(backbone, programs.recipe.data.image_shape, own)
 
     def wanted(label: str, shape: tuple[int, ...]) -> bool:
         """Whether an array may be taken. Only the shapes of the others are needed."""
@@ -184,8 +183,9 @@ def _read_file(path: Path, container: str, programs: Programs, own: Mapping[str,
         named[name], labels[name] = array, label
     if reordered := [labels[name] for name in flattened if name in labels]:
         log.info("%s: the inputs of %s are reordered from [c, h, w] to [h, w, c]", path, ", ".join(reordered))
-    if type(backbone) in torch_names.ASSUMED:
-        log.info("%s: the weights are taken for those of %s", path, torch_names.ASSUMED[type(backbone)])
+    if isinstance(backbone, ResNet):  # the names and shapes of timm's variants are the same
+        log.info("%s: the weights are taken for those of torchvision's ResNet, which strides in its 3x3 convolutions "
+                 "and, unlike timm's resnetblur, does not blur", path)  # fmt: skip
     with paths.open_regular(path) as file:
         return named, labels, {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 

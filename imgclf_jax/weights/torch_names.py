@@ -16,9 +16,8 @@ import numpy as np
 from flax import linen as nn
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from imgclf_jax.core import jaxprs, platform, rng
+from imgclf_jax.core import jaxprs
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.models.classifier import Classifier
 from imgclf_jax.models.convnext import ConvNeXt
 from imgclf_jax.models.resnet import ResNet, ResNetCIFAR, WideResNet
 from imgclf_jax.models.vit import Mixer, ViT
@@ -95,19 +94,12 @@ _VIT_TORCHVISION: Rows = (
     ("backbone.block{i}.mlp.fc1", f"{_LAYER}.mlp.linear_1"),
     ("backbone.block{i}.mlp.fc2", f"{_LAYER}.mlp.linear_2"),
 )
-_MIXER_TIMM: Rows = (
-    ("head", "head"),
-    ("backbone.patch", "stem.proj"),
-    ("backbone.norm", "norm"),
-    ("backbone.block{i}.{m}", "blocks.{i}.{m}"),
-)
+_BLOCKS_TIMM: Rows = (("head", "head"), ("backbone.norm", "norm"), ("backbone.block{i}.{m}", "blocks.{i}.{m}"))
 _VIT_TIMM: Rows = (
-    ("head", "head"),
     ("backbone.patch", "patch_embed.proj"),
     ("backbone.cls_token", "cls_token"),
     ("backbone.pos_embed", "pos_embed"),
-    ("backbone.norm", "norm"),
-    ("backbone.block{i}.{m}", "blocks.{i}.{m}"),
+    *_BLOCKS_TIMM,
 )
 
 # The libraries whose names a backbone's weights can have; the first is the default of export.
@@ -117,12 +109,7 @@ TABLES: dict[type, dict[str, Rows]] = {
     WideResNet: {"xternalz": _WIDE_RESNET},
     ConvNeXt: {"torchvision": _CONVNEXT_TORCHVISION, "timm": _CONVNEXT_TIMM},
     ViT: {"timm": _VIT_TIMM, "torchvision": _VIT_TORCHVISION},
-    Mixer: {"timm": _MIXER_TIMM},
-}
-
-# Models whose names and shapes are also those of others, which compute something else.
-ASSUMED: dict[type, str] = {
-    ResNet: "torchvision's ResNet, which strides in its 3x3 convolutions and, unlike timm's resnetblur, does not blur"
+    Mixer: {"timm": (("backbone.patch", "stem.proj"), *_BLOCKS_TIMM)},
 }
 
 # The last parts of names, ours to PyTorch's.
@@ -225,25 +212,24 @@ def _with_leaf(pattern: str, replacement: str) -> tuple[str, str]:
     return rf"(?:{pattern})(?P<leaf>\.\w+)?", rf"{replacement}\g<leaf>"
 
 
-def flattened(model: Classifier, image_shape: tuple[int, ...], own: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """{kernel: c} of the dense layers among `own`, {name: shape}, whose input is a flattened image [h, w, c].
+def flattened(
+    backbone: nn.Module, image_shape: tuple[int, int, int], own: Mapping[str, jax.ShapeDtypeStruct | np.ndarray]
+) -> dict[str, int]:
+    """{kernel: c} of the dense layers among our parameters `own` whose input is a flattened image [h, w, c].
 
     PyTorch flattens it as [c, h, w], so the rows of the kernel are in another order there. Raises UserError if a
     flattened image might be the input of several layers.
     """
-    if type(model.backbone) in TABLES:  # they flatten nothing
+    if type(backbone) in TABLES:  # they flatten nothing
         return {}
-    with platform.tracing_for("gpu"):  # where layers are plain operations
-        run = jax.make_jaxpr(lambda x: model.init_with_output(rng.init_streams(jax.random.key(0)), x, train=False))
-        jaxpr = run(jax.ShapeDtypeStruct((2, *image_shape), "float32"))
-    out: dict[str, int] = {}
-    for size, channels in {*_flattened_sizes(jaxpr, set())}:
-        kernels = [name for name, shape in own.items() if name.endswith("/kernel") and shape[:-1] == (size,)]
-        if len(kernels) > 1 or out.keys() & kernels:
-            raise UserError(f"PyTorch orders the {size} values of a flattened image otherwise, and one of "
-                            f"{', '.join(kernels)} reads them; give each another number of inputs")  # fmt: skip
-        out |= dict.fromkeys(kernels, channels)
-    return out
+    sizes = {*_flattened_sizes(jaxprs.forward(backbone, image_shape), set())}
+    found = [(name, *size) for size in sizes for name, x in own.items()
+             if name.endswith("/kernel") and x.shape[:-1] == size[:1]]  # fmt: skip
+    if len({size for _, size, _ in found}) < len(found):
+        raise UserError("PyTorch orders the values of a flattened image otherwise, and one of "
+                        f"{', '.join(name for name, _, _ in found)} reads them; give each another number of "
+                        "inputs")  # fmt: skip
+    return {name: c for name, _, c in found}
 
 
 def _flattened_sizes(jaxpr: Jaxpr | ClosedJaxpr, channels_first: set[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
@@ -267,7 +253,7 @@ def own_layout(array: np.ndarray, name: str, shape: tuple[int, ...], channels: i
     behind a flattened image of `channels`, `in` is [c, h, w] there and [h, w, c] here. Axes of size one, as in a layer
     scale [d, 1, 1], are removed. If the models differ, the shape may not be `shape`.
     """
-    if channels > 1 and array.ndim == 2 and array.shape[::-1] == shape:
+    if channels > 1 and array.shape[::-1] == shape:
         array = array.reshape(len(array), channels, -1).swapaxes(1, 2).reshape(array.shape)
     if name.endswith("/kernel"):
         return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T

@@ -17,7 +17,7 @@ from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared, onnx, saved_model, stablehlo, torch_state
 from imgclf_jax.tools.export.formats import SUFFIXES
 from imgclf_jax.trained import Trained, load_trained
-from imgclf_jax.weights import pretrained, torch_names
+from imgclf_jax.weights import pretrained
 
 _OUTPUTS: dict[str, Outputs] = {"probabilities": "predict", "logits": "logits", "features": "features"}
 
@@ -82,8 +82,6 @@ def _safetensors(model: Trained, path: Path, what: Outputs, names: str) -> list[
     names = torch_state.naming(backbone, names)
     params, model_state = jax.tree.map(sharding.fetch, model.state.evaluated)
     variables = {"params": params, **model_state}
-    shapes = {name: x.shape[recipe.config.num_seeds > 1 :] for name, x in tree.named_leaves(variables)}
-    flattened = torch_names.flattened(recipe.plain_model, recipe.data.image_shape, shapes)
     metadata = {"format": "pt", "flattened": "chw", "model": recipe.config.model, "names": names,
                 "augment": recipe.config.augment, "loss": recipe.config.loss,
                 "host_ops": model.programs.preprocess_eval}  # fmt: skip
@@ -93,7 +91,7 @@ def _safetensors(model: Trained, path: Path, what: Outputs, names: str) -> list[
     for seed in range(num_seeds := recipe.config.num_seeds):
         own = variables if num_seeds == 1 else jax.tree.map(lambda x, seed=seed: np.asarray(x)[seed], variables)
         file = path if num_seeds == 1 else path.with_suffix(f".seed{recipe.config.seed + seed}{path.suffix}")
-        state = torch_state.state_dict(backbone, merge(own), names, recipe.data.image_shape, flattened)
+        state = torch_state.state_dict(backbone, merge(own), names, recipe.data.image_shape)
         paths.write_atomically(file, _with_sorted_metadata(save(state, metadata)))
         lines.append(f"{file}: {len(state)} arrays, named by the scheme {names}")
     if added := sorted({*params} - {"backbone", "head"}):

@@ -1,8 +1,5 @@
 """A PyTorch `state_dict` from our variables, by the names and layouts in `weights.torch_names`."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
 import numpy as np
 from flax import linen as nn
 
@@ -28,23 +25,18 @@ def naming(backbone: nn.Module, names: str = "") -> str:
 
 
 def state_dict(
-    backbone: nn.Module,
-    variables: Variables,
-    names: str,
-    image_shape: tuple[int, int, int],
-    flattened: Mapping[str, int] = MappingProxyType({}),
+    backbone: nn.Module, variables: Variables, names: str, image_shape: tuple[int, int, int]
 ) -> dict[str, np.ndarray]:
     """PyTorch's `state_dict` of a classifier over `backbone`, from its variables {"params", "batch_stats", …}.
 
     `names` is a result of `naming`. Modules that a method adds to the backbone and the head, such as a projector, are
-    dropped. Fixed positions, which are no parameters here, are added if the PyTorch model stores them. With "own"
-    names, `flattened` are the dense layers whose rows need PyTorch's order: see `torch_names.flattened`. Raises
+    dropped. Fixed positions, which are no parameters here, are added if the PyTorch model stores them. Raises
     UserError if the library's model lacks one of the weights, or needs another one.
     """
     own = {name: x for name, x in tree.named_leaves(variables) if name.split("/")[1] in ("backbone", "head")}
     if isinstance(backbone, ViT) and backbone.positions == "sincos" and names != "own":
         own["params/backbone/positions_embedding"] = _fixed_positions(backbone, own, image_shape)
-    labels = torch_names.torch_names(backbone, own, names)
+    labels, flattened = torch_names.torch_names(backbone, own, names), torch_names.flattened(backbone, image_shape, own)
     out: dict[str, np.ndarray] = {}
     for name, value in own.items():
         if (label := labels[name]) is None:
