@@ -89,7 +89,7 @@ def _read_by_slides(images: jax.Array, y: jax.Array, x: jax.Array, matrix: jax.A
     quarter = jnp.where(jnp.abs(to_y[:, 0]) > to_x[:, 0], jnp.sign(to_y[:, 0]), 0)
 
     def turned(none: jax.Array, positive: jax.Array, negative: jax.Array) -> jax.Array:
-        number = quarter.reshape(-1, *[1] * (none.ndim - 1))
+        number = photometric.broadcast_along_batch(quarter, none)
         return jnp.where(number == 0, none, jnp.where(number > 0, positive, negative))
 
     across, last = packed.swapaxes(1, 2), jnp.array([0, 0, side - 1], jnp.float32)
@@ -105,7 +105,7 @@ def _read_by_slides(images: jax.Array, y: jax.Array, x: jax.Array, matrix: jax.A
     fixed = jnp.round(jnp.array(lines) * _ONE).astype(jnp.int32)
 
     def amount(i: int, line: jax.Array) -> jax.Array:  # pixels by which slide i moves this line
-        slope, start = (v.reshape(-1, *[1] * (line.ndim - 1)) for v in fixed[i])
+        slope, start = (photometric.broadcast_along_batch(v, line) for v in fixed[i])
         return (slope * line + start + _ONE // 2) >> 16
 
     rows, columns = jnp.arange(-near, side + near)[None], jnp.arange(-margin, side + margin)[None]

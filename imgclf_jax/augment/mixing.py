@@ -101,8 +101,6 @@ def build(text: str) -> Mix | None:
 
     def mix(key: jax.Array, images: jax.Array) -> Mixed:
         key_choice, key_op = jax.random.split(key)
-        if len(branches) == 1:
-            return branches[0](key_op, images)
         choice = jnp.sum(jax.random.uniform(key_choice) >= limits[: len(branches) - 1], dtype=jnp.int32)
         return jax.lax.switch(choice, branches, key_op, images)
 
@@ -115,12 +113,10 @@ def batch_loss(loss: Loss, logits: jax.Array, batch: Mapping[str, jax.Array]) ->
     A mixed batch with labels also has "other" and "weight". The weighted mean of the two losses is the loss against the
     mixed target if it is linear in the target, such as cross-entropy.
     """
-    if "target" in batch:
-        return loss(logits, batch["target"])
-    if "other" in batch:
-        weight = batch["weight"]
-        return weight * loss(logits, batch["label"]) + (1 - weight) * loss(logits, batch["other"])
-    return loss(logits, batch["label"])
+    own = loss(logits, batch["target"] if "target" in batch else batch["label"])
+    if "other" not in batch:
+        return own
+    return batch["weight"] * own + (1 - batch["weight"]) * loss(logits, batch["other"])
 
 
 def mix_batch(mix: Mix | None, key: jax.Array, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

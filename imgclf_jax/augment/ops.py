@@ -7,7 +7,6 @@ see uint8, ops after it float32.
 
 import functools
 import inspect
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -102,7 +101,6 @@ def random_erasing(
     top = jax.random.randint(key_y, (b,), 0, h - height + 1)
     left = jax.random.randint(key_x, (b,), 0, w - width + 1)
     erase = jax.random.bernoulli(key_apply, float(probability), (b,)) & jnp.any(fits, 0)
-
     inside = erase[:, None, None, None] & geometry.in_box(h, w, top, left, top + height, left + width)
     if fill not in ("pixel", "color"):
         return jnp.where(inside, photometric.fill_values("random_erasing", images, fill), images)
@@ -153,8 +151,9 @@ def evaluation_spec(text: str) -> str:
 def divides_twice(text: str, image_shape: tuple[int, ...]) -> bool:
     """Whether an op before `normalize` returns pixels of about 0 to 1, which `normalize` would divide by 255 again."""
     calls = spec.parse(text)
-    before = "|".join(str(call) for call in itertools.takewhile(lambda call: call.name != "normalize", calls))
-    if not spec.names_code(before) or "normalize" not in [call.name for call in calls]:
+    names = [call.name for call in calls]
+    before = "|".join(map(str, calls[: names.index("normalize")])) if "normalize" in names else ""
+    if not spec.names_code(before):
         return False
     ramp = np.linspace(0, 255, math.prod(image_shape)).astype(np.uint8).reshape(1, *image_shape)
     run = build(f"{before}|normalize", train=True)

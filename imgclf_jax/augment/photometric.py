@@ -147,12 +147,9 @@ def histogram(images: jax.Array) -> jax.Array:
         counts = jnp.einsum("bnci,bncj->bijc", upper, lower, preferred_element_type=jnp.float32)
         return counts.reshape(b, 256, c).astype(jnp.int32)
     bins = images.astype(jnp.int32) * c + jnp.arange(c, dtype=jnp.int32)
-
-    def count(bins: jax.Array) -> jax.Array:
-        return jnp.zeros(256 * c, jnp.int32).at[bins].add(1, mode="promise_in_bounds")
-
     # `vmap` shows the compiler that images are independent, so each device keeps its own.
-    return jax.vmap(count)(bins.reshape(b, h * w * c)).reshape(b, 256, c)
+    count = jax.vmap(lambda own: jnp.zeros(256 * c, jnp.int32).at[own].add(1, mode="promise_in_bounds"))
+    return count(bins.reshape(b, h * w * c)).reshape(b, 256, c)
 
 
 def equalization(images: jax.Array) -> jax.Array:

@@ -12,18 +12,12 @@ import jax.numpy as jnp
 from imgclf_jax.core import kinds, spec
 
 Views = list[tuple[float, Callable[[jax.Array], jax.Array]]]
-
-
-def _identity(images: jax.Array) -> jax.Array:
-    return images
-
-
-NONE: Views = [(1.0, _identity)]
+NONE: Views = [(1.0, lambda x: x)]
 
 
 def flip() -> Views:
     """The image and its mirror image (1/2 each)."""
-    return [(0.5, _identity), (0.5, lambda images: images[:, :, ::-1])]
+    return [(0.5, lambda x: x), (0.5, lambda x: x[:, :, ::-1])]
 
 
 def translate(pad: int = 1) -> Views:
@@ -37,7 +31,7 @@ def translate(pad: int = 1) -> Views:
         padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
         return padded[:, offset : offset + h, offset : offset + w]
 
-    return [(0.5, _identity), (0.25, lambda images: crop(images, 0)), (0.25, lambda images: crop(images, 2 * pad))]
+    return [(0.5, lambda x: x), (0.25, lambda x: crop(x, 0)), (0.25, lambda x: crop(x, 2 * pad))]
 
 
 VIEWS: dict[str, Callable[..., Views]] = {"flip": flip, "translate": translate}

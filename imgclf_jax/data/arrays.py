@@ -49,12 +49,10 @@ def arrays(path: str) -> dict[str, Source]:
                         "split targets")  # fmt: skip
     for x, y, _ in splits.values():
         _check(x, content[x], y, content[y], where)
-    ys: dict[str, np.ndarray]
+    ys: dict[str, np.ndarray] = {y: content[y].reshape(-1) for _, y, _ in splits.values()}
     if True in kinds:
-        with np.errstate(over="ignore"):
-            ys = {y: content[y].reshape(len(content[y]), -1).astype(np.float32) for _, y, _ in splits.values()}
-    else:
-        ys = {y: content[y].reshape(-1) for _, y, _ in splits.values()}
+        with np.errstate(over="ignore"):  # `Source` refuses infinite targets
+            ys = {y: content[y].reshape(len(content[y]), -1).astype(np.float32) for y in ys}
     if len(given := [content[key] for key in _NAMES if key in content]) > 1:
         raise UserError(f"{where}, both {' and '.join(_NAMES)} name the same; keep one")
     names = _number_classes(ys, where) if not given else _text(given[0], where)

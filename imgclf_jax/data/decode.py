@@ -139,13 +139,10 @@ def read_file(path: Path) -> bytes:
 
 
 HOST_OPS: dict[str, Callable] = {
-    "decode": decode,
-    "resize": resizing.resize,
-    "resize_small": resizing.resize_small,
-    "central_crop": resizing.central_crop,
-    "random_resized_crop": resizing.random_resized_crop,
-    "inception_crop": resizing.inception_crop,
-}
+    f.__name__: f
+    for f in (decode, resizing.resize, resizing.resize_small, resizing.central_crop, resizing.random_resized_crop,
+              resizing.inception_crop)
+}  # fmt: skip
 
 _PICTURE_OPS = frozenset({_decode, *HOST_OPS.values()})  # they take a Pillow image too
 
@@ -165,10 +162,10 @@ def _bind(text: str, where: str) -> tuple[list[spec.Call], list[functools.partia
 def build(text: str, bits: int = 16) -> tuple[HostOps, bool]:
     """Returns the function (image, seed, position) → uint8[h, w, c] of a spec of host ops, and whether it is random.
 
-    `bits` are those of the data set's grey images of more than 8 (see `Source`).
-    `position` is the example's global position in the stream. An op's draws depend on the seed, the position, its name
-    and the number of earlier ops of that name, so adding another op does not change them. The function raises UserError
-    for an image that an op of this package cannot process; an error in a user's op passes, for its traceback.
+    `position` is the example's global position in the stream, `bits` those of the data set's grey images of more than 8
+    (see `Source`). An op's draws depend on the seed, the position, its name and the number of earlier ops of that name,
+    so adding another op does not change them. The function raises UserError for an image that an op of this package
+    cannot process; an error in a user's op passes, for its traceback.
     """
     calls, ops = _bind(text, "preprocess")
     ops[0] = functools.partial(_decode, *ops[0].args, **ops[0].keywords | {"bits": bits})

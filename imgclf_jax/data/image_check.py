@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import os
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +21,7 @@ THREADS = 16  # a network file system is slow for each request, but serves many 
 
 # Size in bytes, mtime and ctime in nanoseconds. The ctime reveals a replaced file whose mtime `cp -p` preserved.
 type Stamp = tuple[int, int, int]
+_NO_STAMP = (0, 0, 0)  # of missing files, and of those with a read error, which may be transient
 
 
 class Checked(NamedTuple):
@@ -46,13 +46,12 @@ def check(root: Path, files: Sequence[str]) -> Checked:
 
     Results are remembered by size and change times in the user's cache folder.
     """
-    found = dict(zip(files, _map(lambda name: _stamp(root / name), files), strict=True))
-    reasons = {name: stamp for name, stamp in found.items() if isinstance(stamp, str)}
-    stamps = {name: stamp for name, stamp in found.items() if not isinstance(stamp, str)}
+    stamps = dict(zip(files, _map(lambda name: _stamp(root / name), files), strict=True))
     decoder = f" {PIL.__version__} {_FORM} {decode.FORMATS}".encode()
     record = cache.folder("checked") / f"{hashlib.sha256(os.fsencode(root.resolve()) + decoder).hexdigest()[:32]}.json"
     known = _load(record)
-    entries = {name: known[name] for name, stamp in stamps.items() if name in known and known[name].stamp == stamp}
+    entries = {name: known[name] for name, stamp in stamps.items()
+               if name in known and known[name].stamp == stamp != _NO_STAMP}  # fmt: skip
     todo = [name for name in stamps if name not in entries]
     results = zip(todo, _map(lambda name: _check(root / name, stamps[name]), todo), strict=True)
     try:
@@ -60,7 +59,7 @@ def check(root: Path, files: Sequence[str]) -> Checked:
     finally:
         if todo:
             _save(record, known | entries)
-    reasons |= {name: entry.reason for name, entry in entries.items() if entry.reason}
+    reasons = {name: entry.reason for name, entry in entries.items() if entry.reason}
     digests = {name: entry.digest for name, entry in entries.items() if not entry.reason}
     return Checked(dict(sorted(reasons.items())), digests, max((one.bits for one in entries.values()), default=0) or 16)
 
@@ -71,26 +70,22 @@ def _map[T](function: Callable[[str], T], names: Sequence[str]) -> Iterator[T]:
             yield from pool.map(function, some)
 
 
-def _stamp(file: Path) -> Stamp | str:
-    """The stamp of a regular file, or why it is unreadable."""
+def _stamp(file: Path) -> Stamp:
     try:
         status = os.stat(file)
-    except (OSError, ValueError) as e:
-        return getattr(e, "strerror", None) or str(e)
-    if not stat.S_ISREG(status.st_mode):
-        return "not a regular file"
+    except (OSError, ValueError):  # `_check` tells why
+        return _NO_STAMP
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _check(file: Path, stamp: Stamp) -> _Entry:
     try:
         data = decode.read_file(file)
-        bits = decode.measure(data)
-        return _Entry(stamp, "", hashlib.sha256(data).hexdigest()[:32], bits)
-    except OSError as e:  # permissions or a failing disk, which may be transient: no file has this stamp
-        return _Entry((0, 0, 0), e.strerror or str(e))
+        return _Entry(stamp, "", hashlib.sha256(data).hexdigest()[:32], decode.measure(data))
     except UserError as e:
         return _Entry(stamp, str(e))
+    except (OSError, ValueError) as e:
+        return _Entry(_NO_STAMP, getattr(e, "strerror", None) or str(e))
 
 
 def _load(record: Path) -> dict[str, _Entry]:

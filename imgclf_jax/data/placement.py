@@ -13,11 +13,11 @@ copy in another layout at each step on TPU, four times as large for images of 32
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from imgclf_jax.core import memory, sharding
 from imgclf_jax.core.errors import UserError
@@ -34,26 +34,18 @@ def batch_shape(rows: int, image_shape: tuple[int, ...], targets: int, mesh: Mes
     `targets` is the number of targets per example, 0 with labels. `columns` are the dtypes of further values f[b], such
     as mask="bool".
     """
-    name, y = _y_spec(targets)
-    values = {"image": (image_shape, "uint8"), name: y, **{column: ((), dtype) for column, dtype in columns.items()}}
-    sharded = sharding.sharded(mesh)
-    return {
-        name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharded) for name, (shape, dtype) in values.items()
-    }
+    return _shapes(rows, image_shape, targets, columns, sharding.sharded(mesh))
 
 
 def table_shape(examples: int, image_shape: tuple[int, ...], targets: int, mesh: Mesh) -> Batch:
     """The shapes, dtypes and shardings of a data set of images [h, w, c] that is kept on the devices."""
-    name, y = _y_spec(targets)
-    values = {"image": ((math.prod(image_shape),), "uint8"), name: y}
-    replicated = sharding.replicated(mesh)
-    return {name: jax.ShapeDtypeStruct((examples, *shape), dtype, sharding=replicated)
-            for name, (shape, dtype) in values.items()}  # fmt: skip
+    return _shapes(examples, (math.prod(image_shape),), targets, {}, sharding.replicated(mesh))
 
 
-def _y_spec(targets: int) -> tuple[str, tuple[tuple[int, ...], str]]:
-    """The name, shape and dtype of an example's label or targets in a batch."""
-    return ("target", ((targets,), "float32")) if targets else ("label", ((), "int32"))
+def _shapes(n: int, shape: tuple[int, ...], targets: int, columns: Mapping[str, str], placed: NamedSharding) -> Batch:
+    y = {"target": ((targets,), "float32")} if targets else {"label": ((), "int32")}
+    values = {"image": (shape, "uint8"), **y, **{name: ((), dtype) for name, dtype in columns.items()}}
+    return {name: jax.ShapeDtypeStruct((n, *own), dtype, sharding=placed) for name, (own, dtype) in values.items()}
 
 
 def gather(table: Batch, ids: jax.Array, image_shape: tuple[int, ...]) -> Batch:
@@ -69,30 +61,24 @@ def batches(
     placement: str, images: stream.Images, spec: StreamSpec, steps: Iterable[int], mesh: Mesh
 ) -> Iterator[tuple[int, Batch]]:
     """Yields each step with its batch on the devices; `placement` is "host" or "device"."""
-    return {"host": _host_batches, "device": _device_batches}[placement](images, spec, steps, mesh)
-
-
-def _host_batches(
-    images: stream.Images, spec: StreamSpec, steps: Iterable[int], mesh: Mesh
-) -> Iterator[tuple[int, Batch]]:
-    """Streams batches; the copy of each to the device overlaps the step before it."""
+    if placement == "device":
+        yield from _gather_batches(images, spec, steps, mesh)
+        return
     rows = sharding.rows_here(spec.batch_size, mesh)
     extra_rows = {name: sharding.rows_here(batch_size, mesh) for name, batch_size in spec.extra}
     for step, batch in stream.batches(images, spec, steps, rows, extra_rows=extra_rows):
-        yield step, sharding.put_batch(batch, mesh)
+        yield step, sharding.put_batch(batch, mesh)  # the copy overlaps the step before it
 
 
-def _device_batches(
+def _gather_batches(
     images: stream.Images, spec: StreamSpec, steps: Iterable[int], mesh: Mesh
 ) -> Iterator[tuple[int, Batch]]:
     """Gathers the same batches, bit for bit, on the device: only ids travel. Needs no TensorFlow."""
     streams = {"": (images, spec)} | {extra.name: (images.extra[extra.name], extra) for extra in spec.extra_streams}
     for own, _ in streams.values():
         if own.random:
-            raise UserError(
-                f"data.placement='device' keeps decoded images, but preprocess={own.preprocess!r} is random; use "
-                "data.placement='host', or move the randomness to augment"
-            )
+            raise UserError(f"data.placement='device' keeps decoded images, but preprocess={own.preprocess!r} is "
+                            "random; use data.placement='host', or move the randomness to augment")  # fmt: skip
     nbytes = sum(len(own) * (math.prod(own.shape) + 4 * len(own.source.target_names)) for own, _ in streams.values())
     count = sum(len(own) for own, _ in streams.values())
     memory.require(nbytes, f"data.placement='device': {count:,} decoded images")

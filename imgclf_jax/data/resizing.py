@@ -21,12 +21,7 @@ type Picture = np.ndarray | Image.Image  # uint8[h, w, c], or 8 bits per channel
 MAX_PIXELS = 2**26  # 8192 by 8192; Pillow itself warns from 89 million and refuses from twice that
 MAX_SIDE = 2**20  # 16 times that of JPEG; Pillow holds a pointer per row
 _BLOCK = 1 << 20  # float64 values that `area` averages at a time
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+_FILTERS = {name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")}
 _LIKE = ("tensorflow", "torchvision")
 
 

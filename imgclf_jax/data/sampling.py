@@ -191,9 +191,7 @@ SAMPLINGS = {"permutation": permutation, "balanced": balanced, "weighted": weigh
 def bind(text: str) -> tuple[spec.Call, functools.partial[Any]]:
     """Binds the arguments of a sampling. Raises UserError if it names nothing or they do not fit. Opens no data."""
     call = spec.parse_one(text)
-    if ":" not in call.name:
-        return call, spec.bind(call, SAMPLINGS, "sampling", ("source",))
-    factory = spec.takes(spec.lookup(call, SAMPLINGS, "sampling"), "source")
+    factory = ":" not in call.name or spec.takes(spec.lookup(call, SAMPLINGS, "sampling"), "source")
     return call, spec.bind(call, SAMPLINGS, "sampling", ("source",) if factory else ("key", "positions", "n"))
 
 
@@ -207,12 +205,10 @@ def build(text: str, source: Source, key: str = "data.sampling") -> Sampler:
     call, make = bind(text)
     where = f"{key}={text!r}"
     try:
-        if ":" not in call.name:
-            return make(source)
-        function = make(source) if spec.takes(make.func, "source") else make
+        made: Any = make(source) if spec.takes(make.func, "source") else make
     except UserError as e:
         raise UserError(f"{where}: {e}") from e
-    return _user_sampler(function, source.size, where)
+    return made if ":" not in call.name else _user_sampler(made, source.size, where)
 
 
 def _user_sampler(function: Function, n: int, where: str) -> Sampler:
@@ -225,14 +221,13 @@ def _user_sampler(function: Function, n: int, where: str) -> Sampler:
             raise UserError(f"{where} returns the id {wrong[0]}, but the split has 0 to {n - 1}")
         return out.astype(np.int64)
 
-    probe = np.concatenate([np.arange(64), 10**9 + np.arange(64)])
+    epoch = int(spec.declared(function, "epoch", n))
+    probe = np.concatenate([np.arange(min(epoch, _RECORDED)), (epoch + 1) * np.arange(1, 4096)])
     together = ids(0, probe)
     if not all(np.array_equal(ids(0, probe[i::2]), together[i::2]) for i in range(2)):
         raise UserError(f"{where} returns other ids for the same positions in another call; an id must depend only on "
                         "the key and its position")  # fmt: skip
-    epoch = int(spec.declared(function, "epoch", n))
-    first, later = np.arange(min(epoch, _RECORDED)), (epoch + 1) * np.arange(1, 4096)
-    return Sampler(ids, epoch, _digest(ids(0, np.concatenate([first, later]))))
+    return Sampler(ids, epoch, _digest(together))
 
 
 def _digest(values: np.ndarray) -> str:

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from imgclf_jax.core.errors import UserError, unknown
 
@@ -11,8 +11,7 @@ _BOUND = r"\s*(-?\d{1,18}|-?\d{1,18}(?:\.\d{1,18})?%)?\s*"
 _PART = re.compile(rf"\s*([\w.-]+)\s*(?:\[{_BOUND}:{_BOUND}\])?\s*")
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Examples start to stop (exclusive) of one base split."""
 
     name: str

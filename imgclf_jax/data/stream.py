@@ -93,31 +93,26 @@ class Images:
         examples = read_examples(self.source, ids)
         encoded = examples["image"]
 
-        def decode_share(rows: np.ndarray) -> list[np.ndarray]:
-            return [self._decode_one(encoded[i], int(ids[i]), int(positions[i]), seed) for i in rows]
+        def decode_one(i: int) -> np.ndarray:
+            try:
+                return self._ops(encoded[i], seed, int(positions[i]))
+            except UserError as e:
+                raise UserError(f"{self.source.example_name(int(ids[i]))}: {e}") from e
 
         nbytes = sum(len(x) if isinstance(x, bytes) else getattr(x, "nbytes", _SMALL) for x in encoded)
         threads = 1 if nbytes < _SMALL * len(ids) else min(self._threads, len(ids))
         shares = np.array_split(np.arange(len(ids)), threads)
-        images = [image for share in self._pool.map(decode_share, shares) for image in share]
+        decoded = self._pool.map(lambda rows: [decode_one(row) for row in rows], shares)
+        images = [image for share in decoded for image in share]
         if wrong := [image for image in images if image.dtype != np.uint8 or image.ndim != 3]:
-            raise UserError(
-                f"preprocess={self.preprocess!r} returns {wrong[0].dtype}{list(wrong[0].shape)}; host ops must return "
-                "uint8[h, w, c]; use `augment` for floating point"
-            )
+            raise UserError(f"preprocess={self.preprocess!r} returns {wrong[0].dtype}{list(wrong[0].shape)}; host ops "
+                            "must return uint8[h, w, c]; use `augment` for floating point")  # fmt: skip
         shapes = sorted({image.shape for image in images} | {getattr(self, "shape", images[0].shape)})
         if len(shapes) > 1:
-            raise UserError(
-                f"preprocess={self.preprocess!r} returns images of different shapes, such as {shapes[0]} and "
-                f"{shapes[1]}; add resize(height, width), or resize_small and central_crop"
-            )
+            raise UserError(f"preprocess={self.preprocess!r} returns images of different shapes, such as "
+                            f"{shapes[0]} and {shapes[1]}; add resize(height, width), or resize_small and "
+                            "central_crop")  # fmt: skip
         return np.stack(images), examples[self.source.label_key]
-
-    def _decode_one(self, image: bytes | np.ndarray, example: int, position: int, seed: int) -> np.ndarray:
-        try:
-            return self._ops(image, seed, position)
-        except UserError as e:
-            raise UserError(f"{self.source.example_name(example)}: {e}") from e
 
 
 @dataclass(frozen=True)

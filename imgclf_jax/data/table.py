@@ -63,10 +63,9 @@ def _check_repeated(files: Sequence[str], labels: np.ndarray) -> None:
     """Raises UserError if a file has two labels, or targets."""
     first: dict[str, int] = {}
     for row, name in enumerate(files):
-        if first.setdefault(name, row) != row and (labels[first[name]] != labels[row]).any():
-            raise UserError(
-                f"the rows {first[name] + 1} and {row + 1} give {name!r} different labels; keep one of them"
-            )
+        other = first.setdefault(name, row)
+        if other != row and (labels[other] != labels[row]).any():
+            raise UserError(f"the rows {other + 1} and {row + 1} give {name!r} different labels; keep one of them")
 
 
 def _read(path: Path, file: str) -> Columns:

@@ -176,8 +176,8 @@ def at(i, value):
     ("subset('F')", np.array([3, -1]), "has ids from -1 to 3, but the split has 0 to 59"),
     ("subset('F')", np.array([3, 4, 3]), "has an id more than once; use weighted"),
     ("subset('F')", np.array([1.0]), "holds float64[1]; expected whole numbers [m]"),
-    (f"{__name__}:wrong(returns='halves')", None, "returns float64[128] for 128 positions; return a whole number for"),
-    (f"{__name__}:wrong(returns='positions')", None, "returns the id 60, but the split has 0 to 59"),
+    (f"{__name__}:wrong(returns='halves')", None, "returns float64[4155] for 4155 positions; return a whole number"),
+    (f"{__name__}:wrong(returns='positions')", None, "returns the id 61, but the split has 0 to 59"),
     (f"{__name__}:wrong(returns='rows')", None, "an id must depend only on the key and its position"),
 ])  # fmt: skip
 def test_a_mistake_is_one_sentence(tmp_path, text, numbers, message):
