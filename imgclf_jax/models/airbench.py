@@ -56,9 +56,8 @@ class AirBench(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        settings: Arguments = {"dtype": self.dtype, "kernel_init": _uniform}
         norm = parts.norms(self.norm, momentum=0.6, epsilon=1e-12, use_scale=False, dtype=self.dtype)
-        whiten = Conv(8 * x.shape[-1], 2, padding="VALID", **settings, name="whiten")
+        whiten = Conv(8 * x.shape[-1], 2, padding="VALID", dtype=self.dtype, kernel_init=_uniform, name="whiten")
         x = self.activation(whiten(x))
         passed: Arguments = {"norm": norm, "activation": self.activation, "dtype": self.dtype}
         for i, width in enumerate(self.widths):

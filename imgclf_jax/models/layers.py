@@ -48,12 +48,13 @@ def conv(
     rows, columns = (padding, padding) if isinstance(padding, int) else padding
     pads = _pair(rows), _pair(columns)
     if wants_features_first() and groups == 1:
-        return features_last(matmuls.conv(features_first(x), kernel, strides, pads, dilation, dtype))
+        settings = {"strides": strides, "pads": pads, "dilation": dilation, "dtype": dtype}
+        return features_last(matmuls.conv(features_first(x), kernel, **settings))
     if groups > 1 and dtype == jnp.bfloat16 and platform.uses_onednn():
         dtype = jnp.dtype(jnp.float32)  # a bfloat16 convolution of groups is up to 50 times slower there
     depthwise = groups == x.shape[3] == kernel.shape[3]
     if platform.uses_onednn() and (groups == 1 or depthwise) and dilation == (1, 1):
-        return onednn.conv(x, kernel, strides, pads, dtype)
+        return onednn.conv(x, kernel, strides=strides, pads=pads, dtype=dtype)
     x, kernel, form = x.astype(dtype), kernel.astype(dtype), ("NHWC", "HWIO", "NHWC")
     few = groups == 1 and kernel.shape[:2] != (1, 1) and kernel[..., 0].size <= _FEW_TAPS_ON_TPU
     if few and platform.current() == "tpu" and dtype != jnp.bfloat16:

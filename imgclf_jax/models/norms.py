@@ -5,7 +5,6 @@ Statistics accumulate in float32 (or float64); outputs are in `dtype`.
 
 import functools
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jax.typing import DTypeLike
 
 from imgclf_jax.core import dtypes, platform, rng
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import Function, Initializer, PyTree
+from imgclf_jax.core.typing import Initializer, PyTree
 from imgclf_jax.models.cpu import sums
 
 # While tracing inside `statistics_over(n)`, training BatchNorm takes the statistics of n groups of the batch.
@@ -41,16 +40,8 @@ def groups(text: str, images: int) -> int:
 
 def calls_linens(model: nn.Module, image_shape: tuple[int, int, int]) -> bool:
     """Whether a model calls linen's BatchNorm, which `statistics_over` does not reach."""
-    called = set()
-
-    def look(method: Function, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        called.add(type(context.module))
-        return method(*args, **kwargs)
-
-    with nn.intercept_methods(look):
-        images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-        jax.eval_shape(functools.partial(model.init, rng.init_streams(jax.random.key(0)), train=False), images)
-    return any(issubclass(one, nn.BatchNorm) for one in called)
+    modules = model.module_paths(rng.init_streams(jax.random.key(0)), jnp.zeros((1, *image_shape)), train=False)
+    return any(isinstance(module, nn.BatchNorm) for module in modules.values())
 
 
 class BatchNorm(nn.Module):

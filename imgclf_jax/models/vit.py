@@ -143,8 +143,7 @@ class ViT(nn.Module):
             "heads": heads, "dropout": self.dropout, "dtype": self.dtype, "norm": norm, "activation": self.activation,
         }  # fmt: skip
         for i in range(layers):
-            rate = self.drop_path * i / (layers - 1)
-            x = block(drop_path=rate, **passed, name=f"block{i}")(x, train)
+            x = block(drop_path=self.drop_path * i / (layers - 1), **passed, name=f"block{i}")(x, train)
         if self.pool == "cls":
             x = x[:, :1]  # before the norm, which no other token needs
         x = mean_pool(norm("norm")(x, train))
@@ -197,6 +196,5 @@ class Mixer(nn.Module):
             "activation": self.activation,
         }  # fmt: skip
         for i in range(layers):
-            rate = self.drop_path * i / (layers - 1)
-            x = block(drop_path=rate, **passed, name=f"block{i}")(x, train)
+            x = block(drop_path=self.drop_path * i / (layers - 1), **passed, name=f"block{i}")(x, train)
         return mean_pool(norm("norm")(x, train))

@@ -93,6 +93,10 @@ def _im2col(x: jax.Array, kernel: Shaped, strides: Pair, pads: Pads, dilation: P
 
 
 def _conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads, dilation: Pair, dtype: DTypeLike) -> jax.Array:
+    """Convolution, [c, h, w, b] and [kh, kw, c, f] → [f, ho, wo, b] in float32 (float64 for float64).
+
+    Negative padding crops.
+    """
     wide = accumulator(dtype)
     if not _has_few_taps(kernel):
         weights = kernel.astype(dtype).reshape(-1, kernel.shape[3]).T  # [f, kh * kw * c]
@@ -155,12 +159,5 @@ def _sum_products(x: jax.Array, y: jax.Array) -> jax.Array:
     return lax.optimization_barrier(lax.dot_general(x, y, positions, preferred_element_type=wide))
 
 
-_conv_product = multilinear("conv", _conv, _conv_images, _conv_kernel)
-
-
-def conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads, dilation: Pair, dtype: DTypeLike) -> jax.Array:
-    """Convolution, [c, h, w, b] and [kh, kw, c, f] → [f, ho, wo, b] in float32 (float64 for float64).
-
-    `pads` are ((top, bottom), (left, right)); negative padding crops.
-    """
-    return _conv_product(x, kernel, strides=strides, pads=pads, dilation=dilation, dtype=jnp.dtype(dtype))
+# Called with `strides=`, `pads=`, `dilation=` and `dtype=`.
+conv = multilinear("conv", _conv, _conv_images, _conv_kernel)

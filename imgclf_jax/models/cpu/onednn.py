@@ -47,6 +47,10 @@ def _groups(kernel: Shaped, x: Shaped) -> int:
 
 
 def _conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads, dtype: DTypeLike) -> jax.Array:
+    """Convolution, [b, h, w, c] and [kh, kw, c, f] → [b, ho, wo, f] in `dtype`; depthwise with [kh, kw, 1, c].
+
+    Negative padding crops.
+    """
     return _convolve(x.astype(dtype), kernel.astype(dtype), strides, pads, groups=_groups(kernel, x))
 
 
@@ -149,12 +153,5 @@ def _depthwise_kernel(x: jax.Array, gradient: jax.Array, strides: Pair, around: 
     return _sum_over_parts(of_part, _BLOCK // 4, x, gradient)[:, :, None]  # [kh, kw, c] → [kh, kw, 1, c]
 
 
-_conv_product = multilinear("onednn_conv", _conv, _conv_images, _conv_kernel)
-
-
-def conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads, dtype: DTypeLike) -> jax.Array:
-    """Convolution, [b, h, w, c] and [kh, kw, c, f] → [b, ho, wo, f] in `dtype`; depthwise with [kh, kw, 1, c].
-
-    `pads` are ((top, bottom), (left, right)); negative padding crops.
-    """
-    return _conv_product(x, kernel, strides=strides, pads=pads, dtype=jnp.dtype(dtype))
+# Called with `strides=`, `pads=` and `dtype=`.
+conv = multilinear("onednn_conv", _conv, _conv_images, _conv_kernel)
