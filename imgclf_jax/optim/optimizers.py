@@ -58,6 +58,8 @@ _NEEDED = {  # optax ignores these arguments without one of those
 }
 _NO_RULES = Rules()
 
+promoting: Callable[[Function], Function] = jax.numpy_dtype_promotion("standard")  # optax needs it for `b1 ** count`
+
 
 def split_lookahead(text: str) -> tuple[list[spec.Call], spec.Call | None]:
     """Splits an optimizer spec into its calls and the trailing `lookahead(…)`, or None.
@@ -105,7 +107,9 @@ def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _NO_R
     evaluated = evaluated_by(parts[-1])
     if rules and evaluated:
         raise UserError(f"optimizer={text!r}: {last.name} takes neither rules nor frozen parameters; use another")
-    chain = [optax.clip_by_global_norm(clip)] * bool(clip) + parts + [_scale_by_name(rules.lr)] * bool(rules.lr)
+    scale = lambda name, update: update * rules.lr[name] if name in rules.lr else update  # noqa: E731
+    scaled = optax.stateless(lambda updates, params: tree.map_named(scale, updates))
+    chain = [optax.clip_by_global_norm(clip)] * bool(clip) + parts + [scaled] * bool(rules.lr)
     out = chain[0] if len(chain) == 1 else optax.chain(*chain)
     if rules.frozen:
         # x + -0.0 is x to the bit for every x, while -0.0 + 0.0 is 0.0.
@@ -163,21 +167,3 @@ def _by_group(
 ) -> optax.GradientTransformation:
     """`optax.partition` by `group(path)`, which names the transform of a parameter."""
     return optax.partition(transforms, lambda params: tree.map_named(lambda name, x: group(name), params))
-
-
-def _scale_by_name(factors: Mapping[str, float]) -> optax.GradientTransformation:
-    def scale(name: str, update: jax.Array) -> jax.Array:
-        return update * factors[name] if name in factors else update
-
-    return optax.stateless(lambda updates, params: tree.map_named(scale, updates))
-
-
-def promoting(function: Function) -> Function:
-    """Runs `function` under JAX's standard dtype promotion, on which optax relies (`b1 ** count`)."""
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with jax.numpy_dtype_promotion("standard"):
-            return function(*args, **kwargs)
-
-    return wrapped
