@@ -113,12 +113,9 @@ class Problem:
 class Teacher:
     """A trained model as a pure function of its variables, read when an attribute is first used.
 
-    - `variables` is the pytree to pass as `Method.fixed`.
-    - `apply(variables, images f32[b, h, w, c])` returns logits f32[b, classes]; UserError if the run trained no head.
-    - `features(variables, images)` returns f32[b, d].
-    - `link` maps its logits to probabilities.
-
-    Images are normalized as in this run.
+    `variables` is the pytree to pass as `Method.fixed`. `apply(variables, images f32[b, h, w, c])` returns logits
+    f32[b, classes], which `link` maps to probabilities, and raises UserError if the run trained no head;
+    `features(variables, images)` returns f32[b, d]. Images are normalized as in this run.
     """
 
     def __init__(self, load: Callable[[], dict[str, Any]]):

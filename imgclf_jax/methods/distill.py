@@ -9,7 +9,7 @@ from imgclf_jax.core import dtypes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import PyTree
 from imgclf_jax.losses import SIGMOID, SOFTMAX
-from imgclf_jax.methods import Batch, Loss, Method, Problem, Teacher
+from imgclf_jax.methods import Batch, Loss, Method, Problem
 
 
 def distill(problem: Problem, teacher: str, alpha: float = 0.5, temperature: float = 4.0) -> Method:
@@ -33,7 +33,17 @@ def distill(problem: Problem, teacher: str, alpha: float = 0.5, temperature: flo
         kl = temperature**2 * divergence(teacher_logits / temperature, logits / temperature)  # [b]
         return Loss((1 - alpha) * problem.supervised(logits, batch) + alpha * kl, logits, {"distillation": kl})
 
-    return Method(loss, fixed=lambda: _load_variables(trained, problem, teacher))
+    def fixed() -> PyTree:
+        if trained.class_names != problem.class_names:
+            raise UserError(f"method: the teacher {teacher} knows {trained.classes} classes "
+                            f"({', '.join(trained.class_names[:3])}, …), but this run has {problem.classes} "
+                            f"({', '.join(problem.class_names[:3])}, …); train both on the same classes")  # fmt: skip
+        if trained.link != problem.link:
+            raise UserError(f"method: the teacher {teacher} was trained with another kind of loss, so its logits mean "
+                            "other probabilities; train both with softmax, or both with sigmoid")  # fmt: skip
+        return trained.variables
+
+    return Method(loss, fixed=fixed)
 
 
 def _softmax_kl(teacher: jax.Array, student: jax.Array) -> jax.Array:
@@ -50,15 +60,3 @@ def _sigmoid_kl(teacher: jax.Array, student: jax.Array) -> jax.Array:
 
 
 _DIVERGENCES = {SOFTMAX: _softmax_kl, SIGMOID: _sigmoid_kl}
-
-
-def _load_variables(teacher: Teacher, problem: Problem, run: str) -> PyTree:
-    """Returns the teacher's variables. Raises UserError if it does not fit this problem."""
-    if teacher.class_names != problem.class_names:
-        raise UserError(f"method: the teacher {run} knows {teacher.classes} classes "
-                        f"({', '.join(teacher.class_names[:3])}, …), but this run has {problem.classes} "
-                        f"({', '.join(problem.class_names[:3])}, …); train both on the same classes")  # fmt: skip
-    if teacher.link != problem.link:
-        raise UserError(f"method: the teacher {run} was trained with another kind of loss, so its logits mean "
-                        "other probabilities; train both with softmax, or both with sigmoid")  # fmt: skip
-    return teacher.variables

@@ -49,14 +49,12 @@ def transform(gradient: Gradient, function: Callable[[Gradient], GradientFunctio
 
     The key that it passes on becomes the step's again, so dropout masks are those of a step without transforms.
     """
+    if ":" not in name and not count:  # the built-in ones draw from a stream with their name
+        return dataclasses.replace(gradient, function=function(gradient))
+    mask = jax.random.key_data(rng.fold(jax.random.key(0), name, count))
 
-    def swap(key: jax.Array) -> jax.Array:
-        if ":" not in name and not count:  # the built-in ones draw from a stream with their name
-            return key
-        mask = jax.random.key_data(rng.fold(jax.random.key(0), name, count))
-        return jax.random.wrap_key_data(jax.random.key_data(key) ^ mask)  # twice is the identity
-
-    def swapped[Out](of: Callable[..., Out]) -> Callable[..., Out]:
+    def swapped[Out](of: Callable[..., Out]) -> Callable[..., Out]:  # twice is the identity
+        swap = lambda key: jax.random.wrap_key_data(jax.random.key_data(key) ^ mask)  # noqa: E731
         return lambda params, model_state, batch, key: of(params, model_state, batch, swap(key))
 
     given = dataclasses.replace(gradient, function=swapped(gradient.function), images=swapped(gradient.images))
@@ -81,11 +79,9 @@ def clip_per_example(gradient: Gradient, max_norm: float = 1.0) -> GradientFunct
         if wrong := [name for name, x in tree.named_leaves(batch) if jnp.shape(x)[:1] != (b,)]:
             raise UserError(f"gradient: clip_per_example needs arrays of one entry per example; {wrong[0]!r} is none")
 
-        def one(example: Batch, key: jax.Array) -> Params:
-            return gradient(params, model_state, jax.tree.map(lambda x: x[None], example), key)[1]
-
         out, _ = gradient(params, model_state, batch, key)  # XLA drops this gradient
-        each = jax.vmap(one)(batch, jax.random.split(rng.fold(key, "clip_per_example"), b))  # [b, …]
+        singles = jax.tree.map(lambda x: x[:, None], batch), jax.random.split(rng.fold(key, "clip_per_example"), b)
+        each = jax.vmap(lambda one, key: gradient(params, model_state, one, key)[1])(*singles)  # [b, …]
         scale = jnp.minimum(1, max_norm / jax.vmap(optax.tree.norm)(each))  # [b]; 1 for a zero gradient
         return out, jax.tree.map(lambda g: jnp.tensordot(scale.astype(g.dtype), g, 1) / b, each)
 
@@ -105,22 +101,22 @@ def check_examples(batch: Batch, given: Batch, parts: int) -> None:
                             f"{list(jnp.shape(x))}; compute it in the method's loss, or set accumulate=1")  # fmt: skip
 
 
-def _split(batch: Batch, parts: int) -> Batch:
-    """Splits [b, …] → [parts, b / parts, …]; microbatch i takes every `parts`-th example from i.
-
-    So each microbatch has an equal share of the examples on every device.
-    """
-    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-
-
 def _join(x: jax.Array) -> jax.Array:
-    """[parts, b / parts, …] → [b, …], the inverse of `_split`."""
+    """[parts, b / parts, …] → [b, …], in the order before the split of `_scan`."""
     return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
 
-def _scan(function: Callable[..., Any], carry: Any, batch: Batch, parts: int) -> Any:
-    """`lax.scan` over (i, microbatch i). On CPU it is unrolled: a convolution in a loop is a hundred times slower."""
-    return jax.lax.scan(function, carry, (jnp.arange(parts), _split(batch, parts)), unroll=platform.current() == "cpu")
+def _scan(function: Callable[..., Any], carry: Any, batch: Batch, key: jax.Array, parts: int) -> Any:
+    """`lax.scan` of `function(carry, microbatch, key)`; microbatch i takes every `parts`-th example from i.
+
+    So each has an equal share on every device. On CPU it is unrolled: a convolution in a loop is 100 times slower.
+    """
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)  # [parts, b / parts, …]
+
+    def one(carry: Any, part: tuple[jax.Array, Batch]) -> Any:
+        return function(carry, part[1], jax.random.fold_in(key, part[0]))
+
+    return jax.lax.scan(one, carry, (jnp.arange(parts), split), unroll=platform.current() == "cpu")
 
 
 def accumulate(gradient: GradientFunction, parts: int) -> GradientFunction:
@@ -129,16 +125,15 @@ def accumulate(gradient: GradientFunction, parts: int) -> GradientFunction:
         return gradient
 
     def mean_gradient(params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> LossAndGrads:
-        def add(carry: tuple[Params, ModelState], part: tuple[jax.Array, Batch]) -> Any:
+        def add(carry: tuple[Params, ModelState], part: Batch, key: jax.Array) -> Any:
             total, model_state = carry
-            out, grads = gradient(params, model_state, part[1], jax.random.fold_in(key, part[0]))
-            loss, (model_state, (logits, named)) = out
+            (loss, (model_state, (logits, named))), grads = gradient(params, model_state, part, key)
             return (jax.tree.map(jnp.add, total, grads), model_state), (loss, logits, named)
 
         if len(batch["image"]) % parts:
             raise UserError(f"accumulate={parts} does not divide the batch of {len(batch['image'])} that it gets")
         carry = (jax.tree.map(jnp.zeros_like, params), model_state)
-        (total, model_state), (losses, logits, named) = _scan(add, carry, batch, parts)
+        (total, model_state), (losses, logits, named) = _scan(add, carry, batch, key, parts)
         logits = None if logits is None else _join(logits)  # [b, classes]
         named = {name: jnp.mean(values) for name, values in named.items()}
         grads = jax.tree.map(lambda g: g / parts, total)
@@ -153,9 +148,7 @@ def accumulate_images(gradient: Callable[..., jax.Array], parts: int) -> Callabl
         return gradient
 
     def gradients(params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> jax.Array:
-        def one(_: None, part: tuple[jax.Array, Batch]) -> tuple[None, jax.Array]:
-            return None, gradient(params, model_state, part[1], jax.random.fold_in(key, part[0]))
-
-        return _join(_scan(one, None, batch, parts)[1])
+        one = lambda _, part, key: (None, gradient(params, model_state, part, key))  # noqa: E731
+        return _join(_scan(one, None, batch, key, parts)[1])
 
     return gradients

@@ -1,5 +1,6 @@
 """LoRA: low-rank adapters on the kernels of a frozen backbone."""
 
+import functools
 import inspect
 import math
 from collections.abc import Mapping
@@ -36,14 +37,10 @@ def lora(problem: Problem, rank: int = 8, alpha: float = 8.0, pattern: str = "ba
     `export` to .safetensors writes merged weights under the plain names, and `init_from` of such a run loads them.
     Raises UserError if `pattern` matches nothing, or a parameter that is no kernel.
     """
-
-    def model(backbone: nn.Module, problem: Problem) -> nn.Module:
-        adapted = Adapted(backbone, rank, alpha, pattern)
-        return Classifier(adapted, problem.classes, head_init=problem.head_init)
-
+    make = functools.partial(Classifier, num_classes=problem.classes, head_init=problem.head_init)
     return Method(
-        supervised(problem).loss, model=model, freeze=f"backbone/(?!{_ADAPTERS}/).*",
-        merge=lambda variables: merge(variables, alpha / rank),
+        supervised(problem).loss, model=lambda backbone, _: make(Adapted(backbone, rank, alpha, pattern)),
+        freeze=f"backbone/(?!{_ADAPTERS}/).*", merge=functools.partial(merge, scale=alpha / rank),
     )  # fmt: skip
 
 
@@ -69,18 +66,13 @@ class Adapted(nn.Module):
         def merged(variables: Variables) -> Variables:
             return {**variables, "params": add(variables["params"], adapters, self.alpha / self.rank)}
 
-        def call(base: nn.Module) -> jax.Array:
-            features: jax.Array = base(images, train=False)  # it is frozen
-            return features
-
-        return nn.map_variables(call, "params", merged)(self.base)
+        frozen = nn.map_variables(lambda base: base(images, train=False), "params", merged)
+        features: jax.Array = frozen(self.base)
+        return features
 
 
 def match_kernels(params: Params, pattern: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of the kernels of a backbone whose paths match `pattern`, by path below `backbone/`.
-
-    Raises UserError if the pattern matches nothing, or a parameter that is no kernel.
-    """
+    """The shapes of the kernels of a backbone whose paths match `pattern`, by path below `backbone/`."""
     shapes = {"/".join(("backbone", *map(str, p))): x.shape for p, x in traverse_util.flatten_dict(params).items()}
     matched = rules.match([(part, True) for part in rules.split(pattern)], list(shapes), "method: lora(pattern)")
     for name in matched:

@@ -116,10 +116,8 @@ def mean_teacher(problem: Problem, decay: float = 0.999, weight: float = 100.0, 
         labels = batch["label"] if "label" in batch else jnp.argmax(batch["target"], -1)
         return {"teacher_accuracy": (jnp.argmax(model.teach(batch["image"]), -1) == labels).astype(jnp.float32)}
 
-    def model(backbone: nn.Module, problem: Problem) -> nn.Module:
-        return Averaged(backbone, problem.classes, head_init=problem.head_init)
-
-    return Method(loss, inputs=inputs, model=model, evaluate=evaluate)
+    model = lambda backbone, _: Averaged(backbone, problem.classes, head_init=problem.head_init)  # noqa: E731
+    return Method(loss, inputs, model, evaluate)
 
 
 def squared_distance(student: jax.Array, teacher: jax.Array) -> jax.Array:

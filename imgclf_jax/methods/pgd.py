@@ -27,12 +27,10 @@ def pgd(
     """
 
     def adversarial(params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> LossAndGrads:
-        def image_gradient(images: jax.Array) -> jax.Array:
-            return gradient.images(params, model_state, {**batch, "image": images}, key)
-
+        ascended = lambda images: gradient.images(params, model_state, {**batch, "image": images}, key)  # noqa: E731
         keys = jax.random.split(rng.fold(key, "pgd"), len(batch["image"]))
         low, high = gradient.pixel_range()
-        images = attack(image_gradient, batch["image"], keys, low, high, eps, steps, step_size, random_start)
+        images = attack(ascended, batch["image"], keys, low, high, eps, steps, step_size, random_start)
         return gradient(params, model_state, {**batch, "image": images}, key)
 
     return adversarial

@@ -1,5 +1,6 @@
 """SAM and ASAM: sharpness-aware minimization, with the gradient at the worst point of a neighborhood."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -31,13 +32,10 @@ def asam(gradient: Gradient, rho: float = 0.5, eta: float = 0.01) -> GradientFun
     parameters named `kernel`, `scale` or `embedding`) and 1 for the rest, such as biases. Otherwise like `sam`.
     """
 
-    def scaled(params: Params, grads: Params) -> Params:
-        def scale(name: str, w: jax.Array, g: jax.Array) -> jax.Array:
-            return (jnp.abs(w) + eta) * g if name.rpartition("/")[2] in _WEIGHTS else g
+    def scale(name: str, w: jax.Array, g: jax.Array) -> jax.Array:
+        return (jnp.abs(w) + eta) * g if name.rpartition("/")[2] in _WEIGHTS else g
 
-        return tree.map_named(scale, params, grads)
-
-    return _at_worst_point(gradient, rho, scaled)
+    return _at_worst_point(gradient, rho, functools.partial(tree.map_named, scale))
 
 
 def _at_worst_point(gradient: Gradient, rho: float, scaled: Callable[[Params, Params], Params]) -> GradientFunction:

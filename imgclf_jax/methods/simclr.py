@@ -1,5 +1,6 @@
 """SimCLR and SupCon: contrastive pretraining of a backbone, without and with labels."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,14 +48,13 @@ def _contrastive(classes: Callable[[Batch], jax.Array], temperature: float, widt
             raise UserError("a batch of a single image contrasts nothing; raise batch_size or lower accumulate")
         # The views of an image are adjacent, so they stay on its device and in its BatchNorm group.
         views = jnp.stack([batch["image"], batch["second_view"]], 1)  # [b, 2, h, w, c]
-        z = model.project(model.features(views.reshape(-1, *views.shape[2:]), train=True))  # [2b, width]
+        z = model.projector(model.features(views.reshape(-1, *views.shape[2:]), train=True))  # [2b, width]
         values, nearest = contrast(z, jnp.repeat(classes(batch), 2), temperature)
         return Loss(values.reshape(-1, 2).mean(1), metrics={"contrastive_accuracy": nearest})
 
-    def model(backbone: nn.Module, problem: Problem) -> nn.Module:
-        return Contrastive(backbone, problem.classes, head_init=problem.head_init, width=width, hidden=hidden)
-
-    return Method(loss, inputs=inputs, model=model, predicts=False)
+    make = functools.partial(Contrastive, width=width, hidden=hidden)
+    model = lambda backbone, problem: make(backbone, problem.classes, head_init=problem.head_init)  # noqa: E731
+    return Method(loss, inputs, model, predicts=False)
 
 
 def contrast(z: jax.Array, classes: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
@@ -87,12 +87,7 @@ class Contrastive(Classifier):
         self.projector = Projector(self.width, self.hidden, self.dtype)
 
     def init_more(self, features: jax.Array) -> None:
-        self.project(features)
-
-    def project(self, features: jax.Array) -> jax.Array:
-        """Projects features [b, d] to [b, width]."""
-        z: jax.Array = self.projector(features)
-        return z
+        self.projector(features)
 
 
 class Projector(nn.Module):
