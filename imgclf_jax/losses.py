@@ -221,7 +221,12 @@ def build(text: str, class_counts: Sequence[int] = (), class_names: Sequence[str
     """
     loss = spec.bind(spec.parse_one(text), LOSSES, "loss", leading=("logits", "labels"))
     if loss.keywords.get("class_weights") == BALANCED:
-        loss = functools.partial(loss, class_weights=_balanced(text, class_counts, class_names))
+        counts = np.asarray(class_counts or [0] * len(class_names))
+        if not counts.all():
+            names = [name for name, count in zip(class_names, counts, strict=True) if not count]
+            raise UserError(f"loss={text!r}: the training split has no example of {', '.join(names)}, so no weight can "
+                            "balance the classes; write numbers as class_weights")  # fmt: skip
+        loss = functools.partial(loss, class_weights=tuple((counts.sum() / (len(counts) * counts)).tolist()))
 
     @functools.wraps(loss)
     def checked(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -232,12 +237,3 @@ def build(text: str, class_counts: Sequence[int] = (), class_names: Sequence[str
         return values
 
     return checked
-
-
-def _balanced(text: str, class_counts: Sequence[int], class_names: Sequence[str]) -> tuple[float, ...]:
-    counts = np.asarray(class_counts or [0] * len(class_names))
-    if not counts.all():
-        names = [name for name, count in zip(class_names, counts, strict=True) if not count]
-        raise UserError(f"loss={text!r}: the training split has no example of {', '.join(names)}, so no weight can "
-                        "balance the classes; write numbers as class_weights")  # fmt: skip
-    return tuple((counts.sum() / (len(counts) * counts)).tolist())

@@ -40,7 +40,6 @@ _SIDE_EFFECTS = {
     jax.errors.UnexpectedTracerError: "keeps an array of one trace for another; return it, or use a linen variable",
     flax.errors.ModifyScopeVariableError: "changes a variable in evaluation too; set use_running_average=not train",
 }
-TRACED_KEYS = ("method", "gradient", "model", "augment", "mix", "tta", "loss", "optimizer", "schedule")
 
 
 class _built[T](cached_property[T]):
@@ -91,6 +90,12 @@ class Recipe:
             shape = list(self.data.image_shape)
             raise UserError(f"{key}={self.config[key]!r} fails on images {shape}: {reason(e)}") from e
 
+    @property
+    def own_code(self) -> str:
+        """The keys of the traced program that name the user's code, such as "model='my:Net' or mix='my:mix'"; or ""."""
+        keys = ("method", "gradient", "model", "augment", "mix", "tta", "loss", "optimizer", "schedule")
+        return " or ".join(f"{key}={self.config[key]!r}" for key in keys if spec.names_code(self.config[key]))
+
     @contextlib.contextmanager
     def naming_the_key(self) -> Iterator[None]:
         """Raises UserError naming the config key at fault if tracing fails inside, but outside of every `naming`.
@@ -103,15 +108,14 @@ class Recipe:
         except UserError:
             raise
         except Exception as e:  # JAX, Flax and Optax raise many types
-            own = [f"{key}={self.config[key]!r}" for key in TRACED_KEYS if spec.names_code(self.config[key])]
-            if own and (sentence := _SIDE_EFFECTS.get(type(e))):
-                raise UserError(f"{' or '.join(own)} {sentence} ({reason(e).partition('. ')[0]})") from e
+            if self.own_code and (sentence := _SIDE_EFFECTS.get(type(e))):
+                raise UserError(f"{self.own_code} {sentence} ({reason(e).partition('. ')[0]})") from e
             images = jax.ShapeDtypeStruct((1, *self.data.image_shape), "float32")
             for key, model in (("model", self.plain_model), ("method", self.model)):
                 init = functools.partial(model.init, rng.init_streams(jax.random.key(0)), train=False)
                 jax.eval_shape(self.naming(key)(init), images)
-            if own and not raised_in_user_code(e):
-                raise UserError(f"{' or '.join(own)} returns something that the step cannot use: {reason(e)}") from e
+            if self.own_code and not raised_in_user_code(e):
+                raise UserError(f"{self.own_code} returns something that the step cannot use: {reason(e)}") from e
             raise
 
     @_built

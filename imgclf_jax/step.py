@@ -159,12 +159,10 @@ def make_train_step(
         rngs = {"dropout": key, **rng.init_streams(rng.fold(key, "params"))}  # other streams are drawn from these
         with _listing(part):
             out, changed = apply({"params": params, **model_state}, part, fixed, rngs=rngs)
-        losses, sown = (changed.get(name, {}) for name in SOWN)
+        sown_losses, sown_metrics = (changed.get(name, {}) for name in SOWN)
         updated = {name: value for name, value in changed.items() if name not in SOWN}
         _refuse_difference("a step changes the model's state", updated, model_state, with_dtype=True)
-        _check_sown(losses, part)
-        loss = functools.reduce(jnp.add, map(jnp.mean, jax.tree.leaves(losses)), _mean_loss(out))
-        return loss, (updated, (out.logits, _named_metrics(out.metrics, sown)))
+        return _mean_loss(out, sown_losses, part), (updated, (out.logits, _named_metrics(out.metrics, sown_metrics)))
 
     def image_gradient(
         params: Params, model_state: ModelState, part: Batch, key: jax.Array, fixed: PyTree
@@ -249,25 +247,22 @@ def _refuse_difference(what: str, given: PyTree, wanted: PyTree, with_dtype: boo
             raise UserError(f"{what}: {name} is {has} instead of {needs}")
 
 
-def _check_sown(losses: PyTree, part: Batch) -> None:
-    """Raises UserError unless a sown loss is one number, or one per example.
+def _mean_loss(out: Any, sown: PyTree, part: Batch) -> jax.Array:
+    """The mean of a method's losses plus the mean of each sown loss.
 
+    Raises UserError unless `out` is a `Loss` of one value per example, and a sown loss one number, or one per example.
     A model may get several views of the examples, or several streams at once: multiples of the lengths' gcd.
     """
-    examples = math.gcd(*(len(x) for x in jax.tree.leaves(part) if jnp.ndim(x)))
-    for name, x in tree.named_leaves(losses):
-        if jnp.size(x) != 1 and (jnp.ndim(x) > 1 or len(x) % examples):
-            raise UserError(f"the sown loss {name!r} has the shape {list(jnp.shape(x))}; sow f32[] or one number per "
-                            "example, f32[b], and outside of nn.scan and nn.vmap, which would stack it")  # fmt: skip
-
-
-def _mean_loss(out: Any) -> jax.Array:
-    """The mean of a method's losses. Raises UserError unless `out` is a `Loss` with one value per example."""
     if not isinstance(out, methods.Loss):
         raise UserError(f"the method's loss returns a {type(out).__name__}; return imgclf_jax.methods.Loss(values)")
     if jnp.ndim(out.values) != 1:
         raise UserError(f"the method's Loss has values of shape {jnp.shape(out.values)}; return one number per example")
-    return jnp.mean(dtypes.upcast(out.values))
+    examples = math.gcd(*(len(x) for x in jax.tree.leaves(part) if jnp.ndim(x)))
+    for name, x in tree.named_leaves(sown):
+        if jnp.size(x) != 1 and (jnp.ndim(x) > 1 or len(x) % examples):
+            raise UserError(f"the sown loss {name!r} has the shape {list(jnp.shape(x))}; sow f32[] or one number per "
+                            "example, f32[b], and outside of nn.scan and nn.vmap, which would stack it")  # fmt: skip
+    return functools.reduce(jnp.add, map(jnp.mean, jax.tree.leaves(sown)), jnp.mean(dtypes.upcast(out.values)))
 
 
 def _named_metrics(named: Mapping[str, jax.Array], sown: PyTree) -> metrics.Sums:
@@ -324,14 +319,6 @@ def _over_models(function: Function, num_seeds: int) -> Function:
     if num_seeds == 1:
         return function
     return lambda params, model_state, *rest: jax.vmap(lambda *of: function(*of, *rest))(params, model_state)
-
-
-def _check_evaluated(values: Mapping[str, jax.Array], shape: tuple[int, ...]) -> None:
-    """Raises UserError unless a method's `evaluate` returns a number per example: a mean would count the padding."""
-    for name, x in values.items():
-        if jnp.shape(x) != shape:
-            raise UserError(f"the method's evaluate returns {name!r} of the shape {list(jnp.shape(x))}; return one "
-                            f"number per example, {list(shape)}")  # fmt: skip
 
 
 def make_logits(model: nn.Module, augment: Augment, views: tta.Views = tta.NONE, num_seeds: int = 1) -> Inference:
@@ -412,7 +399,10 @@ def make_eval_step(
         variables = {"params": params, **model_state}
         with _listing(given):
             values = nn.apply(method.evaluate, model)(variables, given, fixed)
-        _check_evaluated(values, batch["mask"].shape)
+        for name, x in values.items():
+            if jnp.shape(x) != batch["mask"].shape:  # a mean would count the padding
+                raise UserError(f"the method's evaluate returns {name!r} of the shape {list(jnp.shape(x))}; return one "
+                                f"number per example, {list(batch['mask'].shape)}")  # fmt: skip
         return {metrics.OWN + name: jnp.sum(jnp.where(batch["mask"], dtypes.upcast(x), 0.0))
                 for name, x in values.items()}  # fmt: skip
 

@@ -250,14 +250,6 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
     """
     recipe = Recipe(config, workdir.load_data_info(), load_teacher)
     programs = Programs(recipe, sharding.make_inference_mesh(config.mesh))
-    state, step = _choose(config, workdir, which, programs)
-    processes.agree(provenance.process_facts)  # restoring may have imported more
-    _ = programs.host_ops, recipe.views, recipe.whole_set_metrics  # import what they name
-    workdir.warn_of_changed_modules()
-    return Trained(programs, state, step)
-
-
-def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs) -> tuple[TrainState, int]:
     metric = config.checkpoint.best
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, metric, read_only=True)
     steps, best = processes.broadcast(lambda: (checkpoints.steps(), checkpoints.best_step()))
@@ -279,7 +271,10 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
     if step < ended and (which == "latest" or (not which and best is None)):
         log.warning("the run in %s ended at step %d, but its latest checkpoint is of step %d: its outputs are not "
                     "those of the result", workdir.path, ended, step)  # fmt: skip
-    return run["state"], step
+    processes.agree(provenance.process_facts)  # restoring may have imported more
+    _ = programs.host_ops, recipe.views, recipe.whole_set_metrics  # import what they name
+    workdir.warn_of_changed_modules()
+    return Trained(programs, run["state"], step)
 
 
 def load_converted(config: ConfigDict, base: dict[str, Source] | None = None, whole: bool = True) -> Trained:

@@ -88,8 +88,11 @@ def _run(line: CommandLine) -> int:
         module, _, function = command.before_jax.partition(":")
         getattr(_module(module), function)(files=line.files, **line.options)
     config, source = command.opens(line)
-    if line.command == "config":
-        return _print_keys(config)
+    if config and line.command == "config":
+        current = configs.flatten(config)
+        for key, (_, documentation) in configs.KEYS.items():
+            print(f"{key} = {current[key]!r}\n    {documentation}")
+        return 0
     if config:
         environment.prepare(config.deterministic)
     return _dispatch(line, config, source)
@@ -122,10 +125,3 @@ def _dispatch(line: CommandLine, config: ConfigDict | None, source: Any) -> int:
 
 def _module(name: str) -> Any:
     return importlib.import_module(f"imgclf_jax.{name}")
-
-
-def _print_keys(config: ConfigDict | None) -> int:
-    current = configs.flatten(config or configs.default_config())
-    for key, (_, documentation) in configs.KEYS.items():
-        print(f"{key} = {current[key]!r}\n    {documentation}")
-    return 0

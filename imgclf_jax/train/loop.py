@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from imgclf_jax.core import processes
 from imgclf_jax.core.stopping import Stopped, stopping
@@ -24,7 +25,7 @@ class Outcome(NamedTuple):
 
     step: int
     state: TrainState
-    results: Results | None  # of the evaluation of this step, unless an earlier process evaluated it
+    results: Results  # of the evaluation of this step; {} if a signal ended the loop
     stopped_early: str  # why; "" if it did not
     signal: str
 
@@ -34,13 +35,14 @@ def train(run: Run, records: Records) -> Outcome:
     programs, cadences, checkpoints = run.programs, run.cadences, run.checkpoints
     state, sums, step, results = run.state, run.sums, run.start, None
     stopped = run.stops_early(step)
-    if step and cadences.due(step).eval and not records.metrics.evaluated:  # a signal cut this evaluation short
+    ended = step == cadences.total or bool(stopped)  # in an earlier process, whose result is not there
+    if step and cadences.due(step).eval and (ended or not records.metrics.evaluated):  # a signal cut it short
         results = evaluate(run, records, step, state)
 
     batches = _when_compiled(programs.batches(run.images, () if stopped else range(step, cadences.last)), run, records)
     with stopping() as stop:
         for step, batch in records.watch(batches):
-            before = (recompute.copy(state), sums) if cadences.checks(step) else None
+            before = (jax.tree.map(jnp.copy, state), sums) if cadences.checks(step) else None
             with jax.transfer_guard("disallow"):  # all that a step takes is on the devices
                 state, sums = programs.train(state, sums, batch)
             if before:
@@ -68,10 +70,10 @@ def train(run: Run, records: Records) -> Outcome:
                 break
             if signal and (step < cadences.total or results is None):
                 checkpoints.close()
-                return Outcome(step, state, None, "", signal)
+                return Outcome(step, state, {}, "", signal)
         records.timer.enter("checkpoint")
         checkpoints.close()
-    return Outcome(step, state, results, stopped, "")
+    return Outcome(step, state, results or {}, stopped, "")
 
 
 def evaluate(run: Run, records: Records, step: int, state: TrainState, stop: Callable[[], str] = str) -> Results | None:
@@ -87,7 +89,8 @@ def evaluate(run: Run, records: Records, step: int, state: TrainState, stop: Cal
         return None
     finally:
         timer.enter("other")
-    records.write_evaluation(step, results)
+    if step > run.start or not records.metrics.evaluated:
+        records.write_evaluation(step, results)
     return results
 
 

@@ -15,12 +15,6 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import PyTree
 
 
-def copy(state: PyTree) -> PyTree:
-    """Returns a copy in buffers of its own, sharded alike, from which to compute the step again."""
-    copied: PyTree = jax.tree.map(jnp.copy, state)
-    return copied
-
-
 def refuse_difference(step: int, first: PyTree, second: PyTree, latest: Callable[[], str]) -> None:
     """Raises UserError unless two results of step `step` agree in every bit, and in each result all replicas.
 

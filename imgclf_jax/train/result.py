@@ -8,11 +8,9 @@ from imgclf_jax.core import json_files, processes, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.terminal import format_metrics
 from imgclf_jax.core.text import printable
-from imgclf_jax.step import TrainState
 from imgclf_jax.train import display
-from imgclf_jax.train.evaluation import evaluate_all
 from imgclf_jax.train.loop import Outcome
-from imgclf_jax.train.records import Records, Results
+from imgclf_jax.train.records import Records
 from imgclf_jax.train.setup import Run
 
 log = logging.getLogger(__name__)
@@ -37,7 +35,6 @@ def write(run: Run, records: Records, outcome: Outcome) -> None:
     if step and (skipped == step).any():
         raise UserError(f"all {step} steps were skipped: their loss, gradient or parameters are not finite, so nothing "
                         "was trained; on_bad_step=stop names the examples of the first")  # fmt: skip
-    results = outcome.results or _evaluate_again(run, records, outcome.state)
     seconds, steps = timer.seconds["input"] + timer.seconds["steps"], timer.steps
     result = {
         "step": step,
@@ -48,14 +45,14 @@ def write(run: Run, records: Records, outcome: Outcome) -> None:
         **({"skipped": int(skipped.sum())} if skipped.any() else {}),
         **({"stopped_early": outcome.stopped_early} if outcome.stopped_early else {}),
         "time": timer.summary(),
-        **results,
+        **outcome.results,
     }
     if processes.index():
         return
     json_files.write(run.workdir.result, result)
     if outcome.stopped_early:
         print(f"stopped early: {outcome.stopped_early}")
-    for name, values in results.items():
+    for name, values in outcome.results.items():
         print(f"{name}: {format_metrics(values)}")
     trained = f"the last {step - run.start} of {step}" if run.start else str(step)
     print(f"trained {trained} steps ({result['epochs']:g} epochs) in {result['seconds']} s; see "
@@ -63,11 +60,3 @@ def write(run: Run, records: Records, outcome: Outcome) -> None:
     for words in ("report", *(("predict FILE", "serve") if run.programs.recipe.method.predicts else ())):
         if words.split()[0] in COMMANDS:  # a tool may have been deleted
             print(f"  {display.program()} {words} --workdir {shlex.quote(printable(str(run.workdir.path)))}")
-
-
-def _evaluate_again(run: Run, records: Records, state: TrainState) -> Results:
-    """The final results of a run whose last evaluation was in an earlier process."""
-    records.timer.enter("compile")
-    run.eval_compiled.result()
-    records.timer.enter("evaluation")
-    return evaluate_all(run.programs, state, run.evals, records.beat)

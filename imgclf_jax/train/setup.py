@@ -4,15 +4,16 @@ import concurrent.futures
 import functools
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax import datasets, metrics, programs
 from imgclf_jax.augment import ops
-from imgclf_jax.core import processes, spec, tree
+from imgclf_jax.core import jaxprs, processes, spec, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Function, Json, JsonObject, Params, PyTree
 from imgclf_jax.data import stream
@@ -28,13 +29,14 @@ from imgclf_jax.run.early_stopping import EarlyStopping
 from imgclf_jax.run.provenance import take_snapshot
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import TrainState
-from imgclf_jax.train import display, purity
+from imgclf_jax.train import display
 from imgclf_jax.train.evaluation import check_targets, open_evals
 from imgclf_jax.train.leakage import initial_warnings, overlap_warnings, selection_warnings
 from imgclf_jax.trained import load_teacher
 from imgclf_jax.weights import pretrained
 
 log = logging.getLogger(__name__)
+_again = jax.make_user_context(False)  # part of the key of JAX's tracing caches
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def set_up(config: ConfigDict, workdir: Workdir) -> Run:
     if restored is not None:
         log.info("resuming at step %d of %d", start, recipe.total)
     run = restored or _initialize(compiling, images, weights.taken if weights else None, workdir)
-    snapshot |= purity.check(compiling, fresh=not start)  # while the train step compiles
+    snapshot |= _check_purity(compiling, fresh=not start)  # while the train step compiles
     _ = compiling.traced_eval  # what fails in evaluation ends the run here
     compiling.check_best()
     if not processes.index():
@@ -130,6 +132,29 @@ def _snapshot(compiling: Programs, workdir: Workdir, init_from: Json, **recorded
         return snapshot
 
     return processes.broadcast(take)
+
+
+def _check_purity(compiling: Programs, fresh: bool) -> JsonObject:
+    """The digest of a train step that user code is part of, as {"traced": …}; without user code it is {}.
+
+    In a run that begins (`fresh`) everything is built and traced twice, and this raises UserError, naming the keys, if
+    the programs differ: a number drawn or counted while tracing is a constant, and a resumed run would have another.
+    What a process computes once, or reads from a file, only changes the digest.
+    """
+
+    def digests(one: Programs) -> list[str]:
+        return [jaxprs.digest(traced.jaxpr) for traced in (one.traced_train, one.traced_eval)]
+
+    if not (own := compiling.recipe.own_code):
+        return {}
+    first = digests(compiling)
+    with _again(True):
+        if fresh and digests(replace(compiling, recipe=replace(compiling.recipe))) != first:
+            raise UserError(f"{own} gives another program when it is traced again, since it draws from np.random, "
+                            "counts its calls or keeps other state, so a resumed run would have other numbers; draw "
+                            "from the keys and rng streams that it gets")  # fmt: skip
+    processes.agree(lambda: {"the traced train step": first[0]})
+    return {"traced": first[0]}
 
 
 def _initialize(
