@@ -17,7 +17,7 @@ from PIL import Image
 
 from imgclf_jax import datasets, losses
 from imgclf_jax.augment import ops
-from imgclf_jax.core import cgroups, dtypes, processes, sharding
+from imgclf_jax.core import dtypes, machine, processes, sharding
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import JsonObject, Variables
 from imgclf_jax.data import decode
@@ -140,7 +140,7 @@ class Trained(NamedTuple):
         _ = self.programs.host_ops  # an error in these concerns no single image
         program, mesh, shape = self.programs.inference(what), self.programs.mesh, self.programs.recipe.data.image_shape
         size = sharding.round_up(min(self.config.batch_size, _BATCH), mesh)
-        pool = concurrent.futures.ThreadPoolExecutor(self.config.data.threads or cgroups.processors())
+        pool = concurrent.futures.ThreadPoolExecutor(self.config.data.threads or machine.processors())
 
         def decoding() -> Iterator[list[concurrent.futures.Future[list[Prepared]]]]:
             for some in itertools.batched(enumerate(images), size):

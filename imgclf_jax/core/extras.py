@@ -29,9 +29,8 @@ def require(extra: str, what: str, *modules: str) -> None:
     """Raises UserError, naming the command that installs the extra, if one of its modules (default: all) is missing."""
     if names := missing(extra, *modules):
         be = "is" if len(names) == 1 else "are"
-        kind, more = "extra", ""
-        if extra == "onnx":  # pip refuses jax2onnx, for its bound on Orbax
-            kind, more = "group", " && pip install --no-deps jax2onnx"
+        # pip refuses jax2onnx, for its bound on Orbax.
+        kind, more = ("group", " && pip install --no-deps jax2onnx") if extra == "onnx" else ("extra", "")
         raise UserError(f"{what} needs {', '.join(names)}, which {be} not installed; run it by `uv run --{kind} "
                         f"{extra} launch.py …` in a clone, or install it by "
                         f"`pip install 'imgclf_jax[{extra}]'{more}`")  # fmt: skip

@@ -30,8 +30,7 @@ def not_cached() -> AbstractContextManager[None]:
     """
     from jax._src import config
 
-    context: AbstractContextManager[None] = config.persistent_cache_min_compile_time_secs(float("inf"))
-    return context
+    return config.persistent_cache_min_compile_time_secs(float("inf"))
 
 
 @functools.cache

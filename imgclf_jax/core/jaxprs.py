@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from imgclf_jax.core import platform, rng, tree
 
@@ -20,10 +20,6 @@ def inner(equation: JaxprEqn) -> list[Jaxpr | ClosedJaxpr]:
     return [v for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
 
 
-def _shape(atom: Any) -> tuple[int, ...]:
-    return tuple(atom.aval.shape)
-
-
 def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     """Counts the FLOPs of matmuls and convolutions.
 
@@ -32,19 +28,20 @@ def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = equation.primitive.name, equation.params
-        outputs = math.prod(_shape(equation.outvars[0])) if equation.outvars else 0
+        shapes: list[Any] = [getattr(atom.aval, "shape", ()) for atom in equation.invars]
+        outputs = math.prod(getattr(equation.outvars[0].aval, "shape", ())) if equation.outvars else 0
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            total += 2 * outputs * math.prod(_shape(equation.invars[0])[i] for i in contracted)
+            total += 2 * outputs * math.prod(shapes[0][i] for i in contracted)
         elif name == "conv_general_dilated":
             numbers = params["dimension_numbers"]
-            taps = math.prod(_shape(equation.invars[1])[i] for i in numbers.rhs_spec[1:])  # features and positions
+            taps = math.prod(shapes[1][i] for i in numbers.rhs_spec[1:])  # features and positions
             spread = math.prod(params["lhs_dilation"])  # zeros between inputs are free
             total += 2 * outputs * taps / (spread * params["batch_group_count"])
         elif name.startswith("dot_product_attention"):
-            b, queries, heads, width = _shape(equation.invars[0])
+            b, queries, heads, width = shapes[0]
             matmuls = 5 if "bwd" in name else 2
-            total += matmuls * 2 * b * heads * queries * _shape(equation.invars[1])[1] * width
+            total += matmuls * 2 * b * heads * queries * shapes[1][1] * width
         else:
             bodies = [matmul_flops(one) for one in inner(equation)]
             times = params.get("length", 1) if name == "scan" else 1
@@ -61,7 +58,6 @@ def digest(jaxpr: ClosedJaxpr) -> str:
 def _constants(jaxpr: Jaxpr | ClosedJaxpr) -> Iterator[Any]:
     yield from getattr(jaxpr, "consts", ())
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        yield from (atom.val for atom in equation.invars if isinstance(atom, Literal))
         for one in inner(equation):
             yield from _constants(one)
 

@@ -13,10 +13,10 @@ def as_object(value: Json) -> JsonObject:
     return value if isinstance(value, dict) else {}
 
 
-def read(path: Path) -> Json:
-    """Reads a JSON file. Raises UserError if it is missing, unreadable or not JSON."""
+def read(path: Path) -> JsonObject:
+    """Reads a JSON object; {} if the file holds another value. Raises UserError if it is missing or not JSON."""
     try:
-        return json.loads(paths.read(path))
+        return as_object(json.loads(paths.read(path)))
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror}") from e
     except (ValueError, RecursionError) as e:

@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import os
 
-from imgclf_jax.core import cgroups
+from imgclf_jax.core import machine
 from imgclf_jax.core.errors import UserError
 
 
@@ -25,7 +25,7 @@ def keep_freed() -> None:
 
 def require(nbytes: int, what: str) -> None:
     """Raises UserError if `what` needs more bytes than this process may use."""
-    if nbytes > (most := cgroups.memory()):
+    if nbytes > (most := machine.memory()):
         raise UserError(f"{what} needs {format_bytes(nbytes)} of memory, but this machine has {format_bytes(most)}")
 
 

@@ -42,6 +42,11 @@ def as_path(text: str) -> Path:
     return cast(Path, epath.Path(text))
 
 
+def cache_folder(name: str) -> Path:
+    """`~/.cache/imgclf_jax/NAME`, or the same under XDG_CACHE_HOME. It may not exist, and can be computed again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "imgclf_jax", name)
+
+
 def in_bucket(path: Path) -> bool:
     """Whether a path is in a bucket."""
     return str(path).startswith(tuple(f"{scheme}://" for scheme in _DRIVERS))

@@ -146,17 +146,15 @@ def first_in_process_0[T](function: Callable[[], T]) -> T:
 
 def _exchange(value: Json) -> Iterator[Json]:
     """Publishes a value, and returns an iterator that waits for that of each process, by index."""
-    call = next(_calls)
-    client = internals.coordination_state().client
+    call, client = next(_calls), internals.coordination_state().client
     client.key_value_set(f"imgclf_jax/{call}/{index()}", json.dumps(value, default=str))
-    return (_get(call, process) for process in range(_count))
 
+    def get(process: int) -> Json:
+        while True:  # a living process may download a data set for hours, and a dead one ends this one sooner
+            try:
+                return json.loads(client.blocking_key_value_get(f"imgclf_jax/{call}/{process}", 1000))
+            except Exception as e:  # Python handles signals in between
+                if "DEADLINE_EXCEEDED" not in str(e):
+                    raise
 
-def _get(call: int, process: int) -> Json:
-    client = internals.coordination_state().client
-    while True:  # a living process may download a data set for hours, and a dead one ends this one sooner
-        try:
-            return json.loads(client.blocking_key_value_get(f"imgclf_jax/{call}/{process}", 1000))
-        except Exception as e:  # Python handles signals in between
-            if "DEADLINE_EXCEEDED" not in str(e):
-                raise
+    return map(get, range(_count))

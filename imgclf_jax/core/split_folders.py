@@ -13,11 +13,11 @@ def split_folders(path: str | Path) -> dict[str, str]:
     A split folder holds a folder per class. Case does not matter. A missing or unreadable `path` has no splits.
     """
     try:
-        names = sorted(entry.name for entry in os.scandir(Path(path).expanduser()) if entry.name.lower() in _ROLES)
-        splits = [name for name in names if class_folders(Path(path).expanduser() / name)]
+        folders = class_folders(Path(path).expanduser())
+        splits = [folder.name for folder in folders if role_of(folder.name) and class_folders(folder)]
     except (OSError, RuntimeError):
         return {}
-    return {name: _ROLES[name.lower()] for name in sorted(splits, key=split_order)}
+    return {name: role_of(name) for name in sorted(splits, key=split_order)}
 
 
 def role_of(name: str) -> str:

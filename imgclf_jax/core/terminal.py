@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from imgclf_jax.core import processes
@@ -116,12 +116,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
     On a narrow terminal cells go on in the next line; elsewhere a row is one line of any length, for programs.
     """
-    table, encoding = Table(), sys.stdout.encoding or "utf-8"
+    encoding = sys.stdout.encoding or "utf-8"
     console = Console(width=None if sys.stdout.isatty() else _WIDE, markup=False, emoji=False)
     cells = [[printable(cell).encode(encoding, "backslashreplace").decode(encoding) for cell in row] for row in rows]
-    for i, name in enumerate(columns):  # the first one, of names without spaces, stays whole if there is room
-        whole = i == 0 and max((len(row[0]) for row in cells), default=0) <= console.width // 2
-        table.add_column(name, overflow="fold", no_wrap=whole)
+    table = Table(*(Column(name, overflow="fold") for name in columns))
+    # The first column, of names without spaces, stays whole if there is room.
+    table.columns[0].no_wrap = all(len(row[0]) <= console.width // 2 for row in cells)
     for row in cells:
         table.add_row(*row)
     if cells:  # a file may be called "a[b]:c:.png"

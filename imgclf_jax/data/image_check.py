@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import PIL
 
-from imgclf_jax.core import cache, paths, terminal
+from imgclf_jax.core import paths, terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode
 
@@ -48,7 +48,8 @@ def check(root: Path, files: Sequence[str]) -> Checked:
     """
     stamps = dict(zip(files, _map(lambda name: _stamp(root / name), files), strict=True))
     decoder = f" {PIL.__version__} {_FORM} {decode.FORMATS}".encode()
-    record = cache.folder("checked") / f"{hashlib.sha256(os.fsencode(root.resolve()) + decoder).hexdigest()[:32]}.json"
+    name = hashlib.sha256(os.fsencode(root.resolve()) + decoder).hexdigest()[:32]
+    record = paths.cache_folder("checked") / f"{name}.json"
     known = _load(record)
     entries = {name: known[name] for name, stamp in stamps.items()
                if name in known and known[name].stamp == stamp != _NO_STAMP}  # fmt: skip

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from imgclf_jax.core import cgroups, rng
+from imgclf_jax.core import machine, rng
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Batch
 from imgclf_jax.data import decode, sampling
@@ -45,7 +45,7 @@ class Images:
         self.sampler = sampler or sampling.permutation(source)
         self.bits = source.bits if bits is None else bits
         self._ops, self.random = decode.build(preprocess, self.bits)
-        self._threads = threads or cgroups.processors()
+        self._threads = threads or machine.processors()
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
         ids, positions = np.zeros(_TRIED, np.int64), np.arange(_TRIED)
         (first, labels), again = (self._decode(ids, positions, seed) for _ in range(2))

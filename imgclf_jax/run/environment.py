@@ -5,7 +5,7 @@ import os
 import platform
 import zlib
 
-from imgclf_jax.core import cache, cpuinfo, memory
+from imgclf_jax.core import machine, memory, paths
 
 
 def prepare(deterministic: bool = False) -> None:
@@ -22,8 +22,9 @@ def prepare(deterministic: bool = False) -> None:
     # The compilation cache is per kind of processor, since machines may share a home folder, and per number of cores:
     # XLA shares a program's loops out among them when it compiles it, and JAX's key does not have them.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    kind = " ".join([cpuinfo.facts().get("model name", platform.processor()), *sorted(cpuinfo.flags()), str(cores)])
-    compiled = cache.folder(f"compiled-{zlib.crc32(kind.encode()):08x}")
+    model = machine.cpu_facts().get("model name", platform.processor())
+    kind = " ".join([model, *sorted(machine.cpu_flags()), str(cores)])
+    compiled = paths.cache_folder(f"compiled-{zlib.crc32(kind.encode()):08x}")
     with contextlib.suppress(OSError):  # without a folder, nothing is cached
         compiled.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))

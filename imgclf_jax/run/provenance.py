@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import jax
 
-from imgclf_jax.core import cpuinfo, json_files
+from imgclf_jax.core import json_files, machine
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
 from imgclf_jax.data.info import DataInfo
@@ -233,7 +233,7 @@ def processor() -> str:
 
     The name alone is not enough: in clouds "AMD EPYC" is of several generations.
     """
-    facts = cpuinfo.facts()
+    facts = machine.cpu_facts()
     if "model name" not in facts:
         return platform.processor() or platform.machine()
     parts = [facts["model name"]]
@@ -244,7 +244,7 @@ def processor() -> str:
 
 def _vector_extension() -> str:
     """The widest vector extension of the processor; "" if unknown."""
-    flags = cpuinfo.flags()
+    flags = machine.cpu_flags()
     return next((name for flag, name in _VECTORS.items() if flag in flags), "")
 
 

@@ -57,8 +57,7 @@ class Workdir:
 
     def read_snapshots(self) -> list[JsonObject]:
         """The snapshots in provenance.json; [] without the file. Raises UserError if it is not JSON."""
-        found = json_files.read(self.provenance) if self.provenance.is_file() else {}
-        return snapshots(json_files.as_object(found))
+        return snapshots(json_files.read(self.provenance) if self.provenance.is_file() else {})
 
     def load_data_info(self) -> DataInfo:
         """Loads the facts about the data from provenance.json. Raises UserError if it is missing or damaged."""
@@ -157,7 +156,7 @@ class Workdir:
     def last_step(self) -> int:
         """The step of result.json, at which the run ended; 0 without one that is readable."""
         with contextlib.suppress(UserError):
-            step = json_files.as_object(json_files.read(self.result)).get("step")
+            step = json_files.read(self.result).get("step")
             return step if type(step) is int else 0
         return 0
 

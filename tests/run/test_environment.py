@@ -27,7 +27,7 @@ def test_what_processes_must_have_in_common(monkeypatch):
     [("fpu avx2 avx512f", "cpu: cpu with AVX-512"), ("fpu avx2", "cpu: cpu with AVX2"), ("asimd", "cpu: cpu")],
 )
 def test_processors_that_compile_other_programs_are_of_another_kind(flags, kind, monkeypatch):
-    monkeypatch.setattr("imgclf_jax.core.cpuinfo.flags", lambda: frozenset(flags.split()))
+    monkeypatch.setattr("imgclf_jax.core.machine.cpu_flags", lambda: frozenset(flags.split()))
     assert provenance.device_facts(counted=False) == {"devices of kind": kind}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from imgclf_jax import losses
-from imgclf_jax.core import cgroups, jaxprs, json_files, sharding, terminal
+from imgclf_jax.core import jaxprs, json_files, machine, sharding, terminal
 from imgclf_jax.core.memory import format_bytes
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import placement
@@ -66,7 +66,7 @@ def report(programs: Programs, chips: topology.Chips) -> JsonObject:
         "chips": str(chips), "model": config.model, "batch_size": config.batch_size, "accumulate": config.accumulate,
         "precision": config.precision, "steps": recipe.total,
         "memory": {
-            "capacity": int(chip.memory) if chip else cgroups.memory() // chips.count,
+            "capacity": int(chip.memory) if chip else machine.memory() // chips.count,
             "parameters": counts.bytes_per_device((state.params, state.model_state)),
             "optimizer": counts.bytes_per_device(state.opt_state),
             "averages": counts.bytes_per_device((state.eval_variables, sums)),

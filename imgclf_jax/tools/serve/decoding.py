@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fastapi import HTTPException
 from PIL import Image
 
-from imgclf_jax.core import cgroups
+from imgclf_jax.core import machine
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data.decode import FORMATS
 
@@ -36,7 +36,7 @@ class Decoder:
     """Two queues of image files, so that small images never wait for slow ones. For use from one event loop."""
 
     def __init__(self) -> None:
-        self._small = ThreadPoolExecutor(cgroups.processors(), "decode")
+        self._small = ThreadPoolExecutor(machine.processors(), "decode")
         self._slow = ThreadPoolExecutor(1, "decode-slow")
         self._waiting = 0
 

@@ -90,8 +90,7 @@ def _health(run: Record, running: bool) -> list[str]:
 
 def _bad_step(file: Path) -> float:
     """The step in nonfinite.json; -1 without the file."""
-    found = json_files.read(file) if file.is_file() else {"step": -1}
-    step = found.get("step") if isinstance(found, dict) else None
+    step = json_files.read(file).get("step") if file.is_file() else -1
     return step if type(step) is int else math.inf
 
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from imgclf_jax.core import cgroups
+from imgclf_jax.core import machine
 
 FREE = str(2**63 - 4096)  # what version 1 says without a limit
 CORES = len(os.sched_getaffinity(0))
@@ -26,8 +26,7 @@ def test_limits(tmp_path, monkeypatch, own, files, memory, processors):
         (tmp_path / name).write_text(content)
     if own is not None:
         (tmp_path / "own").write_text(own)
-    monkeypatch.setattr(cgroups, "_ROOT", tmp_path)
-    monkeypatch.setattr(cgroups, "_OWN", tmp_path / "own")
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert cgroups.memory() == (memory or machine)
-    assert cgroups.processors() == processors
+    monkeypatch.setattr(machine, "_ROOT", tmp_path)
+    monkeypatch.setattr(machine, "_OWN", tmp_path / "own")
+    assert machine.memory() == (memory or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    assert machine.processors() == processors

@@ -1,4 +1,7 @@
-"""How much of the machine this process may use: a container or a cluster's job limits it by its control groups."""
+"""The machine's processor, and how much of the machine this process may use.
+
+A container or a cluster's job limits it by its control groups.
+"""
 
 import contextlib
 import math
@@ -35,3 +38,19 @@ def _limits(controller: str, new: str, old: str) -> Iterator[list[float]]:
                 with contextlib.suppress(OSError, ValueError):
                     text = (one / (old if controllers else new)).read_text()
                     yield [float(word) for word in text.replace("max", "inf").split()]
+
+
+def cpu_facts() -> dict[str, str]:
+    """The entries of Linux's /proc/cpuinfo for the first core; {} without this file."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            found.setdefault(key.strip(), value.strip())
+    return found
+
+
+def cpu_flags() -> frozenset[str]:
+    """The instruction set extensions of an x86 or Arm processor; empty if unknown."""
+    facts = cpu_facts()
+    return frozenset(facts.get("flags", facts.get("Features", "")).split())
