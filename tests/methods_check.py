@@ -63,12 +63,8 @@ class Prototypes(Classifier):
         self.projector = nn.Dense(6)
         self.means = self.variable("prototypes", "means", jnp.zeros, (self.num_classes, 6))
 
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        features = self.features(images, train)
-        if self.is_initializing():
-            self.project(features)
-        logits: jax.Array = self.head(features)
-        return logits
+    def init_more(self, features: jax.Array) -> None:
+        self.project(features)
 
     def project(self, features: jax.Array) -> jax.Array:
         """f32[b, 6], from features [b, d] in the precision of the run."""

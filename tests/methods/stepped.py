@@ -1,4 +1,4 @@
-"""One train step of a small model, whose update is the gradient, and the modules of the page on one's own code."""
+"""One train step of a small model, flags of a short run, and the modules of the page on one's own code."""
 
 import re
 from pathlib import Path
@@ -13,6 +13,9 @@ from imgclf_jax import losses, step
 from imgclf_jax.models.classifier import Classifier
 
 SHAPE, CLASSES = (4, 4, 1), 3
+FLAGS = ("--config.preprocess=decode(1)", "--config.augment=normalize", "--config.batch_size=48",
+         "--config.total=4 steps", "--config.log_every=2 steps", "--config.eval_every=", "--config.tensorboard=False",
+         "--config.checkpoint_every=2 steps", "--config.schedule=constant(1e-2)")  # fmt: skip
 EXTENDING = Path(__file__).parents[2] / "docs" / "extending.md"
 
 

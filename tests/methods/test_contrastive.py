@@ -7,14 +7,15 @@ import jax
 import numpy as np
 import pytest
 from cases import thorough
-from flax import linen as nn
 from PIL import Image
+from stepped import FLAGS
 from test_semi_supervised import PROBLEM, batch, run
 
 import launch
 from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods.simclr import contrast, simclr
+from imgclf_jax.models.backbones import MLP
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
@@ -22,14 +23,6 @@ from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.weights import pretrained
 
 pytestmark = pytest.mark.usefixtures("one_device")
-
-
-class Net(nn.Module):
-    """A small backbone."""
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        return nn.relu(nn.Dense(7)(x.reshape(len(x), -1)))
 
 
 def l_out(z, labels, temperature):
@@ -68,7 +61,7 @@ def test_collapsed_and_zero_vectors_have_finite_gradients_and_no_accuracy():
 
 def test_a_step_trains_backbone_and_projector_and_reads_no_label():
     given = batch(16, 0)
-    before, after, sums = run(simclr(PROBLEM), given, backbone=Net())
+    before, after, sums = run(simclr(PROBLEM), given, backbone=MLP((7,)))
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), before.params, after.params)
     assert changed["projector"] == {"hidden": {"kernel": True, "bias": True}, "out": {"kernel": True}}
     assert all(jax.tree.leaves(changed["backbone"]))
@@ -80,11 +73,6 @@ def test_a_step_trains_backbone_and_projector_and_reads_no_label():
 def test_mistakes_get_a_sentence():
     with pytest.raises(UserError, match="single image contrasts nothing; raise batch_size or lower accumulate"):
         run(simclr(PROBLEM), batch(1, 0))
-
-
-FLAGS = ["--config.model=mlp(widths=(8,))", "--config.augment=normalize", "--config.preprocess=decode(1)",
-         "--config.total=2 steps", "--config.schedule=constant(1e-3)", "--config.tensorboard=False",
-         "--config.eval_every="]  # fmt: skip
 
 
 @pytest.mark.parametrize(("key", "value", "said"), [
@@ -105,7 +93,7 @@ def test_keys_that_act_on_predictions_are_refused(fake_config, key, value, said)
 @pytest.fixture(scope="module")
 def pretrained_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("simclr") / "run"
-    assert launch.main([f"--workdir={workdir}", "--config.method=simclr", *FLAGS]) == 0
+    assert launch.main([f"--workdir={workdir}", *FLAGS, "--config.method=simclr", "--config.model=mlp((8,))"]) == 0
     return workdir
 
 

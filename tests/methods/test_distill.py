@@ -8,19 +8,17 @@ import jax
 import numpy as np
 import pytest
 import scipy.special
+from stepped import FLAGS
 
 import launch
-from imgclf_jax import datasets, losses
+from imgclf_jax import config, datasets, losses, programs
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import sources
 from imgclf_jax.losses import Task
 from imgclf_jax.methods import Problem
 from imgclf_jax.methods.distill import distill
 from imgclf_jax.trained import load_teacher
 
-FLAGS = ("--config.preprocess=decode(1)", "--config.augment=normalize", "--config.batch_size=48",
-         "--config.total=4 steps", "--config.log_every=2 steps", "--config.eval_every=",
-         "--config.checkpoint_every=2 steps", "--config.tensorboard=False",
-         "--config.schedule=constant(1e-2)")  # fmt: skip
 LEARN = "--config.method=distill('{}')"
 
 
@@ -90,9 +88,6 @@ def test_a_teacher_that_does_not_fit_is_refused_in_one_sentence(teacher, tmp_pat
 
 
 def test_the_fixed_arrays_are_an_argument_of_the_program_and_sharded(teacher):
-    from imgclf_jax import config, programs
-    from imgclf_jax.data import sources
-
     c = config.load_file("configs/digits.py")
     for flag in (*FLAGS, LEARN.format(teacher), "--config.model=mlp(widths=(8,))", "--config.mesh=data=1, fsdp=8"):
         key, _, value = flag.removeprefix("--config.").partition("=")

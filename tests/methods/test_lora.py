@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 from flax import traverse_util
 from safetensors.numpy import load_file
+from stepped import FLAGS
 
 import launch
 from imgclf_jax import config
@@ -19,10 +20,6 @@ from imgclf_jax.models.classifier import Classifier
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.train import setup as train_setup
 from imgclf_jax.trained import load, load_converted
-
-FLAGS = ("--config.preprocess=decode(1)", "--config.augment=normalize", "--config.batch_size=48",
-         "--config.total=4 steps", "--config.log_every=2 steps", "--config.eval_every=", "--config.tensorboard=False",
-         "--config.schedule=constant(1e-2)")  # fmt: skip
 
 
 class Net(nn.Module):

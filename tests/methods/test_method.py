@@ -33,15 +33,9 @@ def plain(problem):
     return Method(loss)
 
 
-def sam(gradient, rho=0.05):
-    """As a researcher would write it (Foret et al. 2021, arXiv:2010.01412)."""
-
-    def sharp(params, model_state, batch, key):
-        out, grads = gradient(params, model_state, batch, key)
-        scale = rho / (optax.tree.norm(grads) + 1e-12)
-        return out, gradient(jax.tree.map(lambda p, g: p + scale * g, params, grads), model_state, batch, key)[1]
-
-    return sharp
+def softmax_loss(model, batch, fixed):
+    logits = model(batch["image"], train=True)
+    return Loss(losses.softmax(logits, batch["label"]), logits)
 
 
 class Sowing(nn.Module):
@@ -118,7 +112,7 @@ def test_each_microbatch_has_dropout_of_its_own():
 
     def loss(model, batch, fixed):
         jax.debug.callback(lambda bits: drawn.add(int(bits)), jax.random.bits(model.make_rng("dropout")))
-        return Loss(losses.softmax(model(batch["image"], train=True), batch["label"]))
+        return softmax_loss(model, batch, fixed)
 
     one_step(learned=Method(loss), accumulate=4)
     jax.effects_barrier()
@@ -162,11 +156,7 @@ def test_a_methods_evaluation_is_a_number_per_example_under_a_name_of_its_own(va
     ({"nested": {"weight": np.float32(1)}}, r"'nested/weight' has the shape \[\]"),
 ])  # fmt: skip
 def test_accumulation_splits_only_arrays_of_examples(extra, said):
-    def loss(model, batch, fixed):
-        logits = model(batch["image"], train=True)
-        return Loss(losses.softmax(logits, batch["label"]), logits)
-
-    method = Method(loss, lambda key, batch, augment: {**batch, "image": scale(key, batch["image"]), **extra})
+    method = Method(softmax_loss, lambda key, batch, augment: {**batch, "image": scale(key, batch["image"]), **extra})
     with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
         one_step(Sowing(), method, accumulate=2)
     one_step(Sowing(), method)
@@ -188,8 +178,7 @@ class Remembering(Classifier):
 def test_the_state_of_a_method_keeps_its_shapes_and_dtypes(change, said, accumulate):
     def loss(model, batch, fixed):
         model.memory.value = change(model.memory.value)
-        logits = model(batch["image"], train=True)
-        return Loss(losses.softmax(logits, batch["label"]), logits)
+        return softmax_loss(model, batch, fixed)
 
     model, optimizer = Remembering(Sowing(), CLASSES), optax.sgd(1.0)
     train_step = step.make_train_step(model, Method(loss), optimizer, optax.constant_schedule(1.0), scale,
@@ -207,11 +196,7 @@ def bare(problem):
 
 
 def taken(problem):
-    def loss(model, batch, fixed):
-        logits = model(batch["image"], train=True)
-        return Loss(logits[:, 0], logits, {"grad_norm": logits[:, 0]})
-
-    return Method(loss)
+    return Method(lambda *given: softmax_loss(*given).replace(metrics={"grad_norm": jnp.float32(1)}))
 
 
 def missing(problem):
@@ -249,7 +234,7 @@ class AlwaysTraining(nn.Module):
     ("method", f"{__name__}:not_a_method", "returns a dict; return imgclf_jax.methods.Method"),
     ("method", f"{__name__}:bare", "the method's loss returns a .*; return imgclf_jax.methods.Loss"),
     ("method", f"{__name__}:taken", "a metric is called 'grad_norm', which every step has, or"),
-    ("gradient", f"{__name__}:sam(roh=1)", "unknown argument 'roh': did you mean 'rho'"),
+    ("gradient", "sam(roh=1)", "unknown argument 'roh': did you mean 'rho'"),
 ])  # fmt: skip
 def test_a_mistake_is_one_sentence(key, value, said, fake_config, tmp_path):
     with pytest.raises(UserError, match=said):

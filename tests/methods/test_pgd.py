@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from cases import thorough
 from stepped import CLASSES, SHAPE, batch, one_step
 from test_sam import PGD, softmax_gradients
@@ -44,9 +45,7 @@ def by_hand(params, given, start, eps, steps, size):
     clean = np.float64(given["image"].reshape(len(given["image"]), -1)) / 255
     x = np.clip(clean + eps * start.reshape(clean.shape), 0, 1)
     for _ in range(steps):
-        logits = (x - 0.3) / 0.2 @ kernel + bias
-        p = np.exp(logits - logits.max(1, keepdims=True))
-        p = p / p.sum(1, keepdims=True) - np.eye(CLASSES)[given["label"]]
+        p = scipy.special.softmax((x - 0.3) / 0.2 @ kernel + bias, 1) - np.eye(CLASSES)[given["label"]]
         x = np.clip(x + size * np.sign(p @ kernel.T), np.maximum(clean - eps, 0), np.minimum(clean + eps, 1))
     return clean, x
 

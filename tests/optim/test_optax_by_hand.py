@@ -8,6 +8,7 @@ import pytest
 from cases import thorough
 
 from imgclf_jax import recipe, step
+from imgclf_jax.config import default_config
 from imgclf_jax.optim import schedules
 
 STEPS = 20
@@ -30,8 +31,6 @@ BY_HAND = {
 
 
 def parts(text, schedule=SCHEDULE, **more):
-    from imgclf_jax.config import default_config
-
     config = default_config()
     keys = {"optimizer": text, "schedule": schedule, "clip": 0.5, "model": "mlp(widths=(8,))", "augment": ""}
     config.update_from_flattened_dict({**keys, "total": f"{STEPS} steps", "batch_size": 32, **more})

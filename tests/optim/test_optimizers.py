@@ -1,11 +1,9 @@
 """Muon and weight decay by hand; every optimizer trains and resumes exactly."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import thorough
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 from tolerance import rounding
@@ -50,25 +48,22 @@ def newton_schulz(x, steps=5):
     return x
 
 
-@pytest.mark.parametrize("nesterov", [True, *thorough(False)])
-def test_muon_is_its_definition(nesterov):
+def test_muon_is_its_definition():
     """On matrices, on flattened convolution kernels, and Adam on the rest, four steps in float64.
 
-    The update is the orthogonalized (Nesterov) momentum times sqrt(max(1, columns / rows)), its bias corrected as in
+    The update is the orthogonalized Nesterov momentum times sqrt(max(1, columns / rows)), its bias corrected as in
     Dozat 2016, plus the decoupled weight decay.
     """
     shapes = {"backbone/dense/kernel": (6, 4), "backbone/wide/kernel": (3, 8), "backbone/conv/kernel": (3, 3, 2, 5),
               "backbone/dense/bias": (4,), "backbone/positions": (5, 4), "head/kernel": (4, 3)}  # fmt: skip
     params, *grads = draw(shapes)
-    text = f"muon(beta=0.9, weight_decay=0.1, nesterov={nesterov})"
-    out = by_optax(text, unflatten_dict(params, sep="/"), [unflatten_dict(g, sep="/") for g in grads])
+    nested, *steps = (unflatten_dict(x, sep="/") for x in (params, *grads))
+    out = by_optax("muon(beta=0.9, weight_decay=0.1)", nested, steps)
     for name, p in params.items():
         m = v = 0
         for n, g in enumerate(g[name] for g in grads):
             m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-            ahead = m / (1 - 0.9 ** (n + 1))
-            if nesterov:
-                ahead = 0.9 * m / (1 - 0.9 ** (n + 2)) + 0.1 * g / (1 - 0.9 ** (n + 1))
+            ahead = 0.9 * m / (1 - 0.9 ** (n + 2)) + 0.1 * g / (1 - 0.9 ** (n + 1))
             if name.startswith("backbone/") and name.endswith("kernel"):
                 rows, columns = int(np.prod(g.shape[:-1])), g.shape[-1]
                 update = newton_schulz(ahead.reshape(rows, columns)) * np.sqrt(max(1, columns / rows))
@@ -119,7 +114,6 @@ def test_clip_bounds_the_norm_over_all_parameters_together(clip):
     ("add_decayed_weights(0.1)", {}, "unknown optimizer 'add_decayed_weights'"),
     ("sgd|add_decayed_weights(0.1)", {}, "expected exactly one optimizer; allowed before it are .*, after it lookahe"),
     ("lookahead(5)", {}, "expected exactly one optimizer"),
-    ("adam(0.1)", {}, r"name the arguments, as in adam\(\.\.\.=0\.1\); set the learning rate by the key schedule"),
     ("adamw(learning_rate=0.1)", {}, "unknown argument 'learning_rate'"),
     ("schedule_free_sgd", {"frozen": frozenset("a")}, "takes neither rules nor frozen parameters"),
     ("sgd(momentum=0.9)", {"decay": {"a": 0.0}}, r"rules\.decay: optimizer='sgd\(momentum=0\.9\)' has no weight decay"),
@@ -138,12 +132,6 @@ class Net(nn.Module):
         x = nn.BatchNorm(not train, momentum=0.9)(nn.Conv(8, (3, 3), (2, 2))(x))
         x = nn.relu(x).reshape(x.shape[0], -1)
         return nn.Dropout(0.1, deterministic=not train)(nn.relu(nn.Dense(16)(x)))
-
-
-def assert_same(a, b):
-    """The same bits, also of random keys."""
-    is_key = jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
-    np.testing.assert_array_equal(*map(jax.random.key_data, (a, b)) if is_key else (a, b))
 
 
 WAYS = {
@@ -186,7 +174,7 @@ def test_it_trains_and_resumes_bit_for_bit(text, fake_config, tmp_path):
     checkpoints.wait()
     found = checkpoints.restore(21, programs.shape)
     checkpoints.close()
-    jax.tree.map(assert_same, found, half)
+    jax.tree.map(np.testing.assert_array_equal, found, half)
     end, resumed = go(half, 21, 40), go(found, 21, 40)
-    jax.tree.map(assert_same, resumed, jax.device_get(end))
+    jax.tree.map(np.testing.assert_array_equal, resumed, jax.device_get(end))
     assert float(end["sums"]["loss"]) / int(end["sums"]["examples"]) < 0.7 * float(early["sums"]["loss"]) / 160

@@ -24,9 +24,6 @@ def built(lr="", decay="", freeze="", layer_decay=0.0, names=NAMES):
     return rules.build(lr, decay, freeze, layer_decay, names)
 
 
-# --- which rule counts ---
-
-
 def test_the_first_rule_that_matches_a_whole_path_counts():
     lr, decay = "head/bias=3, head/.*=1e1, .*(bias|scale) = 0.5", r"backbone/block\d{1,2}/kernel=0"
     out = built(lr, decay, "head/bias,.*0/b.*")
@@ -48,9 +45,6 @@ def test_the_first_rule_that_matches_a_whole_path_counts():
 def test_wrong_rules_are_told(keys, message):
     with pytest.raises(UserError, match=message):
         built(**keys)
-
-
-# --- layers ---
 
 
 VIT = ["patch/kernel", "cls", "positions_embedding", "block0/attn/qkv/kernel", "block0/norm1/scale",
