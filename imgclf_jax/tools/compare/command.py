@@ -10,20 +10,10 @@ from pathlib import Path
 from imgclf_jax.core import terminal
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import record
+from imgclf_jax.tools.compare import comparison, predictions
 from imgclf_jax.tools.compare import page as compare_page
-from imgclf_jax.tools.compare import predictions
 from imgclf_jax.tools.compare import tables as compare_tables
-from imgclf_jax.tools.compare.comparison import (
-    Comparison,
-    Group,
-    best,
-    common,
-    compare,
-    differing_origins,
-    group_runs,
-    main_metric,
-    shown,
-)
+from imgclf_jax.tools.compare.comparison import Comparison, Group
 from imgclf_jax.tools.pages.html import write
 
 log = logging.getLogger(__name__)
@@ -39,10 +29,10 @@ def main(files: Sequence[str], format: str, html: str, test: bool, trust: bool) 
     Raises UserError if there is no run, and if the page is not writable.
     """
     runs, damaged = record.find(files)
-    groups, (metric, _) = group_runs(runs), main_metric(runs)
-    for sentence in differing_origins(groups):
+    groups, (metric, _) = comparison.group_runs(runs), comparison.main_metric(runs)
+    for sentence in comparison.differing_origins(groups):
         log.warning("%s", sentence)
-    comparisons = compare(groups, predictions.load_all(runs, test, trust))
+    comparisons = comparison.compare(groups, predictions.load_all(runs, test, trust))
     if format == "json":
         terminal.print_json(_as_json(groups, comparisons, metric, damaged))
     elif format == "csv":
@@ -67,7 +57,7 @@ def _print_csv(groups: Sequence[Group]) -> None:
     """Prints a row per group: its keys, seeds and unfinished runs, and each metric's mean and standard deviation."""
     rows = []
     for group in groups:
-        settings = {key: shown(v) if isinstance(v, dict) else v for key, v in group.settings.items()}
+        settings = {key: comparison.shown(v) if isinstance(v, dict) else v for key, v in group.settings.items()}
         row = {**settings, "seeds": " ".join(map(str, group.seeds)), "unfinished": len(group.unfinished)}
         for name, value in group.metrics().items():
             row |= {name: value.mean, f"{name}_std": "" if math.isnan(value.std) else value.std}
@@ -81,7 +71,7 @@ def _as_json(
     groups: Sequence[Group], comparisons: Sequence[Comparison], metric: str, damaged: Sequence[str]
 ) -> JsonObject:
     return {
-        "common": common(groups),
+        "common": comparison.common(groups),
         "groups": [
             {"settings": dict(group.settings), "seeds": group.seeds, "runs": [run.name for run in group.done],
              "metrics": {name: value._asdict() for name, value in group.metrics().items()},
@@ -89,7 +79,7 @@ def _as_json(
                             for run in group.unfinished]}
             for group in groups
         ],
-        "best": dict(ranked.settings) if (ranked := best(groups, metric)) else None,
+        "best": dict(ranked.settings) if (ranked := comparison.best(groups, metric)) else None,
         "comparisons": [
             {"settings": dict(c.group.settings), "set": c.set, "examples": c.examples,
              "difference": c.difference._asdict(), "mcnemar_mid_p": c.p, "holm": c.adjusted}

@@ -88,9 +88,8 @@ def main_metric(runs: Sequence[Record]) -> tuple[str, float]:
     """Returns the main metric of the first finished run, and 1.0 if its greatest value is best, else -1.0."""
     reported = {name for run in runs for name in run_metrics(run)}
     first = next((run for run in runs if run.final is not None), runs[0])
-    name = next(iter(first.config.data.eval), "test")
     best, sets = first.config.checkpoint.best, first.config.data.eval
-    return ranking.main_metric(best, sets, reported) or (f"{name}/accuracy", 1.0)
+    return ranking.main_metric(best, sets, reported) or (f"{next(iter(sets), 'test')}/accuracy", 1.0)
 
 
 def group_runs(runs: Sequence[Record]) -> list[Group]:

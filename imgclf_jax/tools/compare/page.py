@@ -17,7 +17,11 @@ def page(
     """Returns the page as HTML. All text from the runs is escaped. `tested` is that of `tables.notes`."""
     keys = len(groups[0].settings)
     title = "Runs compared by " + (", ".join(groups[0].settings) or "their seed")
-    body = [f"<h1>{text(title)}</h1>", _summary(groups, metric)]
+    done = sum(len(group.done) for group in groups)
+    summary = f"{done} run{'s' * (done != 1)} finished."
+    if len(groups) > 1 and (first := best(groups, metric)):
+        summary += f" {first.label} has the best {metric}: {compare_tables.spread_text(first.metrics()[metric])}."
+    body = [f"<h1>{text(title)}</h1>", paragraph(summary)]
     columns, rows = compare_tables.results(groups)
     if rows:
         ranked = best(groups, metric) is not None
@@ -36,14 +40,6 @@ def page(
     return html.document(title, body)
 
 
-def _summary(groups: Sequence[Group], metric: str) -> str:
-    done = sum(len(group.done) for group in groups)
-    summary = f"{done} run{'s' * (done != 1)} finished."
-    if len(groups) > 1 and (first := best(groups, metric)):
-        summary += f" {first.label} has the best {metric}: {compare_tables.spread_text(first.metrics()[metric])}."
-    return paragraph(summary)
-
-
 def _curves(groups: Sequence[Group]) -> str:
     """Draws a chart for each metric, with a line for each of the first groups."""
     drawn = groups[:COLORS]
@@ -54,8 +50,8 @@ def _curves(groups: Sequence[Group]) -> str:
     figures = []
     for name in names:
         lines = [line for i, group in enumerate(drawn) if (line := _line(group, name, i))]
-        figures.append(html.figure(name, chart(name, "step", lines)))
-    if not any(figures):
+        figures.append((name, chart(name, "step", lines)))
+    if not any(svg for _, svg in figures):
         return ""
     legend = html.legend([(group.label, i, False) for i, group in enumerate(drawn)])
     more = f" The charts show the first {COLORS} of {len(groups)} groups." if len(groups) > COLORS else ""

@@ -19,7 +19,7 @@ from imgclf_jax.recipe import check_names
 from imgclf_jax.run.record import Record
 from imgclf_jax.tools.evaluate.changes import data_changes
 from imgclf_jax.train.evaluation import evaluate, open_evals
-from imgclf_jax.trained import Trained, restore
+from imgclf_jax.trained import restore
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,11 @@ def make(run: Record, trust: bool) -> Correct:
     with contextlib.nullcontext() if trust else run.workdir.untrusted():
         check_names(run.config)
         model = restore(run.config, run.workdir, "latest")
-        _check_checkpoint(run, model)
+        result = run.final or {}
+        if model.step != result["step"]:
+            raise UserError(f"its latest checkpoint has step {model.step}, but its result has step {result['step']}")
+        if result.get("params_sha256") not in (None, tree.sha256(model.state.params)):
+            raise UserError("the parameters in its latest checkpoint are not those of its result")
         model.programs.check_predicts()
         programs = dataclasses.replace(model.programs, predicting=True)
         base = datasets.open_data(run.config)
@@ -103,15 +107,6 @@ def make(run: Record, trust: bool) -> Correct:
             assert predictions is not None
             made[name] = _correct(predictions, run.config.num_seeds)
     return made
-
-
-def _check_checkpoint(run: Record, model: Trained) -> None:
-    """Raises UserError unless the model is that of the run's result."""
-    result = run.final or {}
-    if model.step != result["step"]:
-        raise UserError(f"its latest checkpoint has step {model.step}, but its result has step {result['step']}")
-    if result.get("params_sha256") not in (None, tree.sha256(model.state.params)):
-        raise UserError("the parameters in its latest checkpoint are not those of its result")
 
 
 def _correct(predictions: AnyPredictions, seeds: int) -> np.ndarray:

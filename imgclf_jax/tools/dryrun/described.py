@@ -30,7 +30,8 @@ def describe(config: ConfigDict, facts: Facts, count_classes: bool = False) -> D
     """
     shape, classes, examples = facts.shape, facts.targets or facts.classes, facts.examples
     counts: tuple[int, ...] = ()
-    has_targets, extra = bool(facts.targets), _describe_extra(config)
+    has_targets = bool(facts.targets)
+    extra = datasets.open_train_images(config).describe().extra if config.data.extra else {}  # the data must be present
     if None in (shape, classes, examples):
         try:
             call = spec.parse_one(config.data.source)
@@ -52,13 +53,6 @@ def describe(config: ConfigDict, facts: Facts, count_classes: bool = False) -> D
     if count_classes and len(counts) != classes:
         counts = (max(1, examples // classes),) * classes
     return DataInfo(examples, shape, names, "", counts, target_names=names if has_targets else (), extra=extra)
-
-
-def _describe_extra(config: ConfigDict) -> dict[str, DataInfo]:
-    """Describes the streams of `data.extra`, whose data must be present."""
-    if not config.data.extra:
-        return {}
-    return datasets.open_train_images(config).describe().extra
 
 
 def _describe_tfds(

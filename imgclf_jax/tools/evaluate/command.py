@@ -60,7 +60,9 @@ def main(
     base = datasets.open_data(config)
     model = restored or load_converted(config, base)
     programs = model.programs
-    predicts = _check_evaluates(programs, bool(predictions or asked))
+    method = programs.recipe.method
+    if predictions or asked or not method.evaluate:
+        programs.check_predicts()
     if asked and programs.recipe.task is Task.MULTILABEL:
         raise UserError(
             f"{asked[0]} measures accuracy, but this run has several labels; evaluate it without {asked[0]}"
@@ -75,7 +77,7 @@ def main(
     if kinds:
         return corrupted.report(model, evals, kinds, format)
     few_classes = len(model.class_names) <= metrics.CONFUSION_CLASSES
-    programs = dataclasses.replace(programs, predicting=predicts and (few_classes or bool(predictions)))
+    programs = dataclasses.replace(programs, predicting=method.predicts and (few_classes or bool(predictions)))
     found = {name: _evaluate(programs, model, name, images, top_k if predictions else 0)
              for name, images in evals.items()}  # fmt: skip
     if processes.index():
@@ -88,9 +90,7 @@ def main(
         print_json({"step": model.step, **{name: _as_json(one, model.class_names) for name, one in found.items()}})
         return 0
     for name, one in found.items():
-        print_text(f"{name}: {format_metrics(one.metrics)}")
-        _print_scores(one.scores)
-        _print_classes(one, model.class_names, programs.recipe.task)
+        _print(name, one, model.class_names, programs.recipe.task)
     return 0
 
 
@@ -135,23 +135,12 @@ def _as_json(one: _Evaluated, names: Sequence[str]) -> JsonObject:
     return out
 
 
-def _check_evaluates(programs: Programs, need_predictions: bool = False) -> bool:
-    """Returns whether the run predicts. Raises UserError if it neither predicts nor has metrics of its own."""
-    method = programs.recipe.method
-    if need_predictions or not method.evaluate:
-        programs.check_predicts()
-    return method.predicts
-
-
-def _print_scores(set_scores: dict[str, dict[str, float]]) -> None:
-    """Prints each score with its 95 % confidence interval, over test sets of this size."""
-    if set_scores:
-        rows = [[name, decimals(score["value"]), interval(score["low"], score["high"]) if "low" in score else ""]
-                for name, score in set_scores.items()]  # fmt: skip
+def _print(name: str, one: _Evaluated, names: Sequence[str], task: Task) -> None:
+    print_text(f"{name}: {format_metrics(one.metrics)}")
+    if one.scores:
+        rows = [[kind, decimals(score["value"]), interval(score["low"], score["high"]) if "low" in score else ""]
+                for kind, score in one.scores.items()]  # fmt: skip
         print_table(["score", "value", "95 % interval"], rows)
-
-
-def _print_classes(one: _Evaluated, names: Sequence[str], task: Task) -> None:
     if one.multilabel:
         print_table(*by_class.multilabel_table(one.multilabel, names))
         print_text(by_class.THRESHOLD_NOTE)

@@ -16,11 +16,13 @@ _MAX_COST = 2_000_000_000  # numbers that a bootstrap may read, about ten second
 def with_intervals(compute: Compute, n: int, outputs: int) -> dict[str, dict[str, float]]:
     """Returns {score: {"value", "low", "high"}} with the ends of its 95 % confidence interval, if known.
 
-    `compute` is that of predictions for n examples, with `outputs` probabilities each. The intervals
-    contain the score, and do not cover the variation over training seeds. Fractions of examples have the Wilson
-    interval, the others the percentile bootstrap (Efron 1979). The calibration error has none, nor have a NaN, a
-    perfect score that is the same on all resamples, and scores whose bootstrap would take minutes.
+    `compute` is that of predictions for n examples, with `outputs` probabilities each. The intervals contain the score,
+    and do not cover the variation over training seeds. Fractions of examples have the score interval of Wilson (1927),
+    the others that of the percentile bootstrap (Efron 1979). The calibration error has none, nor have a NaN, a perfect
+    score that is the same on all resamples, and scores whose bootstrap would take minutes.
     """
+    from scipy import stats
+
     resampled = bootstrap(compute, n) if n * outputs * _SAMPLES <= _MAX_COST else {}
     out = {}
     for name, (value,) in compute(np.ones((1, n))).items():
@@ -29,7 +31,7 @@ def with_intervals(compute: Compute, n: int, outputs: int) -> dict[str, dict[str
             continue
         low = high = value
         if name in _PROPORTIONS:
-            low, high = _wilson_interval(round(value * n), n)
+            low, high = stats.binomtest(round(value * n), n).proportion_ci(method="wilson")
         elif name in resampled and name not in _BIASED:
             low, high = np.nanpercentile(resampled[name], [2.5, 97.5])  # AUC of a one-class sample is NaN
         if low < high:
@@ -45,11 +47,3 @@ def bootstrap(compute: Compute, n: int, samples: int = _SAMPLES, seed: int = 0) 
     sizes = np.diff([*range(0, samples, max(1, _MAX_WEIGHTS // n)), samples])
     chunks = [compute(generator.multinomial(n, np.full(n, 1 / n), size).astype(np.float64)) for size in sizes]
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
-
-
-def _wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % score interval of a proportion (Wilson 1927); its width is above zero for 0 and n successes too."""
-    from scipy import stats
-
-    interval = stats.binomtest(successes, n).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)

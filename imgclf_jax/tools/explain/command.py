@@ -15,8 +15,6 @@ from imgclf_jax.tools.explain.explanations import build, draw
 from imgclf_jax.tools.pages import inputs
 from imgclf_jax.trained import load_trained
 
-type Record = JsonObject
-
 
 def main(
     config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoint: str, format: str, method: str,
@@ -41,7 +39,7 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     results = inputs.Results(images, model.stream("ranked", images), "explaining")
 
-    def records() -> Iterator[Record]:
+    def records() -> Iterator[JsonObject]:
         taken: set[Path] = set()
         for file, result in results:
             if isinstance(result, UserError):

@@ -38,6 +38,7 @@ def archive(model: Trained, what: Outputs) -> tuple[bytes, float]:
     class names, one per line. Raises UserError if jax2onnx does not know an operation, and if the outputs differ.
     """
     import jax2onnx
+    import onnxruntime
 
     programs = model.programs
     params, model_state = jax.tree.map(sharding.fetch, model.state.evaluated)
@@ -61,17 +62,10 @@ def archive(model: Trained, what: Outputs) -> tuple[bytes, float]:
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, value
     content: bytes = proto.SerializeToString()
-    session = _runtime(content)
-    return content, compared.difference(lambda x: session.run(None, {"images": x})[0], model, what, "onnxruntime")
-
-
-def _runtime(content: bytes) -> Any:
-    """Opens an onnxruntime session."""
-    import onnxruntime
-
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # silences warnings of unused constants
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return content, compared.difference(lambda x: session.run(None, {"images": x})[0], model, what, "onnxruntime")
 
 
 def _flatten(function: Function, *shapes: PyTree) -> Any:

@@ -5,7 +5,7 @@ from flax import linen as nn
 
 from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError, unknown
-from imgclf_jax.core.typing import Params, Variables
+from imgclf_jax.core.typing import Variables
 from imgclf_jax.models import parts
 from imgclf_jax.models.vit import ViT, sincos_positions
 from imgclf_jax.weights import torch_names
@@ -35,7 +35,10 @@ def state_dict(
     """
     own = {name: x for name, x in tree.named_leaves(variables) if name.split("/")[1] in ("backbone", "head")}
     if isinstance(backbone, ViT) and backbone.positions == "sincos" and names != "own":
-        own["params/backbone/positions_embedding"] = _fixed_positions(backbone, own, image_shape)
+        h, w = (side // backbone.patch for side in image_shape[:2])
+        positions = sincos_positions(h, w, own["params/backbone/patch/bias"].shape[0])
+        positions = np.pad(positions, ((int(backbone.pool == "cls"), 0), (0, 0)))  # zero for a class token
+        own["params/backbone/positions_embedding"] = positions[None]
     labels, flattened = torch_names.torch_names(backbone, own, names), torch_names.flattened(backbone, image_shape, own)
     out: dict[str, np.ndarray] = {}
     for name, value in own.items():
@@ -48,10 +51,3 @@ def state_dict(
     if isinstance(backbone, ViT) and names == "torchvision" and "class_token" not in out:
         raise UserError(f"torchvision's ViT needs a class token, which pool={backbone.pool!r} lacks; pass --names=timm")
     return out
-
-
-def _fixed_positions(backbone: ViT, own: Params, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """f32[1, tokens + n, d], zero for a class token."""
-    h, w = (side // backbone.patch for side in image_shape[:2])
-    positions = sincos_positions(h, w, own["params/backbone/patch/bias"].shape[0])
-    return np.pad(positions, ((int(backbone.pool == "cls"), 0), (0, 0)))[None]

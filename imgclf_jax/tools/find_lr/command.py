@@ -148,6 +148,6 @@ def page(test: RangeTest, config: ConfigDict, said: str) -> str:
     return pages.document(title, [
         f"<h1>{pages.text(title)}</h1>", *map(pages.paragraph, said.split("\n")),
         pages.legend([(line.name, line.color, False) for line in lines]),
-        pages.charts([pages.figure("training loss", curve)]),
+        pages.charts([("training loss", curve)]),
         pages.paragraph(f"optimizer={config.optimizer!r}, batch_size={config.batch_size}, seed={config.seed}", True),
     ])  # fmt: skip

@@ -14,11 +14,6 @@ _WIDTH = 1400  # of the sheet, about
 _BACKGROUND, _INK, _GREY = (255, 255, 255), (20, 20, 20), (120, 120, 120)
 
 
-def scale(width: int) -> float:
-    """Returns the scale factor for images of this width: an integer, which keeps pixels square, or below 1."""
-    return min(1.0, _SIDES[1] / width) if width >= _SIDES[0] else float(math.ceil(_SIDES[0] / width))
-
-
 def draw(images: np.ndarray, captions: Sequence[Sequence[str]]) -> Image.Image:
     """Draws images uint8[n, h, w, c], n at least 1, in order, with the lines of a caption under each.
 
@@ -26,7 +21,8 @@ def draw(images: np.ndarray, captions: Sequence[Sequence[str]]) -> Image.Image:
     shown. Text wider than its image is truncated.
     """
     n, h, w, _ = images.shape
-    factor = scale(max(h, w))
+    side = max(h, w)  # an enlarged image has square pixels
+    factor = min(1.0, _SIDES[1] / side) if side >= _SIDES[0] else math.ceil(_SIDES[0] / side)
     width, height = max(1, round(w * factor)), max(1, round(h * factor))
     cell, lines = max(width, _SIDES[0]), max(map(len, captions))
     step_x, step_y = cell + _GAP, height + lines * _LINE + _GAP
@@ -56,8 +52,8 @@ def _to_rgb(image: np.ndarray) -> np.ndarray:
 
 def _truncate(text: str, font: fonts.Font, width: int) -> str:
     """Truncates text to at most `width` pixels."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}…") > width:
+    shown = text
+    while text and font.getlength(shown) > width:
         text = text[:-1]
-    return f"{text}…"
+        shown = f"{text}…"
+    return shown

@@ -62,14 +62,10 @@ def table(
                            f"<tbody>{''.join(lines)}</tbody></table>")  # fmt: skip
 
 
-def figure(caption: str, svg: str) -> str:
-    """Returns a chart with its caption above it, or nothing without a chart."""
-    return f"<figure><figcaption>{text(caption)}</figcaption>{svg}</figure>" if svg else ""
-
-
-def charts(figures: Sequence[str]) -> str:
-    """Puts figures side by side, as many as fit."""
-    return f'<div class="charts">{"".join(figures)}</div>'
+def charts(figures: Sequence[tuple[str, str]]) -> str:
+    """Puts charts side by side, as many as fit, given (caption, svg) of each; those that are "" are left out."""
+    shown = [f"<figure><figcaption>{text(caption)}</figcaption>{svg}</figure>" for caption, svg in figures if svg]
+    return f'<div class="charts">{"".join(shown)}</div>'
 
 
 def legend(names: Sequence[tuple[str, int, bool]]) -> str:

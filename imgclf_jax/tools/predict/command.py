@@ -49,7 +49,17 @@ def main(
             more = {"probabilities": result[0]} if with_all else {}
             yield {"file": image, **model.describe(result, top_k, thresholds), **more}
 
-    PRINT[format](records(), make_columns(model, top_k))
+    if format == "json":
+        terminal.print_json(list(records()))
+    elif format == "jsonl":
+        for record in records():
+            print(json.dumps(record))
+    elif format == "csv":
+        _print_csv(records(), make_columns(model, top_k))
+    else:
+        columns = make_columns(model, top_k)
+        rows = ([r["file"], *columns.table_cells(r)] for r in records() if "error" not in r)
+        terminal.print_table(["file", *columns.table], rows)
     return int(results.failed > 0)
 
 
@@ -101,20 +111,6 @@ def make_columns(model: Trained, top_k: int) -> Columns:
     )  # fmt: skip
 
 
-def _print_table(records: Iterator[Record], columns: Columns) -> None:
-    rows = ([r["file"], *columns.table_cells(r)] for r in records if "error" not in r)
-    terminal.print_table(["file", *columns.table], rows)
-
-
-def _print_json(records: Iterator[Record], columns: Columns) -> None:
-    terminal.print_json(list(records))
-
-
-def _print_lines(records: Iterator[Record], columns: Columns) -> None:
-    for record in records:
-        print(json.dumps(record))
-
-
 def _print_csv(records: Iterator[Record], columns: Columns) -> None:
     """Prints CSV, with names escaped only for a terminal."""
     shown: Callable[[str], str] = printable if sys.stdout.isatty() else str
@@ -124,11 +120,3 @@ def _print_csv(records: Iterator[Record], columns: Columns) -> None:
         cells = [""] * len(columns.csv) if "error" in record else columns.csv_cells(record)
         row = [record["file"], record.get("error", ""), *cells]
         writer.writerow([shown(cell) if isinstance(cell, str) else cell for cell in row])
-
-
-PRINT: dict[str, Callable[[Iterator[Record], Columns], None]] = {
-    "table": _print_table,
-    "json": _print_json,
-    "jsonl": _print_lines,
-    "csv": _print_csv,
-}

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.evaluate.changes import compare_with_record
 from imgclf_jax.tools.pages import inputs
 from imgclf_jax.tools.probe import embeddings, feature_sets
+from imgclf_jax.tools.probe.embeddings import Part
 from imgclf_jax.train.evaluation import open_evals, open_set
 from imgclf_jax.trained import Trained, load_converted, restore
 
@@ -28,7 +30,7 @@ def main(
 
     - `workdir` is the run to use; None uses the weights that `init_from` names, with or without a head.
     - `paths` are the images, or `split` is a split of the data; with neither, the evaluation sets are used.
-    - `output` is the file; see `Embeddings.write` for its format.
+    - `output` is the file; see `embeddings.write` for its format.
     """
     if paths and split:
         raise UserError(f"features: name images either by --split={split} or as {paths[0]!r}; drop one")
@@ -39,21 +41,13 @@ def main(
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = {} if restored and paths else datasets.open_data(config)
     model = restored or load_converted(config, base, whole=False)
-    found = embeddings.Embeddings()
-    results: inputs.Results | None = None
-    if paths:
-        results = inputs.Results(images, model.stream("features", images), "computing features")
-        _add_files(model, results, paths, found)
-    else:
-        _add_sets(model, workdir, base, split, found)
-    found.write(file, model.class_names)
-    print(f"{file}: features of {len(found.names)} images")
-    return int(results.failed > 0) if results else 0
+    results = inputs.Results(images, model.stream("features", images), "computing features")
+    parts = _of_files(model, results, paths) if paths else _of_sets(model, workdir, base, split)
+    print(f"{file}: features of {embeddings.write(file, list(parts), model.class_names)} images")
+    return int(results.failed > 0)
 
 
-def _add_sets(
-    model: Trained, workdir: Workdir | None, base: dict[str, Source], split: str, found: embeddings.Embeddings
-) -> None:
+def _of_sets(model: Trained, workdir: Workdir | None, base: dict[str, Source], split: str) -> Iterator[Part]:
     sets = {split: open_set(model.programs, base, split, "--split")} if split else open_evals(model.programs, base)
     if workdir:
         compare_with_record(model.programs, workdir, base, {} if split else sets)
@@ -61,11 +55,11 @@ def _add_sets(
         done, batches = 0, -(-len(images) // model.programs.eval_batch_size)
         for features, labels in terminal.track(feature_sets.compute_batches(model, images), batches, name):
             ids = range(done, done + len(labels))
-            found.add(name, [images.source.listed_name(i) for i in ids], labels, features)
+            yield Part(name, [images.source.listed_name(i) for i in ids], labels, features)
             done += len(labels)
 
 
-def _add_files(model: Trained, results: inputs.Results, words: list[str], found: embeddings.Embeddings) -> None:
+def _of_files(model: Trained, results: inputs.Results, words: list[str]) -> Iterator[Part]:
     succeeded = ((image, np.atleast_2d(row)) for image, row in results if not isinstance(row, UserError))  # [seeds, d]
     folders = [os.path.join(word, "") for word in words if os.path.isdir(word)]
     for batch in itertools.batched(succeeded, _ROWS):
@@ -73,7 +67,7 @@ def _add_files(model: Trained, results: inputs.Results, words: list[str], found:
             labels = np.full((len(batch), len(targets)), np.nan, np.float32)
         else:
             labels = np.array([label_of(image, folders, model.class_names) for image, _ in batch], np.int32)
-        found.add("", [image for image, _ in batch], labels, np.stack([row for _, row in batch], 1))
+        yield Part("", [image for image, _ in batch], labels, np.stack([row for _, row in batch], 1))
 
 
 def label_of(image: str, folders: list[str], class_names: tuple[str, ...]) -> int:

@@ -61,7 +61,7 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
               for name, key in selecting_sets(run.config).items()]  # fmt: skip
     findings = dataclasses.replace(findings, missing=(*doubts, *chosen, *findings.missing))
     path = Path(html) if html else workdir.path / "report.html"
-    write(path, report_page.page(run, run.provenance, findings, names))
+    write(path, report_page.page(run, findings, names))
     print(f"wrote {path}")
     return 0
 

@@ -51,8 +51,8 @@ def curves(run: Record) -> str:
             + html.charts(figures))  # fmt: skip
 
 
-def _figure(caption: str, lines: Sequence[Line]) -> str:
-    return html.figure(caption, chart(caption, "step", [line for line in lines if line.points]))
+def _figure(caption: str, lines: Sequence[Line]) -> tuple[str, str]:
+    return caption, chart(caption, "step", [line for line in lines if line.points])
 
 
 def _line(

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -13,14 +14,13 @@ from imgclf_jax import datasets, metrics
 from imgclf_jax.core.errors import Untrusted, UserError
 from imgclf_jax.data.source import Source
 from imgclf_jax.data.stream import Images
-from imgclf_jax.scores.classification import Predictions
+from imgclf_jax.scores.classification import BINS, Predictions, confidence_bins
 from imgclf_jax.scores.multilabel import TargetPredictions
 from imgclf_jax.tools.evaluate import by_class
 from imgclf_jax.tools.evaluate.changes import data_changes
 from imgclf_jax.tools.evaluate.intervals import with_intervals
 from imgclf_jax.tools.explain import explanations
 from imgclf_jax.tools.report import top_losses as report_top_losses
-from imgclf_jax.tools.report.calibration import Reliability, bin_by_confidence
 from imgclf_jax.tools.report.top_losses import TopLoss
 from imgclf_jax.train.evaluation import evaluate, open_evals
 from imgclf_jax.train.leakage import overlap_warnings
@@ -29,6 +29,23 @@ from imgclf_jax.trained import Trained
 log = logging.getLogger(__name__)
 
 TOP_LOSSES = 24  # at most, over all sets
+
+
+class Reliability(NamedTuple):
+    """The bins of a reliability diagram (DeGroot and Fienberg 1983, Guo et al. 2017); means of an empty one are NaN."""
+
+    examples: np.ndarray  # i64[bins]
+    confidence: np.ndarray  # f64[bins]: the mean probability of the predicted class
+    accuracy: np.ndarray  # f64[bins]
+
+
+def bin_by_confidence(confidence: np.ndarray, correct: np.ndarray) -> Reliability:
+    """Bins predictions as the calibration error does, without NaN; confidence f64[n], correct bool[n]."""
+    known = ~np.isnan(confidence)
+    bins = confidence_bins(confidence[known])
+    count, *sums = (np.bincount(bins, weights, BINS) for weights in (None, confidence[known], correct[known]))
+    with np.errstate(invalid="ignore"):
+        return Reliability(count, *(total / count for total in sums))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +58,7 @@ class Evaluated:
     counts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # see `by_class.counts`
     reliability: Reliability | None = None
     top_losses: tuple[TopLoss, ...] = ()  # the highest first
-    wrong: int = 0  # the number of misclassified examples
+    wrong: int = 0  # the misclassified examples, with those without a prediction, as accuracy counts them
     method: str = ""  # explains the top losses, see `explanations`
     multilabel: TargetPredictions | None = None
 
@@ -107,11 +124,10 @@ def _evaluate(model: Trained, evals: Mapping[str, Images]) -> tuple[Evaluated, .
         if few_classes and isinstance(predictions, Predictions):
             own = predictions.for_seed(-1) if several else predictions
             highest = report_top_losses.highest_losses(own, max(1, TOP_LOSSES // len(evals)))
-            wrong = report_top_losses.count_mistakes(own)
             intervals = with_intervals(own.compute, len(images), len(model.class_names))
             reliability = bin_by_confidence(own.probabilities.max(1), own.ranks == 0)
             one = dataclasses.replace(one, scores=intervals, counts=by_class.counts(own), reliability=reliability,
-                                      wrong=wrong)  # fmt: skip
+                                      wrong=int((own.ranks > 0).sum()))  # fmt: skip
             if highest.size:
                 method, explain = explainer()
                 log.info("explaining %d examples by %s", len(highest), method)

@@ -6,7 +6,6 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from imgclf_jax.config import KEYS, flatten
 from imgclf_jax.core.text import decimals, interval
@@ -23,38 +22,24 @@ from imgclf_jax.tools.report.findings import Findings
 _MAX_CHANGES = 8  # differences of two starts of the run that are named
 
 
-class Section(NamedTuple):
-    """A section of the page. `anchor` is the target of its link."""
-
-    anchor: str
-    title: str
-    inner: str
-
-
-def page(run: Record, provenance: JsonMapping, findings: Findings, names: Sequence[str]) -> str:
+def page(run: Record, findings: Findings, names: Sequence[str]) -> str:
     """Returns the page as HTML. `names` are the class names. All text from the run is escaped."""
-    config = run.config
-    sections = [
-        Section("model", "Model", _model(findings)),
-        Section("curves", "Learning curves", report_curves.curves(run)),
-    ]
+    sections = [("model", "Model", _model(findings)), ("curves", "Learning curves", report_curves.curves(run))]
     for i, evaluated in enumerate(findings.sets):
-        inner = report_sets.set_section(evaluated, names, config.num_seeds)
-        sections.append(Section(f"set-{i}", f"Evaluation set {evaluated.name}", inner))
-    sections += [
-        Section("configuration", "Configuration", _configuration(run)),
-        Section("provenance", "Provenance", _provenance(run, provenance, findings)),
-        Section("again", "Make it again", _commands(run, provenance, findings)),
-    ]
-    sections = [one for one in sections if one.inner]
+        inner = report_sets.set_section(evaluated, names, run.config.num_seeds)
+        sections.append((f"set-{i}", f"Evaluation set {evaluated.name}", inner))
+    sections += [("configuration", "Configuration", _configuration(run)),
+                 ("provenance", "Provenance", _provenance(run, findings)),
+                 ("again", "Make it again", _commands(run, findings))]  # fmt: skip
+    sections = [(anchor, title, inner) for anchor, title, inner in sections if inner]
     title = f"{run.workdir.path.resolve().name}: {_headline(run, findings)}"
-    links = "".join(f'<li><a href="#{one.anchor}">{text(one.title)}</a></li>' for one in sections)
+    links = "".join(f'<li><a href="#{anchor}">{text(name)}</a></li>' for anchor, name, _ in sections)
     return html.document(title, [
         f"<h1>{text(title)}</h1>", _summary(run, findings),
         *(paragraph(sentence) for sentence in findings.missing),
         f'<nav aria-label="Contents"><ul>{links}</ul></nav>',
-        *(f'<section aria-labelledby="{one.anchor}"><h2 id="{one.anchor}">{text(one.title)}</h2>{one.inner}</section>'
-          for one in sections),
+        *(f'<section aria-labelledby="{anchor}"><h2 id="{anchor}">{text(name)}</h2>{inner}</section>'
+          for anchor, name, inner in sections),
     ])  # fmt: skip
 
 
@@ -116,8 +101,9 @@ def _configuration(run: Record) -> str:
     )
 
 
-def _provenance(run: Record, provenance: JsonMapping, findings: Findings) -> str:
-    git, data, result = provenance.get("git") or {}, provenance.get("data") or {}, run.final or {}
+def _provenance(run: Record, findings: Findings) -> str:
+    provenance, result = run.provenance, run.final or {}
+    git, data = provenance.get("git") or {}, provenance.get("data") or {}
     devices = Counter(provenance.get("devices") or ())
     facts = {
         "trained": result and f"{result['step']} steps in {result.get('seconds')} s by the process that ended the run",
@@ -144,11 +130,11 @@ def _provenance(run: Record, provenance: JsonMapping, findings: Findings) -> str
     return f'<dl class="facts">{rows}</dl>'
 
 
-def _commands(run: Record, provenance: JsonMapping, findings: Findings) -> str:
+def _commands(run: Record, findings: Findings) -> str:
     """Lists the commands that train, evaluate and report the run again."""
-    train = [str(word) for word in provenance.get("command") or ()]
+    train = [str(word) for word in run.provenance.get("command") or ()]
     lines = []
-    if commit := (provenance.get("git") or {}).get("commit"):
+    if commit := (run.provenance.get("git") or {}).get("commit"):
         lines.append(f"git checkout {shlex.quote(str(commit))}")
     if train:
         name = Path(train[0]).name

@@ -26,11 +26,6 @@ class TopLoss:
     heat: np.ndarray  # [h', w']: a heatmap of the predicted class
 
 
-def count_mistakes(predictions: Predictions) -> int:
-    """The number of misclassified examples, with those without a prediction, as accuracy counts them."""
-    return int((predictions.ranks > 0).sum())
-
-
 def label_losses(predictions: Predictions) -> np.ndarray:
     """The negative log-likelihood f64[n] of each label; nan without a label or a prediction."""
     log_odds = np.asarray(predictions.log_odds, np.float64)  # float32 rounds small probabilities to 0

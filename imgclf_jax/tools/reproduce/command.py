@@ -180,10 +180,9 @@ def _print(word: str, end: int, compared: Comparison, found: list[Difference], t
     sentence = _SENTENCES[word].format(tolerance=tolerance, most=ROUNDING, first=compared.first_step)
     by_most = f" (largest relative difference of a metric: {largest.relative:.2g})" if largest else ""
     print_text(f"{sentence}{by_most}.")
-    digests, values, metric_steps = len(compared.digest_steps), len(compared.values), compared.metric_steps
+    digests, values, steps = len(compared.digest_steps), len(compared.values), len({v.step for v in compared.values})
     print_text(
-        f"Compared up to step {end}: all parameters at {digests} steps, and {values} metric values at {metric_steps} "
-        "steps."
+        f"Compared up to step {end}: all parameters at {digests} steps, and {values} metric values at {steps} steps."
     )
     for step, name in compared.missing[:1]:
         print_text(f"{len(compared.missing)} recorded values are missing, the first is {name} at step {step}.")

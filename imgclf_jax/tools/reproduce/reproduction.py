@@ -73,11 +73,6 @@ class Comparison:
         steps = [difference.step for difference in (self.parameters, self.first_value) if difference]
         return min([*steps, *(step for step, _ in self.missing[:1])], default=None)
 
-    @property
-    def metric_steps(self) -> int:
-        """The number of steps with compared metrics."""
-        return len({value.step for value in self.values})
-
 
 def compare(
     recorded: tuple[Sequence[JsonMapping], Sequence[JsonMapping], JsonMapping],
@@ -136,14 +131,12 @@ def find_absent(
     """
     steps = {line["step"] for line in recorded[0]}
     found = {(line["step"], "parameters") for line in here[0] if due(line["step"]) and line["step"] not in steps}
-    known = {name for record in recorded[1] for name in record}
     has = {(record["step"], name) for record in recorded[1] for name in record}
-    groups = {(step, name.partition("/")[0]) for step, name in has}
-    for record in here[1] if not moved else ():
-        for name in record.keys() - {"step", *TIMES}:
-            expected = name in known or (record["step"], name.partition("/")[0]) not in groups
-            if expected and (record["step"], name) not in has:
-                found.add((record["step"], name))
+    known, groups = {name for _, name in has}, {(step, name.partition("/")[0]) for step, name in has}
+    made = {(record["step"], name) for record in here[1] if not moved for name in record.keys() - {"step", *TIMES}}
+    found |= {
+        (step, name) for step, name in made - has if name in known or (step, name.partition("/")[0]) not in groups
+    }
     return tuple(sorted((step, name) for step, name in found if step <= until))
 
 

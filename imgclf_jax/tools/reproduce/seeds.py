@@ -1,8 +1,8 @@
 """Whether a result, as of another processor, is as near to the recorded ones as that of another seed would be."""
 
+import contextlib
 import math
 import statistics
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from imgclf_jax import config as configs
@@ -35,14 +35,19 @@ class Spread(NamedTuple):
 def find_spread(record: Record, here: JsonMapping) -> Spread | None:
     """Compares `here`, the result of a reproduction, with those of `record` and of the same run with other seeds.
 
-    These are runs and bundles in the folder of `record`. None if fewer than two seeds are recorded, or if the
-    reproduction has not ended where the record did.
+    These are runs and bundles in the folder of `record`. None if fewer than two seeds are recorded, if the run trained
+    several at once, and if the reproduction has not ended where the record did.
     """
-    own = _numbers(record, here)
+    own, several = _numbers(record, here), dict[int, dict[str, float]]()
     found = main_metric(record.config.checkpoint.best, record.config.data.eval, own)
-    if found is None or here.get("step") != record.result.get("step"):
+    if found is None or here.get("step") != record.result.get("step") or record.config.num_seeds > 1:
         return None
-    metric, several = found[0], dict(_by_seed(record))
+    for path in sorted(record.path.parent.iterdir()):
+        with contextlib.suppress(UserError, OSError):  # something else
+            one = Record.load(str(path))
+            if not configs.difference(record.config, one.config, ("seed",)):
+                several[one.config.seed] = _numbers(record, one.result)
+    metric = found[0]
     values = [result[metric] for result in several.values() if metric in result]
     if len(values) < 2:
         return None
@@ -50,17 +55,6 @@ def find_spread(record: Record, here: JsonMapping) -> Spread | None:
     apart, error = abs(own[metric] - mean), std * math.sqrt(1 + 1 / len(values))
     errors = apart / error if error else math.inf if apart else 0.0
     return Spread(metric, own[metric], mean, std, len(values), errors)
-
-
-def _by_seed(record: Record) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yields each seed with its result; a run of several seeds has no result of each."""
-    for path in sorted(record.path.parent.iterdir()) if record.config.num_seeds == 1 else ():
-        try:
-            one = Record.load(str(path))
-            if not configs.difference(record.config, one.config, ("seed",)):
-                yield one.config.seed, _numbers(record, one.result)
-        except (UserError, OSError):  # something else
-            continue
 
 
 def _numbers(record: Record, result: JsonMapping) -> dict[str, float]:

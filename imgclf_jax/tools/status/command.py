@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from imgclf_jax.core import json_files, terminal
@@ -80,18 +79,14 @@ def _number(value: object) -> float | None:
 
 
 def _health(run: Record, running: bool) -> list[str]:
-    folder, found = run.path, []
+    file, found = run.path / "nonfinite.json", []
     if skipped := sum(_number(line.get("train/skipped")) or 0.0 for line in run.metrics):
         found.append(f"{skipped:.0f} steps were skipped: their loss, gradient or parameters are not finite")
-    if not (running or run.final) and run.step <= _bad_step(folder / "nonfinite.json"):
-        found.append("a bad step stopped the run: see nonfinite.json")
+    if not (running or run.final) and file.is_file():
+        step = json_files.read(file).get("step")
+        if type(step) is not int or run.step <= step:
+            found.append("a bad step stopped the run: see nonfinite.json")
     return found
-
-
-def _bad_step(file: Path) -> float:
-    """The step in nonfinite.json; -1 without the file."""
-    step = json_files.read(file).get("step") if file.is_file() else -1
-    return step if type(step) is int else math.inf
 
 
 def _or_dash[T](value: T | None, form: Callable[[T], str] = str) -> str:

@@ -69,9 +69,8 @@ def _make_config(config: ConfigDict, settings: Settings) -> ConfigDict:
 
 
 def _command(called: CommandLine, folder: Path, run: Run) -> list[str]:
-    keys = [f"--config.{key}={value}" for key, value in called.overrides]
-    train = [*called.program, "train", f"--config={called.config_file}", *keys]
-    return [*train, *run.words, f"--workdir={folder / run.name}"]
+    keys = [f"--config.{key}={value}" for key, value in (*called.overrides, *run.settings.items())]
+    return [*called.program, "train", f"--config={called.config_file}", *keys, f"--workdir={folder / run.name}"]
 
 
 def _print_commands(called: CommandLine, folder: Path, runs: Sequence[Run]) -> None:

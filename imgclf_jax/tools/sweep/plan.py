@@ -1,9 +1,13 @@
 """The plan of a sweep: the values of its keys, the resulting runs, and their directories."""
 
 import ast
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
+import math
+import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -35,11 +39,6 @@ class Run:
     values: dict[str, Value]  # the settings as config values
     config: ConfigDict
 
-    @property
-    def words(self) -> list[str]:
-        """The settings as command-line flags."""
-        return [f"--config.{key}={text}" for key, text in self.settings.items()]
-
 
 def load_sweep(path_and_arg: str) -> list[dict[str, Value]] | None:
     """Returns the runs that a config file's `get_sweep()` plans, as a dict of keys each; None without that function.
@@ -50,12 +49,10 @@ def load_sweep(path_and_arg: str) -> list[dict[str, Value]] | None:
     runs = configs.call(path, "get_sweep", arg)
     if runs is None:
         return None
-    try:
+    with contextlib.suppress(TypeError, ValueError):
         plan = [dict(run) for run in runs]
         if plan and all(isinstance(key, str) for run in plan for key in run):
             return plan
-    except (TypeError, ValueError):
-        pass
     raise UserError(f"config file {path}: get_sweep returns {runs!r}; return a list of dicts, such as "
                     "[{'seed': 0}, {'seed': 1}]")  # fmt: skip
 
@@ -127,20 +124,10 @@ def combine(planned: Sequence[dict[str, Value]] | None, sweeps: Iterable[str]) -
                         "or a function get_sweep() in the config file")  # fmt: skip
     if both := [key for key in grid if any(key in run for run in runs)]:
         raise UserError(f"{both[0]} is both in the config file's get_sweep() and in --sweep; drop one of them")
-    count = len(runs)
-    for values in grid.values():
-        count *= len(values)
-    if count > _MAX:
+    if (count := len(runs) * math.prod(map(len, grid.values()))) > _MAX:
         raise UserError(f"the sweep has {count} runs; at most {_MAX} are allowed")
     points = [dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
     return [run | point for run in runs for point in points]
-
-
-def value_of(config: ConfigDict, key: str) -> Value:
-    """Returns the value of a key such as `data.eval.test`."""
-    for part in key.split("."):
-        config = config[part]
-    return config
 
 
 def make(settings: Sequence[Settings], make_config: Callable[[Settings], ConfigDict]) -> list[Run]:
@@ -151,7 +138,7 @@ def make(settings: Sequence[Settings], make_config: Callable[[Settings], ConfigD
     runs: dict[str, Run] = {}
     for own in settings:
         config = make_config(own)
-        values = {key: value_of(config, key) for key in own}
+        values = {key: functools.reduce(operator.getitem, key.split("."), config) for key in own}
         if any(run.values == values for run in runs.values()):
             raise UserError(f"the sweep has the run {', '.join(f'{k}={v!r}' for k, v in values.items()) or '{}'} twice;"
                             " name each once")  # fmt: skip
