@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import datasets, losses, metrics, step
 from imgclf_jax.augment import ops
 from imgclf_jax.config import selecting_metrics
-from imgclf_jax.core import internals, memory, platform, sharding, tree
+from imgclf_jax.core import internals, machine, platform, sharding, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.once import once
 from imgclf_jax.core.typing import Array, Batch, Function, PyTree
@@ -139,9 +139,9 @@ class Programs:
             return
         config = self.recipe.config
         nbytes = sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(self.state_shape))
-        memory.require(nbytes, f"the train state of model={config.model!r} with num_seeds={config.num_seeds}")
+        machine.require_memory(nbytes, f"the train state of model={config.model!r} with num_seeds={config.num_seeds}")
         images = config.batch_size * config.num_seeds * math.prod(self.recipe.data.image_shape)
-        memory.require(5 * images, f"a batch of batch_size={config.batch_size}")  # as uint8 and as float32
+        machine.require_memory(5 * images, f"a batch of batch_size={config.batch_size}")  # as uint8 and as float32
 
     @once
     def _axes(self) -> dict[str, int | None]:

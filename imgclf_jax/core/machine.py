@@ -1,13 +1,16 @@
-"""The machine's processor, and how much of the machine this process may use.
+"""The machine's processor and memory, and how much of them this process may use.
 
 A container or a cluster's job limits it by its control groups.
 """
 
 import contextlib
+import ctypes
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from imgclf_jax.core.errors import UserError
 
 _ROOT, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -54,3 +57,33 @@ def cpu_flags() -> frozenset[str]:
     """The instruction set extensions of an x86 or Arm processor; empty if unknown."""
     facts = cpu_facts()
     return frozenset(facts.get("flags", facts.get("Features", "")).split())
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc's allocator keep freed memory: to fault tens of megabytes in again takes as long as a step on CPU.
+
+    All threads share the main arena: the others hold at most 64 MB, and larger arrays are mapped anew at each step, a
+    fifth of the time of training ResNet-20. Above 256 MB they are mapped all the same: between the fragments of the
+    heap they found no place, and training ViT-S at 224 pixels took 3.4 instead of 1.8 GB.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt, trim_threshold, mmap_threshold, arena_max = ctypes.CDLL(None).mallopt, -1, -3, -8
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**28)
+        if "MALLOC_ARENA_MAX" not in os.environ and "arena_max" not in os.environ.get("GLIBC_TUNABLES", ""):
+            mallopt(arena_max, 1)
+
+
+def require_memory(nbytes: int, what: str) -> None:
+    """Raises UserError if `what` needs more bytes than this process may use."""
+    if nbytes > (most := memory()):
+        raise UserError(f"{what} needs {format_bytes(nbytes)} of memory, but this machine has {format_bytes(most)}")
+
+
+def format_bytes(nbytes: int) -> str:
+    """A human-readable number of bytes: '1.5 GB'."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000  # type: ignore[assignment]
+    return f"{nbytes:,.0f} TB"

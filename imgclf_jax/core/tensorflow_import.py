@@ -20,10 +20,7 @@ def tensorflow() -> concurrent.futures.Future[ModuleType | None]:
             return None
         return tensorflow
 
-    pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="import-tensorflow")
-    future = pool.submit(load)
-    pool.shutdown(wait=False)
-    return future
+    return concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="import-tensorflow").submit(load)
 
 
 def wait_if_begun() -> None:

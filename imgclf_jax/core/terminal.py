@@ -57,14 +57,11 @@ def setup_logging() -> None:
     Processes other than process 0 print only warnings, with their index.
     """
     process = processes.index()
-    if process:
-        handler: logging.Handler = logging.StreamHandler()
-        line = f"%(asctime)s [process {process}] %(message)s"
-    elif console().is_terminal:
+    handler: logging.Handler = logging.StreamHandler()
+    line = f"%(asctime)s [process {process}] %(message)s" if process else "%(asctime)s %(message)s"
+    if shows_progress():
         handler = RichHandler(console=console(), show_path=False, show_level=False, highlighter=None)
         line = "%(message)s"
-    else:
-        handler, line = logging.StreamHandler(), "%(asctime)s %(message)s"
     handler.addFilter(_printable)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format=line, datefmt="%H:%M:%S", force=True)
     logging.getLogger("imgclf_jax").setLevel(logging.WARNING if process else logging.INFO)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from imgclf_jax.core import memory, paths
+from imgclf_jax.core import machine, paths
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.data.source import MAX_CLASSES, Source
 
@@ -70,7 +70,7 @@ def load_array(path: str) -> np.ndarray:
     """Loads a .npy file. Raises UserError for one that is missing, damaged, or larger than memory."""
     file = paths.as_path(path)
     try:
-        memory.require(paths.size(file), path)
+        machine.require_memory(paths.size(file), path)
         with paths.open_regular(file) as opened:
             return np.lib.format.read_array(opened)
     except UserError:
@@ -87,7 +87,7 @@ def _load(path: str) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, str, s
             infos = {info.filename.removesuffix(".npy"): info for info in content.infolist()}
             splits = _splits(infos, path)
             used = {*_NAMES, *(key for keys in splits.values() for key in keys)} & infos.keys()
-            memory.require(sum(infos[key].file_size for key in used), f"arrays: {path}")
+            machine.require_memory(sum(infos[key].file_size for key in used), f"arrays: {path}")
             return {key: _array(content, infos[key]) for key in used}, splits
     except UserError:
         raise

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from imgclf_jax.core import memory, sharding
+from imgclf_jax.core import machine, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Batch
 from imgclf_jax.data import stream
@@ -81,7 +81,7 @@ def _gather_batches(
                             "random; use data.placement='host', or move the randomness to augment")  # fmt: skip
     nbytes = sum(len(own) * (math.prod(own.shape) + 4 * len(own.source.target_names)) for own, _ in streams.values())
     count = sum(len(own) for own, _ in streams.values())
-    memory.require(nbytes, f"data.placement='device': {count:,} decoded images")
+    machine.require_memory(nbytes, f"data.placement='device': {count:,} decoded images")
     readers = {name: _resident(own, own_spec, mesh) for name, (own, own_spec) in streams.items()}
     for step in steps:
         batch = {name: read(step) for name, read in readers.items()}

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from imgclf_jax.core import memory, tensorflow_import
+from imgclf_jax.core import machine, tensorflow_import
 from imgclf_jax.core.typing import Batch
 
 _PARALLEL = 2  # batches that are read at once
@@ -72,7 +72,7 @@ def _by_tensorflow(
     try:
         for i, (step, *arrays) in enumerate(batches.with_options(options).as_numpy_iterator()):
             if not i:
-                memory.keep_freed()  # TensorFlow undoes it at the first `Dataset.from_generator`
+                machine.keep_freed_memory()  # TensorFlow undoes it at the first `Dataset.from_generator`
             yield int(step), jax.tree.unflatten(structure, arrays)
     except tf.errors.OpError as e:
         raise (failures[0] if failures else e) from None

@@ -5,7 +5,7 @@ import os
 import platform
 import zlib
 
-from imgclf_jax.core import machine, memory, paths
+from imgclf_jax.core import machine, paths
 
 
 def prepare(deterministic: bool = False) -> None:
@@ -29,6 +29,6 @@ def prepare(deterministic: bool = False) -> None:
         compiled.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    memory.keep_freed()
+    machine.keep_freed_memory()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # TensorFlow carries batches and computes nothing

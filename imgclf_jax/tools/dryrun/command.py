@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import losses
 from imgclf_jax.core import jaxprs, json_files, machine, sharding, terminal
-from imgclf_jax.core.memory import format_bytes
+from imgclf_jax.core.machine import format_bytes
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import placement
 from imgclf_jax.programs import Programs
