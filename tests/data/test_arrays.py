@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from imgclf_jax.core import cgroups
+from imgclf_jax.core import machine
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.data.arrays import load_array
@@ -106,7 +106,7 @@ def test_a_header_that_claims_what_the_file_does_not_hold(tmp_path, start):
 
 
 def test_what_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(cgroups, "memory", lambda: 400)
+    monkeypatch.setattr(machine, "memory", lambda: 400)
     with pytest.raises(UserError, match=r"data.npz needs 4\d\d bytes of memory, but this machine has 400 bytes"):
         sources.open_splits(npz(tmp_path, x_train=X, y_train=Y))
 
