@@ -1,7 +1,5 @@
 """The layers against Flax, NumPy and their definitions, in both forms."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +19,6 @@ SETTINGS = [  # kernel, strides, padding, dilation, groups, channels
     ((3, 2), (2, 1), ((0, -1), (1, 2)), (1, 2), 1, 1),
     (3, 1, "SAME", 1, 2, 4),
     (3, 1, ((0, -1), (1, 2)), 1, 1, 1),
-    *thorough((3, 1, "SAME", 2, 1, 4)),
     *thorough((3, 1, "SAME", 1, 1, 4), (4, 3, ((0, 2), (3, 1)), 1, 1, 4), (2, 3, "SAME", 1, 1, 2)),
     *thorough((3, 1, "VALID", 1, 1, 4), ((3, 2), (2, 1), "SAME", 1, 1, 4), (1, 2, "SAME", 1, 1, 4), (3, 2, 1, 1, 1, 4)),
 ]
@@ -34,6 +31,21 @@ def normal(seed, *shape, dtype=np.float64):
 def shapes(layer, *args):
     """The shapes of a layer's initial variables."""
     return jax.eval_shape(lambda: layer.init(jax.random.key(0), *args))
+
+
+def applied(layer):
+    """A layer as a function of its parameters and input."""
+    return lambda params, x: layer.apply({"params": params}, x)
+
+
+def derivatives(function, params, x, form=""):
+    """((a function of y, y), its gradients by both arguments) of y = function(params, x), traced for a platform."""
+
+    def scalar(params, x):
+        y = function(params, x)
+        return jnp.sum(jnp.sin(y)), y
+
+    return jax.jit(platform.tracing_for(form)(jax.value_and_grad(scalar, (0, 1), has_aux=True)))(params, x)
 
 
 @pytest.mark.usefixtures("float64")
@@ -49,17 +61,9 @@ def test_conv_is_flax_conv(kernel, strides, padding, dilation, groups, channels)
     assert jax.tree.map(jnp.shape, shapes(ours, x)["params"]) == jax.tree.map(jnp.shape, params)
     params = jax.tree.map(lambda s: normal(1, *s.shape), params)
 
-    def scalar(layer, params, x):
-        y = layer.apply({"params": params}, x)
-        return jnp.sum(jnp.sin(y)), y
-
-    expected, *results = (
-        jax.jit(platform.tracing_for(form)(jax.value_and_grad(functools.partial(scalar, layer), (0, 1), True)))(
-            params, x
-        )
-        for layer, form in ((theirs, ""), (ours, "cpu"), (ours, "gpu"), (ours, "tpu"))
-    )
-    for result in results:
+    expected = derivatives(applied(theirs), params, x)
+    for form in ("cpu", "gpu", "tpu"):
+        result = derivatives(applied(ours), params, x, form)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), result, expected)
 
 

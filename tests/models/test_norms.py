@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from cases import thorough
 from flax import linen as nn
+from test_layers import applied, derivatives, normal, shapes
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.models import norms
@@ -15,10 +16,6 @@ from imgclf_jax.models.classifier import Classifier
 from imgclf_jax.models.layers import Dense
 from imgclf_jax.models.norms import BatchNorm, GroupNorm, LayerNorm
 from imgclf_jax.models.resnet import ResNetCIFAR
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape)
 
 
 @pytest.mark.usefixtures("float64", "form")
@@ -31,19 +28,15 @@ def test_batch_norm_is_flax_batch_norm(shape, use_scale):
     theirs = nn.BatchNorm(
         momentum=0.9, epsilon=1e-3, use_scale=use_scale, param_dtype=jnp.float64, force_float32_reductions=False
     )
-    shapes = jax.eval_shape(lambda: theirs.init(jax.random.key(0), x, use_running_average=False))
-    own = jax.eval_shape(lambda: ours.init(jax.random.key(0), x, True))
-    assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, shapes)
-    variables = jax.tree.map(lambda s: jnp.asarray(np.abs(normal(1, *s.shape)) + 0.1), dict(shapes))
+    found = shapes(theirs, x, False)
+    assert jax.tree.map(jnp.shape, shapes(ours, x, True)) == jax.tree.map(jnp.shape, found)
+    variables = jax.tree.map(lambda s: jnp.asarray(np.abs(normal(1, *s.shape)) + 0.1), dict(found))
 
     def run(layer, params, x):
         state = {"params": params, "batch_stats": variables["batch_stats"]}
-        if layer is ours:
-            y, new = layer.apply(state, x, True, mutable=["batch_stats"])
-            outputs = y, layer.apply(state, x, False)
-        else:
-            y, new = layer.apply(state, x, use_running_average=False, mutable=["batch_stats"])
-            outputs = y, layer.apply(state, x, use_running_average=True)
+        train = layer is ours  # where linen's has `use_running_average`
+        y, new = layer.apply(state, x, train, mutable=["batch_stats"])
+        outputs = y, layer.apply(state, x, not train)
         return jnp.sum(jnp.sin(outputs[0])) + jnp.sum(jnp.cos(outputs[1])), (outputs, new)
 
     results = [
@@ -53,10 +46,10 @@ def test_batch_norm_is_flax_batch_norm(shape, use_scale):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), *results)
 
 
-@pytest.mark.usefixtures("float64", "form")
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("form", ["cpu", *thorough("gpu")], indirect=True)
 @pytest.mark.parametrize("shape", [(3, 5, 6), (3, 4, 2, 6), *thorough(((3, 6),))])
-def test_dense_layers_layer_and_group_norm_are_flaxs(shape):
+def test_dense_layers_layer_and_group_norm_are_flaxs(shape, form):
     """The same parameters, results and gradients, in float64."""
     x = jnp.asarray(normal(0, *shape)) * 2 + 1
     wide = {"param_dtype": jnp.float64, "force_float32_reductions": False}
@@ -66,16 +59,10 @@ def test_dense_layers_layer_and_group_norm_are_flaxs(shape):
         (GroupNorm(2, epsilon=1e-3, dtype=jnp.float64), nn.GroupNorm(2, epsilon=1e-3, **wide)),
     ]
     for ours, theirs in pairs:
-        variables, own = (jax.eval_shape(lambda f=f: f.init(jax.random.key(0), x))["params"] for f in (theirs, ours))
-        assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, variables)
+        variables = shapes(theirs, x)["params"]
+        assert jax.tree.map(jnp.shape, shapes(ours, x)["params"]) == jax.tree.map(jnp.shape, variables)
         params = jax.tree.map(lambda p: jnp.asarray(normal(1, *p.shape)), variables)
-
-        def scalar(params, x, layer):
-            y = layer.apply({"params": params}, x)
-            return jnp.sum(jnp.sin(y)), y
-
-        run = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True), static_argnums=2)
-        results = run(params, x, ours), run(params, x, theirs)
+        results = (derivatives(applied(layer), params, x, form) for layer in (ours, theirs))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), *results)
 
 
@@ -85,8 +72,7 @@ def test_batch_norm_over_groups_is_that_of_each_group():
     """Results and gradients; the running statistics follow the mean over groups. Evaluation has no groups."""
     x = jnp.asarray(normal(0, 12, 5, 4, 3)) * 3 + 1
     layer = BatchNorm(0.9, 1e-3, dtype=jnp.float64)
-    shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), x, True))
-    variables = jax.tree.map(lambda s: jnp.asarray(np.abs(normal(1, *s.shape)) + 0.1), shapes)
+    variables = jax.tree.map(lambda s: jnp.asarray(np.abs(normal(1, *s.shape)) + 0.1), shapes(layer, x, True))
 
     def run(params, x):
         y, new = layer.apply(variables | {"params": params}, x, True, mutable=["batch_stats"])

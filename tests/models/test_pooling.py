@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from cases import thorough
 from flax import linen as nn
-from test_layers import normal, shapes
+from test_layers import applied, derivatives, normal, shapes
 
-from imgclf_jax.core import platform
 from imgclf_jax.models import layers
 from imgclf_jax.models.cpu import pool
 from imgclf_jax.models.cpu.matmuls import features_first, features_last
@@ -63,19 +62,10 @@ def test_conv_pool_is_convolution_bias_relu_and_pool_in_that_order(kernel, pool,
     def usual(params, x):
         return nn.max_pool(nn.relu(flax_conv.apply({"params": params}, x)), (pool, pool), (pool, pool), "VALID")
 
-    def scalar(function, params, x):
-        y = function(params, x)
-        return jnp.sum(jnp.sin(y)), y
-
-    def ours(params, x):
-        return layer.apply({"params": params}, x)
-
-    expected, *results = (
-        jax.jit(platform.tracing_for(form)(jax.value_and_grad(functools.partial(scalar, f), (0, 1), True)))(params, x)
-        for f, form in ((usual, ""), (ours, "cpu"), (ours, "gpu"))
-    )
+    expected = derivatives(usual, params, x)
     assert 0.05 < np.mean(np.asarray(expected[0][1]) == 0) < 0.9
-    for result in results:
+    for form in ("cpu", "gpu"):
+        result = derivatives(applied(layer), params, x, form)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), result, expected)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from cases import thorough
+from optax import contrib
 
 from imgclf_jax import recipe, step
 from imgclf_jax.config import default_config
@@ -16,9 +17,6 @@ RNG = np.random.default_rng(0)
 IMAGES, LABELS = RNG.integers(0, 256, (STEPS, 32, 6, 6, 1), np.uint8), RNG.integers(0, 3, (STEPS, 32), np.int32)
 SCHEDULE = "cosine(0.05, warmup='20%')"
 RATE = schedules.build(SCHEDULE, lambda duration: {"20%": 4, "": 0}[duration], STEPS)
-
-contrib = optax.contrib
-
 
 # By spec, optax's own optimizer, with the schedule where optax takes one.
 BY_HAND = {
