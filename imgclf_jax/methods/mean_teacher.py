@@ -27,11 +27,9 @@ class Averaged(Classifier):
         self.average: nn.Variable[dict[str, PyTree]] = self.variable("teacher", "average", dict)
         self.updated = self.variable("teacher", "updated", lambda: jnp.int32(_NEVER))
 
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        logits = super().__call__(images, train)
-        if self.is_initializing():
-            self.average.value = self.student
-        return logits
+    def init_more(self, features: jax.Array) -> None:
+        self.head(features)  # the last of the student's parameters
+        self.average.value = self.student
 
     @property
     def student(self) -> dict[str, PyTree]:
