@@ -46,14 +46,9 @@ def environment(devices: int = 1) -> dict[str, str]:
 
 
 def start(
-    workdir: Path,
-    overrides: tuple[str, ...],
-    processes: int = 1,
-    devices: int | tuple[int, ...] = 1,
-    last: tuple[str, ...] = (),
-    heartbeat: int = 10,
-    log: Path | None = None,
-) -> list[subprocess.Popen]:
+    workdir: Path, overrides: tuple[str, ...], processes: int = 1, devices: int | tuple[int, ...] = 1,
+    last: tuple[str, ...] = (), heartbeat: int = 10, log: Path | None = None,
+) -> list[subprocess.Popen]:  # fmt: skip
     """The processes of a run; what they say goes to `log`.log.NUMBER, by default beside the work directory.
 
     `devices` is one number for every process, or one for each; `last` are flags of the last process alone.

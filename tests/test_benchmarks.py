@@ -123,16 +123,9 @@ def test_ratios_are_of_the_same_round():
 def test_the_whole_benchmark_runs(tmp_path):
     """This project next to Keras, a Flax loop and engines for inference, for an instant each."""
     pytest.importorskip("matplotlib", reason="matplotlib comes with the dependency group `peers`")
-    flags = [
-        "--peers=keras tensorflow,linen,onnxruntime,openvino float32",
-        "--batch_sizes=32",
-        "--rounds=1",
-        "--seconds=0.05",
-        f"--out={tmp_path}",
-    ]
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "speed.py", *flags], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, BENCHMARKS / "speed.py", "--peers=keras tensorflow,linen,onnxruntime,openvino float32",
+               "--batch_sizes=32", "--rounds=1", "--seconds=0.05", f"--out={tmp_path}"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "speed.png").stat().st_size > 10_000
     summary = json.loads((tmp_path / "speed.json").read_text())["networks"]["cnn"]["summary"]

@@ -76,19 +76,15 @@ def test_no_network(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.thorough
 def test_nothing_to_evaluate(mistake, whole, tmp_path):
-    """No run, no such checkpoint, another model, no files."""
+    """No such checkpoint, another model, no files."""
     workdir, _ = whole
     before = snapshot(workdir)
-    for command in ("evaluate", "report"):
-        sentence = mistake(command, f"--workdir={tmp_path}")
-        assert has(sentence, f"{tmp_path} holds no run", "train first", "--workdir")
     for which in ("7", "best", "newest"):
         sentence = mistake("evaluate", f"--workdir={workdir}", f"--checkpoint={which}")
         assert has(sentence, f"--checkpoint={which}", "[8, 12]", "checkpoint.best is not set")
     sentence = mistake("evaluate", f"--workdir={workdir}", "--config.model=mlp(widths=(16,))")
     assert has(sentence, "another model", "params/backbone/dense0/bias is float32[512]", "float32[16] by the config")
     assert has(mistake("predict", f"--workdir={workdir}"), "name at least one image", "FILE|DIR|GLOB")
-    assert has(mistake("predict", "no.png", f"--workdir={workdir}"), "no file or directory 'no.png'")
     (tmp_path / "empty").mkdir()
     assert has(mistake("predict", tmp_path / "empty", f"--workdir={workdir}"), "empty' has no images")
     assert snapshot(workdir) == before
@@ -122,28 +118,23 @@ def test_a_damaged_checkpoint_that_is_named(mistake, copy):
 
 
 def test_a_result_cut_short_is_written_again(copy, capsys):
-    """By a process that trains no step: it has no training speed, and says so."""
+    """By a process that trains no step: it has no training speed, and says so.
+
+    The metrics.jsonl of another run, copied in, gave result.json its accuracy with this run's parameters.
+    """
     workdir, argv = copy
     before = json.loads((workdir / "result.json").read_text())
     (workdir / "result.json").write_text("{")
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | ({"test/accuracy": 0.5} if "test/accuracy" in line else {}) for line in lines]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert launch.main(["train", *argv]) == 0
     after = json.loads((workdir / "result.json").read_text())
     assert before["params_sha256"] == after["params_sha256"]
     assert before["test"] == after["test"]
     assert after["images_per_second"] is None
     assert f"trained the last 0 of {after['step']} steps" in capsys.readouterr().out
-
-
-def test_a_result_that_is_written_later_has_no_metrics_of_another_run(copy):
-    """The metrics.jsonl of another run, copied in, gave result.json its accuracy with this run's parameters."""
-    workdir, argv = copy
-    before = json.loads((workdir / "result.json").read_text())["test"]
-    (workdir / "result.json").unlink()
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    lines = [line | ({"test/accuracy": 0.5} if "test/accuracy" in line else {}) for line in lines]
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert launch.main(["train", *argv]) == 0
-    assert json.loads((workdir / "result.json").read_text())["test"] == pytest.approx(before)
+    assert len((workdir / "metrics.jsonl").read_text().splitlines()) == len(lines)
 
 
 def test_a_result_goes_when_its_run_is_trained_again(copy, caplog):

@@ -192,38 +192,27 @@ def test_a_signal_to_one_stops_both_and_one_process_goes_on(tmp_path):
     assert len(json.loads((workdir / "provenance.json").read_text())["devices"]) == 4  # of those that began it
 
 
+DIED = "another (task died|process of this run has died)"
+
+
 @pytest.mark.thorough
-def test_an_error_of_one_ends_both(tmp_path):
+@pytest.mark.parametrize(("key", "first", "second", "sentences"), [
+    ("model=launched:fails_in_process_1()", (1, -signal.SIGABRT), (1,), (DIED, "error: this host lacks a file")),
+    # Before the first step, where the other waits in a barrier, not in a collective operation.
+    ("data.sampling=launched:dies_in_process_1", (1, -signal.SIGABRT), (-signal.SIGKILL,), (DIED, "")),
+    # By a limit on the size of files, as a full disk would; each waited ten minutes for the other.
+    ("data.sampling=launched:writes_little_in_process_0", (1,), (1, -signal.SIGABRT),
+     ("error: a checkpoint could not be saved", "")),
+])  # fmt: skip
+def test_a_process_that_fails_or_dies_ends_the_other(tmp_path, key, first, second, sentences):
     """JAX ends the other, though it waits for nobody."""
-    workdir = tmp_path / "run"
-    fails = (*SHORT, "--config.model=launched:fails_in_process_1()")
-    assert launched.end(launched.start(workdir, fails, 2)) in ([1, 1], [-signal.SIGABRT, 1])
-    first, second = logs(workdir)
-    assert "error: this host lacks a file" in second
-    assert re.search("another (task died|process of this run has died)", first)
-
-
-@pytest.mark.thorough
-def test_a_process_that_dies_before_the_first_step_ends_the_other(tmp_path):
-    """Where the other waits for it in a barrier, not in a collective operation."""
-    workdir = tmp_path / "run"
-    first, second = launched.start(workdir, (*SHORT, "--config.data.sampling=launched:dies_in_process_1"), processes=2)
-    assert second.wait(120) == -signal.SIGKILL
-    assert first.wait(120) in (1, -signal.SIGABRT)
-    said = logs(workdir)[0]
-    assert re.search("another (task died|process of this run has died)", said)
-    assert "Traceback" not in said
-
-
-@pytest.mark.thorough
-def test_a_process_that_cannot_write_ends_both(tmp_path):
-    """By a limit on the size of files, as a full disk would; each waited ten minutes for the other."""
-    workdir = tmp_path / "run"
-    words = (*SHORT, "--config.model=mlp(widths=(2048,))", "--config.data.sampling=launched:writes_little_in_process_0")
-    first, second = launched.start(workdir, words, processes=2)
-    assert first.wait(120) == 1
-    assert second.wait(120) in (1, -signal.SIGABRT)
-    assert "error: a checkpoint could not be saved" in logs(workdir)[0]
+    workdir, width = tmp_path / "run", 2048 if "writes" in key else 16
+    started = launched.start(workdir, (*SHORT, f"--config.model=mlp(widths=({width},))", f"--config.{key}"), 2)
+    statuses = launched.end(started)
+    assert statuses[0] in first
+    assert statuses[1] in second
+    assert all(re.search(sentence, log) for sentence, log in zip(sentences, logs(workdir), strict=True))
+    assert "Traceback" not in logs(workdir)[0]
 
 
 def logs(workdir: Path) -> list[str]:

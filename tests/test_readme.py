@@ -103,10 +103,8 @@ def test_a_result_with_bundles_is_that_of_the_bundles(mean, of, name, several):
     accuracies = [record.result["test"]["accuracy"] for record in records]
     assert f"{sum(accuracies) / len(accuracies):.{len(mean) - 2}f}" == mean
     config = ROOT / "configs" / f"{re.sub('_(frozen|scratch)$', '', name)}.py"
-    shipped, free = (
-        configs.load_file(str(config)),
-        OF_THE_COMMAND.get(name, set()) | ({"seed"} if "seeds" in of else set()),
-    )
+    shipped = configs.load_file(str(config))
+    free = OF_THE_COMMAND.get(name, set()) | ({"seed"} if "seeds" in of else set())
     assert all(configs.difference(record.config, shipped, without=tuple(free)) == [] for record in records)
     header = config.read_text().split('"""')[1]
     if not several:

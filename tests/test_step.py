@@ -66,6 +66,11 @@ def run(net, devices, accumulate=1, traced_for=""):
     return jax.device_get(state), jax.device_get(after), jax.device_get(sums), compiled.as_text()
 
 
+def first_convolution(state):
+    x = batch()["image"].astype(np.float32) / 255
+    return np.asarray(nn.Conv(6, (3, 3)).apply({"params": state.params["backbone"]["conv0"]}, x), np.float64)
+
+
 def assert_close(a, b, atol):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=atol), a, b)
 
@@ -77,9 +82,7 @@ def test_batch_statistics_are_those_of_all_devices_together():
     assert_close(eight.params, one.params, 2e-6)
     assert_close(eight.model_state, one.model_state, 1e-6)
     np.testing.assert_allclose(sums_eight["loss"], sums_one["loss"], rtol=1e-6)
-    x = batch()["image"].astype(np.float32) / 255
-    conv = nn.Conv(6, (3, 3)).apply({"params": before.params["backbone"]["conv0"]}, x)
-    conv = np.asarray(conv, np.float64)
+    conv = first_convolution(before)
     stats = eight.model_state["batch_stats"]["backbone"]["bn0"]
     np.testing.assert_allclose(stats["mean"], 0.2 * conv.mean((0, 1, 2)), rtol=0, atol=1e-6)
     np.testing.assert_allclose(stats["var"], 0.8 + 0.2 * conv.var((0, 1, 2)), rtol=0, atol=1e-6)
@@ -114,8 +117,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(devices, accumulate,
 def test_accumulated_batch_statistics_see_one_part_after_the_other():
     """Each microbatch moves the running means: m ← 0.8 m + 0.2 mean(part), where part i is every example i modulo 4."""
     before, after, _, _ = run(Net(norm=True), 8, accumulate=4)
-    x = batch()["image"].astype(np.float32) / 255
-    conv = np.asarray(nn.Conv(6, (3, 3)).apply({"params": before.params["backbone"]["conv0"]}, x), np.float64)
+    conv = first_convolution(before)
     mean, var = 0.0, 1.0
     for i in range(4):
         mean = 0.8 * mean + 0.2 * conv[i::4].mean((0, 1, 2))
@@ -162,17 +164,13 @@ def test_a_module_draws_from_a_stream_of_its_own():
     np.testing.assert_array_equal(noise(second), noise(again))
 
 
-def first_rows(tree):
-    return jax.tree.map(lambda x: x[:1], tree)
-
-
 def test_gradients_of_other_shapes_are_not_broadcast():
     model, optimizer = Classifier(Net(), 5), optax.sgd(1.0)
 
     def rows_of(gradient):
         def function(*args):
             out, grads = gradient(*args)
-            return out, first_rows(grads)
+            return out, jax.tree.map(lambda x: x[:1], grads)
 
         return dataclasses.replace(gradient, function=function)
 

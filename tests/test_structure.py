@@ -4,8 +4,6 @@ import ast
 import functools
 import graphlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -113,14 +111,6 @@ def test_private_modules_of_other_libraries_are_imported_in_one_place():
     for name, file in FILES.items():
         private = [one for one in imports(file) if re.search(r"(^|\.)_(?!_)", one)]
         assert not private or name == "core.internals", f"{name}: {private}"
-
-
-def test_help_is_printed_without_what_is_slow_to_import():
-    code = "import sys, launch; launch.main(['--help']); print(sorted(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = ast.literal_eval(done.stdout.splitlines()[-1])
-    assert "imgclf_jax.cli.main" in loaded
-    assert not {"jax", "flax", "optax", "orbax", *OPTIONAL} & set(loaded)
 
 
 def test_what_may_be_missing_is_imported_inside_functions():

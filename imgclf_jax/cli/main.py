@@ -86,7 +86,7 @@ def _run(line: CommandLine) -> int:
         extras.require(command.extra, line.command)
     if command.before_jax:
         module, _, function = command.before_jax.partition(":")
-        getattr(_module(module), function)(files=line.files, **line.options)
+        getattr(importlib.import_module(f"imgclf_jax.{module}"), function)(files=line.files, **line.options)
     config, source = command.opens(line)
     if config and line.command == "config":
         current = configs.flatten(config)
@@ -120,8 +120,4 @@ def _dispatch(line: CommandLine, config: ConfigDict | None, source: Any) -> int:
         more: list[Any] = [config, source] if config else []
         more += [line.files] if command.files and command.opens is not from_record else []
         more += [line] if command.needs_command_line else []
-        return int(_module(command.module).main(*more, **options))
-
-
-def _module(name: str) -> Any:
-    return importlib.import_module(f"imgclf_jax.{name}")
+        return int(importlib.import_module(f"imgclf_jax.{command.module}").main(*more, **options))

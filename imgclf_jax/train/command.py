@@ -13,7 +13,7 @@ from imgclf_jax.core.stopping import STATUS_SAVED
 from imgclf_jax.run import digests, writers
 from imgclf_jax.run.timer import Timer
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.train import pictures, result
+from imgclf_jax.train import result
 from imgclf_jax.train.loop import train
 from imgclf_jax.train.records import Records
 from imgclf_jax.train.setup import Run, set_up
@@ -49,7 +49,7 @@ def main(
         records = held.enter_context(Records(run, timer, profile))
         records.digests.record(run.start, run.state.params)
         if config.log_images and processes.count() == 1 and not run.start:
-            records.metrics.write_images(0, pictures.first_batch(run.programs, run.images))  # while it compiles
+            records.write_images()  # while it compiles
         outcome = train(run, records)
         if outcome.signal:
             log.warning("%s: stopped at step %d, checkpoint saved; run the same command to continue", outcome.signal,

@@ -1,31 +1,36 @@
-"""What a run measures and writes while it trains: metrics, digests of the parameters, time, a trace."""
+"""What a run measures and writes while it trains: metrics, images, digests of the parameters, time, a trace."""
 
 import collections
 import contextlib
+import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from imgclf_jax import config as configs
+from imgclf_jax.augment.ops import to_pixels
 from imgclf_jax.core import json_files, processes, terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Batch, PyTree
+from imgclf_jax.data import stream
 from imgclf_jax.losses import Task
 from imgclf_jax.metrics import NO_STEP
 from imgclf_jax.run.digests import Digests
 from imgclf_jax.run.profiler import Profiler
 from imgclf_jax.run.timer import Timer
 from imgclf_jax.run.writers import MetricsWriter
-from imgclf_jax.step import NONFINITE_STEP, PER_STEP, TrainState
+from imgclf_jax.step import NONFINITE_STEP, PER_STEP, TrainState, make_inputs
 from imgclf_jax.train import display
 from imgclf_jax.train.setup import Run
 
 log = logging.getLogger(__name__)
 
 _MAX_IN_FLIGHT = 2  # steps that the host may be ahead of the devices
+_SHOWN = 16  # images of the first batch
 Results = dict[str, dict[str, float]]  # the metrics of each evaluation set
 
 
@@ -45,6 +50,19 @@ class Records(contextlib.ExitStack):
         self.metrics = self.enter_context(contextlib.closing(metrics))
         self.digests = self.enter_context(contextlib.closing(Digests(folder, run.start, run.cadences.last)))
         self._profiler = self.enter_context(contextlib.closing(Profiler(profile, folder)))
+
+    def write_images(self) -> None:
+        """Writes the first images that the run trains on, after augmentation and before normalization.
+
+        With several seeds, those of the first. A method with `inputs` uses its own keys, so it trains on other draws.
+        """
+        run, config, programs = self._run, self._run.config, self._run.programs
+        one_seed = dataclasses.replace(programs.stream, num_seeds=1)
+        [(_, batch)] = stream.batches(run.images, one_seed, [0], prefetch=0)
+        with programs.tracing():
+            inputs = jax.jit(make_inputs(programs.recipe.augment(train=True)))
+            augmented = np.asarray(inputs(np.uint32(config.seed), np.int32(0), batch)["image"][:_SHOWN])
+        self.metrics.write_images(0, {"train/augmented": to_pixels(augmented, config.augment)})
 
     def watch(self, batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
         """Yields each step with its batch; counts the time in which the devices wait for a batch, but for the first."""

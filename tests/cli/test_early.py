@@ -33,7 +33,7 @@ REFUSED = {
     "predict no.jpg --workdir=run": "images: there is no file or directory 'no.jpg' (working directory: ",
     "predict x*.jpg --workdir=run": "'x*.jpg' has no images",
     "predict --config.seed 3 --workdir=run -- -x.png": "images: there is no file or directory '-x.png'",
-    "evaluate --workdir=no": "no holds no run: there is no ",
+    "evaluate --workdir=no": "no holds no run: there is no no/config.json; train first, or pass the run's --workdir",
     "evaluate": "runs/digits holds no run: there is no ",
     "export a.xyz --workdir=run": "export: 'a.xyz': the suffix must select the format",
     "export no/a.stablehlo --workdir=run": "export: the folder no does not exist; create it first",

@@ -68,26 +68,19 @@ def test_another_process_that_dies_ends_this_one_with_a_sentence(monkeypatch):
         compute()
 
 
-def launched(*words: str, code: str = "") -> subprocess.CompletedProcess[str]:
-    program = ["-c", code] if code else [str(ROOT / "launch.py")]
-    return subprocess.run(
-        [sys.executable, "-S", *program, *words], capture_output=True, text=True, check=False, cwd=ROOT
-    )
+OLDER = "import runpy, sys; sys.version_info = (3, 11, 9); runpy.run_path('launch.py', run_name='__main__')"
 
 
-def test_an_older_python_is_told():
-    code = "import runpy, sys; sys.version_info = (3, 11, 9); runpy.run_path('launch.py', run_name='__main__')"
-    done = launched(code=code)
+@pytest.mark.parametrize(("argv", "said", "fix"), [
+    (["-c", OLDER], "imgclf_jax needs Python 3.12 or later, and ", ""),
+    (["launch.py", "--help"], f"{sys.executable} has no package ", "run `uv run launch.py`"),
+])  # fmt: skip
+def test_a_python_that_is_older_or_has_no_packages_is_told(argv, said, fix):
+    command = [sys.executable, "-S", *argv]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: imgclf_jax needs Python 3.12 or later, and ")
-    assert done.stderr.count("\n") == 1
-
-
-def test_a_python_without_the_packages_is_told():
-    done = launched("--help")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"error: {sys.executable} has no package ")
-    assert "run `uv run launch.py`" in done.stderr
+    assert done.stderr.startswith(f"error: {said}")
+    assert fix in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -106,14 +106,17 @@ def root_loss(logits, labels):
     return softmax(logits, labels) + jnp.sqrt(logits[:, 0] - logits[:, 0])
 
 
-def test_a_step_whose_gradient_alone_is_not_finite_is_skipped():
+def make_skipping(loss, average=weight_averages.NONE):
+    """(initial state, train step) of a run that skips steps, as those with a pixel of 255."""
     model, optimizer = Classifier(Flat(), 2), optax.sgd(0.1)
-    step = steps.make_train_step(
-        model, root_loss, optimizer, optax.constant_schedule(0.1), poisoned_where_255, skip_nonfinite=True
-    )
-    batch = {"image": np.zeros((4, 2, 2, 1), np.uint8), "label": np.zeros(4, np.int32)}
-    before = steps.init_state(model, optimizer, (2, 2, 1), 0)
-    state, sums = jax.jit(step)(before, batch)
+    step = steps.make_train_step(model, loss, optimizer, optax.constant_schedule(0.1), poisoned_where_255, average,
+                                 skip_nonfinite=True)  # fmt: skip
+    return steps.init_state(model, optimizer, (2, 2, 1), 0, average), jax.jit(step)
+
+
+def test_a_step_whose_gradient_alone_is_not_finite_is_skipped():
+    before, step = make_skipping(root_loss)
+    state, sums = step(before, {"image": np.zeros((4, 2, 2, 1), np.uint8), "label": np.zeros(4, np.int32)})
     assert (int(state.step), int(state.skipped), int(sums["skipped"]), int(sums["steps"])) == (1, 1, 1, 0)
     jax.tree.map(np.testing.assert_array_equal, state.params, before.params)
 
@@ -121,20 +124,16 @@ def test_a_step_whose_gradient_alone_is_not_finite_is_skipped():
 @pytest.mark.parametrize(("decay", "text"), [(0.0, "sgd|lookahead(3, 0.5, power=2)"), (0.9, "sgd")])
 def test_weight_averages_count_updates_and_not_skipped_steps(decay, text):
     """Lookahead synchronizes every k updates (Zhang et al. 2019): a skipped step was a lost synchronization."""
-    model, optimizer = Classifier(Flat(), 2), optax.sgd(0.1)
-    average = weight_averages.build(decay, optimizers.split_lookahead(text)[1], 9)
-    one = jax.jit(steps.make_train_step(
-        model, softmax, optimizer, optax.constant_schedule(0.1), poisoned_where_255, average, skip_nonfinite=True
-    ))  # fmt: skip
+    start, step = make_skipping(softmax, weight_averages.build(decay, optimizers.split_lookahead(text)[1], 9))
     rng = np.random.default_rng(0)
     good = [{"image": rng.integers(0, 200, (4, 2, 2, 1), np.uint8), "label": rng.integers(0, 2, 4, np.int32)}
             for _ in range(7)]  # fmt: skip
     bad = {**good[0], "image": np.full_like(good[0]["image"], 255)}
 
     def train(batches):
-        state = steps.init_state(model, optimizer, (2, 2, 1), 0, average)
+        state = start
         for batch in batches:
-            state, _ = one(state, batch)
+            state, _ = step(state, batch)
         return state
 
     skipping, plain = train([*good[:2], bad, *good[2:6], bad, bad, good[6]]), train(good)

@@ -6,12 +6,7 @@ import pytest
 
 from imgclf_jax import config as configs
 from imgclf_jax.data import sources, splits
-from imgclf_jax.train.leakage import (
-    initial_warnings,
-    overlap_warnings,
-    selecting_sets,
-    selection_warnings,
-)
+from imgclf_jax.train.leakage import initial_warnings, overlap_warnings, selecting_sets, selection_warnings
 
 ROOT = Path(__file__).parents[2]
 

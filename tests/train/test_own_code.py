@@ -1,14 +1,17 @@
-"""Code of a user that is impure is refused before the first step; pure code has the same digest in any process."""
+"""Impure code of a user is refused before the first step, pure code is recorded, and what has no effect is said."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
 from imgclf_jax import losses
+from imgclf_jax.core import kinds
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.train import command as train
 from imgclf_jax.train import setup
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -75,3 +78,54 @@ def test_pure_code_is_recorded(fake_config, tmp_path):
     assert first == traced(f"{__name__}:pure", "b")
     assert first != traced(f"{__name__}:pure(scale=2.0)", "c")
     assert traced("softmax", "d") is None
+
+
+class WithoutPrecision(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.relu(nn.Dense(4)(x.reshape(len(x), -1)))
+
+
+def own_rate(learning_rate):
+    return optax.adam(1e-3)
+
+
+def given_rate(learning_rate):
+    return optax.adam(learning_rate)
+
+
+@kinds.random
+def to_one(key, images):
+    return images.astype(jnp.float32) / 255 + 0.01 * jax.random.normal(key, images.shape)
+
+
+def centred(images):
+    return images.astype(jnp.float32) - 128
+
+
+def undefined(labels, probabilities):
+    return float("nan")
+
+
+def defined(labels, probabilities):
+    return 0.5
+
+
+SAID = {
+    "precision": ("mlp", "WithoutPrecision", "precision='bfloat16' does not reach model="),
+    "optimizer": ("given_rate", "own_rate", "ignores its learning_rate"),
+    "augment": ("centred", "to_one", "normalize divides by 255 again"),
+    "metrics": ("defined", "undefined", "is nan at step 6, which is never the best"),
+}
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_setting_without_effect_is_said_once(wrong, fake_config, tmp_path, caplog):
+    own = {key: f"{__name__}:{names[wrong]}" for key, names in SAID.items()}
+    model = own["precision"] if wrong else "mlp(widths=(4,))"
+    fake_config.update(precision="bfloat16", model=model, optimizer=own["optimizer"], metrics=own["metrics"],
+                       augment=f"{own['augment']}|normalize")  # fmt: skip
+    fake_config.checkpoint.best = f"max:test/{SAID['metrics'][wrong]}"
+    assert train.main(fake_config, Workdir(tmp_path / "run")) == 0
+    for *_, sentence in SAID.values():
+        assert caplog.text.count(sentence) == wrong
