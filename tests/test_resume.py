@@ -41,6 +41,7 @@ def test_killed_at_a_random_moment(tmp_path, capsys):
     assert launched.outcome(workdir) == launched.outcome(whole)
     digests = [(folder / "digests.jsonl").read_text().splitlines() for folder in (workdir, whole)]
     assert digests[0] == digests[1]
+    assert json.loads(digests[0][-1])["params_sha256"] == launched.outcome(whole)[0]
     steps = [json.loads(line)["step"] for line in digests[0]]
     assert steps == sorted({0, *(1 << n for n in range(9)), *range(15, 500, 15), 500})
 

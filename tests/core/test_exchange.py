@@ -11,8 +11,6 @@ from imgclf_jax import datasets
 from imgclf_jax.config import default_config
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.run import workdir
-from imgclf_jax.run.workdir import Workdir
 
 HERE = threading.local()
 
@@ -121,14 +119,3 @@ def test_data_that_differ_are_named(three):
     told = {str(error) for error in three(open_data).values()}
     assert len(told) == 1
     assert re.match(r"process 2 has the data of split train=\w+, .* all processes must read the same data", *told)
-
-
-def test_work_directories_that_differ_are_told(three, tmp_path, monkeypatch):
-    """They compare the file that process 0 writes, since one path may be on two disks."""
-    monkeypatch.setattr(workdir, "_SEEN", 0.2)
-    place = Workdir(tmp_path / "a")
-    with place.held():
-        assert three(lambda _: place.check_shared()) == dict.fromkeys(range(3))
-        told = three(lambda number: (place if number < 2 else Workdir(tmp_path / "b")).check_shared())
-    assert {str(error).partition("=")[0] for error in told.values()} == {"process 2 has the lock in the work directory"}
-    assert all(str(error).endswith("on a disk that the hosts share") for error in told.values())

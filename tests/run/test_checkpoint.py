@@ -3,10 +3,8 @@
 import json
 import logging
 import math
-import re
+import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -18,8 +16,6 @@ from cases import thorough
 from imgclf_jax.core import sharding, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run.checkpoint import CheckpointRemoved, Checkpoints
-
-ROOT = Path(__file__).parents[2]
 
 
 def make_state(step: int) -> dict:
@@ -58,6 +54,12 @@ def saved(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("saved") / "checkpoints"
     save(directory, {10: {}, 20: {}})
     return directory
+
+
+@pytest.fixture
+def directory(saved, tmp_path) -> Path:
+    """A copy of `saved`."""
+    return shutil.copytree(saved, tmp_path / "checkpoints")
 
 
 def names(directory: Path) -> list[str]:
@@ -99,10 +101,8 @@ def test_damage_to_any_file(saved, tmp_path, caplog, damage):
         assert (names(directory), names(directory.parent / "damaged")) == (["10"], ["20"])
 
 
-def test_reading_alone_moves_nothing(saved, tmp_path, caplog):
+def test_reading_alone_moves_nothing(directory, caplog):
     """`evaluate` may read a run that still trains: it uses the older checkpoint and leaves the damaged one in place."""
-    directory = tmp_path / "checkpoints"
-    shutil.copytree(saved, directory)
     DAMAGE["truncated"](directory / "20" / "manifest.json")
     (directory / "30.orbax-checkpoint-tmp").mkdir()
     assert Checkpoints(directory, read_only=True).restore_latest(like())[0] == 10
@@ -110,10 +110,8 @@ def test_reading_alone_moves_nothing(saved, tmp_path, caplog):
     assert names(directory) == ["10", "20", "30.orbax-checkpoint-tmp"]
 
 
-def test_all_damaged(saved, tmp_path):
+def test_all_damaged(directory, tmp_path):
     """Then nothing is moved and the user decides; with no checkpoint at all, a run starts."""
-    directory = tmp_path / "checkpoints"
-    shutil.copytree(saved, directory)
     for step in ("10", "20"):
         flip(directory / step / "manifest.json", 0)
     with pytest.raises(UserError, match=r"no checkpoint of \[10, 20\] in .* can be read: .*20 is damaged.* remove or"):
@@ -171,11 +169,9 @@ def test_the_best_is_the_first_of_the_finite_values(tmp_path, best, values, expe
     assert set(checkpoints.steps()) >= {len(values), *filter(None, [expected])}
 
 
-def test_a_killed_save(saved, tmp_path, caplog):
+def test_a_killed_save(directory, caplog):
     """Its temporary folder is no checkpoint and is cleaned up; one without a manifest gives way to one that has it."""
-    directory = tmp_path / "checkpoints"
-    shutil.copytree(saved, directory)
-    shutil.copytree(saved / "20", directory / "30.orbax-checkpoint-tmp")
+    shutil.copytree(directory / "20", directory / "30.orbax-checkpoint-tmp")
     (directory / "20" / "manifest.json").unlink()  # killed before it was written
     checkpoints = Checkpoints(directory)
     assert checkpoints.steps() == [10, 20]
@@ -185,10 +181,8 @@ def test_a_killed_save(saved, tmp_path, caplog):
     assert (names(directory), names(directory.parent / "damaged")) == (["10"], ["20"])
 
 
-def test_a_reader_beside_the_run(saved, tmp_path):
+def test_a_reader_beside_the_run(directory):
     """A checkpoint that the run removes while it is read is no damaged one."""
-    directory = tmp_path / "checkpoints"
-    shutil.copytree(saved, directory)
     reader = Checkpoints(directory, read_only=True)
     shutil.rmtree(directory / "20")
     assert reader.restore_latest(like())[0] == 10
@@ -197,10 +191,8 @@ def test_a_reader_beside_the_run(saved, tmp_path):
         reader.restore_latest(like())
 
 
-def test_a_removal_is_never_half_done(saved, tmp_path, monkeypatch):
+def test_a_removal_is_never_half_done(directory, tmp_path, monkeypatch):
     """Neither a reader nor, after a kill, the resumed run meets a checkpoint whose files are being removed."""
-    directory = tmp_path / "checkpoints"
-    shutil.copytree(saved, directory)
     reader = Checkpoints(directory, read_only=True)
     with monkeypatch.context() as killed:
         killed.setattr(shutil, "rmtree", lambda folder, **_: (Path(folder) / "manifest.json").unlink())
@@ -213,50 +205,16 @@ def test_a_removal_is_never_half_done(saved, tmp_path, monkeypatch):
     assert (names(directory), (tmp_path / "damaged").exists()) == (["30"], False)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own, and a function that remounts it with other options, such as another size."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def mount(options: str) -> None:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], check=True, capture_output=True)
-
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TensorStore calls a closed event loop
+def test_a_full_disk(tmp_path):
+    """One sentence, and the last good checkpoint is intact; tests/stress.py fills the disks of whole runs."""
+    directory, before = tmp_path / "checkpoints", resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints = save(directory, {1: {}})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
-        mount("size=1400k")
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a small file system is not permitted here")
-    yield place, lambda options: mount(f"remount,{options}")
-    subprocess.run(["umount", place], check=True)
-
-
-RUN = ("--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=",
-       "--config.model=mlp(widths=(512,))", "--config.schedule=constant(1e-2)", "--config.total=12 steps",
-       "--config.batch_size=16", "--config.checkpoint_every=4 steps", "--config.eval_every=6 steps")  # fmt: skip
-
-
-def train(workdir: Path) -> tuple[int, list[str]]:
-    """The exit status of a training process there, and its stderr without the log."""
-    command = [sys.executable, ROOT / "launch.py", "train", f"--workdir={workdir}", *RUN]
-    process = subprocess.run(command, capture_output=True, text=True)
-    lines = process.stderr.splitlines()
-    return process.returncode, [line for line in lines if not re.match(r"\d\d:\d\d:\d\d|[+|\s]|Total", line)]
-
-
-@pytest.mark.slow
-def test_a_full_disk(small_disk, tmp_path):
-    """One sentence; the last good checkpoint is intact; with more space the run ends as if nothing had happened."""
-    place, remount = small_disk
-    workdir = place / "run"
-    status, said = train(workdir)  # a checkpoint is 0.9 MB: one fits
-    assert (status, len(said)) == (1, 1), said
-    what, fix = rf"(a checkpoint could not be saved in )?{workdir}.*", "free some space or repair the disk, .*"
-    assert re.fullmatch(rf"error: {what}: no space left on device; .*{fix} run the same command again", said[0])
-    before = Checkpoints(workdir / "checkpoints", read_only=True)
-    assert before.steps() == [4]
-    remount("size=20m")
-    assert train(workdir) == (0, [])
-    assert train(tmp_path / "undisturbed") == (0, [])
-    results = [json.loads((w / "result.json").read_text()) for w in (workdir, tmp_path / "undisturbed")]
-    assert results[0]["params_sha256"] == results[1]["params_sha256"]
-    assert results[0]["test"] == results[1]["test"]
+        said = f"could not be saved in {directory}: .*; the last good one is from step 1; free some space or repair"
+        with pytest.raises(UserError, match=said):
+            checkpoints.save(2, make_state(2)) or checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert Checkpoints(directory, read_only=True).restore_latest(like())[0] == 1

@@ -1,23 +1,16 @@
-"""digests.jsonl: the digests of parameters, the steps that have one, and the lines after a stop."""
+"""digests.jsonl: the digests of parameters; tests/test_resume.py says which steps have one."""
 
 import hashlib
 import json
-import os
-import signal
 import zlib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from imgclf_jax.run import writers
 from imgclf_jax.run.digests import Digests, check
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.train import command as train
-
-pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def lines(folder: Path) -> dict[int, dict]:
@@ -58,31 +51,6 @@ def test_resuming_drops_what_comes_after(tmp_path, caplog):
     again.close()
     assert set(lines(tmp_path)) == {0, 4}
     assert [r.message for r in caplog.records] == [f"{tmp_path}/digests.jsonl: skipped a truncated line"]
-
-
-@pytest.mark.thorough
-def test_a_run_that_was_stopped_has_the_lines_of_one_that_was_not(fake_config, tmp_path, monkeypatch):
-    """For two seeds: at checkpoints, at powers of two and at the end, whose digest is that of the result."""
-    fake_config.num_seeds, fake_config.checkpoint.keep = 2, 1
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert train.main(fake_config, Workdir(whole)) == 0
-    assert set(lines(whole)) == {0, 1, 2, 4, 8, 12}
-    assert lines(whole)[12]["params_sha256"] == json.loads((whole / "result.json").read_text())["params_sha256"]
-    assert len({line["params_sha256"] for line in lines(whole).values()}) == 6
-    original = writers.MetricsWriter.write_scalars
-
-    def and_a_signal(*args):
-        original(*args)
-        monkeypatch.setattr(writers.MetricsWriter, "write_scalars", original)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(writers.MetricsWriter, "write_scalars", and_a_signal)
-    assert train.main(fake_config, Workdir(stopped)) == 75
-    assert set(lines(stopped)) == {0, 1, 2, 4, 6}  # 6 is where it stopped
-    assert train.main(fake_config, Workdir(stopped)) == 0
-    found = lines(stopped)
-    del found[6]
-    assert found == lines(whole)
 
 
 def test_a_checkpoint_without_a_line(tmp_path, caplog):

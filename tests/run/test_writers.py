@@ -65,23 +65,18 @@ def read_events(directory: Path):
     return events
 
 
-def scalars(directory: Path) -> dict[tuple[int, str], float]:
-    """The scalars of TensorBoard, by step and tag."""
-    from tensorboard.util import tensor_util
-
-    events = read_events(directory)
-    tags = events.PluginTagToContent("scalars")
-    return {(e.step, tag): e.tensor_proto.float_val[0] if e.tensor_proto.float_val else float(tensor_util.make_ndarray(
-        e.tensor_proto)) for tag in tags for e in events.Tensors(tag)}  # fmt: skip
-
-
 @pytest.mark.thorough
 def test_tensorboard_holds_the_same(finished):
     """TensorBoard's own reader finds each value of metrics.jsonl at its step."""
+    from tensorboard.util import tensor_util
+
     records = writers.read_metrics(finished / "metrics.jsonl")
     expected = {(r["step"], tag): value for r in records for tag, value in r.items() if tag != "step"}
     assert {"train/loss", "train/images_per_second", "test/accuracy"} <= {tag for _, tag in expected}
-    assert scalars(finished / "tb") == pytest.approx(expected, rel=1e-6)
+    events = read_events(finished / "tb")
+    found = {(event.step, tag): float(tensor_util.make_ndarray(event.tensor_proto).item())
+             for tag in events.PluginTagToContent("scalars") for event in events.Tensors(tag)}  # fmt: skip
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_tensorboard_shows_images_and_hyperparameters(tmp_path):
@@ -145,13 +140,9 @@ def test_writers_that_the_config_names(tmp_path, caplog):
     assert "failed and gets no more metrics: ConnectionError: no route to the tracking service" in caplog.text
 
 
-@pytest.mark.parametrize(("text", "sentence"), [
-    ("wandb", "unknown writer 'wandb': write the import path of yours"),
-    (f"{__name__}:Kept(nome='x')", "unknown argument 'nome'"),
-])  # fmt: skip
-def test_a_writer_that_cannot_be_made(tmp_path, text, sentence):
-    with pytest.raises(UserError, match=re.escape(sentence)):
-        open_writer(tmp_path, tensorboard=False, writers=text).close()
+def test_a_writer_that_cannot_be_made(tmp_path):
+    with pytest.raises(UserError, match="unknown writer 'wandb': write the import path of yours"):
+        open_writer(tmp_path, tensorboard=False, writers="wandb")
 
 
 def test_the_docs_writer_for_a_tracking_service(tmp_path, monkeypatch):
