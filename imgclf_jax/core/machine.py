@@ -1,7 +1,4 @@
-"""The machine's processor and memory, and how much of them this process may use.
-
-A container or a cluster's job limits it by its control groups.
-"""
+"""The processor and memory of the machine, and how much of them its control groups (a container, a job) leave."""
 
 import contextlib
 import ctypes

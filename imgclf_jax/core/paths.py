@@ -156,8 +156,7 @@ def check_plain(folder: Path) -> None:
 def remove(path: Path) -> None:
     """Removes a folder with its contents, or a file, a link or a pipe, if it exists."""
     if in_bucket(path):
-        if path.exists():
-            path.rmtree()  # type: ignore[attr-defined]
+        path.rmtree(missing_ok=True)  # type: ignore[attr-defined]
     elif path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -76,8 +76,7 @@ def test_what_is_recorded(tmp_path):
 
 def config(**keys):
     new = configs.default_config()
-    for key, value in keys.items():
-        new[key] = value
+    new.update(keys)
     return new
 
 
