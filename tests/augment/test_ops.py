@@ -12,7 +12,7 @@ import pytest
 from cases import thorough
 from tolerance import rounding
 
-from imgclf_jax.augment import ops
+from imgclf_jax.augment import mixing, ops
 from imgclf_jax.augment.ops import cutout, normalize, pad_crop, random_erasing
 from imgclf_jax.core import kinds, rng, sharding
 from imgclf_jax.core.errors import UserError
@@ -29,11 +29,6 @@ def compiled(op, key, images, *args):
 
 def noise(*shape):
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-
-
-def numpy_flip(key, images):
-    flips = np.asarray(jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))).reshape(-1)
-    return np.stack([image[:, ::-1] if flip else image for image, flip in zip(images, flips, strict=True)])
 
 
 def numpy_pad_crop(key, images, pad, mode):
@@ -138,7 +133,8 @@ def test_normalize(mean, std):
 def test_build_applies_the_ops_in_order_each_with_a_key_of_its_name():
     images = noise(16, 10, 10, 3)
     flip, crop, cut = (rng.fold(KEY, name, 0) for name in ("flip_lr", "pad_crop", "cutout"))
-    expected = numpy_pad_crop(crop, numpy_flip(flip, images), 2, "reflect")
+    flips = np.asarray(jax.random.bernoulli(flip, 0.5, (16, 1, 1, 1)))
+    expected = numpy_pad_crop(crop, np.where(flips, images[:, :, ::-1], images), 2, "reflect")
     expected = numpy_cutout(cut, numpy_normalize(expected, (0.1, 0.2, 0.3), 0.5), 4, 0.25)
     out = jax.jit(ops.build(ALL, train=True))(KEY, images)
     np.testing.assert_allclose(out, expected, rtol=0, atol=rounding(3) * np.abs(expected).max())
@@ -188,16 +184,20 @@ def test_a_random_op_does_not_change_the_scale_of_training_alone(text, says):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("text", [
-    ALL, "trivialaugment|randaugment(1, 15)|randaugment(1, 10, ops='big_vision')|color_jitter(0.4, 0.4, 0.4, 0.1)"
+@pytest.mark.parametrize(("text", "mix"), [
+    (ALL, "mixup(0.4)"), ("", "mixup(per_batch=True)"),
+    ("trivialaugment|randaugment(1, 15)|randaugment(1, 10, ops='big_vision')|color_jitter(0.4, 0.4, 0.4, 0.1)",
+     "mixup(probability=0)|cutmix(probability=1)"),
 ])  # fmt: skip
-def test_the_ops_give_the_same_bits_on_one_device_and_on_eight(text):
-    images, apply = noise(40, 16, 16, 3), ops.build(text, train=True)
+def test_the_ops_give_the_same_bits_on_one_device_and_on_eight(text, mix):
+    """Of device ops, and of mixing ops after them."""
+    images, augment, mixed = noise(40, 16, 16, 3), ops.build(text, train=True), mixing.build(mix)
     results = []
     for devices in (jax.devices()[:1], jax.devices()):
         mesh = sharding.make_mesh(devices)
         placed = sharding.put_batch({"image": images}, mesh)["image"]
-        out = jax.jit(apply, out_shardings=sharding.sharded(mesh))(KEY, placed)
-        results.append(np.asarray(out))
+        augmented = jax.jit(augment, out_shardings=sharding.sharded(mesh))(KEY, placed)
+        out = jax.jit(mixed, out_shardings=sharding.sharded(mesh))(KEY, augmented)
+        results.append([np.asarray(x).tobytes() for x in (augmented, *out)])
     assert len(jax.devices()) == 8
-    assert results[0].tobytes() == results[1].tobytes()
+    assert results[0] == results[1]

@@ -26,7 +26,6 @@ def trained():
     state = e.init_state()
     seen = ((IMAGES / 255 - 0.4) / 0.3).astype(np.float32)
     apply = jax.jit(lambda images: e.recipe.model.apply({"params": state.params}, images, train=False))
-
     return e, state, seen, apply
 
 

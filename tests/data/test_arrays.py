@@ -14,7 +14,6 @@ from imgclf_jax.data.source import read_examples
 
 pytestmark = pytest.mark.usefixtures("a_gigabyte")
 
-
 X = np.random.default_rng(0).integers(0, 256, (6, 4, 5), np.uint8)
 Y = np.array([0, 2, 1, 2, 0, 1])
 

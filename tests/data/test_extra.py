@@ -21,10 +21,6 @@ def config(fake_config):
     return fake_config
 
 
-def opened(config):
-    return datasets.open_train_images(config)
-
-
 def spec_of(config, **changes):
     sizes = tuple((name, one.batch_size) for name, one in datasets.extra_streams(config).items())
     return stream.StreamSpec(**{"seed": 5, "batch_size": 16, "num_seeds": 2, "extra": sizes} | changes)
@@ -46,7 +42,7 @@ def test_what_a_spec_says(config):
 
 def test_streams_do_not_touch_each_other(config):
     """Adding or renaming a stream changes no other, and no seed shares a stream with another name."""
-    images = opened(config)
+    images = datasets.open_train_images(config)
     [(_, whole)] = stream.batches(images, spec_of(config), [3])
     [(_, alone)] = stream.batches(images, spec_of(config, extra=(("held", 16),)), [3])
     [(_, none)] = stream.batches(images, spec_of(config, extra=()), [3])
@@ -60,7 +56,7 @@ def test_streams_do_not_touch_each_other(config):
 @pytest.mark.parametrize("place", ["host", "device"])
 def test_a_batch_holds_those_of_the_further_streams(config, place):
     """For both seeds, interleaved; keyed by seed, name and step; with the shapes that the programs expect."""
-    images, spec, mesh = opened(config), spec_of(config), sharding.make_mesh()
+    images, spec, mesh = datasets.open_train_images(config), spec_of(config), sharding.make_mesh()
     shapes = programs.programs_for_images(config, images).batch_shape
     assert {name: shapes[name]["image"].shape for name in MORE} == {"unlabeled": (24, 4, 7, 3), "held": (16, 12, 12, 1)}
     base = {"unlabeled": sources.open_splits("fake(30, (5, 6, 3), 4)")["train"],
@@ -83,7 +79,7 @@ def test_a_batch_holds_those_of_the_further_streams(config, place):
 
 
 def test_any_process_reads_its_rows_of_every_stream(config):
-    images, spec = opened(config), spec_of(config)
+    images, spec = datasets.open_train_images(config), spec_of(config)
     [(_, whole)] = stream.batches(images, spec, [3])
     rows, more = np.arange(4, 8), {"unlabeled": np.arange(6, 12), "held": np.arange(1, 16, 2)}
     [(_, part)] = stream.batches(images, spec, [3], rows, extra_rows=more)
@@ -109,7 +105,7 @@ def test_a_mistake_names_its_stream(config, name, text, message):
 
     def check():
         programs.check(config)  # before the data are opened
-        opened(config)
+        datasets.open_train_images(config)
 
     with pytest.raises(UserError) as e:
         check()

@@ -16,7 +16,6 @@ from imgclf_jax.data.decode import decode
 # Pillow's warnings must not be errors here: what comes after them is of interest too.
 pytestmark = [pytest.mark.usefixtures("a_gigabyte"), pytest.mark.filterwarnings("ignore::UserWarning:PIL")]
 
-
 PIXELS = Image.fromarray(noise(9, 12, 3))
 FORMS = [("PNG", "RGB", {}), ("PNG", "P", {}), ("PNG", "I;16", {}), ("JPEG", "RGB", {}),
          ("JPEG", "RGB", {"progressive": True}), ("GIF", "P", {}), ("BMP", "RGB", {}), ("BMP", "P", {}),
@@ -25,14 +24,12 @@ FORMS = [("PNG", "RGB", {}), ("PNG", "P", {}), ("PNG", "I;16", {}), ("JPEG", "RG
          ("TIFF", "1", {"compression": "group4"}), ("MPO", "RGB", {})]  # fmt: skip
 FORMS += [("AVIF", "RGB", {})] if features.check("avif") else []
 IMAGES = [encode(PIXELS.convert(mode), form, **options) for form, mode, options in FORMS]
+CHANNELS = st.sampled_from([1, 3, 4])
 
 
 def check_image(content, channels):
     out = answered(decode, content, channels)
     assert out is None or (out.dtype, out.ndim, out.shape[2]) == (np.uint8, 3, channels)
-
-
-CHANNELS = st.sampled_from([1, 3, 4])
 
 
 @settings(max_examples=400)

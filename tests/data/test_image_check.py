@@ -88,8 +88,7 @@ def test_deep_images_with_small_values(tmp_path, caplog, form, dtype, top):
     images = stream.Images(sources.take_split(base, "test+train"), "decode(1)")
     read = images.read(np.arange(4), np.arange(4))["image"][:, 0, 0, 0]
     assert sorted(read.tolist()) == sorted(value * 256 >> bits for value in (top, 3, 1, 0))
-    recorded = take_snapshot({}, images.describe())
-    json_files.write(tmp_path / "provenance.json", recorded)
+    json_files.write(tmp_path / "provenance.json", take_snapshot({}, images.describe()))
     assert load_data_info(tmp_path / "provenance.json").bits == bits
     ops, _ = image_check.decode.build("decode(1)", bits)
     with pytest.raises(UserError, match=f"more than {bits} bits per channel: its values are from 40000 to 40000"):

@@ -1,5 +1,7 @@
 """Splits of a source, against TFDS's own parsing of the same text."""
 
+import types
+
 import pytest
 import tensorflow_datasets as tfds
 from hypothesis import assume, given, settings
@@ -9,28 +11,16 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import splits
 
 
-class Info:
-    """The parts of `tfds.core.SplitInfo` that TFDS needs to parse a split."""
-
-    def __init__(self, n):
-        self.num_examples = n
-
-
 def by_tfds(text, sizes):
-    absolute = tfds.core.splits.AbstractSplit.from_spec(text).to_absolute({k: Info(n) for k, n in sizes.items()})
+    infos = {name: types.SimpleNamespace(num_examples=n) for name, n in sizes.items()}  # all that TFDS needs of them
+    absolute = tfds.core.splits.AbstractSplit.from_spec(text).to_absolute(infos)
     return [(a.splitname, a.from_ or 0, sizes[a.splitname] if a.to is None else a.to) for a in absolute]
 
 
 NUMBERS = st.one_of(st.integers(-130, 130).map(str), st.integers(-3000, 3000).map(str), st.just("-0"))
-
-
 PERCENTS = st.one_of(st.integers(-100, 100).map("{}%".format), st.integers(-1000, 1000).map(lambda i: f"{i / 10}%"))
-
-
 SLICES = st.one_of(*(st.tuples(b | st.just(""), b | st.just("")).filter(any).map("[{0[0]}:{0[1]}]".format)
                      for b in (NUMBERS, PERCENTS)))  # fmt: skip
-
-
 PIECES = st.tuples(st.sampled_from(["train", "test", "val-2"]), SLICES | st.just("")).map("".join)
 
 

@@ -47,14 +47,7 @@ def reference_id(seed, position, n):
 
 @given(SEEDS, st.one_of(SIZES, st.integers(1, 2**40)), st.integers(0, 2**50))
 def test_ids_are_those_of_the_definition(seed, n, position):
+    """Another order would invalidate every published seed."""
     positions = np.arange(position, position + 3)
     expected = [reference_id(seed, p, n) for p in positions.tolist()]
     assert sampling.position_ids(seed, positions, n).tolist() == expected
-
-
-def test_known_answers():
-    """Our own recorded output: another order would invalidate every published seed."""
-    assert sampling.example_ids(0, 0, 8, 60_000).tolist() == [12477, 24869, 22246, 19276, 48411, 59251, 12473, 15838]
-    assert sampling.example_ids(2**32 - 1, 10_000_000, 8, 1_281_167).tolist() == [
-        375582, 673254, 456209, 1019959, 6194, 523737, 200136, 1186612]  # fmt: skip
-    assert sampling.example_ids(1, 1, 5, 3).tolist() == [0, 1, 2, 0, 0]
