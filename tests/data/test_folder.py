@@ -75,14 +75,11 @@ def test_a_few_of_each_class_to_train_on(flat):
 
 def test_the_order_depends_on_the_names_alone_and_any_slice_holds_all_classes(tmp_path):
     for i in range(300):
-        path = tmp_path / "one" / "abc"[i // 100] / f"{i:03}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (1, 1)).save(path)
+        write(tmp_path / "one" / "abc"[i // 100] / f"{i:03}.png", size=(1, 1))
     order = files(folder(str(tmp_path / "one"))["train"], tmp_path / "one")
     copy = tmp_path / "elsewhere"
     for file in sorted(order)[1:]:  # made in another order, in another place, and one image less
-        (copy / file).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (2, 2)).save(copy / file)
+        write(copy / file, size=(2, 2))
     source = folder(str(copy))["train"]
     assert files(source, copy) == [file for file in order if file != min(order)]
     # Of 30 examples drawn at random each class has 10 ± 2.4.

@@ -161,16 +161,12 @@ def test_the_sampling_of_the_page_visits_every_example_of_each_window(n, size):
         np.testing.assert_array_equal(ids[np.lexsort((ids, window))], np.arange(n))  # sorted in each window
 
 
-def at(i, value):
-    return np.where(np.arange(N) == i, value, WEIGHTS)
-
-
 @pytest.mark.parametrize(("text", "numbers", "message"), [
     ("weighted('age')", None, "data.source has no column 'age' among ['text']; name one, or a file of numbers"),
     ("weighted('text')", None, "the column 'text' does not hold numbers: could not convert string"),
     ("weighted('F')", WEIGHTS[:-1], "holds float64[59]; expected a real number for each of the 60 examples of the"),
-    ("weighted('F')", at(7, np.nan), "each must be 0 or more, and the sum finite and above 0"),
-    ("weighted('F')", at(7, -1), "are from -1.0 to 1.0, with the sum "),
+    ("weighted('F')", np.append(WEIGHTS[1:], np.nan), "each must be 0 or more, and the sum finite and above 0"),
+    ("weighted('F')", np.append(WEIGHTS[1:], -1), "are from -1.0 to 1.0, with the sum "),
     ("weighted('F')", np.array([{}], object), "as a .npy file"),
     ("subset('F')", np.array([3, 60]), "has ids from 3 to 60, but the split has 0 to 59"),
     ("subset('F')", np.array([3, -1]), "has ids from -1 to 3, but the split has 0 to 59"),
