@@ -53,8 +53,7 @@ def build_gradient(
     functions = [spec.bind(call, GRADIENTS, "gradient", leading=("gradient",)) for call in calls]
 
     def wrap(gradient: Gradient) -> Gradient:
-        if pixel_range is not None:
-            gradient = dataclasses.replace(gradient, pixel_range=pixel_range)
+        gradient = dataclasses.replace(gradient, pixel_range=pixel_range)
         for function, call, count in zip(functions, calls, spec.occurrences(calls), strict=True):
             gradient = gradients.transform(gradient, function, call.name, count)
         return gradient

@@ -98,16 +98,6 @@ def lookahead(total: int, k: int = 5, alpha: float = 0.5, power: float = 0.0) ->
     return Average(_COPY, update)
 
 
-def from_optimizer(evaluated: Evaluated) -> Average:
-    """The parameters that the optimizer evaluates, with the trained model's batch statistics."""
-
-    def update(average: Averages, variables: ParamsAndState, step: jax.Array, opt_state: OptState = None) -> Updated:
-        params, model_state = variables
-        return variables, (evaluated(opt_state, params), model_state)
-
-    return Average(_COPY, update)
-
-
 def build(
     decay: float, call: spec.Call | None, total: int, optimizer: optax.GradientTransformation | None = None
 ) -> Average:
@@ -119,8 +109,8 @@ def build(
     chosen = {f"ema={decay}": decay, str(call): call, "the optimizer": evaluated}
     if len(names := [name for name, value in chosen.items() if value]) > 1:
         raise UserError(f"{' and '.join(names)} both choose the weights to evaluate; remove one")
-    if evaluated:
-        return from_optimizer(evaluated)
+    if evaluated:  # of the parameters; the batch statistics are the trained model's
+        return Average(_COPY, lambda _, trained, step, state: (trained, (evaluated(state, trained[0]), trained[1])))
     if call:
         return spec.bind(call, {"lookahead": lookahead}, "optimizer", leading=("total",))(total)
     return ema(decay) if decay else NONE
