@@ -114,10 +114,6 @@ class Workdir:
         processes.agree(lambda: {"the lock in the work directory": identify()},
                         "give all processes one --workdir on a disk that the hosts share")  # fmt: skip
 
-    def has_checkpoints(self) -> bool:
-        """Whether the directory has any checkpoint, readable or not."""
-        return self.last_checkpoint() is not None
-
     def last_checkpoint(self) -> int | None:
         """The step of the last checkpoint, readable or not; None without one."""
         folders = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
@@ -189,7 +185,7 @@ class Workdir:
 
         Raises UserError if the file is damaged.
         """
-        if not (self.provenance.is_file() and (self.config.is_file() or self.has_checkpoints())):
+        if not (self.provenance.is_file() and (self.config.is_file() or self.last_checkpoint() is not None)):
             return []
         self.load_data_info()  # which every command on the run needs
         return self.read_snapshots()

@@ -191,7 +191,7 @@ def _warnings(recipe: Recipe, base: Mapping[str, Source], params: Params) -> Ite
 def _check_config(config: ConfigDict, workdir: Workdir) -> None:
     """Raises UserError, naming the keys, if the run in `workdir` has another config, its free keys aside."""
     if not workdir.config.is_file():
-        if workdir.has_checkpoints():
+        if workdir.last_checkpoint() is not None:
             raise UserError(f"{workdir.config} is missing beside checkpoints; restore it, or pass another --workdir")
     elif lines := configs.difference(workdir.load_config(), config, configs.free_keys(config)):
         raise UserError(f"{workdir.path} holds a run with another config ({'; '.join(lines)}); use the old values, or "

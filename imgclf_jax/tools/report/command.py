@@ -29,7 +29,7 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
     check_names(config)
     run = record.read(workdir.path)
     names: tuple[str, ...] = ()
-    if checkpoint or workdir.has_checkpoints():
+    if checkpoint or workdir.last_checkpoint() is not None:
         model = restore(config, workdir, checkpoint)
         names = model.class_names
         if model.programs.recipe.method.predicts:
