@@ -9,8 +9,7 @@ import pytest
 
 import launch
 from imgclf_jax import datasets
-from imgclf_jax.core import sharding
-from imgclf_jax.data import placement, sources, stream
+from imgclf_jax.data import sources
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import load_data_info
@@ -26,25 +25,6 @@ RUN = (f"--config.data.source={SOURCE}", "--config.model=cnn(widths=(4,), hidden
        "--config.preprocess_eval=decode(1)|resize(10)", "--config.augment=flip_alternating|pad_crop(1)|normalize",
        "--config.mix=mixup(0.2)", "--config.optimizer=sgd(momentum=0.9)|lookahead(2, 0.5)", "--config.seed=5",
        "--config.schedule=cosine(0.1)", "--config.metrics=auc")  # fmt: skip
-
-
-@pytest.mark.parametrize("where", ["host", "device"])
-def test_the_stream_holds_the_batches_of_each_seed(where):
-    """On the host with random host ops, whose draws depend on the seed."""
-    preprocess = "decode(1)|random_resized_crop(10)" if where == "host" else "decode(1)"
-    mesh = sharding.make_mesh()
-
-    def batches(seed, num_seeds):
-        images = stream.Images(sources.open_splits(SOURCE)["train"], preprocess, seed)
-        spec = stream.StreamSpec(seed, 16, num_seeds, needs_ids=True)
-        return [batch for _, batch in placement.batches(where, images, spec, range(5), mesh)]
-
-    together = batches(7, 3)
-    for i in range(3):
-        for ours, alone in zip(together, batches(7 + i, 1), strict=True):
-            for name in ("id", "epoch", "image", "label"):
-                np.testing.assert_array_equal(ours[name][i::3], alone[name])
-    assert not np.array_equal(together[0]["id"][0::3], together[0]["id"][1::3])
 
 
 @pytest.fixture(scope="module")

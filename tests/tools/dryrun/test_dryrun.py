@@ -1,4 +1,7 @@
-"""`dryrun`, end to end, on virtual CPU devices; other chips need their compilers (marked `chips`)."""
+"""`dryrun` on virtual CPU devices, the figures of chips, and the time of collectives by hand.
+
+Other chips need their compilers (marked `chips`).
+"""
 
 import dataclasses
 import json
@@ -18,6 +21,7 @@ from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.dryrun import command as dryrun
 from imgclf_jax.tools.dryrun import described, table, topology
+from imgclf_jax.tools.dryrun.command import collective_seconds
 
 
 @pytest.mark.thorough
@@ -107,3 +111,33 @@ def test_for_chips_that_are_not_here(chips, tmp_path):
     assert found["fits"]
     assert found["collectives"]["all-reduce"]["bytes"] >= found["memory"]["parameters"]
     assert found["bound_by"] in ("memory", "network")  # its products are the least of it
+
+
+@pytest.mark.parametrize(
+    ("kind", "teraflops"),  # of matmul_precision float32, tensorfloat32 and bfloat16
+    [("v5e", (197 / 6, 197 / 3, 197)), ("h100", (66.9, 494.7, 494.7)), ("a100", (19.5, 156, 156))],
+)
+def test_the_peak_of_float32_programs_follows_the_precision_of_products(kind, teraflops):
+    chip = table.CHIPS[kind]
+    found = [chip.peak("float32", products) for products in ("float32", "tensorfloat32", "bfloat16")]
+    assert found == pytest.approx([1e12 * t for t in teraflops])
+    assert {chip.peak("bfloat16", products) for products in ("float32", "bfloat16")} == {chip.flops}
+
+
+@pytest.mark.parametrize(("chip", "chips", "a_host", "kind", "size", "seconds"), [
+    ("h100", 32, 8, "all-reduce", 80e6, 2 * 80e6 * 7 / 8 / 450e9 + 2 * 10e6 * 3 / 4 / 50e9),
+    ("h100", 32, 8, "all-gather", 80e6, 80e6 * 7 / 8 / 450e9 + 10e6 * 3 / 4 / 50e9),
+    ("h100", 32, 8, "reduce-scatter", 80e6 / 32, 80e6 * 7 / 8 / 450e9 + 10e6 * 3 / 4 / 50e9),
+    ("h100", 8, 8, "all-reduce", 80e6, 2 * 80e6 * 7 / 8 / 450e9),
+    ("h100", 8, 1, "all-reduce", 80e6, 2 * 80e6 * 7 / 8 / 50e9),
+    ("v5e", 16, 16, "all-reduce", 80e6, 2 * 80e6 * 15 / 16 / 200e9), ("v5e", 1, 1, "all-reduce", 80e6, 0.0),
+])  # fmt: skip
+def test_a_ring(chip, chips, a_host, kind, size, seconds):
+    """Each byte of an all-reduce goes round twice: within a host over NVLink, then in parts over the network."""
+    assert collective_seconds(table.CHIPS[chip], chips, a_host, kind, int(size)) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["", "v5e:8", "v5e:0x4", "h100:2x2x2", "v9:4", "h100:-1", "a100:2x9"])
+def test_other_arrangements_are_refused(text):
+    with pytest.raises(UserError, match=r"allowed: v5e:4x4, .* cpu:8"):
+        topology.parse(text)

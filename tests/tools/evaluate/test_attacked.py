@@ -1,13 +1,19 @@
-"""`evaluate --attack`: a linear model's worst case in closed form, exact counts, never mistaken for clean accuracy."""
+"""`evaluate --attack` by a linear model's worst case in closed form, `--corruptions` by images corrupted by hand."""
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 import launch
 from imgclf_jax import datasets
+from imgclf_jax.core import sharding
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.tools.evaluate import corrupted
+from imgclf_jax.tools.evaluate.corruptions import SEVERITIES, corrupt
 from imgclf_jax.train.evaluation import open_evals
 from imgclf_jax.trained import restore
 
@@ -80,3 +86,39 @@ def test_several_seeds_are_attacked_each_by_itself(runs, capsys):
 def test_mistakes(runs, capsys, words, message):
     assert launch.main(["evaluate", f"--workdir={runs[0].path}", *words]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.thorough
+def test_accuracies_are_those_of_images_corrupted_by_hand(runs, capsys):
+    """On one device with a batch size that does not divide the examples, too. The table has the same numbers."""
+    run, words = runs[1], "--corruptions=contrast, gaussian_noise"
+    found = printed(run, capsys, words)["test"]
+    config = run.load_config()
+    trained = restore(config, run, "")
+    (images,) = open_evals(trained.programs, datasets.open_data(config)).values()
+    positions = np.arange(len(images))
+    batch = images.read(positions, positions)
+
+    def accuracy(shown):
+        return np.mean(trained.predict(shown).argmax(-1) == batch["label"])
+
+    wanted = {name: [accuracy(np.stack([corrupt(name, severity, image, i) for i, image in enumerate(batch["image"])]))
+                     for severity in SEVERITIES] for name in ("contrast", "gaussian_noise")}  # fmt: skip
+    assert (found["examples"], found["clean"]) == (180, pytest.approx(accuracy(batch["image"])))
+    assert found["clean"] > 0.5
+    for name, own in wanted.items():
+        assert found["corruptions"][name] == {"severities": pytest.approx(own), "mean": pytest.approx(np.mean(own))}
+    assert found["mean_corruption_accuracy"] == pytest.approx(np.mean(list(wanted.values())))
+    assert wanted["contrast"][4] < wanted["contrast"][0]
+    assert launch.main(["evaluate", f"--workdir={run.path}", words]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "contrast" in line)
+    cells = [cell.strip() for cell in row.strip("│|\n ").split("│")]
+    assert cells == ["contrast", *(f"{value:.4f}" for value in (*wanted["contrast"], np.mean(wanted["contrast"])))]
+
+    one = sharding.make_mesh(jax.devices()[:1])
+    with config.unlocked():
+        config.batch_size = 41
+    alone = Programs(Recipe(config, trained.programs.recipe.data), one)
+    state = sharding.put_replicated(jax.tree.map(np.asarray, trained.state), one)
+    again = corrupted.measure(alone, state, images, ["gaussian_noise"])
+    assert [again["gaussian_noise", s] for s in SEVERITIES] == found["corruptions"]["gaussian_noise"]["severities"]

@@ -35,17 +35,6 @@ def test_intervals_are_percentiles_of_the_bootstrap():
     assert "calibration_error" not in found  # resampling adds to its bias
 
 
-@pytest.mark.parametrize(("right", "n"), [(0, 1), (1, 1), (0, 10), (14, 14), (50, 50), (355, 360)])
-def test_intervals_of_proportions_are_scipys(right, n):
-    """They have a width even if all examples are right, or none, or there is only one."""
-    labels, probabilities = np.zeros(n, int), np.full((n, 6), 0.1) + np.eye(6)[(np.arange(n) >= right) * 5] * 0.4
-    for name, count in (("accuracy", right), ("top5", n)):
-        low, high = ends(labels, probabilities)[name]
-        assert (low, high) == pytest.approx(binomtest(count, n).proportion_ci(method="wilson"), abs=1e-12)
-        assert 0 <= low <= count / n <= high <= 1
-        assert high - low > 0.005
-
-
 @given(st.data())
 @settings(max_examples=25, deadline=None)
 def test_every_interval_holds_its_value(data):

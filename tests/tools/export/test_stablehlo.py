@@ -1,6 +1,7 @@
-"""A model as StableHLO: JAX alone runs the file for any number of images and reproduces the run's outputs."""
+"""A model as StableHLO or ONNX: other programs run the file for any number of images and give the run's outputs."""
 
 import datetime
+import importlib.util
 import io
 import json
 import subprocess
@@ -8,20 +9,19 @@ import sys
 import zipfile
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export, lax
+from jax import export
 
 import imgclf_jax
 import launch
 from imgclf_jax.config import default_config
-from imgclf_jax.core import platform
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.models.layers import max_pool
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
-from imgclf_jax.tools.export import compared, stablehlo
+from imgclf_jax.tools.export import compared, onnx, stablehlo
 from imgclf_jax.trained import Trained
 
 FLAGS = ["--config.total=20 steps", "--config.model=mlp(widths=(8,))", "--config.schedule=constant(1e-2)",
@@ -80,29 +80,6 @@ def test_logits_and_features_of_each_seed(run, gives):
     images = np.random.default_rng(0).integers(256, size=(3, 28, 28, 1), dtype=np.uint8)
     np.testing.assert_allclose(exported.call(images), getattr(model, gives)(images), rtol=1e-5, atol=1e-5)
     assert json.loads(described)["output"]["shape"] == [2, "b", {"logits": 10, "features": 8}[gives]]
-
-
-@pytest.mark.optimized
-def test_bfloat16_convolutions_before_relu_and_a_mean_are_not_fused_on_cpu():
-    """XLA's fusion of these gives NaN in jaxlib 0.12.0, so an exported ResNet predicted NaN on CPU."""
-    rng = np.random.default_rng(0)
-    kernels = rng.normal(size=(2, 3, 3, 64, 64)).astype(np.float32) / 20
-
-    def network(images):
-        x = jnp.asarray(images, jnp.bfloat16)
-        for kernel in jnp.asarray(kernels, jnp.bfloat16):
-            order = ("NHWC", "HWIO", "NHWC")
-            x = jax.nn.relu(lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=order))
-        return x.astype(jnp.float32).mean((1, 2))
-
-    images = rng.normal(size=(16, 8, 8, 64)).astype(np.float32)
-    with jax.disable_jit():
-        expected = network(images)
-    (b,) = export.symbolic_shape("b")
-    with platform.tracing_for(""):
-        given = jax.ShapeDtypeStruct((b, *images.shape[1:]), np.float32)
-        call = export.export(jax.jit(network), platforms=stablehlo.PLATFORMS)(given).call
-    np.testing.assert_allclose(jax.jit(call)(images), expected, rtol=0.02, atol=0.01)
 
 
 @pytest.mark.thorough
@@ -184,3 +161,36 @@ def test_a_wrong_translation_of_a_network_that_is_sure_is_found():
         compared.difference(run(wrong), right, "predict", "X")
     with pytest.raises(UserError, match="by up to nan"):
         compared.difference(lambda images: np.full((len(images), 5), np.nan, np.float32), right, "predict", "X")
+
+
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("jax2onnx", "onnxruntime"))), reason="of the group `onnx`")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of jax2onnx
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_backbone_as_onnx(spec):
+    import onnxruntime
+
+    model, images = made(spec)
+    content, difference = onnx.archive(model, "predict")
+    assert difference < 1e-5
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    for n in (1, 7):
+        [found] = session.run(None, {"images": images[:n]})
+        np.testing.assert_allclose(found, model.predict(images[:n]), rtol=0, atol=1e-5)
+    assert session.get_modelmeta().custom_metadata_map["class_names"].split("\n") == list("abcde")
+
+
+@pytest.mark.parametrize(("channels", "padding"), [(3, 0), (3, 1)])
+def test_the_flattened_function_is_the_same(channels, padding):
+    """Calls are inlined, dead operations dropped, padding and pooling rewritten; the values stay."""
+
+    @jax.jit
+    def inner(x):
+        jax.random.split(jax.random.key(0))  # nothing depends on it
+        return max_pool(jax.numpy.pad(x, ((0, 0), (1, 2), (0, 0), (0, 1))), 3, 2, padding) * 2
+
+    x = np.random.default_rng(0).standard_normal((2, 9, 8, channels)).astype(np.float32)
+    flat = onnx._flatten(lambda x: inner(x) - 1, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    np.testing.assert_array_equal(flat(x), inner(x) - 1)
+    names = {e.primitive.name for e in jax.make_jaxpr(flat)(x).jaxpr.eqns}
+    assert "random_split" not in names

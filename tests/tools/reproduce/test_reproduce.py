@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import rewind
-from recorded import STEPS, append, copy, edit, reproduce, trained  # noqa: F401  fixtures
+from recorded import STEPS, append, copy, edit, reproduce, trained  # noqa: F401  fixtures  # noqa: F401  fixtures
 
 import launch
 
@@ -167,19 +167,6 @@ def test_a_bundle(reproduce, trained, tmp_path, capsys):
     assert "is a bundle already" in capsys.readouterr().err
 
 
-def test_a_run_that_names_code(reproduce, copy, tmp_path, capsys):
-    """The code is not imported, from a work directory or a bundle."""
-    edit(copy / "config.json", lambda config: config.update(model=f"os:system('touch {tmp_path}/harm')"))
-    assert launch.main(["reproduce", str(copy), f"--bundle={tmp_path}/a.zip"]) == 0
-    for name in (copy, tmp_path / "a.zip"):
-        assert launch.main(["reproduce", str(name)]) == 1
-        error = capsys.readouterr().err.splitlines()[-1]
-        assert f"the run in {name} names" in error
-        assert "add --trust" in error
-    assert not (tmp_path / "harm").exists()
-    assert list((tmp_path / "tmp").iterdir()) == []
-
-
 @pytest.mark.thorough
 def test_a_result_of_the_readme(tmp_path):
     """Its first 45 steps, from the bundle that the results table links to, on the processor of the record."""
@@ -205,3 +192,32 @@ def test_a_result_of_the_readme(tmp_path):
 def test_mistakes(trained, capsys, words, status, says):
     assert launch.main(["reproduce", *(word.format(run=trained) for word in words)]) == status
     assert says.format(run=trained) in capsys.readouterr().err
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("value", ["0.5", None, True, [0.5]])
+def test_what_was_recorded_and_is_no_number(reproduce, copy, value):
+    """It differs from any number, and `report` leaves it out."""
+    first, rest = (copy / "metrics.jsonl").read_text().split("\n", 1)
+    (copy / "metrics.jsonl").write_text(json.dumps(json.loads(first) | {"train/loss": value}) + "\n" + rest)
+    status, found = reproduce(copy)
+    assert (status, found["verdict"], found["first_step"]) == (1, "different", 5)
+    assert launch.main(["report", f"--workdir={copy}"]) == 0
+
+
+@pytest.mark.thorough
+def test_the_checkpoint_of_another_run(copy, tmp_path, capsys):
+    """digests.jsonl has the digest of the step."""
+    keys = json.loads((copy / "config.json").read_text())
+    argv = [f"--workdir={tmp_path}/other", "--config.seed=1", f"--config.data.source={keys['data']['source']}",
+            *(f"--config.{key}={keys[key]}" for key in ("preprocess", "model", "batch_size", "total"))]  # fmt: skip
+    assert launch.main([*argv, "--config.optimizer=sgd(momentum=0.9)"]) == 0
+    shutil.rmtree(copy / "checkpoints" / "10")
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "10", copy / "checkpoints" / "10")
+    where = f"{copy}/checkpoints/10 holds other parameters than {copy}/digests.jsonl records for step 10"
+    own = (*argv[2:], "--config.schedule=cosine(1e-2)", "--config.optimizer=sgd(momentum=0.9)")
+    for words in ([f"--workdir={copy}", *own], ["evaluate", f"--workdir={copy}"], ["report", f"--workdir={copy}"],
+                  [f"--workdir={tmp_path}/new", *argv[1:], f"--config.init_from={copy}"]):  # fmt: skip
+        capsys.readouterr()
+        assert launch.main(words) == 1
+        assert f"error: checkpoint {where}" in capsys.readouterr().err.splitlines()[-1]
