@@ -46,8 +46,6 @@ def read(
     shape, which take no memory, stand in for it. Raises UserError for a file that is damaged, of another format, or
     would run code.
     """
-    if not path.is_file():
-        raise UserError(f"{path} is not a regular file")
     try:
         with _open(path, container) as (found, array):
             found.pop("n_averaged", None)  # of an AveragedModel
@@ -100,11 +98,10 @@ def _open(path: Path, container: str) -> Iterator[_Found]:
             if container:
                 raise UserError(f"{path} has no entries, so no {container!r}; name the file without ::{container}")
             yield _read_safetensors(file, path)
+        elif start.startswith(b"version https://git-lfs"):
+            raise UserError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull")
         else:
-            pointer = start.startswith(b"version https://git-lfs")
-            problem = "is a Git LFS pointer, not the file itself; run git lfs pull" if pointer else (
-                "is neither a PyTorch checkpoint (.pth, .pt, .th) nor a .safetensors file")  # fmt: skip
-            raise UserError(f"{path} {problem}")
+            raise UserError(f"{path} is neither a PyTorch checkpoint (.pth, .pt, .th) nor a .safetensors file")
 
 
 type _Storages = Callable[[Storage], bytes]  # reads the elements of a storage
@@ -170,16 +167,16 @@ def _find_weights(tree: Unpickled, storages: _Storages, path: Path, container: s
         return {str(name): tensor for name, tensor in items if isinstance(tensor, Tensor)}
 
     held = tree if isinstance(tree, Mapping) else {}
-    chosen = container or next((name for name in _CONTAINERS if tensors(held.get(name))), "")
-    found = tensors(held.get(chosen)) if chosen else tensors(tree)
+    names = [container] if container else [name for name in _CONTAINERS if tensors(held.get(name))]
+    found = tensors(held.get(names[0])) if names else tensors(tree)
     if not found:
-        names = [ascii(name)[:50] for name in list(tree)[:9]] if held else [type(tree).__name__]
+        others = [ascii(name)[:50] for name in list(tree)[:9]] if held else [type(tree).__name__]
         raise UserError(f"{path} holds no named weights{f' under {container!r}' * bool(container)} (it has: "
-                        f"{', '.join(names)}); name its entry as in 'FILE::model_ema', or save a state dict at the top "
-                        "level")  # fmt: skip
-    if not container and (others := [name for name in _CONTAINERS if name != chosen and tensors(held.get(name))]):
-        log.warning("%s holds several sets of weights: %r is taken; choose another by 'FILE::%s'", path, chosen,
-                    " or ::".join(others))  # fmt: skip
+                        f"{', '.join(others)}); name its entry as in 'FILE::model_ema', or save a state dict at the "
+                        "top level")  # fmt: skip
+    if names[1:]:
+        log.warning("%s holds several sets of weights: %r is taken; choose another by 'FILE::%s'", path, names[0],
+                    " or ::".join(names[1:]))  # fmt: skip
     kept = functools.cache(storages)
 
     def view(tensor: Tensor) -> np.ndarray:

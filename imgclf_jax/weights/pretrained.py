@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -77,18 +78,17 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     config = programs.recipe.config
     file, _, container = config.init_from.partition("::")
     path = paths.as_path(file)
-    state, replicas = programs.state_shape, programs.recipe.config.num_seeds > 1
-    shapes = {"params": state.params, **state.model_state}
-    own = dict(tree.named_leaves(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[replicas:], x.dtype), shapes)))
+    leaves = tree.named_leaves({"params": programs.state_shape.params, **programs.state_shape.model_state})
+    own: dict[str, Any] = {name: jax.ShapeDtypeStruct(x.shape[config.num_seeds > 1 :], x.dtype) for name, x in leaves}
     if not programs.recipe.method.predicts:  # accept the names of a head, but no array
         own |= {f"{_HEAD}{leaf}": jax.ShapeDtypeStruct((0,), "float32") for leaf in ("kernel", "bias")}
     if path.is_dir() and not container:
-        named, labels, source = _read_workdir(Workdir(path))
+        named, labels, source, record = _read_workdir(Workdir(path))
     elif path.is_file():
-        named, labels, source = _read_file(path, container, programs, own)
+        named, labels, source, record = _read_file(path, container, programs, own)
     else:
         raise no_such("init_from", "file or work directory", path)
-    record = _read_record(path, named)
+    record = {key: text for key, text in record.items() if isinstance(text, str)}
     processes.agree(lambda: source, fix=f"init_from={config.init_from!r} must be one file for all")
     weights = Weights({"path": config.init_from, **source})
     added = _added_by_method(own.keys() - named.keys()), _added_by_method(named.keys() - own.keys())
@@ -123,8 +123,10 @@ def _added_by_method(names: Iterable[str]) -> dict[str, str]:
     return {name: module for name, module in modules.items() if module not in ("backbone", "head", _UNKNOWN)}
 
 
-# ({our name: array}, {our name: name in the file}, the `source` of Weights)
-type Named = tuple[dict[str, np.ndarray], dict[str, str], JsonObject]
+# ({our name: array}, {our name: name in the file}, the `source` of Weights, the record). The record is what a run has
+# recorded, or `export` wrote into a .safetensors file: keys of the config, `class_names`, one per line, and `grid`, the
+# patches of a model that has any, as "14x14".
+type Named = tuple[dict[str, np.ndarray], dict[str, str], JsonObject, JsonObject]
 
 
 def _read_workdir(workdir: Workdir) -> Named:
@@ -152,8 +154,12 @@ def _read_workdir(workdir: Workdir) -> Named:
     if scale := lora.scale_of(method):
         log.info("%s: the run has method=%r; its merged weights are taken", what, method)
         variables = lora.merge(variables, scale)
-    named = dict(tree.named_leaves(variables))
-    return named, {name: name for name in named}, {"step": step, "sha256": digest}
+    named, data = dict(tree.named_leaves(variables)), workdir.load_data_info()
+    record = config | {"class_names": one_per_line(data.class_names)}
+    if (kernel := named.get("params/backbone/patch/kernel")) is not None:
+        h, w, _ = data.image_shape
+        record["grid"] = f"{h // kernel.shape[0]}x{w // kernel.shape[1]}"
+    return named, {name: name for name in named}, {"step": step, "sha256": digest}, record
 
 
 def _read_file(path: Path, container: str, programs: Programs, own: Mapping[str, jax.ShapeDtypeStruct]) -> Named:
@@ -170,9 +176,8 @@ def _read_file(path: Path, container: str, programs: Programs, own: Mapping[str,
         grid = name.endswith(_POSITIONS) and len(shape) == 3 and shape[1] <= _MAX_POSITIONS
         return math.prod(shape) == math.prod(own[name].shape) or (grid and shape[::2] == own[name].shape[::2])
 
-    found = files.read(path, wanted, container)
     named, labels = {}, {}
-    for label, array in found.items():
+    for label, array in files.read(path, wanted, container).items():
         if label.endswith("num_batches_tracked"):  # a counter that BatchNorm with a momentum does not use
             continue
         name = torch_names.own_name(backbone, label, own)
@@ -187,17 +192,14 @@ def _read_file(path: Path, container: str, programs: Programs, own: Mapping[str,
         log.info("%s: the weights are taken for those of torchvision's ResNet, which strides in its 3x3 convolutions "
                  "and, unlike timm's resnetblur, does not blur", path)  # fmt: skip
     with paths.open_regular(path) as file:
-        return named, labels, {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return named, labels, {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}, metadata
 
 
 def _fit(
     weights: Weights, named: Mapping[str, np.ndarray], labels: Mapping[str, str],
     own: Mapping[str, jax.ShapeDtypeStruct], grid: Grid | None, their_grid: Grid | None,
 ) -> None:  # fmt: skip
-    """Sorts the arrays `named` into the fields of `weights` by comparing them with `own`, the model's variables.
-
-    `grid` is the model's, `their_grid` that of the arrays if it is known.
-    """
+    """Sorts the arrays `named`, whose grid may be known, into `weights` by comparing them with `own` variables."""
     tokens = sum(re.split("[./]", label)[-1] in _TOKENS for label in labels.values())
     head = [name for name in own if name.startswith(_HEAD)]
     if any(name not in named or named[name].shape != own[name].shape for name in head):
@@ -234,22 +236,6 @@ def patch_grid(programs: Programs) -> Grid | None:
     return (h // patch, w // patch) if isinstance(patch, int) else None
 
 
-def _read_record(path: Path, named: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """What a run recorded, or `export` wrote into a .safetensors file; {} for other files.
-
-    These are keys of the config, `class_names`, one per line, and `grid`, the patches of a model that has any: "14x14".
-    """
-    if path.is_file():
-        record = files.read_metadata(path)
-    else:
-        data = Workdir(path).load_data_info()
-        record = json.loads(paths.read(Workdir(path).config)) | {"class_names": one_per_line(data.class_names)}
-        if (kernel := named.get("params/backbone/patch/kernel")) is not None:
-            h, w, _ = data.image_shape
-            record["grid"] = f"{h // kernel.shape[0]}x{w // kernel.shape[1]}"
-    return {key: text for key, text in record.items() if isinstance(text, str)}
-
-
 def _check_whole(programs: Programs, weights: Weights, record: Mapping[str, str], what: str) -> None:
     """Raises UserError if the weights lack a part of the model, or if their `record` says they predict otherwise."""
     config, here = programs.recipe.config, programs.recipe.data.class_names
@@ -283,8 +269,7 @@ def _resize_positions(
     rows, columns = theirs or (side, side)
     if tokens + rows * columns != array.shape[1] or array.shape[::2] != shape[::2] or own_tokens not in (0, tokens):
         return None
-    d = shape[2]
-    table = np.array(array, np.float32)
+    table, d = np.array(array, np.float32), shape[2]
     own = table[0, tokens:].reshape(rows, columns, d)
     resized = np.asarray(jax.image.resize(own, (*grid, d), "cubic", antialias=True)).reshape(1, -1, d)
     return np.concatenate([table[:, :own_tokens], resized], 1), f"{rows}x{columns} to {grid[0]}x{grid[1]}"

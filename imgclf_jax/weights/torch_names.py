@@ -24,8 +24,6 @@ from imgclf_jax.models.vit import Mixer, ViT
 
 Rows = tuple[tuple[str, str], ...]
 
-_PLACEHOLDERS = {"i": r"\d+", "j": r"\d+", "k": r"\d+", "m": ".+"}
-
 _RESNET: Rows = (
     ("head", "fc"),
     ("head", "linear"),
@@ -118,7 +116,7 @@ _LIBRARY_LEAVES = {
     "timm": {"cls": "cls_token", "positions_embedding": "pos_embed"},
     "torchvision": {"cls": "class_token", "positions_embedding": "pos_embedding", "gamma": "layer_scale"},
 }
-_STATISTICS = ("mean", "var")  # in the collection "batch_stats"; all other leaves are in "params"
+_PAIRS = [pair for leaves in (_LEAVES, *_LIBRARY_LEAVES.values()) for pair in leaves.items()]
 
 
 def torch_names(backbone: nn.Module, names: Collection[str], library: str) -> dict[str, str | None]:
@@ -150,8 +148,8 @@ def own_name(backbone: nn.Module, name: str, own: Collection[str]) -> str | None
     for pattern, new in (*given, *_patterns(rows)):
         if match := re.fullmatch(pattern, name):
             module, _, leaf = match.expand(new).rpartition(".")
-            for own_leaf in (*_own_leaves().get(leaf, ()), leaf):
-                collection = "batch_stats" if own_leaf in _STATISTICS else "params"
+            for own_leaf in (*(ours for ours, theirs in _PAIRS if theirs == leaf), leaf):
+                collection = "batch_stats" if own_leaf in ("mean", "var") else "params"
                 if (found := f"{collection}/{module.replace('.', '/')}/{own_leaf}") in own:
                     return found
     return _own_names(frozenset(own)).get(name)
@@ -185,26 +183,14 @@ def _dotted(name: str, leaves: Mapping[str, str]) -> str:
 
 
 @functools.cache
-def _own_leaves() -> dict[str, list[str]]:
-    """Our last parts of names that PyTorch's may stand for."""
-    leaves: dict[str, list[str]] = {"in_proj_weight": ["kernel"], "in_proj_bias": ["bias"]}
-    for table in (_LEAVES, *_LIBRARY_LEAVES.values()):
-        for ours, theirs in table.items():
-            leaves.setdefault(theirs, []).append(ours)
-    return leaves
-
-
-@functools.cache
 def _patterns(rows: Rows) -> list[tuple[str, str]]:
     """Compiles rows of templates (source, target) to regular expressions and replacements."""
-
-    def group(match: re.Match[str]) -> str:
-        return f"(?P<{match[1]}>{_PLACEHOLDERS[match[1]]})"
-
-    return [
-        _with_leaf(re.sub(r"\\\{(\w)\\\}", group, re.escape(source)), re.sub(r"\{(\w)\}", r"\\g<\1>", target))
-        for source, target in rows
-    ]
+    compiled = []
+    for source, target in rows:
+        pattern = source.replace(".", r"\.").replace("{m}", "(?P<m>.+)")
+        pattern = re.sub(r"\{(\w)\}", r"(?P<\1>\\d+)", pattern)
+        compiled.append(_with_leaf(pattern, re.sub(r"\{(\w)\}", r"\\g<\1>", target)))
+    return compiled
 
 
 def _with_leaf(pattern: str, replacement: str) -> tuple[str, str]:
@@ -223,13 +209,13 @@ def flattened(
     if type(backbone) in TABLES:  # they flatten nothing
         return {}
     sizes = {*_flattened_sizes(jaxprs.forward(backbone, image_shape), set())}
-    found = [(name, *size) for size in sizes for name, x in own.items()
-             if name.endswith("/kernel") and x.shape[:-1] == size[:1]]  # fmt: skip
-    if len({size for _, size, _ in found}) < len(found):
-        raise UserError("PyTorch orders the values of a flattened image otherwise, and one of "
-                        f"{', '.join(name for name, _, _ in found)} reads them; give each another number of "
-                        "inputs")  # fmt: skip
-    return {name: c for name, _, c in found}
+    found = [(name, c) for size, c in sizes for name, x in own.items()
+             if name.endswith("/kernel") and x.shape[:-1] == (size,)]  # fmt: skip
+    if len({own[name].shape[0] for name, _ in found}) < len(found):
+        names = ", ".join(name for name, _ in found)
+        raise UserError(f"PyTorch orders the values of a flattened image otherwise, and one of {names} reads them; "
+                        "give each another number of inputs")  # fmt: skip
+    return dict(found)
 
 
 def _flattened_sizes(jaxpr: Jaxpr | ClosedJaxpr, channels_first: set[tuple[int, ...]]) -> Iterator[tuple[int, int]]:

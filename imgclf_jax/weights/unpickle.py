@@ -18,8 +18,8 @@ import numpy as np
 from imgclf_jax.core import internals
 from imgclf_jax.core.typing import Function
 
-MAX_BYTES = 4 << 20  # of a pickle; a ResNet-152 has 0.1 MB
 _MAX_AXES = 32
+MAX_BYTES = 4 << 20  # of a pickle; a ResNet-152 has 0.1 MB
 # The names of a dtype in PyTorch, of its storage there, and in safetensors; the dtype.
 DTYPES = (
     ("float64", "DoubleStorage", "F64", np.dtype("<f8")),
@@ -38,10 +38,13 @@ DTYPES = (
     ("uint16", "", "U16", np.dtype("<u2")),
 )
 _DTYPES = {name: dtype for name, _, _, dtype in DTYPES}
-_OPCODES = """PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT
-    BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES
-    BINBYTES8 TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST EMPTY_DICT APPEND APPENDS GLOBAL STACK_GLOBAL BINPERSID
-    PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET""".split()  # noqa: SIM905
+_OPCODES = {
+    getattr(pickle, name)[0]
+    for name in """PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4
+    FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES
+    SHORT_BINBYTES BINBYTES8 TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST EMPTY_DICT APPEND APPENDS GLOBAL
+    STACK_GLOBAL BINPERSID PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET""".split()  # noqa: SIM905
+}
 
 
 class Refused(Exception):
@@ -76,34 +79,24 @@ def load(file: io.BytesIO) -> tuple[Unpickled, dict[str, np.dtype]]:
     return unpickler.load(), unpickler.dtypes
 
 
-def _ordered(pairs: Unpickled = ()) -> dict[str | int, Unpickled]:
-    return collections.OrderedDict((_key(key), value) for key, value in pairs)
-
-
 def _tensor(storage: Unpickled, offset: Unpickled, shape: Unpickled, strides: Unpickled, *_: Unpickled) -> Tensor:
-    sizes = (*shape, *strides)
     if not isinstance(storage, Storage) or len(shape) != len(strides) or len(shape) > _MAX_AXES:
         raise ValueError("a malformed tensor")
-    if not all(type(n) is int and 0 <= n < 2**60 for n in (offset, *sizes)):
+    if not all(type(n) is int and 0 <= n < 2**60 for n in (offset, *shape, *strides)):
         raise ValueError("a tensor of no valid shape")
     return Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
-# What training scripts save beside weights: it is neither made nor called.
+# What training scripts save beside weights: it is neither made nor called, but comes out as None.
 _IGNORED = re.compile(
     r"argparse\.Namespace|datetime\.datetime|pathlib\.(_local\.)?\w+Path|_codecs\.encode|numpy\.(dtype|ndarray)|"
     r"numpy\._?core\.multiarray\.(scalar|_reconstruct)|"
     r"(builtins|__builtin__)\.(bool|bytearray|complex|dict|float|frozenset|int|list|set|slice|str|tuple)"
 )
 
-
-def _ignored(*_: Unpickled) -> None:
-    """Stands for an object, and for its class."""
-
-
 # What a pickle may name. The types of storages are NumPy's dtypes here, and dtypes their names.
 _FUNCTIONS: dict[str, Function | np.dtype | str] = {
-    "collections.OrderedDict": _ordered,
+    "collections.OrderedDict": lambda pairs=(): collections.OrderedDict((_key(key), value) for key, value in pairs),
     "collections.defaultdict": lambda *_: {},
     "collections.Counter": lambda *_: {},
     "torch.Size": lambda *sizes: tuple(*sizes),
@@ -132,13 +125,13 @@ class _Unpickler(internals.PythonUnpickler):
         self._left = file.getbuffer().nbytes  # elements that calls may still copy: each was in the pickle once
 
     def find_class(self, module: str, name: str) -> Unpickled:
-        found = _ignored if _IGNORED.fullmatch(f"{module}.{name}") else _FUNCTIONS.get(f"{module}.{name}")
-        if found is None:
-            if not self.read(1):
-                raise EOFError("it ends within a name")
-            text = f"{module}.{name}"[:200]
-            raise Refused(f"asks for {text if text.isprintable() else ascii(text)}")
-        return found
+        text = f"{module}.{name}"
+        found = _FUNCTIONS.get(text, (lambda *_: None) if _IGNORED.fullmatch(text) else None)
+        if found is not None:
+            return found
+        if not self.read(1):
+            raise EOFError("it ends within a name")
+        raise Refused(f"asks for {text[:200] if text.isprintable() else ascii(text)[:200]}")
 
     def persistent_load(self, pid: Unpickled) -> Storage:
         kind, dtype, key, _, _, *view = pid  # ignored: the device and the number of elements
@@ -165,19 +158,11 @@ class _Unpickler(internals.PythonUnpickler):
             raise ValueError("items of something else than a dict")
         self.stack[-1].update(zip(map(_key, items[::2]), items[1::2], strict=True))
 
-    def _set_item(self) -> None:
-        items = self.stack[-2:]
-        del self.stack[-2:]
-        self._set_items(items)
-
     dispatch: ClassVar = {
-        **{
-            opcode[0]: internals.PythonUnpickler.dispatch[opcode[0]]
-            for opcode in (getattr(pickle, name) for name in _OPCODES)
-        },
+        **{code: run for code, run in internals.PythonUnpickler.dispatch.items() if code in _OPCODES},
         pickle.REDUCE[0]: _reduce,
         pickle.NEWOBJ[0]: _reduce,
         pickle.BUILD[0]: _build,
-        pickle.SETITEM[0]: _set_item,
+        pickle.SETITEM[0]: lambda self: self._set_items([self.stack.pop(-2), self.stack.pop()]),
         pickle.SETITEMS[0]: lambda self: self._set_items(self.pop_mark()),
     }
