@@ -68,8 +68,3 @@ def forward(model: nn.Module, image_shape: tuple[int, int, int]) -> ClosedJaxpr:
     with platform.tracing_for("gpu"):
         init = jax.make_jaxpr(lambda x: model.init_with_output(rng.init_streams(jax.random.key(0)), x, train=False))
         return init(images)
-
-
-def forward_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> float:
-    """FLOPs of the matmuls of a forward pass of one image, two per multiply-add."""
-    return matmul_flops(forward(model, image_shape))

@@ -50,7 +50,7 @@ def head(
 def _parameters(recipe: Recipe) -> str:
     """The model's parameters, also by module, and its FLOPs."""
     counts = tree.parameters_by_module(recipe.parameters)
-    flops = jaxprs.forward_flops(recipe.model, recipe.data.image_shape) / 1e6
+    flops = jaxprs.matmul_flops(jaxprs.forward(recipe.model, recipe.data.image_shape)) / 1e6
     total = f"{sum(counts.values()):,} parameters, {flops:,.3g} MFLOPs an image"
     return "\n".join([total, *(f"  {name:<16}{count:>12,}" for name, count in counts.items())])
 

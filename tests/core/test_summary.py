@@ -16,4 +16,4 @@ def test_a_network_by_hand():
     }  # fmt: skip
     # Without the row and the column that fill no pooling window: 6 by 6 and 2 by 2 outputs.
     macs = 36 * 4 * 3 * 5 + 4 * 4 * 5 * 6 + 6 * 7 + 7 * 2
-    assert jaxprs.forward_flops(recipe.model, (8, 8, 3)) == 2 * macs
+    assert jaxprs.matmul_flops(jaxprs.forward(recipe.model, (8, 8, 3))) == 2 * macs

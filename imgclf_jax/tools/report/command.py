@@ -41,7 +41,7 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
         recipe = model.programs.recipe
         findings = dataclasses.replace(
             findings, parameters=tree.parameters_by_module(recipe.parameters),
-            flops=jaxprs.forward_flops(recipe.model, recipe.data.image_shape),
+            flops=jaxprs.matmul_flops(jaxprs.forward(recipe.model, recipe.data.image_shape)),
         )  # fmt: skip
     else:
         findings = Findings(missing=("There is no checkpoint yet, so this page omits everything that needs a model.",))
