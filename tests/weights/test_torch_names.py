@@ -58,25 +58,17 @@ def test_logits_are_pytorchs(name):
 
 SPECS = ("resnet(18)", "resnet(50)", "resnet_cifar(8)", "wide_resnet(10, 1)", "convnext('T')", "vit('Ti', patch=8)",
          "mixer('S', patch=8)")  # fmt: skip
-BACKBONES = {spec: classifier.build(spec, 5, "float32").backbone for spec in SPECS}
 
 
 @pytest.mark.usefixtures("_small_variants")
-@pytest.mark.parametrize(
-    ("spec", "library"),
-    [(spec, name) for spec, x in BACKBONES.items() for name in (*torch_names.TABLES[type(x)], "own")],
-)
-def test_every_table_reads_back_what_it_writes(spec, library):
-    """The name and the layout of each parameter and statistic."""
+@pytest.mark.parametrize("spec", SPECS)
+def test_our_own_names_are_read_back(spec):
+    """Beside a table too; the tests of export write the libraries' names."""
     model = classifier.build(spec, 5, "float32")
     own = dict(tree.named_leaves(jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))))
-    labels = torch_names.torch_names(model.backbone, own, library)
+    labels = torch_names.torch_names(model.backbone, own, "own")
     assert len({*labels.values()}) == len(own)
     assert {torch_names.own_name(model.backbone, label, own): label for label in labels.values()} == labels
-    for name, x in own.items():
-        array = draw(name, x.shape)
-        written = torch_names.torch_layout(array, name, library)
-        np.testing.assert_array_equal(torch_names.own_layout(written, name, x.shape), array)
 
 
 @pytest.mark.parametrize(("spec", "names"), [

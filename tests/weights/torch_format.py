@@ -19,18 +19,19 @@ def integers(values: Sequence[int]) -> bytes:
 
 def tensor(key: str, size: int, offset: int, shape: Sequence[int], strides: Sequence[int]) -> bytes:
     """The opcodes of a float32 tensor over the storage `key` of `size` elements."""
-    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(key) + text("cpu") + b"I%d\n" % size + b"tQ"
-    return (
-        b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"I%d\n" % offset + integers(shape) + integers(strides)
-        + b"\x89N" + b"tR"
-    )  # fmt: skip
+    view = b"I%d\n" % offset + integers(shape) + integers(strides)
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + _storage("torch", "Float", key, size) + view + b"\x89NtR"
 
 
 def float8(key: str, size: int) -> bytes:
     """The opcodes of a float8 tensor of `size` elements, whose storage has no type."""
-    storage = b"(" + text("storage") + b"ctorch.storage\nUntypedStorage\n" + text(key) + text("cpu") + b"I%d\ntQ" % size
-    return (b"ctorch._utils\n_rebuild_tensor_v3\n(" + storage + b"I0\n" + integers([size]) + integers([1])
-            + b"\x89Nctorch\nfloat8_e5m2\ntR")  # fmt: skip
+    view = b"I0\n" + integers([size]) + integers([1]) + b"\x89Nctorch\nfloat8_e5m2\ntR"
+    return b"ctorch._utils\n_rebuild_tensor_v3\n(" + _storage("torch.storage", "Untyped", key, size) + view
+
+
+def _storage(module: str, kind: str, key: str, size: int) -> bytes:
+    named = f"c{module}\n{kind}Storage\n".encode()
+    return b"(" + text("storage") + named + text(key) + text("cpu") + b"I%d\ntQ" % size
 
 
 def write(path: Path, items: Mapping[str, bytes], storages: Mapping[str, bytes]) -> Path:
