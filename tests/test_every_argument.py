@@ -15,13 +15,14 @@ from PIL import Image
 from imgclf_jax import losses, metrics, step
 from imgclf_jax.augment import mixing, ops, tta
 from imgclf_jax.config import default_config
-from imgclf_jax.core import jaxprs, spec
+from imgclf_jax.core import spec
 from imgclf_jax.data import decode, sampling, sources
 from imgclf_jax.data.info import DataInfo
 from imgclf_jax.methods import table as methods
 from imgclf_jax.models import backbones, classifier, parts
 from imgclf_jax.optim import optimizers, schedules, weight_averages
 from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.digests import digest_program
 from imgclf_jax.scores.multilabel import TargetPredictions
 
 SHAPE = (4, 4, 1)
@@ -29,7 +30,7 @@ KEY, KEYS, IMAGES = jax.random.key(0), jax.random.split(jax.random.key(0), 2), n
 
 
 def program(function, *args):
-    return jaxprs.digest(jax.make_jaxpr(function)(*args))
+    return digest_program(jax.make_jaxpr(function)(*args))
 
 
 def of_model(text):

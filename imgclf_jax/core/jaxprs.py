@@ -1,17 +1,14 @@
 """Helpers to read jaxprs."""
 
 import math
-import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from imgclf_jax.core import platform, rng, tree
+from imgclf_jax.core import platform, rng
 
 
 def inner(equation: JaxprEqn) -> list[Jaxpr | ClosedJaxpr]:
@@ -47,19 +44,6 @@ def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
             times = params.get("length", 1) if name == "scan" else 1
             total += times * (max(bodies, default=0.0) if name == "cond" else sum(bodies))
     return total
-
-
-def digest(jaxpr: ClosedJaxpr) -> str:
-    """A SHA-256 of a program and its constants, the same in any process that traces the same code."""
-    text = re.sub(r"0x[0-9a-f]{6,}", "", str(jaxpr))  # the addresses of functions
-    return tree.sha256([np.frombuffer(text.encode(), np.uint8), *_constants(jaxpr)])
-
-
-def _constants(jaxpr: Jaxpr | ClosedJaxpr) -> Iterator[Any]:
-    yield from getattr(jaxpr, "consts", ())
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        for one in inner(equation):
-            yield from _constants(one)
 
 
 def forward(model: nn.Module, image_shape: tuple[int, int, int]) -> ClosedJaxpr:

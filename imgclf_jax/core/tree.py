@@ -1,9 +1,6 @@
 """Names and digests of parameter trees."""
 
-import collections
 import hashlib
-import math
-import re
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -55,12 +52,3 @@ def digests(named: Iterable[tuple[str, np.ndarray]]) -> tuple[str, dict[str, str
         digest.update(content)
         each[path] = f"{zlib.crc32(content, zlib.crc32(header)):08x}"
     return digest.hexdigest(), each
-
-
-def parameters_by_module(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """The parameters of each module of the backbone and beside it, from all shapes by path; `layer1_*` is a sum."""
-    counts = collections.Counter[str]()
-    for path, shape in shapes.items():
-        module = path.removeprefix("backbone/").split("/")[0]
-        counts[re.sub(r"\d+$", "*", module)] += math.prod(shape)
-    return dict(counts)

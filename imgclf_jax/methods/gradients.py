@@ -45,20 +45,15 @@ class Gradient:
 
 
 def transform(gradient: Gradient, function: Callable[[Gradient], GradientFunction], name: str, count: int) -> Gradient:
-    """`gradient` transformed by `function`, whose key is its own: by its name and the `count` of earlier ones of it.
-
-    The key that it passes on becomes the step's again, so dropout masks are those of a step without transforms.
-    """
+    """`gradient` transformed by `function`, whose key is its own: by its name and the `count` of earlier ones of it."""
+    own = function(gradient)
     if ":" not in name and not count:  # the built-in ones draw from a stream with their name
-        return dataclasses.replace(gradient, function=function(gradient))
-    mask = jax.random.key_data(rng.fold(jax.random.key(0), name, count))
+        return dataclasses.replace(gradient, function=own)
 
-    def swapped[Out](of: Callable[..., Out]) -> Callable[..., Out]:  # twice is the identity
-        swap = lambda key: jax.random.wrap_key_data(jax.random.key_data(key) ^ mask)  # noqa: E731
-        return lambda params, model_state, batch, key: of(params, model_state, batch, swap(key))
+    def keyed(params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> LossAndGrads:
+        return own(params, model_state, batch, rng.fold(key, name, count))
 
-    given = dataclasses.replace(gradient, function=swapped(gradient.function), images=swapped(gradient.images))
-    return dataclasses.replace(gradient, function=swapped(function(given)))
+    return dataclasses.replace(gradient, function=keyed)
 
 
 def clip_per_example(gradient: Gradient, max_norm: float = 1.0) -> GradientFunction:

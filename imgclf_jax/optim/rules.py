@@ -4,6 +4,8 @@ A rule is a regular expression that must match a parameter's whole path, such as
 The first matching rule applies. Each rule must apply to at least one parameter.
 """
 
+import collections
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -123,3 +125,12 @@ def layers(names: Sequence[str]) -> dict[str, int]:
     depth_of |= dict.fromkeys(order[last + 1 :], depth)
     own = {name: parts.get(kernels.get(name, name)) for name in names}
     return {name: depth if part is None else depth_of[part] for name, part in own.items()}
+
+
+def parameters_by_module(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The parameters of each module of the backbone and beside it, from all shapes by path; `layer1_*` is a sum."""
+    counts = collections.Counter[str]()
+    for path, shape in shapes.items():
+        module = path.removeprefix("backbone/").split("/")[0]
+        counts[re.sub(r"\d+$", "*", module)] += math.prod(shape)
+    return dict(counts)

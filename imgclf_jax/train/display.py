@@ -10,10 +10,11 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from imgclf_jax.config import KEYS
-from imgclf_jax.core import jaxprs, processes, tree
+from imgclf_jax.core import jaxprs, processes
 from imgclf_jax.core.terminal import format_metrics
 from imgclf_jax.core.text import printable
 from imgclf_jax.data import stream
+from imgclf_jax.optim import rules
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import processor
@@ -49,7 +50,7 @@ def head(
 
 def _parameters(recipe: Recipe) -> str:
     """The model's parameters, also by module, and its FLOPs."""
-    counts = tree.parameters_by_module(recipe.parameters)
+    counts = rules.parameters_by_module(recipe.parameters)
     flops = jaxprs.matmul_flops(jaxprs.forward(recipe.model, recipe.data.image_shape)) / 1e6
     total = f"{sum(counts.values()):,} parameters, {flops:,.3g} MFLOPs an image"
     return "\n".join([total, *(f"  {name:<16}{count:>12,}" for name, count in counts.items())])

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax import datasets, metrics, programs
 from imgclf_jax.augment import ops
-from imgclf_jax.core import jaxprs, processes, spec, tree
+from imgclf_jax.core import processes, spec, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Function, Json, JsonObject, Params, PyTree
 from imgclf_jax.data import stream
@@ -25,6 +25,7 @@ from imgclf_jax.recipe import Recipe
 from imgclf_jax.run import early_stopping
 from imgclf_jax.run.cadences import Cadences
 from imgclf_jax.run.checkpoint import Checkpoints
+from imgclf_jax.run.digests import digest_program
 from imgclf_jax.run.early_stopping import EarlyStopping
 from imgclf_jax.run.provenance import take_snapshot
 from imgclf_jax.run.workdir import Workdir
@@ -143,7 +144,7 @@ def _check_purity(compiling: Programs, fresh: bool) -> JsonObject:
     """
 
     def digests(one: Programs) -> list[str]:
-        return [jaxprs.digest(traced.jaxpr) for traced in (one.traced_train, one.traced_eval)]
+        return [digest_program(traced.jaxpr) for traced in (one.traced_train, one.traced_eval)]
 
     if not (own := compiling.recipe.own_code):
         return {}

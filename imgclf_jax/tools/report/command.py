@@ -7,7 +7,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import jaxprs, tree
+from imgclf_jax.core import jaxprs
+from imgclf_jax.optim import rules
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run import record
 from imgclf_jax.run.workdir import Workdir
@@ -40,7 +41,7 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
             log.info("%s", sentence)
         recipe = model.programs.recipe
         findings = dataclasses.replace(
-            findings, parameters=tree.parameters_by_module(recipe.parameters),
+            findings, parameters=rules.parameters_by_module(recipe.parameters),
             flops=jaxprs.matmul_flops(jaxprs.forward(recipe.model, recipe.data.image_shape)),
         )  # fmt: skip
     else:
