@@ -18,14 +18,9 @@ def short_config() -> ConfigDict:
     from imgclf_jax.config import default_config
 
     config = default_config()
-    config.total = "12 steps"
-    config.batch_size = 16
+    config.update(total="12 steps", batch_size=16, preprocess="decode(1)", model="mlp(widths=(16,))",
+                  log_every="5 steps", eval_every="6 steps", checkpoint_every="4 steps")  # fmt: skip
     config.data.source = "fake(64, (12, 12, 1), 4)"
-    config.preprocess = "decode(1)"
-    config.model = "mlp(widths=(16,))"
-    config.log_every = "5 steps"
-    config.eval_every = "6 steps"
-    config.checkpoint_every = "4 steps"
     return config
 
 

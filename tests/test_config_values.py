@@ -27,8 +27,6 @@ from imgclf_jax.core.errors import UserError
     ({"total": ""}, "total is empty; write a value, such as '20 epochs'"),
     ({"total": "10%"}, "total='10%' is not a duration"),
     ({"eval_every": "0%"}, "eval_every='0%' is not a duration"),
-    ({"data.eval": {"train": "test"}},
-     "data.eval names a set 'train': use letters, digits, _ and -, and none of the names attack, epochs"),
 ])  # fmt: skip
 def test_values_that_no_run_could_use(changes, message):
     config = default_config()

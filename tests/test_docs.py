@@ -36,13 +36,8 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 
 def split(line: str) -> list[list[str]]:
-    words, found = shlex.split(line, comments=True), [[]]
-    for word in words:
-        if word == "&&":
-            found.append([])
-        else:
-            found[-1].append(word)
-    return [without_uv(words) for words in found if words]
+    groups = itertools.groupby(shlex.split(line, comments=True), lambda word: word == "&&")
+    return [without_uv(list(words)) for between, words in groups if not between]
 
 
 def without_uv(words: list[str]) -> list[str]:
@@ -84,12 +79,10 @@ def run_launch(words: list[str]) -> None:
         settings.pop("data.source", None)
     if any(word.startswith("--profile") for word in words):
         settings["total"] = "12 steps"
-    kept = []
-    for word in words:  # a data set that would be downloaded
-        if word.startswith("--config.data.source=tfds"):
-            spec.parse_one(word.partition("=")[2])
-        else:
-            kept.append(word)
+    downloads = [word for word in words if word.startswith("--config.data.source=tfds")]
+    for word in downloads:
+        spec.parse_one(word.partition("=")[2])
+    kept = [word for word in words if word not in downloads]
     small = [f"--config.{key}={value}" for key, value in settings.items()]
     assert launch.main([command, *small, *kept]) == 0
 

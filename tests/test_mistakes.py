@@ -1,6 +1,5 @@
 """A user's mistakes: one sentence on stderr with what, where and the fix, no traceback, and nothing is lost."""
 
-import logging
 import re
 from pathlib import Path
 
@@ -16,15 +15,6 @@ FAKE = ("--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=de
         "--config.model=mlp(widths=(512,))", "--config.schedule=constant(1e-2)", "--config.total=12 steps",
         "--config.batch_size=16", "--config.checkpoint_every=4 steps", "--config.eval_every=6 steps",
         "--config.log_every=4 steps")  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _log_as_it_was():
-    """Restores what a command sets."""
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = before
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_mistakes import FAKE, ROOT, _log_as_it_was, has, mistake, snapshot, whole  # noqa: F401  fixtures
+from test_mistakes import FAKE, ROOT, has, mistake, snapshot, whole  # noqa: F401  fixtures
 
 import launch
 from imgclf_jax import config as configs
@@ -153,7 +153,8 @@ def test_a_set_that_results_have_no_room_for(mistake, whole, tmp_path, monkeypat
     """`step` replaced the step in result.json, `train` wrote train/accuracy twice, and `a/b` was a traceback."""
     monkeypatch.setattr("imgclf_jax.datasets.open_data", None)
     for command in (["train", f"--workdir={tmp_path}/run", *FAKE], ["evaluate", f"--workdir={whole[0]}"]):
-        assert has(mistake(*command, f"--config.data.eval.{name}=test"), f"data.eval names a set {name!r}")
+        said = f"data.eval names a set {name!r}: use letters, digits, _ and -, and none of the names attack, epochs"
+        assert has(mistake(*command, f"--config.data.eval.{name}=test"), said)
 
 
 def test_checkpoints_without_a_config_are_no_start(copy, mistake):

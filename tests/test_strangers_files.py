@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cases import thorough
 from PIL import Image
-from test_mistakes import FAKE, _log_as_it_was, has, mistake, snapshot  # noqa: F401  fixtures
+from test_mistakes import FAKE, has, mistake, snapshot  # noqa: F401  fixtures
 from test_trust import trained  # noqa: F401  a fixture
 
 import launch

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from cases import thorough
-from test_mistakes import FAKE, ROOT, _log_as_it_was, has, mistake  # noqa: F401  fixtures
+from test_mistakes import FAKE, ROOT, has, mistake  # noqa: F401  fixtures
 
 import launch
 from imgclf_jax.run.record import Record
