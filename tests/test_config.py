@@ -1,13 +1,22 @@
-"""The configuration: every key documented and typed, and every config file runs."""
+"""The configuration: its keys, values, JSON and command, and that every config file runs."""
 
+import ast
 import json
+import math
 import re
+import subprocess
+import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cases import thorough
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_structure import OPTIONAL
 
+import launch
 from imgclf_jax import config as configs
 from imgclf_jax.config import KEYS, default_config
 from imgclf_jax.core.errors import UserError
@@ -92,3 +101,104 @@ def test_every_config_file_trains(file, tmp_path):
     losses = [r["train/loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in r]
     assert len(losses) == 2
     assert np.all(np.isfinite(losses))
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"seed": 2**32}, "seed=4294967296"),
+    ({"batch_size": 0}, "batch_size=0: must be 1 or more"),
+    ({"ema": 1.0}, "ema=1.0: must be 0 or more, and below 1"),
+    ({"seed": 2**32 - 1, "num_seeds": 2}, "the last seed exceeds 2**32 - 1"),
+    ({"total": ""}, "total is empty; write a value, such as '20 epochs'"),
+    ({"total": "10%"}, "total='10%' is not a duration"),
+    ({"eval_every": "0%"}, "eval_every='0%' is not a duration"),
+])  # fmt: skip
+def test_values_that_no_run_could_use(changes, message):
+    config = default_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError) as e:
+        configs.validate(config)
+    assert message in str(e.value)
+
+
+AMOUNTS = st.tuples(st.integers(1, 10**6), st.integers(0, 3), st.integers(-1, 4), st.sampled_from(["", "k", "M"]))
+UNITS = st.sampled_from(["epoch", "epochs", "step", "steps", "example", "examples", "%"])
+
+
+@settings(max_examples=300)
+@given(AMOUNTS, UNITS, st.sampled_from(["", " ", "  "]), *[st.integers(1, 10**5)] * 3)
+def test_a_duration_is_exactly_the_fraction_it_says(amount, unit, space, examples, batch_size, total):
+    digits, decimals, exponent, suffix = amount
+    number = f"{digits // 10**decimals}.{digits % 10**decimals:0{decimals}}" if decimals else str(digits)
+    number += f"e{exponent}" if exponent >= 0 else ""
+    text = f"{space}{number}{suffix}{space}{unit}{space}"
+    exact = Fraction(digits, 10**decimals) * 10 ** max(exponent, 0) * {"": 1, "k": 1000, "M": 10**6}[suffix]
+    epoch = Fraction(examples if unit.startswith("epoch") else 1, batch_size)
+    exact *= {"e": epoch, "s": 1, "%": Fraction(total, 100)}[unit[0]]
+    assert configs.period(text, "log_every", examples, batch_size, total) == exact
+    assert configs.steps(text, "log_every", examples, batch_size, total) == math.ceil(exact)
+
+
+@given(st.text(st.sampled_from("0123456789.ekM %-+epochsteps\n"), max_size=14))
+def test_any_other_text_is_a_user_error_that_names_the_key(text):
+    duration = re.fullmatch(r"\s*(\d+(\.\d+)?(e\d+)?)\s*[kM]?\s*(epochs?|steps?|examples?|%)\s*", text)
+    if not text.strip():
+        assert configs.period(text, "eval_every", 100, 10, 50) is None
+        assert configs.steps(text, "eval_every", 100, 10, 50) == 0
+    elif duration and Fraction(duration[1]):
+        assert configs.period(text, "eval_every", 100, 10, 50) > 0
+    else:
+        with pytest.raises(UserError, match=re.escape(f"eval_every={text!r}")):
+            configs.period(text, "eval_every", 100, 10, 50)
+
+
+def test_json_round_trip_and_the_difference_of_two_configs():
+    config = default_config()
+    config.seed, config.clip, config.deterministic = 2**32 - 1, 0.1, False
+    config.data.source = "arrays('ä \"quoted\"|\\n.npz', (1, 2))"
+    config.data.eval = {"val": "train[90%:]", "other": "folder('x')/test", "test": "test"}
+    again = configs.from_json(configs.to_json(config), "config.json")
+    assert configs.flatten(again) == configs.flatten(config)
+    assert list(again.data.eval) == list(config.data.eval)  # in their order
+    with pytest.raises((AttributeError, KeyError)):
+        again.sede = 1
+    config.data.data_dir, config.data.placement = "/moved", "device"  # keys of location
+    assert configs.difference(config, again) == []
+    lines = configs.difference(default_config(), config)
+    assert [line.split(":")[0] for line in lines] == ["seed", "deterministic", "data.source", "data.eval", "clip"]
+    assert lines[-1] == "clip: 0.0 → 0.1"
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("{", "is damaged"), ("[1]", "is damaged"), ("3", "is damaged"),
+    ("{}", "missing config keys seed, total, "), ('{"sede": 1}', "unknown config key 'sede'"),
+    (configs.to_json(default_config()).replace('"train":', '"trian":'), "key 'data.trian': did you mean 'data.train'"),
+    (configs.to_json(default_config()).replace('"seed": 0', '"seed": "0"'), "seed='0' must have the type int"),
+    (configs.to_json(default_config()).replace('"train": "train"', '"train": ["a"]'), "must have the type str"),
+])  # fmt: skip
+def test_damaged_json_is_told_with_its_path(text, message):
+    with pytest.raises(UserError) as e:
+        configs.from_json(text, "runs/a/config.json")
+    assert message in str(e.value)
+    assert "runs/a/config.json" in str(e.value)
+
+
+@pytest.mark.parametrize(("code", "late"), [
+    *((f"import launch; assert launch.main({argv}) == 0", {"jax", "flax", "optax", "orbax", *OPTIONAL})
+      for argv in (["--help"], ["config"], ["train", "-h"], ["config", "--config.seed=5"])),
+    ("import imgclf_jax.train.command", {"scipy", *OPTIONAL}),
+])  # fmt: skip
+def test_what_takes_long_to_import_waits_until_it_is_needed(code, late):
+    code += f"; import sys; assert not {late} & set(sys.modules), {late} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_command_config_prints_every_key_with_its_documentation(capsys):
+    for file in FILES:
+        assert launch.main(["config", f"--config={file}", "--config.seed=7", "--config.data.eval.more=train[:9]"]) == 0
+        text = capsys.readouterr().out
+        expected = configs.flatten(configs.load_file(str(file))) | {"seed": 7}
+        expected["data.eval"] = expected["data.eval"] | {"more": "train[:9]"}
+        printed = re.findall(r"(\S+) = (.*)\n    (.*)\n", text)
+        found = {key: (ast.literal_eval(value), documentation) for key, value, documentation in printed}
+        assert found == {key: (expected[key], documentation) for key, (_, documentation) in KEYS.items()}
+        assert len(text.splitlines()) == 2 * len(KEYS)
