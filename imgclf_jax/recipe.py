@@ -264,7 +264,7 @@ def check_names(config: ConfigDict) -> None:
     sampling.bind(config.data.sampling)
     classifier.build(config.model, 2, config.precision)
     losses.link_of(config.loss)
-    methods.check_name(config.method)
+    spec.bind(spec.parse_one(config.method), methods.METHODS, "method", leading=("problem",))
     methods.build_gradient(config.gradient)
     schedules.bind(config.schedule)
     optimizers.build(config.optimizer, optax.constant_schedule(0.0), config.clip)

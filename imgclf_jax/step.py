@@ -175,17 +175,16 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, fixed: PyTree = None) -> tuple[TrainState, metrics.Sums]:
         examples = batch["image"].shape[0]
         whole = inputs(state.seed, state.step, batch)
-        if accumulate > 1:
-            gradients.check_examples(whole, batch, accumulate)
 
         def grad_fn(*args: PyTree) -> PyTree:
             out, grads = jax.value_and_grad(loss_fn, has_aux=True)(*args, fixed)
             return out, shard(grads)
 
-        take_gradient = gradient(Gradient(
-            gradients.accumulate(grad_fn, accumulate),
-            gradients.accumulate_images(functools.partial(image_gradient, fixed=fixed), accumulate),
-        ))  # fmt: skip
+        plain = Gradient(grad_fn, functools.partial(image_gradient, fixed=fixed))
+        if accumulate > 1:
+            gradients.check_examples(whole, batch, accumulate)
+            plain = gradients.accumulate(plain, accumulate)
+        take_gradient = gradient(plain)
         key = rng.key(state.seed, "dropout", state.step)
         (mean_loss, (model_state, (logits, named))), grads = take_gradient(state.params, state.model_state, whole, key)
         _refuse_difference("gradients that do not fit the parameters", grads, state.params)

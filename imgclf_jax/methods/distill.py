@@ -22,8 +22,7 @@ def distill(problem: Problem, teacher: str, alpha: float = 0.5, temperature: flo
     """
     if not 0 <= alpha <= 1:
         raise UserError(f"method: distill(alpha={alpha}): alpha must be 0 to 1")
-    divergence = _DIVERGENCES.get(problem.link)
-    if divergence is None:
+    if not (divergence := _DIVERGENCES.get(problem.link)):
         raise UserError("method: distill needs a loss with probabilities, such as 'softmax' or 'sigmoid'")
     trained = problem.load(teacher)
 

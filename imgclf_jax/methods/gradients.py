@@ -96,11 +96,6 @@ def check_examples(batch: Batch, given: Batch, parts: int) -> None:
                             f"{list(jnp.shape(x))}; compute it in the method's loss, or set accumulate=1")  # fmt: skip
 
 
-def _join(x: jax.Array) -> jax.Array:
-    """[parts, b / parts, …] → [b, …], in the order before the split of `_scan`."""
-    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
-
-
 def _scan(function: Callable[..., Any], carry: Any, batch: Batch, key: jax.Array, parts: int) -> Any:
     """`lax.scan` of `function(carry, microbatch, key)`; microbatch i takes every `parts`-th example from i.
 
@@ -114,10 +109,12 @@ def _scan(function: Callable[..., Any], carry: Any, batch: Batch, key: jax.Array
     return jax.lax.scan(one, carry, (jnp.arange(parts), split), unroll=platform.current() == "cpu")
 
 
-def accumulate(gradient: GradientFunction, parts: int) -> GradientFunction:
-    """Averages the gradient over `parts` microbatches: returns ((loss, (model_state, (logits, means))), grads)."""
-    if parts == 1:
-        return gradient
+def accumulate(gradient: Gradient, parts: int) -> Gradient:
+    """Computes a gradient and that of the images by microbatch.
+
+    The gradient, which returns ((loss, (model_state, (logits, means))), grads), is averaged over `parts` of them.
+    """
+    join = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])  # [parts, b / parts, …] → [b, …]  # noqa: E731
 
     def mean_gradient(params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> LossAndGrads:
         def add(carry: tuple[Params, ModelState], part: Batch, key: jax.Array) -> Any:
@@ -129,21 +126,13 @@ def accumulate(gradient: GradientFunction, parts: int) -> GradientFunction:
             raise UserError(f"accumulate={parts} does not divide the batch of {len(batch['image'])} that it gets")
         carry = (jax.tree.map(jnp.zeros_like, params), model_state)
         (total, model_state), (losses, logits, named) = _scan(add, carry, batch, key, parts)
-        logits = None if logits is None else _join(logits)  # [b, classes]
+        logits = None if logits is None else join(logits)  # [b, classes]
         named = {name: jnp.mean(values) for name, values in named.items()}
         grads = jax.tree.map(lambda g: g / parts, total)
         return (jnp.mean(losses), (model_state, (logits, named))), grads
 
-    return mean_gradient
+    def images(params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> jax.Array:
+        one = lambda _, part, key: (None, gradient.images(params, model_state, part, key))  # noqa: E731
+        return join(_scan(one, None, batch, key, parts)[1])
 
-
-def accumulate_images(gradient: Callable[..., jax.Array], parts: int) -> Callable[..., jax.Array]:
-    """Computes the image gradient `gradient(params, model_state, batch, key)` f32[b, h, w, c] by microbatch."""
-    if parts == 1:
-        return gradient
-
-    def gradients(params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> jax.Array:
-        one = lambda _, part, key: (None, gradient(params, model_state, part, key))  # noqa: E731
-        return _join(_scan(one, None, batch, key, parts)[1])
-
-    return gradients
+    return Gradient(mean_gradient, images)

@@ -45,8 +45,7 @@ class Averaged(Classifier):
 
         At the first step the teacher becomes the student, which may have begun from other weights than the teacher.
         """
-        keep = jnp.minimum(1 - 1 / (step.astype(jnp.float32) + 1), decay)
-        keep = jnp.where(self.updated.value == step, 1.0, keep)
+        keep = jnp.where(self.updated.value == step, 1.0, jnp.minimum(1 - 1 / (step.astype(jnp.float32) + 1), decay))
         student, teacher = jax.lax.stop_gradient(self.student), self.average.value
         first = self.updated.value == _NEVER
 
@@ -61,15 +60,14 @@ class Averaged(Classifier):
 
     def teach(self, images: jax.Array, train: bool = False) -> jax.Array:
         """The teacher's logits [b, num_classes], without gradient; in training, updates its running statistics."""
-        backbone = self.backbone.clone(parent=None)
-        plain = Classifier(backbone, self.num_classes, self.dtype, self.head_init, parent=None)
+        plain = Classifier(self.backbone.clone(parent=None), self.num_classes, self.dtype, self.head_init, parent=None)
         teacher = self.average.value
         if not train:
             out: PyTree = plain.apply(teacher, images, train=False)
             return jax.lax.stop_gradient(out)
         rngs = {"dropout": self.make_rng("dropout"), **rng.init_streams(self.make_rng("params"))}
         state = [collection for collection in teacher if collection != "params"]
-        logits, changed = plain.apply(teacher, images, train=True, mutable=[*state], rngs=rngs)
+        logits, changed = plain.apply(teacher, images, train=True, mutable=state, rngs=rngs)
         self.average.value = jax.lax.stop_gradient({**teacher, **changed})
         return jax.lax.stop_gradient(logits)
 

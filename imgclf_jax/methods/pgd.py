@@ -60,12 +60,11 @@ def attack(
     def ascend(_: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.clip(x + size * unit * jnp.sign(gradient(x)), lower, upper)
 
-    start = images
     if random_start:
         draw = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:], images.dtype, -1, 1))
-        start = jnp.clip(images + radius * unit * draw(keys), lower, upper)
+        images = jnp.clip(images + radius * unit * draw(keys), lower, upper)
     # On CPU convolutions and their gradients take up to a hundred times as long in a loop.
-    return jax.lax.fori_loop(0, steps, ascend, start, unroll=True if platform.current() == "cpu" else None)
+    return jax.lax.fori_loop(0, steps, ascend, images, unroll=True if platform.current() == "cpu" else None)
 
 
 def _length(name: str, value: float | str) -> float:

@@ -69,8 +69,8 @@ def contrast(z: jax.Array, classes: jax.Array, temperature: float) -> tuple[jax.
     positive = (classes[:, None] == classes) & others
     similarity = jnp.where(others, z @ z.T / temperature, -jnp.inf)  # [n, n]
     losses = jax.nn.logsumexp(similarity, -1, keepdims=True) - similarity
-    count = jnp.sum(positive, -1)
-    values = jnp.sum(jnp.where(positive, losses, 0.0), -1) / jnp.maximum(count, 1).astype(losses.dtype)
+    count = jnp.maximum(jnp.sum(positive, -1), 1).astype(losses.dtype)
+    values = jnp.sum(jnp.where(positive, losses, 0.0), -1) / count
     best = jnp.max(jnp.where(positive, similarity, -jnp.inf), -1)
     nearest = best > jnp.max(jnp.where(positive, -jnp.inf, similarity), -1)  # False for NaN and for ties
     return values, nearest.astype(jnp.float32)

@@ -25,11 +25,6 @@ GRADIENTS: dict[str, Callable[..., GradientFunction]] = {f.__name__: f for f in 
 ATTACKS: dict[str, Attack] = {"pgd": attack}
 
 
-def check_name(text: str) -> None:
-    """Raises UserError for a spec that names no method, or whose arguments do not fit."""
-    spec.bind(spec.parse_one(text), METHODS, "method", leading=("problem",))
-
-
 def build(text: str, problem: Problem) -> Method:
     """Builds a method from a spec such as `distill('runs/teacher')`. Call it outside of a trace.
 

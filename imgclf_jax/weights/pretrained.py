@@ -170,8 +170,7 @@ def _read_file(path: Path, container: str, programs: Programs, own: Mapping[str,
 
     def wanted(label: str, shape: tuple[int, ...]) -> bool:
         """Whether an array may be taken. Only the shapes of the others are needed."""
-        name = torch_names.own_name(backbone, label, own)
-        if name is None:
+        if (name := torch_names.own_name(backbone, label, own)) is None:
             return False
         grid = name.endswith(_POSITIONS) and len(shape) == 3 and shape[1] <= _MAX_POSITIONS
         return math.prod(shape) == math.prod(own[name].shape) or (grid and shape[::2] == own[name].shape[::2])
