@@ -34,16 +34,10 @@ def config(fake_config):
     return fake_config
 
 
-def compiled(of, name):
-    """The program of this name, as JAX's compiler returns it."""
-    with of.caching(name == "eval" or of.recipe.trains_on_onednn):
-        return getattr(of, f"traced_{name}").lower().compile()
-
-
-def train(of, steps, run=None):
+def train(of, steps):
     """The run after some steps, and the mean loss of each; all runs see the same batches."""
     rng = np.random.default_rng(0)
-    state, losses = of.init_state() if run is None else run["state"], []
+    state, losses = of.init_state(), []
     for _ in range(steps):
         images = rng.integers(0, 256, (of.stream.rows, *DATA.image_shape), np.uint8)
         labels = rng.integers(0, 4, of.stream.rows, np.int32)
@@ -90,7 +84,8 @@ def test_memory_of_each_device(config):
 
     one, all_of_it = (held((of.shape["state"].params, of.shape["state"].opt_state)) for of in (split, whole))
     assert one <= 0.3 * all_of_it
-    arguments = [compiled(of, "train").memory_analysis().argument_size_in_bytes for of in (whole, split)]
+    compiled = [of.traced_train.lower().compile() for of in (whole, split)]
+    arguments = [program.memory_analysis().argument_size_in_bytes for program in compiled]
     batch = held(whole.batch_shape)
     assert arguments[1] - batch <= 0.32 * (arguments[0] - batch)
 

@@ -1,7 +1,6 @@
 """Several processes train one run; `-m slow` for what takes minutes."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -103,11 +102,11 @@ def test_a_process_that_is_stopped_ends_the_other(tmp_path, watchdog, heartbeat,
 
 def start_two(program: str, *words: str, devices: tuple[int, int] = (2, 2)) -> list[subprocess.Popen]:
     """Starts two processes of a Python program, which gets its process index, a port, and these arguments."""
-    port, environment = str(launched.find_port()), {**os.environ, "JAX_PLATFORMS": "cpu"}
+    port = str(launched.find_port())
     return [
         subprocess.Popen([sys.executable, "-c", program, str(number), port, *words], cwd=ROOT,
-                         env=environment | {"JAX_NUM_CPU_DEVICES": str(devices[number])},
-                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                         env=launched.environment(devices[number]), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                         text=True)
         for number in range(2)
     ]  # fmt: skip
 

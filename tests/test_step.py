@@ -42,13 +42,11 @@ def batch():
     return {"image": images, "label": rng.integers(0, 5, BATCH, np.int32)}
 
 
-def make(net, accumulate=1):
+def make(net, **keys):
     """(initial state, train step) with plain SGD at learning rate 1, whose update is the gradient."""
     model, optimizer = Classifier(net, 5), optax.sgd(1.0)
     scale = lambda key, images: images.astype(jnp.float32) / 255  # noqa: E731
-    train_step = step.make_train_step(
-        model, losses.softmax, optimizer, optax.constant_schedule(1.0), scale, accumulate=accumulate
-    )
+    train_step = step.make_train_step(model, losses.softmax, optimizer, optax.constant_schedule(1.0), scale, **keys)
     return step.init_state(model, optimizer, SHAPE, 0), train_step
 
 
@@ -56,7 +54,7 @@ def make(net, accumulate=1):
 def run(net, devices, accumulate=1, traced_for=""):
     """(state before, state after, sums, compiled program) on this many devices."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    state, train_step = make(net, accumulate)
+    state, train_step = make(net, accumulate=accumulate)
     whole = sharding.replicated(mesh)
     jitted = jax.jit(train_step, in_shardings=(whole, sharding.sharded(mesh)), out_shardings=whole)
     state = jax.device_put(state, whole)
@@ -147,7 +145,7 @@ class Noisy(nn.Module):
 
 def test_a_module_draws_from_a_stream_of_its_own():
     """Other noise at each step and for each seed; the same for the same (seed, step), wherever the run starts."""
-    state, train_step = make(Noisy(), 1)
+    state, train_step = make(Noisy())
     train_step = jax.jit(train_step)
 
     def noise(state):
@@ -165,8 +163,6 @@ def test_a_module_draws_from_a_stream_of_its_own():
 
 
 def test_gradients_of_other_shapes_are_not_broadcast():
-    model, optimizer = Classifier(Net(), 5), optax.sgd(1.0)
-
     def rows_of(gradient):
         def function(*args):
             out, grads = gradient(*args)
@@ -174,8 +170,6 @@ def test_gradients_of_other_shapes_are_not_broadcast():
 
         return dataclasses.replace(gradient, function=function)
 
-    state = step.init_state(model, optimizer, SHAPE, 0)
-    train_step = step.make_train_step(model, losses.softmax, optimizer, optax.constant_schedule(1.0),
-                                      lambda key, images: images.astype(jnp.float32), gradient=rows_of)  # fmt: skip
+    state, train_step = make(Net(), gradient=rows_of)
     with pytest.raises(UserError, match="gradients that do not fit the parameters: backbone/conv0/bias is "):
         jax.eval_shape(train_step, state, batch())

@@ -1,5 +1,6 @@
 """A stranger's run, bundle or folder runs none of their code, and no command changes or waits for what is outside."""
 
+import functools
 import json
 import os
 import shutil
@@ -35,10 +36,7 @@ def changed(run, target, changes):
     config = json.loads((target / "config.json").read_text())
     for key, value in changes.items():
         *parents, leaf = key.split(".")
-        node = config
-        for parent in parents:
-            node = node[parent]
-        node[leaf] = value
+        functools.reduce(dict.__getitem__, parents, config)[leaf] = value
     (target / "config.json").write_text(json.dumps(config))
     return target
 

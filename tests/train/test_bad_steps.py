@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from imgclf_jax import datasets, programs
 from imgclf_jax import step as steps
-from imgclf_jax.core import sharding, tree
+from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sampling
 from imgclf_jax.losses import softmax
@@ -50,14 +50,11 @@ def train_without(config, left_out):
     images = datasets.open_train_images(config)
     of = programs.programs_for_images(config, images)
     state = of.init_state()
-    for number in range(TOTAL):
+    for number, batch in of.batches(images, range(TOTAL)):
         if number in left_out:
             state = state.replace(step=state.step + 1)
-            continue
-        at = number * BATCH + np.arange(BATCH)
-        ids = images.sampler.ids(config.seed, at)
-        batch = images.read(ids, at) | {"id": ids.astype("int32"), "epoch": (at // EXAMPLES).astype("int32")}
-        state, _ = of.train(state, of.zero_sums(), sharding.put_batch(batch, of.mesh))
+        else:
+            state, _ = of.train(state, of.zero_sums(), batch)
     return state.params
 
 

@@ -22,19 +22,12 @@ pytestmark = pytest.mark.usefixtures("one_device")
 ROOT = Path(__file__).parents[2]
 
 
-def run(config, path):
-    assert train.main(config, Workdir(path)) == 0
-    return json.loads((path / "result.json").read_text())
-
-
 @pytest.mark.thorough
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_it_learns(fake_config, tmp_path, precision):
-    with fake_config.unlocked():
-        fake_config.total = "80 steps"
-        fake_config.schedule = "constant(1e-2)"
-        fake_config.precision = precision
-    assert run(fake_config, tmp_path)["test"]["accuracy"] > 0.9
+    fake_config.update(total="80 steps", schedule="constant(1e-2)", precision=precision)
+    assert train.main(fake_config, Workdir(tmp_path)) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["test"]["accuracy"] > 0.9
     losses = [r["train/loss"] for r in writers.read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in r]
     assert losses[-1] < losses[0]
 
@@ -80,9 +73,8 @@ def test_a_transcript(tmp_path):
     """The head, a line for each record, and what to run next."""
     words = [sys.executable, str(ROOT / "launch.py"), f"--workdir={tmp_path}/run",
              "--config.total=2 epochs", "--config.eval_every=1 epochs"]  # fmt: skip
-    done = subprocess.run(
-        words, capture_output=True, text=True, check=True, cwd=ROOT, env={**os.environ, "COLUMNS": "80"}
-    )
+    environment = {**os.environ, "COLUMNS": "80"}
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
     for fact in ("data       digits: 1,437 images of 28x28x1, 10 classes", "121,930 parameters",
                  "dense                102,464", "optimizer  adam", "seed       0",
                  "  test  accuracy "):  # fmt: skip
@@ -121,8 +113,7 @@ def test_it_ends_at_the_first_evaluation_after_its_patience(stopped):
 @pytest.mark.thorough
 @pytest.mark.parametrize("gone", [["result.json", "checkpoints/12"], ["result.json"]])
 def test_it_stops_at_the_same_step_when_resumed(stopped, tmp_path, capsys, gone):
-    copy = tmp_path / "run"
-    shutil.copytree(stopped, copy)
+    copy = shutil.copytree(stopped, tmp_path / "run")
     for name in gone:
         place = copy / name
         shutil.rmtree(place) if place.is_dir() else place.unlink()
@@ -138,8 +129,7 @@ def test_it_stops_at_the_same_step_when_resumed(stopped, tmp_path, capsys, gone)
 
 def test_it_keeps_its_config_and_result_when_called_with_other_keys(stopped, tmp_path, capsys):
     """As any run that is done. config.json named metrics that the result does not have."""
-    copy = tmp_path / "run"
-    shutil.copytree(stopped, copy)
+    copy = shutil.copytree(stopped, tmp_path / "run")
     assert launch.main([f"--workdir={copy}", *KEYS, "--config.metrics=auc", "--config.checkpoint.keep=1"]) == 0
     assert "this run is done" in capsys.readouterr().err
     for name in ("config.json", "result.json"):
@@ -147,8 +137,8 @@ def test_it_keeps_its_config_and_result_when_called_with_other_keys(stopped, tmp
 
 
 def test_evaluations_that_are_not_recorded(stopped, tmp_path, capsys):
-    copy = tmp_path / "run"
-    shutil.copytree(stopped, copy, ignore=shutil.ignore_patterns("12", "metrics.jsonl", "result.json"))
+    without = shutil.ignore_patterns("12", "metrics.jsonl", "result.json")
+    copy = shutil.copytree(stopped, tmp_path / "run", ignore=without)
     assert launch.main([f"--workdir={copy}", *KEYS]) == 1
     assert "metrics.jsonl has no test/loss of step 4, by which stop=" in capsys.readouterr().err
     assert launch.main([f"--workdir={copy}", *KEYS, "--config.eval_every=2 steps"]) == 1
