@@ -7,8 +7,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from jax.sharding import Mesh
-
 from imgclf_jax.config import KEYS
 from imgclf_jax.core import jaxprs, processes
 from imgclf_jax.core.terminal import format_metrics
@@ -16,7 +14,6 @@ from imgclf_jax.core.text import printable
 from imgclf_jax.data import stream
 from imgclf_jax.optim import rules
 from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import processor
 from imgclf_jax.run.workdir import Workdir
 
@@ -34,33 +31,27 @@ def head(
     seeds = f" to {config.seed + config.num_seeds - 1}, trained at once" if config.num_seeds > 1 else ""
     epochs = recipe.total * config.batch_size / len(images)
     evaluating = ", ".join(f"{name} = {config.data.eval[name]} ({len(one)})" for name, one in evals.items())
+    model, device = printable(config.model), compiling.mesh.devices.flat[0]
+    if fresh:
+        counts = rules.parameters_by_module(recipe.parameters)
+        flops = jaxprs.matmul_flops(jaxprs.forward(recipe.model, recipe.data.image_shape)) / 1e6
+        model += f"\n{sum(counts.values()):,} parameters, {flops:,.3g} MFLOPs an image"
+        model += "".join(f"\n  {name:<16}{count:>12,}" for name, count in counts.items())
+    devices = f"{compiling.mesh.size} {device.platform} device{'s' * (compiling.mesh.size > 1)}"
+    devices += f" of {processes.count()} processes" * (processes.count() > 1)
+    kind = processor() if device.platform == "cpu" else device.device_kind
     facts = {
         "data": f"{printable(config.data.source)}: {len(images):,} images of {shape}, {classes} classes\n"
                 f"training on {config.data.train} ({len(images)})" + (f"\nevaluating on {evaluating}" * bool(evals)),
-        "model": printable(config.model) + (f"\n{_parameters(recipe)}" if fresh else ""),
+        "model": model,
         "optimizer": ", ".join([config.optimizer, *options]),
         "schedule": config.schedule,
         "steps": f"{recipe.total:,} of {config.batch_size} images, {epochs:.4g} epochs",
-        "devices": _devices(compiling.mesh, config.precision),
+        "devices": f"{devices}, {config.precision}\n{kind}",
         "seed": f"{config.seed}{seeds}",
         "workdir": printable(str(workdir.path)),
     }  # fmt: skip
     return "\n".join(f"  {name:<11}" + text.replace("\n", "\n" + " " * 13) for name, text in facts.items())
-
-
-def _parameters(recipe: Recipe) -> str:
-    """The model's parameters, also by module, and its FLOPs."""
-    counts = rules.parameters_by_module(recipe.parameters)
-    flops = jaxprs.matmul_flops(jaxprs.forward(recipe.model, recipe.data.image_shape)) / 1e6
-    total = f"{sum(counts.values()):,} parameters, {flops:,.3g} MFLOPs an image"
-    return "\n".join([total, *(f"  {name:<16}{count:>12,}" for name, count in counts.items())])
-
-
-def _devices(mesh: Mesh, precision: str) -> str:
-    first = mesh.devices.flat[0]
-    of = f" of {processes.count()} processes" if processes.count() > 1 else ""
-    kind = processor() if first.platform == "cpu" else first.device_kind
-    return f"{mesh.size} {first.platform} device{'s' * (mesh.size > 1)}{of}, {precision}\n{kind}"
 
 
 def line(step: int, steps_per_epoch: float, name: str, values: Mapping[str, float]) -> str:

@@ -66,7 +66,7 @@ class Records(contextlib.ExitStack):
 
     def watch(self, batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
         """Yields each step with its batch; counts the time in which the devices wait for a batch, but for the first."""
-        timer, steps, first = self.timer, self._run.cadences.last - self._run.start, True
+        timer, steps = self.timer, self._run.cadences.last - self._run.start
         shown = self.enter_context(contextlib.closing(terminal.track(batches, steps, "training")))
         while True:
             timer.enter("input")
@@ -75,11 +75,10 @@ class Records(contextlib.ExitStack):
                 return timer.enter("other")
             idle = not self._in_flight or self._in_flight[-1].is_ready()  # else the devices were busy all the time
             timer.enter("steps", counted_as="" if idle else "steps")
-            if first:
+            if not timer.steps:
                 timer.restart_lap()
             self._profiler.before(item[0])
             yield item
-            first = False
 
     def note_step(self, step: int, state: TrainState, sums: PyTree) -> None:
         """Notes that `step` steps were dispatched, and waits if the host is too far ahead of the devices."""

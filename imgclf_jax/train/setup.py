@@ -65,12 +65,8 @@ class Run:
 
     def record_start(self) -> None:
         """Records that the run trains on from step `start`, by which config, and where. All processes call this."""
-
-        def record() -> None:
-            self.workdir.record(configs.to_json(self.config), self.snapshot, self.start)
-            self.workdir.drop_result(self.start)
-
-        processes.broadcast(record)
+        processes.broadcast(lambda: self.workdir.record(configs.to_json(self.config), self.snapshot, self.start))
+        processes.broadcast(lambda: self.workdir.drop_result(self.start))
 
 
 def set_up(config: ConfigDict, workdir: Workdir) -> Run:
@@ -96,9 +92,9 @@ def set_up(config: ConfigDict, workdir: Workdir) -> Run:
     start, restored = checkpoints.restore_latest(compiling.shape) or (0, None)
     weights = pretrained.load(compiling) if config.init_from and restored is None else None
     used = [*base.values(), *(extra.source for extra in images.extra.values())]
-    snapshot = _snapshot(compiling, workdir, weights.source if weights else None,
-                         evals={name: one.source.fingerprint for name, one in evals.items()},
-                         unreadable=sorted({file for source in used for file in source.skipped_files}))  # fmt: skip
+    snapshot = _snapshot(compiling, workdir, evals={name: one.source.fingerprint for name, one in evals.items()},
+                         unreadable=sorted({file for source in used for file in source.skipped_files}),
+                         **({"init_from": weights.source} if weights else {}))  # fmt: skip
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
     compiled, eval_compiled = (pool.submit(getattr, compiling, name) for name in ("train", "eval"))
     pool.shutdown(wait=False)
@@ -118,7 +114,7 @@ def set_up(config: ConfigDict, workdir: Workdir) -> Run:
                stopping, start, snapshot, run["state"], run["sums"])  # fmt: skip
 
 
-def _snapshot(compiling: Programs, workdir: Workdir, init_from: Json, **recorded: Json) -> JsonObject:
+def _snapshot(compiling: Programs, workdir: Workdir, **recorded: Json) -> JsonObject:
     """This start's snapshot, see `run.provenance`, in all processes. Raises UserError if the run began with others."""
     recipe, config = compiling.recipe, compiling.recipe.config
     fixed = tree.sha256(compiling.fixed) if tree.named_leaves(compiling.fixed) else ""
@@ -126,9 +122,8 @@ def _snapshot(compiling: Programs, workdir: Workdir, init_from: Json, **recorded
 
     def take() -> JsonObject:
         keys = configs.flatten(config)
-        source = {"init_from": init_from} if init_from else {}
         snapshot = take_snapshot({key: keys[key] for key in ("total", *configs.FREE_KEYS)}, recipe.data,
-                                 **recorded, fixed_sha256=fixed, **source)  # fmt: skip
+                                 **recorded, fixed_sha256=fixed)  # fmt: skip
         workdir.check_snapshot(snapshot)
         return snapshot
 
