@@ -90,10 +90,8 @@ def _softmax_log_odds(logits: jax.Array) -> jax.Array:
     return jnp.where(is_top, logits - others, below_top - jnp.log1p(jnp.sum(rest, -1, keepdims=True) - rest))
 
 
-# Mutually exclusive classes.
-SOFTMAX = Link(jax.nn.softmax, _softmax_ensemble, _softmax_nll, _softmax_log_odds)
-# Independent classes: a product of likelihoods.
-SIGMOID = Link(jax.nn.sigmoid, _sigmoid_ensemble, _sigmoid_nll, lambda logits: logits)
+SOFTMAX = Link(jax.nn.softmax, _softmax_ensemble, _softmax_nll, _softmax_log_odds)  # mutually exclusive classes
+SIGMOID = Link(jax.nn.sigmoid, _sigmoid_ensemble, _sigmoid_nll, lambda logits: logits)  # independent classes
 
 
 def with_link[F: Callable[..., jax.Array]](link: Link) -> Callable[[F], F]:

@@ -48,13 +48,11 @@ def predict(
 def concatenate(batches: Sequence[AnyPredictions]) -> AnyPredictions:
     """Concatenates the predictions of all batches on the host, without the padding."""
 
-    def join(name: str) -> np.ndarray | None:
-        if name == "mask":
-            return None
+    def join(name: str) -> np.ndarray:
         rest = (slice(None),) if name in _OF_OUTPUTS else ()
         return np.concatenate([getattr(batch, name)[..., batch.mask, *rest] for batch in batches], -1 - len(rest))
 
-    return batches[0]._replace(**{name: join(name) for name in batches[0]._fields})
+    return batches[0]._replace(mask=None, **{name: join(name) for name in batches[0]._fields if name != "mask"})
 
 
 def dominant_labels(targets: jax.Array) -> jax.Array:

@@ -43,10 +43,7 @@ def check(config: ConfigDict) -> None:
 def programs_for_images(
     config: ConfigDict, images: Images, mesh: Mesh | None = None, load: Function | None = None
 ) -> "Programs":
-    """The programs of a config for these training images, on `mesh` or else on all devices.
-
-    `load` is `trained.load_teacher`, for a method that reads another run.
-    """
+    """The programs of a config for these training images, on `mesh` or else on all devices; `load` as for `Recipe`."""
     recipe = Recipe(config, images.describe(losses.needs_class_counts(config.loss)), load)
     return Programs(recipe, mesh or sharding.make_mesh(text=config.mesh))
 
@@ -236,11 +233,10 @@ class Programs:
     @once
     def shape(self) -> dict[str, PyTree]:
         """The shapes and shardings of a training checkpoint: {"state": TrainState, "sums": since the last log}."""
-        replicated, fixed = sharding.replicated(self.mesh), self.fixed_shape  # loads a teacher, so outside of the trace
+        fixed = self.fixed_shape  # loads a teacher, so outside of the trace
         with self._tracing_training():
             _, sums = self._train_step.trace(self.state_shape, self.batch_shape, fixed).out_info
-        sums = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), sums)
-        return {"state": self.state_shape, "sums": sums}
+        return {"state": self.state_shape, "sums": self._with_shardings(sums, axes={})}
 
     def zero_sums(self) -> metrics.Sums:
         """The metric sums of no step, for every seed, on the devices."""
@@ -262,10 +258,7 @@ class Programs:
 
     @once
     def train(self) -> Function:
-        """Compiled `(state, sums, batch) -> (state, sums)`: a step, whose metrics are added to `sums`.
-
-        The state's buffers are donated.
-        """
+        """Compiled `(state, sums, batch) -> (state, sums)`: a step. Adds its metrics to `sums`; donates the state."""
         with self.caching(self.recipe.trains_on_onednn):
             compiled, fixed = self.traced_train.lower().compile(), self.fixed
         return lambda state, sums, batch: compiled(state, sums, batch, fixed)

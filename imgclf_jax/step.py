@@ -109,8 +109,7 @@ def make_inputs(
             return augment(key, images, *known)  # [b, h, w, c] f32
 
         if method is not None and method.inputs is not None:
-            steps = jnp.broadcast_to(step, batch["image"].shape[0])
-            given = {**batch, "step": steps}
+            given = {**batch, "step": jnp.broadcast_to(step, batch["image"].shape[0])}
             with _listing(given):
                 return method.inputs(rng.key(seed, "inputs", step), given, augmented)
         out = {**batch, "image": augmented(rng.key(seed, "augment", step), batch["image"])}
@@ -164,14 +163,6 @@ def make_train_step(
         _refuse_difference("a step changes the model's state", updated, model_state, with_dtype=True)
         return _mean_loss(out, sown_losses, part), (updated, (out.logits, _named_metrics(out.metrics, sown_metrics)))
 
-    def image_gradient(
-        params: Params, model_state: ModelState, part: Batch, key: jax.Array, fixed: PyTree
-    ) -> jax.Array:
-        def loss_of_images(images: jax.Array) -> jax.Array:
-            return loss_fn(params, model_state, {**part, "image": images}, key, fixed)[0] * len(images)
-
-        return jax.grad(loss_of_images)(part["image"])
-
     def train_step(state: TrainState, batch: Batch, fixed: PyTree = None) -> tuple[TrainState, metrics.Sums]:
         examples = batch["image"].shape[0]
         whole = inputs(state.seed, state.step, batch)
@@ -180,7 +171,13 @@ def make_train_step(
             out, grads = jax.value_and_grad(loss_fn, has_aux=True)(*args, fixed)
             return out, shard(grads)
 
-        plain = Gradient(grad_fn, functools.partial(image_gradient, fixed=fixed))
+        def image_gradient(params: Params, model_state: ModelState, part: Batch, key: jax.Array) -> jax.Array:
+            def loss_of_images(images: jax.Array) -> jax.Array:
+                return loss_fn(params, model_state, {**part, "image": images}, key, fixed)[0] * len(images)
+
+            return jax.grad(loss_of_images)(part["image"])
+
+        plain = Gradient(grad_fn, image_gradient)
         if accumulate > 1:
             gradients.check_examples(whole, batch, accumulate)
             plain = gradients.accumulate(plain, accumulate)
@@ -290,9 +287,7 @@ def _count_correct(logits: jax.Array | None, batch: Batch, link: Link, task: Tas
 
 def zero_sums(like: metrics.Sums) -> metrics.Sums:
     """The sums of no step, NumPy arrays with these names, shapes and dtypes."""
-    return {
-        name: np.full(x.shape, metrics.NO_STEP if name == NONFINITE_STEP else 0, x.dtype) for name, x in like.items()
-    }
+    return {k: np.full(x.shape, metrics.NO_STEP if k == NONFINITE_STEP else 0, x.dtype) for k, x in like.items()}
 
 
 def add_sums(a: metrics.Sums, b: metrics.Sums) -> metrics.Sums:
@@ -423,9 +418,7 @@ def make_eval_step(
         if num_seeds > 1:
             logits = jnp.concatenate([logits, link.ensemble(logits)[None]])
         sums |= sums_of(logits) if num_seeds == 1 else jax.vmap(sums_of)(logits)
-        if not with_predictions:
-            return sums, None
-        return sums, metrics.predict(logits, wanted, link, mask, task)
+        return sums, metrics.predict(logits, wanted, link, mask, task) if with_predictions else None
 
     return eval_step
 

@@ -50,10 +50,7 @@ def evaluate(
 
 
 def batches(programs: Programs, images: stream.Images, stop: Callable[[], str] = str) -> Iterator[Batch]:
-    """Yields the batches of `images` for `programs.eval`, on the devices.
-
-    Raises Stopped as `evaluate` does.
-    """
+    """Yields the batches of `images` for `programs.eval`, on the devices. Raises Stopped as `evaluate` does."""
     rows = sharding.rows_here(programs.eval_call_size, programs.mesh)
     for batch in stream.eval_batches(images, programs.eval_call_size, rows):
         if name := stop():
