@@ -18,12 +18,16 @@ def memory() -> int:
     return int(min([machine, *(limit for limit, *_ in _limits("memory", "memory.max", "memory.limit_in_bytes"))]))
 
 
+def cores() -> int:
+    """The processors in this process's affinity mask, where the system has one."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def processors() -> int:
-    """The processors that this process may use at once, by its affinity mask and its share of time, rounded up."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The processors that this process may use at once: `cores`, or its group's share of time, rounded up, if less."""
     quotas, periods = (_limits("cpu", "cpu.max", f"cpu.cfs_{name}_us") for name in ("quota", "period"))
     shares = [quota[0] / period[-1] for quota, period in zip(quotas, periods, strict=False)]
-    return math.ceil(min([count, *(share for share in shares if share > 0)]))  # -1 and "max" are no limit
+    return math.ceil(min([cores(), *(share for share in shares if share > 0)]))  # -1 and "max" are no limit
 
 
 def _limits(controller: str, new: str, old: str) -> Iterator[list[float]]:

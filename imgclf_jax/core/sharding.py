@@ -67,7 +67,7 @@ def sharded(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1, key: str = "batch_size") -> None:
-    """Raises UserError, naming the config key `key`, unless every device gets as many examples of each microbatch."""
+    """Raises UserError, naming the config key `key`, unless the devices share each microbatch equally."""
     if batch_size % (parts := mesh.size * accumulate):
         by = f"{parts}, the microbatches (accumulate) times the devices" if accumulate > 1 else f"the {parts} devices"
         raise UserError(f"{key}={batch_size} is not divisible by {by}; {-(-batch_size // parts) * parts} is")

@@ -46,8 +46,8 @@ def fixmatch(
         labeled_key, weak_key, strong_key = jax.random.split(key, 3)
         # Per-example ops need a seed, which methods do not have; with 0 the draws differ by example only.
         known = (jnp.uint32(0), stream["id"], stream["epoch"]) if "id" in stream else ()
-        weak, strong_view = augment(weak_key, stream["image"], stream), strongly(strong_key, stream["image"], *known)
-        views = {"weak": weak, "strong": strong_view}
+        images = stream["image"]
+        views = {"weak": augment(weak_key, images, stream), "strong": strongly(strong_key, images, *known)}
         return {**batch, "image": augment(labeled_key, batch["image"]), STREAM: views}
 
     def loss(model: Any, batch: Batch, fixed: PyTree) -> Loss:

@@ -38,7 +38,7 @@ def groups(text: str, images: int) -> int:
     return images // int(size[1])
 
 
-def calls_linens(model: nn.Module, image_shape: tuple[int, int, int]) -> bool:
+def uses_linen_batch_norm(model: nn.Module, image_shape: tuple[int, int, int]) -> bool:
     """Whether a model calls linen's BatchNorm, which `statistics_over` does not reach."""
     modules = model.module_paths(rng.init_streams(jax.random.key(0)), jnp.zeros((1, *image_shape)), train=False)
     return any(isinstance(module, nn.BatchNorm) for module in modules.values())

@@ -38,7 +38,7 @@ def one_cycle(
     fastai's form of the one-cycle policy (Smith and Topin 2017, arXiv:1708.07120, who use straight lines). PyTorch's
     `OneCycleLR` also starts at 0.04 by default, reaches its peak a step earlier, and ends at 4e-6 of it.
     """
-    up = _checked(steps(warmup), total)
+    up = _check_warmup(steps(warmup), total)
     rise, fall = _half_cosine(start * peak, peak, up), _half_cosine(peak, end * peak, total - up)
     return optax.join_schedules([rise, fall], [up])
 
@@ -47,7 +47,7 @@ def triangle(
     steps: Steps, total: int, peak: float, warmup: str = "25%", start: float = 0.0, end: float = 0.0
 ) -> optax.Schedule:
     """Linear up from `start * peak` over `warmup`, then linear down to `end * peak`."""
-    up = _checked(steps(warmup), total)
+    up = _check_warmup(steps(warmup), total)
     rise = optax.linear_schedule(start * peak, peak, max(1, up))
     return optax.join_schedules([rise, optax.linear_schedule(peak, end * peak, max(1, total - up))], [up])
 
@@ -70,14 +70,14 @@ def _half_cosine(first: float, last: float, length: int) -> optax.Schedule:
     return lambda count: last + (first - last) * decay(count)
 
 
-def _checked(warmup: int, total: int) -> int:
+def _check_warmup(warmup: int, total: int) -> int:
     if warmup > total:
         raise UserError(f"schedule: a warmup of {warmup} steps is longer than the run of {total} steps; shorten it")
     return warmup
 
 
 def _warm_up(schedule: optax.Schedule, peak: float, warmup: int, total: int) -> optax.Schedule:
-    if _checked(warmup, total) == 0:
+    if _check_warmup(warmup, total) == 0:
         return schedule
     # Starts at peak / warmup, not 0, and reaches `peak` at step `warmup - 1`.
     ramp = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))

@@ -21,9 +21,8 @@ def prepare(deterministic: bool = False) -> None:
     os.environ["XLA_FLAGS"] = " ".join([*own.split(), *added])
     # The compilation cache is per kind of processor, since machines may share a home folder, and per number of cores:
     # XLA shares a program's loops out among them when it compiles it, and JAX's key does not have them.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     model = machine.cpu_facts().get("model name", platform.processor())
-    kind = " ".join([model, *sorted(machine.cpu_flags()), str(cores)])
+    kind = " ".join([model, *sorted(machine.cpu_flags()), str(machine.cores())])
     compiled = paths.cache_folder(f"compiled-{zlib.crc32(kind.encode()):08x}")
     with contextlib.suppress(OSError):  # without a folder, nothing is cached
         compiled.mkdir(parents=True, exist_ok=True)

@@ -171,14 +171,15 @@ def _warnings(recipe: Recipe, base: Mapping[str, Source], params: Params) -> Ite
     yield from overlap_warnings(config, config.data, base)
     yield from initial_warnings(config, base)
     yield from selection_warnings(config)
-    in_float32 = classifier.build(config.model, len(recipe.data.class_names), "float32").backbone
-    if config.precision != "float32" and repr(recipe.plain_model.backbone) == repr(in_float32):  # fields may be arrays
+    build = functools.partial(classifier.build, config.model, len(recipe.data.class_names))
+    # By `repr`, since a backbone's fields may be arrays.
+    if config.precision != "float32" and repr(build(config.precision).backbone) == repr(build("float32").backbone):
         yield f"precision={config.precision!r} does not reach model={config.model!r}, which takes no dtype or sets it"
     if spec.names_code(config.optimizer) and optimizers.ignores_learning_rate(config.optimizer, params):
         yield f"optimizer={config.optimizer!r} ignores its learning_rate: the schedule, and the rate logged, do nothing"
     if ops.divides_twice(config.augment, recipe.data.image_shape):
         yield f"augment={config.augment!r}: an op before normalize returns 0 to 1, and normalize divides by 255 again"
-    if config.batch_norm != "global" and norms.calls_linens(recipe.model, recipe.data.image_shape):
+    if config.batch_norm != "global" and norms.uses_linen_batch_norm(recipe.model, recipe.data.image_shape):
         yield f"batch_norm={config.batch_norm!r} does not reach linen's BatchNorm; use that of imgclf_jax.models.norms"
     if recipe.method.freeze and not config.init_from:
         yield f"method={config.method!r} freezes random weights; name the run or file to load by init_from"

@@ -188,8 +188,8 @@ def _read_file(path: Path, container: str, programs: Programs, own: Mapping[str,
     if reordered := [labels[name] for name in flattened if name in labels]:
         log.info("%s: the inputs of %s are reordered from [c, h, w] to [h, w, c]", path, ", ".join(reordered))
     if isinstance(backbone, ResNet):  # the names and shapes of timm's variants are the same
-        log.info("%s: the weights are taken for those of torchvision's ResNet, which strides in its 3x3 convolutions "
-                 "and, unlike timm's resnetblur, does not blur", path)  # fmt: skip
+        log.info("%s: assuming torchvision's ResNet, with the stride in the 3x3 convolutions and without the blur "
+                 "pooling of timm's resnetblur", path)  # fmt: skip
     with paths.open_regular(path) as file:
         return named, labels, {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}, metadata
 
@@ -198,7 +198,7 @@ def _fit(
     weights: Weights, named: Mapping[str, np.ndarray], labels: Mapping[str, str],
     own: Mapping[str, jax.ShapeDtypeStruct], grid: Grid | None, their_grid: Grid | None,
 ) -> None:  # fmt: skip
-    """Sorts the arrays `named`, whose grid may be known, into `weights` by comparing them with `own` variables."""
+    """Sorts the arrays `named` into the fields of `weights`, by comparing them with `own`, the model's variables."""
     tokens = sum(re.split("[./]", label)[-1] in _TOKENS for label in labels.values())
     head = [name for name in own if name.startswith(_HEAD)]
     if any(name not in named or named[name].shape != own[name].shape for name in head):

@@ -213,8 +213,8 @@ def flattened(
              if name.endswith("/kernel") and x.shape[:-1] == (size,)]  # fmt: skip
     if len({own[name].shape[0] for name, _ in found}) < len(found):
         names = ", ".join(name for name, _ in found)
-        raise UserError(f"PyTorch orders the values of a flattened image otherwise, and one of {names} reads them; "
-                        "give each another number of inputs")  # fmt: skip
+        raise UserError(f"PyTorch orders the values of a flattened image differently, and one of {names} reads them; "
+                        "give each a different number of inputs")  # fmt: skip
     return dict(found)
 
 

@@ -106,4 +106,4 @@ def test_groups():
 def test_linens_batch_norm_is_found(norm, expected):
     """The key batch_norm='groups(8)' does not reach it, which a run warns of."""
     backbone = ResNetCIFAR(8, norm=norm)
-    assert norms.calls_linens(Classifier(backbone, 3), (8, 8, 3)) == expected
+    assert norms.uses_linen_batch_norm(Classifier(backbone, 3), (8, 8, 3)) == expected

@@ -136,7 +136,7 @@ def _conv_kernel(
     if even and (strides, dilation) == ((1, 1), (1, 1)) and _has_few_taps(like):
         return _conv_kernel_by_blocks(x, gradient, like, pads, dtype)
     patches = _im2col(x, like, strides, pads, dilation, dtype)  # CSE merges it with the forward pass's
-    return _sum_products(patches, gradient).reshape(like.shape)
+    return _contract_positions(patches, gradient).reshape(like.shape)
 
 
 def _conv_kernel_by_blocks(x: jax.Array, gradient: jax.Array, like: Shaped, pads: Pads, dtype: DTypeLike) -> jax.Array:
@@ -147,13 +147,13 @@ def _conv_kernel_by_blocks(x: jax.Array, gradient: jax.Array, like: Shaped, pads
     (kh, kw, c, f), corners = like.shape, list(np.ndindex(2, 2))
     gradient = jnp.concatenate([gradient[:, i::2, j::2] for i, j in corners])  # [4 * f, ho / 2, wo / 2, b]
     patches = _im2col(x, jax.ShapeDtypeStruct((kh + 1, kw + 1, c, f), dtype), (2, 2), pads, (1, 1), dtype)
-    sums = _sum_products(gradient, patches).reshape(4, f, kh + 1, kw + 1, c)
+    sums = _contract_positions(gradient, patches).reshape(4, f, kh + 1, kw + 1, c)
     parts = [sums[k, :, i : i + kh, j : j + kw] for k, (i, j) in enumerate(corners)]
     return functools.reduce(jnp.add, parts).transpose(1, 2, 3, 0)
 
 
-def _sum_products(x: jax.Array, y: jax.Array) -> jax.Array:
-    """[m, ho, wo, b] and [n, ho, wo, b] → [m, n], summed over all positions and images."""
+def _contract_positions(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The matmul [m, ho, wo, b] times [n, ho, wo, b] → [m, n], over all positions and images."""
     x, y = lax.optimization_barrier((x, y))
     positions, wide = (((1, 2, 3), (1, 2, 3)), ((), ())), accumulator(x.dtype)
     return lax.optimization_barrier(lax.dot_general(x, y, positions, preferred_element_type=wide))

@@ -1,4 +1,4 @@
-"""Whether a result, as of another processor, is as near to the recorded ones as that of another seed would be."""
+"""Compares a result, such as one from another processor, with the spread over the recorded seeds."""
 
 import contextlib
 import math
