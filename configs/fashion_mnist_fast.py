@@ -5,7 +5,7 @@
     seed           0       1       2       3       4     mean
     test accuracy  0.9046  0.9006  0.9052  0.9065  0.9032  0.9040
 
-These runs took 12 s on two cores of an AMD EPYC (AVX-512); `docs/results/fashion_mnist_fast-SEED.zip` are their
+These runs took 12 to 14 s on two cores of an AMD EPYC (AVX-512); `docs/results/fashion_mnist_fast-SEED.zip` are their
 bundles. From start to exit, beside the Keras example in turns, the code before took 6.5 to 7.5 s with the
 decoded images in a cache, which is gone (it saved 3.5 s), its first run 18 s, and the Keras example 74 to 95 s:
 `benchmarks/accuracy.py` measures this. A CPU without bfloat16 instructions takes 0.8 of the time with
