@@ -11,8 +11,11 @@ from jax.typing import DTypeLike
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.models.airbench import AirBench
 from imgclf_jax.models.convnext import ConvNeXt
+from imgclf_jax.models.efficientnet import EfficientNet, MobileNet
 from imgclf_jax.models.layers import ConvPool, Dense
+from imgclf_jax.models.regnet import RegNetY
 from imgclf_jax.models.resnet import ResNet, ResNetCIFAR, WideResNet
+from imgclf_jax.models.squeezenet import SqueezeNet
 from imgclf_jax.models.vit import Mixer, ViT
 
 _dense_init = nn.initializers.glorot_uniform()
@@ -94,6 +97,10 @@ BACKBONES = {
     "resnet_cifar": ResNetCIFAR,
     "wide_resnet": WideResNet,
     "convnext": ConvNeXt,
+    "efficientnet": EfficientNet,
+    "mobilenet": MobileNet,
+    "regnety": RegNetY,
+    "squeezenet": SqueezeNet,
     "vit": ViT,
     "mixer": Mixer,
     "airbench": AirBench,

@@ -25,7 +25,8 @@ HEAD_INITS: dict[str, Function] = {
 class Classifier(nn.Module):
     """A backbone and a linear head: images f32[b, h, w, c] → features [b, d] → logits [b, num_classes].
 
-    The head computes in `dtype`, the backbone in its own. A method calls the whole as `(images, train=…)`, or
+    The head computes in `dtype`, the backbone in its own; one with an attribute `applies_head` is called with the head,
+    to return logits. A method calls the whole as `(images, train=…)`, or
     `features(images, train)`, `head(features)`, and what a subclass adds.
     """
 
@@ -38,10 +39,14 @@ class Classifier(nn.Module):
         self.head = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=self.head_init)
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        logits: jax.Array
+        if getattr(self.backbone, "applies_head", False) and not self.is_initializing():
+            logits = self.backbone(images, train=train, head=self.head)
+            return logits
         features = self.features(images, train)
         if self.is_initializing():
             self.init_more(features)
-        logits: jax.Array = self.head(features)
+        logits = self.head(features)
         return logits
 
     def init_more(self, features: jax.Array) -> None:

@@ -9,7 +9,7 @@ least float32, also across devices; a kernel's gradient off CPU is a matmul resu
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +104,16 @@ class Conv(nn.Module):
         return y.astype(self.dtype)
 
 
+def he_conv(
+    features: int, kernel: int, strides: int, dtype: DTypeLike, name: str, groups: int = 1, use_bias: bool = False,
+    padding: str | int | None = None,
+) -> Conv:  # fmt: skip
+    """A convolution with He initialization (arXiv:1502.01852), by default padded to keep the size, without bias."""
+    init = nn.initializers.variance_scaling(2.0, "fan_in" if groups > 1 else "fan_out", "normal")
+    pad = (kernel - 1) // 2 if padding is None else padding
+    return Conv(features, kernel, strides, pad, 1, groups, use_bias, dtype, init, name=name)
+
+
 class ConvPool(nn.Module):
     """Convolution ("VALID"), bias, ReLU, max-pool: [b, h, w, c] → [b, ~h/2, ~w/2, features] in `dtype`.
 
@@ -182,6 +192,21 @@ def _max_pool_jvp(
 def mean_pool(x: jax.Array) -> jax.Array:
     """Global average pooling over pixels [b, h, w, c] → [b, c] or tokens [b, n, d] → [b, d], in x's dtype."""
     return jnp.mean(dtypes.upcast(x), range(1, x.ndim - 1)).astype(x.dtype)
+
+
+class SqueezeExcite(nn.Module):
+    """Scales the channels of [b, h, w, c] by a gate of their means (Hu et al. 2018, arXiv:1709.01507)."""
+
+    width: int
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    gate: Callable[[jax.Array], jax.Array] = nn.sigmoid
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        conv = functools.partial(he_conv, kernel=1, strides=1, dtype=self.dtype, use_bias=True)
+        y = self.activation(conv(self.width, name="reduce")(mean_pool(x)[:, None, None]))  # [b, 1, 1, width]
+        return x * spread(dtypes.upcast(self.gate(conv(x.shape[-1], name="expand")(y))), x)
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """The normalization and activation of a backbone, chosen in its spec, and rematerialization of its blocks.
 
 `resnet_cifar(norm='group_norm(num_groups=8)', activation='my_file:swish')` works for each linen class whose fields
-`norm` and `activation` have a class and a function as defaults. In Python, pass these themselves; see `norms`.
+`norm` and `activation` have a class and a function as defaults, or None. In Python, pass these themselves; see `norms`.
 """
 
 import functools
@@ -21,7 +21,10 @@ from imgclf_jax.models.norms import BatchNorm, GroupNorm, LayerNorm
 
 NORMS = {"batch_norm": BatchNorm, "group_norm": GroupNorm, "layer_norm": LayerNorm}
 ACTIVATIONS = {
-    **{name: getattr(nn, name) for name in ("relu", "silu", "elu", "leaky_relu", "softplus", "tanh")},
+    **{
+        name: getattr(nn, name)
+        for name in ("relu", "relu6", "silu", "hard_silu", "elu", "leaky_relu", "softplus", "tanh")
+    },
     "gelu": gelu,
     "identity": lambda x: x,
 }
@@ -41,7 +44,7 @@ def bind(call: spec.Call, backbones: Mapping[str, object]) -> functools.partial[
     if "block" in settings and made.func in backbones.values():
         raise UserError(f"model={str(call)!r}: a spec names no block; pass the class in Python, in a function of yours")
     for key, table, leading, by_name in (("norm", NORMS, (), _PASSED), ("activation", ACTIVATIONS, ("x",), ())):
-        if key not in settings or not callable(signature.parameters[key].default):
+        if key not in settings or not (callable(default := signature.parameters[key].default) or default is None):
             continue
         part = spec.bind(spec.parse_one(str(settings[key])), table, key, leading, by_name)
         if part.func in table.values() and (ignored := _WITHOUT_EFFECT & part.keywords.keys()):

@@ -8,20 +8,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from imgclf_jax.core import dtypes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import ModuleDef
 from imgclf_jax.models import parts
-from imgclf_jax.models.layers import Conv, max_pool, mean_pool
+from imgclf_jax.models.layers import he_conv, max_pool, mean_pool
 from imgclf_jax.models.norms import BatchNorm
 
 _STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
-
-
-def _conv(features: int, kernel: int, strides: int, dtype: DTypeLike, name: str) -> Conv:
-    """A convolution without bias, padded to keep the size, with He initialization (arXiv:1502.01852)."""
-    init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-    pad = (kernel - 1) // 2
-    return Conv(features, kernel, strides, pad, use_bias=False, dtype=dtype, kernel_init=init, name=name)
 
 
 def _stages(
@@ -34,8 +28,20 @@ def _stages(
     return x
 
 
+def _project(
+    x: jax.Array, features: int, strides: int, shortcut: str, norm: parts.Norm, dtype: DTypeLike, train: bool
+) -> jax.Array:
+    """A 1×1 convolution and a norm. The stride is the convolution's, or with `shortcut` "pool" an average pooling's."""
+    name = "downsample_pool" if shortcut == "pool" else "downsample"
+    if shortcut == "pool" and strides == 2:  # of an odd side the last window has one pixel
+        x = jnp.pad(x, ((0, 0), *((0, side % 2) for side in x.shape[1:3]), (0, 0)), "edge")
+        windows = dtypes.upcast(x).reshape(-1, x.shape[1] // 2, 2, x.shape[2] // 2, 2, x.shape[3])
+        x, strides = jnp.mean(windows, (2, 4)).astype(x.dtype), 1
+    return norm(f"{name}_bn")(he_conv(features, 1, strides, dtype, f"{name}_conv")(x), train)
+
+
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions and a shortcut: "conv" (1×1 where the shape changes) or "pad" (zeros as new channels)."""
+    """Two 3×3 convolutions and a shortcut: "conv" or "pool" (see `_project`), or "pad" (zeros as new channels)."""
 
     features: int
     strides: int = 1
@@ -47,9 +53,9 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        if self.shortcut not in ("conv", "pad"):
-            raise UserError(f"shortcut={self.shortcut!r}: allowed are 'conv' and 'pad'")
-        conv, norm = partial(_conv, dtype=self.dtype), parts.norms(self.norm, dtype=self.dtype)
+        if self.shortcut not in ("conv", "pad", "pool"):
+            raise UserError(f"shortcut={self.shortcut!r}: allowed are 'conv', 'pad' and 'pool'")
+        conv, norm = partial(he_conv, dtype=self.dtype), parts.norms(self.norm, dtype=self.dtype)
         y = self.activation(norm("bn1")(conv(self.features, 3, self.strides, name="conv1")(x), train))
         y = norm("bn2", self.last_scale)(conv(self.features, 3, 1, name="conv2")(y), train)
         if self.shortcut == "pad":
@@ -57,7 +63,7 @@ class BasicBlock(nn.Module):
             widths = ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2))
             x = jnp.pad(x[:, :: self.strides, :: self.strides], widths)
         elif x.shape != y.shape:
-            x = norm("downsample_bn")(conv(self.features, 1, self.strides, name="downsample_conv")(x), train)
+            x = _project(x, self.features, self.strides, self.shortcut, norm, self.dtype, train)
         return self.activation(x + y)
 
 
@@ -66,6 +72,7 @@ class Bottleneck(nn.Module):
 
     features: int
     strides: int = 1
+    shortcut: str = "conv"
     last_scale: float = 0.0
     norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
@@ -73,13 +80,12 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv, norm = partial(_conv, dtype=self.dtype), parts.norms(self.norm, dtype=self.dtype)
+        conv, norm = partial(he_conv, dtype=self.dtype), parts.norms(self.norm, dtype=self.dtype)
         y = self.activation(norm("bn1")(conv(self.features, 1, 1, name="conv1")(x), train))
         y = self.activation(norm("bn2")(conv(self.features, 3, self.strides, name="conv2")(y), train))
         y = norm("bn3", self.last_scale)(conv(4 * self.features, 1, 1, name="conv3")(y), train)
         if x.shape != y.shape:
-            shortcut = conv(4 * self.features, 1, self.strides, name="downsample_conv")
-            x = norm("downsample_bn")(shortcut(x), train)
+            x = _project(x, 4 * self.features, self.strides, self.shortcut, norm, self.dtype, train)
         return self.activation(x + y)
 
 
@@ -87,6 +93,8 @@ class ResNet(nn.Module):
     """ResNets of table 1, depth 18, 34, 50, 101 or 152: [b, h, w, c] → [b, 512], or [b, 2048] from depth 50 on.
 
     With `zero_init` blocks start as the identity: the scale of their last norm is 0 (Goyal et al., arXiv:1706.02677).
+    `variant` "D" has three 3×3 convolutions as its stem, and average pooling in its shortcuts (He et al. 2018,
+    arXiv:1812.01187).
     """
 
     depth: int = 50
@@ -97,17 +105,27 @@ class ResNet(nn.Module):
     block: ModuleDef | None = None  # None: BasicBlock below depth 50, else Bottleneck
     norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
+    variant: str = "B"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         if self.depth not in _STAGES:
             raise UserError(f"resnet(depth={self.depth!r}): the depth must be one of {list(_STAGES)}")
-        norm = parts.norms(self.norm, self.momentum, momentum=0.9, dtype=self.dtype)
-        x = _conv(64, 7, 2, self.dtype, "conv1")(x)  # h/2, w/2, 64 channels
+        if self.variant not in ("B", "D"):
+            raise UserError(f"resnet(variant={self.variant!r}): allowed are 'B' and 'D'")
+        norm, passed = parts.norms(self.norm, self.momentum, momentum=0.9, dtype=self.dtype), {}
+        if self.variant == "B":
+            x = he_conv(64, 7, 2, self.dtype, "conv1")(x)  # h/2, w/2, 64 channels
+        else:
+            passed = {"shortcut": "pool"}
+            for i in (1, 2):
+                x = he_conv(32, 3, 3 - i, self.dtype, f"stem{i}_conv")(x)
+                x = self.activation(norm(f"stem{i}_bn")(x, train))
+            x = he_conv(64, 3, 1, self.dtype, "stem3_conv")(x)
         x = max_pool(self.activation(norm("bn1")(x, train)), 3, 2, 1)  # h/4, w/4
         block = partial(
             parts.remat(self.block or (BasicBlock if self.depth < 50 else Bottleneck), self.remat), norm=norm,
-            activation=self.activation, dtype=self.dtype, last_scale=float(not self.zero_init),
+            activation=self.activation, dtype=self.dtype, last_scale=float(not self.zero_init), **passed,
         )  # fmt: skip
         return mean_pool(_stages(block, 64, _STAGES[self.depth], x, train))
 
@@ -132,7 +150,7 @@ class ResNetCIFAR(nn.Module):
         if self.depth % 6 != 2 or self.depth < 8:
             raise UserError(f"resnet_cifar(depth={self.depth}): the depth must be 6n + 2, such as 20 or 56")
         norm = parts.norms(self.norm, self.momentum, momentum=0.9, dtype=self.dtype)
-        x = self.activation(norm("bn1")(_conv(16, 3, 1, self.dtype, "conv1")(x), train))
+        x = self.activation(norm("bn1")(he_conv(16, 3, 1, self.dtype, "conv1")(x), train))
         block = partial(
             self.block, norm=norm, activation=self.activation, dtype=self.dtype, shortcut=self.shortcut, last_scale=1.0
         )
@@ -151,7 +169,7 @@ class WideBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv, norm = partial(_conv, dtype=self.dtype), parts.norms(self.norm, dtype=self.dtype)
+        conv, norm = partial(he_conv, dtype=self.dtype), parts.norms(self.norm, dtype=self.dtype)
         y = self.activation(norm("bn1")(x, train))
         if x.shape[-1] != self.features:
             x = conv(self.features, 1, self.strides, name="shortcut")(y)
@@ -177,7 +195,7 @@ class WideResNet(nn.Module):
         if self.depth % 6 != 4 or self.depth < 10:
             raise UserError(f"wide_resnet(depth={self.depth}): the depth must be 6n + 4, such as 28 or 40")
         norm = parts.norms(self.norm, self.momentum, momentum=0.9, dtype=self.dtype)
-        x = _conv(16, 3, 1, self.dtype, "conv1")(x)
+        x = he_conv(16, 3, 1, self.dtype, "conv1")(x)
         block = partial(self.block, norm=norm, activation=self.activation, dtype=self.dtype, dropout=self.dropout)
         x = _stages(block, 16 * self.width, [self.depth // 6] * 3, x, train)
         return mean_pool(self.activation(norm("bn1")(x, train)))

@@ -9,7 +9,7 @@ later rows of the same module are aliases, which only import reads.
 import functools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -19,8 +19,12 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from imgclf_jax.core import jaxprs
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.models.convnext import ConvNeXt
+from imgclf_jax.models.efficientnet import EfficientNet, MobileNet
+from imgclf_jax.models.regnet import RegNetY
 from imgclf_jax.models.resnet import ResNet, ResNetCIFAR, WideResNet
+from imgclf_jax.models.squeezenet import SqueezeNet
 from imgclf_jax.models.vit import Mixer, ViT
+from imgclf_jax.weights import other_names
 
 Rows = tuple[tuple[str, str], ...]
 
@@ -31,8 +35,15 @@ _RESNET: Rows = (
     ("backbone.bn1", "bn1"),
     ("backbone.layer{i}_{j}.downsample_conv", "layer{i}.{j}.downsample.0"),
     ("backbone.layer{i}_{j}.downsample_bn", "layer{i}.{j}.downsample.1"),
+    ("backbone.layer{i}_{j}.downsample_pool_conv", "layer{i}.{j}.downsample.1"),
+    ("backbone.layer{i}_{j}.downsample_pool_bn", "layer{i}.{j}.downsample.2"),
     ("backbone.layer{i}_{j}.{m}", "layer{i}.{j}.{m}"),
 )
+_RESNET_TIMM: Rows = (
+    *((f"backbone.stem{i}_{layer}", f"conv1.{k}")  # of variant "D"
+      for i, layer, k in ((1, "conv", 0), (1, "bn", 1), (2, "conv", 3), (2, "bn", 4), (3, "conv", 6))),
+    *_RESNET,
+)  # fmt: skip
 _WIDE_RESNET: Rows = (
     ("head", "fc"),
     ("backbone.conv1", "conv1"),
@@ -67,6 +78,7 @@ _CONVNEXT_TIMM: Rows = (
     ("backbone.downsample{i}_conv", "stages.{i}.downsample.1"),
     ("backbone.stage{i}_{j}.dwconv", "stages.{i}.blocks.{j}.conv_dw"),
     ("backbone.stage{i}_{j}.pwconv{k}", "stages.{i}.blocks.{j}.mlp.fc{k}"),
+    ("backbone.stage{i}_{j}.grn", "stages.{i}.blocks.{j}.mlp.grn"),
     ("backbone.stage{i}_{j}.{m}", "stages.{i}.blocks.{j}.{m}"),
     # Aliases of the authors, facebookresearch/ConvNeXt.
     ("backbone.stem_conv", "downsample_layers.0.0"),
@@ -74,6 +86,28 @@ _CONVNEXT_TIMM: Rows = (
     ("backbone.downsample{i}_norm", "downsample_layers.{i}.0"),
     ("backbone.downsample{i}_conv", "downsample_layers.{i}.1"),
     ("backbone.stage{i}_{j}.{m}", "stages.{i}.{j}.{m}"),
+)
+_EFFICIENTNET: Rows = (
+    ("head", "classifier"),
+    *((f"backbone.{layer}", layer) for layer in ("conv_stem", "bn1", "conv_head", "bn2")),
+    ("backbone.stage{i}_{j}.se.{m}", "blocks.{i}.{j}.se.conv_{m}"),
+    *((f"backbone.stage{{i}}_{{j}}.{layer}{ours}", f"blocks.{{i}}.{{j}}.{layer}.{theirs}")
+      for layer in ("dw_start", "pw_exp", "dw_mid", "pw_proj") for ours, theirs in (("", "conv"), ("_bn", "bn"))),
+    ("backbone.stage{i}_{j}.{m}", "blocks.{i}.{j}.{m}"),
+)  # fmt: skip
+_REGNETY: Rows = (
+    ("head", "head.fc"),
+    ("backbone.stem_{m}", "stem.{m}"),
+    ("backbone.stage{i}_{j}.conv{k}", "s{i}.b{j}.conv{k}.conv"),
+    ("backbone.stage{i}_{j}.bn{k}", "s{i}.b{j}.conv{k}.bn"),
+    ("backbone.stage{i}_{j}.se.reduce", "s{i}.b{j}.se.fc1"),
+    ("backbone.stage{i}_{j}.se.expand", "s{i}.b{j}.se.fc2"),
+    ("backbone.stage{i}_{j}.downsample_{m}", "s{i}.b{j}.downsample.{m}"),
+)
+_SQUEEZENET: Rows = (
+    ("head", "classifier.1"),
+    ("backbone.conv1", "features.0"),
+    *((f"backbone.fire{i}.{{m}}", f"features.{k}.{{m}}") for i, k in enumerate((3, 4, 6, 7, 9, 10, 11, 12), 2)),
 )
 _LAYER = "encoder.layers.encoder_layer_{i}"
 _VIT_TORCHVISION: Rows = (
@@ -100,12 +134,17 @@ _VIT_TIMM: Rows = (
     *_BLOCKS_TIMM,
 )
 
-# The libraries whose names a backbone's weights can have; the first is the default of export.
-TABLES: dict[type, dict[str, Rows]] = {
-    ResNet: {"torchvision": _RESNET, "timm": _RESNET},
+# The libraries whose names a backbone's weights can have; the first is the default of export. A function makes the rows
+# for our names.
+TABLES: dict[type, dict[str, Rows | Callable[[Collection[str]], Rows]]] = {
+    ResNet: {"torchvision": _RESNET, "timm": _RESNET_TIMM},
     ResNetCIFAR: {"akamaster": (("head", "linear"), *_RESNET)},
     WideResNet: {"xternalz": _WIDE_RESNET},
     ConvNeXt: {"torchvision": _CONVNEXT_TORCHVISION, "timm": _CONVNEXT_TIMM},
+    EfficientNet: {"timm": _EFFICIENTNET, "lukemelas": other_names.lukemelas},
+    MobileNet: {"timm": (("backbone.bn2", "norm_head"), *_EFFICIENTNET)},
+    RegNetY: {"timm": _REGNETY},
+    SqueezeNet: {"torchvision": _SQUEEZENET},
     ViT: {"timm": _VIT_TIMM, "torchvision": _VIT_TORCHVISION},
     Mixer: {"timm": (("backbone.patch", "stem.proj"), *_BLOCKS_TIMM)},
 }
@@ -115,6 +154,7 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var":
 _LIBRARY_LEAVES = {
     "timm": {"cls": "cls_token", "positions_embedding": "pos_embed"},
     "torchvision": {"cls": "class_token", "positions_embedding": "pos_embedding", "gamma": "layer_scale"},
+    "facebookresearch": {"scale": "gamma", "bias": "beta"},  # of GRN
 }
 _PAIRS = [pair for leaves in (_LEAVES, *_LIBRARY_LEAVES.values()) for pair in leaves.items()]
 
@@ -125,9 +165,10 @@ def torch_names(backbone: nn.Module, names: Collection[str], library: str) -> di
     `library` is a key of the backbone's entry in TABLES; a name is None if the library's model lacks the parameter.
     Any other `library`, such as "own", keeps the names of modules: see `_own_labels`.
     """
-    rows = TABLES.get(type(backbone), {}).get(library)
-    if rows is None:
+    table = TABLES.get(type(backbone), {}).get(library)
+    if table is None:
         return {**_own_labels(names)}
+    rows = table(names) if callable(table) else table
     leaves, out = {**_LEAVES, **_LIBRARY_LEAVES.get(library, {})}, dict[str, str | None]()
     for name in names:
         own = _dotted(name, leaves)
@@ -143,7 +184,8 @@ def own_name(backbone: nn.Module, name: str, own: Collection[str]) -> str | None
     none must have the same names as in PyTorch.
     """
     tables = TABLES.get(type(backbone))
-    rows = tuple((theirs, ours) for table in (tables or {}).values() for ours, theirs in table)
+    rows = tuple((theirs, ours) for table in (tables or {}).values()
+                 for ours, theirs in (table(own) if callable(table) else table))  # fmt: skip
     given = () if tables else tuple(_with_leaf(*pair) for pair in getattr(backbone, "torch_names", ()))
     for pattern, new in (*given, *_patterns(rows)):
         if match := re.fullmatch(pattern, name):
@@ -237,13 +279,14 @@ def own_layout(array: np.ndarray, name: str, shape: tuple[int, ...], channels: i
 
     Convolutions are [out, in, kh, kw] in PyTorch and [kh, kw, in, out] here, dense layers [out, in] and [in, out];
     behind a flattened image of `channels`, `in` is [c, h, w] there and [h, w, c] here. Axes of size one, as in a layer
-    scale [d, 1, 1], are removed. If the models differ, the shape may not be `shape`.
+    scale [d, 1, 1] or a 1×1 convolution, are removed or added. If the models differ, the shape may not be `shape`.
     """
     if channels > 1 and array.shape[::-1] == shape:
         array = array.reshape(len(array), channels, -1).swapaxes(1, 2).reshape(array.shape)
     if name.endswith("/kernel"):
-        return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-    return array.squeeze() if array.ndim > len(shape) and array.squeeze().shape == shape else array
+        array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+    as_own = array.ndim != len(shape) and [n for n in array.shape if n > 1] == [n for n in shape if n > 1]
+    return array.reshape(shape) if as_own else array
 
 
 def torch_layout(array: np.ndarray, name: str, library: str, channels: int = 1) -> np.ndarray:
