@@ -73,7 +73,7 @@ def test_sigmoid_is_the_sum_of_binary_cross_entropies(smoothing, mean, kind):
 @pytest.mark.parametrize("kind", ["labels", "distributions"])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_focal_is_its_definition(gamma, kind):
-    """-alpha (1 - p)^gamma log p in float64, Keras's in float32, and its gradient by central differences."""
+    """-alpha (1 - p)^gamma log p in float64, and Keras's in float32."""
     logits, labels = draw(64, 6)
     given, targets = given_as(kind, labels, 6)
 
@@ -87,11 +87,6 @@ def test_focal_is_its_definition(gamma, kind):
     if gamma:
         keras_loss = keras.losses.CategoricalFocalCrossentropy(0.25, gamma, from_logits=True, reduction=None)
         np.testing.assert_allclose(out, keras_loss(targets, logits), rtol=1e-4, atol=1e-5)
-    gradient = jax.jit(jax.grad(lambda x: jnp.sum(loss(x, given))))(logits)
-    for c in range(6):
-        step = 1e-5 * np.eye(6)[c]
-        expected = (definition(logits + step) - definition(logits - step)) / 2e-5
-        np.testing.assert_allclose(gradient[:, c], expected, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5])

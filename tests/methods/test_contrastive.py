@@ -1,4 +1,4 @@
-"""SimCLR and supervised contrastive learning: the papers' equations, and the outputs of runs without a trained head."""
+"""SimCLR and supervised contrastive learning: degenerate features, and the outputs of runs without a trained head."""
 
 import re
 import shutil
@@ -6,7 +6,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from cases import thorough
 from PIL import Image
 from stepped import FLAGS
 from test_semi_supervised import PROBLEM, batch, run
@@ -25,31 +24,6 @@ from imgclf_jax.weights import pretrained
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
-def l_out(z, labels, temperature):
-    """Equation 2 of arXiv:2004.11362 for each vector, float64; with one positive, equation 1 of arXiv:2002.05709."""
-    z = z.astype(np.float64)
-    z /= np.sqrt((z**2).sum(1, keepdims=True))
-    out = []
-    for i in range(len(z)):
-        others = [a for a in range(len(z)) if a != i]
-        positives = [p for p in others if labels[p] == labels[i]]
-        denominator = sum(np.exp(z[i] @ z[a] / temperature) for a in others)
-        terms = [np.log(np.exp(z[i] @ z[p] / temperature) / denominator) for p in positives]
-        out.append(-sum(terms) / len(positives))
-    return np.array(out)
-
-
-@pytest.mark.parametrize("temperature", [0.1, *thorough(0.5)])
-@pytest.mark.parametrize("labels", [np.arange(12) // 2, np.repeat([0, 1, 0, 2, 1, 0], 2)])
-def test_the_loss_is_that_of_the_papers(labels, temperature):
-    """SimCLR's and SupCon's; class 2 of the latter has one image, whose only positive is its other view."""
-    z = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
-    values, nearest = contrast(z, labels, temperature)
-    np.testing.assert_allclose(values, l_out(z, labels, temperature), rtol=2e-5)
-    cosine = z @ z.T / np.outer(*[np.linalg.norm(z, axis=1)] * 2) - 9 * np.eye(12)
-    np.testing.assert_array_equal(nearest, labels[cosine.argmax(1)] == labels)
-
-
 def test_collapsed_and_zero_vectors_have_finite_gradients_and_no_accuracy():
     for z in (np.zeros((4, 3), np.float32), np.ones((4, 3), np.float32)):
         values, nearest = contrast(z, np.arange(4) // 2, 0.5)
@@ -59,15 +33,9 @@ def test_collapsed_and_zero_vectors_have_finite_gradients_and_no_accuracy():
         assert np.isfinite(gradients).all()
 
 
-def test_a_step_trains_backbone_and_projector_and_reads_no_label():
-    given = batch(16, 0)
-    before, after, sums = run(simclr(PROBLEM), given, backbone=MLP((7,)))
-    changed = jax.tree.map(lambda a, b: bool((a != b).any()), before.params, after.params)
-    assert changed["projector"] == {"hidden": {"kernel": True, "bias": True}, "out": {"kernel": True}}
-    assert all(jax.tree.leaves(changed["backbone"]))
-    assert not any(jax.tree.leaves(changed["head"]))
-    assert "correct" not in sums
-    jax.eval_shape(lambda images: run(simclr(PROBLEM), {"image": images})[1], given["image"])  # without labels
+def test_simclr_reads_no_label_and_counts_no_prediction():
+    images = {"image": batch(16, 0)["image"]}
+    assert "correct" not in jax.eval_shape(lambda given: run(simclr(PROBLEM), given, backbone=MLP((7,)))[2], images)
 
 
 def test_mistakes_get_a_sentence():

@@ -1,22 +1,16 @@
-"""Distillation, against the paper's equation in NumPy and through the commands."""
+"""Distillation through the commands: resuming, teachers that do not fit, and where the teacher's arrays are."""
 
-import dataclasses
 import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
-import scipy.special
 from stepped import FLAGS
 
 import launch
 from imgclf_jax import config, datasets, losses, programs
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
-from imgclf_jax.losses import Task
-from imgclf_jax.methods import Problem
-from imgclf_jax.methods.distill import distill
 from imgclf_jax.trained import load_teacher
 
 LEARN = "--config.method=distill('{}')"
@@ -33,26 +27,13 @@ def teacher(tmp_path_factory):
     return workdir
 
 
+@losses.with_link(losses.Link(*[np.asarray] * 4))
+def hinge(logits, labels):
+    return logits[:, 0]
+
+
 def digest(workdir):
     return json.loads((workdir / "result.json").read_text())["params_sha256"]
-
-
-@pytest.mark.parametrize("several", [False, True])
-def test_the_loss_is_that_of_hinton(several):
-    """Section 2 of arXiv:1503.02531; with a sigmoid loss each class has a divergence of two Bernoulli distributions."""
-    rng = np.random.default_rng(0)
-    s, t, supervised = (rng.normal(size=shape) for shape in ((5, 3), (5, 3), 5))
-    known = {"variables": {}, "apply": lambda v, x: np.float32(t)}
-    task, link = (Task.MULTILABEL, losses.SIGMOID) if several else (Task.CLASSES, losses.SOFTMAX)
-    problem = Problem(3, ("a", "b", "c"), (1, 1, 1), None, lambda *_: np.float32(supervised), None, "", task, None,
-                      lambda *_: known, link)  # fmt: skip
-    method = distill(problem, "run", alpha=0.3, temperature=2.5)
-    found = method.loss(lambda images, train: np.float32(s), {"image": np.zeros((5, 1, 1, 1))}, {})
-    p, q = (scipy.special.expit(x / 2.5) if several else scipy.special.softmax(x / 2.5, -1) for x in (t, s))
-    kl = scipy.special.rel_entr(p, q) + (scipy.special.rel_entr(1 - p, 1 - q) if several else 0)
-    np.testing.assert_allclose(found.values, 0.7 * supervised + 0.3 * 2.5**2 * kl.sum(-1), rtol=2e-5)
-    with pytest.raises(UserError, match="needs a loss with probabilities"):
-        distill(dataclasses.replace(problem, link=losses.Link(*[np.asarray] * 4)), "run")
 
 
 @pytest.mark.thorough
@@ -79,6 +60,7 @@ def test_a_student_resumes_to_the_same_bits_and_needs_no_teacher_afterwards(teac
     (("--config.preprocess=decode(1)|resize(6)",), "give both the same preprocess"),
     (("--config.augment=normalize(mean=(0.1,), std=(0.5,))",), "images with normalize, and"),
     (("--config.method=distill('{}', alpha=2.0)",), "alpha must be 0 to 1"),
+    ((f"--config.loss={__name__}:hinge",), "needs a loss with probabilities"),
 ])  # fmt: skip
 def test_a_teacher_that_does_not_fit_is_refused_in_one_sentence(teacher, tmp_path, capsys, flags, words):
     assert train(tmp_path / "run", LEARN.format(teacher), *(flag.format(teacher) for flag in flags)) == 1

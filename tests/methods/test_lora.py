@@ -44,22 +44,16 @@ def spoiled(variables):
 
 @pytest.mark.usefixtures("float64")
 def test_an_adapted_layer_is_equation_3():
-    """h = W0 x + alpha / r B A x, in NumPy; a convolution's kernel is adapted as a matrix over its patches."""
+    """The plain layer with W0 + alpha / r A B; a convolution's kernel is adapted as a matrix over its patches."""
     module = Adapted(Net(), rank=2, alpha=3.0, pattern="backbone/.*kernel")
     images = np.random.default_rng(1).normal(size=(3, 4, 5, 2))
     variables = spoiled(
         jax.tree.map(lambda x: np.asarray(x, np.float64), jax.jit(module.init)(jax.random.key(0), jnp.float32(images)))
     )
-    p = {name.removeprefix("params/"): np.asarray(x) for name, x in flat(variables).items()}
-    patches = np.lib.stride_tricks.sliding_window_view(images, (2, 3), (1, 2)).transpose(0, 1, 2, 4, 5, 3)
-    patches = patches.reshape(3, 9, 12)  # [b, places, kh * kw * c]
-
-    def adapted(x, name):
-        a, b = p[f"lora/{name}/kernel/a"], p[f"lora/{name}/kernel/b"]
-        kernel = p[f"{name}/kernel"].reshape(-1, b.shape[1])
-        return x @ kernel + 3.0 / 2 * (x @ a @ b) + p[f"{name}/bias"]
-
-    wanted = adapted(adapted(patches, "conv").reshape(3, -1), "dense")
+    p = flat(variables["params"])
+    merged = {name: x + 3.0 / 2 * (p[f"lora/{name}/a"] @ p[f"lora/{name}/b"]).reshape(x.shape)
+              for name, x in p.items() if name in ("conv/kernel", "dense/kernel")}  # fmt: skip
+    wanted = Net().apply({"params": traverse_util.unflatten_dict(p | merged, sep="/")}, images)
     np.testing.assert_allclose(jax.jit(module.apply)(variables, images), wanted, rtol=1e-6)
 
 

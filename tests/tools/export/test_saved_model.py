@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_stablehlo import SPECS, made, run  # noqa: F401
+from test_stablehlo import run  # noqa: F401
 
 import imgclf_jax
 import launch
@@ -75,18 +75,3 @@ def test_one_that_is_there_is_replaced_once_the_new_one_is_right(run, tmp_path, 
     assert not (folder / "thesis.txt").exists()
     assert json.loads((folder / "assets.extra" / "metadata.json").read_text())["gives"] == "features"
     assert list(tmp_path.iterdir()) == [folder]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("spec", SPECS)
-def test_every_backbone(spec, tmp_path):
-    """With TTA views, loaded by TensorFlow in this process."""
-    import tensorflow as tf
-
-    model, images = made(spec, "flip")
-    folder = tmp_path / "a.savedmodel"
-    difference = saved_model.write(model, "predict", folder, datetime.date(2026, 1, 1))
-    assert difference < 1e-5
-    function = tf.saved_model.load(folder).signatures["serving_default"]
-    found = function(images=images[:7])["probabilities"]  # `write` has compared five
-    np.testing.assert_allclose(found, model.predict(images[:7]), rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""A model as StableHLO or ONNX: other programs run the file for any number of images and give the run's outputs."""
+"""Exported files, each by its own runtime, for any number of images: the run's outputs, and those of definitions."""
 
 import datetime
 import importlib.util
@@ -11,7 +11,11 @@ import zipfile
 import jax
 import numpy as np
 import pytest
+import scipy.special
+import tensorflow as tf
 from jax import export
+from numpy.lib.stride_tricks import sliding_window_view
+from safetensors.numpy import load_file, save_file
 
 import imgclf_jax
 import launch
@@ -21,7 +25,7 @@ from imgclf_jax.models.layers import max_pool
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
-from imgclf_jax.tools.export import compared, onnx, stablehlo
+from imgclf_jax.tools.export import command, compared, onnx, stablehlo
 from imgclf_jax.trained import Trained
 
 FLAGS = ["--config.total=20 steps", "--config.model=mlp(widths=(8,))", "--config.schedule=constant(1e-2)",
@@ -91,6 +95,9 @@ def test_a_file_that_differs_from_the_model_is_not_written(run, tmp_path, monkey
     assert not (tmp_path / "a.stablehlo").exists()
 
 
+WITH_ONNX = all(map(importlib.util.find_spec, ("jax2onnx", "onnxruntime")))
+ONNX = pytest.mark.skipif(not WITH_ONNX, reason="of the group `onnx`"), pytest.mark.filterwarnings("ignore")
+FORMATS = [".stablehlo", ".savedmodel", pytest.param(".onnx", marks=ONNX), ".safetensors"]
 SPECS = {"mlp(widths=(8,))": (8, 1), "cnn(widths=(4, 8), hidden=8)": (28, 1), "rnn": (12, 1), "resnet(18)": (32, 3),
          "resnet_cifar(8)": (16, 3), "wide_resnet(10, 1)": (16, 3), "convnext('T')": (32, 3),
          "vit('Ti', patch=8)": (16, 3), "mixer('S', patch=8)": (16, 3), "airbench": (32, 3)}  # fmt: skip
@@ -111,15 +118,56 @@ def made(spec, tta=""):
     return Trained(programs, programs.init_state(first), 0), images
 
 
+def outputs(file, images, names):
+    """Of the file's own runtime; PyTorch's is NumPy here."""
+    if file.suffix == ".stablehlo":
+        return export.deserialize(bytearray(zipfile.ZipFile(file).read("model.stablehlo"))).call(images)
+    if file.suffix == ".savedmodel":
+        return tf.saved_model.load(file).signatures["serving_default"](images=images)["probabilities"]
+    if file.suffix == ".safetensors":
+        return probabilities(load_file(file), images)
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    assert session.get_modelmeta().custom_metadata_map["class_names"].split("\n") == [*names]
+    return session.run(None, {"images": images})[0]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("suffix", FORMATS[:3])
 @pytest.mark.parametrize("spec", SPECS)
-def test_every_backbone(spec):
-    """With TTA views; the CPU program and the file's own form agree, for any number of images."""
+def test_every_backbone(spec, suffix, tmp_path, monkeypatch):
+    """With TTA views; the file's own runtime and the CPU program agree, for any number of images."""
     model, images = made(spec, "flip")
-    exported = export.deserialize(stablehlo.program(model, "predict").serialize())
-    assert exported.platforms == stablehlo.PLATFORMS
-    np.testing.assert_allclose(exported.call(images), model.predict(images), rtol=0, atol=1e-5)
-    np.testing.assert_allclose(exported.call(images[:3]), model.predict(images[:3]), rtol=0, atol=1e-5)
+    monkeypatch.setattr(command, "load_trained", lambda *_: model)
+    command.main(model.config, None, [str(tmp_path / f"a{suffix}")], "", "probabilities", "")
+    for n in (1, 7):
+        found = outputs(tmp_path / f"a{suffix}", images[:n], "abcde")
+        np.testing.assert_allclose(found, model.predict(images[:n]), rtol=0, atol=1e-5)
+
+
+def probabilities(w, images):
+    """Of cnn(widths=(4,), hidden=5) by PyTorch's Conv2d, MaxPool2d, Flatten and Linear, in float64."""
+    x = ((images / 255 - (0.1, 0.5, 0.4)) / (0.3, 0.2, 0.5)).transpose(0, 3, 1, 2)  # [b, c, h, w]
+    x = np.einsum("bchwij,fcij->bfhw", sliding_window_view(x, (3, 3), (2, 3)), w["block0.weight"])
+    x = np.maximum(x + w["block0.bias"][:, None, None], 0)  # [b, 4, 6, 4]
+    x = x.reshape(-1, 4, 3, 2, 2, 2).max((3, 5)).reshape(-1, 24)
+    x = np.maximum(x @ w["dense.weight"].T + w["dense.bias"], 0) @ w["head.weight"].T + w["head.bias"]
+    return scipy.special.softmax(x, 1)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_file_computes_its_definition(suffix, tmp_path):
+    """From pixels to probabilities, with PyTorch's weights, which `init_from` reads."""
+    draw, file, torch = np.random.default_rng(0), tmp_path / f"a{suffix}", tmp_path / "torch.safetensors"
+    shapes = {"block0.weight": (4, 3, 3, 3), "dense.weight": (5, 24), "head.weight": (3, 5)}
+    shapes |= {name.replace("weight", "bias"): shape[:1] for name, shape in shapes.items()}
+    save_file(weights := {name: np.float32(draw.normal(0, 0.4, shape)) for name, shape in shapes.items()}, torch)
+    keys = {"init_from": torch, "model": "cnn(widths=(4,), hidden=5)", "data.source": "fake(64, (8, 6, 3), 3)",
+            "preprocess": "decode(3)", "augment": "normalize((0.1, 0.5, 0.4), (0.3, 0.2, 0.5))"}  # fmt: skip
+    assert launch.main(["export", str(file), *(f"--config.{key}={value}" for key, value in keys.items())]) == 0
+    images = draw.integers(256, size=(3, 8, 6, 3), dtype=np.uint8)
+    np.testing.assert_allclose(outputs(file, images, "012"), probabilities(weights, images), rtol=1e-5)
 
 
 def test_mistakes(run, tmp_path, capsys):
@@ -161,23 +209,6 @@ def test_a_wrong_translation_of_a_network_that_is_sure_is_found():
         compared.difference(run(wrong), right, "predict", "X")
     with pytest.raises(UserError, match="by up to nan"):
         compared.difference(lambda images: np.full((len(images), 5), np.nan, np.float32), right, "predict", "X")
-
-
-@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("jax2onnx", "onnxruntime"))), reason="of the group `onnx`")
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of jax2onnx
-@pytest.mark.parametrize("spec", SPECS)
-def test_every_backbone_as_onnx(spec):
-    import onnxruntime
-
-    model, images = made(spec)
-    content, difference = onnx.archive(model, "predict")
-    assert difference < 1e-5
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    for n in (1, 7):
-        [found] = session.run(None, {"images": images[:n]})
-        np.testing.assert_allclose(found, model.predict(images[:n]), rtol=0, atol=1e-5)
-    assert session.get_modelmeta().custom_metadata_map["class_names"].split("\n") == list("abcde")
 
 
 @pytest.mark.parametrize(("channels", "padding"), [(3, 0), (3, 1)])

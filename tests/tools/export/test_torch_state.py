@@ -90,14 +90,6 @@ def test_variables_that_would_share_a_name_are_all_written_and_read_back():
     assert written["dense.kernel"].shape == (2, 3)
 
 
-def test_the_inputs_behind_a_flattened_image_have_pytorchs_order():
-    kernel, backbone = drawn("dense", (2 * 3 * 5, 4)), classifier.build("mlp(widths=(4,))", 5, "float32").backbone
-    variables = {"params": {"backbone": {"dense0": {"kernel": kernel}}}}
-    written = torch_state.state_dict(backbone, variables, "own", (2, 3, 5))
-    expected = kernel.reshape(2, 3, 5, 4).transpose(3, 2, 0, 1).reshape(4, -1)
-    np.testing.assert_array_equal(written["dense0.weight"], expected)
-
-
 @pytest.mark.parametrize(("arguments", "names", "message"), [
     ("representation=True", "timm", r"params/backbone/representation/\w+ of ViT has no name in timm's model"),
     ("pool='mean'", "torchvision", r"torchvision's ViT needs a class token.*pool='mean'.*--names=timm"),
