@@ -7,26 +7,14 @@ chosen on `val`, never on `test`. What is missing is held out of the training im
 for `val`, and a tenth for `test` if there is neither.
 """
 
-from imgclf_jax.config import ConfigDict, default_config, split_folders
+from imgclf_jax.config import ConfigDict, default_config, use_folder
 
 
 def get_config(path: str = "images") -> ConfigDict:
     config = default_config()
     config.total = "30 epochs"
     config.batch_size = 32
-    config.data.source = f"folder({path!r})"
-    splits: dict[str, str] = {}
-    for name, role in split_folders(path).items():
-        splits.setdefault(role, name)
-    train = splits.pop("train", "train")
-    if not splits:
-        splits = {"val": f"{train}[80%:90%]", "test": f"{train}[90%:]"}
-        train = f"{train}[:80%]"
-    elif "val" not in splits:
-        splits = {"val": f"{train}[90%:]", **splits}
-        train = f"{train}[:90%]"
-    config.data.train = train
-    config.data.eval = splits
+    use_folder(config, path)
     config.preprocess = "decode(3)|random_resized_crop(64, scale=(0.6, 1.0))"
     config.preprocess_eval = "decode(3)|resize_small(72)|central_crop(64)"
     config.augment = "flip_lr|normalize(mean=0.5, std=0.25)"

@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from imgclf_jax.core.errors import UserError, reason, unknown
-from imgclf_jax.core.split_folders import split_folders as split_folders
+from imgclf_jax.core.split_folders import split_folders
 from imgclf_jax.core.typing import Value
 
 # key: (default, meaning). The type of the default is the type of the key.
@@ -52,7 +52,8 @@ KEYS: dict[str, tuple[Value, str]] = {
     "model": ("cnn", "The backbone, such as resnet(depth=50), vit(head_init='zeros') or an import path."),
     "batch_norm": ("global", "Which examples BatchNorm statistics cover: 'global' (SyncBatchNorm), or 'groups(32)' "
                              "(ghost: 32 examples of the batch, with all their views)."),
-    "init_from": ("", "Initial weights: a work directory, a .safetensors or PyTorch file, or 'FILE::model_ema' in it."),
+    "init_from": ("", "Initial weights: a work directory, a file, 'FILE::model_ema' in it, timm('NAME', 'FILE'), or "
+                      "efficientnet_lite0; the latter two fill in empty `model` and `preprocess`."),
     "init_strict": (True, "Refuse `init_from` if more than the head differs from the model; False loads what fits."),
     "loss": ("softmax", "softmax, sigmoid (a binary cross-entropy per class), focal, or an import path."),
     "method": ("supervised", "What a run learns from a batch: supervised, distill, fixmatch, lora, mean_teacher, "
@@ -126,6 +127,21 @@ def default_config() -> ConfigDict:
         section, _, leaf = key.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[leaf] = default
     return ConfigDict(nested).lock()
+
+
+def use_folder(config: ConfigDict, path: str) -> None:
+    """Sets the keys `data.*` to the images of a folder, which has a folder per class or splits of such.
+
+    What is missing is held out of the training images: a tenth for `val`, and a tenth for `test` if there is neither.
+    """
+    splits = {role: name for name, role in reversed(split_folders(path).items())}  # the first of a role
+    train, kept, held = splits.pop("train", "train"), "", dict[str, str]()
+    if not splits:
+        kept, held = "[:80%]", {"val": "[80%:90%]", "test": "[90%:]"}
+    elif "val" not in splits:
+        kept, held = "[:90%]", {"val": "[90%:]"}
+    config.data.source, config.data.train = f"folder({path!r})", train + kept
+    config.data.eval = {role: train + part for role, part in held.items()} | dict(sorted(splits.items())[::-1])
 
 
 def load_file(path_and_arg: str) -> ConfigDict:

@@ -31,6 +31,7 @@ from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.train import command as train
+from imgclf_jax.weights import initial
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))
@@ -92,6 +93,7 @@ SHAPES = {"digits": (8, 8, 1), "fashion_mnist": (28, 28, 1), "mnist": (28, 28, 1
 def test_every_config_file_trains(file, tmp_path):
     """Two steps on fake data of the same shape, with evaluation."""
     config = configs.load_file(str(file))
+    initial.fill(config)
     configs.validate(config)
     channels = int(re.match(r"decode\((\d)\)", config.preprocess)[1])
     shape, classes = SHAPES.get(file.stem, (32, 32, channels)), 2 if file.stem == "medical" else 10
@@ -202,7 +204,9 @@ def test_the_command_config_prints_every_key_with_its_documentation(capsys):
     for file in FILES:
         assert launch.main(["config", f"--config={file}", "--config.seed=7", "--config.data.eval.more=train[:9]"]) == 0
         text = capsys.readouterr().out
-        expected = configs.flatten(configs.load_file(str(file))) | {"seed": 7}
+        config = configs.load_file(str(file))
+        initial.fill(config)
+        expected = configs.flatten(config) | {"seed": 7}
         expected["data.eval"] = expected["data.eval"] | {"more": "train[:9]"}
         printed = re.findall(r"(\S+) = (.*)\n    (.*)\n", text)
         found = {key: (ast.literal_eval(value), documentation) for key, value, documentation in printed}

@@ -87,6 +87,8 @@ def run_launch(words: list[str]) -> None:
         words = [word for word in words if not word.startswith("--steps=")]
     if ("--config" in words and any(word.startswith("--config.init_from=") for word in words)) or "transfer" in config:
         settings |= {"model": "resnet_cifar(depth=8)", "batch_size": "8", "data.source": "fake(16, (32, 32, 3), 10)"}
+    elif command == "train" and re.match(r"configs/(finetune|probe)", config):
+        settings |= {"stop": ""}
     elif command == "train" and config.startswith("configs/"):
         settings |= SMALL
     elif command == "find-lr":

@@ -88,6 +88,7 @@ def offline():
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(("changes", "named"), [
     ({"init_from": "gs://evil/weights.pth"}, "'gs://evil/weights.pth', which is on the network"),
+    ({"init_from": "timm('resnet18.tv_in1k')"}, "'hf-hub:timm/resnet18.tv_in1k', which is on the network"),
     ({"data.source": "arrays('s3://evil/x.npz')"}, "'s3://evil/x.npz', which is on the network"),
     ({"data.eval.test": "arrays('s3://evil/x.npz')/test"}, "'s3://evil/x.npz', which is on the network"),
     ({"data.source": "tfds('mnist')", "data.data_dir": "gs://evil/x"}, "'gs://evil/x', which is on the network"),

@@ -212,11 +212,15 @@ def build(text: str, train: bool) -> Callable[..., jax.Array]:
     return apply
 
 
+def normalization(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """The mean and standard deviation, f32[] or f32[c], of `normalize` in the spec `text`; 0 and 1 without one."""
+    call = next((call for call in spec.parse(text) if call.name == "normalize"), spec.Call("normalize"))
+    known = inspect.signature(normalize).bind(None, *call.args, **call.kwargs)
+    known.apply_defaults()
+    return np.asarray(known.arguments["mean"], np.float32), np.asarray(known.arguments["std"], np.float32)
+
+
 def to_pixels(images: np.ndarray, text: str) -> np.ndarray:
     """Undoes `normalize` in the images f32[b, h, w, c] that the ops of the spec `text` return: f32 in [0, 1]."""
-    for call in (call for call in spec.parse(text) if call.name == "normalize"):  # at most one
-        known = inspect.signature(normalize).bind(None, *call.args, **call.kwargs)
-        known.apply_defaults()
-        mean, std = (np.asarray(known.arguments[name], np.float32) for name in ("mean", "std"))
-        images = images * std + mean
-    return np.clip(images, 0, 1).astype(np.float32)
+    mean, std = normalization(text)
+    return np.clip(images * std + mean, 0, 1).astype(np.float32)

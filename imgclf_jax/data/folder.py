@@ -9,18 +9,22 @@ import numpy as np
 from imgclf_jax.core import terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.split_folders import class_folders, split_folders
-from imgclf_jax.data import image_files
+from imgclf_jax.data import image_files, imagenet_classes
 from imgclf_jax.data.file_source import check_files, file_sources, hashed, open_folder
 from imgclf_jax.data.image_check import THREADS
 from imgclf_jax.data.source import Source
 
 
-def folder(path: str, train_per_class: int = 0, draw: int = 0, *, unreadable: str = "error") -> dict[str, Source]:
+def folder(
+    path: str, train_per_class: int = 0, draw: int = 0, classes: str = "", *, unreadable: str = "error"
+) -> dict[str, Source]:
     """Finds the images of a folder: `path/CLASS/…` is the split `train`, `path/test/CLASS/…` the split `test`.
 
     - `core.split_folders` names the split folders.
     - `train_per_class` makes so many images of each class `train` and all others `test`, in a folder without splits.
       Which ones depends on their names and the number `draw`, so several runs can have different splits.
+    - `classes="imagenet"` makes the classes ImageNet's 1,000, of which the sub-folders name some: see
+      `imagenet_classes.label_of`.
     - `unreadable` "skip" drops the files that cannot be read, and "error" raises. They are found at the start: see
       `image_check`.
 
@@ -30,12 +34,17 @@ def folder(path: str, train_per_class: int = 0, draw: int = 0, *, unreadable: st
     prefixes = {name: f"{name}/" for name in split_folders(root)} or {"train": ""}
     # All splits have the union of their classes, so labels agree between them.
     class_names = tuple(sorted({d.name for prefix in prefixes.values() for d in class_folders(root / prefix)}))
+    number = {name: label for label, name in enumerate(class_names)}
+    if classes:
+        if classes != "imagenet":
+            raise UserError(f"folder(classes={classes!r}): allowed is 'imagenet'")
+        number, class_names = {name: imagenet_classes.label_of(name) for name in class_names}, imagenet_classes.names()
     if len(class_names) < 2:
         raise UserError(f"folder: {root} has {len(class_names)} class folders; make one per class, at least two")
     with terminal.showing(f"listing images in {str(root)!r}"):
         found = [(name, *one) for name, prefix in prefixes.items() for one in _list(root, prefix)]
     checked = check_files("folder", root, [file for _, _, file in found], unreadable)
-    splits, classes, files = zip(*found, strict=True)
+    splits, owners, files = zip(*found, strict=True)
     if train_per_class:
         if prefixes != {"train": ""} or train_per_class < 0:
             raise UserError(f"folder(train_per_class={train_per_class}): must be above zero, for a folder without "
@@ -44,8 +53,7 @@ def folder(path: str, train_per_class: int = 0, draw: int = 0, *, unreadable: st
         splits = tuple("train" if file in chosen else "test" for file in files)
     elif draw:
         raise UserError(f"folder(draw={draw}) draws nothing without train_per_class; set both, or neither")
-    number = {name: label for label, name in enumerate(class_names)}
-    labels = np.array([number[name] for name in classes], np.int32)
+    labels = np.array([number[name] for name in owners], np.int32)
     return file_sources(root, files, splits, labels, class_names, checked)
 
 

@@ -6,13 +6,14 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Examples, Function
-from imgclf_jax.data import splits
+from imgclf_jax.data import imagenet_classes, splits
 from imgclf_jax.data.arrays import array_source, arrays
 from imgclf_jax.data.folder import folder
 from imgclf_jax.data.prepare import open_tfds
@@ -37,26 +38,29 @@ def digits() -> dict[str, Source]:
         }
 
 
-def fake(n: int = 1024, shape: tuple[int, int, int] = (28, 28, 1), classes: int = 10) -> dict[str, Source]:
+def fake(n: int = 1024, shape: tuple[int, int, int] = (28, 28, 1), classes: int | str = 10) -> dict[str, Source]:
     """Synthetic examples for tests and timings: n each in `train` and `test`.
 
-    An image is noise hashed from example and pixel, with a bright band at a height given by the class. Raises UserError
-    for impossible numbers, and for images larger than 16 MiB.
+    `classes` is their number, or "imagenet" for ImageNet's. An image is noise hashed from example and pixel, with a
+    bright band at a height given by the class. Raises UserError for impossible numbers, and for images larger than
+    16 MiB.
     """
-    numbers = (n, classes, *shape) if isinstance(shape, (tuple, list)) and len(shape) == 3 else (0,)
+    named = imagenet_classes.names() if classes == "imagenet" else ()
+    count: Any = len(named) or classes
+    numbers = (n, count, *shape) if isinstance(shape, (tuple, list)) and len(shape) == 3 else (0,)
     whole = all(type(number) is int and number > 0 for number in numbers)
-    if not whole or n > 2**48 or classes > MAX_CLASSES or shape[2] > 4 or math.prod(shape) > 2**24:
+    if not whole or n > 2**48 or count > MAX_CLASSES or shape[2] > 4 or math.prod(shape) > 2**24:
         raise UserError(f"fake({n!r}, {shape!r}, {classes!r}): expected at most 2**48 examples, a shape (height, "
                         "width, channels) of at most 4 channels and 2**24 values, and a million classes")  # fmt: skip
-    names, size = tuple(str(c) for c in range(classes)), math.prod(shape)
+    names, size = named or tuple(str(c) for c in range(count)), math.prod(shape)
 
     def read(ids: np.ndarray, offset: int) -> Examples:
-        labels = (ids % classes).astype(np.int32)  # [n]
+        labels = (ids % count).astype(np.int32)  # [n]
         first = (ids.astype(np.uint64)[:, None] + np.uint64(offset)) * np.uint64(size)
         x: np.ndarray = (first + np.arange(size, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)  # wraps modulo 2**64
         x = (x ^ (x >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
         noise = (x >> np.uint64(57)).astype(np.uint8)  # [n, h * w * c], 0 to 127
-        band = np.arange(size) * classes // size == labels[:, None]
+        band = np.arange(size) * count // size == labels[:, None]
         return {"image": (noise + np.uint8(128) * band).reshape(-1, *shape), "label": labels}
 
     def source(offset: int) -> Source:

@@ -5,9 +5,10 @@ The first matching rule applies. Each rule must apply to at least one parameter.
 """
 
 import collections
+import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from imgclf_jax.core.errors import UserError
@@ -30,13 +31,17 @@ class Rules:
     def __bool__(self) -> bool:
         return bool(self.lr or self.decay or self.frozen)
 
-    def table(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
-        """A table for the log, one line per parameter: path, shape, learning-rate and weight-decay multipliers."""
-        lines, width = [], max(map(len, shapes))
-        for name, shape in shapes.items():
+    def table(self, names: Iterable[str]) -> str:
+        """A table for the log: path, learning-rate and weight-decay multipliers; a line for equals of one module."""
+
+        def key(name: str) -> tuple[str, str]:
             factors = f"learning rate x {self.lr.get(name, 1):.4g}, weight decay x {self.decay.get(name, 1):.4g}"
-            lines.append(f"{name:<{width}}  {list(shape)!s:<18} {'frozen' if name in self.frozen else factors}")
-        return "\n".join(lines)
+            return "/".join(name.split("/")[:2]), "frozen" if name in self.frozen else factors
+
+        grouped = [(module, [*some], text) for (module, text), some in itertools.groupby(names, key)]
+        rows = [(f"{module}/* ({len(some)})" if some[1:] else some[0], text) for module, some, text in grouped]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
 def build(lr: str, decay: str, freeze: str, layer_decay: float, names: Sequence[str], freeze_also: str = "") -> Rules:

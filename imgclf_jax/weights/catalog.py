@@ -1,8 +1,9 @@
 """Published networks by timm's names: the backbone, the preprocessing and the licence of their weights."""
 
+import difflib
 from dataclasses import dataclass
 
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError
 
 type Normalization = tuple[tuple[float, float, float], tuple[float, float, float]]  # (mean, std) of pixels in 0–1
 
@@ -75,5 +76,6 @@ NETWORKS: dict[str, Published] = {
 def find(name: str) -> Published:
     """The network of this name. Raises UserError for a name that is not in the table, with the nearest ones."""
     if name not in NETWORKS:
-        raise UserError(unknown("network", name, NETWORKS))
+        near = difflib.get_close_matches(name, NETWORKS, 3, 0.0)
+        raise UserError(f"the catalog of weights has no {name!r}; the nearest are {', '.join(near)}")
     return NETWORKS[name]

@@ -1,4 +1,4 @@
-"""Reads weights from safetensors and PyTorch files, without PyTorch and without running code from the file.
+"""Reads weights from safetensors, PyTorch and NumPy files, without PyTorch and without running code from the file.
 
 Files are untrusted. The first bytes determine the format; then the index, of bounded length, and the wanted arrays are
 read. So memory use is bounded by the wanted arrays, or for safetensors by the file, whatever it claims.
@@ -14,6 +14,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import numpy as np
@@ -38,7 +39,7 @@ _PREFIXES = re.compile(r"(module\.|_orig_mod\.|model\.)*")  # added by DataParal
 def read(
     path: Path, wanted: Callable[[str, tuple[int, ...]], bool] | None = None, container: str = ""
 ) -> dict[str, np.ndarray]:
-    """Reads {name: array} from a safetensors file or a PyTorch checkpoint, in its old or its new format.
+    """Reads {name: array} from a safetensors file, a PyTorch checkpoint in its old or its new format, or an .npz file.
 
     The format is recognized by content. The weights are under the entry `container`, by default the first of
     `_CONTAINERS`, or at the top level. Prefixes that all names share (`module.`, `_orig_mod.`, `model.`) are removed.
@@ -91,17 +92,20 @@ def _open(path: Path, container: str) -> Iterator[_Found]:
         file.seek(0)
         if start.startswith(b"PK\3\4"):
             with zipfile.ZipFile(file) as content:
-                yield _find_weights(*_read_zip(content), path, container)
+                arrays = all(name.endswith(".npy") for name in content.namelist())
+                yield _read_npz(content) if arrays else _find_weights(*_read_zip(content), path, container)
         elif start.startswith(pickle.dumps(_MAGIC, 2)):
             yield _find_weights(*_read_legacy(file), path, container)
+        elif start.startswith(b"version https://git-lfs"):
+            raise UserError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull")
+        elif re.match(rb"\s*(<!doctype|<html)", start, re.IGNORECASE):
+            raise UserError(f"{path} is a web page, not a file of weights; download the file itself")
         elif path.suffix == ".safetensors":
             if container:
                 raise UserError(f"{path} has no entries, so no {container!r}; name the file without ::{container}")
             yield _read_safetensors(file, path)
-        elif start.startswith(b"version https://git-lfs"):
-            raise UserError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull")
         else:
-            raise UserError(f"{path} is neither a PyTorch checkpoint (.pth, .pt, .th) nor a .safetensors file")
+            raise UserError(f"{path} is neither a PyTorch checkpoint (.pth, .pt, .th) nor a .safetensors or .npz file")
 
 
 type _Storages = Callable[[Storage], bytes]  # reads the elements of a storage
@@ -185,6 +189,24 @@ def _find_weights(tree: Unpickled, storages: _Storages, path: Path, container: s
         return np.ndarray(tensor.shape, dtype, kept(tensor.storage), tensor.offset * dtype.itemsize, strides)
 
     return found, view
+
+
+def _read_npz(content: zipfile.ZipFile) -> _Found:
+    """Reads NumPy's format, as big_vision writes it. Arrays of objects, which are pickles, are refused."""
+    found, headers = {}, {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    for info in content.infolist():
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("a compressed archive; save the arrays by numpy.savez")
+        with content.open(info) as member:
+            shape, fortran, dtype = headers[np.lib.format.read_magic(member)](member)
+            start = member.tell()
+        dtype = _SAFETENSORS["BF16"] if dtype == np.dtype("V2") else dtype  # NumPy does not know bfloat16
+        if dtype not in _SAFETENSORS.values():
+            raise Refused(f"has arrays of the type {dtype}")
+        found[info.filename.removesuffix(".npy")] = SimpleNamespace(
+            shape=shape, dtype=dtype, start=start, info=info, order="F" if fortran else "C"
+        )
+    return found, lambda x: np.frombuffer(content.read(x.info), x.dtype, -1, x.start).reshape(x.shape, order=x.order)
 
 
 def _read_safetensors(file: IO[bytes], path: Path) -> _Found:

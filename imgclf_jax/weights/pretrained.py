@@ -1,5 +1,6 @@
 """Loads the weights of `init_from`, a file or another run: takes those that fit the model and reports the rest."""
 
+import difflib
 import hashlib
 import json
 import logging
@@ -25,7 +26,8 @@ from imgclf_jax.programs import Programs
 from imgclf_jax.run import digests
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.weights import files, torch_names
+from imgclf_jax.weights import files, initial, torch_names
+from imgclf_jax.weights.catalog import NETWORKS, Published
 
 log = logging.getLogger(__name__)
 
@@ -43,24 +45,30 @@ class Weights:
     source: JsonObject  # for provenance.json: the path, its SHA-256 and, for a work directory, the step
     taken: dict[str, np.ndarray] = field(default_factory=dict)
     resized: list[str] = field(default_factory=list)  # position embeddings resized from another grid
+    stem: str = ""  # the numbers of channels between which the first convolution is adapted; empty if it is not
     head: str = ""  # why the head starts from random weights; empty if it is taken
     left_out: list[str] = field(default_factory=list)  # modules added by the other run's method, such as a projector
     fresh: list[str] = field(default_factory=list)  # modules added by this run's method, which stay random
     misfits: list[str] = field(default_factory=list)  # arrays of another shape than the model's
     unused: list[str] = field(default_factory=list)  # names in the file that the model does not have
     missing: list[str] = field(default_factory=list)  # names in the model that the file does not have
+    wanted: str = ""  # the name that a file would have for the first missing one
 
     @property
     def faults(self) -> list[str]:
         """Descriptions of what does not fit. A new head, resized positions and a method's modules are no faults."""
         kinds = {"of another shape": self.misfits, "of the model missing in it": self.missing,
                  "in it that the model does not have": self.unused}  # fmt: skip
-        return [f"{len(names)} arrays {text} ({_some(names)})" for text, names in kinds.items() if names]
+        found = [f"{len(names)} arrays {text} ({_some(names)})" for text, names in kinds.items() if names]
+        if near := difflib.get_close_matches(self.wanted, self.unused, 3, 0.0) if self.missing else []:
+            found[-1] += f", of which the nearest to {self.wanted} are {' and '.join(near)}"
+        return found
 
     def report(self) -> str:
         """One sentence: how many arrays were taken, and what happened to the others."""
-        others = {"positions resized ({})": self.resized, "a new head ({})": [self.head] * bool(self.head),
-                  "left out: {}": self.left_out, "from random weights: {}": self.fresh}  # fmt: skip
+        others = {"positions resized ({})": self.resized, "stem adapted ({})": [self.stem] * bool(self.stem),
+                  "a new head ({})": [self.head] * bool(self.head), "left out: {}": self.left_out,
+                  "from random weights: {}": self.fresh}  # fmt: skip
         notes = [text.format(", ".join(names)) for text, names in others.items() if names]
         return "; ".join([f"{len(self.taken)} arrays taken", *self.faults, *notes])
 
@@ -76,8 +84,9 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     file says that it was trained for other classes or with another normalization, link or model.
     """
     config = programs.recipe.config
-    file, _, container = config.init_from.partition("::")
-    path = paths.as_path(file)
+    start, what = initial.parse(config.init_from), f"init_from={config.init_from!r}"
+    file, _, container = start.at.partition("::")
+    path, located = initial.locate(file)
     leaves = tree.named_leaves({"params": programs.state_shape.params, **programs.state_shape.model_state})
     own: dict[str, Any] = {name: jax.ShapeDtypeStruct(x.shape[config.num_seeds > 1 :], x.dtype) for name, x in leaves}
     if not programs.recipe.method.predicts:  # accept the names of a head, but no array
@@ -87,10 +96,11 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     elif path.is_file():
         named, labels, source, record = _read_file(path, container, programs, own)
     else:
-        raise no_such("init_from", "file or work directory", path)
+        hint = f"; for these weights write init_from=\"timm('{file}', 'FILE')\"" * (file in NETWORKS)
+        raise UserError(f"{no_such('init_from', 'file or work directory', path)}{hint}")
     record = {key: text for key, text in record.items() if isinstance(text, str)}
     processes.agree(lambda: source, fix=f"init_from={config.init_from!r} must be one file for all")
-    weights = Weights({"path": config.init_from, **source})
+    weights = Weights({"path": config.init_from, **located, **source})
     added = _added_by_method(own.keys() - named.keys()), _added_by_method(named.keys() - own.keys())
     weights.fresh, weights.left_out = (sorted(set(modules.values())) for modules in added)
     own, named = ({k: x for k, x in every.items() if k not in modules}
@@ -98,10 +108,14 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     written = re.fullmatch(r"(\d{1,5})x(\d{1,5})", record.get("grid", ""))
     their_grid = (int(written[1]), int(written[2])) if written else None
     _fit(weights, named, labels, own, patch_grid(programs), their_grid)
+    if weights.missing:  # what a file would call the first
+        backbone = programs.recipe.plain_model.backbone
+        library = next(iter(torch_names.TABLES.get(type(backbone), ("own",)))) if path.is_file() else ""
+        first = weights.missing[0]
+        weights.wanted = (library and torch_names.torch_names(backbone, list(own), library)[first]) or first
     if not programs.recipe.method.predicts:
         weights.head = ""
         weights.left_out += ["head"] if any(name.startswith(_HEAD) for name in named) else []
-    what = f"init_from={config.init_from!r}"
     if config.init_strict and "lora" in weights.left_out:
         raise UserError(f"{what} holds LoRA adapters, which only its own method can merge into the backbone; name a "
                         ".safetensors file that export wrote of this run, or leave the adapters out with "
@@ -111,6 +125,8 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     if config.init_strict and weights.faults:
         raise UserError(f"{what} does not fit model={config.model!r}: {'; '.join(weights.faults)}; set model to the "
                         "model of these weights, or take what fits with init_strict=False")  # fmt: skip
+    if start.published:
+        _check_published(programs, start.published, what)
     if whole:
         _check_whole(programs, weights, record, what)
     log.log(logging.WARNING if weights.faults else logging.INFO, "%s: %s", what, weights.report())
@@ -173,7 +189,8 @@ def _read_file(path: Path, container: str, programs: Programs, own: Mapping[str,
         if (name := torch_names.own_name(backbone, label, own)) is None:
             return False
         grid = name.endswith(_POSITIONS) and len(shape) == 3 and shape[1] <= _MAX_POSITIONS
-        return math.prod(shape) == math.prod(own[name].shape) or (grid and shape[::2] == own[name].shape[::2])
+        return (math.prod(shape) == math.prod(own[name].shape) or (grid and shape[::2] == own[name].shape[::2])
+                or _is_stem(shape[2:] + shape[1::-1], own[name].shape))  # fmt: skip
 
     named, labels = {}, {}
     for label, array in files.read(path, wanted, container).items():
@@ -223,9 +240,19 @@ def _fit(
         ):  # fmt: skip
             weights.taken[name], words = fitted
             weights.resized.append(words)
+        elif name.endswith("/kernel") and _is_stem(array.shape, own[name].shape):
+            rgb, channels = np.asarray(array, np.float32), own[name].shape[2]  # as timm's `adapt_input_conv`
+            repeated = rgb[:, :, np.arange(channels) % 3] * np.float32(3 / channels)
+            weights.taken[name] = rgb.sum(2, keepdims=True) if channels == 1 else repeated
+            weights.stem = f"3 channels to {channels}"
         else:
             weights.misfits.append(f"{labels[name]}: {list(array.shape)} in it, {list(own[name].shape)} here")
     weights.missing += [name for name in own if name not in named and name not in head]
+
+
+def _is_stem(theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
+    """Whether a kernel [kh, kw, 3, out] is that of a first convolution whose images here have other channels."""
+    return len(theirs) == len(ours) == 4 and theirs[2] == 3 != ours[2] <= 4 and theirs == (*ours[:2], 3, ours[3])
 
 
 def patch_grid(programs: Programs) -> Grid | None:
@@ -251,6 +278,18 @@ def _check_whole(programs: Programs, weights: Weights, record: Mapping[str, str]
         if text != config[key] and (spec.names_code(text) or meaning(text) != meaning(config[key])):
             raise UserError(f"{what} was trained with {key}={text!r}, and this command has {key}={config[key]!r}: its "
                             f"predictions would be wrong; give both the same{instead}")  # fmt: skip
+
+
+def _check_published(programs: Programs, published: Published, what: str) -> None:
+    """Names a licence that forbids uses, and raises UserError if `augment` normalizes otherwise than the network."""
+    if published.license:
+        log.warning("%s: the licence of these weights, %s, forbids some uses", what, published.license)
+    config, rgb = programs.recipe.config, programs.recipe.data.image_shape[-1] == 3
+    pairs = zip(ops.normalization(config.augment), published.normalization, strict=True)
+    if config.init_strict and not all(np.allclose(x, y if rgb else np.mean(y), atol=1e-3) for x, y in pairs):
+        mean, std = published.normalization
+        raise UserError(f"{what} needs normalize(mean={mean}, std={std}), and this config has "
+                        f"augment={config.augment!r}; drop normalize there, or set init_strict=False")  # fmt: skip
 
 
 def _resize_positions(

@@ -176,14 +176,15 @@ def test_a_damaged_file(tmp_path, name):
 
 
 def test_files_of_other_kinds(tmp_path):
-    """An image, a pickle, an empty file, an LFS pointer, an .npz, one that claims 1 TB: the error says what."""
-    np.savez(tmp_path / "x.npz", a=np.zeros(3))
+    """An image, a pickle, an empty file, an LFS pointer, a zip archive, one that claims 1 TB: the error says what."""
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a.txt", "")
     for name, content, fragment in [
         ("x.png", b"\x89PNG\r\n", "is neither a PyTorch checkpoint"),
         ("x.pth", pickle.dumps({"w": 1}), "is neither a PyTorch checkpoint"),
         ("e.pth", b"", "is neither a PyTorch checkpoint"),
         ("l.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "git lfs pull"),
-        ("n.pth", (tmp_path / "x.npz").read_bytes(), "is a zip archive of something else"),
+        ("n.pth", (tmp_path / "x.zip").read_bytes(), "is a zip archive of something else"),
     ]:
         (tmp_path / name).write_bytes(content)
         refused(tmp_path / name, fragment)

