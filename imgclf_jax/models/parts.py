@@ -26,6 +26,8 @@ ACTIVATIONS = {
         for name in ("relu", "relu6", "silu", "hard_silu", "elu", "leaky_relu", "softplus", "tanh")
     },
     "gelu": gelu,
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
     "identity": lambda x: x,
 }
 _OF_BATCH_NORM = ("momentum", "epsilon", "use_scale")  # for norms that have such fields
