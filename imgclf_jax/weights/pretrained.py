@@ -1,6 +1,7 @@
 """Loads the weights of `init_from`, a file or another run: takes those that fit the model and reports the rest."""
 
 import difflib
+import functools
 import hashlib
 import json
 import logging
@@ -28,7 +29,7 @@ from imgclf_jax.run import digests
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.weights import files, initial, torch_names, vit_names
-from imgclf_jax.weights.catalog import NETWORKS, Published
+from imgclf_jax.weights.catalog import Published
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +98,7 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     elif path.is_file():
         named, labels, source, record = _read_file(path, container, programs, own)
     else:
-        hint = f"; for these weights write init_from=\"timm('{file}', 'FILE')\"" * (file in NETWORKS)
-        raise UserError(f"{no_such('init_from', 'file or work directory', path)}{hint}")
+        raise no_such("init_from", "file or work directory", path)
     record = {key: text for key, text in record.items() if isinstance(text, str)}
     processes.agree(lambda: source, fix=f"init_from={config.init_from!r} must be one file for all")
     weights = Weights({"path": config.init_from, **located, **source})
@@ -296,12 +296,11 @@ def _check_published(programs: Programs, published: Published, what: str) -> Non
     """Names a licence that forbids uses, and raises UserError if `augment` normalizes otherwise than the network."""
     if published.license:
         log.warning("%s: the licence of these weights, %s, forbids some uses", what, published.license)
-    config, rgb = programs.recipe.config, programs.recipe.data.image_shape[-1] == 3
-    pairs = zip(ops.normalization(config.augment), published.normalization, strict=True)
-    if config.init_strict and not all(np.allclose(x, y if rgb else np.mean(y), atol=1e-3) for x, y in pairs):
-        mean, std = published.normalization
-        raise UserError(f"{what} needs normalize(mean={mean}, std={std}), and this config has "
-                        f"augment={config.augment!r}; drop normalize there, or set init_strict=False")  # fmt: skip
+    config, op = programs.recipe.config, initial.normalize(published, programs.recipe.data.image_shape[-1])
+    same = all(map(functools.partial(np.allclose, atol=1e-3), *map(ops.normalization, (config.augment, op))))
+    if config.init_strict and not same:
+        raise UserError(f"{what} needs {op}, and this config has augment={config.augment!r}; drop normalize there, or "
+                        "set init_strict=False")  # fmt: skip
 
 
 def _resize_positions(
