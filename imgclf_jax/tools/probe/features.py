@@ -13,9 +13,10 @@ from imgclf_jax.core import terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data.source import Source
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.tools.evaluate import outputs
 from imgclf_jax.tools.evaluate.changes import compare_with_record
 from imgclf_jax.tools.pages import inputs
-from imgclf_jax.tools.probe import embeddings, feature_sets
+from imgclf_jax.tools.probe import embeddings
 from imgclf_jax.tools.probe.embeddings import Part
 from imgclf_jax.train.evaluation import open_evals, open_set
 from imgclf_jax.trained import Trained, load_converted, restore
@@ -53,7 +54,7 @@ def _of_sets(model: Trained, workdir: Workdir | None, base: dict[str, Source], s
         compare_with_record(model.programs, workdir, base, {} if split else sets)
     for name, images in sets.items():
         done, batches = 0, -(-len(images) // model.programs.eval_batch_size)
-        for features, labels in terminal.track(feature_sets.compute_batches(model, images), batches, name):
+        for features, labels in terminal.track(outputs.compute_batches(model, images), batches, name):
             ids = range(done, done + len(labels))
             yield Part(name, [images.source.listed_name(i) for i in ids], labels, features)
             done += len(labels)
