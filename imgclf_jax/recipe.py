@@ -12,7 +12,6 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
-import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,9 +35,10 @@ from imgclf_jax.models import classifier
 from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
 from imgclf_jax.run.provenance import raised_in_user_code
 
-_SIDE_EFFECTS = {
-    jax.errors.UnexpectedTracerError: "keeps an array of one trace for another; return it, or use a linen variable",
-    flax.errors.ModifyScopeVariableError: "changes a variable in evaluation too; set use_running_average=not train",
+_EXPLAINED = {  # what the type or message of an error in user code has, and what to change
+    "UnexpectedTracerError": "keeps an array of one trace for another; return it, or use a linen variable",
+    "ModifyScopeVariableError": "changes a variable in evaluation too; set use_running_average=not train",
+    "must be passed to the": "calls a layer without its mode; pass it, such as use_running_average=not train",
 }
 
 
@@ -108,8 +108,9 @@ class Recipe:
         except UserError:
             raise
         except Exception as e:  # JAX, Flax and Optax raise many types
-            if self.own_code and (sentence := _SIDE_EFFECTS.get(type(e))):
-                raise UserError(f"{self.own_code} {sentence} ({reason(e).partition('. ')[0]})") from e
+            known = [text for part, text in _EXPLAINED.items() if part in f"{type(e).__name__}: {e}"]
+            if self.own_code and known:
+                raise UserError(f"{self.own_code} {known[0]} ({reason(e).partition('. ')[0]})") from e
             images = jax.ShapeDtypeStruct((1, *self.data.image_shape), "float32")
             for key, model in (("model", self.plain_model), ("method", self.model)):
                 init = functools.partial(model.init, rng.init_streams(jax.random.key(0)), train=False)

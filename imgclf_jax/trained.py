@@ -122,15 +122,15 @@ class Trained(NamedTuple):
         return self._all("features", images, -2)
 
     def _all(self, what: Outputs, images: Iterable[ImageLike] | ImageLike, axis: int) -> np.ndarray:
-        if isinstance(images, str | os.PathLike | bytes | Image.Image):
+        if isinstance(images, str | os.PathLike | bytes | Image.Image) or getattr(images, "ndim", 0) in (2, 3):
             images = [images]
-        elif isinstance(images, np.ndarray) and images.ndim in (2, 3):
-            images = images[None]
         rows = []
         for row in self.stream(what, images):
             if isinstance(row, UserError):
                 raise row
             rows.append(row)
+        if not rows:
+            raise UserError(f"{what} got no images; pass one or more")
         return np.stack(rows, axis)
 
     def stream(self, what: Outputs, images: Iterable[ImageLike]) -> Iterator[np.ndarray | UserError]:

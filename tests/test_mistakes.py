@@ -66,6 +66,8 @@ def whole(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
     (["predict", "--top_k=0"], ["--top_k", "0: must be 1 or more"]),
     (["evaluate", "--format=xml"], ["--format", "'xml'", "table, json"]),
     (["--profile=3"], ["--profile: 3", "FIRST:LAST", "10:20"]),
+    (["sweep"], ["a sweep needs values: --sweep 'schedule=constant(1e-3); constant(3e-3)'"]),
+    (["export", "a.h5", "--workdir=x"], ["'a.h5': the suffix must select the format: .stablehlo"]),
 ])  # fmt: skip
 def test_wrong_usage(mistake, tmp_path, monkeypatch, argv, fragments):
     """Exit status 2, the nearest names, and no work directory."""

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from imgclf_jax.core import kinds, spec
+from imgclf_jax.core.errors import UserError
 
 Views = list[tuple[float, Callable[[jax.Array], jax.Array]]]
 NONE: Views = [(1.0, lambda x: x)]
@@ -46,7 +47,8 @@ def build(text: str) -> Views:
     views = NONE
     for call in reversed(spec.parse(text)):
         op = kinds.bind(call, VIEWS, "view", {kinds.PLAIN: ()})()
-        total = sum(weight for weight, _ in op)
+        if (total := sum(weight for weight, _ in op)) <= 0:
+            raise UserError(f"tta={text!r}: the weights of {call} have the sum {total:g}; it must be above 0")
         views = [(a * b / total, _compose(first, second)) for a, first in views for b, second in op]
     return views
 

@@ -78,6 +78,8 @@ class Norm:
         fields, bound = inspect.signature(self.cls).parameters, getattr(self.cls, "keywords", {})
         given = {k: v for k, v in passed.items() if k not in bound and (k in fields or k not in _OF_BATCH_NORM)}
         module = self.cls(**given, name=name)
+        if scale != 1 and not getattr(module, "use_scale", True):
+            raise UserError(f"norm: use_scale=False leaves no scale to start at {scale:g}; set zero_init=False")
         takes = inspect.signature(type(module).__call__).parameters
 
         def normalize(x: jax.Array, train: bool = False) -> jax.Array:

@@ -105,7 +105,7 @@ def test_help_of_the_installed_package_has_nothing_of_a_clone(capsys):
 ])  # fmt: skip
 def test_a_config_that_is_not_there(says, name, said):
     status, words = says("config", f"--config={name}")
-    assert (status, words[: len(said)]) == (1, said)
+    assert (status, words[: len(said)]) == (2, said)
 
 
 @pytest.mark.parametrize("words", [["predict", "cat.jpg", "--workdir=a"], ["report", "--workdir=a"]])

@@ -106,7 +106,7 @@ def test_a_header_that_claims_what_the_file_does_not_hold(tmp_path, start):
 
 def test_what_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "memory", lambda: 400)
-    with pytest.raises(UserError, match=r"data.npz needs 4\d\d bytes of memory, but this machine has 400 bytes"):
+    with pytest.raises(UserError, match=r"data.npz needs 4\d\d bytes of memory, but this process may use 400 bytes"):
         sources.open_splits(npz(tmp_path, x_train=X, y_train=Y))
 
 

@@ -227,7 +227,14 @@ class AlwaysTraining(nn.Module):
         return nn.BatchNorm(use_running_average=False)(x.reshape(len(x), -1))
 
 
+class Modeless(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.BatchNorm()(x.reshape(len(x), -1))
+
+
 @pytest.mark.parametrize(("key", "value", "said"), [
+    ("model", f"{__name__}:Modeless", r"without its mode; .* \(Parameter \"use_running_average\" must be passed"),
     ("loss", f"{__name__}:mean_loss", r"mean_loss' returns \(\) for logits .*; return one number per example"),
     ("loss", f"{__name__}:leaking", "leaking' keeps an array of one trace for another"),
     ("model", f"{__name__}:AlwaysTraining", r"in evaluation too; set use_running_average=not train \(Cannot .*/BatchN"),

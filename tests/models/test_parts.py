@@ -180,6 +180,7 @@ def test_linens_batch_norm_knows_of_training():
     ("resnet_cifar(depth=8, block='basic_block')", "a spec names no block"),
     ("resnet_cifar(depth=8, shortcut='none')", "shortcut='none': allowed are"),
     ("resnet(depth=18, momentum=0.5, norm='group_norm')", "momentum=0.5: the norm takes none"),
+    ("resnet(18, norm='batch_norm(use_scale=False)')", "use_scale=False leaves no scale to start at 0; set zero_init="),
     ("resnet_cifar(depth=8, momentum=0.5, norm='batch_norm(momentum=0.9)')", "takes none, or has its own"),
     ("test_parts:WithoutPrecision", "__call__ takes (self, x); add train"),
     ("resnet_cifar(depth=21)", "the depth must be 6n + 2, such as 20"),

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import datasets, metrics
 from imgclf_jax.core import processes
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UsageError, UserError
 from imgclf_jax.core.terminal import format_metrics, print_json, print_table, print_text
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import stream
@@ -52,10 +52,10 @@ def main(
     instead = {"--corruptions": corruptions, "--attack": attack, "--calibrate": calibrate, "--ood": ood}
     asked = [flag for flag, value in instead.items() if value]
     if len(asked) > 1 or (asked and predictions):
-        raise UserError(f"{' and '.join([*asked, *['--predictions'] * bool(predictions)])} print different things: "
-                        "pass one of them")  # fmt: skip
+        raise UsageError(f"{' and '.join([*asked, *['--predictions'] * bool(predictions)])} print different things: "
+                         "pass one of them")  # fmt: skip
     if predictions and Path(predictions).suffix not in (".csv", ".jsonl"):
-        raise UserError(f"--predictions={predictions}: the name must end in .csv or .jsonl")
+        raise UsageError(f"--predictions={predictions}: the name must end in .csv or .jsonl")
     perturb = build_attack(attack) if attack else None
     kinds = corrupted.parse(corruptions) if corruptions else []
     restored = restore(config, workdir, checkpoint) if workdir else None

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from imgclf_jax.core import terminal
-from imgclf_jax.core.errors import UserError, no_such
+from imgclf_jax.core.errors import UsageError, UserError, no_such
 from imgclf_jax.core.text import printable
 from imgclf_jax.data import image_files
 
@@ -36,7 +36,7 @@ def find(words: Sequence[str]) -> list[str]:
     """
     images = [image for word in words for image in (_read_stdin() if word == "-" else _expand(word))]
     if not images:
-        raise UserError("name at least one image: FILE|DIR|GLOB|-")
+        raise UsageError("name at least one image: FILE|DIR|GLOB|-")
     return images
 
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import datasets
 from imgclf_jax.core import terminal
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UsageError, UserError
 from imgclf_jax.core.text import decimals
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data.source import Source
@@ -134,7 +134,7 @@ def probe(
 def _parse_ks(text: str) -> list[int]:
     """Parses '1,5,20' to [1, 5, 20]."""
     if not re.fullmatch(r"\s*[1-9]\d{0,8}\s*(,\s*[1-9]\d{0,8}\s*)*", text):
-        raise UserError(f"--k={text}: must be a number of neighbors, or several separated by commas, such as 1,5,20")
+        raise UsageError(f"--k={text}: must be a number of neighbors, or several separated by commas, such as 1,5,20")
     return sorted({int(part) for part in text.split(",")})
 
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import datasets
 from imgclf_jax.core import terminal
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UsageError, UserError
 from imgclf_jax.data.source import Source
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.evaluate import outputs
@@ -34,10 +34,10 @@ def main(
     - `output` is the file; see `embeddings.write` for its format.
     """
     if paths and split:
-        raise UserError(f"features: name images either by --split={split} or as {paths[0]!r}; drop one")
+        raise UsageError(f"features: name images either by --split={split} or as {paths[0]!r}; drop one")
     file = Path(output)
     if file.suffix != ".npz" or not file.parent.is_dir():
-        raise UserError(f"features: --output={output}: name an .npz file to write, in a directory that exists")
+        raise UsageError(f"features: --output={output}: name an .npz file to write, in a directory that exists")
     images = inputs.find(paths) if paths else []
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = {} if restored and paths else datasets.open_data(config)
