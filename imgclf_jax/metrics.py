@@ -185,7 +185,10 @@ def _score(score: Function, predictions: TargetPredictions) -> float:
 
 
 def _compute_own(metric: Function, predictions: AnyPredictions) -> float:
-    return float(metric(*predictions[:2]))
+    value = metric(*predictions[:2])
+    if np.shape(value) != () or not isinstance(value, float | int | np.generic | jax.Array):
+        raise UserError(f"metrics: {metric.func.__name__} returns {value!r:.80}; return one number")
+    return float(value)
 
 
 def parse_best(text: str, key: str = "checkpoint.best") -> tuple[str, float]:

@@ -4,6 +4,7 @@ A view op takes no images, only its own arguments, and returns [(weight, functio
 function maps images [b, h, w, c] to images of the same shape.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import jax
@@ -47,14 +48,14 @@ def build(text: str) -> Views:
     views = NONE
     for call in reversed(spec.parse(text)):
         op = kinds.bind(call, VIEWS, "view", {kinds.PLAIN: ()})()
-        if (total := sum(weight for weight, _ in op)) <= 0:
-            raise UserError(f"tta={text!r}: the weights of {call} have the sum {total:g}; it must be above 0")
-        views = [(a * b / total, _compose(first, second)) for a, first in views for b, second in op]
+        total = 0.0
+        with contextlib.suppress(TypeError):
+            total = sum(weight for weight, _ in op)
+        if total <= 0:
+            raise UserError(f"tta={text!r}: {call} gives {op!r:.99}; it must be [(weight, function)], weights with a "
+                            "sum above 0")  # fmt: skip
+        views = [(a * b / total, lambda x, f=f, g=g: g(f(x))) for a, f in views for b, g in op]
     return views
-
-
-def _compose(first: Callable[..., jax.Array], second: Callable[..., jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    return lambda images: second(first(images))
 
 
 def mean_logits(views: Views, logits: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:

@@ -65,10 +65,10 @@ def test_logits_are_those_averaged_by_hand(trained, text):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("weight", [0.0, -1.0])
-def test_weights_without_a_mean(weight, monkeypatch):
-    monkeypatch.setitem(tta.VIEWS, "flip", lambda: [(weight, lambda x: x), (0.0, lambda x: x)])
-    with pytest.raises(UserError, match=f"tta='flip': the weights of flip have the sum {weight:g}; it must be above 0"):
+@pytest.mark.parametrize("views", [[], [(0.0, abs)], [(1.0, abs), (-1.0, abs)], [abs], None])
+def test_views_without_a_mean(views, monkeypatch):
+    monkeypatch.setitem(tta.VIEWS, "flip", lambda: views)
+    with pytest.raises(UserError, match=r"tta='flip': flip gives .*; it must be \[\(weight, function\)\]"):
         tta.build("flip")
 
 

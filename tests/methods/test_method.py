@@ -213,6 +213,10 @@ def mean_loss(logits, labels):
     return jnp.mean(losses.softmax(logits, labels))  # with `mix` it was broadcast in silence
 
 
+def wrong_ones(logits, labels):
+    return (jnp.argmax(logits, -1) != labels).astype(jnp.int32)  # whose gradient is zero
+
+
 kept: list[jax.Array] = []
 
 
@@ -235,7 +239,8 @@ class Modeless(nn.Module):
 
 @pytest.mark.parametrize(("key", "value", "said"), [
     ("model", f"{__name__}:Modeless", r"without its mode; .* \(Parameter \"use_running_average\" must be passed"),
-    ("loss", f"{__name__}:mean_loss", r"mean_loss' returns \(\) for logits .*; return one number per example"),
+    ("loss", f"{__name__}:mean_loss", r"mean_loss' returns float32\[\] for logits .*; return a float for each example"),
+    ("loss", f"{__name__}:wrong_ones", r"wrong_ones' returns int32\[16\] for logits "),
     ("loss", f"{__name__}:leaking", "leaking' keeps an array of one trace for another"),
     ("model", f"{__name__}:AlwaysTraining", r"in evaluation too; set use_running_average=not train \(Cannot .*/BatchN"),
     ("method", f"{__name__}:not_a_method", "returns a dict; return imgclf_jax.methods.Method"),
