@@ -38,7 +38,7 @@ from imgclf_jax.run.provenance import raised_in_user_code
 _EXPLAINED = {  # what the type or message of an error in user code has, and what to change
     "UnexpectedTracerError": "keeps an array of one trace for another; return it, or use a linen variable",
     "ModifyScopeVariableError": "changes a variable in evaluation too; set use_running_average=not train",
-    "must be passed to the": "calls a layer without its mode; pass it, such as use_running_average=not train",
+    "must be passed to the": "calls a layer without the mode that it needs; pass it as NAME=not train",
 }
 
 
@@ -85,7 +85,7 @@ class Recipe:
         except UserError:
             raise
         except Exception as e:  # JAX, Flax and Optax raise many types
-            if spec.names_code(self.config[key]) and raised_in_user_code(e):
+            if self.own_code and raised_in_user_code(e):  # also of another key, such as a schedule in the optimizer
                 raise
             shape = list(self.data.image_shape)
             raise UserError(f"{key}={self.config[key]!r} fails on images {shape}: {reason(e)}") from e
@@ -161,7 +161,8 @@ class Recipe:
                 if self.method.predicts or path[0] != "head":
                     shapes["/".join(map(str, path))] = x.shape
 
-        jax.eval_shape(init)
+        with self.naming_the_key():
+            jax.eval_shape(init)
         return shapes
 
     @_built

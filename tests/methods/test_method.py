@@ -238,7 +238,7 @@ class Modeless(nn.Module):
 
 
 @pytest.mark.parametrize(("key", "value", "said"), [
-    ("model", f"{__name__}:Modeless", r"without its mode; .* \(Parameter \"use_running_average\" must be passed"),
+    ("model", f"{__name__}:Modeless", r"Modeless' calls a layer without .* \(Parameter \"use_running_average\" must"),
     ("loss", f"{__name__}:mean_loss", r"mean_loss' returns float32\[\] for logits .*; return a float for each example"),
     ("loss", f"{__name__}:wrong_ones", r"wrong_ones' returns int32\[16\] for logits "),
     ("loss", f"{__name__}:leaking", "leaking' keeps an array of one trace for another"),
