@@ -52,8 +52,7 @@ def build(text: str) -> Views:
         with contextlib.suppress(TypeError):
             total = sum(weight for weight, _ in op)
         if total <= 0:
-            raise UserError(f"tta={text!r}: {call} gives {op!r:.99}; it must be [(weight, function)], weights with a "
-                            "sum above 0")  # fmt: skip
+            raise UserError(f"tta={text!r}: {call} must return [(weight, function), …] with a sum of weights above 0")
         views = [(a * b / total, lambda x, f=f, g=g: g(f(x))) for a, f in views for b, g in op]
     return views
 

@@ -136,7 +136,7 @@ def lookup(call: Call, table: Table, kind: str) -> Function:
                         "folder, the current one or PYTHONPATH, and is named without .py") from e  # fmt: skip
     if not callable(getattr(module, attribute, None)):
         names = [n for n in dir(module) if callable(getattr(module, n)) and not n.startswith("_")]
-        raise UserError(unknown(f"name in module {module_name}", attribute, names))
+        raise UserError(unknown(kind, call.name, [f"{module_name}:{name}" for name in names]))
     return getattr(module, attribute)
 
 

@@ -122,8 +122,8 @@ def accumulate(gradient: Gradient, parts: int) -> Gradient:
             (loss, (model_state, (logits, named))), grads = gradient(params, model_state, part, key)
             return (jax.tree.map(jnp.add, total, grads), model_state), (loss, logits, named)
 
-        if len(batch["image"]) % parts:
-            raise UserError(f"accumulate={parts} does not divide the batch of {len(batch['image'])} that it gets")
+        if (b := len(batch["image"])) % parts:
+            raise UserError(f"accumulate={parts} does not divide the batch of {b} from gradient; set accumulate=1")
         carry = (jax.tree.map(jnp.zeros_like, params), model_state)
         (total, model_state), (losses, logits, named) = _scan(add, carry, batch, key, parts)
         logits = None if logits is None else join(logits)  # [b, classes]

@@ -68,7 +68,7 @@ def test_logits_are_those_averaged_by_hand(trained, text):
 @pytest.mark.parametrize("views", [[], [(0.0, abs)], [(1.0, abs), (-1.0, abs)], [abs], None])
 def test_views_without_a_mean(views, monkeypatch):
     monkeypatch.setitem(tta.VIEWS, "flip", lambda: views)
-    with pytest.raises(UserError, match=r"tta='flip': flip gives .*; it must be \[\(weight, function\)\]"):
+    with pytest.raises(UserError, match=r"tta='flip': flip must return \[\(weight, function\), …\] with a sum of w"):
         tta.build("flip")
 
 
