@@ -185,8 +185,7 @@ def _score(score: Function, predictions: TargetPredictions) -> float:
 
 
 def _compute_own(metric: Function, predictions: AnyPredictions) -> float:
-    value = metric(*predictions[:2])
-    if np.shape(value) != () or not isinstance(value, float | int | np.generic | jax.Array):
+    if np.shape(value := metric(*predictions[:2])) or not hasattr(value, "__float__"):
         raise UserError(f"metrics: {metric.func.__name__} returns {value!r:.80}; return one number")
     return float(value)
 

@@ -4,10 +4,9 @@ Nothing here is compiled or depends on devices. `programs.py` compiles a recipe 
 """
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -111,10 +110,9 @@ class Recipe:
             known = [text for part, text in _EXPLAINED.items() if part in f"{type(e).__name__}: {e}"]
             if self.own_code and known:
                 raise UserError(f"{self.own_code} {known[0]} ({reason(e).partition('. ')[0]})") from e
-            images = jax.ShapeDtypeStruct((1, *self.data.image_shape), "float32")
             for key, model in (("model", self.plain_model), ("method", self.model)):
                 init = functools.partial(model.init, rng.init_streams(jax.random.key(0)), train=False)
-                jax.eval_shape(self.naming(key)(init), images)
+                jax.eval_shape(self.naming(key)(init), jax.ShapeDtypeStruct((1, *self.data.image_shape), "float32"))
             if self.own_code and not raised_in_user_code(e):
                 raise UserError(f"{self.own_code} returns something that the step cannot use: {reason(e)}") from e
             raise
@@ -161,8 +159,7 @@ class Recipe:
                 if self.method.predicts or path[0] != "head":
                     shapes["/".join(map(str, path))] = x.shape
 
-        with self.naming_the_key():
-            jax.eval_shape(init)
+        self.naming_the_key()(jax.eval_shape)(init)
         return shapes
 
     @_built
@@ -182,7 +179,7 @@ class Recipe:
         with self.naming("method"):
             method = methods.build(self.config.method, self._problem)
         _check_keys(method, self.config, bool(self.data.target_names))
-        return method if self.supervised else dataclasses.replace(method, loss=self.naming("method")(method.loss))
+        return method if self.supervised else replace(method, loss=self.naming("method")(method.loss))
 
     @cached_property
     def _problem(self) -> Problem:

@@ -252,8 +252,7 @@ def _mean_loss(out: Any, sown: PyTree, part: Batch) -> jax.Array:
     if not isinstance(out, methods.Loss):
         raise UserError(f"the method's loss returns a {type(out).__name__}; return imgclf_jax.methods.Loss(values)")
     if jnp.ndim(out.values) != 1 or not jnp.issubdtype(jnp.result_type(out.values), jnp.floating):
-        found = jax.typeof(out.values).str_short()
-        raise UserError(f"the method's Loss has the values {found}; return a float for each example, f32[b]")
+        raise UserError(f"the method's Loss has {jax.typeof(out.values).str_short()}; return a float for each example")
     examples = math.gcd(*(len(x) for x in jax.tree.leaves(part) if jnp.ndim(x)))
     for name, x in tree.named_leaves(sown):
         if jnp.size(x) != 1 and (jnp.ndim(x) > 1 or len(x) % examples):

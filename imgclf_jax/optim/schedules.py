@@ -8,8 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
 from imgclf_jax.core import spec
@@ -97,8 +95,8 @@ def build(text: str, steps: Steps, total: int) -> optax.Schedule:
     """
     schedule: optax.Schedule = bind(text)(steps, total)
     with jax.numpy_dtype_promotion("standard"):
-        rate: Any = schedule(jnp.int32(0)) if callable(schedule) else str(schedule)
-    if isinstance(rate, str | None) or np.shape(rate):
+        rate: Any = schedule(jax.numpy.int32(0)) if callable(schedule) else str(schedule)
+    if isinstance(rate, str | None) or getattr(rate, "shape", ()):
         raise UserError(f"schedule={text!r} gives {rate!r:.80}; return a function of the step i32[] to a rate f32[]")
     return schedule
 

@@ -226,19 +226,15 @@ def leaking(logits, labels):
 
 
 class AlwaysTraining(nn.Module):
+    mode: bool | None = False
+
     @nn.compact
     def __call__(self, x, train=False):
-        return nn.BatchNorm(use_running_average=False)(x.reshape(len(x), -1))
-
-
-class Modeless(nn.Module):
-    @nn.compact
-    def __call__(self, x, train=False):
-        return nn.BatchNorm()(x.reshape(len(x), -1))
+        return nn.BatchNorm(use_running_average=self.mode)(x.reshape(len(x), -1))
 
 
 @pytest.mark.parametrize(("key", "value", "said"), [
-    ("model", f"{__name__}:Modeless", r"Modeless' calls a layer without .* \(Parameter \"use_running_average\" must"),
+    ("model", f"{__name__}:AlwaysTraining(mode=None)", r"calls a layer without .* \(Parameter \"use_running_ave"),
     ("loss", f"{__name__}:mean_loss", r"mean_loss' returns float32\[\] for logits .*; return a float for each example"),
     ("loss", f"{__name__}:wrong_ones", r"wrong_ones' returns int32\[16\] for logits "),
     ("loss", f"{__name__}:leaking", "leaking' keeps an array of one trace for another"),
