@@ -321,6 +321,6 @@ def load_converted(config: ConfigDict, base: dict[str, Source] | None = None, wh
     UserError if they lack any other part of the model.
     """
     source = next(iter((base or datasets.open_data(config)).values()))  # all splits have the same classes and shape
-    mesh = sharding.make_inference_mesh(config.mesh)
-    programs = programs_for_images(config, datasets.eval_images(source, config), mesh)
+    images, mesh = datasets.eval_images(source, config), sharding.make_inference_mesh(config.mesh)
+    programs = programs_for_images(config, images, mesh)
     return Trained(programs, programs.init_state(weights=pretrained.load(programs, whole).taken), 0)
