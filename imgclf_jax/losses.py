@@ -228,9 +228,8 @@ def build(text: str, class_counts: Sequence[int] = (), class_names: Sequence[str
 
     @functools.wraps(loss)
     def checked(logits: jax.Array, labels: jax.Array) -> jax.Array:
-        values: jax.Array = loss(logits, labels)
-        is_float = isinstance(values, jax.Array) and jnp.issubdtype(values.dtype, jnp.floating)
-        if not is_float or values.shape != logits.shape[:1]:  # others would be broadcast, or have no gradient
+        values: jax.Array = loss(logits, labels)  # other shapes would be broadcast, and integers have no gradient
+        if getattr(values, "shape", None) != logits.shape[:1] or not jnp.issubdtype(values.dtype, jnp.floating):
             found = jax.typeof(values).str_short() if isinstance(values, jax.Array) else type(values).__name__
             raise UserError(f"loss={text!r} returns {found} for logits {logits.shape}; return a float for each example")
         return values
