@@ -184,7 +184,7 @@ def _score(score: Function, predictions: TargetPredictions) -> float:
     return float(score(predictions, np.ones((1, len(predictions.targets))))[0])
 
 
-def _compute_own(metric: Function, predictions: AnyPredictions) -> float:
+def _compute_own(metric: functools.partial[Any], predictions: AnyPredictions) -> float:
     if np.shape(value := metric(*predictions[:2])) or not hasattr(value, "__float__"):
         raise UserError(f"metrics: {metric.func.__name__} returns {value!r:.80}; return one number")
     return float(value)

@@ -123,7 +123,7 @@ class Trained(NamedTuple):
 
     def _all(self, what: Outputs, images: Iterable[ImageLike] | ImageLike, axis: int) -> np.ndarray:
         if isinstance(images, str | os.PathLike | bytes | Image.Image) or getattr(images, "ndim", 0) in (2, 3):
-            images = [images]
+            images = [images]  # type: ignore[list-item]
         rows = []
         for row in self.stream(what, images):
             if isinstance(row, UserError):

@@ -4,7 +4,7 @@ A view op takes no images, only its own arguments, and returns [(weight, functio
 function maps images [b, h, w, c] to images of the same shape.
 """
 
-import contextlib
+import functools
 from collections.abc import Callable
 
 import jax
@@ -48,13 +48,15 @@ def build(text: str) -> Views:
     views = NONE
     for call in reversed(spec.parse(text)):
         op = kinds.bind(call, VIEWS, "view", {kinds.PLAIN: ()})()
-        total = 0.0
-        with contextlib.suppress(TypeError):
-            total = sum(weight for weight, _ in op)
+        total = sum(one[0] for one in op if isinstance(one, tuple)) if isinstance(op, list) else 0
         if total <= 0:
             raise UserError(f"tta={text!r}: {call} must return [(weight, function), …] with a sum of weights above 0")
-        views = [(a * b / total, lambda x, f=f, g=g: g(f(x))) for a, f in views for b, g in op]
+        views = [(a * b / total, functools.partial(_compose, f, g)) for a, f in views for b, g in op]
     return views
+
+
+def _compose(first: Callable[..., jax.Array], second: Callable[..., jax.Array], images: jax.Array) -> jax.Array:
+    return second(first(images))
 
 
 def mean_logits(views: Views, logits: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:

@@ -56,7 +56,7 @@ class Results:
                 self.failed += 1
                 print(f"error: {printable(str(result))}", file=sys.stderr)
             yield image, result
-        if self.failed:
+        if self.failed and self._count > 1:
             print(f"error: {self.failed} of {self._count} images failed", file=sys.stderr)
 
 

@@ -41,7 +41,8 @@ def main(
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=settings.backlog)
     except (OSError, OverflowError) as e:
-        raise UserError(f"serve: cannot listen on {host}:{port} ({reason(e)}); pass another --port or --host") from e
+        why = reason(e).partition(" (while")[0]  # Python adds the address
+        raise UserError(f"serve: cannot listen on {host}:{port} ({why}); pass another --port or --host") from e
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it for sockets of its own alone
     with listening:
         url = f"http://{f'[{host}]' if ':' in host else host or '0.0.0.0'}:{listening.getsockname()[1]}"
