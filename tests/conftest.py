@@ -44,7 +44,7 @@ def pytest_collection_finish():
 
 
 # Why a test may skip: of a package, a compiler, a processor or a permission that this machine lacks.
-MAY_SKIP = r"`(peers|onnx|browser|heic)`|needs Chromium|needs a compiler|oneDNN|Linux's|not permitted|devices round"
+MAY_SKIP = r"group `(peers|onnx|browser)`|needs Chromium|needs a compiler|oneDNN|Linux's|not permitted|devices round"
 
 
 def pytest_sessionfinish(session):
@@ -157,8 +157,8 @@ def shallow(monkeypatch):
 
     small = {"stem": 8, "features": 16}
     nets = efficientnet._EFFICIENTNETS, efficientnet._MOBILENETS
-    for net, name, stages in ((0, "B0", "ds-se 1 3 1 1 8; er 1 3 2 2 8; ir-se 2 5 2 3 16"),
-                              (1, "V3-L", "ds 1 3 1 1 8; ir-se 2 3 2 3 8; cn 1 1 1 1 16"),
+    for net, name, stages in ((0, "B0", "ds/se 1 3 1 1 8; er 1 3 2 2 8; ir/se 2 5 2 3 16"),
+                              (1, "V3-L", "ds 1 3 1 1 8; ir/hard 2 3 2 3 8; cn 1 1 1 1 16"),
                               (1, "V4-S", "cn 1 3 2 1 8; ib 1 3+5 2 2 8, ib 1 0+3 1 2 8, ib 1 3+0 1 2 8")):  # fmt: skip
         monkeypatch.setitem(nets[net], name, nets[net][name]._replace(stages=stages, **small, relu_stages=1))
     monkeypatch.setitem(regnet._VARIANTS, "4GF", (8, 8, 2.0, 4, 3))

@@ -39,7 +39,7 @@ class GRN(nn.Module):
         scale, bias = (self.param(name, nn.initializers.zeros, (x.shape[-1],)) for name in ("scale", "bias"))
         x = dtypes.upcast(x)
         square = jnp.sum(jnp.square(x), (1, 2), keepdims=True)
-        norm = jnp.sqrt(jnp.where(square == 0, 1, square)) * (square != 0)  # whose derivative at 0 is 0
+        norm = jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))  # whose derivative at 0 is 0
         r = norm / (jnp.mean(norm, -1, keepdims=True) + 1e-6)
         return (x + spread(bias, x) + spread(scale, x) * (x * r)).astype(self.dtype)
 

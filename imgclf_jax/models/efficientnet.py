@@ -17,32 +17,37 @@ from imgclf_jax.models.norms import BatchNorm
 
 
 class _Network(NamedTuple):
-    """A variant. `stages` are separated by semicolons and their rows by commas, see `_blocks`."""
+    """A variant; see `_blocks` for its `stages`.
+
+    `width` multiplies the channels, `depth` the blocks of a stage; `fixed` leaves the stem, the features, and the first
+    and last stage as they are. `head` is the last convolution: before the pooling ("conv"), or behind it, with a "norm"
+    or a "bias".
+    """
 
     stages: str
-    width: float = 1.0  # multiplies the channels
-    depth: float = 1.0  # multiplies the blocks of a stage
+    width: float = 1.0
+    depth: float = 1.0
     stem: int = 32
     features: int = 1280
-    fixed: bool = False  # whether `width` leaves stem and features as they are, and `depth` the first and last stage
+    fixed: bool = False
     activation: Callable[[jax.Array], jax.Array] = nn.silu
-    relu_stages: int = 0  # the first stages whose activation is ReLU
-    head: str = "conv"  # "conv" before the pooling, or "bias" or "norm": a convolution behind it, with either
+    relu_stages: int = 0  # the first stages, whose activation is ReLU
+    head: str = "conv"
 
 
 _B = "{0} 1 3 1 1 16; {1} 2 3 2 6 24; {1} 2 5 2 6 40; {1} 3 3 2 6 80; {1} 3 5 1 6 112; {1} 4 5 2 6 192; {1} 1 3 1 6 320"
 _LITE = _Network(_B.format("ds", "ir"), fixed=True, activation=nn.relu6)
 _EFFICIENTNETS = {
-    **{f"B{i}": _Network(_B.format("ds-se", "ir-se"), *scales)
+    **{f"B{i}": _Network(_B.format("ds/se", "ir/se"), *scales)
        for i, scales in enumerate(((1, 1), (1, 1.1), (1.1, 1.2), (1.2, 1.4), (1.4, 1.8)))},
-    "V2-S": _Network("cn 2 3 1 1 24; er 4 3 2 4 48; er 4 3 2 4 64; ir-se 6 3 2 4 128; ir-se 9 3 1 6 160; "
-                     "ir-se 15 3 2 6 256", stem=24),
+    "V2-S": _Network("cn 2 3 1 1 24; er 4 3 2 4 48; er 4 3 2 4 64; ir/se 6 3 2 4 128; ir/se 9 3 1 6 160; "
+                     "ir/se 15 3 2 6 256", stem=24),
     "Lite0": _LITE, "Lite1": _LITE._replace(depth=1.1), "Lite2": _LITE._replace(width=1.1, depth=1.2),
 }  # fmt: skip
 _MOBILENETS = {
     "V3-L": _Network(
-        "ds 1 3 1 1 16; ir 1 3 2 4 24, ir 1 3 1 3 24; ir-se 3 5 2 3 40; ir 1 3 2 6 80, ir 1 3 1 2.5 80, "
-        "ir 2 3 1 2.3 80; ir-se 2 3 1 6 112; ir-se 3 5 2 6 160; cn 1 1 1 1 960",
+        "ds 1 3 1 1 16; ir 1 3 2 4 24, ir 1 3 1 3 24; ir/hard 3 5 2 3 40; ir 1 3 2 6 80, ir 1 3 1 2.5 80, "
+        "ir 2 3 1 2.3 80; ir/hard 2 3 1 6 112; ir/hard 3 5 2 6 160; cn 1 1 1 1 960",
         stem=16, activation=nn.hard_silu, relu_stages=3, head="bias"),
     "V4-S": _Network(
         "cn 1 3 2 1 32, cn 1 1 1 1 32; cn 1 3 2 1 96, cn 1 1 1 1 64; ib 1 5+5 2 3 96, ib 4 0+3 1 2 96, "
@@ -57,7 +62,7 @@ _MOBILENETS = {
         activation=nn.relu, head="norm"),
 }  # fmt: skip
 
-_PADDING = {"tf": "SAME", "timm": None}
+_LIKE: dict[str, tuple[str | None, float]] = {"tf": ("SAME", 1e-3), "timm": (None, 1e-5)}  # padding, epsilon
 
 
 def _round(channels: float) -> int:
@@ -66,25 +71,22 @@ def _round(channels: float) -> int:
     return nearest if nearest >= 0.9 * channels else nearest + 8
 
 
-def _blocks(network: _Network) -> Iterator[tuple[str, Arguments]]:
-    """Yields (name, arguments) of the blocks: `InvertedResidual` explains them.
+def _blocks(network: _Network) -> Iterator[Arguments]:
+    """Yields the arguments of each `InvertedResidual`, from stages joined by semicolons and rows joined by commas.
 
-    A row is the kind, with "-se" for squeeze and excitation, the number of blocks, the kernel (of "ib" two, before and
-    behind the expansion; 0 for none), the first block's stride, the expansion, and the channels.
+    A row is: the kind, of "kind/squeeze" both; the number of blocks; the kernel (of "ib" two, before and behind the
+    expansion; 0 for none); the first block's stride; the expansion; the channels.
     """
-    stages = network.stages.split("; ")
-    for i, stage in enumerate(stages):
-        depth, j = 1.0 if network.fixed and i in (0, len(stages) - 1) else network.depth, 0
-        for row in stage.split(", "):
-            kind, blocks, kernel, strides, expand, channels = row.split()
-            for n in range(ceil(int(blocks) * depth)):
-                arguments: Arguments = {
-                    "kind": kind.removesuffix("-se"), "kernels": tuple(map(int, kernel.split("+"))),
-                    "expand": float(expand), "strides": 1 if n else int(strides),
-                    "features": _round(int(channels) * network.width), "squeeze": 0.25 * kind.endswith("-se"),
-                }  # fmt: skip
-                yield f"stage{i}_{j}", arguments | ({"activation": nn.relu} if i < network.relu_stages else {})
-                j += 1
+    for i, stage in enumerate(stages := network.stages.split("; ")):
+        depth = 1.0 if network.fixed and i in (0, len(stages) - 1) else network.depth
+        rows = [(row, n) for row in map(str.split, stage.split(", ")) for n in range(ceil(int(row[1]) * depth))]
+        for j, ((kind, _, kernels, strides, expand, channels), n) in enumerate(rows):
+            yield {
+                "name": f"stage{i}_{j}", "kind": kind.split("/")[0], "squeeze": kind.partition("/")[2],
+                "kernels": tuple(map(int, kernels.split("+"))), "strides": 1 if n else int(strides),
+                "expand": float(expand), "features": _round(int(channels) * network.width),
+                "activation": nn.relu if i < network.relu_stages else network.activation,
+            }  # fmt: skip
 
 
 class InvertedResidual(nn.Module):
@@ -92,20 +94,19 @@ class InvertedResidual(nn.Module):
 
     The kinds: "ir", an expansion, a depthwise convolution and a projection (MBConv; Sandler et al. 2018,
     arXiv:1801.04381); "ds", without expansion; "er", whose expansion is the spatial convolution (Fused-MBConv); "ib",
-    with another depthwise convolution before the expansion (the universal inverted bottleneck of MobileNetV4); and
-    "cn", one activated convolution. `squeeze`, if not 0, is the width of squeeze and excitation, as a fraction of the
-    block's channels, or with `gate` hard sigmoid, as in MobileNetV3, of the expanded ones.
+    with another depthwise convolution before the expansion (the universal inverted bottleneck of MobileNetV4); "cn",
+    one activated convolution. `squeeze` is "se" or, as in MobileNetV3, "hard": squeeze and excitation with a quarter of
+    the block's channels, or with a quarter of the expanded ones, ReLU and a hard sigmoid.
     """
 
     kind: str
     features: int
-    kernels: tuple[int, ...] = (3,)
-    strides: int = 1
-    expand: float = 6
-    squeeze: float = 0.0
-    gate: Callable[[jax.Array], jax.Array] = nn.sigmoid
+    kernels: tuple[int, ...]
+    strides: int
+    expand: float
+    squeeze: str = ""
     drop_path: float = 0.0
-    like: str = "tf"
+    padding: str | None = None
     norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.silu
     dtype: DTypeLike = jnp.float32
@@ -113,8 +114,7 @@ class InvertedResidual(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         c, k, s = x.shape[-1], self.kernels[-1], self.strides
-        mid = _round(c * self.expand)
-        last = self.features, 1, 1, False, False
+        mid, last = _round(c * self.expand), (self.features, 1, 1, False, False)
         steps = {  # (name, features, kernel, stride, whether it is depthwise, whether it is activated)
             "ir": (("conv_pw", mid, 1, 1, False, True), ("conv_dw", mid, k, s, True, True), ("conv_pwl", *last)),
             "ds": (("conv_dw", c, k, s, True, True), ("conv_pw", *last)),
@@ -124,20 +124,18 @@ class InvertedResidual(nn.Module):
             "cn": (("conv", self.features, k, s, False, True),),
         }[self.kind]  # fmt: skip
         norm, y = parts.norms(self.norm, dtype=self.dtype), x
-        for n, (name, features, kernel, strides, depthwise, activated) in enumerate(steps):
-            if self.squeeze and n == len(steps) - 1:
-                hard = self.gate is nn.hard_sigmoid
-                width = _round(y.shape[-1] * self.squeeze) if hard else int(c * self.squeeze)
-                inner = nn.relu if hard else self.activation
-                y = SqueezeExcite(width, inner, self.gate, self.dtype, name="se")(y)
+        for n, (name, features, kernel, strides, depthwise, activated) in enumerate(steps, 1):
+            if n == len(steps) and self.squeeze == "hard":
+                y = SqueezeExcite(_round(mid / 4), nn.relu, nn.hard_sigmoid, self.dtype, name="se")(y)
+            elif n == len(steps) and self.squeeze:
+                y = SqueezeExcite(c // 4, self.activation, nn.sigmoid, self.dtype, name="se")(y)
             if kernel:
                 groups = y.shape[-1] if depthwise else 1
-                y = he_conv(features, kernel, strides, self.dtype, name, groups, padding=_PADDING[self.like])(y)
-                y = norm(f"{name}_bn" if self.kind == "ib" else f"bn{n + 1}")(y, train)
+                y = he_conv(features, kernel, strides, self.dtype, name, groups, padding=self.padding)(y)
+                y = norm(f"{name}_bn" if self.kind == "ib" else f"bn{n}")(y, train)
                 y = self.activation(y) if activated else y
-        if x.shape != y.shape or (self.kind == "cn" and k == 1):
-            return y
-        return x + drop_path(self, y, self.drop_path, train)
+        fits = x.shape == y.shape and (self.kind, k) != ("cn", 1)
+        return x + drop_path(self, y, self.drop_path, train) if fits else y
 
 
 class EfficientNet(nn.Module):
@@ -162,27 +160,21 @@ class EfficientNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        if self.variant not in self.networks:
-            raise UserError(unknown(f"{type(self).__name__.lower()} variant", self.variant, self.networks))
-        if self.like not in _PADDING:
-            raise UserError(f"like={self.like!r}: allowed are 'tf' and 'timm'")
-        network, epsilon = self.networks[self.variant], 1e-3 if self.like == "tf" else 1e-5
+        for value, allowed in ((self.variant, self.networks), (self.like, _LIKE)):
+            if value not in allowed:
+                raise UserError(unknown(type(self).__name__.lower(), value, allowed))
+        network, (padding, epsilon) = self.networks[self.variant], _LIKE[self.like]
         norm = parts.norms(self.norm, self.momentum, momentum=0.9, epsilon=epsilon, dtype=self.dtype)
-        activation = self.activation or network.activation
         stem, features = (n if network.fixed else _round(n * network.width) for n in (network.stem, network.features))
-        x = activation(
-            norm("bn1")(he_conv(stem, 3, 2, self.dtype, "conv_stem", padding=_PADDING[self.like])(x), train)
-        )  # [b, h/2, w/2, stem]
+        activation = self.activation or network.activation
+        own: Arguments = {"activation": self.activation} if self.activation else {}
+        x = he_conv(stem, 3, 2, self.dtype, "conv_stem", padding=padding)(x)  # [b, h/2, w/2, stem]
+        x = activation(norm("bn1")(x, train))
         block, blocks = parts.remat(self.block, self.remat), list(_blocks(network))
-        passed: Arguments = {"like": self.like, "norm": norm, "activation": activation, "dtype": self.dtype}
-        if network.head == "bias":
-            passed["gate"] = nn.hard_sigmoid
-        for n, (name, arguments) in enumerate(blocks):
-            if self.activation:
-                arguments["activation"] = activation
-            x = block(**passed | arguments, drop_path=self.drop_path * n / len(blocks), name=name)(x, train)
-        if network.head != "conv":
-            x = mean_pool(x)[:, None, None]  # [b, 1, 1, c]
+        for n, arguments in enumerate(blocks):
+            passed = {"padding": padding, "norm": norm, "dtype": self.dtype, **arguments, **own}
+            x = block(drop_path=self.drop_path * n / len(blocks), **passed)(x, train)
+        x = x if network.head == "conv" else mean_pool(x)[:, None, None]  # [b, 1, 1, c]
         x = he_conv(features, 1, 1, self.dtype, "conv_head", use_bias=network.head == "bias")(x)
         x = activation(x if network.head == "bias" else norm("bn2")(x, train))
         return nn.Dropout(self.dropout, deterministic=not train)(mean_pool(x))

@@ -12,8 +12,9 @@ from jax.typing import DTypeLike
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.typing import ModuleDef
 from imgclf_jax.models import parts
-from imgclf_jax.models.layers import SqueezeExcite, he_conv, mean_pool
+from imgclf_jax.models.layers import he_conv, mean_pool
 from imgclf_jax.models.norms import BatchNorm
+from imgclf_jax.models.resnet import Bottleneck
 
 _VARIANTS = {  # by multiply-adds: (initial width, slope, multiplier, width of a group, depth)
     "200MF": (24, 36.44, 2.49, 8, 13), "400MF": (48, 27.89, 2.09, 8, 16), "600MF": (48, 32.54, 2.32, 16, 15),
@@ -32,28 +33,6 @@ def _stages(initial: int, slope: float, multiplier: float, group: int, depth: in
         yield groups * min(group, int(width)), groups, int(blocks)
 
 
-class RegNetBlock(nn.Module):
-    """1×1, grouped 3×3 and 1×1 convolutions of one width, squeeze and excitation before the last, and a shortcut."""
-
-    features: int
-    groups: int
-    strides: int = 1
-    norm: ModuleDef = BatchNorm
-    activation: Callable[[jax.Array], jax.Array] = nn.relu
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        norm, conv = parts.norms(self.norm, dtype=self.dtype), partial(he_conv, self.features, dtype=self.dtype)
-        y = self.activation(norm("bn1")(conv(1, 1, name="conv1")(x), train))
-        y = self.activation(norm("bn2")(conv(3, self.strides, name="conv2", groups=self.groups)(y), train))
-        y = SqueezeExcite(round(x.shape[-1] / 4), self.activation, dtype=self.dtype, name="se")(y)
-        y = norm("bn3")(conv(1, 1, name="conv3")(y), train)
-        if x.shape != y.shape:
-            x = norm("downsample_bn")(conv(1, self.strides, name="downsample_conv")(x), train)
-        return self.activation(x + y)
-
-
 class RegNetY(nn.Module):
     """RegNetY "200MF" to "32GF": [b, h, w, c] → [b, width of the last stage]."""
 
@@ -61,7 +40,7 @@ class RegNetY(nn.Module):
     momentum: float | None = None  # of the running statistics; None: 0.9, if the norm has any
     remat: str = ""
     dtype: DTypeLike = jnp.float32
-    block: ModuleDef = RegNetBlock
+    block: ModuleDef = Bottleneck
     norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
 
@@ -70,7 +49,10 @@ class RegNetY(nn.Module):
         if self.variant not in _VARIANTS:
             raise UserError(unknown("regnety variant", self.variant, _VARIANTS))
         norm = parts.norms(self.norm, self.momentum, momentum=0.9, dtype=self.dtype)
-        block = partial(parts.remat(self.block, self.remat), norm=norm, activation=self.activation, dtype=self.dtype)
+        block = partial(
+            parts.remat(self.block, self.remat), norm=norm, activation=self.activation, dtype=self.dtype, expansion=1,
+            squeeze=True, last_scale=1.0,
+        )  # fmt: skip
         x = self.activation(norm("stem_bn")(he_conv(32, 3, 2, self.dtype, "stem_conv")(x), train))
         for i, (width, groups, blocks) in enumerate(_stages(*_VARIANTS[self.variant]), 1):
             for j in range(1, blocks + 1):

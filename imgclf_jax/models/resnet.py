@@ -12,7 +12,7 @@ from imgclf_jax.core import dtypes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import ModuleDef
 from imgclf_jax.models import parts
-from imgclf_jax.models.layers import he_conv, max_pool, mean_pool
+from imgclf_jax.models.layers import SqueezeExcite, he_conv, max_pool, mean_pool
 from imgclf_jax.models.norms import BatchNorm
 
 _STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -68,10 +68,16 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3 and 1×1 convolutions, to 4 * features; the 3×3 has the stride, as in Goyal et al. 2017."""
+    """1×1, 3×3 and 1×1 convolutions, to expansion * features; the 3×3 has the stride, as in Goyal et al. 2017.
+
+    With `squeeze`, squeeze and excitation with a quarter of the block's channels stands before the last.
+    """
 
     features: int
     strides: int = 1
+    expansion: int = 4
+    groups: int = 1  # of the 3×3 convolution
+    squeeze: bool = False
     shortcut: str = "conv"
     last_scale: float = 0.0
     norm: ModuleDef = BatchNorm
@@ -82,10 +88,13 @@ class Bottleneck(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         conv, norm = partial(he_conv, dtype=self.dtype), parts.norms(self.norm, dtype=self.dtype)
         y = self.activation(norm("bn1")(conv(self.features, 1, 1, name="conv1")(x), train))
-        y = self.activation(norm("bn2")(conv(self.features, 3, self.strides, name="conv2")(y), train))
-        y = norm("bn3", self.last_scale)(conv(4 * self.features, 1, 1, name="conv3")(y), train)
+        y = conv(self.features, 3, self.strides, name="conv2", groups=self.groups)(y)
+        y = self.activation(norm("bn2")(y, train))
+        if self.squeeze:
+            y = SqueezeExcite(round(x.shape[-1] / 4), self.activation, dtype=self.dtype, name="se")(y)
+        y = norm("bn3", self.last_scale)(conv(self.expansion * self.features, 1, 1, name="conv3")(y), train)
         if x.shape != y.shape:
-            x = _project(x, 4 * self.features, self.strides, self.shortcut, norm, self.dtype, train)
+            x = _project(x, y.shape[-1], self.strides, self.shortcut, norm, self.dtype, train)
         return self.activation(x + y)
 
 
