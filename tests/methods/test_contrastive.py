@@ -34,8 +34,8 @@ def test_collapsed_and_zero_vectors_have_finite_gradients_and_no_accuracy():
 
 
 def test_simclr_reads_no_label_and_counts_no_prediction():
-    images = {"image": batch(16, 0)["image"]}
-    assert "correct" not in jax.eval_shape(lambda given: run(simclr(PROBLEM), given, backbone=MLP((7,)))[2], images)
+    given = {"image": batch(16, 0)["image"]}
+    assert "correct" not in jax.eval_shape(lambda given: run(simclr(PROBLEM), given, backbone=MLP((7,)))[2], given)
 
 
 def test_mistakes_get_a_sentence():

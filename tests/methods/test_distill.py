@@ -9,7 +9,7 @@ import pytest
 from stepped import FLAGS
 
 import launch
-from imgclf_jax import config, datasets, losses, programs
+from imgclf_jax import config, datasets, programs
 from imgclf_jax.data import sources
 from imgclf_jax.trained import load_teacher
 
@@ -25,11 +25,6 @@ def teacher(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("teacher") / "run"
     assert train(workdir, model="mlp(widths=(256,))") == 0  # smaller arrays are not sharded
     return workdir
-
-
-@losses.with_link(losses.Link(*[np.asarray] * 4))
-def hinge(logits, labels):
-    return logits[:, 0]
 
 
 def digest(workdir):
@@ -60,7 +55,6 @@ def test_a_student_resumes_to_the_same_bits_and_needs_no_teacher_afterwards(teac
     (("--config.preprocess=decode(1)|resize(6)",), "give both the same preprocess"),
     (("--config.augment=normalize(mean=(0.1,), std=(0.5,))",), "images with normalize, and"),
     (("--config.method=distill('{}', alpha=2.0)",), "alpha must be 0 to 1"),
-    ((f"--config.loss={__name__}:hinge",), "needs a loss with probabilities"),
 ])  # fmt: skip
 def test_a_teacher_that_does_not_fit_is_refused_in_one_sentence(teacher, tmp_path, capsys, flags, words):
     assert train(tmp_path / "run", LEARN.format(teacher), *(flag.format(teacher) for flag in flags)) == 1

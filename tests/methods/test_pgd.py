@@ -47,7 +47,7 @@ def by_hand(params, given, start, eps, steps, size):
     for _ in range(steps):
         p = scipy.special.softmax((x - 0.3) / 0.2 @ kernel + bias, 1) - np.eye(CLASSES)[given["label"]]
         x = np.clip(x + size * np.sign(p @ kernel.T), np.maximum(clean - eps, 0), np.minimum(clean + eps, 1))
-    return clean, x
+    return x
 
 
 @pytest.mark.parametrize("accumulate", [2, *thorough(1)])
@@ -56,11 +56,9 @@ def test_a_step_trains_on_the_examples_of_the_paper(accumulate):
     before, after, window, images = attacked(PGD, accumulate=accumulate)
     keys = jax.random.split(rng.fold(rng.key(0, "dropout", 0), "pgd"), 16)
     start = jax.vmap(lambda key: jax.random.uniform(key, SHAPE, minval=-1, maxval=1))(keys)
-    clean, wanted = by_hand(before.params, given, np.float64(start), 16 / 255, 3, 8 / 255)
+    wanted = by_hand(before.params, given, np.float64(start), 16 / 255, 3, 8 / 255)
     found = images.reshape(16, -1) * 0.2 + 0.3
     np.testing.assert_allclose(found, wanted, atol=1e-6)
-    assert np.abs(found - clean).max() <= 16 / 255 + 1e-6
-    assert -1e-6 <= found.min() < found.max() <= 1 + 1e-6
     kernel, bias = (np.float64(before.params["head"][name]) for name in ("kernel", "bias"))
     of_kernel, _ = softmax_gradients(kernel, bias, (wanted - 0.3) / 0.2, given["label"])
     np.testing.assert_allclose(kernel - after.params["head"]["kernel"], of_kernel, atol=1e-5)

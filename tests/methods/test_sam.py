@@ -48,7 +48,6 @@ def test_the_gradient_is_that_of_the_paper(spec, accumulate):
     found = [kernel - after.params["head"]["kernel"], bias - after.params["head"]["bias"]]
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
-    assert not np.allclose(found[0], of_kernel, atol=1e-3)  # nor is it the gradient itself
 
 
 def test_per_example_clipping():

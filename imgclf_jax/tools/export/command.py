@@ -29,15 +29,22 @@ def main(config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoi
     - `gives` is the output of the exported function: "probabilities", "logits" or "features".
     - `names` is the naming scheme of PyTorch weights (see `torch_state.naming`).
 
-    Raises UserError for parameters or statistics that hold NaN; `formats.check` has checked the files.
+    Raises UserError for parameters or statistics that hold NaN, and for user code that needs a fixed number of images;
+    `formats.check` has checked the files.
     """
     model = load_trained(config, workdir, checkpoint)
     params, model_state = model.state.evaluated
     for name, array in tree.named_leaves({"params": params, **model_state}):
         if np.isnan(sharding.fetch(array)).any():
             raise UserError(f"export: step {model.step} holds NaN, as in {name}; export another --checkpoint")
-    for path in map(Path, files):
-        print("\n".join(KINDS[path.suffix](model, path, _OUTPUTS[gives], names)))
+    try:
+        for path in map(Path, files):
+            print("\n".join(KINDS[path.suffix](model, path, _OUTPUTS[gives], names)))
+    except TypeError as e:
+        if "_DimExpr" not in str(e):  # JAX's symbolic number of images, used as an integer
+            raise
+        raise UserError(f"export: {model.programs.recipe.own_code} needs the number of images as a Python integer, but "
+                        "a file serves any number; write x.shape[0] instead of len(x)") from e  # fmt: skip
     return 0
 
 

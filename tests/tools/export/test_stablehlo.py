@@ -170,6 +170,18 @@ def test_a_file_computes_its_definition(suffix, tmp_path):
     np.testing.assert_allclose(outputs(file, images, "012"), probabilities(weights, images), rtol=1e-5)
 
 
+def counting(images):
+    return images.reshape(len(images), *images.shape[1:])
+
+
+def test_code_that_counts_the_images_is_told(tmp_path, monkeypatch):
+    model, _ = made("mlp(widths=(8,))")
+    model.config.augment = f"{__name__}:counting|normalize"
+    monkeypatch.setattr(command, "load_trained", lambda *_: model)
+    with pytest.raises(UserError, match=r"augment='test_stablehlo:counting.* write x.shape\[0\] instead of len\(x\)"):
+        command.main(model.config, None, [str(tmp_path / "a.stablehlo")], "", "probabilities", "")
+
+
 def test_mistakes(run, tmp_path, capsys):
     for words, message in [
         ([str(tmp_path / "a.pt")], "the suffix must select the format: .stablehlo, .savedmodel, .onnx, .safetensors"),
