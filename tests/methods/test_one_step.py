@@ -91,8 +91,8 @@ DISTILL = "distill('run', alpha=0.3, temperature=2.5)"
 # The method; the loss; its views: weak or strong, of the batch or (in capitals) of the unlabeled stream; the oracle.
 CASES = [
     ("supervised", "softmax", "w", supervised, nll),
-    ("supervised", "softmax(label_smoothing=0.1, class_weights=(1, 2, 0.5))", "w",
-     supervised, lambda z, y: y @ [1, 2, 0.5] * nll(z, 0.9 * y + 0.1 / 3)),
+    ("supervised", "softmax(label_smoothing=0.1, class_weights=(1, 3, 0.5))", "w",
+     supervised, lambda z, y: y @ [1, 3, 0.5] * nll(z, 0.9 * y + 0.1 / 3)),
     ("supervised", "sigmoid", "w", supervised, lambda z, y: bernoulli(y, expit(z))),
     ("supervised", "focal(gamma=0.5)", "w", supervised, lambda z, y: nll(z, y * (1 - softmax(z, 1)) ** 0.5)),
     (DISTILL, "softmax", "w", distill, nll, lambda z: softmax(z, 1), lambda p, q: rel_entr(p, q).sum(1)),
