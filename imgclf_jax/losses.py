@@ -228,10 +228,10 @@ def build(text: str, class_counts: Sequence[int] = (), class_names: Sequence[str
 
     @functools.wraps(loss)
     def checked(logits: jax.Array, labels: jax.Array) -> jax.Array:
-        values: jax.Array = loss(logits, labels)
-        shape = getattr(values, "shape", type(values).__name__)
-        if shape != logits.shape[:1]:  # a mean would be broadcast where losses are mixed or added
-            raise UserError(f"loss={text!r} returns {shape} for logits {logits.shape}; return one number per example")
+        values: jax.Array = loss(logits, labels)  # other shapes would be broadcast, and integers have no gradient
+        if getattr(values, "shape", None) != logits.shape[:1] or not jnp.issubdtype(values.dtype, jnp.floating):
+            found = jax.typeof(values).str_short() if isinstance(values, jax.Array) else type(values).__name__
+            raise UserError(f"loss={text!r} returns {found} for logits {logits.shape}; return a float for each example")
         return values
 
     return checked

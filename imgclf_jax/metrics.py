@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from imgclf_jax.core import spec
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.typing import Array, Function
 from imgclf_jax.losses import Link, Task
 from imgclf_jax.scores import classification, multilabel
@@ -184,8 +184,10 @@ def _score(score: Function, predictions: TargetPredictions) -> float:
     return float(score(predictions, np.ones((1, len(predictions.targets))))[0])
 
 
-def _compute_own(metric: Function, predictions: AnyPredictions) -> float:
-    return float(metric(*predictions[:2]))
+def _compute_own(metric: functools.partial[Any], predictions: AnyPredictions) -> float:
+    if np.shape(value := metric(*predictions[:2])) or not hasattr(value, "__float__"):
+        raise UserError(f"metrics: {metric.func.__name__} returns {value!r:.80}; return one number")
+    return float(value)
 
 
 def parse_best(text: str, key: str = "checkpoint.best") -> tuple[str, float]:
@@ -197,6 +199,6 @@ def parse_best(text: str, key: str = "checkpoint.best") -> tuple[str, float]:
     if direction in ("min", "max"):
         return name, 1.0 if direction == "max" else -1.0
     if (kind := text.partition("/")[2]) not in BEST:
-        raise UserError(f"{key}={text!r}: write 'min:{text}' if the smallest value of your metric is best, or "
-                        f"'max:{text}' if the greatest is")  # fmt: skip
+        raise UserError(f"{key}={text!r}: {unknown('metric', kind, BEST)}, or 'min:{text}' if the smallest value of "
+                        f"your metric is best, 'max:{text}' if the greatest is")  # fmt: skip
     return text, BEST[kind]

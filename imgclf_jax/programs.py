@@ -53,12 +53,14 @@ class Programs:
     """The compiled programs of a recipe on a mesh. Each is compiled once, on first use.
 
     With `predicting`, evaluation returns the predictions for each example even if no metric of the recipe needs them.
+    A `calibration` (see `step.make_inference`) rescales the probabilities of inference, not those of evaluation.
     Tracing raises UserError, naming the key, if a part of the config fails on these images.
     """
 
     recipe: Recipe
     mesh: Mesh = field(default_factory=sharding.make_mesh)
     predicting: bool = False
+    calibration: Mapping[str, np.ndarray] | None = None
 
     # The mesh and the sharded train state.
 
@@ -337,7 +339,7 @@ class Programs:
         if outputs != "features":
             self.check_predicts()
         parts = recipe.augment(train=False), recipe.views, recipe.config.num_seeds, losses.link_of(recipe.config.loss)
-        return step.make_inference(outputs, recipe.model, *parts)
+        return step.make_inference(outputs, recipe.model, *parts, self.calibration)
 
     @once
     def inference(self) -> Callable[[step.Outputs], Function]:

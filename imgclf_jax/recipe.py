@@ -4,15 +4,13 @@ Nothing here is compiled or depends on devices. `programs.py` compiles a recipe 
 """
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
-import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,9 +34,10 @@ from imgclf_jax.models import classifier
 from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
 from imgclf_jax.run.provenance import raised_in_user_code
 
-_SIDE_EFFECTS = {
-    jax.errors.UnexpectedTracerError: "keeps an array of one trace for another; return it, or use a linen variable",
-    flax.errors.ModifyScopeVariableError: "changes a variable in evaluation too; set use_running_average=not train",
+_EXPLAINED = {  # what the type or message of an error in user code has, and what to change
+    "UnexpectedTracerError": "keeps an array of one trace for another; return it, or use a linen variable",
+    "ModifyScopeVariableError": "changes a variable in evaluation too; set use_running_average=not train",
+    "must be passed to the": "calls a layer without the mode that it needs; pass it as NAME=not train",
 }
 
 
@@ -85,7 +84,7 @@ class Recipe:
         except UserError:
             raise
         except Exception as e:  # JAX, Flax and Optax raise many types
-            if spec.names_code(self.config[key]) and raised_in_user_code(e):
+            if self.own_code and raised_in_user_code(e):  # also of another key, such as a schedule in the optimizer
                 raise
             shape = list(self.data.image_shape)
             raise UserError(f"{key}={self.config[key]!r} fails on images {shape}: {reason(e)}") from e
@@ -108,12 +107,12 @@ class Recipe:
         except UserError:
             raise
         except Exception as e:  # JAX, Flax and Optax raise many types
-            if self.own_code and (sentence := _SIDE_EFFECTS.get(type(e))):
-                raise UserError(f"{self.own_code} {sentence} ({reason(e).partition('. ')[0]})") from e
-            images = jax.ShapeDtypeStruct((1, *self.data.image_shape), "float32")
+            known = [text for part, text in _EXPLAINED.items() if part in f"{type(e).__name__}: {e}"]
+            if self.own_code and known:
+                raise UserError(f"{self.own_code} {known[0]} ({reason(e).partition('. ')[0]})") from e
             for key, model in (("model", self.plain_model), ("method", self.model)):
                 init = functools.partial(model.init, rng.init_streams(jax.random.key(0)), train=False)
-                jax.eval_shape(self.naming(key)(init), images)
+                jax.eval_shape(self.naming(key)(init), jax.ShapeDtypeStruct((1, *self.data.image_shape), "float32"))
             if self.own_code and not raised_in_user_code(e):
                 raise UserError(f"{self.own_code} returns something that the step cannot use: {reason(e)}") from e
             raise
@@ -160,7 +159,7 @@ class Recipe:
                 if self.method.predicts or path[0] != "head":
                     shapes["/".join(map(str, path))] = x.shape
 
-        jax.eval_shape(init)
+        self.naming_the_key()(jax.eval_shape)(init)
         return shapes
 
     @_built
@@ -180,7 +179,7 @@ class Recipe:
         with self.naming("method"):
             method = methods.build(self.config.method, self._problem)
         _check_keys(method, self.config, bool(self.data.target_names))
-        return method if self.supervised else dataclasses.replace(method, loss=self.naming("method")(method.loss))
+        return method if self.supervised else replace(method, loss=self.naming("method")(method.loss))
 
     @cached_property
     def _problem(self) -> Problem:

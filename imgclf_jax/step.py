@@ -251,8 +251,8 @@ def _mean_loss(out: Any, sown: PyTree, part: Batch) -> jax.Array:
     """
     if not isinstance(out, methods.Loss):
         raise UserError(f"the method's loss returns a {type(out).__name__}; return imgclf_jax.methods.Loss(values)")
-    if jnp.ndim(out.values) != 1:
-        raise UserError(f"the method's Loss has values of shape {jnp.shape(out.values)}; return one number per example")
+    if jnp.ndim(out.values) != 1 or not jnp.issubdtype(jnp.result_type(out.values), jnp.floating):
+        raise UserError(f"the method's Loss has {jax.typeof(out.values).str_short()}; return a float for each example")
     examples = math.gcd(*(len(x) for x in jax.tree.leaves(part) if jnp.ndim(x)))
     for name, x in tree.named_leaves(sown):
         if jnp.size(x) != 1 and (jnp.ndim(x) > 1 or len(x) % examples):
@@ -339,14 +339,15 @@ def apply_backbone(model: nn.Module, variables: Variables, images: jax.Array) ->
 
 def make_inference(
     outputs: Outputs, model: nn.Module, augment: Augment, views: tta.Views = tta.NONE, num_seeds: int = 1,
-    link: Link = SOFTMAX,
+    link: Link = SOFTMAX, calibration: Mapping[str, np.ndarray] | None = None,
 ) -> Inference:  # fmt: skip
     """Returns `infer(params, model_state, images uint8[b, h, w, c])`, in float32.
 
     - "predict" gives probabilities [b, classes] by the loss's `link`.
-    - "ranked" gives [2, b, classes]: probabilities, and logits, which order the classes also where rounding makes
-      probabilities equal, such as those of a sigmoid above 17.
-    - "logits" gives [b, classes], averaged over the TTA views.
+    - "ranked" gives [2, b, classes]: probabilities, and their logits, which order the classes also where rounding
+      makes probabilities equal, such as those of a sigmoid above 17.
+    - "logits" gives the network's own, [b, classes], averaged over the TTA views; `calibration`, a `scale` and a `bias`
+      of logits, [1] or [classes], changes the others.
     - "features" gives what the head gets, [b, d], without TTA.
 
     With several seeds, params and model_state are [num_seeds, …]. Logits and features then are [num_seeds, b, …],
@@ -365,6 +366,8 @@ def make_inference(
         logits = logits_of(params, model_state, images).astype(jnp.float32)
         if outputs == "logits":
             return logits
+        if calibration:
+            logits = logits * np.float32(calibration["scale"]) + np.float32(calibration["bias"])
         probabilities = link.probabilities(logits)
         if num_seeds > 1:
             probabilities, logits = jnp.mean(probabilities, 0), link.ensemble(logits)

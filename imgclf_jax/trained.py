@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import itertools
 import logging
 import os
@@ -17,7 +18,7 @@ from PIL import Image
 
 from imgclf_jax import datasets, losses
 from imgclf_jax.augment import ops
-from imgclf_jax.core import dtypes, machine, processes, sharding
+from imgclf_jax.core import dtypes, json_files, machine, processes, sharding, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import JsonObject, Variables
 from imgclf_jax.data import decode
@@ -94,7 +95,7 @@ class Trained(NamedTuple):
         return out
 
     def predict(self, images: Iterable[ImageLike] | ImageLike) -> np.ndarray:
-        """The probabilities f32[n, classes] of n images; with several seeds the ensemble's."""
+        """The probabilities f32[n, classes] of n images, calibrated as the run is; of several seeds the ensemble's."""
         return self._all("predict", images, 0)
 
     def describe(self, outputs: np.ndarray, top_k: int = 3, threshold: float | np.ndarray = 0.5) -> JsonObject:
@@ -113,7 +114,7 @@ class Trained(NamedTuple):
                                 for c in chosen]}  # fmt: skip
 
     def logits(self, images: Iterable[ImageLike] | ImageLike) -> np.ndarray:
-        """The logits f32[n, classes]; with several seeds [seeds, n, classes]."""
+        """The network's own logits f32[n, classes]; with several seeds [seeds, n, classes]."""
         return self._all("logits", images, -2)
 
     def features(self, images: Iterable[ImageLike] | ImageLike) -> np.ndarray:
@@ -121,15 +122,15 @@ class Trained(NamedTuple):
         return self._all("features", images, -2)
 
     def _all(self, what: Outputs, images: Iterable[ImageLike] | ImageLike, axis: int) -> np.ndarray:
-        if isinstance(images, str | os.PathLike | bytes | Image.Image):
-            images = [images]
-        elif isinstance(images, np.ndarray) and images.ndim in (2, 3):
-            images = images[None]
+        if isinstance(images, str | os.PathLike | bytes | Image.Image) or getattr(images, "ndim", 0) in (2, 3):
+            images = [images]  # type: ignore[list-item]
         rows = []
         for row in self.stream(what, images):
             if isinstance(row, UserError):
                 raise row
             rows.append(row)
+        if not rows:
+            raise UserError(f"{what} got no images; pass one or more")
         return np.stack(rows, axis)
 
     def stream(self, what: Outputs, images: Iterable[ImageLike]) -> Iterator[np.ndarray | UserError]:
@@ -206,7 +207,8 @@ def load(workdir: str | os.PathLike[str], checkpoint: str = "", trust: bool = Fa
     with contextlib.nullcontext() if trust else place.untrusted():
         config = place.load_config()
         check_names(config)
-        return restore(config, place, checkpoint)  # which imports what the config names while imports are guarded
+        # `restore` imports what the config names while imports are guarded.
+        return _calibrate(restore(config, place, checkpoint), place)
 
 
 def load_teacher(problem: Problem, run: str, checkpoint: str = "", trust: bool = False) -> dict[str, Any]:
@@ -238,9 +240,12 @@ def load_teacher(problem: Problem, run: str, checkpoint: str = "", trust: bool =
             "classes": len(recipe.data.class_names)}  # fmt: skip
 
 
-def load_trained(config: ConfigDict, workdir: Workdir | None, which: str) -> Trained:
-    """The trained model of a run or, without a work directory, of the weights that `init_from` names."""
-    return restore(config, workdir, which) if workdir else load_converted(config)
+def load_trained(config: ConfigDict, workdir: Workdir | None, which: str, temperature: float | None = None) -> Trained:
+    """The trained model of a run or, without a work directory, of the weights that `init_from` names.
+
+    Its probabilities are calibrated as the run is, or else by this `temperature`.
+    """
+    return _calibrate(restore(config, workdir, which) if workdir else load_converted(config), workdir, temperature)
 
 
 def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
@@ -277,6 +282,38 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
     return Trained(programs, run["state"], step)
 
 
+def _calibrate(model: Trained, workdir: Workdir | None, temperature: float | None = None) -> Trained:
+    """The model with the calibration of a `temperature`, else of calibration.json, which `evaluate --calibrate` writes.
+
+    Warns of a file for another model, and leaves it out. Raises UserError for a damaged one.
+    """
+    if temperature is not None:
+        if model.task is Task.MULTILABEL:
+            raise UserError("--temperature scales one class against the others, but this model predicts several labels")
+        numbers = {"scale": np.array([1 / temperature]), "bias": np.zeros(1)}
+        return model._replace(programs=dataclasses.replace(model.programs, calibration=numbers))
+    if not workdir or not (file := workdir.calibration).is_file():
+        return model
+    of = json_files.as_object((found := json_files.read(file)).get("of"))
+    if other := [key for key, value in calibrated_facts(model).items() if of.get(key) != value]:
+        log.warning("ignoring %s, which is of another %s: run evaluate --calibrate again", file, " and ".join(other))
+        return model
+    try:
+        numbers = {name: np.array(x, np.float64).reshape(-1) for name, x in found["numbers"].items() if x}
+        np.broadcast_shapes(numbers["scale"].shape, numbers["bias"].shape, (len(model.class_names),))
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{file} is damaged: remove it, and run evaluate --calibrate again") from e
+    log.info("%s calibrates the probabilities", file)
+    return model._replace(programs=dataclasses.replace(model.programs, calibration=numbers))
+
+
+def calibrated_facts(model: Trained) -> JsonObject:
+    """What a calibration holds for: the evaluated variables, and the keys on which their logits depend."""
+    config = {"tta": model.config.tta, "loss": model.config.loss, "preprocess": model.programs.preprocess_eval}
+    config["augment"] = ops.evaluation_spec(model.config.augment)
+    return {"version": 1, "variables_sha256": tree.sha256(model.state.evaluated), **config}
+
+
 def load_converted(config: ConfigDict, base: dict[str, Source] | None = None, whole: bool = True) -> Trained:
     """The model with the weights that `init_from` names, at step 0, for the classes of the source `base`.
 
@@ -284,6 +321,6 @@ def load_converted(config: ConfigDict, base: dict[str, Source] | None = None, wh
     UserError if they lack any other part of the model.
     """
     source = next(iter((base or datasets.open_data(config)).values()))  # all splits have the same classes and shape
-    mesh = sharding.make_inference_mesh(config.mesh)
-    programs = programs_for_images(config, datasets.eval_images(source, config), mesh)
+    images, mesh = datasets.eval_images(source, config), sharding.make_inference_mesh(config.mesh)
+    programs = programs_for_images(config, images, mesh)
     return Trained(programs, programs.init_state(weights=pretrained.load(programs, whole).taken), 0)

@@ -44,7 +44,7 @@ def pytest_collection_finish():
 
 
 # Why a test may skip: of a package, a compiler, a processor or a permission that this machine lacks.
-MAY_SKIP = r"group `(peers|onnx|browser)`|needs Chromium|needs a compiler|oneDNN|Linux's|not permitted|devices round"
+MAY_SKIP = r"`(peers|onnx|browser|heic)`|needs Chromium|needs a compiler|oneDNN|Linux's|not permitted|devices round"
 
 
 def pytest_sessionfinish(session):

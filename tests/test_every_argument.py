@@ -151,6 +151,7 @@ OTHER = {
     "remat": "block", "norm": "group_norm(num_groups=2)", "activation": "tanh", "block": "my:Res", "cell": "gru",
     "shortcut": "conv", "positions": "sincos", "pool": "mean", "param_dtype": "bfloat16", "reduction_axes": (2, 3),
     "axis_name": "data", "mode": "edge", "class_weights": (1.0, 2.0, 3.0), "positive_weights": (1.0, 2.0, 3.0),
+    "rope": "eva02", "qkv_bias": "qv", "mlp": "swiglu",
     ("mixup", "alpha"): 0.5, "warmup": "10%", "at": ("20%",), "average": "micro", "strong": "cutout(2)",
     "ramp": "50%", "pattern": "backbone/dense0/kernel", ("pgd", "eps"): "4/255", "min_dim_size_to_factor": 200,
     "warmup_steps": 5, "axis": 1, "preconditioning": "schatten", "muon_weight_dimension_numbers": False,

@@ -17,6 +17,10 @@ FAKE = ("--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=de
         "--config.log_every=4 steps")  # fmt: skip
 
 
+def nothing(given, total=0):
+    """A part of a run that forgets to return."""
+
+
 @pytest.fixture
 def mistake(capsys):
     """Runs a command line that must fail with one sentence, and returns it."""
@@ -66,6 +70,8 @@ def whole(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
     (["predict", "--top_k=0"], ["--top_k", "0: must be 1 or more"]),
     (["evaluate", "--format=xml"], ["--format", "'xml'", "table, json"]),
     (["--profile=3"], ["--profile: 3", "FIRST:LAST", "10:20"]),
+    (["sweep"], ["a sweep needs values: --sweep 'schedule=constant(1e-3); constant(3e-3)'"]),
+    (["export", "a.h5", "--workdir=x"], ["'a.h5': the suffix must select the format: .stablehlo"]),
 ])  # fmt: skip
 def test_wrong_usage(mistake, tmp_path, monkeypatch, argv, fragments):
     """Exit status 2, the nearest names, and no work directory."""
@@ -79,7 +85,7 @@ def test_wrong_usage(mistake, tmp_path, monkeypatch, argv, fragments):
     ("total=5", ["total='5' is not a duration", "'5 epochs'"]),
     ("precision=half", ["unknown precision 'half'", "bfloat16, float32"]),
     ("checkpoint.best=accuracy", ["unknown evaluation set", "'accuracy'", "allowed: test"]),
-    ("checkpoint.best=test/acuracy", ["'min:test/acuracy' if the smallest value of your metric is best"]),
+    ("checkpoint.best=test/acuracy", ["did you mean 'accuracy' or", "'min:test/acuracy' if the smallest value of"]),
     ("model=mlp(widths=(1000000000000,))", ["the train state of model=", "with num_seeds=1 needs 1,788 TB of memory"]),
     ("batch_size=2000000000", ["a batch of batch_size=2000000000 needs 1 TB of memory"]),
     ("clip=nan", ["clip=nan: must be 0 or more"]),
@@ -92,7 +98,11 @@ def test_wrong_usage(mistake, tmp_path, monkeypatch, argv, fragments):
     ("preprocess=decode(2)", ["decode(channels=2): allowed are 1, 3 and 4"]),
     ("preprocess=decode(1)|central_crop(99)", ["central_crop(99, 99)", "12 by 12", "resize it first"]),
     ("augment=pad_crop(pad='x')", ["augment=\"pad_crop(pad='x')\" fails on images [12, 12, 1]"]),
-    ("augment=normalize(mean=(0.5, 0.5))", ["turns images [12, 12, 1] into [12, 12, 2]"]),
+    ("augment=jax.numpy:argsort", ["[12, 12, 1] into int32[12, 12, 1]; device ops keep the shape and"]),
+    ("preprocess=decode(1)|test_mistakes:nothing", ["nothing': test_mistakes:nothing returns None"]),
+    ("schedule=test_mistakes:nothing", ["schedule='test_mistakes:nothing' gives 'None'; return a function of the"]),
+    ("optimizer=test_mistakes:nothing", ["optimizer='test_mistakes:nothing' returns None; return an optax.Gradient"]),
+    ("augment=normalize(mean=(0.5, 0.5))", ["turns images [12, 12, 1] into float32[12, 12, 2]"]),
     ("optimizer=adam(1e-3)", ["optimizer='adam(1e-3)'", "set the learning rate by the key schedule"]),
     ("optimizer=adam(b1='x')", ["optimizer=\"adam(b1='x')\" fails"]),
     ("schedule=cosine(1, warmup=5)", ["schedule='5' is not a duration", "'5 epochs'"]),

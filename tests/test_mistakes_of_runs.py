@@ -84,7 +84,7 @@ def test_nothing_to_evaluate(mistake, whole, tmp_path):
         assert has(sentence, f"--checkpoint={which}", "[8, 12]", "checkpoint.best is not set")
     sentence = mistake("evaluate", f"--workdir={workdir}", "--config.model=mlp(widths=(16,))")
     assert has(sentence, "another model", "params/backbone/dense0/bias is float32[512]", "float32[16] by the config")
-    assert has(mistake("predict", f"--workdir={workdir}"), "name at least one image", "FILE|DIR|GLOB")
+    assert has(mistake("predict", f"--workdir={workdir}", status=2), "name at least one image", "FILE|DIR|GLOB")
     (tmp_path / "empty").mkdir()
     assert has(mistake("predict", tmp_path / "empty", f"--workdir={workdir}"), "empty' has no images")
     assert snapshot(workdir) == before

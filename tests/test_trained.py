@@ -91,6 +91,7 @@ def test_an_image_that_cannot_be_used_is_named(model, pixels, tmp_path):
         ([pixels[0], tmp_path / "b.png"], "b.png: the image is in none of the formats"),
         ([pixels[0], pixels[0].astype(np.float32)], "image 1: the image is float32"),
         ([tmp_path / "c.png"], "c.png: No such file"),
+        ([], "predict got no images; pass one or more"),
     ]:
         with pytest.raises(UserError, match=message):
             model.predict(images)

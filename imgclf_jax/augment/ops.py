@@ -199,9 +199,9 @@ def build(text: str, train: bool) -> Callable[..., jax.Array]:
 
     def apply(key: jax.Array | None, images: jax.Array, *known: jax.Array) -> jax.Array:
         out: jax.Array = run(train, images, key, *known)
-        if out.shape != images.shape:
-            raise UserError(f"augment={text!r} turns images {list(images.shape[1:])} into {list(out.shape[1:])}; "
-                            "device ops must keep the shape")  # fmt: skip
+        if out.shape != images.shape or not (out.dtype == jnp.uint8 or jnp.issubdtype(out.dtype, jnp.floating)):
+            raise UserError(f"augment={text!r} turns images {list(images.shape[1:])} into {out.dtype}"
+                            f"{list(out.shape[1:])}; device ops keep the shape and return uint8 or float")  # fmt: skip
         evaluated = jax.eval_shape(functools.partial(run, False), images).dtype
         if (out.dtype == jnp.uint8) != (evaluated == jnp.uint8):
             raise UserError(f"augment={text!r} makes {out.dtype} images in training, but {evaluated} ones in "

@@ -4,12 +4,14 @@ A view op takes no images, only its own arguments, and returns [(weight, functio
 function maps images [b, h, w, c] to images of the same shape.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from imgclf_jax.core import kinds, spec
+from imgclf_jax.core.errors import UserError
 
 Views = list[tuple[float, Callable[[jax.Array], jax.Array]]]
 NONE: Views = [(1.0, lambda x: x)]
@@ -46,13 +48,15 @@ def build(text: str) -> Views:
     views = NONE
     for call in reversed(spec.parse(text)):
         op = kinds.bind(call, VIEWS, "view", {kinds.PLAIN: ()})()
-        total = sum(weight for weight, _ in op)
-        views = [(a * b / total, _compose(first, second)) for a, first in views for b, second in op]
+        total = sum(one[0] for one in op if isinstance(one, tuple)) if isinstance(op, list) else 0
+        if total <= 0:
+            raise UserError(f"tta={text!r}: {call} must return [(weight, function), …] with a sum of weights above 0")
+        views = [(a * b / total, functools.partial(_compose, f, g)) for a, f in views for b, g in op]
     return views
 
 
-def _compose(first: Callable[..., jax.Array], second: Callable[..., jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    return lambda images: second(first(images))
+def _compose(first: Callable[..., jax.Array], second: Callable[..., jax.Array], images: jax.Array) -> jax.Array:
+    return second(first(images))
 
 
 def mean_logits(views: Views, logits: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:

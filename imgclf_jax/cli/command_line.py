@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax.core import spec
-from imgclf_jax.core.errors import UsageError, UserError, unknown
+from imgclf_jax.core.errors import UsageError, unknown
 from imgclf_jax.core.typing import Value
 
 
@@ -48,7 +48,7 @@ def find_config(path: str) -> str:
     if not file.is_file():
         ships = sorted(own.stem for own in configs_folder().glob("*.py"))
         if name not in ships:
-            raise UserError(unknown("config", name, ships) + ", or a Python file")
+            raise UsageError(unknown("config", name, ships) + ", or a Python file")
         file = configs_folder() / f"{name}.py"
     folder = file.resolve().parent
     spec.folders[:] = [str(folder), str(Path.cwd())]

@@ -62,6 +62,12 @@ FLAGS: Mapping[str, dict[str, Any]] = {
     "checkpoint": _flag("best, latest or a step (default: best if one is kept, else latest)", "WHICH"),
     "corruptions": _flag("measure accuracy on corrupted images, at five severities: all, or names", "all|NAME,..."),
     "attack": _flag("measure accuracy under attack: \"pgd(eps='8/255', steps=20)\", or an import path", "SPEC"),
+    "calibrate": {"help": "fit the calibration of probabilities to the set val, and write it into the run",
+                  "default": "", "choices": ("temperature", "vector", "none")},
+    "ood": _flag("measure how well scores tell these images from the evaluation sets", "DIR|SOURCE/SPLIT"),
+    "temperature": _flag("divide logits by T, instead of the run's calibration", "T", None, type=_at_least(1e-3)),
+    "reject": _flag("leave the least confident undecided: this fraction, measured on val", "RATE", None, type=float),
+    "coverage": _flag("show the set of classes that holds the true one this often", "P", None, type=float),
     "format": {"help": "the output format (default: the first)"},  # see `Command.formats`
     "predictions": _flag("write the prediction for each example to a .csv or .jsonl file", "FILE", type=_output),
     "top_k": _flag("how many classes to show or write (default: 3)", "K", 3, type=_POSITIVE),
@@ -147,13 +153,14 @@ COMMANDS: Mapping[str, Command] = {
     "evaluate": Command(
         "evaluate a trained run on each of its evaluation sets",
         "tools.evaluate.command", from_run_or_weights,
-        ("workdir", "checkpoint", "corruptions", "attack", "format", "predictions", "top_k",
+        ("workdir", "checkpoint", "corruptions", "attack", "calibrate", "ood", "format", "predictions", "top_k",
          "trust", *PROCESSES),
     ),
     "predict": Command(
         "classify new images with a trained run",
         "tools.predict.command", from_run_or_weights,
-        ("workdir", "checkpoint", "format", "top_k", "threshold", "trust"), "FILE|DIR|GLOB|-",
+        ("workdir", "checkpoint", "format", "top_k", "threshold", "temperature", "reject", "coverage", "trust"),
+        "FILE|DIR|GLOB|-",
         more="Quote a GLOB, such as 'photos/**/*.jpg'. - reads file names from standard input, one per line.",
         formats=("table", "json", "jsonl", "csv"), before_jax="tools.pages.inputs:check",
     ),
@@ -165,7 +172,7 @@ COMMANDS: Mapping[str, Command] = {
     "export": Command(
         "export a trained model for JAX, TensorFlow, ONNX or PyTorch",
         "tools.export.command", from_run_or_weights,
-        ("workdir", "checkpoint", "gives", "names", "trust"), "FILE",
+        ("workdir", "checkpoint", "gives", "names", "temperature", "trust"), "FILE",
         more="The suffix selects the format: .stablehlo for JAX, .savedmodel for TensorFlow (a folder), .onnx, or "
              ".safetensors, the weights under the parameter names of a PyTorch model.",
         before_jax="tools.export.formats:check",
@@ -173,7 +180,7 @@ COMMANDS: Mapping[str, Command] = {
     "serve": Command(
         "serve a trained run as a web page and an HTTP API",
         "tools.serve.command", from_run_or_weights,
-        ("workdir", "checkpoint", "host", "port", "cors", "trust"),
+        ("workdir", "checkpoint", "host", "port", "cors", "temperature", "trust"),
         extra="serve",
     ),
     "sweep": Command(

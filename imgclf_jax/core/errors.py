@@ -12,8 +12,8 @@ class UserError(ValueError):
     """
 
 
-class UsageError(Exception):
-    """A wrong command line: `launch.py` prints it and exits with 2."""
+class UsageError(UserError):
+    """A word or flag that is wrong whatever the files and the run hold: `launch.py` prints it and exits with 2."""
 
 
 class Untrusted(UserError):

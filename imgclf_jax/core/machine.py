@@ -78,7 +78,7 @@ def keep_freed_memory() -> None:
 def require_memory(nbytes: int, what: str) -> None:
     """Raises UserError if `what` needs more bytes than this process may use."""
     if nbytes > (most := memory()):
-        raise UserError(f"{what} needs {format_bytes(nbytes)} of memory, but this machine has {format_bytes(most)}")
+        raise UserError(f"{what} needs {format_bytes(nbytes)} of memory, but this process may use {format_bytes(most)}")
 
 
 def format_bytes(nbytes: int) -> str:

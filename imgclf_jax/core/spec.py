@@ -132,11 +132,11 @@ def lookup(call: Call, table: Table, kind: str) -> Function:
     try:
         module = _import(module_name)
     except (ImportError, SyntaxError) as e:
-        raise UserError(f"cannot import {module_name!r} for {kind} {call.name!r}: {e}; looked for in the config's "
-                        "folder, the current one and PYTHONPATH, and named without .py") from e  # fmt: skip
+        raise UserError(f"cannot import {module_name!r} for {kind} {call.name!r}: {e}; it must be in the config's "
+                        "folder, the current one or PYTHONPATH, and is named without .py") from e  # fmt: skip
     if not callable(getattr(module, attribute, None)):
         names = [n for n in dir(module) if callable(getattr(module, n)) and not n.startswith("_")]
-        raise UserError(unknown(f"name in module {module_name}", attribute, names))
+        raise UserError(unknown(kind, call.name, [f"{module_name}:{name}" for name in names]))
     return getattr(module, attribute)
 
 

@@ -143,9 +143,10 @@ def _number_classes(ys: Mapping[str, np.ndarray], where: str) -> tuple[str, ...]
     if columns := max(y.shape[1:] for y in ys.values()):  # the source refuses a split with fewer
         return ("target",) if columns == (1,) else tuple(map(str, range(*columns)))
     classes, examples = 1 + max(int(y.max()) for y in ys.values()), sum(map(len, ys.values()))
-    if classes > min(MAX_CLASSES, max(_UNNAMED_CLASSES, examples)):
-        raise UserError(f"{where}, the greatest of {examples} labels is {classes - 1}; number the classes 0, 1, 2, …, "
-                        "or name all of them in class_names")  # fmt: skip
+    least = min(int(y.min()) for y in ys.values())
+    if least > 0 or classes > min(MAX_CLASSES, max(_UNNAMED_CLASSES, examples)):
+        raise UserError(f"{where}, the {examples} labels are from {least} to {classes - 1}; number the classes 0, 1, "
+                        "2, …, or name all of them in class_names")  # fmt: skip
     return tuple(map(str, range(classes)))
 
 

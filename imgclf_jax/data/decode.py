@@ -181,6 +181,8 @@ def build(text: str, bits: int = 16) -> tuple[HostOps, bool]:
                 if isinstance(e, UserError) or ":" in call.name:
                     raise
                 raise UserError(f"preprocess={text!r} fails: {e}") from e
+            if not isinstance(image, Image.Image) and np.ndim(image) < 2:
+                raise UserError(f"preprocess={text!r}: {call.name} returns {image!r:.60}; return uint8[h, w, c]")
             resizing.check_pixels(f"the image after {call.name}", *resizing.size_of(image))
         return resizing.to_array(image)
 

@@ -65,7 +65,7 @@ def _check_repeated(files: Sequence[str], labels: np.ndarray) -> None:
     for row, name in enumerate(files):
         other = first.setdefault(name, row)
         if other != row and (labels[other] != labels[row]).any():
-            raise UserError(f"the rows {other + 1} and {row + 1} give {name!r} different labels; keep one of them")
+            raise UserError(f"rows {other + 1} and {row + 1} label {name!r} differently; keep one of them")
 
 
 def _read(path: Path, file: str) -> Columns:

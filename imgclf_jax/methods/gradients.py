@@ -71,9 +71,9 @@ def clip_per_example(gradient: Gradient, max_norm: float = 1.0) -> GradientFunct
         if "batch_stats" in model_state:
             raise UserError("gradient: clip_per_example needs a model without batch statistics: norm='group_norm'")
         b = len(batch["image"])
-        if wrong := [name for name, x in tree.named_leaves(batch) if jnp.shape(x)[:1] != (b,)]:
-            raise UserError(f"gradient: clip_per_example needs arrays of one entry per example; {wrong[0]!r} is none")
-
+        shapes = {name: jnp.shape(x) for name, x in tree.named_leaves(batch)}
+        if wrong := [f"{name!r} has the shape {list(shape)}" for name, shape in shapes.items() if shape[:1] != (b,)]:
+            raise UserError(f"gradient: clip_per_example needs arrays of one entry per example; {wrong[0]}")
         out, _ = gradient(params, model_state, batch, key)  # XLA drops this gradient
         singles = jax.tree.map(lambda x: x[:, None], batch), jax.random.split(rng.fold(key, "clip_per_example"), b)
         each = jax.vmap(lambda one, key: gradient(params, model_state, one, key)[1])(*singles)  # [b, …]
@@ -122,8 +122,8 @@ def accumulate(gradient: Gradient, parts: int) -> Gradient:
             (loss, (model_state, (logits, named))), grads = gradient(params, model_state, part, key)
             return (jax.tree.map(jnp.add, total, grads), model_state), (loss, logits, named)
 
-        if len(batch["image"]) % parts:
-            raise UserError(f"accumulate={parts} does not divide the batch of {len(batch['image'])} that it gets")
+        if (b := len(batch["image"])) % parts:
+            raise UserError(f"accumulate={parts} does not divide the batch of {b} from gradient; set accumulate=1")
         carry = (jax.tree.map(jnp.zeros_like, params), model_state)
         (total, model_state), (losses, logits, named) = _scan(add, carry, batch, key, parts)
         logits = None if logits is None else join(logits)  # [b, classes]

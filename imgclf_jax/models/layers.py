@@ -147,16 +147,17 @@ class Dense(nn.Module):
     features: int
     dtype: DTypeLike = jnp.float32
     kernel_init: Initializer = nn.initializers.lecun_normal()
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         if wants_features_first() and x.ndim == 2:  # a convolution of one pixel
             y = conv(x[:, None, None], kernel[None, None], dtype=self.dtype)[:, 0, 0]
         else:
             y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
-        return add_bias(y, bias).astype(self.dtype)
+        return (y if bias is None else add_bias(y, bias)).astype(self.dtype)
 
 
 def max_pool(x: jax.Array, window: int, strides: int, padding: int = 0) -> jax.Array:

@@ -23,6 +23,8 @@ NORMS = {"batch_norm": BatchNorm, "group_norm": GroupNorm, "layer_norm": LayerNo
 ACTIVATIONS = {
     **{f: getattr(nn, f) for f in ("relu", "relu6", "silu", "hard_silu", "elu", "leaky_relu", "softplus", "tanh")},
     "gelu": gelu,
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
     "identity": lambda x: x,
 }
 _OF_BATCH_NORM = ("momentum", "epsilon", "use_scale")  # for norms that have such fields
@@ -73,6 +75,8 @@ class Norm:
         fields, bound = inspect.signature(self.cls).parameters, getattr(self.cls, "keywords", {})
         given = {k: v for k, v in passed.items() if k not in bound and (k in fields or k not in _OF_BATCH_NORM)}
         module = self.cls(**given, name=name)
+        if scale != 1 and not getattr(module, "use_scale", True):
+            raise UserError(f"norm: use_scale=False leaves no scale to start at {scale:g}; set zero_init=False")
         takes = inspect.signature(type(module).__call__).parameters
 
         def normalize(x: jax.Array, train: bool = False) -> jax.Array:

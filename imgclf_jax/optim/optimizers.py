@@ -104,6 +104,8 @@ def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _NO_R
         parts = [_with_decay(maker, own, rules) for maker, own in zip(makers, decays, strict=True)]
     except (TypeError, ValueError) as e:  # optax raises them for unfit arguments
         raise UserError(f"optimizer={text!r}: {e}") from e
+    if not hasattr(parts[-1], "update"):
+        raise UserError(f"optimizer={text!r} returns {parts[-1]!r:.80}; return an optax.GradientTransformation")
     evaluated = evaluated_by(parts[-1])
     if rules and evaluated:
         raise UserError(f"optimizer={text!r}: {last.name} takes neither rules nor frozen parameters; use another")

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 
 from imgclf_jax.core import spec
@@ -93,6 +94,10 @@ def build(text: str, steps: Steps, total: int) -> optax.Schedule:
     `steps` converts a duration to whole steps; it raises UserError for text that is no duration.
     """
     schedule: optax.Schedule = bind(text)(steps, total)
+    with jax.numpy_dtype_promotion("standard"):
+        rate: Any = schedule(jax.numpy.int32(0)) if callable(schedule) else str(schedule)
+    if isinstance(rate, str | None) or getattr(rate, "ndim", False):
+        raise UserError(f"schedule={text!r} gives {rate!r:.80}; return a function of the step i32[] to a rate f32[]")
     return schedule
 
 

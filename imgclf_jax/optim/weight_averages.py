@@ -51,8 +51,7 @@ def with_evaluated(optimizer: optax.GradientTransformation, evaluated: Evaluated
     After each step `evaluated(opt_state, params)` returns the parameters for evaluation, prediction and export, like
     `optax.contrib.schedule_free_eval_params`. It must be pure. Before the first step the trained ones are evaluated.
     """
-    extended = optax.with_extra_args_support(optimizer)
-    out = EvaluatingOptimizer(extended.init, extended.update)
+    out = EvaluatingOptimizer(*optax.with_extra_args_support(optimizer))
     out.evaluated = evaluated
     return out
 
@@ -118,8 +117,5 @@ def build(
 
 def _interpolate(old: PyTree, new: PyTree, weight: jax.Array) -> PyTree:
     """old + weight * (new - old), which keeps equal values bit for bit; integers take the new value."""
-
-    def interpolate(a: jax.Array, b: jax.Array) -> jax.Array:
-        return a + weight.astype(a.dtype) * (b - a) if jnp.issubdtype(a.dtype, jnp.inexact) else b
-
-    return jax.tree.map(interpolate, old, new)
+    moves = lambda a: jnp.issubdtype(a.dtype, jnp.inexact)  # noqa: E731
+    return jax.tree.map(lambda a, b: a + weight.astype(a.dtype) * (b - a) if moves(a) else b, old, new)

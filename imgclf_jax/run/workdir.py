@@ -46,6 +46,7 @@ class Workdir:
         self.metrics = path / "metrics.jsonl"
         self.digests = path / "digests.jsonl"
         self.result = path / "result.json"
+        self.calibration = path / "calibration.json"
 
     def load_config(self) -> ConfigDict:
         """Loads the config that the run was trained with. Raises UserError if this directory has no run."""

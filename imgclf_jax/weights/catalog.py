@@ -1,7 +1,11 @@
 """Published networks by timm's names: the backbone, the preprocessing and the licence of their weights."""
 
 import difflib
+import itertools
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from imgclf_jax.core.errors import UserError
 
@@ -28,7 +32,71 @@ class Published:
     license: str = ""  # the name of a licence that forbids some uses; "" for one that does not
 
 
+_DINOV2 = "patch=14, layer_scale=1e-5"
+_DINOV3 = ("positions='none', rope='dinov3', class_token=True, registers=4, pool='mean', layer_scale=1e-5, "
+           "norm='layer_norm(epsilon=1e-5)'")  # fmt: skip
+_SIGLIP = "pool='map', activation='gelu_tanh'"  # as big_vision trained it; timm's networks have the exact GELU
+_OPENCLIP = "patch={1}, pre_norm=True, norm='layer_norm(epsilon=1e-5)'"
+_OPENAI = f"{_OPENCLIP}, activation='quick_gelu'"  # which timm's names without quickgelu lack
+_DEIT3 = "positions='patches', layer_scale=1e-6"
+_SBB = "positions='patches', pool='mean', fc_norm=True, layer_scale=1e-5"
+_ROPE = "positions='none', rope='eva02', pool='mean', fc_norm=True, layer_scale=1e-5"
+_EVA02 = "patch=14, rope='eva02', class_token=True, pool='mean', fc_norm=True, mlp_ratio=2.6667, qkv_bias='qv'"
+_EVA02_S, _EVA02_B = f"{_EVA02}, mlp='swiglu_packed'", f"{_EVA02}, mlp='swiglu', mlp_norm=True, qkv_fused=False"
+# Names with choices in brackets, the first that of the variant; the spec after the variant; then as in Published.
+_VITS: tuple[tuple[Any, ...], ...] = (
+    ("vit_[small base large]_patch14_dinov2.lvd142m", _DINOV2, 518, 1.0),
+    ("vit_[small base large]_patch14_reg4_dinov2.lvd142m", f"{_DINOV2}, registers=4, positions='patches'", 518, 1.0),
+    *((f"vit_[{words}]_patch16_dinov3{suffix}.lvd1689m", f"{_DINOV3}, qkv_bias={bias!r}{mlp}", 256, 1.0, IMAGENET,
+       "DINOv3") for suffix, bias in (("", ""), ("_qkvb", "qv"))  # the authors' files have biases
+      for words, mlp in (("small base large", ""), ("small_plus", ", mlp='swiglu'"))),
+    ("vit_[large]_patch16_dinov3.sat493m", f"{_DINOV3}, qkv_bias=''", 256, 1.0,
+     ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143)), "DINOv3"),
+    ("vit_[base]_patch16_siglip_224.v2_webli", _SIGLIP, 224, 0.9, HALF),
+    *((f"vit_[base large]_patch16_siglip_{n}.v2_webli", _SIGLIP, n, 0.9, HALF) for n in (256, 384, 512)),
+    ("vit_[base]_patch[32 16]_clip_quickgelu_224.openai", _OPENAI, 224, 0.9, CLIP),
+    ("vit_[large]_patch[14]_clip_quickgelu_224.openai", _OPENAI, 224, 1.0, CLIP),
+    *((f"vit_[{word}]_patch[{patch}]_clip_{tag}", model, 224, 1.0, CLIP, license)
+      for word, patch in (("base", "32 16"), ("large", "14")) for tag, model, license in (
+          ("quickgelu_224.metaclip_400m", _OPENAI, "CC-BY-NC-4.0"), ("224.datacompxl", _OPENCLIP, ""))),
+    ("vit_[base]_patch[32]_clip_224.laion2b", _OPENCLIP, 224, 0.9, CLIP),
+    ("vit_[base]_patch[16]_clip_224.laion2b", _OPENCLIP, 224, 1.0, CLIP),
+    ("vit_[large]_patch[14]_clip_224.laion2b", _OPENCLIP, 224, 1.0, HALF),
+    ("deit3_[small medium base large]_patch16_224.fb_in1k", _DEIT3),
+    ("deit3_[small medium base large]_patch16_224.fb_in22k_ft_in1k", _DEIT3, 224, 1.0),
+    ("deit3_[small base large]_patch16_384.[fb_in1k fb_in22k_ft_in1k]", _DEIT3, 384, 1.0),
+    ("vit_[tiny small base large]_patch16_224.[augreg_in21k augreg_in21k_ft_in1k]", "patch=16", 224, 0.9, HALF),
+    ("vit_[tiny small base large]_patch16_384.augreg_in21k_ft_in1k", "patch=16", 384, 1.0, HALF),
+    ("vit_[small base]_patch[32]_224.[augreg_in21k augreg_in21k_ft_in1k]", "patch={1}", 224, 0.9, HALF),
+    ("vit_[small base]_patch16_224.augreg_in1k", "patch=16", 224, 0.9, HALF),
+    ("vit_[wee]_patch16_reg1_gap_256.sbb_in1k", f"{_SBB}, registers=1, mlp_ratio=5.0", 256, 0.95, HALF),
+    ("vit_[little]_patch16_reg4_gap_256.sbb_in1k", f"{_SBB}, registers=4, mlp_ratio=5.6", 256, 0.95, HALF),
+    ("vit_[medium betwixt]_patch16_reg[1 4]_gap_256.sbb_in1k", f"{_SBB}, registers={{1}}", 256, 0.95, HALF),
+    ("vit_[medium mediumd betwixt]_patch16_reg4_gap_256.sbb_in12k_ft_in1k", f"{_SBB}, registers=4", 256, 0.95, HALF),
+    ("vit_[medium base]_patch16_rope_reg1_gap_256.sbb_in1k", f"{_ROPE}, registers=1, qkv_bias='qv'", 256, 0.95, HALF),
+    ("vit_[mediumd]_patch16_rope_reg1_gap_256.sbb_in1k", f"{_ROPE}, registers=1, qkv_bias=''", 256, 0.95, HALF),
+    ("vit_[betwixt]_patch16_rope_reg4_gap_256.sbb_in1k", f"{_ROPE}, registers=4, qkv_bias='qv'", 256, 0.95, CLIP),
+    ("eva02_[tiny small]_patch14_224.mim_in22k", _EVA02_S, 224, 0.9, CLIP),
+    ("eva02_[tiny small]_patch14_336.mim_in22k_ft_in1k", _EVA02_S, 336, 1.0, CLIP),
+    ("eva02_[base large]_patch14_224.mim_in22k", _EVA02_B, 224, 0.9, CLIP),
+    ("eva02_[base large]_patch14_448.mim_in22k_ft_in1k", _EVA02_B, 448, 1.0, CLIP),
+)  # fmt: skip
+_VARIANTS = {"tiny": "Ti", "small": "S", "small_plus": "S", "base": "B", "large": "L"}
+
+
+def _rows(
+    names: str, model: str, size: int = 224, crop: float = 0.9, normalization: Normalization = IMAGENET,
+    license: str = "",
+) -> Iterator[tuple[str, Published]]:  # fmt: skip
+    """(name, network) for each combination of the choices in a row of _VITS."""
+    for words in itertools.product(*(choice.split() for choice in re.findall(r"\[(.*?)\]", names))):
+        spec = f"vit({_VARIANTS.get(words[0], words[0])!r}, {model.format(*words)})"
+        name = re.sub(r"\[.*?\]", "{}", names).format(*words)
+        yield name, Published(spec, size, crop, normalization=normalization, license=license)
+
+
 NETWORKS: dict[str, Published] = {
+    **dict(row for rows in _VITS for row in _rows(*rows)),
     **{f"resnet{depth}.tv_in1k": Published(f"resnet({depth})", interpolation="bilinear")
        for depth in (18, 34, 50, 101, 152)},
     **{f"resnet{depth}d.ra2_in1k": Published(f"resnet({depth}, variant='D')", *((256, 0.95) if depth > 50 else ()))

@@ -12,7 +12,7 @@ import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -37,15 +37,16 @@ _PREFIXES = re.compile(r"(module\.|_orig_mod\.|model\.)*")  # added by DataParal
 
 
 def read(
-    path: Path, wanted: Callable[[str, tuple[int, ...]], bool] | None = None, container: str = ""
-) -> dict[str, np.ndarray]:
+    path: Path, wanted: Callable[[str, tuple[int, ...]], bool] | None = None, container: str = "",
+    rename: Callable[[Collection[str]], Mapping[str, str]] | None = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
     """Reads {name: array} from a safetensors file, a PyTorch checkpoint in its old or its new format, or an .npz file.
 
     The format is recognized by content. The weights are under the entry `container`, by default the first of
     `_CONTAINERS`, or at the top level. Prefixes that all names share (`module.`, `_orig_mod.`, `model.`) are removed.
     Arrays have the dtype of the file. An array for which `wanted(name, shape)` is False is not read; zeros of its
-    shape, which take no memory, stand in for it. Raises UserError for a file that is damaged, of another format, or
-    would run code.
+    shape, which take no memory, stand in for it. `rename` gives new names to all, or leaves some out. Raises UserError
+    for a file that is damaged, of another format, or would run code.
     """
     try:
         with _open(path, container) as (found, array):
@@ -55,6 +56,8 @@ def read(
                 found = {name.removeprefix(shared): x for name, x in found.items()}
             if not all(name.isprintable() for name in found):
                 raise ValueError("an unprintable name")
+            if rename:
+                found = {new: found[name] for name, new in rename(found).items()}
             return {
                 name: array(x) if not wanted or wanted(name, x.shape) else np.broadcast_to(np.uint8(0), x.shape)
                 for name, x in found.items()

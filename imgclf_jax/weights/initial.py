@@ -34,11 +34,13 @@ class Initial(NamedTuple):
 
 
 def parse(text: str) -> Initial:
-    """Parses `init_from`. Raises UserError for a malformed `timm(NAME, FILE, size=SIDE)`."""
+    """Parses `init_from`. Raises UserError for a malformed `timm(NAME, FILE, size=SIDE)`, and for a NAME alone."""
     if re.match(r"\s*timm\s*\(", text):
         return spec.bind(spec.parse_one(text), {"timm": timm}, "weights")()
     if text.startswith(_HUB):
         return Initial(text, text.partition("@")[0].rpartition("/")[2])
+    if text in NETWORKS and text not in PACKAGES and not Path(text).exists():
+        raise UserError(f"init_from={text!r} names no file; write init_from=\"timm({text!r}, 'FILE')\"")
     return Initial(text, text if text in PACKAGES else "")
 
 
@@ -68,11 +70,17 @@ def fill(config: ConfigDict) -> None:
         cropped = f"central_crop({size}, like='torchvision')"
         config.preprocess_eval = config.preprocess_eval.strip() or f"decode(3)|{resized}|{cropped}"
     if "normalize" not in [call.name for call in spec.parse(config.augment)]:
-        decode, pair = spec.parse(config.preprocess)[0], published.normalization
-        mean, std = (tuple(round(x, 8) for x in values) for values in pair)
-        if (*decode.args, *decode.kwargs.values(), 3)[0] != 3:  # as timm normalizes other channels than RGB
-            mean, std = ((round(sum(values) / 3, 8),) for values in pair)
-        config.augment = "|".join(filter(None, [config.augment.strip(), f"normalize(mean={mean}, std={std})"]))
+        decode = spec.parse(config.preprocess)[0]
+        op = normalize(published, (*decode.args, *decode.kwargs.values(), 3)[0])
+        config.augment = "|".join(filter(None, [config.augment.strip(), op]))
+
+
+def normalize(published: Published, channels: int) -> str:
+    """The op for a network's images; of other channels than RGB those of the mean, as in timm."""
+    mean, std = (tuple(round(x, 8) for x in values) for values in published.normalization)
+    if channels != 3:
+        mean, std = ((round(sum(values) / 3, 8),) for values in (mean, std))
+    return f"normalize(mean={mean}, std={std})"
 
 
 def locate(at: str) -> tuple[Path, JsonObject]:

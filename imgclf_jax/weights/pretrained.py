@@ -1,6 +1,7 @@
 """Loads the weights of `init_from`, a file or another run: takes those that fit the model and reports the rest."""
 
 import difflib
+import functools
 import hashlib
 import json
 import logging
@@ -22,12 +23,13 @@ from imgclf_jax.core.text import one_per_line
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.methods import lora
 from imgclf_jax.models.resnet import ResNet
+from imgclf_jax.models.vit import ViT
 from imgclf_jax.programs import Programs
 from imgclf_jax.run import digests
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.weights import files, initial, torch_names
-from imgclf_jax.weights.catalog import NETWORKS, Published
+from imgclf_jax.weights import files, initial, torch_names, vit_names
+from imgclf_jax.weights.catalog import Published
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +98,7 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     elif path.is_file():
         named, labels, source, record = _read_file(path, container, programs, own)
     else:
-        hint = f"; for these weights write init_from=\"timm('{file}', 'FILE')\"" * (file in NETWORKS)
-        raise UserError(f"{no_such('init_from', 'file or work directory', path)}{hint}")
+        raise no_such("init_from", "file or work directory", path)
     record = {key: text for key, text in record.items() if isinstance(text, str)}
     processes.agree(lambda: source, fix=f"init_from={config.init_from!r} must be one file for all")
     weights = Weights({"path": config.init_from, **located, **source})
@@ -184,16 +185,27 @@ def _read_file(path: Path, container: str, programs: Programs, own: Mapping[str,
     old = "names" in metadata and "flattened" not in metadata  # `export` once wrote rows in our order
     flattened = {} if old else torch_names.flattened(backbone, programs.recipe.data.image_shape, own)
 
+    vision, kept = isinstance(backbone, ViT), list[str]()
+
     def wanted(label: str, shape: tuple[int, ...]) -> bool:
         """Whether an array may be taken. Only the shapes of the others are needed."""
-        if (name := torch_names.own_name(backbone, label, own)) is None:
+        names = vit_names.names(label) if vision else [label]
+        name = next(filter(None, (torch_names.own_name(backbone, one, own) for one in names)), None)
+        if name is None:
             return False
-        grid = name.endswith(_POSITIONS) and len(shape) == 3 and shape[1] <= _MAX_POSITIONS
-        return (math.prod(shape) == math.prod(own[name].shape) or (grid and shape[::2] == own[name].shape[::2])
-                or _is_stem(shape[2:] + shape[1::-1], own[name].shape))  # fmt: skip
+        size, grid = math.prod(own[name].shape), name.endswith(_POSITIONS) and 1 < len(shape) < 4
+        fits = math.prod(shape) == size or _is_stem(shape[2:] + shape[1::-1], own[name].shape) or (
+            grid and shape[-2] <= _MAX_POSITIONS and shape[-1] == own[name].shape[-1]
+        )  # fmt: skip
+        if names != [label]:  # one of three parts, or three in one, perhaps of all blocks
+            fits |= math.prod(shape) <= 3 * (len(own) if "*" in label else 1) * size
+        kept.extend([label] * (vision and fits))
+        return fits
 
+    read = files.read(path, wanted, container, vit_names.converted if vision else None)
+    read = {name: x for name, x in read.items() if name not in kept} | vit_names.joined({x: read[x] for x in kept})
     named, labels = {}, {}
-    for label, array in files.read(path, wanted, container).items():
+    for label, array in read.items():
         if label.endswith("num_batches_tracked"):  # a counter that BatchNorm with a momentum does not use
             continue
         name = torch_names.own_name(backbone, label, own)
@@ -284,12 +296,11 @@ def _check_published(programs: Programs, published: Published, what: str) -> Non
     """Names a licence that forbids uses, and raises UserError if `augment` normalizes otherwise than the network."""
     if published.license:
         log.warning("%s: the licence of these weights, %s, forbids some uses", what, published.license)
-    config, rgb = programs.recipe.config, programs.recipe.data.image_shape[-1] == 3
-    pairs = zip(ops.normalization(config.augment), published.normalization, strict=True)
-    if config.init_strict and not all(np.allclose(x, y if rgb else np.mean(y), atol=1e-3) for x, y in pairs):
-        mean, std = published.normalization
-        raise UserError(f"{what} needs normalize(mean={mean}, std={std}), and this config has "
-                        f"augment={config.augment!r}; drop normalize there, or set init_strict=False")  # fmt: skip
+    config, op = programs.recipe.config, initial.normalize(published, programs.recipe.data.image_shape[-1])
+    same = all(map(functools.partial(np.allclose, atol=1e-3), *map(ops.normalization, (config.augment, op))))
+    if config.init_strict and not same:
+        raise UserError(f"{what} needs {op}, and this config has augment={config.augment!r}; drop normalize there, or "
+                        "set init_strict=False")  # fmt: skip
 
 
 def _resize_positions(
@@ -298,19 +309,37 @@ def _resize_positions(
     """Resizes position embeddings [1, tokens + rows * columns, d] of the grid `theirs`, by default a square.
 
     The result has the `shape` [1, own tokens + rows * columns, d] for `grid`. Bicubic with antialiasing, as in timm
-    (Keys's kernel with a = -0.5). The embeddings of `tokens`, which come first, are unchanged. Returns None if the
-    widths or the numbers differ, or if the file lacks a token that the model needs.
+    (Keys's kernel with a = -0.5); DINOv2's table, that of 37 by 37 patches and a class token, as its authors do. The
+    embeddings of `tokens`, which come first, are unchanged. Returns None if the widths or the numbers differ, or if the
+    file lacks a token that the model needs.
     """
     if array.ndim != 3 or not tokens < array.shape[1] <= _MAX_POSITIONS:
         return None
-    side, own_tokens = math.isqrt(array.shape[1] - tokens), shape[1] - math.prod(grid)
+    own_tokens, d = shape[1] - math.prod(grid), shape[2]
+    if own_tokens == 0 and (math.prod(theirs) if theirs else math.isqrt(array.shape[1]) ** 2) == array.shape[1]:
+        tokens = 0  # the file's have no positions
+    side = math.isqrt(array.shape[1] - tokens)
     rows, columns = theirs or (side, side)
     if tokens + rows * columns != array.shape[1] or array.shape[::2] != shape[::2] or own_tokens not in (0, tokens):
         return None
-    table, d = np.array(array, np.float32), shape[2]
+    table = np.array(array, np.float32)
     own = table[0, tokens:].reshape(rows, columns, d)
-    resized = np.asarray(jax.image.resize(own, (*grid, d), "cubic", antialias=True)).reshape(1, -1, d)
-    return np.concatenate([table[:, :own_tokens], resized], 1), f"{rows}x{columns} to {grid[0]}x{grid[1]}"
+    if (rows, columns, tokens) == (37, 37, 1):
+        own = np.einsum("hi,wj,ijd->hwd", *map(_dinov2_weights, grid), own, optimize=True).astype(np.float32)
+    else:
+        own = np.asarray(jax.image.resize(own, (*grid, d), "cubic", antialias=True))
+    resized = np.concatenate([table[:, :own_tokens], own.reshape(1, -1, d)], 1)
+    return resized, f"{rows}x{columns} to {grid[0]}x{grid[1]}"
+
+
+def _dinov2_weights(new: int) -> np.ndarray:
+    """The matrix f64[new, 37] of DINOv2's resizing: bicubic with a = -0.75, as if to new + 0.1, not antialiased."""
+    at = (np.arange(new)[:, None] + 0.5) * 37 / (new + 0.1) - 0.5
+    taps = np.floor(at).astype(int) + np.arange(-1, 3)
+    x, out = np.abs(at - taps), np.zeros((new, 37))
+    cubic = np.where(x <= 1, (1.25 * x - 2.25) * x * x + 1, -0.75 * (((x - 5) * x + 8) * x - 4))
+    np.add.at(out, (np.arange(new)[:, None], np.clip(taps, 0, 36)), cubic)
+    return out
 
 
 def _some(names: list[str]) -> str:

@@ -18,14 +18,17 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from imgclf_jax.core import jaxprs
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.models import parts
 from imgclf_jax.models.convnext import ConvNeXt
 from imgclf_jax.models.efficientnet import EfficientNet, MobileNet
+from imgclf_jax.models.norms import LayerNorm
 from imgclf_jax.models.regnet import RegNetY
 from imgclf_jax.models.resnet import ResNet, ResNetCIFAR, WideResNet
 from imgclf_jax.models.squeezenet import SqueezeNet
-from imgclf_jax.models.vit import Mixer, ViT
+from imgclf_jax.models.vit import EncoderBlock, Mixer, ViT
 
 Rows = tuple[tuple[str, str], ...]
+type Tables = dict[str, Rows | Callable[[Collection[str]], Rows]]  # by library
 
 _RESNET: Rows = (
     ("head", "fc"),
@@ -145,12 +148,19 @@ _VIT_TIMM: Rows = (
     ("backbone.patch", "patch_embed.proj"),
     ("backbone.cls_token", "cls_token"),
     ("backbone.pos_embed", "pos_embed"),
+    ("backbone.reg_token", "reg_token"),
+    ("backbone.norm_pre", "norm_pre"),
+    ("backbone.fc_norm", "fc_norm"),
+    ("backbone.attn_pool", "attn_pool"),
+    ("backbone.attn_pool.{m}", "attn_pool.{m}"),
+    ("backbone.block{i}.ls{k}_gamma", "blocks.{i}.ls{k}.gamma"),
     *_BLOCKS_TIMM,
+    ("backbone.block{i}.ls{k}_gamma", "blocks.{i}.gamma_{k}"),  # an alias of timm's Eva, which has the RoPEs
 )
 
 # The libraries whose names a backbone's weights can have; the first is the default of export. A function makes the rows
 # for our names.
-TABLES: dict[type, dict[str, Rows | Callable[[Collection[str]], Rows]]] = {
+TABLES: dict[type, Tables] = {
     ResNet: {"torchvision": _RESNET, "timm": _RESNET_TIMM},
     ResNetCIFAR: {"akamaster": (("head", "linear"), *_RESNET)},
     WideResNet: {"xternalz": _WIDE_RESNET},
@@ -166,21 +176,35 @@ TABLES: dict[type, dict[str, Rows | Callable[[Collection[str]], Rows]]] = {
 # The last parts of names, ours to PyTorch's.
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 _LIBRARY_LEAVES = {
-    "timm": {"cls": "cls_token", "positions_embedding": "pos_embed"},
+    "timm": {"cls": "cls_token", "positions_embedding": "pos_embed", "registers": "reg_token"},
     "torchvision": {"cls": "class_token", "positions_embedding": "pos_embedding", "gamma": "layer_scale"},
     "facebookresearch": {"scale": "gamma", "bias": "beta"},  # of GRN
 }
 _PAIRS = [pair for leaves in (_LEAVES, *_LIBRARY_LEAVES.values()) for pair in leaves.items()]
 
 
+def tables(backbone: nn.Module) -> Tables:
+    """The backbone's tables, by library; none with a swapped block, norm or activation, which its model lacks.
+
+    timm's ViT may have any epsilon and any GELU.
+    """
+    found, swapped = TABLES.get(type(backbone), {}), parts.has_swapped(backbone)
+    if isinstance(backbone, ViT):
+        norm, gelus = backbone.norm, [x for name, x in parts.ACTIVATIONS.items() if "gelu" in name]
+        layer_norm = getattr(norm, "func", norm) is LayerNorm and {*getattr(norm, "keywords", ())} <= {"epsilon"}
+        if backbone.rope or swapped:
+            found = {"timm": (_VIT_TIMM[-1], *_VIT_TIMM) if backbone.rope else _VIT_TIMM}
+        swapped = not (layer_norm and backbone.activation in gelus and backbone.block is EncoderBlock)
+    return {} if swapped else found
+
+
 def torch_names(backbone: nn.Module, names: Collection[str], library: str) -> dict[str, str | None]:
     """PyTorch's names of our parameters and statistics `names`, such as "params/backbone/conv1/kernel".
 
-    `library` is a key of the backbone's entry in TABLES; a name is None if the library's model lacks the parameter.
+    `library` is a key of `tables`; a name is None if the library's model lacks the parameter.
     Any other `library`, such as "own", keeps the names of modules: see `_own_labels`.
     """
-    table = TABLES.get(type(backbone), {}).get(library)
-    if table is None:
+    if (table := tables(backbone).get(library)) is None:
         return {**_own_labels(names)}
     rows = table(names) if callable(table) else table
     leaves, out = {**_LEAVES, **_LIBRARY_LEAVES.get(library, {})}, dict[str, str | None]()
@@ -197,10 +221,10 @@ def own_name(backbone: nn.Module, name: str, own: Collection[str]) -> str | None
     and its replacement, our module, such as `(r"features\\.(\\d+)\\.conv", r"backbone.conv\\1")`. Modules that match
     none must have the same names as in PyTorch.
     """
-    tables = TABLES.get(type(backbone))
-    rows = tuple((theirs, ours) for table in (tables or {}).values()
+    known = TABLES.get(type(backbone), {})
+    rows = tuple((theirs, ours) for table in known.values()
                  for ours, theirs in (table(own) if callable(table) else table))  # fmt: skip
-    given = () if tables else tuple(_with_leaf(*pair) for pair in getattr(backbone, "torch_names", ()))
+    given = () if known else tuple(_with_leaf(*pair) for pair in getattr(backbone, "torch_names", ()))
     for pattern, new in (*given, *_patterns(rows)):
         if match := re.fullmatch(pattern, name):
             module, _, leaf = match.expand(new).rpartition(".")

@@ -9,6 +9,7 @@ from imgclf_jax import metrics
 from imgclf_jax.augment import tta
 from imgclf_jax.config import default_config
 from imgclf_jax.core import sharding
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
@@ -62,6 +63,13 @@ def test_logits_are_those_averaged_by_hand(trained, text):
     assert sum(weight for weight, _ in views) == 1
     found = jax.jit(lambda x: tta.mean_logits(views, logits, x))(seen)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("views", [[], [(0.0, abs)], [(1.0, abs), (-1.0, abs)], [abs], None])
+def test_views_without_a_mean(views, monkeypatch):
+    monkeypatch.setitem(tta.VIEWS, "flip", lambda: views)
+    with pytest.raises(UserError, match=r"tta='flip': flip must return \[\(weight, function\), …\] with a sum of w"):
+        tta.build("flip")
 
 
 def test_the_config_key_reaches_evaluation_and_prediction(trained):

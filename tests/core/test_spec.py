@@ -143,8 +143,8 @@ def test_an_import_path_is_looked_up_without_registration(tmp_path, monkeypatch)
     assert bind("my_own_ops_7.light:brighten(by=5)", leading=("image",))(1) == 6
     assert spec.bind(spec.parse_one("my_own_ops_7.light:Net(width=3)"), {}, "model")().width == 3
     for text, expected in {
-        "my_own_ops_7.light:brigten": "unknown name in module my_own_ops_7.light 'brigten': did you mean 'brighten'",
-        "my_own_ops_7.light:LEVEL": "unknown name in module my_own_ops_7.light 'LEVEL'",  # not callable
+        "my_own_ops_7.light:brigten": "unknown op 'my_own_ops_7.light:brigten': did you mean 'my_own_ops_7.light:bri",
+        "my_own_ops_7.light:LEVEL": "unknown op 'my_own_ops_7.light:LEVEL'",  # not callable
         "my_own_ops_8:f": "cannot import 'my_own_ops_8' for op",
         "models/my_nets_7.py:Net": "module's name without folder and .py",
         "my_own_ops_7.torn:f": r"cannot import 'my_own_ops_7.torn' for op .*: invalid syntax \(torn.py, line 2\)",

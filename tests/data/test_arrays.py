@@ -32,7 +32,8 @@ def npz(path, **data):
     ({"x_train": X, "y_train": Y, "class_names": ["a", "b"]}, "y_train: Source: labels are from 0 to 2 for 2"),
     ({"x_train": X, "y_train": Y, "train_images": X, "train_labels": Y}, "since all are of the split 'train'"),
     # A huge label, made by mistake, allocates no names for classes without examples.
-    ({"x_train": X, "y_train": np.where(Y == 2, 2**62, Y)}, f"the greatest of 6 labels is {2**62}; number the classes"),
+    ({"x_train": X, "y_train": np.where(Y == 2, 2**62, Y)}, f"the 6 labels are from 0 to {2**62}; number the classes"),
+    ({"x_train": X, "y_train": Y + 1}, "labels are from 1 to 3; number the classes 0, 1, 2, …, or name all of them in"),
     *(({"x_train": X, "y_train": Y, "class_names": names}, "the names are not text") for names in (
         np.array([b"a", b"b", b"\xff"]), np.array([0, 0, 0x110000], "<u4").view("<U1"), ["a", "b", "\ud800"])),
     ({"x_train": X, "y_train": Y, "class_names": np.array(["a", "b", None], object)}, "Object arrays cannot be loaded"),
@@ -106,7 +107,7 @@ def test_a_header_that_claims_what_the_file_does_not_hold(tmp_path, start):
 
 def test_what_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "memory", lambda: 400)
-    with pytest.raises(UserError, match=r"data.npz needs 4\d\d bytes of memory, but this machine has 400 bytes"):
+    with pytest.raises(UserError, match=r"data.npz needs 4\d\d bytes of memory, but this process may use 400 bytes"):
         sources.open_splits(npz(tmp_path, x_train=X, y_train=Y))
 
 

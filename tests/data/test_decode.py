@@ -11,7 +11,7 @@ from PIL import Image
 
 from imgclf_jax.core import kinds, rng, spec
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data.decode import HOST_OPS, build, decode
+from imgclf_jax.data.decode import FORMATS, HOST_OPS, build, decode
 from imgclf_jax.data.resizing import resize
 
 
@@ -124,7 +124,8 @@ SIDES = {1: ("top", "left"), 2: ("top", "right"), 3: ("bottom", "right"), 4: ("b
          5: ("left", "top"), 6: ("right", "top"), 7: ("right", "bottom"), 8: ("left", "bottom")}  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "WEBP", "AVIF"])
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "WEBP", "AVIF", pytest.param("HEIF", marks=pytest.mark.skipif(
+    "HEIF" not in FORMATS, reason="pillow-heif comes with the extra `heic`"))])  # fmt: skip
 @pytest.mark.parametrize("orientation", SIDES)
 def test_decode_applies_the_orientation_once(orientation, form):
     stored = np.kron(np.uint8([[0, 50, 100], [150, 200, 250]]), np.ones((16, 16), np.uint8))[..., None]

@@ -107,8 +107,8 @@ def test_the_fingerprint_covers_files_and_labels(images):
     ({}, {"root": "s3://bucket"}, "is in a bucket"),
     ({}, {"root": "/"}, "unreadable image: /a/0.png (No such file or directory)"),
     ({"file": "gone", "split": "val"}, {"unreadable": "skip"}, "the split 'val' has no readable image"),
-    ({"file": "a/../a/0.png"}, {}, "a/0.png' different labels; keep one of them"),
-    ({"file": "a/4.png"}, {"targets": ("age",)}, "t.csv: the rows 2 and 5 give"),
+    ({"file": "a/../a/0.png"}, {}, "a/0.png' differently; keep one of them"),
+    ({"file": "a/4.png"}, {"targets": ("age",)}, "t.csv: rows 2 and 5 label '"),
 ])  # fmt: skip
 def test_what_a_table_lacks(images, change, options, message):
     rows = [row | {"one": "x"} | (change if i == 1 else {}) for i, row in enumerate(ROWS)]

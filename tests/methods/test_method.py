@@ -213,6 +213,10 @@ def mean_loss(logits, labels):
     return jnp.mean(losses.softmax(logits, labels))  # with `mix` it was broadcast in silence
 
 
+def wrong_ones(logits, labels):
+    return (jnp.argmax(logits, -1) != labels).astype(jnp.int32)  # whose gradient is zero
+
+
 kept: list[jax.Array] = []
 
 
@@ -222,13 +226,17 @@ def leaking(logits, labels):
 
 
 class AlwaysTraining(nn.Module):
+    mode: bool | None = False
+
     @nn.compact
     def __call__(self, x, train=False):
-        return nn.BatchNorm(use_running_average=False)(x.reshape(len(x), -1))
+        return nn.BatchNorm(use_running_average=self.mode)(x.reshape(len(x), -1))
 
 
 @pytest.mark.parametrize(("key", "value", "said"), [
-    ("loss", f"{__name__}:mean_loss", r"mean_loss' returns \(\) for logits .*; return one number per example"),
+    ("model", f"{__name__}:AlwaysTraining(mode=None)", r"calls a layer without .* \(Parameter \"use_running_ave"),
+    ("loss", f"{__name__}:mean_loss", r"mean_loss' returns float32\[\] for logits .*; return a float for each example"),
+    ("loss", f"{__name__}:wrong_ones", r"wrong_ones' returns int32\[16\] for logits "),
     ("loss", f"{__name__}:leaking", "leaking' keeps an array of one trace for another"),
     ("model", f"{__name__}:AlwaysTraining", r"in evaluation too; set use_running_average=not train \(Cannot .*/BatchN"),
     ("method", f"{__name__}:not_a_method", "returns a dict; return imgclf_jax.methods.Method"),

@@ -101,7 +101,7 @@ def test_each_gradient_function_has_its_own_key():
 @pytest.mark.parametrize(("backbone", "more", "said"), [
     (Normed(), {}, "needs a model without batch statistics"),
     (None, {"accumulate": 2}, "accumulate=2 does not divide the batch of 1"),
-    (None, {"learned": Method(noted, lambda key, given, augment: {**given, "few": jnp.zeros(3)})}, "'few' is none"),
+    (None, {"learned": Method(noted, lambda key, given, augment: {**given, "few": jnp.zeros(3)})}, "'few' has the"),
 ])  # fmt: skip
 def test_examples_that_cannot_be_clipped_one_by_one(backbone, more, said):
     with pytest.raises(UserError, match=said):

@@ -83,7 +83,7 @@ def test_pure_code_is_recorded(fake_config, tmp_path):
 class WithoutPrecision(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
-        return nn.relu(nn.Dense(4)(x.reshape(len(x), -1)))
+        return nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x.reshape(len(x), -1)))
 
 
 def own_rate(learning_rate):
@@ -113,6 +113,7 @@ def defined(labels, probabilities):
 
 SAID = {
     "precision": ("mlp", "WithoutPrecision", "precision='bfloat16' does not reach model="),
+    "batch_norm": ("", "", "batch_norm='groups(8)' does not reach linen's BatchNorm"),
     "optimizer": ("given_rate", "own_rate", "ignores its learning_rate"),
     "augment": ("centred", "to_one", "normalize divides by 255 again"),
     "metrics": ("defined", "undefined", "is nan at step 6, which is never the best"),
@@ -123,8 +124,8 @@ SAID = {
 def test_a_setting_without_effect_is_said_once(wrong, fake_config, tmp_path, caplog):
     own = {key: f"{__name__}:{names[wrong]}" for key, names in SAID.items()}
     model = own["precision"] if wrong else "mlp(widths=(4,))"
-    fake_config.update(precision="bfloat16", model=model, optimizer=own["optimizer"], metrics=own["metrics"],
-                       augment=f"{own['augment']}|normalize")  # fmt: skip
+    fake_config.update(precision="bfloat16", batch_norm="groups(8)", model=model, optimizer=own["optimizer"],
+                       metrics=own["metrics"], augment=f"{own['augment']}|normalize")  # fmt: skip
     fake_config.checkpoint.best = f"max:test/{SAID['metrics'][wrong]}"
     assert train.main(fake_config, Workdir(tmp_path / "run")) == 0
     for *_, sentence in SAID.values():

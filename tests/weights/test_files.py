@@ -183,7 +183,8 @@ def test_files_of_other_kinds(tmp_path):
         ("x.png", b"\x89PNG\r\n", "is neither a PyTorch checkpoint"),
         ("x.pth", pickle.dumps({"w": 1}), "is neither a PyTorch checkpoint"),
         ("e.pth", b"", "is neither a PyTorch checkpoint"),
-        ("l.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "git lfs pull"),
+        ("l.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "git lfs pull"),
+        ("w.pth", b"\n<!DOCTYPE html>\n<html>", "is a web page"),
         ("n.pth", (tmp_path / "x.zip").read_bytes(), "is a zip archive of something else"),
     ]:
         (tmp_path / name).write_bytes(content)

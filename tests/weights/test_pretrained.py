@@ -245,6 +245,14 @@ def test_a_checkpoint_with_averages(tmp_path, caplog, ema):
         pretrained.load(programs(f"{file}::best"))
 
 
+def test_the_variant_of_a_resnet_is_said(tmp_path, caplog, shallow):
+    """timm's resnetblur18 has the names and shapes of torchvision's ResNet-18, and other numbers."""
+    file = torch_format.save(tmp_path / "x.pth", {"bn1.weight": np.ones(64)})
+    with caplog.at_level(logging.INFO, "imgclf_jax"):
+        pretrained.load(programs(file, "resnet(18)", init_strict=False))
+    assert re.search("assuming torchvision's ResNet, .* without the blur pooling of timm's resnetblur", caplog.text)
+
+
 def test_quantized_weights_are_refused(tmp_path):
     save_file({name: x.astype(np.int8) for name, x in SMALL_MLP.items()}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"(weight|bias) holds int8 and not floating-point numbers, as quantized"):

@@ -12,11 +12,20 @@ from torch_fixtures import draw
 
 from imgclf_jax.core import tree
 from imgclf_jax.models import classifier, convnext, resnet, vit
-from imgclf_jax.weights import torch_names
+from imgclf_jax.weights import torch_names, vit_names
 
 MODELS = json.loads((Path(__file__).parent / "fixtures" / "torch_models.json").read_text())
 
-FEW = ["akamaster resnet20", "torchvision resnet basic", "torchvision vit"]
+# Those without a head have its features instead of logits.
+FEW = [
+    "akamaster resnet20",
+    "torchvision resnet basic",
+    "torchvision vit",
+    "timm eva eva02 B",
+    "transformers dinov3 without head",
+    "transformers siglip without head",
+    "open_clip vit without head",
+]
 
 
 @pytest.fixture
@@ -36,21 +45,29 @@ def converted(name: str) -> tuple:
     images = jnp.asarray(draw("image", (2, fixture["size"], fixture["size"], 3)))
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
     own = dict(tree.named_leaves(variables))
-    found = {}
-    for label, shape in fixture["shapes"].items():
+    found, arrays = {}, {label: draw(label, tuple(shape)) for label, shape in fixture["shapes"].items()}
+    if isinstance(model.backbone, vit.ViT):
+        arrays = vit_names.joined({new: arrays[label] for label, new in vit_names.converted(arrays).items()})
+    for label, array in arrays.items():
         place = torch_names.own_name(model.backbone, label, own)
         assert place is not None, label
         assert place not in found, label
-        found[place] = torch_names.own_layout(draw(label, tuple(shape)), place, own[place].shape)
-    assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items()}  # each once, and all
-    return model, tree.replace(variables, found), images
+        found[place] = torch_names.own_layout(array, place, own[place].shape)
+    head = {
+        place: np.zeros(x.shape)
+        for place, x in own.items()
+        if place.startswith("params/head/") and "without head" in name
+    }
+    assert {k: v.shape for k, v in (head | found).items()} == {k: v.shape for k, v in own.items()}  # each once, and all
+    return model, tree.replace(variables, head | found), images
 
 
 @pytest.mark.usefixtures("_small_variants")
 @pytest.mark.parametrize("name", [*FEW, *thorough(*(name for name in MODELS if name not in FEW))])
 def test_logits_are_pytorchs(name):
     model, variables, images = converted(name)
-    logits = np.asarray(jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images))[:, :5]
+    method = "features" if "without head" in name else None
+    logits = np.asarray(jax.jit(lambda v, x: model.apply(v, x, train=False, method=method))(variables, images))[:, :5]
     expected = np.array(MODELS[name]["logits"])
     assert np.ptp(expected) > 0.1  # so that being equal says something
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)

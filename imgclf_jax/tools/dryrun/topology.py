@@ -37,17 +37,17 @@ class Chips:
 
 
 def parse(text: str) -> Chips:
-    """Parses chips such as 'v5e:4x4'. Raises UserError for any other text."""
+    """Parses chips such as 'v5e:4x4'. Raises UsageError for any other text."""
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
     if not match or match[1] not in (*table.CHIPS, "cpu"):
-        raise UserError(f"--chips={text}: {ALLOWED}")
+        raise UsageError(f"--chips={text}: {ALLOWED}")
     kind, shape = match[1], tuple(map(int, match[2].split("x")))
     ranks = {"v5e": (2,), "v6e": (2,), "v5p": (3,), "h100": (1, 2), "a100": (1, 2), "cpu": (1,)}[kind]
     if len(shape) not in ranks or 0 in shape:
-        raise UserError(f"--chips={text}: {ALLOWED}")
+        raise UsageError(f"--chips={text}: {ALLOWED}")
     chips = Chips(kind, shape)
     if chips.platform == "gpu" and shape[-1] > (most := table.CHIPS[kind].a_host):
-        raise UserError(f"--chips={text}: a host has at most {most} of these GPUs; {ALLOWED}")
+        raise UsageError(f"--chips={text}: a host has at most {most} of these GPUs; {ALLOWED}")
     return chips
 
 

@@ -27,10 +27,15 @@ def counts(predictions: Predictions) -> dict[str, np.ndarray]:
 
 
 def table(names: Sequence[str], counts: Mapping[str, np.ndarray]) -> tuple[list[str], list[list[str]]]:
-    """Returns the columns and a row for each class: examples, recall, precision and the most frequent confusion."""
+    """Returns the columns and a row for each class: examples, recall, precision and the most frequent confusion.
+
+    Of more than 100 classes, those without examples and predictions have none.
+    """
     rows = []
     for i, name in enumerate(names):
         examples, predicted, right = (counts[key][i] for key in ("examples", "predicted", "correct"))
+        if len(names) > 100 and not examples and not predicted:
+            continue
         wrong = counts["confusion"][i] * (np.arange(len(names)) != i)
         rows.append([name, str(examples), decimals(right / examples) if examples else "",
                      decimals(right / predicted) if predicted else "",

@@ -1,6 +1,7 @@
 """The command `evaluate`: metrics and scores of a trained model on each of its evaluation sets."""
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +11,8 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import datasets, metrics
 from imgclf_jax.core import processes
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UsageError, UserError
 from imgclf_jax.core.terminal import format_metrics, print_json, print_table, print_text
-from imgclf_jax.core.text import decimals, interval
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import stream
 from imgclf_jax.losses import Task
@@ -21,9 +21,10 @@ from imgclf_jax.programs import Programs
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.scores.classification import Predictions
 from imgclf_jax.scores.multilabel import TargetPredictions
-from imgclf_jax.tools.evaluate import attacked, by_class, corrupted, listing
+from imgclf_jax.tools.evaluate import attacked, by_class, calibrated, corrupted, listing
+from imgclf_jax.tools.evaluate import ood as out_of_distribution
 from imgclf_jax.tools.evaluate.changes import compare_with_record
-from imgclf_jax.tools.evaluate.intervals import with_intervals
+from imgclf_jax.tools.evaluate.intervals import table, with_intervals
 from imgclf_jax.train.evaluation import evaluate, open_evals
 from imgclf_jax.train.leakage import initial_warnings
 from imgclf_jax.trained import Trained, load_converted, restore
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 
 def main(
     config: ConfigDict, workdir: Workdir | None, checkpoint: str, format: str, predictions: str = "", top_k: int = 3,
-    corruptions: str = "", attack: str = "",
+    corruptions: str = "", attack: str = "", calibrate: str = "", ood: str = "",
 ) -> int:  # fmt: skip
     """Prints the metrics of each evaluation set, its scores, and a table of its classes.
 
@@ -46,14 +47,15 @@ def main(
     - `predictions` is a file for the `top_k` classes of each example, or "".
     - `corruptions`, "all" or names, prints the accuracy on corrupted images instead (see `corrupted`).
     - `attack` prints the accuracy on adversarial examples instead (see `attacked`).
+    - `calibrate` fits a calibration instead (see `calibrated`), and `ood` names images of another kind (see `ood`).
     """
-    instead = {"--corruptions": corruptions, "--attack": attack}
+    instead = {"--corruptions": corruptions, "--attack": attack, "--calibrate": calibrate, "--ood": ood}
     asked = [flag for flag, value in instead.items() if value]
     if len(asked) > 1 or (asked and predictions):
-        raise UserError(f"{' and '.join([*asked, *['--predictions'] * bool(predictions)])} print different things: "
-                        "pass one of them")  # fmt: skip
+        raise UsageError(f"{' and '.join([*asked, *['--predictions'] * bool(predictions)])} print different things: "
+                         "pass one of them")  # fmt: skip
     if predictions and Path(predictions).suffix not in (".csv", ".jsonl"):
-        raise UserError(f"--predictions={predictions}: the name must end in .csv or .jsonl")
+        raise UsageError(f"--predictions={predictions}: the name must end in .csv or .jsonl")
     perturb = build_attack(attack) if attack else None
     kinds = corrupted.parse(corruptions) if corruptions else []
     restored = restore(config, workdir, checkpoint) if workdir else None
@@ -65,13 +67,19 @@ def main(
         programs.check_predicts()
     if asked and programs.recipe.task is Task.MULTILABEL:
         raise UserError(
-            f"{asked[0]} measures accuracy, but this run has several labels; evaluate it without {asked[0]}"
+            f"{asked[0]} is for one class per image, but this run has several labels; evaluate it without {asked[0]}"
         )
     evals = open_evals(programs, base)
     if workdir:
         compare_with_record(programs, workdir, base, evals)
     for sentence in () if workdir else initial_warnings(config, base):
         log.warning("%s", sentence)
+    if (calibrate or ood) and processes.count() > 1:
+        raise UserError(f"{asked[0]} runs in a single process; pass --num_processes=1")
+    if calibrate:
+        return calibrated.report(model, calibrated.check(config, workdir, base), evals, calibrate, format)
+    if ood:
+        return out_of_distribution.report(model, base, evals, ood, format)
     if perturb:
         return attacked.report(model, evals, attack, perturb, format)
     if kinds:
@@ -112,6 +120,9 @@ def _evaluate(programs: Programs, model: Trained, name: str, images: stream.Imag
     out = _Evaluated(metrics.summarize(sums, predicted, programs.recipe.whole_set_metrics))
     if predicted is None or processes.index():
         return out
+    if several and isinstance(predicted, Predictions):
+        pairs = itertools.combinations(predicted.predicted[:-1], 2)
+        out.metrics["disagreement"] = float(np.mean([np.mean(a != b) for a, b in pairs]))  # of two seeds' classes
     predicted = predicted.for_seed(-1) if several else predicted
     examples = [images.source.listed_name(i) for i in range(len(images))] if top_k else []
     if isinstance(predicted, TargetPredictions):
@@ -138,9 +149,7 @@ def _as_json(one: _Evaluated, names: Sequence[str]) -> JsonObject:
 def _print(name: str, one: _Evaluated, names: Sequence[str], task: Task) -> None:
     print_text(f"{name}: {format_metrics(one.metrics)}")
     if one.scores:
-        rows = [[kind, decimals(score["value"]), interval(score["low"], score["high"]) if "low" in score else ""]
-                for kind, score in one.scores.items()]  # fmt: skip
-        print_table(["score", "value", "95 % interval"], rows)
+        print_table(*table(one.scores))
     if one.multilabel:
         print_table(*by_class.multilabel_table(one.multilabel, names))
         print_text(by_class.THRESHOLD_NOTE)

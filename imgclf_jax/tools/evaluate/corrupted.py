@@ -9,7 +9,7 @@ import numpy as np
 
 from imgclf_jax import metrics
 from imgclf_jax.core import processes, sharding
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import UsageError, unknown
 from imgclf_jax.core.terminal import print_json, print_table, print_text, track
 from imgclf_jax.core.text import decimals
 from imgclf_jax.core.typing import JsonObject
@@ -25,11 +25,11 @@ Key = tuple[str, int]  # a corruption and its severity
 
 
 def parse(text: str) -> list[str]:
-    """Returns the corruptions that `text` names: comma-separated names or "all". Raises UserError for other names."""
+    """Returns the corruptions that `text` names: comma-separated names or "all". Raises UsageError for other names."""
     names = list(CORRUPTIONS) if text == "all" else [word.strip() for word in text.split(",")]
     for name in names:
         if name not in CORRUPTIONS:
-            raise UserError(f"--corruptions: {unknown('corruption', name, ['all', *CORRUPTIONS])}")
+            raise UsageError(f"--corruptions: {unknown('corruption', name, ['all', *CORRUPTIONS])}")
     return names
 
 

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from imgclf_jax.core.text import decimals, interval
+
 type Compute = Callable[[np.ndarray], Mapping[str, np.ndarray]]  # example weights f64[r, n] → {score: f64[r]}
 
 _PROPORTIONS = ("accuracy", "top5", "exact_match")  # of examples, so their intervals are Wilson's
@@ -37,6 +39,13 @@ def with_intervals(compute: Compute, n: int, outputs: int) -> dict[str, dict[str
         if low < high:
             out[name] |= {"low": float(min(low, value)), "high": float(max(high, value))}
     return out
+
+
+def table(scores: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """The columns and the rows of what `with_intervals` returns."""
+    rows = [[name, decimals(score["value"]), interval(score["low"], score["high"]) if "low" in score else ""]
+            for name, score in scores.items()]  # fmt: skip
+    return ["score", "value", "95 % interval"], rows
 
 
 def bootstrap(compute: Compute, n: int, samples: int = _SAMPLES, seed: int = 0) -> dict[str, np.ndarray]:

@@ -22,17 +22,21 @@ from imgclf_jax.weights import pretrained
 _OUTPUTS: dict[str, Outputs] = {"probabilities": "predict", "logits": "logits", "features": "features"}
 
 
-def main(config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoint: str, gives: str, names: str) -> int:
+def main(
+    config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoint: str, gives: str, names: str,
+    temperature: float | None = None,
+) -> int:  # fmt: skip
     """Writes a model to each of `files`, whose suffixes select the formats.
 
     - `workdir` is the run to export; None exports the weights that `init_from` names.
     - `gives` is the output of the exported function: "probabilities", "logits" or "features".
     - `names` is the naming scheme of PyTorch weights (see `torch_state.naming`).
+    - `temperature` divides the logits of probabilities, instead of the run's calibration.
 
     Raises UserError for parameters or statistics that hold NaN, and for user code that needs a fixed number of images;
     `formats.check` has checked the files.
     """
-    model = load_trained(config, workdir, checkpoint)
+    model = load_trained(config, workdir, checkpoint, temperature)
     params, model_state = model.state.evaluated
     for name, array in tree.named_leaves({"params": params, **model_state}):
         if np.isnan(sharding.fetch(array)).any():
@@ -105,6 +109,8 @@ def _safetensors(model: Trained, path: Path, what: Outputs, names: str) -> list[
         lines.append(f"Not exported: {', '.join(added)} of method={recipe.config.method!r}, which no classifier has.")
     if recipe.method.merge:
         lines.append(f"The weights of method={recipe.config.method!r} are merged into the plain model.")
+    if model.programs.calibration:
+        lines.append("The weights are the network's own: its calibration is not in them.")
     if not recipe.method.predicts:
         lines.append(f"There is no head, because method={recipe.config.method!r} trains none.")
     return lines

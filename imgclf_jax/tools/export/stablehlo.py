@@ -79,6 +79,7 @@ def metadata(model: Trained, what: Outputs, exported: export.Exported, today: da
         "class_names": list(map(escape_surrogates, model.class_names)),
         "model": recipe.config.model,
         "step": model.step,
+        "calibrated": bool(model.programs.calibration),  # if it gives probabilities
         "platforms": list(exported.platforms),
         "jax": jax.__version__,
         "written": today.isoformat(),

@@ -6,7 +6,6 @@ from flax import linen as nn
 from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.typing import Variables
-from imgclf_jax.models import parts
 from imgclf_jax.models.vit import ViT, sincos_positions
 from imgclf_jax.weights import torch_names
 
@@ -17,8 +16,7 @@ def naming(backbone: nn.Module, names: str = "") -> str:
     "own" are our names of modules, joined by dots; a backbone with a swapped block, norm or activation supports no
     others. Raises UserError for names that the backbone does not support.
     """
-    tables = {} if parts.has_swapped(backbone) else torch_names.TABLES.get(type(backbone), {})
-    known = [*tables, "own"]
+    known = [*torch_names.tables(backbone), "own"]
     if names and names not in known:
         raise UserError(unknown(f"names of a {type(backbone).__name__}", names, known))
     return names or known[0]
@@ -37,7 +35,7 @@ def state_dict(
     if isinstance(backbone, ViT) and backbone.positions == "sincos" and names != "own":
         h, w = (side // backbone.patch for side in image_shape[:2])
         positions = sincos_positions(h, w, own["params/backbone/patch/bias"].shape[0])
-        positions = np.pad(positions, ((int(backbone.pool == "cls"), 0), (0, 0)))  # zero for a class token
+        positions = np.pad(positions, ((backbone.prefix, 0), (0, 0)))  # zero for a class token
         own["params/backbone/positions_embedding"] = positions[None]
     labels, flattened = torch_names.torch_names(backbone, own, names), torch_names.flattened(backbone, image_shape, own)
     out: dict[str, np.ndarray] = {}
@@ -50,6 +48,6 @@ def state_dict(
             out[label] = out[label][..., None, None]  # a 1×1 convolution there
         if label.endswith(".running_mean"):  # a counter that PyTorch stores, and uses only without a momentum
             out[f"{label.removesuffix('running_mean')}num_batches_tracked"] = np.zeros((), np.int64)
-    if isinstance(backbone, ViT) and names == "torchvision" and "class_token" not in out:
+    if isinstance(backbone, ViT) and names == "torchvision" and backbone.pool != "cls":
         raise UserError(f"torchvision's ViT needs a class token, which pool={backbone.pool!r} lacks; pass --names=timm")
     return out

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import datasets, programs
 from imgclf_jax.core import paths, spec, terminal
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UsageError, UserError
 from imgclf_jax.data import stream
 from imgclf_jax.optim import schedules
 from imgclf_jax.programs import Programs
@@ -54,9 +54,9 @@ def main(
     del workdir  # a trial leaves no run
     steps = steps or _STEPS
     if not 0 < low < high < math.inf:
-        raise UserError(f"--low={low:g} --high={high:g}: give two learning rates, 0 < low < high")
+        raise UsageError(f"--low={low:g} --high={high:g}: give two learning rates, 0 < low < high")
     if steps < _FEWEST:
-        raise UserError(f"--steps={steps}: a range test takes at least {_FEWEST} steps")
+        raise UsageError(f"--steps={steps}: a range test takes at least {_FEWEST} steps")
     trial = config.copy_and_resolve_references()
     trial.total = f"{steps} steps"
     trial.on_bad_step = "stop"  # a step that is skipped has no loss, and the next one its rate

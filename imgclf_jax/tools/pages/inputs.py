@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from imgclf_jax.core import terminal
-from imgclf_jax.core.errors import UserError, no_such
+from imgclf_jax.core.errors import UsageError, UserError, no_such
 from imgclf_jax.core.text import printable
 from imgclf_jax.data import image_files
 
@@ -36,7 +36,7 @@ def find(words: Sequence[str]) -> list[str]:
     """
     images = [image for word in words for image in (_read_stdin() if word == "-" else _expand(word))]
     if not images:
-        raise UserError("name at least one image: FILE|DIR|GLOB|-")
+        raise UsageError("name at least one image: FILE|DIR|GLOB|-")
     return images
 
 
@@ -56,7 +56,7 @@ class Results:
                 self.failed += 1
                 print(f"error: {printable(str(result))}", file=sys.stderr)
             yield image, result
-        if self.failed:
+        if self.failed and self._count > 1:
             print(f"error: {self.failed} of {self._count} images failed", file=sys.stderr)
 
 

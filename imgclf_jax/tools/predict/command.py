@@ -2,9 +2,9 @@
 
 import csv
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -15,8 +15,11 @@ from imgclf_jax.core.text import decimals, printable
 from imgclf_jax.core.typing import Json, JsonObject
 from imgclf_jax.losses import Task
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.tools.evaluate import calibrated
 from imgclf_jax.tools.pages import inputs
 from imgclf_jax.trained import Trained, load_trained
+
+log = logging.getLogger(__name__)
 
 # {"file", "predictions": [{"class", "probability"}]}, {"file", "values": {target: number}} or {"file", "error"};
 # multi-label records also have "probabilities" f32[classes]
@@ -25,7 +28,7 @@ type Record = JsonObject
 
 def main(
     config: ConfigDict, workdir: Workdir | None, paths: list[str], checkpoint: str, format: str, top_k: int,
-    threshold: str = "",
+    threshold: str = "", temperature: float | None = None, reject: float | None = None, coverage: float | None = None,
 ) -> int:  # fmt: skip
     """Prints the predictions for each image, in order; returns 1 if an image fails, else 0.
 
@@ -33,11 +36,15 @@ def main(
     With a `sigmoid` loss, probabilities do not sum to 1 (see `losses.Link`).
 
     - `workdir` is the run to use; None uses the weights that `init_from` names and the classes of the config's source.
+    - `temperature` divides the logits of the probabilities, instead of the run's calibration.
+    - `reject` and `coverage` add a `decision` and a `set` to each record: see `_doubts`.
     - `format` is "json" (a list, once all are computed), or "table", "jsonl" (an object per line) or "csv".
     """
     images = inputs.find(paths)
-    model = load_trained(config, workdir, checkpoint)
+    model = load_trained(config, workdir, checkpoint, temperature)
+    doubts = _doubts(model, reject, coverage)
     top_k, thresholds = min(top_k, len(model.class_names)), _parse_thresholds(threshold, model)
+    extra = ["decision"] * (reject is not None) + ["set"] * (coverage is not None)
     with_all = model.task is Task.MULTILABEL and format == "csv"
     results = inputs.Results(images, model.stream("ranked", images), "predicting")
 
@@ -47,7 +54,7 @@ def main(
                 yield {"file": image, "error": str(result)}
                 continue
             more = {"probabilities": result[0]} if with_all else {}
-            yield {"file": image, **model.describe(result, top_k, thresholds), **more}
+            yield {"file": image, **model.describe(result, top_k, thresholds), **doubts(result), **more}
 
     if format == "json":
         terminal.print_json(list(records()))
@@ -55,11 +62,12 @@ def main(
         for record in records():
             print(json.dumps(record))
     elif format == "csv":
-        _print_csv(records(), make_columns(model, top_k))
+        _print_csv(records(), model, top_k, extra)
     else:
-        columns = make_columns(model, top_k)
-        rows = ([r["file"], *columns.table_cells(r)] for r in records() if "error" not in r)
-        terminal.print_table(["file", *columns.table], rows)
+        labels = ["labels"] if model.task is Task.MULTILABEL else [f"top {rank + 1}" for rank in range(top_k)]
+        rows = ([r["file"], *_cells(r, labels), *(_joined(r[name], ", ") for name in extra)]
+                for r in records() if "error" not in r)  # fmt: skip
+        terminal.print_table(["file", *labels, *extra], rows)
     return int(results.failed > 0)
 
 
@@ -80,43 +88,64 @@ def _parse_thresholds(text: str, model: Trained) -> np.ndarray:
     return found[0] if len(found) == 1 else found
 
 
-class Columns(NamedTuple):
-    """The columns of a task's predictions, in tables and in CSV, and the functions from a record to their cells."""
+def _doubts(model: Trained, reject: float | None, coverage: float | None) -> Callable[[np.ndarray], JsonObject]:
+    """Returns the function of an image's outputs f32[2, classes] to its `decision`, None if rejected, and its `set`.
 
-    table: list[str]
-    csv: list[str]
-    table_cells: Callable[[Record], list[str]]
-    csv_cells: Callable[[Record], list[Json]]
+    Raises UserError for impossible rates, and for a model without measurements on `val`.
+    """
+    numbers, least, below = model.programs.calibration or {}, 0.0, 0.0
+    for flag, rate in {"reject": reject, "coverage": coverage}.items():
+        if rate is not None and not 0 < rate < 1:
+            raise UserError(f"--{flag}={rate:g}: must be above 0 and below 1")
+        if rate is not None and not {"confidence", "aps"} <= numbers.keys():
+            raise UserError(f"--{flag} needs the run's own calibration: run evaluate --calibrate on it, and pass no "
+                            "--temperature")  # fmt: skip
+    if reject is not None:
+        count = int(reject * len(numbers["confidence"]) + 1e-9)  # none of which is left to rounding
+        least = np.mean(numbers["confidence"][count - 1 : count + 1]) if count else 0.0
+        measured = np.mean(numbers["confidence"] < least)
+        log.info("--reject=%g: undecided below a confidence of %.4f, as %.4f of val are", reject, least, measured)
+    if coverage is not None:
+        below = calibrated.threshold(numbers["aps"], coverage)
+        for name in (name for name in numbers if name.startswith("labels of ")):
+            log.info("--coverage=%g: such sets hold %.4f of the %s", coverage, np.mean(numbers[name] < below), name)
+
+    def describe(outputs: np.ndarray) -> JsonObject:
+        (probabilities, ranking), out = outputs, dict[str, Json]()
+        if reject is not None:
+            out["decision"] = None if probabilities.max() < least else model.class_names[ranking.argmax()]
+        if coverage is not None:
+            [sums] = calibrated.sums_before(probabilities[None])
+            out["set"] = [model.class_names[c] for c in np.argsort(sums, kind="stable") if sums[c] < below]
+        return out
+
+    return describe
 
 
-def make_columns(model: Trained, top_k: int) -> Columns:
-    """The most likely classes, in order; the labels in one column, in CSV with the probability of each."""
-
-    def shown(prediction: Record) -> str:
-        return f"{prediction['class']} {decimals(prediction['probability'])}"
-
-    names = model.class_names
-    if model.task is Task.MULTILABEL:
-        return Columns(
-            ["labels"], ["labels", *(f"probability[{name}]" for name in names)],
-            lambda record: [", ".join(map(shown, record["predictions"]))],
-            lambda record: ["|".join(p["class"] for p in record["predictions"]),
-                            *(float(f"{p:.7g}") for p in record["probabilities"])],
-        )  # fmt: skip
-    ranks = range(1, top_k + 1)
-    return Columns(
-        [f"top {rank}" for rank in ranks], [f"{name}_{rank}" for rank in ranks for name in ("class", "probability")],
-        lambda record: [*map(shown, record["predictions"])],
-        lambda record: [value for p in record["predictions"] for value in (p["class"], p["probability"])],
-    )  # fmt: skip
+def _joined(value: list[str] | str | None, between: str) -> str:
+    return between.join(value) if isinstance(value, list) else value or "undecided"
 
 
-def _print_csv(records: Iterator[Record], columns: Columns) -> None:
-    """Prints CSV, with names escaped only for a terminal."""
-    shown: Callable[[str], str] = printable if sys.stdout.isatty() else str
+def _cells(record: Record, labels: list[str]) -> list[str]:
+    """The predictions in as many cells of a table as there are `labels`."""
+    shown = [f"{p['class']} {decimals(p['probability'])}" for p in record["predictions"]]
+    return shown if len(labels) > 1 or len(shown) == 1 else [", ".join(shown)]
+
+
+def _print_csv(records: Iterator[Record], model: Trained, top_k: int, extra: list[str]) -> None:
+    """Prints CSV, with names escaped only for a terminal: the classes in order, or the labels and all probabilities."""
+    several, escape = model.task is Task.MULTILABEL, printable if sys.stdout.isatty() else str
+    ranked = [f"{kind}_{rank + 1}" for rank in range(top_k) for kind in ("class", "probability")]
+    columns = ["labels", *(f"probability[{name}]" for name in model.class_names)] if several else ranked
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["file", "error", *map(shown, columns.csv)])
+    writer.writerow(["file", "error", *map(escape, columns), *extra])
     for record in records:
-        cells = [""] * len(columns.csv) if "error" in record else columns.csv_cells(record)
+        cells: list[Json] = [""] * len(columns + extra)
+        if several and "error" not in record:
+            cells = ["|".join(p["class"] for p in record["predictions"]),
+                     *(float(f"{p:.7g}") for p in record["probabilities"])]  # fmt: skip
+        elif "error" not in record:
+            cells = [value for p in record["predictions"] for value in (p["class"], p["probability"])]
+            cells += [_joined(record[name], "|") for name in extra]
         row = [record["file"], record.get("error", ""), *cells]
-        writer.writerow([shown(cell) if isinstance(cell, str) else cell for cell in row])
+        writer.writerow([escape(cell) if isinstance(cell, str) else cell for cell in row])

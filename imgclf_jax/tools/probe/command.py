@@ -9,14 +9,14 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import datasets
 from imgclf_jax.core import terminal
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UsageError, UserError
 from imgclf_jax.core.text import decimals
 from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.data import sources
 from imgclf_jax.data.source import Source
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.tools.evaluate import outputs
 from imgclf_jax.tools.evaluate.changes import compare_with_record
-from imgclf_jax.tools.probe import feature_sets, probing
+from imgclf_jax.tools.probe import probing
 from imgclf_jax.train.evaluation import open_evals
 from imgclf_jax.train.leakage import initial_warnings, overlap_warnings
 from imgclf_jax.trained import load_converted, restore
@@ -47,11 +47,9 @@ def main(config: ConfigDict, workdir: Workdir | None, checkpoint: str, format: s
         compare_with_record(model.programs, workdir, base, sets)
     for sentence in _overlaps(config, workdir, base):
         log.warning("%s", sentence)
-    bits = model.programs.recipe.data.bits
-    training = datasets.eval_images(sources.take_split(base, model.config.data.train), model.config, bits)
     with terminal.showing("computing features"):
-        train, labels = feature_sets.compute(model, training)
-        tests = {name: feature_sets.compute(model, images) for name, images in sets.items()}
+        train, labels = outputs.training_features(model, base)
+        tests = {name: outputs.compute(model, images) for name, images in sets.items()}
     if labels.ndim == 2 and model.task not in probing.SCORES:  # the dominant labels
         labels, tests = labels.argmax(1), {name: (x, y.argmax(1)) for name, (x, y) in tests.items()}
     records = []
@@ -136,7 +134,7 @@ def probe(
 def _parse_ks(text: str) -> list[int]:
     """Parses '1,5,20' to [1, 5, 20]."""
     if not re.fullmatch(r"\s*[1-9]\d{0,8}\s*(,\s*[1-9]\d{0,8}\s*)*", text):
-        raise UserError(f"--k={text}: must be a number of neighbors, or several separated by commas, such as 1,5,20")
+        raise UsageError(f"--k={text}: must be a number of neighbors, or several separated by commas, such as 1,5,20")
     return sorted({int(part) for part in text.split(",")})
 
 

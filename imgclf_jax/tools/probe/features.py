@@ -10,12 +10,13 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import datasets
 from imgclf_jax.core import terminal
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UsageError, UserError
 from imgclf_jax.data.source import Source
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.tools.evaluate import outputs
 from imgclf_jax.tools.evaluate.changes import compare_with_record
 from imgclf_jax.tools.pages import inputs
-from imgclf_jax.tools.probe import embeddings, feature_sets
+from imgclf_jax.tools.probe import embeddings
 from imgclf_jax.tools.probe.embeddings import Part
 from imgclf_jax.train.evaluation import open_evals, open_set
 from imgclf_jax.trained import Trained, load_converted, restore
@@ -33,10 +34,10 @@ def main(
     - `output` is the file; see `embeddings.write` for its format.
     """
     if paths and split:
-        raise UserError(f"features: name images either by --split={split} or as {paths[0]!r}; drop one")
+        raise UsageError(f"features: name images either by --split={split} or as {paths[0]!r}; drop one")
     file = Path(output)
     if file.suffix != ".npz" or not file.parent.is_dir():
-        raise UserError(f"features: --output={output}: name an .npz file to write, in a directory that exists")
+        raise UsageError(f"features: --output={output}: name an .npz file to write, in a directory that exists")
     images = inputs.find(paths) if paths else []
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = {} if restored and paths else datasets.open_data(config)
@@ -53,7 +54,7 @@ def _of_sets(model: Trained, workdir: Workdir | None, base: dict[str, Source], s
         compare_with_record(model.programs, workdir, base, {} if split else sets)
     for name, images in sets.items():
         done, batches = 0, -(-len(images) // model.programs.eval_batch_size)
-        for features, labels in terminal.track(feature_sets.compute_batches(model, images), batches, name):
+        for features, labels in terminal.track(outputs.compute_batches(model, images), batches, name):
             ids = range(done, done + len(labels))
             yield Part(name, [images.source.listed_name(i) for i in ids], labels, features)
             done += len(labels)

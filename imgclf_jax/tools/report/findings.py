@@ -48,6 +48,12 @@ def bin_by_confidence(confidence: np.ndarray, correct: np.ndarray) -> Reliabilit
         return Reliability(count, *(total / count for total in sums))
 
 
+def selective_risk(predictions: Predictions) -> np.ndarray:
+    """f64[n]: the error of the k most confident examples, k from 1 to n (Geifman, El-Yaniv 2017, arXiv:1705.08500)."""
+    order = np.argsort(-predictions.log_odds.max(1), kind="stable")  # float32 rounds high probabilities to 1
+    return np.cumsum(predictions.ranks[order] > 0) / np.arange(1, len(order) + 1)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evaluated:
     """The evaluation of a set. With several seeds, everything but `metrics` describes the ensemble."""
@@ -57,6 +63,7 @@ class Evaluated:
     scores: dict[str, dict[str, float]]  # see `with_intervals`; with very many classes, this and the rest are empty
     counts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # see `by_class.counts`
     reliability: Reliability | None = None
+    risk: np.ndarray | None = None  # see `selective_risk`
     top_losses: tuple[TopLoss, ...] = ()  # the highest first
     wrong: int = 0  # the misclassified examples, with those without a prediction, as accuracy counts them
     method: str = ""  # explains the top losses, see `explanations`
@@ -127,7 +134,7 @@ def _evaluate(model: Trained, evals: Mapping[str, Images]) -> tuple[Evaluated, .
             intervals = with_intervals(own.compute, len(images), len(model.class_names))
             reliability = bin_by_confidence(own.probabilities.max(1), own.ranks == 0)
             one = dataclasses.replace(one, scores=intervals, counts=by_class.counts(own), reliability=reliability,
-                                      wrong=int((own.ranks > 0).sum()))  # fmt: skip
+                                      risk=selective_risk(own), wrong=int((own.ranks > 0).sum()))  # fmt: skip
             if highest.size:
                 method, explain = explainer()
                 log.info("explaining %d examples by %s", len(highest), method)

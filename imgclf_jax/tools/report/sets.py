@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from imgclf_jax.core.terminal import format_metrics
-from imgclf_jax.core.text import decimals, interval
+from imgclf_jax.core.text import decimals
 from imgclf_jax.scores.multilabel import TargetPredictions
-from imgclf_jax.tools.evaluate import by_class
+from imgclf_jax.tools.evaluate import by_class, intervals
 from imgclf_jax.tools.explain import heatmap
 from imgclf_jax.tools.pages import html, pictures
-from imgclf_jax.tools.pages.charts import Line, chart
+from imgclf_jax.tools.pages.charts import Line, chart, thinned
 from imgclf_jax.tools.pages.html import paragraph, region, table, text
 from imgclf_jax.tools.report.findings import Evaluated
 from imgclf_jax.tools.report.top_losses import TopLoss
@@ -34,7 +34,7 @@ def set_section(one: Evaluated, names: Sequence[str], num_seeds: int) -> str:
     if len(names) <= _FULL:
         matrix = _matrix(f"Confusion matrix on {one.name}", one.counts["confusion"], names)
         tables.append("<h3>Confusion matrix</h3>" + matrix)
-    parts += [_side_by_side(_scores(one), _calibration(one)),
+    parts += [_side_by_side(_scores(one), _calibration(one) + _selective_risk(one)),
               *([_side_by_side(*tables)] if len(names) <= _NARROW else tables)]  # fmt: skip
     return "".join((*parts, _top_losses(one, names, num_seeds)))
 
@@ -61,10 +61,8 @@ def _side_by_side(*blocks: str) -> str:
 
 
 def _scores(one: Evaluated) -> str:
-    rows = [[name, decimals(score["value"]), interval(score["low"], score["high"]) if "low" in score else ""]
-            for name, score in one.scores.items()]  # fmt: skip
     note = "The 95 % confidence interval is for test sets of this size. Another training seed may differ by more."
-    return ("<h3>Scores</h3>" + table(f"Scores on {one.name}", ["score", "value", "95 % interval"], rows)
+    return ("<h3>Scores</h3>" + table(f"Scores on {one.name}", *intervals.table(one.scores))
             + paragraph(note, note=True))  # fmt: skip
 
 
@@ -82,6 +80,16 @@ def _calibration(one: Evaluated) -> str:
     note = f"Accuracy in {bins} bins of confidence. The model is overconfident where the line is below the diagonal."
     return (f"<h3>Calibration</h3><figure>{svg}</figure>" + paragraph(note, note=True)
             + html.details("The bins as a table", table(f"Calibration on {one.name}", columns, rows)))  # fmt: skip
+
+
+def _selective_risk(one: Evaluated) -> str:
+    if one.risk is None:
+        return ""
+    points = thinned([((k + 1) / len(one.risk), float(risk)) for k, risk in enumerate(one.risk)])
+    svg = chart(f"Selective risk on {one.name}: error by coverage", "coverage", [Line("error", 0, points)], linear=True)
+    note = ("The error among the most confident fraction of the examples, its coverage. The mean over all fractions "
+            f"(AURC) is {decimals(float(one.risk.mean()))}.")  # fmt: skip
+    return f"<h3>Selective risk</h3><figure>{svg}</figure>" + paragraph(note, note=True)
 
 
 def _labels(name: str, predictions: TargetPredictions, names: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import datasets
 from imgclf_jax.augment.ops import to_pixels
 from imgclf_jax.core import paths, sharding, terminal
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UsageError, UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import stream
@@ -44,7 +44,7 @@ def main(
     """
     file = paths.as_path(output) if output else (workdir.path if workdir else Path()) / f"batch-{step}.png"
     if file.suffix != ".png":
-        raise UserError(f"--output={output}: the name must end in .png")
+        raise UsageError(f"--output={output}: the name must end in .png")
     check_names(config)
     images = datasets.open_train_images(config)
     programs = programs_for_images(config, images, sharding.make_mesh(jax.devices()[:1]))

@@ -14,11 +14,13 @@ log = logging.getLogger(__name__)
 
 def main(
     config: ConfigDict, workdir: Workdir | None, checkpoint: str, host: str, port: int, cors: list[str],
+    temperature: float | None = None,
 ) -> int:  # fmt: skip
     """Serves on `host` and `port` (0 picks a free one) until SIGINT or SIGTERM.
 
     - `workdir` is the run to serve; None serves the weights that `init_from` names.
     - `cors` are the origins whose pages may send requests.
+    - `temperature` divides the logits, instead of the run's calibration.
 
     Raises UserError if the port is taken.
     """
@@ -27,7 +29,7 @@ def main(
     from imgclf_jax.tools.serve import app
     from imgclf_jax.tools.serve.limits import server_settings
 
-    model = load_trained(config, workdir, checkpoint)
+    model = load_trained(config, workdir, checkpoint, temperature)
     model.programs.check_predicts()
     local = host in ("localhost", "127.0.0.1", "::1")
     name = workdir.path.absolute().name if workdir else ""
@@ -39,7 +41,8 @@ def main(
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=settings.backlog)
     except (OSError, OverflowError) as e:
-        raise UserError(f"serve: cannot listen on {host}:{port} ({reason(e)}); pass another --port or --host") from e
+        why = reason(e).partition(" (while")[0]  # Python adds the address
+        raise UserError(f"serve: cannot listen on {host}:{port} ({why}); pass another --port or --host") from e
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it for sockets of its own alone
     with listening:
         url = f"http://{f'[{host}]' if ':' in host else host or '0.0.0.0'}:{listening.getsockname()[1]}"

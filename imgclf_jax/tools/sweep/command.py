@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax.cli.command_line import CommandLine, override
 from imgclf_jax.core import paths, terminal
-from imgclf_jax.core.errors import UsageError, UserError
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.stopping import SIGNALS, STATUS_SAVED, stopping
 from imgclf_jax.core.text import printable
 from imgclf_jax.recipe import check_names
@@ -62,7 +62,7 @@ def _make_config(config: ConfigDict, settings: Settings) -> ConfigDict:
         override(config, settings.items())
         configs.validate(config)
         check_names(config)
-    except (UserError, UsageError) as e:
+    except UserError as e:
         run = ", ".join(f"{key}={text}" for key, text in settings.items())
         raise UserError(f"no run was started: {e} (in the run {run}; values of --sweep are separated by ';')") from e
     return config

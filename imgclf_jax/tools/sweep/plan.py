@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import UsageError, UserError, unknown
 from imgclf_jax.core.typing import Value
 
 Settings = dict[str, str]  # the keys that a run sets, with values as on the command line
@@ -68,27 +68,27 @@ def parse(text: str) -> tuple[str, list[str]]:
     """
     key, sign, rest = (part.strip() for part in text.partition("="))
     if not sign or not key:
-        raise UserError(f"--sweep={text!r} must name a key and its values; {_FORMS}")
+        raise UsageError(f"--sweep={text!r} must name a key and its values; {_FORMS}")
     key = key.removeprefix("config.")
     if not can_set(key):
-        raise UserError(f"--sweep={text!r}: " + unknown("config key", key, configs.KEYS))
+        raise UsageError(f"--sweep={text!r}: " + unknown("config key", key, configs.KEYS))
     if rest.startswith("["):
         try:
             values = ast.literal_eval(rest)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as e:
-            raise UserError(f"--sweep={text!r}: {rest} is not a list of Python literals; {_FORMS}") from e
+            raise UsageError(f"--sweep={text!r}: {rest} is not a list of Python literals; {_FORMS}") from e
         if not values:
-            raise UserError(f"--sweep={text!r} has no values; {_FORMS}")
+            raise UsageError(f"--sweep={text!r} has no values; {_FORMS}")
         return key, [_text(value, f"--sweep={text!r}") for value in values]
     match = re.fullmatch(r"(\d{1,10})\s*\.\.\s*(\d{1,10})", rest)
     if match and type(configs.KEYS.get(key, ("",))[0]) is int:
         first, last = int(match[1]), int(match[2])
         if not 0 <= last - first < _MAX:
-            raise UserError(f"--sweep={text!r}: the range must be ascending, with at most {_MAX} numbers")
+            raise UsageError(f"--sweep={text!r}: the range must be ascending, with at most {_MAX} numbers")
         return key, [str(number) for number in range(first, last + 1)]
     parts = [part.strip() for part in rest.split(";")]
     if "" in parts:
-        raise UserError(f"--sweep={text!r}: a value is empty; {_FORMS}")
+        raise UsageError(f"--sweep={text!r}: a value is empty; {_FORMS}")
     return key, parts
 
 
@@ -114,14 +114,14 @@ def combine(planned: Sequence[dict[str, Value]] | None, sweeps: Iterable[str]) -
     for text in sweeps:
         key, values = parse(text)
         if key in grid:
-            raise UserError(f"--sweep names {key} twice; write all its values in one flag, '{key}=VALUE; VALUE'")
+            raise UsageError(f"--sweep names {key} twice; write all its values in one flag, '{key}=VALUE; VALUE'")
         grid[key] = values
     runs = [{key: _text(value, "get_sweep()") for key, value in run.items()} for run in planned or [{}]]
     if wrong := [key for run in runs for key in run if not can_set(key)]:
         raise UserError("get_sweep(): " + unknown("config key", wrong[0], configs.KEYS))
     if planned is None and not grid:
-        raise UserError("a sweep needs values: --sweep 'schedule=constant(1e-3); constant(3e-3)' or --sweep seed=0..2, "
-                        "or a function get_sweep() in the config file")  # fmt: skip
+        raise UsageError("a sweep needs values: --sweep 'schedule=constant(1e-3); constant(3e-3)', --sweep seed=0..2, "
+                         "or a function get_sweep() in the config file")  # fmt: skip
     if both := [key for key in grid if any(key in run for run in runs)]:
         raise UserError(f"{both[0]} is both in the config file's get_sweep() and in --sweep; drop one of them")
     if (count := len(runs) * math.prod(map(len, grid.values()))) > _MAX:

@@ -103,5 +103,5 @@ def test_probe_of_weights_for_other_classes_and_of_several_seeds(run, seeds, fla
     (["probe", "--k=3,x"], "--k=3,x: must be a number of neighbors"),
 ])  # fmt: skip
 def test_mistakes(run, photos, capsys, words, message):
-    assert launch.main([*words, f"--workdir={run}"]) == 1
+    assert launch.main([*words, f"--workdir={run}"]) == 2
     assert message in capsys.readouterr().err

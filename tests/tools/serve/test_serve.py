@@ -51,7 +51,7 @@ def test_mistakes(model, tmp_path, monkeypatch, capsys):  # noqa: F811
         port = taken.getsockname()[1]
         assert launch.main(["serve", f"--workdir={tmp_path}", f"--port={port}"]) == 1
     said = capsys.readouterr().err
-    assert f"serve: cannot listen on 127.0.0.1:{port} (Address already in use" in said
+    assert f"serve: cannot listen on 127.0.0.1:{port} (Address already in use); pass" in said
     assert (said.count("in use"), said.count("Errno")) == (1, 0)
     asked = []
     monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: asked.append(TestClient(self.config.app)))

@@ -1,0 +1,208 @@
+"""Every vision transformer in the catalog is its source's: names, shapes, preprocessing, features, and back by export.
+
+Runs where torch, timm and transformers are installed. `-s` prints a row for each network: a name, the largest
+differences of features in float32 and float64 and of resized positions, the sizes of images, the arrays written back.
+"""
+
+import importlib.util
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from test_pretrained import programs
+
+from imgclf_jax.core import tree
+from imgclf_jax.models import vit
+from imgclf_jax.tools.export import torch_state
+from imgclf_jax.weights import catalog, pretrained, vit_names
+
+VITS = {name: row for name, row in catalog.NETWORKS.items() if row.model.startswith("vit(")}
+FIRST = {row.model: name for name, row in reversed(VITS.items())}  # one name for each network
+INSTALLED = all(map(importlib.util.find_spec, ("timm", "transformers")))
+
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(not INSTALLED, reason="torch and timm come with the dependency group `peers`"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _without_triton(monkeypatch):
+    """Its LLVM and TensorFlow's abort a process that has both."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_its_facts_are_timms(name):
+    import timm
+    import torch
+
+    row, cfg = VITS[name], timm.get_pretrained_cfg(name)
+    assert (cfg.input_size[1], cfg.crop_pct, cfg.interpolation) == (row.size, row.crop, row.interpolation)
+    assert (cfg.mean, cfg.std) == row.normalization
+    assert cfg.crop_mode == "center"
+    assert bool(row.license) == (cfg.license not in ("apache-2.0", "mit"))
+    with torch.device("meta"):  # the text of a network names all of its layers
+        texts = {str(create(one, row.size)) for one in (name, FIRST[row.model])}
+    assert len(texts) == 1
+
+
+def randomize(network):
+    """Draws weights of which each matters, by a fixed seed."""
+    import torch
+
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, x in network.named_parameters():
+            noise = torch.randn(x.shape, generator=random)
+            if "gamma" in key or "lambda1" in key:
+                x.copy_(0.3 + 0.05 * noise)
+            elif x.ndim < 2:
+                x.copy_(float("norm" in key and "weight" in key) + 0.1 * noise)
+            else:
+                x.copy_(noise * (0.5 if x.ndim == 3 else x[0].numel() ** -0.5))
+    return network.eval()
+
+
+def create(name, size):
+    """timm's network; SigLIP 2's has the activation of big_vision and transformers, which most of timm's lack."""
+    import timm
+
+    more = {"act_layer": "gelu_tanh"} if "siglip" in name else {}
+    return timm.create_model(name, num_classes=3, img_size=size, **more).eval()
+
+
+def resized(network, table, dinov2):
+    """The positions of a file for the network's size, as the source resizes them."""
+    import torch
+    from timm.layers import resample_abs_pos_embed
+
+    grid, tokens = network.patch_embed.grid_size, 0 if network.no_embed_class else network.num_prefix_tokens
+    if not dinov2:
+        return resample_abs_pos_embed(table, grid, None, tokens)
+    patches = table[:, 1:].reshape(1, 37, 37, -1).permute(0, 3, 1, 2)  # as facebookresearch/dinov2
+    factors = tuple((n + 0.1) / 37 for n in grid)
+    patches = torch.nn.functional.interpolate(patches, scale_factor=factors, mode="bicubic", antialias=False)
+    return torch.cat([table[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+
+
+def features(own, taken, image):
+    """Our features in the image's dtype, and the variables."""
+    with jax.enable_x64(image.dtype == np.float64):
+        params = {"params": own.state_shape.params}
+        variables = tree.replace(params, {key: jnp.asarray(x, image.dtype) for key, x in taken.items()})
+        model = own.recipe.plain_model
+        model = model.clone(backbone=model.backbone.clone(dtype=image.dtype))
+        return np.asarray(model.apply(variables, jnp.asarray(image), method="features")), variables
+
+
+@pytest.mark.parametrize("name", FIRST.values())
+def test_features_are_timms_at_two_sizes(name, tmp_path, monkeypatch, capsys):
+    import torch
+
+    row, file = VITS[name], tmp_path / "x.safetensors"
+    source = randomize(create(name, row.size))
+    written = {key: x.numpy() for key, x in source.state_dict().items()}
+    save_file(written, file)
+    side, worst, tables = source.patch_embed.patch_size[0], {32: 0.0, 64: 0.0}, 0.0
+    for h, w in ((row.size, row.size), (6 * side, 8 * side)):
+        own = programs(file, row.model, (h, w, 3), 3)
+        taken = pretrained.load(own, whole=True).taken
+        for bits in worst:
+            image = np.random.default_rng(0).standard_normal((1, h, w, 3)).astype(f"float{bits}")
+            with monkeypatch.context() as patched, torch.no_grad():
+                if bits == 64:  # timm computes angles in float32
+                    patched.setattr(torch, "float32", torch.float64)
+                network = create(name, (h, w))
+                fits = {key: x for key, x in source.state_dict().items() if key != "pos_embed" or h == w}
+                network.load_state_dict(fits, strict=False)
+                network = network.to(torch.from_numpy(image).dtype)
+                if getattr(network, "pos_embed", None) is not None and h != w:
+                    table = resized(network, source.pos_embed, row.size == 518 and "reg4" not in name)
+                    network.pos_embed.copy_(torch.from_numpy(taken["params/backbone/positions_embedding"]))
+                    tables = max(tables, float((table - network.pos_embed).abs().max()))
+                tokens = network.forward_features(torch.from_numpy(image.transpose(0, 3, 1, 2)))
+                expected = network.forward_head(tokens, pre_logits=True).numpy()
+            found, variables = features(own, taken, image)
+            assert found.shape == expected.shape
+            worst[bits] = max(worst[bits], float(np.abs(found - expected).max()))
+        if h == w:
+            backbone = own.recipe.plain_model.backbone
+            back = torch_state.state_dict(backbone, variables, torch_state.naming(backbone), (h, w, 3))
+    with capsys.disabled():
+        sizes = f"{row.size} x {row.size}, {6 * side} x {8 * side}"
+        print(f"\n| {name} | {worst[32]:.1e} | {worst[64]:.1e} | {tables:.1e} | {sizes} | {len(back)} |")
+    assert worst[32] <= 1e-5
+    assert worst[64] <= 1e-12
+    assert tables <= 2e-6
+    assert back.keys() == written.keys()
+    assert all(np.array_equal(back[key], x) for key, x in written.items())
+
+
+TINY = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+WIDE = TINY | {"intermediate_size": 192}
+V3 = "rope='dinov3', positions='none', registers=4, layer_scale=1.0, norm='layer_norm(epsilon=1e-5)', qkv_bias='qv'"
+HUB = [
+    ("Dinov2", TINY, "layer_scale=1.0"),
+    ("Dinov2WithRegisters", TINY, "layer_scale=1.0, registers=4, positions='patches'"),
+    ("DINOv3ViT", WIDE | {"num_register_tokens": 4}, V3),
+    (
+        "DINOv3ViT",
+        WIDE | {"num_register_tokens": 4, "use_gated_mlp": True, "hidden_act": "silu"},
+        f"{V3}, mlp='swiglu'",
+    ),
+    ("ViT", WIDE | {"layer_norm_eps": 1e-6}, ""),
+    ("CLIP", {"vision_config": WIDE}, "pre_norm=True, norm='layer_norm(epsilon=1e-5)', activation='quick_gelu'"),
+    ("Siglip", {"vision_config": WIDE}, "pool='map', activation='gelu_tanh'"),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "spec"), HUB)
+def test_files_of_transformers(name, config, spec, tmp_path, monkeypatch):
+    import torch
+    import transformers
+
+    monkeypatch.setitem(vit._VIT, "Ti", (48, 2, 3))
+    network = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**config))
+    randomize(network).save_pretrained(tmp_path)
+    own = programs(tmp_path / "model.safetensors", f"vit('Ti', patch=8, {spec})", (32, 32, 3), 3)
+    weights = pretrained.load(own)
+    image = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32)
+    with torch.no_grad():
+        out = getattr(network, "vision_model", network)(torch.from_numpy(image.transpose(0, 3, 1, 2)))
+    expected = out.pooler_output if name in ("CLIP", "Siglip") else out.last_hidden_state[:, 0]
+    head = {f"params/head/{leaf}": np.zeros(shape) for leaf, shape in (("kernel", (48, 3)), ("bias", 3))}
+    np.testing.assert_allclose(features(own, head | weights.taken, image)[0], expected.numpy(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_arrays_of_big_vision_are_those_that_timm_reads(stacked, tmp_path):
+    from timm.models.vision_transformer import VisionTransformer
+
+    rng, d, blocks = np.random.default_rng(0), 48, {}
+    head = {f"{part}/{leaf}": (d, 3, 16) if leaf == "kernel" else (3, 16)
+            for part in ("query", "key", "value") for leaf in ("kernel", "bias")}  # fmt: skip
+    attention = {f"MultiHeadDotProductAttention_0/{name}": shape for name, shape in
+                 (head | {"out/kernel": (3, 16, d), "out/bias": (d,)}).items()}  # fmt: skip
+    mlp = {"MlpBlock_0/Dense_0/kernel": (d, 192), "MlpBlock_0/Dense_0/bias": (192,),
+           "MlpBlock_0/Dense_1/kernel": (192, d), "MlpBlock_0/Dense_1/bias": (d,)}  # fmt: skip
+    norms = {f"LayerNorm_{i}/{leaf}": (d,) for i in (0, 1) for leaf in ("scale", "bias")}
+    for name, shape in (attention | mlp | norms).items():
+        every = {"encoderblock": (2, *shape)} if stacked else dict.fromkeys(("encoderblock_0", "encoderblock_1"), shape)
+        blocks |= {f"Transformer/{block}/{name}": one for block, one in every.items()}
+    pool = {"probe": (1, 1, d)} | attention | mlp | {key: shape for key, shape in norms.items() if "0" in key}
+    shapes = blocks | {f"MAPHead_0/{name}": shape for name, shape in pool.items()} | {
+        "embedding/kernel": (8, 8, 3, d), "embedding/bias": (d,), "pos_embedding": (1, 16, d),
+        "Transformer/encoder_norm/scale": (d,), "Transformer/encoder_norm/bias": (d,)}  # fmt: skip
+    arrays = {f"params/img/{name}": rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    np.savez(tmp_path / "x.npz", **arrays, **{"params/txt/head/bias": np.zeros(3, np.float32)})
+    network = VisionTransformer(32, 8, num_classes=0, embed_dim=d, depth=2, num_heads=3, class_token=False,
+                                global_pool="map")  # fmt: skip
+    network.load_pretrained(str(tmp_path / "x.npz"))
+    found = vit_names.joined({new: arrays[old] for old, new in vit_names.converted(arrays).items()})
+    assert found.keys() == network.state_dict().keys()
+    assert all(np.array_equal(found[key], x.numpy()) for key, x in network.state_dict().items())
