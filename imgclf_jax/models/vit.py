@@ -17,10 +17,8 @@ from imgclf_jax.models.layers import Conv, Dense, add_bias, drop_path, gelu, mea
 from imgclf_jax.models.norms import LayerNorm
 
 _VIT = {  # width, layers, heads
-    "Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16),
-    # Of timm's "searching for better baselines".
-    "wee": (256, 14, 4), "little": (320, 14, 5), "medium": (512, 12, 8), "mediumd": (512, 20, 8),
-    "betwixt": (640, 12, 10),
+    "Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "wee": (256, 14, 4),
+    "little": (320, 14, 5), "medium": (512, 12, 8), "mediumd": (512, 20, 8), "betwixt": (640, 12, 10),  # timm's
 }  # fmt: skip
 _MIXER = {"S": (512, 8, 256, 2048), "B": (768, 12, 384, 3072)}  # width, layers, hidden widths over tokens, channels
 _init = nn.initializers.normal(0.02)
@@ -63,15 +61,15 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         d = x.shape[-1]
         glorot = nn.initializers.xavier_uniform()
-        if self.fused:
+        if not self.fused:
+            three = [Dense(d, self.dtype, glorot, part in self.bias, name=f"{part}_proj")(x) for part in "qkv"]
+            qkv = jnp.concatenate(three, -1)  # [b, n, 3 * d]
+        else:
             init = nn.initializers.variance_scaling(2.0, "fan_avg", "uniform")  # Glorot for each of the three kernels
-            qkv = Dense(3 * d, self.dtype, init, self.bias == "qkv", name="qkv")(x)  # [b, n, 3 * d]
+            qkv = Dense(3 * d, self.dtype, init, self.bias == "qkv", name="qkv")(x)
             if self.bias == "qv":
                 q, v = (self.param(name, nn.initializers.zeros, (d,)) for name in ("q_bias", "v_bias"))
                 qkv = add_bias(qkv, jnp.concatenate([q, jnp.zeros_like(q), v])).astype(self.dtype)
-        else:
-            three = [Dense(d, self.dtype, glorot, part in self.bias, name=f"{part}_proj")(x) for part in "qkv"]
-            qkv = jnp.concatenate(three, -1)
         y, maps = attention(qkv, self.heads, self.is_mutable_collection("intermediates"), self.rope)
         if maps is not None:
             self.sow("intermediates", "attention", maps)
@@ -99,8 +97,8 @@ class MLPBlock(nn.Module):
             y = self.activation(Dense(self.hidden, self.dtype, init, name="fc1")(x))
         else:
             layers = {"fc1": 2} if self.kind == "swiglu_packed" else {"fc1_g": 1, "fc1_x": 1}
-            ys = [Dense(k * self.hidden, self.dtype, init, name=name)(x) for name, k in layers.items()]
-            gate, y = ys if len(ys) > 1 else jnp.split(ys[0], 2, -1)
+            both = [Dense(k * self.hidden, self.dtype, init, name=name)(x) for name, k in layers.items()]
+            gate, y = both if both[1:] else jnp.split(both[0], 2, -1)
             y = nn.silu(gate) * y
         if self.norm is not None:
             y = self.norm("norm")(y, train)
@@ -140,10 +138,7 @@ class EncoderBlock(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Multi-head attention pooling of tokens [b, n, d] → [b, d] (Zhai et al. 2022, arXiv:2106.04560).
-
-    One learned query attends to all tokens; an MLP with a residual connection follows.
-    """
+    """One learned query attends to tokens [b, n, d], then an MLP: → [b, d] (Zhai et al. 2022, arXiv:2106.04560)."""
 
     heads: int
     hidden: int

@@ -84,15 +84,11 @@ _VITS: tuple[tuple[Any, ...], ...] = (
 _VARIANTS = {"tiny": "Ti", "small": "S", "small_plus": "S", "base": "B", "large": "L"}
 
 
-def _rows(
-    names: str, model: str, size: int = 224, crop: float = 0.9, normalization: Normalization = IMAGENET,
-    license: str = "",
-) -> Iterator[tuple[str, Published]]:  # fmt: skip
+def _rows(names: str, model: str, size: int = 224, crop: float = 0.9, *facts: Any) -> Iterator[tuple[str, Published]]:
     """(name, network) for each combination of the choices in a row of _VITS."""
     for words in itertools.product(*(choice.split() for choice in re.findall(r"\[(.*?)\]", names))):
         spec = f"vit({_VARIANTS.get(words[0], words[0])!r}, {model.format(*words)})"
-        name = re.sub(r"\[.*?\]", "{}", names).format(*words)
-        yield name, Published(spec, size, crop, normalization=normalization, license=license)
+        yield re.sub(r"\[.*?\]", "{}", names).format(*words), Published(spec, size, crop, "bicubic", *facts)
 
 
 NETWORKS: dict[str, Published] = {

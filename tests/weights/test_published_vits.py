@@ -4,6 +4,7 @@ Runs where torch, timm and transformers are installed. `-s` prints a row for eac
 differences of features in float32 and float64 and of resized positions, the sizes of images, the arrays written back.
 """
 
+import contextlib
 import importlib.util
 import sys
 
@@ -90,6 +91,25 @@ def resized(network, table, dinov2):
     return torch.cat([table[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2)], 1)
 
 
+@contextlib.contextmanager
+def angles_in(dtype, patched):
+    """timm creates networks and computes angles in this dtype; otherwise those are float32."""
+    import torch
+    from timm.layers import pos_embed_sincos as module
+
+    owners = (module, *(x for x in vars(module).values() if isinstance(x, type)))
+    for function in (x for owner in owners for x in vars(owner).values() if hasattr(x, "__defaults__")):
+        defaults = tuple(dtype if x is torch.float32 else x for x in function.__defaults__ or ())
+        patched.setattr(function, "__defaults__", defaults or None)
+    torch.set_default_dtype(dtype)
+    patched.setattr(torch, "float32", dtype)
+    try:
+        yield
+    finally:
+        patched.undo()
+        torch.set_default_dtype(torch.float32)
+
+
 def features(own, taken, image):
     """Our features in the image's dtype, and the variables."""
     with jax.enable_x64(image.dtype == np.float64):
@@ -114,13 +134,11 @@ def test_features_are_timms_at_two_sizes(name, tmp_path, monkeypatch, capsys):
         taken = pretrained.load(own, whole=True).taken
         for bits in worst:
             image = np.random.default_rng(0).standard_normal((1, h, w, 3)).astype(f"float{bits}")
-            with monkeypatch.context() as patched, torch.no_grad():
-                if bits == 64:  # timm computes angles in float32
-                    patched.setattr(torch, "float32", torch.float64)
+            dtype = torch.from_numpy(image).dtype
+            with monkeypatch.context() as patched, angles_in(dtype, patched), torch.no_grad():
                 network = create(name, (h, w))
                 fits = {key: x for key, x in source.state_dict().items() if key != "pos_embed" or h == w}
                 network.load_state_dict(fits, strict=False)
-                network = network.to(torch.from_numpy(image).dtype)
                 if getattr(network, "pos_embed", None) is not None and h != w:
                     table = resized(network, source.pos_embed, row.size == 518 and "reg4" not in name)
                     network.pos_embed.copy_(torch.from_numpy(taken["params/backbone/positions_embedding"]))

@@ -17,15 +17,9 @@ from imgclf_jax.weights import torch_names, vit_names
 MODELS = json.loads((Path(__file__).parent / "fixtures" / "torch_models.json").read_text())
 
 # Those without a head have its features instead of logits.
-FEW = [
-    "akamaster resnet20",
-    "torchvision resnet basic",
-    "torchvision vit",
-    "timm eva eva02 B",
-    "transformers dinov3 without head",
-    "transformers siglip without head",
-    "open_clip vit without head",
-]
+FEW = ["akamaster resnet20", "torchvision resnet basic", "torchvision vit", "timm vit dinov2", "timm vit sbb",
+       "timm eva eva02 B", "open_clip vit without head", "transformers dinov3 without head",
+       "transformers siglip without head"]  # fmt: skip
 
 
 @pytest.fixture
