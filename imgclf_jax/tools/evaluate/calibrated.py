@@ -79,8 +79,8 @@ def report(model: Trained, workdir: Workdir, evals: Mapping[str, stream.Images],
     texts = {name: {key: decimals(value) for key, value in one.items()} for name, one in results.items()}
     print_table(["set", *_SCORES], [[name, *(f"{one[kind]} → {one[f'calibrated_{kind}']}" for kind in _SCORES)]
                                     for name, one in texts.items()])  # fmt: skip
-    print_table(["set", *(f"sets for {wanted}" for wanted in _COVERAGES)],
-                [[name, *(f"{one[f'coverage_{c}']}, {one[f'classes_{c}']} classes" for c in _COVERAGES)]
+    print_table(["set", *(f"sets for {wanted} (size)" for wanted in _COVERAGES)],
+                [[name, *(f"{one[f'coverage_{c}']} ({one[f'classes_{c}']})" for c in _COVERAGES)]
                  for name, one in texts.items()])  # fmt: skip
     temperature = f"temperature {1 / fitted['scale'][0]:.4f}" if method == "temperature" else f"method {method}"
     print_text(f"{temperature}, fitted to val: wrote {workdir.calibration}, which predict, serve and export use")

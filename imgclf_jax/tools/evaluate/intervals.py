@@ -15,17 +15,18 @@ _MAX_WEIGHTS = 1 << 22  # bootstrap weights in memory at a time
 _MAX_COST = 2_000_000_000  # numbers that a bootstrap may read, about ten seconds
 
 
-def with_intervals(compute: Compute, n: int, outputs: int) -> dict[str, dict[str, float]]:
+def with_intervals(compute: Compute, n: int, outputs: int, first: int = 0) -> dict[str, dict[str, float]]:
     """Returns {score: {"value", "low", "high"}} with the ends of its 95 % confidence interval, if known.
 
     `compute` is that of predictions for n examples, with `outputs` probabilities each. The intervals contain the score,
     and do not cover the variation over training seeds. Fractions of examples have the score interval of Wilson (1927),
     the others that of the percentile bootstrap (Efron 1979). The calibration error has none, nor have a NaN, a perfect
-    score that is the same on all resamples, and scores whose bootstrap would take minutes.
+    score that is the same on all resamples, and scores whose bootstrap would take minutes. The `first` examples, if
+    given, are of another set than the others, and both are resampled separately.
     """
     from scipy import stats
 
-    resampled = bootstrap(compute, n) if n * outputs * _SAMPLES <= _MAX_COST else {}
+    resampled = bootstrap(compute, n, first=first) if n * outputs * _SAMPLES <= _MAX_COST else {}
     out = {}
     for name, (value,) in compute(np.ones((1, n))).items():
         out[name] = {"value": float(value)}
@@ -48,11 +49,15 @@ def table(scores: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[li
     return ["score", "value", "95 % interval"], rows
 
 
-def bootstrap(compute: Compute, n: int, samples: int = _SAMPLES, seed: int = 0) -> dict[str, np.ndarray]:
+def bootstrap(
+    compute: Compute, n: int, samples: int = _SAMPLES, seed: int = 0, first: int = 0
+) -> dict[str, np.ndarray]:
     """Returns {score: f64[samples]}: the scores of resamples of n examples with replacement; {} for one example."""
     if n < 2:
         return {}
     generator = np.random.default_rng(seed)
     sizes = np.diff([*range(0, samples, max(1, _MAX_WEIGHTS // n)), samples])
-    chunks = [compute(generator.multinomial(n, np.full(n, 1 / n), size).astype(np.float64)) for size in sizes]
+    parts = [part for part in (first, n - first) if part]
+    chunks = [compute(np.hstack([generator.multinomial(m, np.full(m, 1 / m), size) for m in parts]).astype(np.float64))
+              for size in sizes]  # fmt: skip
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}

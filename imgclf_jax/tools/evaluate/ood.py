@@ -43,9 +43,10 @@ def report(model: Trained, base: dict[str, Source], evals: Mapping[str, stream.I
 
     away, results = scores(*others), {}
     for name, given in sets.items():
-        is_other = np.repeat([False, True], [len(evals[name]), others[0].shape[1]])
+        n = len(evals[name])
+        is_other = np.repeat([False, True], [n, others[0].shape[1]])
         joined = {score: np.append(own, away[score]) for score, own in scores(*given).items()}
-        each = {score: intervals.with_intervals(functools.partial(measure, values, is_other), len(is_other), 1)
+        each = {score: intervals.with_intervals(functools.partial(measure, values, is_other), len(is_other), 1, n)
                 for score, values in joined.items()}  # fmt: skip
         results[name] = {f"{kind}, {score}": each[score][kind] for kind in ("AUROC", "FPR95", "AUPR") for score in each}
     if format == "json":

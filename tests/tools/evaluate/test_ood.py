@@ -10,6 +10,7 @@ from sklearn import metrics as sk
 
 import launch
 from imgclf_jax.tools.evaluate import ood
+from imgclf_jax.tools.evaluate.intervals import with_intervals
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -29,6 +30,12 @@ def test_measures_are_those_of_scikit_learn(rounded):
         assert found["AUROC"][i] == pytest.approx(sk.roc_auc_score(y, s), abs=1e-12)
         assert found["FPR95"][i] == pytest.approx(fpr[np.argmax(tpr >= 0.95)], abs=1e-12)
         assert found["AUPR"][i] == pytest.approx(sk.auc(recall, precision), abs=1e-12)
+
+
+def test_one_other_image_is_in_every_resample():
+    values, other = np.append(np.arange(50.0), 20.5), np.arange(51) == 50
+    found = with_intervals(lambda weights: ood.measure(values, other, weights), 51, 1, 50)["AUROC"]
+    assert found["low"] < found["value"] == 29 / 50 < found["high"]
 
 
 def test_scores_are_those_of_openood():
