@@ -17,7 +17,7 @@ from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.typing import Array, Function
 from imgclf_jax.losses import Link, Task
-from imgclf_jax.scores import classification, multilabel
+from imgclf_jax.scores import classification, custom, multilabel
 from imgclf_jax.scores.classification import Predictions, label_ranks, predicted_classes
 from imgclf_jax.scores.multilabel import TargetPredictions
 
@@ -176,18 +176,12 @@ def build_whole_set(text: str, task: Task = Task.CLASSES) -> dict[str, WholeSetM
             raise UserError(f"metrics={text!r}: results have a metric {name} already; give each metric its own name")
         leading = ("targets" if several else "labels", "probabilities") if is_own else ("predictions",)
         metric = spec.bind(call, multilabel.METRICS if several else classification.METRICS, "metric", leading)
-        whole_set[name] = functools.partial(_compute_own, metric) if is_own else metric
+        whole_set[name] = functools.partial(custom.compute, str(call), metric) if is_own else metric
     return whole_set
 
 
 def _score(score: Function, predictions: TargetPredictions) -> float:
     return float(score(predictions, np.ones((1, len(predictions.targets))))[0])
-
-
-def _compute_own(metric: functools.partial[Any], predictions: AnyPredictions) -> float:
-    if np.shape(value := metric(*predictions[:2])) or not hasattr(value, "__float__"):
-        raise UserError(f"metrics: {metric.func.__name__} returns {value!r:.80}; return one number")
-    return float(value)
 
 
 def parse_best(text: str, key: str = "checkpoint.best") -> tuple[str, float]:

@@ -114,22 +114,24 @@ class Programs:
         if weights:  # no device holds all of them
             shardings = partition.state_shardings(dict(weights), self._axes, self.mesh)
             weights = {name: sharding.put(x, shardings[name]) for name, x in weights.items()}
+        shardings = jax.tree.map(lambda x: x.sharding, self.state_shape)
+        options = platform.init_options(self.platform) or self.compiler_options()
         with self.tracing():
-            state: step.TrainState = self._jitted_init(np.uint32(self.recipe.config.seed), images, weights)
+            jitted = jax.jit(self._init, out_shardings=shardings, compiler_options=options)
+            state: step.TrainState = jitted(np.uint32(self.recipe.config.seed), images, weights)
         return state
 
     @once
-    def _jitted_init(self) -> jax.stages.Wrapped:
-        shardings = jax.tree.map(lambda x: x.sharding, self.state_shape)
-        options = platform.init_options(self.platform) or self.compiler_options()
-        return jax.jit(self._init, out_shardings=shardings, compiler_options=options)
+    def traced_init(self) -> jax.stages.Traced:
+        """The initialization by a seed alone, traced."""
+        with self.tracing():
+            return jax.jit(self._init).trace(jax.ShapeDtypeStruct((), "uint32"))
 
     @once
     def state_shape(self) -> step.TrainState:
         """The shapes, dtypes and shardings of `init_state`'s result."""
-        with self.tracing():
-            shapes = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), "uint32"))
-        state: step.TrainState = self._with_shardings(shapes, self._axes, leading=int(self.recipe.config.num_seeds > 1))
+        leading = int(self.recipe.config.num_seeds > 1)
+        state: step.TrainState = self._with_shardings(self.traced_init.out_info, self._axes, leading)
         return state
 
     def check_size(self) -> None:

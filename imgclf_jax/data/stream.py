@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from imgclf_jax.core import machine, rng
+from imgclf_jax.core import machine, rng, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Batch
 from imgclf_jax.data import decode, sampling
@@ -20,7 +20,7 @@ from imgclf_jax.data.read_ahead import read_ahead
 from imgclf_jax.data.source import Source, read_examples, read_labels
 
 _KEPT_BYTES = 1 << 30  # the largest decoded set to keep in memory
-_TRIED = 8  # positions at which the first example is read, twice
+_TRIED = 8  # examples and positions that are read at once, twice
 # Mean bytes of an image below which one thread decodes them. Python takes most of the time, and threads hand over the
 # GIL for each image: two take 1.4 times as long as one for PNG images of 28 x 28 pixels, half as long for 64 x 64.
 _SMALL = 4096
@@ -36,7 +36,7 @@ class Images:
         self, source: Source, preprocess: str, seed: int = 0, threads: int = 0, sampler: sampling.Sampler | None = None,
         extra: Mapping[str, "Images"] = MappingProxyType({}), bits: int | None = None,
     ):  # fmt: skip
-        """Decodes the first example twice. Raises UserError for a bad spec, a broken image, and if they differ.
+        """Decodes eight examples twice. Raises UserError for a bad spec, a broken image, and if they differ.
 
         `sampler` orders the examples of the stream, by default in exact permutations; `extra` are further streams by
         name. `bits` are those that the run scales deep grey by, by default the source's.
@@ -47,9 +47,10 @@ class Images:
         self._ops, self.random = decode.build(preprocess, self.bits)
         self._threads = threads or machine.processors()
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
-        ids, positions = np.zeros(_TRIED, np.int64), np.arange(_TRIED)
+        ids, positions = np.linspace(0, source.size - 1, _TRIED).astype(np.int64), np.arange(_TRIED)
         (first, labels), again = (self._decode(ids, positions, seed) for _ in range(2))
-        if (first.tobytes(), labels.tobytes()) != tuple(array.tobytes() for array in again):
+        self.digest = tree.sha256((first, labels))
+        if self.digest != tree.sha256(again):
             raise UserError(f"preprocess={preprocess!r}, or the source, gives other values in a second call for the "
                             "same example, so no run could be repeated or resumed; draw only from the generator that "
                             "an op with @kinds.random gets")  # fmt: skip

@@ -40,7 +40,7 @@ _OPTIONS_OF_NO_RESULT = f"{_OF_ONE_PROCESS}|platform|process|coordinat"
 
 # The kind of each entry of a snapshot that is compared, and the most important first. The others are only shown.
 _KINDS = {
-    "data": "data", "evals": "data", "unreadable": "data", "init_from": "weights", "fixed_sha256": "weights",
+    **dict.fromkeys(("data", "evals", "read", "unreadable"), "data"), "init_from": "weights", "fixed_sha256": "weights",
     "keys": "config", "code": "code", "modules": "code", "traced": "trace", "python": "version", "packages": "version",
     "platform": "device", "processor": "device", "devices": "device", "processes": "device", "flags": "flags",
 }  # fmt: skip

@@ -69,10 +69,8 @@ def evaluate_all(
     programs: Programs, state: TrainState, evals: dict[str, stream.Images], stop: Callable[[], str] = str
 ) -> dict[str, dict[str, float]]:
     """The metrics of each evaluation set by name. Raises Stopped as `evaluate` does."""
-    return {
-        name: metrics.summarize(*evaluate(programs, state, images, stop), programs.recipe.whole_set_metrics)
-        for name, images in evals.items()
-    }
+    whole_set = programs.recipe.whole_set_metrics
+    return {name: metrics.summarize(*evaluate(programs, state, one, stop), whole_set) for name, one in evals.items()}
 
 
 def open_evals(programs: Programs, base: dict[str, Source]) -> dict[str, stream.Images]:

@@ -92,8 +92,10 @@ def set_up(config: ConfigDict, workdir: Workdir) -> Run:
     start, restored = checkpoints.restore_latest(compiling.shape) or (0, None)
     weights = pretrained.load(compiling) if config.init_from and restored is None else None
     used = [*base.values(), *(extra.source for extra in images.extra.values())]
+    own = any(map(spec.names_code, (config.data.source, config.preprocess, config.preprocess_eval)))
+    read = {"train": images.digest, **{f"eval.{name}": one.digest for name, one in evals.items()}} if own else {}
     snapshot = _snapshot(compiling, workdir, evals={name: one.source.fingerprint for name, one in evals.items()},
-                         unreadable=sorted({file for source in used for file in source.skipped_files}),
+                         unreadable=sorted({file for source in used for file in source.skipped_files}), read=read,
                          **({"init_from": weights.source} if weights else {}))  # fmt: skip
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
     compiled, eval_compiled = (pool.submit(getattr, compiling, name) for name in ("train", "eval"))
@@ -139,7 +141,7 @@ def _check_purity(compiling: Programs, fresh: bool) -> JsonObject:
     """
 
     def digests(one: Programs) -> list[str]:
-        return [digest_program(traced.jaxpr) for traced in (one.traced_train, one.traced_eval)]
+        return [digest_program(traced.jaxpr) for traced in (one.traced_train, one.traced_eval, one.traced_init)]
 
     if not (own := compiling.recipe.own_code):
         return {}
@@ -150,7 +152,7 @@ def _check_purity(compiling: Programs, fresh: bool) -> JsonObject:
                             "counts its calls or keeps other state, so a resumed run would have other numbers; draw "
                             "from the keys and rng streams that it gets")  # fmt: skip
     processes.agree(lambda: {"the traced train step": first[0]})
-    return {"traced": first[0]}
+    return {"traced": dict(zip(("train", "eval", "init"), first, strict=True))}
 
 
 def _initialize(

@@ -85,7 +85,7 @@ def test_airbench_parameter_count():
 @pytest.mark.parametrize("name", sorted(BACKBONES))
 def test_a_step_in_bfloat16_over_eight_devices(name):
     """Loss and gradients are finite, every parameter moves or has no gradient by design, and statistics move."""
-    (spec, size, _), rng, config = SMALL[name], np.random.default_rng(0), default_config()
+    (spec, size), rng, config = SMALL[name], np.random.default_rng(0), default_config()
     config.model, config.precision, config.batch_size, config.total = spec, "bfloat16", 16, "4 steps"
     config.augment, config.schedule = "flip_lr|normalize(0.5, 0.25)", "constant(0.1)"
     config.optimizer = "sgd"  # whose update of every parameter compiles in less time than Adam's
@@ -117,7 +117,7 @@ def test_a_step_in_bfloat16_over_eight_devices(name):
 @pytest.mark.usefixtures("shallow")
 def test_train_and_evaluation_differ_where_they_should(name):
     """Evaluation is deterministic; training draws anew for another key, or normalizes by the batch."""
-    spec, size, _ = SMALL[name]
+    spec, size = SMALL[name]
     model = classifier.build(spec, 4, "float32")
     x = np.random.default_rng(0).normal(size=(8, size, size, 3)).astype(np.float32)
     variables = random_variables(model, x)

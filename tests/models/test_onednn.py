@@ -27,7 +27,7 @@ def test_onednn_gives_what_the_same_network_gives_in_float64(name, precision):
 
     Plain `jax.jit` gives NaN for the ResNet in bfloat16 (jaxlib 0.12.0): YNNPACK fuses the matmuls into the mean.
     """
-    text, size, _ = SMALL[name]
+    text, size = SMALL[name]
     images = np.random.default_rng(0).normal(size=(16, size, size, 3)).astype(np.float32)
     model = classifier.build(text, 4, precision)
     variables = random_variables(model, images)
