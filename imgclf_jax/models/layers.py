@@ -49,7 +49,8 @@ def conv(
     pads = _pair(rows), _pair(columns)
     if wants_features_first() and groups == 1:
         settings = {"strides": strides, "pads": pads, "dilation": dilation, "dtype": dtype}
-        return features_last(matmuls.conv(features_first(x), kernel, **settings))
+        # Readers that compute a sum of few taps again may round it otherwise: then no value equals their maximum.
+        return features_last(lax.optimization_barrier(matmuls.conv(features_first(x), kernel, **settings)))
     if groups > 1 and dtype == jnp.bfloat16 and platform.uses_onednn():
         dtype = jnp.dtype(jnp.float32)  # a bfloat16 convolution of groups is up to 50 times slower there
     depthwise = groups == x.shape[3] == kernel.shape[3]
@@ -134,8 +135,9 @@ class ConvPool(nn.Module):
         k, window = self.kernel_size, self.window
         crop_h, crop_w = ((n - k + 1) % window for n in x.shape[1:3])  # what would fill no pooling window
         if wants_features_first():  # where im2col crops and pads in one pass
-            y = conv(x, kernel, padding=((0, -crop_h), (0, -crop_w)), dtype=self.dtype)
-            return features_last(pool.pool_bias_relu(features_first(y), bias, window, self.dtype))
+            settings = {"strides": (1, 1), "pads": ((0, -crop_h), (0, -crop_w)), "dilation": (1, 1)}
+            y = matmuls.conv(features_first(x), kernel, **settings, dtype=jnp.dtype(self.dtype))
+            return features_last(pool.pool_bias_relu(y, bias, window, self.dtype))
         x = x[:, : x.shape[1] - crop_h, : x.shape[2] - crop_w]
         y = max_pool(conv(x, kernel, padding=0, dtype=self.dtype), window, window)
         return nn.relu(add_bias(y, bias)).astype(self.dtype)
