@@ -89,7 +89,7 @@ def lukemelas(arrays):
 
 @pytest.mark.parametrize("name", FIRST)
 def test_its_logits_are_its_sources(name, tmp_path):
-    """From a file: to 1e-4 of the largest in float32, 1e-12 in float64. Export writes the file's arrays again."""
+    """From a file: to 1e-12 in float64, in float32 to rounding of the source. Export writes the file's arrays again."""
     import torch
 
     spec, network = NETWORKS[name].model, random_network(name)
@@ -100,20 +100,22 @@ def test_its_logits_are_its_sources(name, tmp_path):
     taken = pretrained.load(own, whole=True).taken
     state = own.init_state(weights=taken)
     variables = {"params": state.params, **state.model_state}
-    differences = {}
-    for dtype in (np.float32, np.float64):
+    differences, exact, rounding = {}, {}, 1e-5
+    for dtype in (np.float64, np.float32):
         with jax.enable_x64(dtype == np.float64):
             model = classifier.build(spec, 5, np.dtype(dtype).name).clone(dtype=dtype)
             ours = jax.tree.map(lambda x, dtype=dtype: np.asarray(x, dtype), variables)
             for h, w in SIZES:
-                x = np.random.default_rng(h).normal(size=(2, h, w, 3)).astype(dtype)
+                x = np.random.default_rng(h).normal(size=(2, h, w, 3)).astype(np.float32).astype(dtype)
                 with torch.no_grad():
                     theirs = network.to(torch.float64 if dtype == np.float64 else torch.float32)(
                         torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()  # fmt: skip
                 logits = np.asarray(jax.jit(model.apply)(ours, x))
                 assert np.ptp(theirs) > 0.1  # so that being equal says something
-                found = np.max(np.abs(logits - theirs)) / np.max(np.abs(theirs))
+                found, own_error = (np.max(np.abs(one - theirs)) / np.max(np.abs(theirs))
+                                    for one in (logits, exact.setdefault(h, theirs)))  # fmt: skip
                 differences[dtype] = max(found, differences.get(dtype, 0))
+                rounding = max(rounding, 3 * own_error)
     library = "torchvision" if name == "squeezenet1_1" else "lukemelas" if rename is lukemelas else "timm"
     written = torch_state.state_dict(own.recipe.model.backbone, variables, library, (64, 64, 3))
     assert written.keys() == rename(arrays).keys()
@@ -122,5 +124,5 @@ def test_its_logits_are_its_sources(name, tmp_path):
             np.testing.assert_array_equal(written[label], array, err_msg=label)
     sizes, back = ", ".join(f"{h}x{w}" for h, w in SIZES), len(dict(tree.named_leaves(variables)))
     print(f"\n| {name} | {differences[np.float32]:.1e} | {differences[np.float64]:.1e} | {sizes} | {back} equal |")
-    assert differences[np.float32] < 1e-4
+    assert differences[np.float32] < rounding
     assert differences[np.float64] < 1e-12
