@@ -53,7 +53,7 @@ def open_train_images(config: ConfigDict, base: Mapping[str, Source] | None = No
 def eval_images(source: Source, config: ConfigDict, bits: int | None = None) -> Images:
     """The images of a source with the host ops of evaluation; `bits` are the run's (see `Images`)."""
     preprocess = decode.evaluation_spec(config.preprocess_eval, config.preprocess)
-    return Images(source, preprocess, config.seed, config.data.threads, bits=bits)
+    return Images(source, preprocess, config.seed, config.data.threads, bits=bits, key="preprocess_eval")
 
 
 def _extra_images(config: ConfigDict, name: str, stream: ExtraStream, base: Mapping[str, Source], bits: int) -> Images:

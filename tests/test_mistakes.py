@@ -149,9 +149,12 @@ def test_images_of_different_sizes(mistake, tmp_path):
             pixels = rng.integers(0, 256, (16, 16 + i, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.jpg")
     argv = (f"--config={ROOT}/configs/folder.py:{tmp_path / 'photos'}", f"--workdir={tmp_path / 'run'}",
-            "--config.batch_size=8", "--config.preprocess=decode(3)", "--config.preprocess_eval=decode(3)")  # fmt: skip
-    assert has(mistake(*argv), "preprocess_eval='decode(3)' gives images of", "resize(height, width)")
-    argv += ("--config.data.train=train", "--config.data.eval={}", "--config.checkpoint.best=", "--config.model=mlp")
+            "--config.batch_size=8", "--config.preprocess_eval=decode(3)")  # fmt: skip
+    assert has(
+        mistake(*argv), "preprocess_eval='decode(3)' returns images of different shapes", "resize(height, width)"
+    )
+    argv += ("--config.preprocess=decode(3)", "--config.data.train=train", "--config.data.eval={}",
+             "--config.checkpoint.best=", "--config.model=mlp")  # fmt: skip
     sentence = mistake(*argv, log=r"^\d\d:\d\d:\d\d|^  ")
     assert has(sentence, "preprocess='decode(3)' returns images of different shapes", "add resize(height, width)")
 

@@ -77,7 +77,7 @@ def _gather_batches(
     streams = {"": (images, spec)} | {extra.name: (images.extra[extra.name], extra) for extra in spec.extra_streams}
     for own, _ in streams.values():
         if own.random:
-            raise UserError(f"data.placement='device' keeps decoded images, but preprocess={own.preprocess!r} is "
+            raise UserError(f"data.placement='device' keeps decoded images, but {own.host_ops} is "
                             "random; use data.placement='host', or move the randomness to augment")  # fmt: skip
     nbytes = sum(len(own) * (math.prod(own.shape) + 4 * len(own.source.target_names)) for own, _ in streams.values())
     count = sum(len(own) for own, _ in streams.values())

@@ -34,14 +34,15 @@ class Images:
 
     def __init__(
         self, source: Source, preprocess: str, seed: int = 0, threads: int = 0, sampler: sampling.Sampler | None = None,
-        extra: Mapping[str, "Images"] = MappingProxyType({}), bits: int | None = None,
+        extra: Mapping[str, "Images"] = MappingProxyType({}), bits: int | None = None, key: str = "preprocess",
     ):  # fmt: skip
         """Decodes eight examples twice. Raises UserError for a bad spec, a broken image, and if they differ.
 
         `sampler` orders the examples of the stream, by default in exact permutations; `extra` are further streams by
-        name. `bits` are those that the run scales deep grey by, by default the source's.
+        name. `bits` are those that the run scales deep grey by, by default the source's. Errors name
+        the `key` of `preprocess`.
         """
-        self.source, self.preprocess, self.seed, self.extra = source, preprocess, seed, extra
+        self.source, self.seed, self.extra, self.host_ops = source, seed, extra, f"{key}={preprocess!r}"
         self.sampler = sampler or sampling.permutation(source)
         self.bits = source.bits if bits is None else bits
         self._ops, self.random = decode.build(preprocess, self.bits)
@@ -51,7 +52,7 @@ class Images:
         (first, labels), again = (self._decode(ids, positions, seed) for _ in range(2))
         self.digest = tree.sha256((first, labels))
         if self.digest != tree.sha256(again):
-            raise UserError(f"preprocess={preprocess!r}, or the source, gives other values in a second call for the "
+            raise UserError(f"{self.host_ops}, or the source, gives other values in a second call for the "
                             "same example, so no run could be repeated or resumed; draw only from the generator that "
                             "an op with @kinds.random gets")  # fmt: skip
         self.shape: tuple[int, int, int] = first.shape[1:]
@@ -106,11 +107,11 @@ class Images:
         decoded = self._pool.map(lambda rows: [decode_one(row) for row in rows], shares)
         images = [image for share in decoded for image in share]
         if wrong := [image for image in images if image.dtype != np.uint8 or image.ndim != 3]:
-            raise UserError(f"preprocess={self.preprocess!r} returns {wrong[0].dtype}{list(wrong[0].shape)}; host ops "
+            raise UserError(f"{self.host_ops} returns {wrong[0].dtype}{list(wrong[0].shape)}; host ops "
                             "must return uint8[h, w, c]; use `augment` for floating point")  # fmt: skip
         shapes = sorted({image.shape for image in images} | {getattr(self, "shape", images[0].shape)})
         if len(shapes) > 1:
-            raise UserError(f"preprocess={self.preprocess!r} returns images of different shapes, such as "
+            raise UserError(f"{self.host_ops} returns images of different shapes, such as "
                             f"{shapes[0]} and {shapes[1]}; add resize(height, width), or resize_small and "
                             "central_crop")  # fmt: skip
         return np.stack(images), examples[self.source.label_key]

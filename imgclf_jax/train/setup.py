@@ -133,7 +133,7 @@ def _snapshot(compiling: Programs, workdir: Workdir, **recorded: Json) -> JsonOb
 
 
 def _check_purity(compiling: Programs, fresh: bool) -> JsonObject:
-    """The digest of a train step that user code is part of, as {"traced": …}; without user code it is {}.
+    """The digests of the steps and the initialization if user code is part of them, as {"traced": …}; else {}.
 
     In a run that begins (`fresh`) everything is built and traced twice, and this raises UserError, naming the keys, if
     the programs differ: a number drawn or counted while tracing is a constant, and a resumed run would have another.

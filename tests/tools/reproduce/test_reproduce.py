@@ -89,7 +89,7 @@ def test_a_module_of_the_user_that_changed(reproduce, trained, tmp_path, monkeyp
     status, found = reproduce(tmp_path / "run", "--trust")
     assert (status, found["verdict"]) == (1, "different")
     assert [(one["kind"], one["what"]) for one in found["differences"]] == [
-        ("code", f"modules.{own.name}"), ("trace", "traced")
+        ("code", f"modules.{own.name}"), ("trace", "traced.train"), ("trace", "traced.eval")
     ]  # fmt: skip
     assert launch.main(["evaluate", f"--workdir={tmp_path}/run", "--trust"]) == 0
     assert f"{own.name} has changed since the run in {tmp_path}/run was trained" in capsys.readouterr().err
@@ -97,7 +97,8 @@ def test_a_module_of_the_user_that_changed(reproduce, trained, tmp_path, monkeyp
     assert launch.main(words) == 0
     assert f"modules.{own.name} was" in capsys.readouterr().err
     status, found = reproduce(tmp_path / "run", "--trust", "--steps=5")
-    assert (status, [one["what"] for one in found["differences"]]) == (1, [f"modules.{own.name}", "traced"])
+    changed = [f"modules.{own.name}", "traced.train", "traced.eval"]
+    assert (status, [one["what"] for one in found["differences"]]) == (1, changed)
 
 
 def test_an_output_that_has_been_trained_before(trained, copy, capsys):
