@@ -134,14 +134,17 @@ def use_folder(config: ConfigDict, path: str) -> None:
 
     What is missing is held out of the training images: a tenth for `val`, and a tenth for `test` if there is neither.
     """
-    splits = {role: name for name, role in reversed(split_folders(path).items())}  # the first of a role
-    train, kept, held = splits.pop("train", "train"), "", dict[str, str]()
+    splits: dict[str, str] = {}
+    for name, role in split_folders(path).items():
+        splits.setdefault(role, name)
+    train = splits.pop("train", "train")
     if not splits:
-        kept, held = "[:80%]", {"val": "[80%:90%]", "test": "[90%:]"}
+        splits = {"val": f"{train}[80%:90%]", "test": f"{train}[90%:]"}
+        train = f"{train}[:80%]"
     elif "val" not in splits:
-        kept, held = "[:90%]", {"val": "[90%:]"}
-    config.data.source, config.data.train = f"folder({path!r})", train + kept
-    config.data.eval = {role: train + part for role, part in held.items()} | dict(sorted(splits.items())[::-1])
+        splits = {"val": f"{train}[90%:]", **splits}
+        train = f"{train}[:90%]"
+    config.data.source, config.data.train, config.data.eval = f"folder({path!r})", train, splits
 
 
 def load_file(path_and_arg: str) -> ConfigDict:

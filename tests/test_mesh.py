@@ -105,7 +105,7 @@ def test_rules_choose_the_axis(config):
     ({"rules.shard": "head/kernel=1"}, r"axis 1 of head/kernel, \[128, 4\], does not divide into 8 shards"),
     ({"rules.shard": "head/kernel=x"}, "is not PATTERN=AXIS or PATTERN=none"),
     ({"rules.shard": "nothing=0"}, "rules.shard: 'nothing' matches no parameter"),
-    ({"mesh": "data=3"}, "to 3, and the devices are 8"),
+    ({"mesh": "data=3"}, "to 3, but the number of devices is 8"),
     ({"mesh": "model=2"}, "unknown axis of mesh 'model'"),
     ({"mesh": "data=-1, fsdp=-1"}, "name each axis once"),
 ])  # fmt: skip

@@ -39,8 +39,8 @@ def make_mesh(devices: list[jax.Device] | None = None, text: str = "data=-1") ->
         sizes[name] = int(size)
     fixed = math.prod(size for size in sizes.values() if size > 0)
     if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
-        raise UserError(f"mesh={text!r}: the sizes multiply to {fixed}, and the devices are {len(devices)}; an axis "
-                        "of size -1 takes those that remain")  # fmt: skip
+        raise UserError(f"mesh={text!r}: the sizes multiply to {fixed}, but the number of devices is "
+                        f"{len(devices)}; an axis of size -1 takes those that remain")  # fmt: skip
     shape = [len(devices) // fixed if size < 0 else size for size in sizes.values()]
     try:  # as a ring, or along the axes of a torus; `jax.make_mesh`, except on v5e, refuses to split a physical axis
         arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

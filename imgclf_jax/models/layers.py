@@ -110,6 +110,7 @@ def he_conv(
     padding: str | int | None = None,
 ) -> Conv:  # fmt: skip
     """A convolution with He initialization (arXiv:1502.01852), by default padded to keep the size, without bias."""
+    # Of a grouped convolution, linen's fan-out is that of all groups together; the fan-in is that of one.
     init = nn.initializers.variance_scaling(2.0, "fan_in" if groups > 1 else "fan_out", "normal")
     pad = (kernel - 1) // 2 if padding is None else padding
     return Conv(features, kernel, strides, pad, 1, groups, use_bias, dtype, init, name=name)

@@ -32,7 +32,7 @@ class Rules:
         return bool(self.lr or self.decay or self.frozen)
 
     def table(self, names: Iterable[str]) -> str:
-        """A table for the log: path, learning-rate and weight-decay multipliers; a line for equals of one module."""
+        """A table of multipliers for the log; parameters of a module that have the same ones share a line."""
 
         def key(name: str) -> tuple[str, str]:
             factors = f"learning rate x {self.lr.get(name, 1):.4g}, weight decay x {self.decay.get(name, 1):.4g}"

