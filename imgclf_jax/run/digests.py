@@ -59,10 +59,10 @@ class Digests:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="digests")
         self._writing: concurrent.futures.Future[str] | None = None
         self._step = -1  # of the last line
-        self._file: writers.RecordFile | None = None
+        self._file: writers.AppendedFile | None = None
         if not processes.index():
-            lines = writers.read_metrics(self._path)
-            self._file = writers.RecordFile(self._path, (line for line in lines if line["step"] < start))
+            lines = [writers.to_line(x) for x in writers.read_metrics(self._path) if x["step"] < start]
+            self._file = writers.AppendedFile(self._path, b"".join(lines))
 
     def record(self, step: int, params: Params) -> None:
         """Writes the line of a step, once. The caller may donate the parameters' buffers right away.
@@ -82,9 +82,9 @@ class Digests:
             named = [(name, array if array.flags.owndata else array.copy()) for name, array in fetched]
             self._writing = self._thread.submit(self._write, step, named, self._file)
 
-    def _write(self, step: int, named: list[tuple[str, np.ndarray]], file: writers.RecordFile) -> str:
+    def _write(self, step: int, named: list[tuple[str, np.ndarray]], file: writers.AppendedFile) -> str:
         sha256, each = tree.digests(named)
-        file.write({"step": step, "params_sha256": sha256, "params": each})
+        file.write(writers.to_line({"step": step, "params_sha256": sha256, "params": each}))
         file.flush()
         return sha256
 

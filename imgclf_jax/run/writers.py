@@ -1,9 +1,9 @@
 """Writes the metrics of a run to metrics.jsonl, to TensorBoard, and to the writers that `config.writers` names.
 
-All of them have the interface of `clu.metric_writers.MetricWriter`; TensorBoard's is CLU's `SummaryWriter`.
+All of them have the interface of `clu.metric_writers.MetricWriter`. CLU's own writer of TensorBoard files is not used:
+it imports TensorFlow, which takes half of the memory and of the time of a short run.
 """
 
-import concurrent.futures
 import contextlib
 import importlib.util
 import inspect
@@ -11,13 +11,15 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Protocol
 
 import numpy as np
+from PIL import Image
 
-from imgclf_jax.core import paths, processes, spec, tensorflow_import
+from imgclf_jax.core import paths, processes, spec
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import JsonMapping, JsonObject
 
@@ -45,33 +47,33 @@ class Writer(Protocol):
         """Closes the writer, also after an error or a signal."""
 
 
-class RecordFile:
-    """A file of JSON lines to append to. It is first rewritten with the records `kept`.
+class AppendedFile:
+    """A file to append to, which first holds `content`.
 
     In a bucket, whose objects cannot be appended to, `flush` and `close` write the whole file. Raises UserError if the
     file cannot be written.
     """
 
-    def __init__(self, path: Path, kept: Iterable[JsonMapping] = ()):
-        content, self._path = "".join(f"{json.dumps(record)}\n" for record in kept), path
+    def __init__(self, path: Path, content: bytes = b""):
+        self._path = path
         with _naming_errors(path):
             paths.write_atomically(path, content)
         self._object = path if paths.in_bucket(path) else None
-        self._file: IO[str] = io.StringIO() if self._object else paths.open_regular(path, "a", "utf-8")
+        self._file: IO[bytes] = io.BytesIO() if self._object else paths.open_regular(path, "ab")
         if self._object:
             self._file.write(content)
 
-    def write(self, record: JsonMapping) -> None:
-        """Appends a record and hands it to the operating system, so a killed process does not lose it."""
+    def write(self, content: bytes) -> None:
+        """Appends `content` and hands it to the operating system, so a killed process does not lose it."""
         with _naming_errors(self._path):
-            self._file.write(f"{json.dumps(record)}\n")
+            self._file.write(content)
             self._file.flush()
 
     def flush(self) -> None:
-        """Returns when all records are on the disk or in the bucket."""
+        """Returns when all content is on the disk or in the bucket."""
         with _naming_errors(self._path):
-            if isinstance(self._file, io.StringIO) and self._object:
-                self._object.write_bytes(self._file.getvalue().encode())
+            if isinstance(self._file, io.BytesIO) and self._object:
+                self._object.write_bytes(self._file.getvalue())
             else:
                 os.fsync(self._file.fileno())
 
@@ -81,6 +83,11 @@ class RecordFile:
             if self._object:
                 self.flush()
             self._file.close()
+
+
+def to_line(record: JsonMapping) -> bytes:
+    """A record as a line of JSON."""
+    return f"{json.dumps(record)}\n".encode()
 
 
 class MetricsWriter:
@@ -99,19 +106,19 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, step: int, config: JsonMapping, tensorboard: bool = True, specs: str = ""):
         self._writers = dict[str, Writer]()
-        self._records: RecordFile | None = None
+        self._records: AppendedFile | None = None
         evaluated = False
         if not processes.index():
             self._writers = {name: make(workdir, step) for name, make in find_factories(specs).items()}
-            if tensorboard and importlib.util.find_spec("tensorflow"):
-                self._writers["TensorBoard"] = TensorBoard(workdir / "tb")
+            if tensorboard and importlib.util.find_spec("tensorboard"):
+                self._writers["TensorBoard"] = TensorBoard(workdir / "tb", step)
             elif tensorboard:
-                log.info("TensorFlow is not installed: metrics are written to metrics.jsonl, and not for TensorBoard")
+                log.info("tensorboard is not installed: metrics are written to metrics.jsonl alone")
             path = workdir / "metrics.jsonl"
             if step and not path.exists():
                 log.warning("%s is missing: it will hold no record of the steps before %d", path, step)
             kept = [record for record in read_metrics(path) if record["step"] <= step]
-            self._records = RecordFile(path, kept)
+            self._records = AppendedFile(path, b"".join(map(to_line, kept)))
             self._tell("write_hparams", {k: json.dumps(v) if isinstance(v, dict) else v for k, v in config.items()})
             evaluated = any(record["step"] == step and TIMES[0] not in record for record in kept)
         # Whether the evaluation of this step is recorded, known to all processes. Only training records have a pace.
@@ -124,7 +131,7 @@ class MetricsWriter:
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one record and hands it to the operating system, so a killed process does not lose it."""
         if self._records:
-            self._records.write({"step": step, **scalars})
+            self._records.write(to_line({"step": step, **scalars}))
         self._tell("write_scalars", step, scalars)
 
     def flush(self) -> None:
@@ -151,56 +158,66 @@ class MetricsWriter:
 
 
 class TensorBoard:
-    """CLU's SummaryWriter for `folder`, made by the first metrics and called in a thread, since it imports TensorFlow.
+    """Writes an event file in `folder` by the package tensorboard, without TensorFlow.
 
-    A method raises the error of an earlier call. Only `close` waits for all calls, so a killed process may lose the
-    last ones.
+    A run that resumes at `step` tells TensorBoard to drop the later steps of the files before.
     """
 
-    def __init__(self, folder: Path):
-        self._folder, self._hparams, self._made = folder, dict[str, Any](), list[Any]()
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
-        self._calls: list[concurrent.futures.Future[object]] = []
+    def __init__(self, folder: Path, step: int):
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        paths.make_folder(folder)
+        # TensorBoard reads files of such names, in their order.
+        self._file = AppendedFile(folder / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}")
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        if step:
+            self._write(step=step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
     def write_hparams(self, hparams: JsonObject) -> None:
-        """Keeps the hyperparameters until the first metrics."""
-        self._hparams = hparams
+        """Writes the hyperparameters."""
+        from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+
+        self._write(summary=hparams_pb(hparams))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes the metrics of a step."""
-        self._submit(lambda: self._writer().write_scalars(step, scalars))
+        values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._write(step=step, summary=self._summary(value=values))
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Writes images [n, h, w, c] or [h, w, c] of one to four channels, uint8 or f32 in [0, 1], by their tags."""
-        self._submit(lambda: self._writer().write_images(step, images))
+        """Writes images [n, h, w, c] or [h, w, c] of one to four channels, uint8 or f32 in [0, 1]."""
+        from tensorboard.plugins.image.metadata import create_summary_metadata
+        from tensorboard.util.tensor_util import make_tensor_proto
+
+        for tag, array in images.items():
+            pixels = array if array.dtype == np.uint8 else np.uint8(np.clip(array, 0, 1) * 255 + 0.5)
+            pixels = pixels if pixels.ndim == 4 else pixels[None]
+            height, width = pixels.shape[1:3]
+            tensor = make_tensor_proto([str(width).encode(), str(height).encode(), *map(_to_png, pixels)])
+            metadata = create_summary_metadata(display_name=None, description=None)
+            value = self._summary.Value(tag=tag, tensor=tensor, metadata=metadata)
+            self._write(step=step, summary=self._summary(value=[value]))
 
     def flush(self) -> None:
-        """Begins to hand the metrics so far to the file system."""
-        self._submit(lambda: [writer.flush() for writer in self._made])
+        """Returns when all is written."""
+        self._records.flush()
 
     def close(self) -> None:
-        """Closes the files once all is written."""
-        with self._thread:
-            self._submit(lambda: [writer.close() for writer in self._made])
-        self._raise_errors()
+        """Closes the file."""
+        self._records.close()
 
-    def _submit(self, call: Callable[[], object]) -> None:
-        self._raise_errors()
-        self._calls.append(self._thread.submit(call))
+    def _write(self, **fields: object) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
 
-    def _raise_errors(self) -> None:
-        while self._calls and self._calls[0].done():
-            self._calls.pop(0).result()
 
-    def _writer(self) -> Any:
-        if not self._made:
-            tensorflow_import.wait_if_begun()
-            from clu.metric_writers import SummaryWriter
-
-            paths.make_folder(self._folder)
-            self._made = [SummaryWriter(str(self._folder))]
-            self._made[0].write_hparams(self._hparams)
-        return self._made[0]
+def _to_png(pixels: np.ndarray) -> bytes:
+    """An image u8[h, w, c] as a PNG."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 @contextlib.contextmanager

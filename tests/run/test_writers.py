@@ -60,23 +60,34 @@ def read_events(directory: Path):
     """What TensorBoard's own reader finds."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(directory), size_guidance={"tensors": 0})
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     return events
 
 
-@pytest.mark.thorough
+def read_scalars(directory: Path):
+    """{(step, tag): value} of what TensorBoard's own reader finds."""
+    events = read_events(directory)
+    return {(e.step, tag): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
+
+
 def test_tensorboard_holds_the_same(finished):
     """TensorBoard's own reader finds each value of metrics.jsonl at its step."""
-    from tensorboard.util import tensor_util
-
     records = writers.read_metrics(finished / "metrics.jsonl")
     expected = {(r["step"], tag): value for r in records for tag, value in r.items() if tag != "step"}
     assert {"train/loss", "train/images_per_second", "test/accuracy"} <= {tag for _, tag in expected}
-    events = read_events(finished / "tb")
-    found = {(event.step, tag): float(tensor_util.make_ndarray(event.tensor_proto).item())
-             for tag in events.PluginTagToContent("scalars") for event in events.Tensors(tag)}  # fmt: skip
-    assert found == pytest.approx(expected, rel=1e-6)
+    assert read_scalars(finished / "tb") == pytest.approx(expected, rel=1e-6)
+
+
+def test_tensorboard_drops_the_steps_that_a_resumed_run_repeats(tmp_path):
+    for start, steps in ((0, (5, 10, 15)), (10, (12, 15))):
+        writer = open_writer(tmp_path, start)
+        for step in steps:
+            writer.write_scalars(step, {"train/loss": start + step})
+        writer.close()
+    assert read_scalars(tmp_path / "tb") == {
+        (step, "train/loss"): x for step, x in [(5, 5), (10, 10), (12, 22), (15, 25)]
+    }
 
 
 def test_tensorboard_shows_images_and_hyperparameters(tmp_path):
