@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import linen as nn
 from PIL import Image
 
 import launch
+from imgclf_jax.core import kinds
 from imgclf_jax.data.sources import fake
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +21,24 @@ FAKE = ("--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=de
 
 def nothing(given, total=0):
     """A part of a run that forgets to return."""
+
+
+def centred(images):
+    """A user's plain op, which has no fixed scale."""
+    return images - images.mean((1, 2, 3), keepdims=True)
+
+
+class WithoutPrecision(nn.Module):
+    """A normalization that no backbone can use, and no backbone."""
+
+    def __call__(self, x):
+        return x
+
+
+@kinds.random
+def noisy(rng, image):
+    """A user's random host op, which has no counterpart in evaluation."""
+    return image
 
 
 @pytest.fixture
@@ -61,18 +81,39 @@ def whole(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
     return folder / "run", argv
 
 
-@pytest.mark.parametrize(("argv", "fragments"), [
+USAGE = [
     (["trian"], ["unknown command 'trian'", "did you mean 'train'?", "dryrun, evaluate"]),
     (["--config.bath_size=3"], ["unknown config key 'bath_size'", "did you mean 'batch_size' or", "allowed: "]),
     (["--config.batch_size=many"], ["--config.batch_size=many: must be a value of type int, such as 64"]),
     (["-workdir", "x"], ["unknown flag '-workdir'", "did you mean '--workdir' or"]),
-    (["config", "--config.data.eval.x"], ["--config.data.eval.x needs a value"]),
+    (["config", "--config.data.eval.x"], ["--config.data.eval.x needs a value: write --config.data.eval.x=VALUE"]),
+    (["config", "--config=digts"], ["unknown config 'digts': did you mean 'digits'? allowed: cifar10_airbench, cifar"]),
+    (["config", "--config=configs/folder.py:photos"], ["unknown config 'configs/folder.py': did you mean 'folder'? "]),
+    (["train", "batch_size=4"], ["'batch_size=4': it is a config key: write --config.batch_size=VALUE"]),
+    (["train", "digits"], ["train takes no files, but got 'digits': if that is a config, pass --config=digits"]),
+    (
+        ["evaluate", "runs/photos"],
+        ["evaluate takes no files, but got 'runs/photos': if that is a run, pass --workdir="],
+    ),
+    (["status", "runs", "--config.seed=3"], ["status takes no config, but got --config.seed"]),
+    (["reproduce", "--workdir=runs/a"], ["reproduce takes directories without a flag: write reproduce runs/a"]),
+    (["reproduce"], ["reproduce takes one WORKDIR|BUNDLE, but got none"]),
+    (["probe", "--checkpoint=best", "--config.init_from=w.pth"], ["or weights (--config.init_from), not both; drop"]),
     (["predict", "--top_k=0"], ["--top_k", "0: must be 1 or more"]),
     (["evaluate", "--format=xml"], ["--format", "'xml'", "table, json"]),
     (["--profile=3"], ["--profile: 3", "FIRST:LAST", "10:20"]),
     (["sweep"], ["a sweep needs values: --sweep 'schedule=constant(1e-3); constant(3e-3)'"]),
-    (["export", "a.h5", "--workdir=x"], ["'a.h5': the suffix must select the format: .stablehlo"]),
-])  # fmt: skip
+    (["export"], ["name the file to write"]),
+    (["dryrun"], ["dryrun needs --chips"]),
+    (["dryrun", "--chips=cpu:8", "--shape=8,8"], ["--shape=8,8: must be height, width and channels"]),
+    (["dryrun", "--chips=cpu:8", "--classes=2", "--targets=2"], ["give --classes or --targets, not both"]),
+    (["dryrun", "--chips=tpu:8"], ["--chips=tpu:8: allowed: v5e:4x4"]),
+    (["find-lr", "--low=1", "--high=0.1"], ["--low=1 --high=0.1: give two learning rates, 0 < low < high"]),
+    (["find-lr", "--steps=3"], ["--steps=3: a range test takes at least 10 steps"]),
+]
+
+
+@pytest.mark.parametrize(("argv", "fragments"), USAGE)
 def test_wrong_usage(mistake, tmp_path, monkeypatch, argv, fragments):
     """Exit status 2, the nearest names, and no work directory."""
     monkeypatch.chdir(tmp_path)

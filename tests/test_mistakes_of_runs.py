@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_mistakes import FAKE, ROOT, has, mistake, snapshot, whole  # noqa: F401  fixtures
 
 import launch
 from imgclf_jax import config as configs
 from imgclf_jax.core import paths
-from imgclf_jax.data import prepare, sampling
+from imgclf_jax.data import sampling
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.train import command as train
@@ -57,21 +57,50 @@ def test_paths_that_cannot_be_written(mistake, tmp_path):
     assert has(mistake(f"--workdir={tmp_path}/\udcff", *FAKE), "or is not UTF-8, and no checkpoint can be saved there")
 
 
-def test_no_network(capsys, tmp_path, monkeypatch):
-    """The files to fetch, and where to put them."""
+OF_RUNS = [
+    (2, ["predict"], "name at least one image, as FILE|DIR|GLOB"),
+    (2, ["features"], "--output=: name an .npz file to write"),
+    (2, ["features", "--output=a.npz", "--split=test", "a.png"], "drop one"),
+    (2, ["probe", "--k=3,x"], "--k=3,x: must be a number of neighbors"),
+    (2, ["evaluate", "--attack=pgd", "--corruptions=all"], "--corruptions and --attack print different things"),
+    (2, ["evaluate", "--corruptions=all", "--predictions=a.csv"], "--corruptions and --predictions print different"),
+    (2, ["evaluate", "--corruptions=pixelat"], "--corruptions: unknown corruption 'pixelat'"),
+    (2, ["evaluate", "--predictions=a.txt"], "--predictions=a.txt: the name must end in .csv or .jsonl"),
+    (2, ["evaluate", "--calibrate=vector", "--ood=x"], "--calibrate and --ood print different things"),
+    (1, ["evaluate", "--attack=pdg(eps=8)"], "unknown attack 'pdg'"),
+    (
+        1,
+        ["evaluate", "--calibrate=vector", "--config.data.eval.val=train[:10%]"],
+        "val='train[:10%]' shares 6 examples with data.train='train'",
+    ),
+    (1, ["evaluate", "--calibrate=vector", "--config.data.eval.val=test"], "with data.eval.test='test'"),
+    (1, ["predict", "a.png", "--reject=1"], "--reject=1: must be above 0 and below 1"),
+    (1, ["predict", "a.png", "--coverage=nan"], "--coverage=nan: must be above 0 and below 1"),
+    (1, ["explain", "a.png", "--class=eleven"], "unknown class 'eleven'"),
+    (1, ["explain", "a.png", "--method=occlusion", "--layer=block0"], "--layer needs --method=gradcam"),
+    (2, ["predict", "a.png", "--config=digits"], "predict uses the config that the run in RUN has recorded: drop --co"),
+    (2, ["report", "--config=digits"], "report uses the config that the run in RUN has recorded: drop --config, and"),
+    (1, ["reproduce", "--steps=13"], "--steps=13: must be at most 12, the steps that the run in RUN recorded"),
+    (1, ["reproduce", "--output=RUN"], "--output=RUN is the run itself"),
+    (1, ["reproduce", "--config.total=5 steps"], "total='5 steps' is 5 steps, but the run in RUN recorded 12"),
+    (1, ["reproduce", "missing"], "missing holds no run"),
+    (1, ["reproduce", "RUN/config.json"], "config.json is not a readable bundle"),
+]
 
-    def unreachable(*args, **kwargs):
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
-    monkeypatch.setattr(prepare, "_RETRIES", 0)
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    argv = (*FAKE, "--config.data.source=tfds('mnist')", f"--config.data.data_dir={tmp_path / 'data'}")
-    assert launch.main(["train", f"--workdir={tmp_path / 'run'}", *argv]) == 1
-    sentence = capsys.readouterr().err.splitlines()[-1]
-    assert has(sentence, "error: TFDS could not prepare 'mnist'", "--config.data.manual_dir", "train-images-idx3-uby")
-    assert snapshot(tmp_path / "run") == {}
+@pytest.mark.parametrize(("status", "argv", "said"), OF_RUNS)
+def test_wrong_usage_of_a_run(mistake, whole, tmp_path, monkeypatch, status, argv, said):
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (12, 12)).save("a.png")
+    run, before = str(whole[0]), snapshot(whole[0])
+    words = [word.replace("RUN", run) for word in argv]
+    if words[0] != "reproduce":
+        words.append(f"--workdir={run}")
+    elif all(word.startswith("-") for word in words[1:]):
+        words.append(run)
+    assert has(mistake(*words, status=status, log=r"^\d\d:\d\d:\d\d"), said.replace("RUN", run))
+    assert snapshot(whole[0]) == before
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
 
 
 @pytest.mark.thorough
@@ -84,7 +113,6 @@ def test_nothing_to_evaluate(mistake, whole, tmp_path):
         assert has(sentence, f"--checkpoint={which}", "[8, 12]", "checkpoint.best is not set")
     sentence = mistake("evaluate", f"--workdir={workdir}", "--config.model=mlp(widths=(16,))")
     assert has(sentence, "another model", "params/backbone/dense0/bias is float32[512]", "float32[16] by the config")
-    assert has(mistake("predict", f"--workdir={workdir}", status=2), "name at least one image", "FILE|DIR|GLOB")
     (tmp_path / "empty").mkdir()
     assert has(mistake("predict", tmp_path / "empty", f"--workdir={workdir}"), "empty' has no images")
     assert snapshot(workdir) == before
