@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from imgclf_jax import config
 from imgclf_jax.core import spec
-from imgclf_jax.data import splits
 
 WHOLE = json.loads(config.to_json(config.default_config()))
 NAMES = st.one_of(st.text(max_size=4), st.sampled_from(
@@ -81,14 +80,3 @@ def test_a_spec_with_something_put_into_it(text, changes):
         text = text[:place] + piece + text[place + dropped :]
     calls = answered(spec.parse, text)
     assert calls is None or spec.parse("|".join(map(str, calls))) == calls
-
-
-@given(st.lists(st.one_of(st.sampled_from(
-    ["train", "test", "[", "]", ":", "+", "-", "%", "1", "99", "0.5", " ", "\u0661", "9" * 5000, "." + "9" * 5000, "\n"]
-), st.text(max_size=2)), max_size=8).map("".join))  # fmt: skip
-@example("train[:" + "9" * 5000 + "]")
-@example("train[:0." + "9" * 5000 + "%]")
-def test_a_split(text):
-    sizes = {"train": 100, "test": 7}
-    parts = answered(splits.resolve, text, sizes, longest=10**5) or ()
-    assert all(0 <= part.start < part.stop <= sizes[part.name] for part in parts)

@@ -10,7 +10,6 @@ from PIL import Image
 
 import launch
 from imgclf_jax.core import sharding, tree
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
@@ -99,19 +98,6 @@ def test_rules_choose_the_axis(config):
     assert specs["params/head/kernel"] == ()
     moments = [spec for name, spec in specs.items() if name.endswith("mu/backbone/dense0/kernel")]
     assert moments == [("fsdp",)]
-
-
-@pytest.mark.parametrize(("keys", "message"), [
-    ({"rules.shard": "head/kernel=1"}, r"axis 1 of head/kernel, \[128, 4\], does not divide into 8 shards"),
-    ({"rules.shard": "head/kernel=x"}, "is not PATTERN=AXIS or PATTERN=none"),
-    ({"rules.shard": "nothing=0"}, "rules.shard: 'nothing' matches no parameter"),
-    ({"mesh": "data=3"}, "to 3, but the number of devices is 8"),
-    ({"mesh": "model=2"}, "unknown axis of mesh 'model'"),
-    ({"mesh": "data=-1, fsdp=-1"}, "name each axis once"),
-])  # fmt: skip
-def test_mistakes(config, keys, message):
-    with pytest.raises(UserError, match=message):
-        _ = programs(config, **{"mesh": "fsdp=-1", **keys}).shape
 
 
 @pytest.mark.thorough

@@ -9,7 +9,6 @@ from scored import predictions
 from sklearn.metrics import accuracy_score, roc_auc_score, top_k_accuracy_score
 
 from imgclf_jax import losses, metrics
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.losses import Task
 from imgclf_jax.scores import classification
 from imgclf_jax.train.evaluation import evaluate, evaluate_all
@@ -112,17 +111,6 @@ def test_examples_are_ordered_by_their_log_odds(link, logits, seeds):
     assert (own.probabilities[:, 1] == 1).all()
     assert metrics.build_whole_set("auc")["auc"](own) == classification.auc(own) == 1
     assert classification.auc(predictions(labels, own.probabilities)) < 1
-
-
-@pytest.mark.parametrize(("text", "says"), [
-    ("aucc", "unknown metric 'aucc': did you mean 'auc'"), ("auc(3)", "too many positional arguments"),
-    *((text, "results have a metric .* already") for text in
-      ("auc|auc", "own:loss", "own:examples", "own:f1_std", "own:ensemble_f1")),
-])  # fmt: skip
-def test_metrics_that_no_run_could_report(text, says):
-    """A second `loss` would replace the first in result.json, and `f1_std` be read as a standard deviation."""
-    with pytest.raises(UserError, match=says):
-        metrics.build_whole_set(text)
 
 
 def test_every_metric_says_which_value_is_best():

@@ -58,7 +58,7 @@ def test_paths_that_cannot_be_written(mistake, tmp_path):
 
 
 OF_RUNS = [
-    (2, ["predict"], "name at least one image, as FILE|DIR|GLOB"),
+    (2, ["predict"], "name at least one image: FILE|DIR|GLOB"),
     (2, ["features"], "--output=: name an .npz file to write"),
     (2, ["features", "--output=a.npz", "--split=test", "a.png"], "drop one"),
     (2, ["probe", "--k=3,x"], "--k=3,x: must be a number of neighbors"),
@@ -98,7 +98,7 @@ def test_wrong_usage_of_a_run(mistake, whole, tmp_path, monkeypatch, status, arg
         words.append(f"--workdir={run}")
     elif all(word.startswith("-") for word in words[1:]):
         words.append(run)
-    assert has(mistake(*words, status=status, log=r"^\d\d:\d\d:\d\d"), said.replace("RUN", run))
+    assert has(mistake(*words, status=status, log=r"^\d\d:\d\d:\d\d|^  "), said.replace("RUN", run))
     assert snapshot(whole[0]) == before
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
 

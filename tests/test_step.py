@@ -125,11 +125,6 @@ def test_accumulated_batch_statistics_see_one_part_after_the_other():
     np.testing.assert_allclose(stats["var"], var, rtol=0, atol=1e-6)
 
 
-def test_a_batch_must_divide_into_parts_for_all_devices():
-    with pytest.raises(UserError, match=r"=72 is not divisible by 32, the microbatches .*; 96 is"):
-        sharding.check_batch_size(72, sharding.make_mesh(), 4)
-
-
 class Noisy(nn.Module):
     """A backbone with its own rng stream; its last draw is kept as state."""
 

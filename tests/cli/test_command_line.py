@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import launch
 from imgclf_jax import config as configs
 from imgclf_jax.cli import distributed, table
 from imgclf_jax.cli.arguments import parse
@@ -18,34 +17,6 @@ from imgclf_jax.core import extras
 from imgclf_jax.core.errors import UsageError, UserError
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def says(capsys, monkeypatch, tmp_path):
-    """Runs a command line in an empty folder; gives (exit status, what it says)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*argv):
-        status = launch.main(list(argv))
-        return status, capsys.readouterr().err.splitlines()[0].removeprefix("error: ")
-
-    return run
-
-
-@pytest.mark.parametrize(("argv", "said"), [
-    (["evaluate", "runs/photos"], "evaluate takes no files, but got 'runs/photos': if that is a run, pass "
-     "--workdir=runs/photos"),
-    (["train", "batch_size=4"], "train does not take 'batch_size=4': it is a config key: write "
-     "--config.batch_size=VALUE"),
-    (["--config.seed", "--workdir=a"], "--config.seed needs a value: write --config.seed=VALUE"),
-    (["status", "runs", "--config.seed=3"], "status takes no config, but got --config.seed"),
-    (["reproduce", "--workdir=runs/a"], "reproduce takes directories without a flag: write reproduce runs/a"),
-    (["train", "digits"], "train takes no files, but got 'digits': if that is a config, pass --config=digits"),
-    (["probe", "--checkpoint=best", "--config.init_from=w.pth"], "probe loads a run (--workdir, --checkpoint) or "
-     "weights (--config.init_from), not both; drop either"),
-])  # fmt: skip
-def test_a_name_or_a_place_that_is_another_one_here(says, argv, said):
-    assert says(*argv) == (2, said)
 
 
 @pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unable to initialize backend 'cuda': no plugin")])
@@ -97,25 +68,6 @@ def test_help_of_the_installed_package_has_nothing_of_a_clone(capsys):
         assert "launch.py" not in text.replace("uv run launch.py", ""), words
         assert "configs/" not in text, words
         assert max(map(len, text.splitlines())) <= 80, words
-
-
-@pytest.mark.parametrize(("name", "said"), [
-    ("digts", "unknown config 'digts': did you mean 'digits'? allowed: cifar10_airbench, cifar10_resnet20, digits, "),
-    ("configs/folder.py:photos", "unknown config 'configs/folder.py': did you mean 'folder'? allowed: "),
-])  # fmt: skip
-def test_a_config_that_is_not_there(says, name, said):
-    status, words = says("config", f"--config={name}")
-    assert (status, words[: len(said)]) == (2, said)
-
-
-@pytest.mark.parametrize("words", [["predict", "cat.jpg", "--workdir=a"], ["report", "--workdir=a"]])
-def test_a_config_that_the_command_does_not_use(words, tmp_path, says):
-    """A run keeps the config it was trained with: another one was ignored silently, and its data not evaluated."""
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "config.json").write_text(configs.to_json(configs.default_config()))
-    (tmp_path / "cat.jpg").touch()
-    assert says(*words, "--config=digits") == (2, f"{words[0]} uses the config that the run in a has recorded: drop "
-                                                  "--config, and change a key by --config.KEY=VALUE")  # fmt: skip
 
 
 # What is missing here: JAX, which must not be imported, and what a plain install lacks.

@@ -3,14 +3,7 @@
 import numpy as np
 import pytest
 
-from imgclf_jax.core import kinds
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode
-
-
-@kinds.random
-def noisy(rng, image):
-    """A user's random host op, which has no counterpart."""
 
 
 def darker(image, by=2):
@@ -38,13 +31,3 @@ def test_an_empty_key_follows_preprocess(preprocess, expected):
         image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
         assert ops(image, 0, 0).shape == train(image, 1, 2).shape
         np.testing.assert_array_equal(ops(image, 0, 0), ops(image, 1, 2))
-
-
-@pytest.mark.parametrize(("evaluation", "preprocess", "message"), [
-    ("decode(1)|random_resized_crop(8)", "decode(1)", "preprocess_eval='decode(1)|random_resized_crop(8)': random_res"),
-    ("", f"decode(1)|{__name__}:noisy", f"{__name__}:noisy is random, but evaluation must be deterministic; set prep"),
-])  # fmt: skip
-def test_what_cannot_be_replaced_is_refused(evaluation, preprocess, message):
-    with pytest.raises(UserError) as e:
-        decode.evaluation_spec(evaluation, preprocess)
-    assert message in str(e.value)

@@ -6,7 +6,6 @@ import pytest
 
 from imgclf_jax import datasets, programs
 from imgclf_jax.core import rng, sharding
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import placement, sources, stream
 
 MORE = {"unlabeled": "fake(30, (5, 6, 3), 4)/train|batch_size(24)|preprocess('decode(3)|resize(4, 7)')"
@@ -87,26 +86,3 @@ def test_any_process_reads_its_rows_of_every_stream(config):
         for name in ("image", "label"):
             expected = all_[name].reshape(-1, 2, *all_[name].shape[1:])[places]
             np.testing.assert_array_equal(own[name].reshape(expected.shape), expected)
-
-
-@pytest.mark.parametrize(("name", "text", "message"), [
-    ("label", "train", "data.extra.label: the name must be a Python name other than image, label"),
-    ("a-b", "train", "data.extra.a-b: the name must be a Python name"),
-    ("more", "", "data.extra.more='' names no source; write"),
-    ("more", "train|batch_size(12)", "data.extra.more: batch_size=12 is not divisible by the 8 devices"),
-    ("more", "train|batch_size('8')", "batch_size('8') is no option; options are"),
-    ("more", "train|sampling('balance')", "unknown sampling 'balance': did you mean 'balanced'"),
-    ("more", "train|preprocess('decode(7)')", "data.extra.more: "),
-    ("more", "train|sampling(\"weighted('none.npy')\")", "data.extra.more: sampling=\"weighted('none.npy')\": can"),
-])  # fmt: skip
-def test_a_mistake_names_its_stream(config, name, text, message):
-    with config.unlocked():
-        config.data.extra = {name: text}
-
-    def check():
-        programs.check(config)  # before the data are opened
-        datasets.open_train_images(config)
-
-    with pytest.raises(UserError) as e:
-        check()
-    assert message in str(e.value)

@@ -1,6 +1,5 @@
 """SimCLR and supervised contrastive learning: degenerate features, and the outputs of runs without a trained head."""
 
-import re
 import shutil
 
 import jax
@@ -41,21 +40,6 @@ def test_simclr_reads_no_label_and_counts_no_prediction():
 def test_mistakes_get_a_sentence():
     with pytest.raises(UserError, match="single image contrasts nothing; raise batch_size or lower accumulate"):
         run(simclr(PROBLEM), batch(1, 0))
-
-
-@pytest.mark.parametrize(("key", "value", "said"), [
-    ("mix", "mixup(0.2)", "mix='mixup(0.2)': method='simclr' makes its own batches and does not mix them"),
-    ("loss", "softmax(label_smoothing=0.1)", "and has a loss of its own; leave loss='softmax'"),
-    ("metrics", "auc", "metrics='auc': method='simclr' trains no head"),
-    ("tta", "flip", "tta='flip': method='simclr' trains no head"),
-    ("checkpoint.best", "test/accuracy", "evaluation has no 'accuracy'; it has no metric"),
-])  # fmt: skip
-def test_keys_that_act_on_predictions_are_refused(fake_config, key, value, said):
-    fake_config.method = "simclr"
-    fake_config.update_from_flattened_dict({key: value})
-    programs = Programs(Recipe(fake_config, DataInfo(64, (12, 12, 1), ("a", "b"), "")))
-    with pytest.raises(UserError, match=re.escape(said)):
-        _ = programs.recipe.method, programs.check_best()
 
 
 @pytest.fixture(scope="module")

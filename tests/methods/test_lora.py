@@ -142,14 +142,6 @@ def test_adapters_that_are_not_merged_are_not_dropped(tmp_path):
     assert not any("/lora/" in name for name in flat(load_converted(c).state.params))
 
 
-def test_mistakes_get_a_sentence(tmp_path, capsys):
-    for flags, said in (
-        (["method=lora(pattern='backbone/qkv/kernel')"], "lora(pattern): 'backbone/qkv/kernel' matches no parameter"),
-        (["method=lora(pattern='backbone/.*')"], "match only kernels"),
-        (["method=lora", "rules.freeze=backbone/.*"], "method trains; remove the backbone from rules.freeze"),
-    ):
-        flags = [f"--config.{flag}" for flag in ("model=mlp", *flags)]
-        assert launch.main([f"--workdir={tmp_path / 'run'}", *FLAGS, *flags]) == 1
-        assert said in capsys.readouterr().err
+def test_which_adapters_init_from_merges():
     assert lora.scale_of("lora(16, alpha=4)") == 0.25
     assert lora.scale_of("my_methods:lora(16)") == 0

@@ -242,7 +242,6 @@ class AlwaysTraining(nn.Module):
     ("method", f"{__name__}:not_a_method", "returns a dict; return imgclf_jax.methods.Method"),
     ("method", f"{__name__}:bare", "the method's loss returns a .*; return imgclf_jax.methods.Loss"),
     ("method", f"{__name__}:taken", "a metric is called 'grad_norm', which every step has, or"),
-    ("gradient", "sam(roh=1)", "unknown argument 'roh': did you mean 'rho'"),
 ])  # fmt: skip
 def test_a_mistake_is_one_sentence(key, value, said, fake_config, tmp_path):
     with pytest.raises(UserError, match=said):

@@ -11,11 +11,8 @@ from test_sam import PGD, softmax_gradients
 
 from imgclf_jax.augment import ops
 from imgclf_jax.core import rng
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import table
 from imgclf_jax.methods.pgd import attack
-from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.train import command as train
 
 NORMALIZE = "normalize(mean=0.3, std=0.2)"
 seen: list[np.ndarray] = []  # the images that the gradient function `recording` is given
@@ -79,21 +76,3 @@ def test_one_step_without_a_random_start_is_fgsm():
     eight = images.repeat(8, 0), jax.random.split(jax.random.key(0), 8)
     found = attack(linear, *eight, 0.0, 1.0, eps=0.1).reshape(8, 4)  # by default ten steps cross the ball
     np.testing.assert_allclose(np.delete(found, 2, 1), [[0.6, 0.4, 1.0]] * 8, rtol=1e-6)
-
-
-def centred(images):
-    """A user's plain op, which has no fixed scale."""
-    return images - jnp.mean(images, (1, 2, 3), keepdims=True)
-
-
-@pytest.mark.parametrize(("spec", "augment", "said"), [
-    ("pgd(eps=8)", "normalize", r"pgd\(eps=8\): must be above 0 and at most 1, the full range of a pixel"),
-    ("pgd(eps='8/0')", "normalize", r"pgd\(eps='8/0'\): must be above 0 and at most 1"),
-    ("pgd(eps='eight')", "normalize", r"write a number or a fraction such as '8/255'"),
-    ("pgd(step_size=-0.1)", "normalize", r"pgd\(step_size=-0.1\): must be above 0"),
-    ("pgd", f"normalize|{__name__}:centred", "an attack needs a fixed scale .* which test_pgd:centred changes"),
-])  # fmt: skip
-def test_a_mistake_is_one_sentence(fake_config, tmp_path, spec, augment, said):
-    fake_config.update(gradient=spec, augment=augment)
-    with pytest.raises(UserError, match=said):
-        train.main(fake_config, Workdir(tmp_path))

@@ -105,10 +105,6 @@ def test_eight_devices_train_as_one(method):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-def test_mistakes_get_a_sentence():
-    with pytest.raises(UserError, match=r"fixmatch reads the stream data\.extra\.unlabeled, which this run lacks"):
-        run(fixmatch(PROBLEM), batch(u=0))
-    with pytest.raises(UserError, match=r"fixmatch\(threshold=95\): must be 0 to 1"):
-        fixmatch(PROBLEM, threshold=95)
+def test_distillation_needs_probabilities():
     with pytest.raises(UserError, match="distill needs a loss with probabilities"):
         distill(dataclasses.replace(PROBLEM, link=losses.Link(*[np.asarray] * 4)), "run")

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.models import classifier
 
 IMAGES = jnp.asarray(np.random.default_rng(0).random((2, 16, 16, 3), np.float32))
@@ -29,16 +28,6 @@ def test_how_the_head_begins(head_init, deviation, most):
     np.testing.assert_array_equal(params["bias"], 0)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("mlp(dropout=1.5)", r"model='mlp\(dropout=1.5\)': dropout=1.5 must be a number from 0 to below 1"),
-    ("test_classifier:no_class", "model 'test_classifier:no_class': missing a required argument: 'x'"),
-    ("fractions:Fraction", "is a Fraction, not a flax.linen.Module; for an nnx module"),
-])  # fmt: skip
-def test_a_backbone_that_cannot_be_is_refused(text, message):
-    with pytest.raises(UserError, match=message):
-        classifier.build(text, 3, "float32")
-
-
 class Returns(nn.Module):
     """Calls `function` on the images; has no parameters."""
 
@@ -47,10 +36,6 @@ class Returns(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
         return self.function(x)
-
-
-def no_class(x, train=False):
-    return x
 
 
 @pytest.mark.parametrize(("function", "returned"), [

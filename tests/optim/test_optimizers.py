@@ -9,7 +9,6 @@ from flax.traverse_util import unflatten_dict
 from tolerance import rounding
 
 from imgclf_jax.core import sharding, tree
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
 from imgclf_jax.optim import optimizers
 from imgclf_jax.optim.rules import Rules
@@ -108,20 +107,6 @@ def test_clip_bounds_the_norm_over_all_parameters_together(clip):
     for name, p in params.items():
         wanted = p - RATE * sum(g[name] * min(1, clip / norm) for g, norm in zip(grads, norms, strict=True))
         np.testing.assert_allclose(out[name], wanted, rtol=0, atol=3 * rounding(20))
-
-
-@pytest.mark.parametrize(("text", "ruled", "message"), [
-    ("add_decayed_weights(0.1)", {}, "unknown optimizer 'add_decayed_weights'"),
-    ("sgd|add_decayed_weights(0.1)", {}, "expected exactly one optimizer; allowed before it are .*, after it lookahe"),
-    ("lookahead(5)", {}, "expected exactly one optimizer"),
-    ("adamw(learning_rate=0.1)", {}, "unknown argument 'learning_rate'"),
-    ("schedule_free_sgd", {"frozen": frozenset("a")}, "takes neither rules nor frozen parameters"),
-    ("sgd(momentum=0.9)", {"decay": {"a": 0.0}}, r"rules\.decay: optimizer='sgd\(momentum=0\.9\)' has no weight decay"),
-    ("adamw(weight_decay=0)", {"decay": {"a": 0.0}}, "has no weight decay to multiply"),
-])  # fmt: skip
-def test_wrong_chains_and_rules_are_told(text, ruled, message):
-    with pytest.raises(UserError, match=message):
-        optimizers.build(text, optax.constant_schedule(0.1), 0.0, Rules(**ruled))
 
 
 class Net(nn.Module):

@@ -7,7 +7,6 @@ import pytest
 from tolerance import rounding
 
 from imgclf_jax import config
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.optim import schedules
 from imgclf_jax.optim.optimizers import promoting
 
@@ -66,12 +65,3 @@ def test_a_schedule_is_its_definition_at_every_step(text):
     out = jax.jit(jax.vmap(promoting(schedules.build(text, steps, TOTAL))))(jnp.asarray(N))
     assert out.dtype == np.float32
     np.testing.assert_allclose(out, expected, rtol=0, atol=0.3 * rounding(20))  # of terms up to the peak, 0.3
-
-
-@pytest.mark.parametrize(("text", "message"), [
-    ("one_cycle(0.1, warmup='6 epochs')", "a warmup of 120 steps is longer"),
-    ("step(0.1, at=('5%',), warmup='10%')", "every duration in at=.* must lie after warmup='10%'"),
-])  # fmt: skip
-def test_build_refuses_a_wrong_schedule(text, message):
-    with pytest.raises(UserError, match=message):
-        schedules.build(text, steps, TOTAL)

@@ -46,17 +46,6 @@ def test_on_virtual_devices(tmp_path, capsys):
     assert "seconds" not in found  # a CPU has no published figures
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    ([], "dryrun needs --chips"),
-    (["--chips=cpu:8", "--shape=8,8"], "--shape=8,8: must be height, width and channels"),
-    (["--chips=cpu:8", "--classes=2", "--targets=2"], "give --classes or --targets, not both"),
-    (["--chips=tpu:8"], "--chips=tpu:8: allowed: v5e:4x4"),
-])  # fmt: skip
-def test_mistakes(flags, message, capsys):
-    assert launch.main(["dryrun", *flags]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {message}")
-
-
 @pytest.fixture
 def programs(fake_config):
     data = DataInfo(640, (12, 12, 1), ("a", "b", "c"), "")

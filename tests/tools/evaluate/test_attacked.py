@@ -76,19 +76,6 @@ def test_several_seeds_are_attacked_each_by_itself(runs, capsys):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("words", "message"), [
-    (["--attack=pdg(eps=8)"], "unknown attack 'pdg'"),
-    (["--attack=pgd", "--corruptions=all"], "--corruptions and --attack print different things"),
-    (["--corruptions=all", "--predictions=a.csv"], "--corruptions and --predictions print different things"),
-    (["--corruptions=pixelat"], "--corruptions: unknown corruption 'pixelat'"),
-    (["--predictions=a.txt"], "--predictions=a.txt: the name must end in .csv or .jsonl"),
-])  # fmt: skip
-def test_mistakes(runs, capsys, words, message):
-    assert launch.main(["evaluate", f"--workdir={runs[0].path}", *words]) == (1 if "pdg" in message else 2)
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.thorough
 def test_accuracies_are_those_of_images_corrupted_by_hand(runs, capsys):
     """On one device with a batch size that does not divide the examples, too. The table has the same numbers."""
     run, words = runs[1], "--corruptions=contrast, gaussian_noise"

@@ -182,18 +182,6 @@ def test_code_that_counts_the_images_is_told(tmp_path, monkeypatch):
         command.main(model.config, None, [str(tmp_path / "a.stablehlo")], "", "probabilities", "")
 
 
-def test_mistakes(run, tmp_path, capsys):
-    for words, message in [
-        ([str(tmp_path / "a.pt")], "the suffix must select the format: .stablehlo, .savedmodel, .onnx, .safetensors"),
-        ([str(tmp_path / "none" / "a.stablehlo")], "does not exist; create it first"),
-        ([], "name the file to write"),
-    ]:
-        capsys.readouterr()
-        assert launch.main(["export", f"--workdir={run}", *words]) == (1 if "create" in message else 2)
-        assert message in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.thorough
 def test_a_wrong_translation_of_a_network_that_is_sure_is_found():
     """Both are confident about every random image, so their probabilities agree to six digits."""

@@ -56,11 +56,7 @@ def test_the_schedule_keeps_its_other_arguments(schedule, expected):
     assert _with_rate(schedule, 0.0213) == expected
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--low=1", "--high=0.1"], "--low=1 --high=0.1: give two learning rates, 0 < low < high"),
-    (["--steps=3"], "--steps=3: a range test takes at least 10 steps"),
-    (["--low=1e20", "--high=1e30", "--config.optimizer=sgd", "--steps=40"], "the loss diverges after"),
-])  # fmt: skip
-def test_mistakes_get_a_sentence(flags, message, capsys):
-    assert launch.main(["find-lr", *KEYS, *flags]) == (1 if "diverges" in message else 2)
-    assert message in capsys.readouterr().err
+def test_a_loss_that_diverges_at_once_gets_a_sentence(capsys):
+    flags = ["--low=1e20", "--high=1e30", "--config.optimizer=sgd", "--steps=40"]
+    assert launch.main(["find-lr", *KEYS, *flags]) == 1
+    assert "the loss diverges after" in capsys.readouterr().err

@@ -95,13 +95,3 @@ def test_probe_of_weights_for_other_classes_and_of_several_seeds(run, seeds, fla
     assert (len(found["nearest neighbors", 2]["accuracies"]), len(found["few images", 1]["accuracies"])) == (2, 4)
     launch.main(["features", "--split=test[:9]", f"--workdir={seeds}", f"--output={tmp_path / 'b.npz'}"])
     assert load(tmp_path / "b.npz")["features"].shape == (2, 9, 8)
-
-
-@pytest.mark.parametrize(("words", "message"), [
-    (["features"], "--output=: name an .npz file to write"),
-    (["features", "--output=a.npz", "--split=test", "photos"], "drop one"),
-    (["probe", "--k=3,x"], "--k=3,x: must be a number of neighbors"),
-])  # fmt: skip
-def test_mistakes(run, photos, capsys, words, message):
-    assert launch.main([*words, f"--workdir={run}"]) == 2
-    assert message in capsys.readouterr().err

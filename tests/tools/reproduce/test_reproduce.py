@@ -182,19 +182,6 @@ def test_a_result_of_the_readme(tmp_path):
     assert (found["verdict"], found["compared"]["digests"]) == ("same", [0, 1, 2, 4, 8, 16, 32])
 
 
-@pytest.mark.parametrize(("words", "status", "says"), [
-    ([], 2, "reproduce takes one WORKDIR|BUNDLE, but got none"),
-    (["{run}", "--steps=11"], 1, "--steps=11: must be at most 10, the steps that the run in {run} recorded"),
-    (["{run}", "--output={run}"], 1, "--output={run} is the run itself"),
-    (["{run}", "--config.total=5 steps"], 1, "total='5 steps' is 5 steps, but the run in {run} recorded 10"),
-    (["missing"], 1, "missing holds no run"),
-    (["{run}/config.json"], 1, "config.json is not a readable bundle"),
-])  # fmt: skip
-def test_mistakes(trained, capsys, words, status, says):
-    assert launch.main(["reproduce", *(word.format(run=trained) for word in words)]) == status
-    assert says.format(run=trained) in capsys.readouterr().err
-
-
 @pytest.mark.thorough
 @pytest.mark.parametrize("value", ["0.5", None, True, [0.5]])
 def test_what_was_recorded_and_is_no_number(reproduce, copy, value):
