@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from cases import rewind
+from jax.sharding import AxisType
 from PIL import Image
 
 import launch
@@ -139,3 +140,12 @@ def test_a_run_trains_resumes_and_predicts(tmp_path, capsys):
     assert "test: examples " in capsys.readouterr().out
     fine = [*arguments[1:], "--config.mesh=data=-1", f"--config.init_from={tmp_path / 'run'}"]
     assert launch.main([f"--workdir={tmp_path / 'next'}", *fine, "--config.total=2 steps"]) == 0
+
+
+def test_the_mesh_is_that_of_jax():
+    """With axes whose shardings the compiler chooses."""
+    for text, shape in (("data=-1", (8,)), ("data=2, fsdp=4", (2, 4)), ("fsdp=4,data=-1", (4, 2))):
+        mesh = sharding.make_mesh(text=text)
+        expected = jax.make_mesh(shape, mesh.axis_names, axis_types=(AxisType.Auto,) * len(shape))
+        assert mesh == expected
+        assert np.array_equal(mesh.devices.ravel(), jax.devices())

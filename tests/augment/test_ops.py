@@ -1,6 +1,7 @@
 """Device ops against NumPy on the same draws, their distribution, and equal results on any number of devices."""
 
 import functools
+import itertools
 import math
 import re
 from itertools import product
@@ -16,6 +17,7 @@ from imgclf_jax.augment import mixing, ops
 from imgclf_jax.augment.ops import cutout, normalize, pad_crop, random_erasing
 from imgclf_jax.core import kinds, rng, sharding
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import placement, sampling, sources, stream
 
 KEY = jax.random.key(3)
 BY_EXAMPLE = np.uint32(1), np.arange(64, dtype=np.int32), np.zeros(64, np.int32)  # seed, ids and epochs of 64 images
@@ -201,3 +203,30 @@ def test_the_ops_give_the_same_bits_on_one_device_and_on_eight(text, mix):
         results.append([np.asarray(x).tobytes() for x in (augmented, *out)])
     assert len(jax.devices()) == 8
     assert results[0] == results[1]
+
+
+SEED, TEXT = 7, "flip_alternating|normalize"
+APPLY = jax.jit(ops.build(TEXT, train=True))
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+@pytest.mark.parametrize("batch_size", [8, 12])
+def test_two_epochs_show_each_example_both_ways(place, batch_size):
+    """Batches of 12 straddle the epochs of 40."""
+    images = stream.Images(sources.fake(40, (6, 8, 1), 4)["train"], "decode(1)", SEED)
+    everything = images.read(np.arange(40), np.arange(40))["image"]
+    spec, mesh = stream.StreamSpec(SEED, batch_size, needs_ids=True), sharding.make_mesh(jax.devices()[:1])
+    flips = {}
+    for step, batch in placement.batches(place, images, spec, range(-(-4 * 40 // batch_size)), mesh):
+        out = np.asarray(APPLY(None, batch["image"], jnp.uint32(SEED), batch["id"], batch["epoch"])) * 255
+        ids = sampling.example_ids(SEED, step, batch_size, 40)
+        np.testing.assert_array_equal(batch["id"], ids)
+        for position, own, id_ in zip(itertools.count(step * batch_size), np.round(out), ids, strict=False):
+            same, mirrored = (own == everything[id_]).all(), (own == everything[id_][:, ::-1]).all()
+            assert same != mirrored
+            flips[position // 40, id_] = mirrored
+    for epoch in range(3):
+        for id_ in range(40):
+            assert flips[epoch, id_] != flips[epoch + 1, id_]
+    first = [flips[0, id_] for id_ in range(40)]
+    assert 0 < sum(first) < 40

@@ -4,7 +4,6 @@ import importlib.metadata
 import importlib.util
 import io
 import json
-import logging
 import platform
 import re
 import sys
@@ -18,9 +17,7 @@ from cases import short_config
 from PIL import Image
 
 from imgclf_jax.config import default_config, flatten
-from imgclf_jax.core import terminal
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.text import printable
 from imgclf_jax.run import provenance, writers
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.train import command as train
@@ -170,26 +167,6 @@ def test_the_docs_writer_for_a_tracking_service(tmp_path, monkeypatch):
     assert wandb.init.call_args.kwargs["project"] == "imgclf"
     assert [call[0] for call in wandb.init.return_value.method_calls] == ["config.update", "log", "finish"]
     assert wandb.init.return_value.log.call_args == unittest.mock.call({"train/loss": 0.5}, step=5)
-
-
-def test_tables_and_log_lines_escape_what_is_not_printable(capsys):
-    """A name cannot break a line or control the terminal."""
-    names = ["a\nb", "\x1b[31m", "\udcff", "é漢"]
-    terminal.print_table(["file"], [[name] for name in names])
-    out = capsys.readouterr().out
-    assert [line.strip("│ ") for line in out.splitlines() if "│" in line] == [r"a\nb", r"\x1b[31m", r"\udcff", "é漢"]
-
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
-    terminal.setup_logging()
-    log = logging.getLogger("imgclf_jax.test")
-    for name in names:
-        log.info("%s: %d files, %r", name, 3, [name])
-    log.info("a table:\n%s", "x | y\n1 | \x1b[0m")
-    root.handlers[:], root.level = before
-    err = capsys.readouterr().err.splitlines()
-    assert [line[9:] for line in err[:4]] == [f"{printable(name)}: 3 files, {[name]!r}" for name in names]
-    assert [line[9:] for line in err[4:5]] + err[5:] == ["a table:", "x | y", r"1 | \x1b[0m"]
 
 
 def test_result(finished):
