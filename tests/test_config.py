@@ -201,19 +201,12 @@ def test_the_command_config_prints_every_key_with_its_documentation(capsys):
 
 # ImageNet's recipes are not trained here.
 EXAMPLES = {"imagenet_resnet50": 1_281_167, "imagenet_vit_s16": 1_268_355}  # train, and TFDS's train[:99%]
-# Parameters, as torchvision states them, and as big_vision's own model has them; multiply-adds: test_benchmarks.py.
-STATED = {"imagenet_resnet50": 25_557_032, "imagenet_vit_s16": 22_122_472}
 
 
 def recipe(name):
     config = configs.load_file(str(ROOT / "configs" / f"{name}.py"))
     classes = tuple(map(str, range(1000)))
     return Recipe(config, DataInfo(EXAMPLES[name], (224, 224, 3), classes, "made up"))
-
-
-@pytest.mark.parametrize("name", STATED)
-def test_parameters(name):
-    assert sum(math.prod(shape) for shape in recipe(name).parameters.values()) == STATED[name]
 
 
 def test_the_schedule_of_resnet50():
@@ -229,6 +222,7 @@ def test_the_schedule_of_resnet50():
 def test_the_schedule_of_vit_s16():
     """10,000 steps of warmup, then half a cosine to zero at the end of 90 epochs."""
     run = recipe("imagenet_vit_s16")
+    assert sum(map(math.prod, run.parameters.values())) == 22_122_472  # as big_vision's own model has
     assert run.total == round(90 * EXAMPLES["imagenet_vit_s16"] / 1024) == 111_477
     half = (10_000 + run.total) // 2
     rates = [float(run.schedule(step)) for step in (0, 4_999, 9_999, half, run.total)]

@@ -13,12 +13,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from imgclf_jax import recipe, step
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import sources, stream
+from imgclf_jax.data import stream
 from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
-from imgclf_jax.train import evaluation
 
 DATA = DataInfo(64, (12, 12, 1), tuple("abcd"), "made up")
 ELSEWHERE = {"gpu": ("NVIDIA H100", "cuda"), "tpu": ("TPU v5 lite", "tpu")}
@@ -48,22 +47,6 @@ def test_programs_are_lowered_for_devices_that_are_not_here(name, place, fake_co
     assert "stablehlo.convolution" not in here.traced_train.lower().as_text()
     assert ("stablehlo.convolution" in here.traced_eval.lower().as_text()) == platform.has_onednn()
     assert platform.current() == ""
-
-
-def test_evaluation_on_one_device_and_on_eight(fake_config):
-    """A call on one CPU computes several batches, of which the last has 2 examples; none is counted twice or lost."""
-    fake_config.model, fake_config.batch_size, fake_config.metrics = "mlp(widths=(8,))", 16, "auc"
-    source = sources.open_splits("fake(50, (12, 12, 1), 4)")["train"]
-    images = stream.Images(source, "decode(1)")
-    found = []
-    for devices in (1, 8):
-        programs = Programs(Recipe(fake_config, images.describe()), sharding.make_mesh(jax.devices()[:devices]))
-        assert programs.eval_call_size == {1: 128, 8: 16}[devices]
-        found.append(evaluation.evaluate(programs, programs.init_state(), images))
-    sums, rows = found[0]
-    assert sums["examples"] == 50
-    np.testing.assert_array_equal(rows.labels, np.arange(50) % 4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found[0], found[1])
 
 
 @pytest.mark.parametrize("lr", ["", "head/.*=2"])

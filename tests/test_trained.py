@@ -126,17 +126,6 @@ def test_outputs_that_are_not_finite():
     assert is_finite(np.array([[0.0, 1.0], [-np.inf, 3.0]]), "ranked")  # probabilities, and logits that order them
 
 
-@pytest.mark.thorough
-def test_several_seeds(tmp_path, pixels):
-    """Probabilities are the mean of the seeds'; logits and features are those of each."""
-    assert launch.main([*FLAGS, f"--workdir={tmp_path / 'run'}", "--config.num_seeds=2"]) == 0
-    model = imgclf_jax.load(tmp_path / "run", "latest")
-    features, logits, probabilities = (f(pixels) for f in (model.features, model.logits, model.predict))
-    assert (features.shape, logits.shape, probabilities.shape) == ((2, COUNT, 8), (2, COUNT, 10), (COUNT, 10))
-    mean = np.exp(log_softmax(logits.astype(np.float64), -1)).mean(0)
-    np.testing.assert_allclose(probabilities, mean, rtol=1e-5, atol=1e-6)
-
-
 def test_code_that_a_run_names_is_not_imported(run, tmp_path):
     text = json.loads((run / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(text | {"model": "os:system('true')"}))

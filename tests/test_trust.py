@@ -45,7 +45,7 @@ CALL = "os:system('touch HERE/harm')"
 KEYS = ("model", "augment", "mix", "loss", "optimizer", "schedule", "metrics", "tta", "data.source", "data.sampling")
 
 
-@pytest.mark.parametrize("command", ["evaluate", *thorough("predict")])
+@pytest.mark.parametrize("command", ["evaluate", *thorough("predict", "report")])
 @pytest.mark.parametrize(("key", "value"), [
     *((key, CALL) for key in KEYS), ("data.eval.test", f"{CALL}/test"), ("preprocess", f"decode(1)|{CALL}"),
     ("preprocess_eval", f"decode(1)|{CALL}"), ("model", f"mlp(activation={CALL!r})"),

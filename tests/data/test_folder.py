@@ -152,14 +152,6 @@ def test_an_image_in_a_format_that_is_not_read_is_named_and_not_skipped(flat, mo
         folder(str(flat))
 
 
-def test_links_to_folders_are_followed_but_not_in_a_circle(flat, tmp_path):
-    write(tmp_path / "other" / "a.png")
-    (tmp_path / "other" / "back").symlink_to(flat / "cat")
-    (flat / "cat" / "more").symlink_to(tmp_path / "other")
-    (flat / "cat" / "self").symlink_to(flat / "cat")
-    assert list(image_files.walk(flat / "cat")) == ["0.png", "3.png", "6.png", "9.png", "more/a.png"]
-
-
 def test_a_link_that_leads_nowhere_is_an_unreadable_image(flat):
     """Gone, to itself, or to a name that is too long for the disk."""
     targets = {"gone.png": "no.png", "loop.png": "loop.png", "long.png": "x" * 300, "loop": "loop"}

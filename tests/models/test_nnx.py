@@ -91,21 +91,6 @@ def test_it_trains_as_its_linen_twin():
                 np.testing.assert_allclose(x, expected[name], rtol=0, atol=2e-6, err_msg=name)
 
 
-def test_its_dropout_follows_from_seed_and_step():
-    """Evaluation draws nothing."""
-    model = classifier.build(f"{__name__}:bridged(8, dropout=0.5)", 3, "float32")
-    state, train_step = start(model)
-
-    def loss(seed, step):
-        _, sums = train_step(state.replace(seed=jnp.uint32(seed), step=jnp.int32(step)), batch())
-        return float(sums["loss"])
-
-    assert loss(0, 0) == loss(0, 0)
-    assert len({loss(0, 0), loss(0, 1), loss(0, 2), loss(1, 0)}) == 4
-    variables, images = {"params": state.params, **state.model_state}, jnp.ones((2, *SHAPE))
-    np.testing.assert_array_equal(model.apply(variables, images), model.apply(variables, images))
-
-
 @pytest.mark.thorough
 def test_a_run_goes_on_with_the_same_bits(tmp_path):
     """With dropout, batch norm and a list of layers in its checkpoints, and several seeds."""

@@ -74,8 +74,8 @@ def test_a_matmul_with_two_readers_inside_of_any_primitive(wrap):
 
     x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(512, 384), (384, 384)]))
     expected = jax.jit(silu_and_itself)(x, w)
-    for onednn, options in ((True, platform.ONEDNN_OPTIONS), (False, None)):
-        with platform.tracing_for("cpu", onednn=onednn), internals.not_cached():
+    for enabled, options in ((True, platform.ONEDNN_OPTIONS), (False, None)):
+        with platform.tracing_for("cpu", onednn=enabled), internals.not_cached():
             found = jax.jit(wrap(silu_and_itself), compiler_options=options)(x, w)
         np.testing.assert_allclose(found, expected, atol=1e-3)
 

@@ -22,16 +22,6 @@ pytestmark = pytest.mark.usefixtures("one_device")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_it_learns(fake_config, tmp_path, precision):
-    fake_config.update(total="80 steps", schedule="constant(1e-2)", precision=precision)
-    assert train.main(fake_config, Workdir(tmp_path)) == 0
-    assert json.loads((tmp_path / "result.json").read_text())["test"]["accuracy"] > 0.9
-    losses = [r["train/loss"] for r in writers.read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in r]
-    assert losses[-1] < losses[0]
-
-
 class Noisy(nn.Module):
     """Draws in evaluation, which has no random numbers."""
 

@@ -14,13 +14,6 @@ from imgclf_jax.scores.multilabel import TargetPredictions
 from imgclf_jax.tools.evaluate import by_class, listing
 
 
-def test_ties_are_won_by_the_first_class():
-    logits = np.zeros((4, 3), np.float32)
-    logits[3] = [0, 1, 1]
-    expected = [[1, 0, 0], [1, 0, 0], [1, 1, 0]]
-    np.testing.assert_array_equal(by_class.counts(predicted(logits, [0, 1, 2, 2]))["confusion"], expected)
-
-
 @pytest.mark.parametrize("kind", BROKEN)
 def test_what_a_broken_model_gives_is_counted_for_no_class(kind):
     logits = np.random.default_rng(0).normal(size=(14, 7)).astype(np.float32)

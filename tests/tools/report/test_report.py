@@ -234,18 +234,6 @@ def test_where_the_data_are_gone(copy, text):
     assert f"copy: test accuracy {accuracy:.4f}" in page.text
 
 
-@pytest.mark.parametrize("key", ["source", "eval"])
-def test_a_run_that_names_code_is_refused(copy, capsys, key):
-    config = json.loads((copy / "config.json").read_text())
-    call = f"os:system('touch {copy}/harm')"
-    config["data"][key] = call if key == "source" else {"test": f"{call}/test"}
-    change(copy / "config.json", **config)
-    assert launch.main(["report", f"--workdir={copy}"]) == 1
-    assert re.search(r"error: .* names .*'os:system'.*add --trust", capsys.readouterr().err)
-    assert not (copy / "harm").exists()
-    assert not (copy / "report.html").exists()
-
-
 def test_another_evaluation_set_is_told(copy):
     text = Page(reported(copy, "--config.data.eval.test=test[:50%]")).text
     assert "This page has other values than the run: data.eval.test: 'test' → 'test[:50%]'. Its scores need" in text
