@@ -1,4 +1,4 @@
-"""Cases that the default suite leaves out, a config of few steps, its training without a run, and a run cut short."""
+"""Cases that the default suite leaves out; a config of few steps, its flags, programs and training; a run cut short."""
 
 import shutil
 from pathlib import Path
@@ -13,15 +13,36 @@ def thorough(*cases: Any) -> list[Any]:
     return [pytest.param(*(c if isinstance(c, tuple) else (c,)), marks=pytest.mark.thorough) for c in cases]
 
 
-def short_config() -> ConfigDict:
-    """A config that trains in seconds, on data without files."""
+SHORT = {"data.source": "fake(64, (12, 12, 1), 4)", "preprocess": "decode(1)", "model": "mlp(widths=(16,))",
+         "batch_size": 16, "total": "12 steps", "log_every": "5 steps", "eval_every": "6 steps",
+         "checkpoint_every": "4 steps"}  # fmt: skip
+
+
+def short_config(**keys: Any) -> ConfigDict:
+    """A config that trains in seconds, on data without files; `keys` may be dotted."""
     from imgclf_jax.config import default_config
 
     config = default_config()
-    config.update(total="12 steps", batch_size=16, preprocess="decode(1)", model="mlp(widths=(16,))",
-                  log_every="5 steps", eval_every="6 steps", checkpoint_every="4 steps")  # fmt: skip
-    config.data.source = "fake(64, (12, 12, 1), 4)"
+    config.update_from_flattened_dict(SHORT | keys)
     return config
+
+
+def flags(*keys: str) -> tuple[str, ...]:
+    """The flags of `short_config` with other keys, such as "total=2 steps"."""
+    return tuple(f"--config.{key}={value}" for key, value in (SHORT | dict(k.split("=", 1) for k in keys)).items())
+
+
+def programs(shape: tuple[int, ...] = (12, 12, 1), classes: int = 4, devices: int | None = None, **keys: Any) -> Any:
+    """The programs of `short_config` with other keys for 64 images of a shape, on all devices or so many."""
+    import jax
+
+    from imgclf_jax.core import sharding
+    from imgclf_jax.programs import Programs
+    from imgclf_jax.recipe import Recipe
+    from imgclf_jax.run.provenance import DataInfo
+
+    config, data = short_config(**keys), DataInfo(64, shape, tuple(map(str, range(classes))), "")
+    return Programs(Recipe(config, data), sharding.make_mesh(jax.devices()[:devices], config.mesh))
 
 
 def rewind(workdir: Path, step: int) -> None:

@@ -2,6 +2,7 @@
 
 import math
 
+import cases
 import jax
 import numpy as np
 import pytest
@@ -11,27 +12,14 @@ from PIL import Image
 
 import launch
 from imgclf_jax.core import sharding, tree
-from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
-from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.trained import load
 
-DATA = DataInfo(640, (8, 8, 3), tuple("abcd"), "")
 
-
-def programs(config, mesh="data=-1", devices=None, **keys):
-    config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict({"mesh": mesh, **keys})
-    return Programs(Recipe(config, DATA), sharding.make_mesh(devices, mesh))
-
-
-@pytest.fixture
-def config(fake_config):
-    fake_config.model, fake_config.batch_size, fake_config.total = "mlp(widths=(256, 128))", 32, "100 steps"
-    fake_config.augment, fake_config.preprocess = "flip_lr|normalize(0.5, 0.25)", "decode(3)"
-    fake_config.schedule = "constant(1e-3)"
-    return fake_config
+def programs(mesh="data=-1", devices=None, **keys):
+    return cases.programs((8, 8, 3), 4, devices, **{
+        "mesh": mesh, "model": "mlp(widths=(256, 128))", "batch_size": 32, "total": "100 steps", **keys,
+        "augment": "flip_lr|normalize(0.5, 0.25)", "schedule": "constant(1e-3)", "preprocess": "decode(3)"})  # fmt: skip
 
 
 def train(of, steps):
@@ -39,7 +27,7 @@ def train(of, steps):
     rng = np.random.default_rng(0)
     state, losses = of.init_state(), []
     for _ in range(steps):
-        images = rng.integers(0, 256, (of.stream.rows, *DATA.image_shape), np.uint8)
+        images = rng.integers(0, 256, (of.stream.rows, 8, 8, 3), np.uint8)
         labels = rng.integers(0, 4, of.stream.rows, np.int32)
         batch = sharding.put_batch({"image": images, "label": labels}, of.mesh)
         state, window = of.train(state, of.zero_sums(), batch)
@@ -61,10 +49,10 @@ SLOW = [pytest.param(way, marks=pytest.mark.slow) for way in WAYS if way != "ada
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("way", ["adam", *SLOW])
-def test_the_losses_are_those_of_data_parallel(config, way):
+def test_the_losses_are_those_of_data_parallel(way):
     """Over ten steps to 1e-6, over 100 to 1e-5; parameters and averages too, before rounding grows."""
-    whole = programs(config, **WAYS[way])
-    split = programs(config, "data=2, fsdp=4", **WAYS[way])
+    whole = programs(**WAYS[way])
+    split = programs("data=2, fsdp=4", **WAYS[way])
     (a, losses), (b, others) = train(whole, 100), train(split, 100)
     np.testing.assert_allclose(losses[:10], others[:10], rtol=1e-6)
     np.testing.assert_allclose(losses, others, rtol=1e-5)
@@ -74,10 +62,9 @@ def test_the_losses_are_those_of_data_parallel(config, way):
 
 
 @pytest.mark.thorough
-def test_memory_of_each_device(config):
+def test_memory_of_each_device():
     """On four devices, parameters and Adam's state take at most 0.3 of the total, by the compiler's count too."""
-    devices = jax.devices()[:4]
-    whole, split = programs(config, devices=devices), programs(config, "fsdp=-1", devices=devices)
+    whole, split = programs(devices=4), programs("fsdp=-1", 4)
 
     def held(leaves):
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(leaves))
@@ -90,8 +77,8 @@ def test_memory_of_each_device(config):
     assert arguments[1] - batch <= 0.32 * (arguments[0] - batch)
 
 
-def test_rules_choose_the_axis(config):
-    of = programs(config, "fsdp=-1", **{"rules.shard": "backbone/dense0/kernel=0, head/.*=none, .*/bias=0"})
+def test_rules_choose_the_axis():
+    of = programs("fsdp=-1", **{"rules.shard": "backbone/dense0/kernel=0, head/.*=none, .*/bias=0"})
     specs = {name: tuple(x.sharding.spec) for name, x in tree.named_leaves(of.shape["state"])}
     assert specs["params/backbone/dense0/kernel"] == ("fsdp",)
     assert specs["params/backbone/dense1/kernel"] == ("fsdp",)  # the largest of (256, 128)
@@ -102,9 +89,9 @@ def test_rules_choose_the_axis(config):
 
 
 @pytest.mark.thorough
-def test_a_checkpoint_goes_from_one_arrangement_to_another(config, tmp_path):
+def test_a_checkpoint_goes_from_one_arrangement_to_another(tmp_path):
     """Bit for bit, both ways, of two seeds."""
-    whole, split = programs(config, num_seeds=2), programs(config, "data=2, fsdp=4", num_seeds=2)
+    whole, split = programs(num_seeds=2), programs("data=2, fsdp=4", num_seeds=2)
     state, _ = train(split, 3)
     checkpoints = Checkpoints(tmp_path / "a")
     checkpoints.save(3, {"state": state, "sums": split.zero_sums()})

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import flags
 from flax import linen as nn
 from PIL import Image
 
@@ -13,10 +14,7 @@ from imgclf_jax.core import kinds
 from imgclf_jax.data.sources import fake
 
 ROOT = Path(__file__).parent.parent
-FAKE = ("--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=",
-        "--config.model=mlp(widths=(512,))", "--config.schedule=constant(1e-2)", "--config.total=12 steps",
-        "--config.batch_size=16", "--config.checkpoint_every=4 steps", "--config.eval_every=6 steps",
-        "--config.log_every=4 steps")  # fmt: skip
+FAKE = flags("augment=", "model=mlp(widths=(512,))", "schedule=constant(1e-2)", "log_every=4 steps")
 
 
 def nothing(given, total=0):

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases import thorough
+from cases import flags, thorough
 from launched import ROOT, outcome
 
 import launch
@@ -67,11 +67,8 @@ sys.argv = [launch, *sys.argv[5:]]
 runpy.run_path(launch, run_name="__main__")
 """
 
-RUN = ("--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=normalize",
-       "--config.model=mlp(widths=(16,))", "--config.schedule=constant(1e-3)", "--config.batch_size=16",
-       "--config.total=12 steps", "--config.log_every=5 steps", "--config.eval_every=12 steps",
-       "--config.checkpoint_every=4 steps", "--config.checkpoint.best=test/accuracy", "--config.tensorboard=False",
-       "--config.data.placement=device")  # fmt: skip
+RUN = flags("augment=normalize", "schedule=constant(1e-3)", "eval_every=12 steps", "checkpoint.best=test/accuracy",
+            "tensorboard=False", "data.placement=device")  # fmt: skip
 BEFORE = ("imports", "data", "compile")
 CASES = (("imports", "SIGINT", "twice"), ("compile", "SIGTERM", "process"), ("data", "SIGTERM", "process"),
          ("log", "SIGINT", "group"), ("evaluation", "SIGTERM", "twice"), ("save", "SIGINT", "process"))  # fmt: skip

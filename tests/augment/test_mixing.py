@@ -4,17 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import thorough
+from cases import programs, thorough
 from scipy import stats
 
 from imgclf_jax import losses, step
 from imgclf_jax.augment import mixing
 from imgclf_jax.augment.mixing import cutmix, mixup
-from imgclf_jax.config import default_config
-from imgclf_jax.core import rng, sharding
-from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe
-from imgclf_jax.run.provenance import DataInfo
+from imgclf_jax.core import rng
 
 KEY = jax.random.key(5)
 
@@ -123,9 +119,7 @@ def test_one_op_is_drawn_for_each_batch(text, shares):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_step_trains_on_mixed_images_and_counts_the_main_label(accumulate):
     """Its loss and correct count, computed by hand from the parts."""
-    config = default_config()
-    config.update({"seed": 3, "batch_size": 16, "model": "mlp(widths=(8,))", "loss": "softmax(label_smoothing=0.1)"})
-    e = Programs(Recipe(config, DataInfo(64, (6, 6, 1), ("a", "b", "c"), "")), sharding.make_mesh(jax.devices()[:1]))
+    e = programs((6, 6, 1), 3, 1, seed=3, model="mlp(widths=(8,))", loss="softmax(label_smoothing=0.1)")
     state = e.init_state()
     images = np.random.default_rng(0).integers(0, 256, (16, 6, 6, 1), np.uint8)
     labels = np.random.default_rng(1).integers(0, 3, 16).astype(np.int32)

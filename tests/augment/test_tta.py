@@ -3,16 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from cases import thorough
+from cases import programs, thorough
 
 from imgclf_jax import metrics
 from imgclf_jax.augment import tta
-from imgclf_jax.config import default_config
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe
-from imgclf_jax.run.provenance import DataInfo
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (16, 7, 9, 3), np.uint8)
 AUGMENT = "flip_lr|normalize(mean=0.4, std=0.3)"
@@ -21,9 +17,7 @@ AUGMENT = "flip_lr|normalize(mean=0.4, std=0.3)"
 @pytest.fixture(scope="module")
 def trained():
     """A network whose logits depend on every pixel, its parameters, and its inputs for IMAGES."""
-    config = default_config()
-    config.update({"model": "mlp(widths=(16,))", "augment": AUGMENT, "batch_size": 16})
-    e = Programs(Recipe(config, DataInfo(64, (7, 9, 3), ("a", "b", "c"), "")))
+    e = programs((7, 9, 3), 3, augment=AUGMENT)
     state = e.init_state()
     seen = ((IMAGES / 255 - 0.4) / 0.3).astype(np.float32)
     apply = jax.jit(lambda images: e.recipe.model.apply({"params": state.params}, images, train=False))
@@ -75,9 +69,7 @@ def test_views_without_a_mean(views, monkeypatch):
 def test_the_config_key_reaches_evaluation_and_prediction(trained):
     """On eight devices, with the batch reduced by the number of views; an evaluation counts every example once."""
     plain, state, seen, logits = trained
-    config = plain.recipe.config.copy_and_resolve_references()
-    config.tta = "flip|translate(1)"
-    e = Programs(Recipe(config, plain.recipe.data), plain.mesh)
+    e = programs((7, 9, 3), 3, augment=AUGMENT, tta="flip|translate(1)")
     assert (plain.eval_batch_size, e.eval_batch_size) == (16, 8)
     expected = np.asarray(by_hand("flip|translate(1)", seen, logits))
     labels = np.random.default_rng(1).integers(0, 3, 16).astype(np.int32)

@@ -5,6 +5,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from cases import programs
 from PIL import Image
 from stepped import FLAGS
 from test_semi_supervised import PROBLEM, batch, run
@@ -14,10 +15,7 @@ from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods.simclr import contrast, simclr
 from imgclf_jax.models.backbones import MLP
-from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
-from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.weights import pretrained
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -75,14 +73,13 @@ def test_what_needs_a_head_is_refused_in_one_sentence(pretrained_run, tmp_path, 
     assert launch.main(["features", workdir, f"--output={tmp_path / 'features.npz'}"]) == 0
 
 
-def test_fine_tuning_begins_from_the_backbone_alone(pretrained_run, fake_config, caplog):
+def test_fine_tuning_begins_from_the_backbone_alone(pretrained_run, caplog):
     """The backbone is the trained one, and the head that of a run without these weights."""
-    fake_config.update(init_from=str(pretrained_run), model="mlp(widths=(8,))")
-    programs = Programs(Recipe(fake_config, DataInfo(64, (8, 8, 1), tuple("abcdefghij"), "")))
+    own = programs((8, 8, 1), 10, init_from=str(pretrained_run), model="mlp(widths=(8,))")
     with caplog.at_level("INFO"):
-        taken = pretrained.load(programs).taken
+        taken = pretrained.load(own).taken
     assert "2 arrays taken; a new head (it has none); left out: projector" in caplog.text
-    fresh, tuned = (dict(tree.named_leaves(programs.init_state(weights=w).params)) for w in (None, taken))
+    fresh, tuned = (dict(tree.named_leaves(own.init_state(weights=w).params)) for w in (None, taken))
     assert set(tuned) == set(fresh)
     given = parameters(pretrained_run)
     for name, value in tuned.items():

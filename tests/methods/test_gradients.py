@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from cases import thorough
+from cases import programs, thorough
 from flax import linen as nn
 from stepped import CLASSES, SHAPE, batch, one_step
 
@@ -16,9 +16,6 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import Loss, Method, table
 from imgclf_jax.methods.pgd import attack
 from imgclf_jax.models.norms import BatchNorm
-from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe
-from imgclf_jax.run.provenance import DataInfo
 
 SPECS = ["sam(rho=0.2)", "asam(rho=0.7, eta=0.05)"]
 PGD = "pgd(eps='16/255', steps=3, step_size='8/255')"
@@ -112,15 +109,12 @@ def test_examples_that_cannot_be_clipped_one_by_one(backbone, more, said):
 
 @pytest.mark.parametrize("mesh", thorough("fsdp=-1", "data=-1", "data=2, fsdp=4"))
 @pytest.mark.parametrize("spec", [*SPECS, PGD])
-def test_eight_devices_take_one_perturbation(fake_config, mesh, spec):
+def test_eight_devices_take_one_perturbation(mesh, spec):
     """The norm of SAM is over all parameters and examples, wherever they are; PGD attacks the same examples."""
-    fake_config.update(gradient=spec, model="mlp(widths=(64,))", preprocess="decode(1)")
-    data = DataInfo(64, SHAPE, ("a", "b", "c"), "")
     after = []
-    for devices, fake_config.mesh in ((1, "data=-1"), (8, mesh)):
-        programs = Programs(Recipe(fake_config, data), sharding.make_mesh(jax.devices()[:devices], fake_config.mesh))
-        state = programs.init_state()
-        after.append(programs.train(state, programs.zero_sums(), sharding.put_batch(batch(), programs.mesh)))
+    for devices, where in ((1, "data=-1"), (8, mesh)):
+        of = programs(SHAPE, 3, devices, gradient=spec, model="mlp(widths=(64,))", mesh=where)
+        after.append(of.train(of.init_state(), of.zero_sums(), sharding.put_batch(batch(), of.mesh)))
     (one, of_one), (eight, of_eight) = after
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(of_one[name], of_eight[name], rtol=1e-5)

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import thorough
+from cases import programs, thorough
 from test_forms import SMALL, random_variables
 
 from imgclf_jax import metrics
-from imgclf_jax.config import default_config
 from imgclf_jax.core import sharding
 from imgclf_jax.models import classifier, convnext, vit
 from imgclf_jax.models.airbench import AirBench
@@ -18,9 +17,6 @@ from imgclf_jax.models.backbones import BACKBONES
 from imgclf_jax.models.convnext import GRN, ConvNeXtBlock
 from imgclf_jax.models.layers import SqueezeExcite, he_conv
 from imgclf_jax.models.vit import sincos_positions
-from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe
-from imgclf_jax.run.provenance import DataInfo
 
 # Of the whole classifier. Sources: torchvision's and timm's tables; for CIFAR the papers' and the public checkpoints'.
 COUNTS = [
@@ -86,11 +82,9 @@ def test_airbench_parameter_count():
 @pytest.mark.parametrize("name", sorted(BACKBONES))
 def test_a_step_in_bfloat16_over_eight_devices(name):
     """Loss and gradients are finite, every parameter moves or has no gradient by design, and statistics move."""
-    (spec, size), rng, config = SMALL[name], np.random.default_rng(0), default_config()
-    config.model, config.precision, config.batch_size, config.total = spec, "bfloat16", 16, "4 steps"
-    config.augment, config.schedule = "flip_lr|normalize(0.5, 0.25)", "constant(0.1)"
-    config.optimizer = "sgd"  # whose update of every parameter compiles in less time than Adam's
-    exp = Programs(Recipe(config, DataInfo(64, (size, size, 3), tuple("abcd"), "")))
+    (spec, size), rng = SMALL[name], np.random.default_rng(0)
+    exp = programs((size, size, 3), model=spec, precision="bfloat16", augment="flip_lr|normalize(0.5, 0.25)",
+                   schedule="constant(0.1)", optimizer="sgd")  # fmt: skip
     assert exp.mesh.size == 8
     batch = {
         "image": rng.integers(0, 256, (16, size, size, 3), np.uint8),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import thorough
+from cases import programs, thorough
 from jax import lax
 from jax.test_util import check_grads
 from test_forms import SMALL, random_variables
@@ -14,9 +14,6 @@ from test_forms import SMALL, random_variables
 from imgclf_jax.core import internals, platform
 from imgclf_jax.models import classifier, layers
 from imgclf_jax.models.cpu import onednn
-from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe
-from imgclf_jax.run.provenance import DataInfo
 
 pytestmark = [
     pytest.mark.skipif(host.machine() not in ("x86_64", "AMD64"), reason="jaxlib has oneDNN only on x86"),
@@ -154,11 +151,8 @@ def test_every_derivative_of_a_convolution(name):
         check_grads(conv, (x, kernel), order=2, modes=("fwd", "rev"))
 
 
-def test_which_networks_train_on_onednn(fake_config):
+def test_which_networks_train_on_onednn():
     """All but `cnn`; several seeds train in one `vmap`, whose grouped convolutions would be slow there."""
-    fake_config.preprocess, fake_config.data.source = "decode(3)", "fake(64, (16, 16, 3), 4)"
-    data = DataInfo(64, (16, 16, 3), tuple("abcd"), "")
     for model, seeds, expected in (("resnet_cifar(8)", 1, True), ("resnet_cifar(8)", 2, False), ("cnn", 1, False)):
-        fake_config.model, fake_config.num_seeds = model, seeds
-        text = Programs(Recipe(fake_config, data)).traced_train.lower().as_text()
+        text = programs((16, 16, 3), model=model, num_seeds=seeds).traced_train.lower().as_text()
         assert ("stablehlo.convolution" in text) == expected

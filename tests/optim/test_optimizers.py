@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import thorough
+from cases import programs, thorough
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 from optax import contrib
@@ -17,9 +17,6 @@ from imgclf_jax.core import sharding, tree
 from imgclf_jax.data import sources, stream
 from imgclf_jax.optim import optimizers, schedules
 from imgclf_jax.optim.rules import Rules
-from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe
-from imgclf_jax.run import provenance
 from imgclf_jax.run.checkpoint import Checkpoints
 
 RATE = 0.05
@@ -140,29 +137,26 @@ WAYS = {
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("text", WAYS)
-def test_it_trains_and_resumes_bit_for_bit(text, fake_config, tmp_path):
+def test_it_trains_and_resumes_bit_for_bit(text, tmp_path):
     """In the compiled step on eight devices: the loss falls, and a state saved halfway leads to the same end."""
-    config = fake_config
-    config.update_from_flattened_dict({"schedule": "constant(0.1)", "optimizer": text, "total": "40 steps",
-                                       "log_every": "10 steps", "model": f"{__name__}:Net", **WAYS[text]})  # fmt: skip
-    data = provenance.DataInfo(64, (12, 12, 1), tuple("0123"), "")
-    programs = Programs(Recipe(config, data))
-    images = stream.Images(sources.open_splits(config.data.source)["train"], "decode(1)")
-    batches = [batch for _, batch in stream.batches(images, stream.StreamSpec(0, config.batch_size), range(40))]
+    of = programs(**{"schedule": "constant(0.1)", "optimizer": text, "total": "40 steps", "model": f"{__name__}:Net",
+                     **WAYS[text]})  # fmt: skip
+    images = stream.Images(sources.open_splits("fake(64, (12, 12, 1), 4)")["train"], "decode(1)")
+    batches = [batch for _, batch in stream.batches(images, stream.StreamSpec(0, 16), range(40))]
 
     def go(run, first, last):
         """Trains on these steps; returns only their sums."""
-        state, sums = sharding.put_replicated(run["state"], programs.mesh), programs.zero_sums()
+        state, sums = sharding.put_replicated(run["state"], of.mesh), of.zero_sums()
         for batch in batches[first:last]:
-            state, sums = programs.train(state, sums, sharding.put_batch(batch, programs.mesh))
+            state, sums = of.train(state, sums, sharding.put_batch(batch, of.mesh))
         return {"state": state, "sums": sums}
 
-    early = jax.device_get(go({"state": jax.device_get(programs.init_state())}, 0, 10))
+    early = jax.device_get(go({"state": jax.device_get(of.init_state())}, 0, 10))
     half = jax.device_get(go(early, 10, 21))
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    checkpoints.save(21, sharding.put_replicated(half, programs.mesh))
+    checkpoints.save(21, sharding.put_replicated(half, of.mesh))
     checkpoints.wait()
-    found = checkpoints.restore(21, programs.shape)
+    found = checkpoints.restore(21, of.shape)
     checkpoints.close()
     jax.tree.map(np.testing.assert_array_equal, found, half)
     end, resumed = go(half, 21, 40), go(found, 21, 40)

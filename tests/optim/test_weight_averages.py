@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import flags
 from tolerance import rounding
 
 import launch
@@ -98,10 +99,8 @@ def test_lookahead_with_a_schedule_is_airbench94s():
         np.testing.assert_allclose(state["mean"], average[1], rtol=0, atol=1e-5)
 
 
-FLAGS = ["--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=",
-         "--config.model=mlp(widths=(16,))", "--config.batch_size=16", "--config.log_every=", "--config.eval_every=",
-         "--config.total=22 steps", "--config.schedule=constant(1e-2)",
-         "--config.checkpoint.best=test/loss"]  # fmt: skip
+FLAGS = flags("augment=", "log_every=", "eval_every=", "total=22 steps", "schedule=constant(1e-2)",
+              "checkpoint.best=test/loss")  # fmt: skip
 
 
 @pytest.mark.thorough

@@ -4,16 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from cases import flags
 
 import launch
 from imgclf_jax.core import extras, paths
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run.writers import TIMES, read_metrics
 
-RUN = ("--config.data.source=fake(64, (8, 8, 1), 4)", "--config.preprocess=decode(1)", "--config.batch_size=16",
-       "--config.model=mlp(widths=(16,))", "--config.total=12 steps", "--config.log_every=2 steps",
-       "--config.eval_every=6 steps", "--config.checkpoint_every=4 steps",
-       "--config.data.eval.test=test[:10]")  # fmt: skip
+RUN = flags("data.source=fake(64, (8, 8, 1), 4)", "log_every=2 steps", "data.eval.test=test[:10]")
 
 
 @pytest.fixture(scope="module")

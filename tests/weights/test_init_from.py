@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import torch_format
+from cases import flags
 from PIL import Image
 from test_pretrained import programs
 from torch_fixtures import draw
@@ -26,9 +27,8 @@ MLP = {f"{name}.{leaf}": draw(f"{name}.{leaf}", shape) for name, size in (("dens
        for leaf, shape in (("weight", size), ("bias", size[:1]))}  # fmt: skip
 
 
-ARGV = ("--config.data.source=fake(32, (12, 12, 1), 10)", "--config.preprocess=decode(1)", "--config.augment=normalize",
-        "--config.model=mlp(widths=(16,))", "--config.total=2 steps", "--config.batch_size=16",
-        "--config.schedule=constant(1e-3)", "--config.eval_every=", "--config.tensorboard=False")  # fmt: skip
+ARGV = flags("data.source=fake(32, (12, 12, 1), 10)", "augment=normalize", "total=2 steps",
+             "schedule=constant(1e-3)", "eval_every=", "tensorboard=False")  # fmt: skip
 
 
 @pytest.fixture

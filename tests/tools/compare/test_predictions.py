@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from cases import flags
 from recorded import copy, edit, trained  # noqa: F401  fixtures
 
 import launch
@@ -12,11 +13,8 @@ from imgclf_jax.run import record
 from imgclf_jax.tools.compare import predictions
 from imgclf_jax.tools.compare.predictions import load
 
-RUN = ("--config.data.source=fake(80, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=normalize",
-       "--config.model=mlp(widths=(8,))", "--config.batch_size=16", "--config.total=8 steps",
-       "--config.schedule=constant(1e-2)", "--config.eval_every=", "--config.checkpoint_every=4 steps",
-       "--config.checkpoint.best=test/loss", "--config.tensorboard=False",
-       "--config.data.placement=device")  # fmt: skip
+RUN = flags("data.source=fake(80, (12, 12, 1), 4)", "augment=normalize", "model=mlp(widths=(8,))", "total=8 steps",
+            "schedule=constant(1e-2)", "eval_every=", "checkpoint.best=test/loss", "tensorboard=False")  # fmt: skip
 
 
 @pytest.mark.thorough

@@ -10,14 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import programs
 from compilers import skip_without
 
 import launch
 from imgclf_jax.config import default_config
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe
-from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.dryrun import command as dryrun
 from imgclf_jax.tools.dryrun import described, table, topology
@@ -46,19 +44,13 @@ def test_on_virtual_devices(tmp_path, capsys):
     assert "seconds" not in found  # a CPU has no published figures
 
 
-@pytest.fixture
-def programs(fake_config):
-    data = DataInfo(640, (12, 12, 1), ("a", "b", "c"), "")
-    fake_config.model, fake_config.batch_size = "mlp(widths=(16,))", 64
-    return Programs(Recipe(fake_config, data))
-
-
 @pytest.mark.thorough
-def test_what_does_not_fit(programs, monkeypatch, capsys):
+def test_what_does_not_fit(monkeypatch, capsys):
     """On a chip that is slightly too small; the time of a step is that of its scarcest resource."""
+    mlp = programs(classes=3, batch_size=64)
     chip, v5e = dataclasses.replace(table.CHIPS["v5e"], memory=1_000), topology.parse("v5e:2x4")
     monkeypatch.setitem(table.CHIPS, "v5e", chip)
-    found = dryrun.report(programs, v5e)
+    found = dryrun.report(mlp, v5e)
     assert not found["fits"]
     assert found["flops"] == 2 * 8 * (2 * 144 * 16 + 3 * 16 * 3)  # 8 images a chip; the first layer's input: none
     seconds = found["seconds"]
@@ -69,7 +61,7 @@ def test_what_does_not_fit(programs, monkeypatch, capsys):
     assert seconds["step"] == seconds[found["bound_by"]] == max(seconds.values())
     assert found["images_per_second"] == 64 / seconds["step"]
     monkeypatch.setitem(table.CHIPS, "v5e", dataclasses.replace(chip, memory=found["memory"]["peak"]))
-    found = dryrun.report(programs, v5e)
+    found = dryrun.report(mlp, v5e)
     assert found["fits"]
     dryrun._print(found)
     assert "images per second" in capsys.readouterr().out

@@ -13,18 +13,15 @@ import numpy as np
 import pytest
 import scipy.special
 import tensorflow as tf
+from cases import programs
 from jax import export
 from numpy.lib.stride_tricks import sliding_window_view
 from safetensors.numpy import load_file, save_file
 
 import imgclf_jax
 import launch
-from imgclf_jax.config import default_config
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.models.layers import max_pool
-from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe
-from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.tools.export import command, compared, onnx, saved_model, stablehlo
 from imgclf_jax.trained import Trained
 
@@ -106,16 +103,14 @@ SPECS = {"mlp(widths=(8,))": (8, 1), "cnn(widths=(4, 8), hidden=8)": (28, 1), "r
 def made(spec, tta=""):
     """(an untrained model of the spec, images)."""
     size, channels = SPECS[spec]
-    config = default_config()
-    config.model, config.augment, config.tta = spec, "normalize(0.5, 0.25)", tta
-    config.preprocess = f"decode({channels})"
-    recipe = Recipe(config, DataInfo(64, (size, size, channels), tuple("abcde"), "-"))
-    programs = Programs(recipe)
+    untrained = programs((size, size, channels), 5, model=spec, augment="normalize(0.5, 0.25)", tta=tta,
+                         preprocess=f"decode({channels})")  # fmt: skip
+    recipe = untrained.recipe
     images = np.random.default_rng(1).integers(256, size=(8, size, size, channels), dtype=np.uint8)
     first = None
     if hasattr(recipe.model.backbone, "init_on_images"):
         first = np.asarray(jax.jit(lambda x: recipe.augment(train=False)(None, x))(np.tile(images, (8, 1, 1, 1))))
-    return Trained(programs, programs.init_state(first), 0), images
+    return Trained(untrained, untrained.init_state(first), 0), images
 
 
 def outputs(file, images, names):
@@ -142,7 +137,7 @@ def test_every_backbone(spec, suffix, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "load_trained", lambda *_: model)
     command.main(model.config, None, [str(tmp_path / f"a{suffix}")], "", "probabilities", "")
     for n in (1, 7):
-        found = outputs(tmp_path / f"a{suffix}", images[:n], "abcde")
+        found = outputs(tmp_path / f"a{suffix}", images[:n], "01234")
         np.testing.assert_allclose(found, model.predict(images[:n]), rtol=0, atol=1e-5)
 
 

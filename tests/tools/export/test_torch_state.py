@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import flags
 from flax import linen as nn
 from flax import traverse_util
 from safetensors import safe_open
@@ -109,8 +110,8 @@ def test_fixed_positions_are_written():
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
-FLAGS = ["--config.total=2 steps", "--config.preprocess=decode(3)", "--config.data.source=fake(64, (12, 12, 3), 4)",
-         "--config.schedule=constant(1e-2)", "--config.eval_every=", "--config.batch_size=16"]  # fmt: skip
+FLAGS = flags("total=2 steps", "preprocess=decode(3)", "data.source=fake(64, (12, 12, 3), 4)",
+              "schedule=constant(1e-2)", "eval_every=")  # fmt: skip
 
 
 @pytest.mark.thorough

@@ -16,34 +16,24 @@ import httpx2 as httpx
 import jax
 import numpy as np
 import pytest
+from cases import flags, programs
 from fastapi import HTTPException
 from fastapi.testclient import TestClient
 from PIL import Image
 
 import launch
 from imgclf_jax import config as configs
-from imgclf_jax.config import default_config
-from imgclf_jax.core import sharding, tree
-from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe
-from imgclf_jax.run.provenance import DataInfo
+from imgclf_jax.core import tree
 from imgclf_jax.tools.serve import app, batcher, limits
 from imgclf_jax.tools.serve import command as serve
 from imgclf_jax.trained import Trained
 
 
-def untrained(data, **keys):
-    """A small network for these data, with random parameters, as if at step 20."""
-    config = default_config()
-    config.update(model="mlp(widths=(8,))", **keys)
-    programs = Programs(Recipe(config, data), sharding.make_mesh(jax.devices()[:1]))
-    return Trained(programs, programs.init_state(), 20)
-
-
 @pytest.fixture(scope="module")
 def model():
-    data = DataInfo(64, (28, 28, 1), tuple(map(str, range(10))), "-")
-    return untrained(data, preprocess="decode(1)|resize(28)")
+    """A small network with random parameters, as if at step 20."""
+    untrained = programs((28, 28, 1), 10, 1, preprocess="decode(1)|resize(28)")
+    return Trained(untrained, untrained.init_state(), 20)
 
 
 @pytest.fixture(scope="module")
@@ -172,15 +162,20 @@ def test_images_that_wait_share_a_batch(model, monkeypatch):
 
 
 ROOT = Path(__file__).parents[3]
-FLAGS = ["--config.data.source=fake(64, (8, 8, 1), 4)", "--config.preprocess=decode(1)|resize(8)",
-         "--config.total=2 steps", "--config.model=mlp(widths=(8,))", "--config.schedule=constant(1e-2)",
-         "--config.batch_size=16", "--config.eval_every="]  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_says_where_it_is_and_ends_at_a_signal(number, tmp_path):
-    assert launch.main([*FLAGS, f"--workdir={tmp_path}"]) == 0
+    assert (
+        launch.main(
+            [
+                *flags("total=2 steps", "preprocess=decode(1)|resize(12)", "model=mlp(widths=(8,))"),
+                f"--workdir={tmp_path}",
+            ]
+        )
+        == 0
+    )
     command = [sys.executable, "launch.py", "serve", f"--workdir={tmp_path}", "--port=0"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()

@@ -5,7 +5,7 @@ import base64
 import chromium
 import pytest
 from chromium import WIDTHS, browser  # noqa: F401  the latter is a fixture
-from test_app import model, png, untrained  # noqa: F401  the former is a fixture
+from test_app import model, png  # noqa: F401  the former is a fixture
 from test_limits import in_thread
 
 from imgclf_jax.tools.serve import app
