@@ -1,4 +1,4 @@
-"""Starts training in processes, kills them, and reads what a run leaves."""
+"""Starts training in processes, kills them, and reads what a run leaves; parts that the configs of such runs name."""
 
 import contextlib
 import json
@@ -15,10 +15,15 @@ from pathlib import Path
 from typing import NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.kinds import by_example
 from imgclf_jax.data.source import Source
+from imgclf_jax.models.layers import Conv, mean_pool
+from imgclf_jax.models.norms import BatchNorm
 
 ROOT = Path(__file__).parent.parent
 LONGEST = 600  # seconds that a process may take to end
@@ -113,6 +118,26 @@ def outcome(workdir: Path) -> tuple[str, list[dict]]:
     result = json.loads((workdir / "result.json").read_text())
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return result["params_sha256"], [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+
+class Smooth(nn.Module):
+    """Convolution, batch norm and tanh, twice: near zero, rounding would decide whether a ReLU has a gradient."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        for i, width in enumerate((8, 16)):
+            x = Conv(width, 3, strides=2, use_bias=False, name=f"conv{i}")(x)
+            x = nn.tanh(BatchNorm(name=f"norm{i}")(x, train))
+        return mean_pool(x)
+
+
+@by_example
+def poison(key, images, ids, epochs, which=((3, 1),), value=float("nan")):
+    """Multiplies the images of the (id, epoch) pairs `which` by `value`, as a damaged file or a bad transfer might."""
+    bad = jnp.zeros(ids.shape, bool)
+    for example, epoch in which:
+        bad |= (ids == example) & (epochs == epoch)
+    return jnp.where(bad[:, None, None, None], images * jnp.float32(value), images)
 
 
 def fails_in_process_1() -> NoReturn:

@@ -24,7 +24,7 @@ from imgclf_jax.models.classifier import Classifier
 STEPS, SAVED = 11, 4
 BASE = {
     "data.source": "digits", "preprocess": "decode(1)|resize(12)", "augment": "pad_crop(1)|normalize",
-    "model": "smooth_net:Smooth()", "batch_size": "16", "tensorboard": "False", "schedule": "cosine(1e-2)",
+    "model": "launched:Smooth()", "batch_size": "16", "tensorboard": "False", "schedule": "cosine(1e-2)",
     "total": f"{STEPS} steps", "checkpoint_every": f"{SAVED} steps", "checkpoint.keep": str(STEPS),
     "log_every": "1 steps", "eval_every": "5 steps", "data.eval.test": "test[:50]",
 }  # fmt: skip

@@ -41,12 +41,12 @@ RUN = ("--config.checkpoint_every=25 steps", "--config.log_every=10 steps", "--c
        "--config.on_bad_step=skip")  # fmt: skip
 # Three batches are poisoned.
 DIGITS = ("--config.total=500 steps",
-          "--config.augment=pad_crop(2)|normalize|poisoned:poison(((3, 1), (900, 20), (41, 38)))")  # fmt: skip
+          "--config.augment=pad_crop(2)|normalize|launched:poison(((3, 1), (900, 20), (41, 38)))")  # fmt: skip
 _FIRSTS = tuple((int(example_ids(0, step, 32, NOISE)[0]), 0) for step in (100, 211, 305))
 # A network with batch statistics.
 STREAM = (f"--config.data.source=fake({NOISE}, (12, 12, 1), 4)", "--config.preprocess=decode(1)",
-          f"--config.augment=normalize|poisoned:poison({_FIRSTS})", "--config.data.eval.test=test[:64]",
-          "--config.batch_size=32", "--config.total=400 steps", "--config.model=smooth_net:Smooth()",
+          f"--config.augment=normalize|launched:poison({_FIRSTS})", "--config.data.eval.test=test[:64]",
+          "--config.batch_size=32", "--config.total=400 steps", "--config.model=launched:Smooth()",
           "--config.optimizer=sgd(momentum=0.9)", "--config.schedule=constant(0.05)")  # fmt: skip
 
 

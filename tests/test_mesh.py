@@ -17,9 +17,9 @@ from imgclf_jax.trained import load
 
 
 def programs(mesh="data=-1", devices=None, **keys):
-    return cases.programs((8, 8, 3), 4, devices, **{
-        "mesh": mesh, "model": "mlp(widths=(256, 128))", "batch_size": 32, "total": "100 steps", **keys,
-        "augment": "flip_lr|normalize(0.5, 0.25)", "schedule": "constant(1e-3)", "preprocess": "decode(3)"})  # fmt: skip
+    usual = {"model": "mlp(widths=(256, 128))", "batch_size": 32, "total": "100 steps", "preprocess": "decode(3)",
+             "augment": "flip_lr|normalize(0.5, 0.25)", "schedule": "constant(1e-3)"}  # fmt: skip
+    return cases.programs((8, 8, 3), 4, devices, **{**usual, "mesh": mesh, **keys})
 
 
 def train(of, steps):

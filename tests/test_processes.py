@@ -151,7 +151,7 @@ def test_hosts_with_different_numbers_of_devices(tmp_path):
     They also skip the same poisoned steps.
     """
     words = (*SHORT, "--config.schedule=constant(1e-3)", "--local_devices=all", "--config.on_bad_step=skip",
-             "--config.augment=normalize|poisoned:poison(((3, 2), (9, 8)))", "--config.total=40 steps",
+             "--config.augment=normalize|launched:poison(((3, 2), (9, 8)))", "--config.total=40 steps",
              "--config.checkpoint_every=20 steps")  # fmt: skip
     launched.finish(tmp_path / "uneven", words, 2, (3, 1))
     rewind(tmp_path / "uneven", 20)

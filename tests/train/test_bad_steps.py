@@ -39,7 +39,7 @@ BAD = sorted(step_of(*one) for one in POISON)
 def poisoned(fake_config):
     fake_config.total, fake_config.log_every, fake_config.eval_every = f"{TOTAL} steps", "5 steps", ""
     fake_config.model, fake_config.optimizer = "mlp(widths=(8,), dropout=0.1)", "adam"
-    fake_config.augment = f"normalize|poisoned:poison({POISON})"
+    fake_config.augment = f"normalize|launched:poison({POISON})"
     return fake_config
 
 
@@ -87,7 +87,7 @@ def test_one_of_two_seeds_fails_in_its_only_step(poisoned, tmp_path, one_device)
     """It is named with the examples of its own stream, and leaves no result if the step is skipped."""
     first, second = (sampling.example_ids(seed, 0, BATCH, EXAMPLES) for seed in (0, 1))
     poisoned.num_seeds, poisoned.total = 2, "1 steps"
-    poisoned.augment = f"normalize|poisoned:poison((({np.setdiff1d(second, first)[0]}, 0),))"
+    poisoned.augment = f"normalize|launched:poison((({np.setdiff1d(second, first)[0]}, 0),))"
     with pytest.raises(UserError, match="not finite at step 0, "):
         train.main(poisoned, Workdir(tmp_path / "a"))
     found = json.loads((tmp_path / "a" / "nonfinite.json").read_text())

@@ -25,8 +25,6 @@ from imgclf_jax.models.layers import max_pool
 from imgclf_jax.tools.export import command, compared, onnx, saved_model, stablehlo
 from imgclf_jax.trained import Trained
 
-FLAGS = ["--config.total=20 steps", "--config.model=mlp(widths=(8,))", "--config.schedule=constant(1e-2)",
-         "--config.eval_every="]  # fmt: skip
 # Reads the file by the lines that `export` prints, where this package cannot be imported.
 READER = """
 import sys
@@ -39,55 +37,48 @@ print(classes)
 """
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("digits") / "run"
-    assert launch.main([*FLAGS, f"--workdir={workdir}", "--config.num_seeds=2"]) == 0
-    return workdir
-
-
 @pytest.mark.thorough
-def test_the_printed_lines_load_it_without_this_package(run, tmp_path, capsys):
+def test_the_printed_lines_load_it_without_this_package(seeds, tmp_path, capsys):
     """Probabilities of the ensemble of two seeds, for a number of images that was not traced."""
     file = tmp_path / "digits.stablehlo"
     capsys.readouterr()
-    assert launch.main(["export", str(file), f"--workdir={run}"]) == 0
+    assert launch.main(["export", str(file), f"--workdir={seeds}"]) == 0
     out = capsys.readouterr().out
     first, match, until, _, loader = out.split("\n", 4)
     assert match.startswith("JAX's outputs match the model's on five random images, up to ")
-    assert first.endswith("probabilities of uint8 images [b, 28, 28, 1]")
+    assert first.endswith("probabilities of uint8 images [b, 8, 8, 1]")
     last = (datetime.date.today() + datetime.timedelta(days=180)).isoformat()
     assert last in until
-    images = np.random.default_rng(0).integers(256, size=(5, 28, 28, 1), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(256, size=(5, 8, 8, 1), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
     command = [sys.executable, "-W", "error", "-c", READER.format(loader=loader), "images.npy", "out.npy"]
     printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=tmp_path).stdout
     assert printed == f"{[str(c) for c in range(10)]}\n"
-    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), imgclf_jax.load(run).predict(images), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), imgclf_jax.load(seeds).predict(images), rtol=0, atol=1e-5)
     described = json.loads(zipfile.ZipFile(file).read("metadata.json"))
     assert (described["images"], described["host_ops"], described["step"]) == (
-        {"dtype": "uint8", "shape": ["b", 28, 28, 1]}, "decode(1)|resize(28)", 20)  # fmt: skip
+        {"dtype": "uint8", "shape": ["b", 8, 8, 1]}, "decode(1)", 60)  # fmt: skip
     assert (described["output"]["shape"], described["loads_until"]) == (["b", 10], last)
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("gives", ["logits", "features"])
-def test_logits_and_features_of_each_seed(run, gives):
-    model = imgclf_jax.load(run)
+def test_logits_and_features_of_each_seed(seeds, gives):
+    model = imgclf_jax.load(seeds)
     content = stablehlo.archive(model, gives, datetime.date(2026, 1, 1))[0]
     assert content == stablehlo.archive(model, gives, datetime.date(2026, 1, 1))[0]  # the same model, the same bytes
     archive = zipfile.ZipFile(io.BytesIO(content))
     exported, described = export.deserialize(bytearray(archive.read("model.stablehlo"))), archive.read("metadata.json")
-    images = np.random.default_rng(0).integers(256, size=(3, 28, 28, 1), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(256, size=(3, 8, 8, 1), dtype=np.uint8)
     np.testing.assert_allclose(exported.call(images), getattr(model, gives)(images), rtol=1e-5, atol=1e-5)
     assert json.loads(described)["output"]["shape"] == [2, "b", {"logits": 10, "features": 8}[gives]]
 
 
 @pytest.mark.thorough
-def test_a_file_that_differs_from_the_model_is_not_written(run, tmp_path, monkeypatch, capsys):
+def test_a_file_that_differs_from_the_model_is_not_written(seeds, tmp_path, monkeypatch, capsys):
     lower = stablehlo.lower
     monkeypatch.setattr(stablehlo, "lower", lambda f, *rest: lower(lambda *args: 1.01 * f(*args), *rest))
-    assert launch.main(["export", f"{tmp_path}/a.stablehlo", f"--workdir={run}", "--gives=logits"]) == 1
+    assert launch.main(["export", f"{tmp_path}/a.stablehlo", f"--workdir={seeds}", "--gives=logits"]) == 1
     assert "JAX's outputs differ from the model's by up to" in capsys.readouterr().err
     assert not (tmp_path / "a.stablehlo").exists()
 
@@ -242,21 +233,21 @@ print(classes)
 
 
 @pytest.mark.thorough
-def test_the_printed_lines_load_it_without_this_package_and_jax(run, tmp_path, capsys, monkeypatch):
+def test_the_printed_lines_load_it_without_this_package_and_jax(seeds, tmp_path, capsys, monkeypatch):
     """Probabilities of the ensemble of two seeds, and the logits of each, for one image and for five."""
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    assert launch.main(["export", "probabilities.savedmodel", f"--workdir={run}"]) == 0
+    assert launch.main(["export", "probabilities.savedmodel", f"--workdir={seeds}"]) == 0
     _, second, _, loader = capsys.readouterr().out.split("\n", 3)
     assert second.startswith("TensorFlow's outputs match the model's on five random images, up to ")
-    assert launch.main(["export", "logits.savedmodel", "--gives=logits", f"--workdir={run}"]) == 0
-    images = np.random.default_rng(0).integers(256, size=(5, 28, 28, 1), dtype=np.uint8)
+    assert launch.main(["export", "logits.savedmodel", "--gives=logits", f"--workdir={seeds}"]) == 0
+    images = np.random.default_rng(0).integers(256, size=(5, 8, 8, 1), dtype=np.uint8)
     np.save("images.npy", images)
     folders = ["probabilities.savedmodel", "logits.savedmodel"]
     command = [sys.executable, "-c", TENSORFLOW_READER.format(loader=loader), *folders]
     printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     assert printed == f"{[str(c) for c in range(10)]}\n"
-    model = imgclf_jax.load(run)
+    model = imgclf_jax.load(seeds)
     for n in (1, 5):
         np.testing.assert_allclose(np.load(f"probabilities{n}.npy"), model.predict(images[:n]), rtol=0, atol=1e-5)
         logits = np.load(f"logits{n}.npy")
@@ -265,12 +256,12 @@ def test_the_printed_lines_load_it_without_this_package_and_jax(run, tmp_path, c
 
 
 @pytest.mark.thorough
-def test_one_that_is_there_is_replaced_once_the_new_one_is_right(run, tmp_path, monkeypatch, capsys):
+def test_one_that_is_there_is_replaced_once_the_new_one_is_right(seeds, tmp_path, monkeypatch, capsys):
     """Another folder stays."""
-    model, folder = imgclf_jax.load(run), tmp_path / "a.savedmodel"
+    model, folder = imgclf_jax.load(seeds), tmp_path / "a.savedmodel"
     folder.mkdir()
     (folder / "thesis.txt").write_text("mine")
-    assert launch.main(["export", str(folder), f"--workdir={run}"]) == 1
+    assert launch.main(["export", str(folder), f"--workdir={seeds}"]) == 1
     assert "exists and is not a SavedModel" in capsys.readouterr().err
     (folder / "saved_model.pb").write_text("")
     today = datetime.date(2026, 1, 1)

@@ -128,11 +128,10 @@ def test_a_record_that_is_damaged(copy, tmp_path, capsys, name, content, says):
 
 @pytest.mark.parametrize(("name", "keep", "lacks"), [
     ("metrics.jsonl", slice(-1), "test/accuracy at step 10"),
-    ("metrics.jsonl", slice(0), "train/accuracy at step 5"),
     ("digests.jsonl", slice(3), "parameters at step 4"),
     ("provenance.json", slice(0), "provenance.json at step 0"),
     ("result.json", slice(0), "result.json at step 10"),
-], ids=["last metrics", "metrics", "digests", "provenance", "result"])  # fmt: skip
+], ids=["metrics", "digests", "provenance", "result"])  # fmt: skip
 def test_a_record_that_lacks_something(reproduce, copy, name, keep, lacks):
     """Nothing that it has differs, and that is not the same."""
     lines = (copy / name).read_text().splitlines(keepends=True)[keep]
