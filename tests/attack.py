@@ -6,10 +6,8 @@ The verdict counts the faults, and the exit status is 1 if there is any: the pol
 than SLOW seconds, the server takes more than MEMORY, ends early or not at all, or its log has a traceback.
 """
 
-import argparse
 import collections
 import contextlib
-import http.client
 import io
 import os
 import random
@@ -19,19 +17,18 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import zlib
 from pathlib import Path
 
+import httpx2 as httpx
+import launched
 import numpy as np
+from cases import flags
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-TINY = ("--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=",
-        "--config.model=mlp(widths=(32,))", "--config.schedule=constant(1e-2)", "--config.total=12 steps",
-        "--config.batch_size=16")  # fmt: skip
 CLIENTS = 6  # hostile ones at once, each with an address of its own
 MEMORY, SLOW, END = 2 << 30, 2.0, 10.0  # bytes of the server; seconds of an answer to the polite client; until its end
 PATIENCE = 5.0  # seconds that a hostile client takes at most
@@ -109,69 +106,52 @@ def requests() -> Requests:
     }
 
 
-class Hostile:
-    """A client from 127.0.0.`number`; `rng` decides what it does next. Whatever the server answers is right."""
+def hostile(port: int, number: int, rng: random.Random, sent: Requests) -> str:
+    """One act of a client from 127.0.0.`number`, and its name. Whatever the server answers is right."""
+    name = rng.choice((*sent, "many connections", "abrupt close"))
 
-    def __init__(self, port: int, number: int, rng: random.Random, requests: Requests):
-        self.port, self.address, self.rng, self.requests = port, f"127.0.0.{number}", rng, requests
+    def connect() -> socket.socket:
+        return socket.create_connection(("127.0.0.1", port), PATIENCE, (f"127.0.0.{number}", 0))
 
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), PATIENCE, (self.address, 0))
-
-    def send(self, pieces: list[bytes], pause: float) -> None:
-        """Sends pieces until the server has enough of them or the client has, then reads some of the answer."""
-        until = time.monotonic() + PATIENCE
-        with self.connect() as connection:
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        connection = stack.enter_context(connect())
+        if name == "many connections":
+            for _ in range(rng.choice((20, 200))):
+                stack.enter_context(connect()).send(rng.choice((b"", b"GET / HT", FORM)))
+            time.sleep(rng.choice((0.1, 2.0)))
+        elif name == "abrupt close":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.sendall(post(png())[: rng.choice((30, 90, 10**6))])
+            time.sleep(rng.choice((0.0, 0.01)))
+        else:
+            pieces, pause = rng.choice(sent[name])
+            until = time.monotonic() + PATIENCE
             with contextlib.suppress(ConnectionError):  # the server may answer early and close
                 for piece in pieces:
                     connection.sendall(piece)
                     time.sleep(pause)
                     if time.monotonic() > until:
                         break
-            connection.settimeout(self.rng.choice((0.1, 1.0)))
+            connection.settimeout(rng.choice((0.1, 1.0)))
             connection.recv(65536)
-
-    def many_connections(self) -> None:
-        with contextlib.ExitStack() as stack:
-            for _ in range(self.rng.choice((20, 200))):
-                stack.enter_context(self.connect()).send(self.rng.choice((b"", b"GET / HT", FORM)))
-            time.sleep(self.rng.choice((0.1, 2.0)))
-
-    def abrupt_close(self) -> None:
-        with self.connect() as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            connection.sendall(post(png())[: self.rng.choice((30, 90, 10**6))])
-            time.sleep(self.rng.choice((0.0, 0.01)))
-
-    def act(self) -> str:
-        """Does one of the above, and returns its name."""
-        name = self.rng.choice((*self.requests, "many connections", "abrupt close"))
-        with contextlib.suppress(OSError):
-            if name in self.requests:
-                self.send(*self.rng.choice(self.requests[name]))
-            else:
-                getattr(self, name.replace(" ", "_"))()
-        return name
+    return name
 
 
 def memory(pid: int) -> int:
-    """Bytes of a process and its children in memory."""
+    """Bytes of a process in memory; 0 where it has ended."""
     with contextlib.suppress(OSError):
-        folder = Path("/proc", str(pid))
-        own = int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        return own + sum(memory(int(child)) for child in (folder / f"task/{pid}/children").read_text().split())
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0
 
 
 def start(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
     """Trains a tiny run, and serves it; the server and its port. Its log is `folder`/log."""
-    command = [sys.executable, str(ROOT / "launch.py")]
+    command, workdir = [sys.executable, str(ROOT / "launch.py")], f"--workdir={folder}/run"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(folder / "cache")}
     with (folder / "log").open("wb") as log:
-        subprocess.run([*command, "train", f"--workdir={folder}/run", *TINY], env=environment, check=True, stdout=log,
-                       stderr=log)  # fmt: skip
-        served = subprocess.Popen([*command, "serve", f"--workdir={folder}/run", "--port=0"], env=environment,
-                                  stdout=log, stderr=log)  # fmt: skip
+        logged = {"env": environment, "stdout": log, "stderr": log}
+        subprocess.run([*command, "train", workdir, *flags("schedule=constant(1e-2)")], check=True, **logged)
+        served = subprocess.Popen([*command, "serve", workdir, "--port=0"], **logged)
     while not (found := re.search(r"at http://127\.0\.0\.1:(\d+)", (folder / "log").read_text())):
         if served.poll() is not None:
             raise SystemExit(f"the server does not start: {(folder / 'log').read_text()}")
@@ -181,17 +161,12 @@ def start(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
 
 def ask(port: int) -> tuple[int | str, float]:
     """Status, or why there is none, and seconds of a polite request."""
-    began, connection = time.monotonic(), http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    began = time.monotonic()
     try:
-        _, _, body = post(png()).partition(b"\r\n\r\n")
-        connection.request("POST", "/predict", body, {"Content-Type": "multipart/form-data; boundary=x"})
-        answer = connection.getresponse()
-        answer.read()
-        return answer.status, time.monotonic() - began
-    except OSError as e:
+        url = f"http://127.0.0.1:{port}/predict"
+        return httpx.post(url, files={"images": png()}, timeout=30).status_code, time.monotonic() - began
+    except httpx.HTTPError as e:
         return str(e), time.monotonic() - began
-    finally:
-        connection.close()
 
 
 def attack(seconds: float, seed: int, folder: Path) -> int:
@@ -202,13 +177,12 @@ def attack(seconds: float, seed: int, folder: Path) -> int:
     now, slowest, most, answers = [""] * CLIENTS, 0.0, 0, 0
 
     def loose(number: int) -> None:
-        one = Hostile(port, number + 2, random.Random(f"{seed}/{number}"), sent)
+        rng = random.Random(f"{seed}/{number}")
         while time.monotonic() < until:
-            now[number] = one.act()
+            now[number] = hostile(port, number + 2, rng, sent)
             count[now[number]] += 1
 
     threads = [threading.Thread(target=loose, args=(number,)) for number in range(CLIENTS)]
-    print(f"serving in {folder}", flush=True)
     for thread in threads:
         thread.start()
     while time.monotonic() < until and server.poll() is None:
@@ -239,13 +213,5 @@ def attack(seconds: float, seed: int, folder: Path) -> int:
     return faults.total()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0, help="of the plan")
-    args = parser.parse_args()
-    return min(1, attack(args.seconds, args.seed, Path(tempfile.mkdtemp(prefix="attack"))))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(launched.main(__doc__, "attack", attack))
