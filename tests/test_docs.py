@@ -207,7 +207,6 @@ def test_the_tests_that_reliability_names_are_there():
 
 
 def test_the_commands_for_clusters_are_valid(monkeypatch, capsys):
-    """Each launch.py command of the page parses, with its config."""
     monkeypatch.chdir(ROOT)
     page = TEXTS["clusters"]
     text = page.replace("\\\n", " ").replace("$OMPI_COMM_WORLD_SIZE", "2").replace("$OMPI_COMM_WORLD_RANK", "0")
@@ -244,7 +243,6 @@ def test_the_readme_takes_a_screen_and_a_half():
 
 
 def test_its_links_lead_somewhere():
-    """From the README and the pages to files of this repository."""
     for name, text in TEXTS.items():
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
             assert (PAGES[name].parent / link).is_file(), link
@@ -259,11 +257,7 @@ def test_the_table_of_specs_names_every_name():
 @pytest.mark.thorough
 @pytest.mark.parametrize("how", ["data.placement=device", "preprocess=decode(1)|random_resized_crop(28)"])
 def test_training_needs_neither_tensorflow_nor_clu_nor_a_cache(how, tmp_path):
-    """A whole run, with evaluation and checkpoints, where these packages are not installed, has the same bits.
-
-    Only a random crop, which tf.data reads ahead, imports TensorFlow where it is installed. There is no place for the
-    compilation cache either: a file is where its folder should be. Nothing warns.
-    """
+    """A whole run without these packages has the same bits; only a random crop, read ahead by tf.data, imports it."""
     (tmp_path / "file").write_text("")
     environment = user_environment(str(tmp_path / "file"))
 

@@ -87,7 +87,6 @@ def test_the_second_run_compiles_nothing(tmp_path):
 
 
 def test_the_package_beside_launch_py_is_the_one_that_runs(tmp_path):
-    """A clone run in another clone's environment, with PYTHONPATH too, used the other's package."""
     other, mark = tmp_path / "other", "Directory of the other clone's data"
     other.mkdir()
     shutil.copy(ROOT / "launch.py", other)

@@ -130,7 +130,6 @@ def test_a_run_trains_resumes_and_predicts(tmp_path, capsys):
 
 
 def test_the_mesh_is_that_of_jax():
-    """With axes whose shardings the compiler chooses."""
     for text, shape in (("data=-1", (8,)), ("data=2, fsdp=4", (2, 4)), ("fsdp=4,data=-1", (4, 2))):
         mesh = sharding.make_mesh(text=text)
         expected = jax.make_mesh(shape, mesh.axis_names, axis_types=(AxisType.Auto,) * len(shape))

@@ -297,7 +297,6 @@ def test_wrong_values(mistake, tmp_path, flag, fragments):
 
 
 def test_a_folder_of_data_is_no_work_directory(mistake, tmp_path):
-    """A run in the folder of one's photographs left files there that the next start took for a class."""
     (tmp_path / "cat").mkdir()
     assert has(mistake(*FAKE, f"--workdir={tmp_path}"), "holds the folder 'cat' and no run", "another --workdir")
     assert [file.name for file in tmp_path.iterdir()] == ["cat"]
@@ -305,7 +304,6 @@ def test_a_folder_of_data_is_no_work_directory(mistake, tmp_path):
 
 @pytest.mark.thorough
 def test_images_of_different_sizes(mistake, tmp_path):
-    """What evaluation and training need is said before they begin."""
     rng = np.random.default_rng(0)
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)

@@ -25,7 +25,6 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 @pytest.mark.thorough
 def test_changed_data(mistake, whole, capsys):
-    """Training stops; evaluation continues and says so."""
     workdir, argv = whole
     before, file = snapshot(workdir), workdir.parent / "data.npz"
     content = file.read_bytes()
@@ -45,7 +44,6 @@ def test_changed_data(mistake, whole, capsys):
 
 
 def test_paths_that_cannot_be_written(mistake, tmp_path):
-    """A file in place of the directory, a path below a file, and /proc if it exists."""
     (tmp_path / "file").write_text("mine")
     places = {"file": "it is a file", "file/run": "Not a directory"}
     if Path("/proc/self").is_dir():
@@ -105,7 +103,6 @@ def test_wrong_usage_of_a_run(mistake, whole, tmp_path, monkeypatch, status, arg
 
 @pytest.mark.thorough
 def test_nothing_to_evaluate(mistake, whole, tmp_path):
-    """No such checkpoint, another model, no files."""
     workdir, _ = whole
     before = snapshot(workdir)
     for which in ("7", "best", "newest"):
@@ -136,7 +133,6 @@ def test_a_damaged_record(mistake, copy, file, content):
 
 
 def test_a_damaged_checkpoint_that_is_named(mistake, copy):
-    """It is reported, and no other one is used in its place."""
     workdir, _ = copy
     file = max((workdir / "checkpoints" / "12").rglob("*"), key=lambda f: f.is_file() and f.stat().st_size)
     *most, last = file.read_bytes()
@@ -146,10 +142,6 @@ def test_a_damaged_checkpoint_that_is_named(mistake, copy):
 
 
 def test_a_result_cut_short_is_written_again(copy, capsys):
-    """By a process that trains no step: it has no training speed, and says so.
-
-    The metrics.jsonl of another run, copied in, gave result.json its accuracy with this run's parameters.
-    """
     workdir, argv = copy
     before = json.loads((workdir / "result.json").read_text())
     (workdir / "result.json").write_text("{")
@@ -166,7 +158,6 @@ def test_a_result_cut_short_is_written_again(copy, capsys):
 
 
 def test_a_result_goes_when_its_run_is_trained_again(copy, caplog):
-    """`compare` would have shown it for the run that is training again."""
     workdir, _ = copy
     shutil.rmtree(workdir / "checkpoints")
     config = Workdir(workdir).load_config()
@@ -178,7 +169,6 @@ def test_a_result_goes_when_its_run_is_trained_again(copy, caplog):
 
 @pytest.mark.parametrize("name", ["step", "train", "a/b"])
 def test_a_set_that_results_have_no_room_for(mistake, whole, tmp_path, monkeypatch, name):
-    """`step` replaced the step in result.json, `train` wrote train/accuracy twice, and `a/b` was a traceback."""
     monkeypatch.setattr("imgclf_jax.datasets.open_data", None)
     for command in (["train", f"--workdir={tmp_path}/run", *FAKE], ["evaluate", f"--workdir={whole[0]}"]):
         said = f"data.eval names a set {name!r}: use letters, digits, _ and -, and none of the names attack, epochs"
@@ -186,7 +176,6 @@ def test_a_set_that_results_have_no_room_for(mistake, whole, tmp_path, monkeypat
 
 
 def test_checkpoints_without_a_config_are_no_start(copy, mistake):
-    """Their config is unknown: with another `total`, `train` removed the run's result and exited with status 75."""
     workdir, argv = copy
     (workdir / "config.json").unlink()
     before = snapshot(workdir)
@@ -235,7 +224,6 @@ def test_a_loss_that_is_not_finite(mistake, tmp_path, capsys):
 
 
 def test_output_that_nobody_reads():
-    """`launch.py config | true` does not mention a broken pipe."""
     pipe = f"{sys.executable} {ROOT}/launch.py config | true"
     process = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True)
     assert (process.stdout, process.stderr) == ("", "")

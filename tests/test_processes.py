@@ -68,7 +68,6 @@ def test_each_process_gets_the_rows_of_its_devices(devices, rows, other):
     (("--num_processes=3",), "process 1 has --num_processes=3, process 0 has --num_processes=2"),
 ])  # fmt: skip
 def test_processes_that_were_given_something_else(tmp_path, last, sentence):
-    """Both say so and end before they train."""
     workdir = tmp_path / "run"
     last = tuple(flag.replace("OTHER", f"{tmp_path}/other") for flag in last)
     began = time.monotonic()
@@ -84,7 +83,6 @@ def test_processes_that_were_given_something_else(tmp_path, last, sentence):
     (100, 12, "another task died"),  # JAX's heartbeat
 ])  # fmt: skip
 def test_a_process_that_is_stopped_ends_the_other(tmp_path, watchdog, heartbeat, sentence):
-    """SIGSTOP of one of two."""
     words = (*launched.LONG, f"--config.watchdog={watchdog} s")
     started = launched.start(tmp_path / "run", words, 2, heartbeat=heartbeat)
     try:
@@ -146,10 +144,7 @@ def test_evaluation_runs_in_the_processes_of_its_run(tmp_path, capfd):
 
 @pytest.mark.thorough
 def test_hosts_with_different_numbers_of_devices(tmp_path):
-    """Three devices and one give the losses of four in one process, before and after a checkpoint.
-
-    They also skip the same poisoned steps.
-    """
+    """Three and one give the losses of four in one process, before and after a checkpoint, and skip the same steps."""
     words = (*SHORT, "--config.schedule=constant(1e-3)", "--local_devices=all", "--config.on_bad_step=skip",
              "--config.augment=normalize|launched:poison(((3, 2), (9, 8)))", "--config.total=40 steps",
              "--config.checkpoint_every=20 steps")  # fmt: skip

@@ -68,7 +68,6 @@ def noisy(learning_rate):
 @pytest.mark.parametrize(("key", "function"), [("schedule", "table"), ("optimizer", "noisy")])
 @pytest.mark.parametrize("lr", ["", "head/.*=2"])  # rules read the names of the parameters before all else
 def test_factories_run_outside_of_any_trace(key, function, lr, fake_config):
-    """Their arrays and keys were tracers of the first trace that needed them, and failed in the next one."""
     fake_config.model, fake_config.rules.lr = "mlp(widths=(4,))", lr
     fake_config[key] = f"{__name__}:{function}"
     programs = Programs(Recipe(fake_config, DATA))
@@ -127,7 +126,6 @@ def test_a_loop_of_your_own_is_the_runs(fake_config):
 
 
 def test_targets_in_memory_make_the_task_that_they_make_in_a_source(fake_config):
-    """They were taken for class labels, and distributions were evaluated as labels."""
     images, targets = np.zeros((4, 8, 8, 1), np.uint8), np.full((4, 2), 0.5, np.float32)
     for fake_config.loss, task in (("sigmoid", Task.MULTILABEL), ("softmax", Task.SOFT)):
         assert recipe.for_arrays(fake_config, images, targets).task is task

@@ -32,13 +32,11 @@ NETWORKS = (
     *(pytest.param(keys, marks=pytest.mark.slow) for keys in NETWORKS),
 ])  # fmt: skip
 def test_every_way_to_train(keys, tmp_path):
-    """Cadences, placement, and a resume from the middle."""
     Check("supervised", tmp_path, tmp_path).ways(**keys)
 
 
 @pytest.mark.usefixtures("one_device")
 def test_training_depends_on_neither_placement_nor_threads(fake_config, tmp_path):
-    """The same parameters, metrics and evaluations."""
     config = fake_config
     config.model = "mlp(widths=(8,))"
     config.total, config.augment = "23 steps", "flip_lr|normalize"

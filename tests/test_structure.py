@@ -134,7 +134,6 @@ def test_files_are_short_and_have_a_purpose():
 
 
 def test_public_functions_of_the_package_are_documented():
-    """A class or function that another module uses says what it does; so does each module."""
     for name, file in FILES.items():
         for node in parsed(file).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):

@@ -73,7 +73,6 @@ class Constant(nn.Module):
 
 
 def test_an_image_may_be_a_file_bytes_pixels_or_pillows(model, pixels, tmp_path):
-    """And one alone may stand where several do."""
     expected = model.predict(pixels[:1])
     picture = Image.fromarray(pixels[0, ..., 0])
     picture.save(tmp_path / "a.png")

@@ -128,7 +128,6 @@ def test_trusted(trained, tmp_path, monkeypatch, capsys, model):
 
 @pytest.mark.parametrize("place", ["the current folder", *thorough("the folder of the config")])
 def test_a_file_that_is_called_like_a_library(tmp_path, place):
-    """What is installed comes first."""
     for name in ("optax", "jax", "absl", "ml_collections", "os"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')\n")
     (tmp_path / "mine.py").write_text((ROOT / "configs" / "digits.py").read_text())
@@ -145,7 +144,6 @@ def test_a_file_that_is_called_like_a_library(tmp_path, place):
     (["-m", "imgclf_jax"], ["evaluate"]),
 ])  # fmt: skip
 def test_no_file_of_the_current_folder_stands_in_for_a_package(trained, tmp_path, program, words):
-    """Packages look for optional ones, and commands for extras: a missing one was found in a stranger's run."""
     run = shutil.copytree(trained, tmp_path / "run")
     for name in ("matplotlib", "jax2onnx", "pandas", "jax_plugins/evil", "defusedxml", "jax"):
         (run / name).mkdir(parents=True)
@@ -265,7 +263,6 @@ def test_the_lock_is_no_link(mistake, run, home):
 
 
 def test_a_name_like_that_of_a_checkpoint_removes_no_other_folder(run):
-    """`replaced-..` was put back in place of the work directory."""
     for name in ("replaced-..", "replaced-"):
         (run / "checkpoints" / name).mkdir()
     before = snapshot(run)

@@ -31,8 +31,6 @@ def test_a_platform_that_is_not_here(monkeypatch, error):
 
 
 def test_another_process_that_dies_ends_this_one_with_a_sentence(monkeypatch):
-    """JAX raises the error of a collective."""
-
     def compute():
         with distributed.started({}):
             raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
@@ -101,7 +99,6 @@ REFUSED = {
 
 
 def test_what_can_be_checked_at_once_is_checked_before_jax_is_imported(tmp_path):
-    """`predict no.jpg` took seconds."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(configs.to_json(configs.default_config()))
     refused = [words for words in REFUSED if words.split()[0] in table.COMMANDS]  # a tool may have been deleted
@@ -115,7 +112,6 @@ def test_what_can_be_checked_at_once_is_checked_before_jax_is_imported(tmp_path)
 
 @pytest.mark.parametrize("extra", sorted(extras._MODULES))
 def test_how_to_install_an_extra(extra):
-    """pyproject.toml has an extra or a dependency group of this name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     kind, names = "extra", project["project"]["optional-dependencies"]
     if extra == "onnx":  # conflicts with the others

@@ -102,15 +102,12 @@ def test_what_differs_is_named_with_its_process(three):
 
 
 def test_process_0_goes_first(three):
-    """The others find what it prepares, however long that takes."""
     order = []
     three(lambda number: processes.first_in_process_0(lambda: time.sleep(0.1 * (not number)) or order.append(number)))
     assert (order[0], len(order)) == (0, 3)
 
 
 def test_data_that_differ_are_named(three):
-    """For example, a folder with the same path has other files on another host."""
-
     def open_data(number):
         config = default_config()
         config.data.source = f"fake(64, (8, 8, {1 + number // 2}))"  # as many

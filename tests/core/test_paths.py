@@ -47,7 +47,6 @@ def test_the_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
 
 
 def test_two_writers_of_one_file(tmp_path):
-    """The second one truncated what the first one had written, and the first one renamed the file of the second."""
     path = tmp_path / "out"
     with paths.replacing(path) as first:
         first.write(b"the fir")

@@ -73,7 +73,6 @@ def test_it_ends_the_process_also_where_exceptions_are_dropped(where):
 
 
 def test_ignored_signals_stay_ignored():
-    """As in the background of some shells."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     stopping.end_on_signals()
     os.kill(os.getpid(), signal.SIGINT)

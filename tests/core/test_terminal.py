@@ -75,7 +75,6 @@ def test_progress(monkeypatch, is_terminal):
 
 
 def test_tables_and_log_lines_escape_what_is_not_printable(capsys):
-    """A name cannot break a line or control the terminal."""
     names = ["a\nb", "\x1b[31m", "\udcff", "é漢"]
     terminal.print_table(["file"], [[name] for name in names])
     out = capsys.readouterr().out

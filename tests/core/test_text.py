@@ -29,7 +29,6 @@ def test_escapes(name, shown):
 
 
 def test_names_on_a_line_each():
-    """A name with a line break was two lines, so every later name was another class's."""
     assert one_per_line(["a\nb", "c\r\n", "\udcff", "é"]) == "a\\nb\nc\\r\\n\n\\udcff\né"
 
 

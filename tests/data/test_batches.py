@@ -170,7 +170,6 @@ def own(image, what):
 
 @pytest.mark.parametrize("image", [np.full((5, 5, 1), 7, np.uint8), Image.new("L", (5, 5), 7)])
 def test_a_users_host_op(image):
-    """It changed an example for all later epochs; as uint8, all values in [0, 1] would become 0."""
     source = Source(1, lambda ids: {"image": [image] * len(ids)}, ("a",), "own", np.zeros(1, int))
     for what, message in (("changes", "read-only"), ("fails", "cannot reshape")):  # with the traceback into the op
         with pytest.raises(ValueError, match=message) as e:

@@ -135,7 +135,6 @@ def test_balanced_gives_each_class_its_turn_and_each_example_its_share():
 
 @pytest.mark.parametrize("text", ["balanced", f"{__name__}:make_own(of_class=1)"])
 def test_batches_are_the_same_on_any_placement_and_process(files, text):
-    """Whose ids the test above holds for every sampling."""
     images = stream.Images(source(), "decode(1)", 3, sampler=build(text, files))
     spec = stream.StreamSpec(3, 16, num_seeds=2, needs_ids=True)
     whole = dict(stream.batches(images, spec, range(2, 8)))
@@ -153,7 +152,6 @@ def test_batches_are_the_same_on_any_placement_and_process(files, text):
 
 @pytest.mark.parametrize(("n", "size"), [(1437, 500), (999, 1000), (3, 1)])
 def test_the_sampling_of_the_page_visits_every_example_of_each_window(n, size):
-    """Its stride shared a factor with the size for a fifth of the seeds, and visited 300 of 1,437 examples."""
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     names: dict = {}
     exec(re.search(r"```python\n# my_sampling\.py\n(.*?)```", page, re.DOTALL)[1], names)
@@ -261,7 +259,6 @@ def reference_id(seed, position, n):
 
 @given(SEEDS, st.one_of(SIZES, st.integers(1, 2**40)), st.integers(0, 2**50))
 def test_ids_are_those_of_the_definition(seed, n, position):
-    """Another order would invalidate every published seed."""
     positions = np.arange(position, position + 3)
     expected = [reference_id(seed, p, n) for p in positions.tolist()]
     assert sampling.position_ids(seed, positions, n).tolist() == expected

@@ -112,7 +112,6 @@ def test_what_makes_no_source(fields, message):
     ({"image": [0], "label": [0, 0]}, "labels are int64[2] for 1 examples"),
 ])  # fmt: skip
 def test_what_a_read_must_return(gives, message):
-    """A label of -1 used to be trained as the last class, and 0.7 as the first."""
     base = {"train": Source(4, lambda ids: gives, ("a", "b"), "x")}
     for split in ("train", "train[:1]+train[1:]"):
         with pytest.raises(UserError) as e:

@@ -62,7 +62,6 @@ def test_counting_takes_no_memory_for_examples():
     ("test[:3]+test[3:]", None), ("test[3:]+train+test[:3]", None),
 ])  # fmt: skip
 def test_an_evaluation_set_has_no_example_twice(text, counts):
-    """Overlapping parts counted some of them twice; a training split may have such parts."""
     sizes = {"train": 1000, "test": 360}
     if counts is None:
         splits.check_disjoint(text, sizes)

@@ -83,7 +83,6 @@ def test_batches_hold_the_targets_of_their_examples(place):
 
 
 def test_targets_of_all_examples_and_streams_fit_the_loss(fake_config):
-    """Those from the 64th example on were trained by, to a negative cross-entropy."""
     soft = np.eye(3, dtype=np.float32)[np.arange(N) % 3]
     fits = regression(soft)
     wrong = dataclasses.replace(regression(np.where(np.arange(N)[:, None] == 37, 40 * soft - 3, soft)),

@@ -54,7 +54,6 @@ def parameters(workdir):
 
 @pytest.mark.thorough
 def test_what_needs_a_head_is_refused_in_one_sentence(pretrained_run, tmp_path, capsys):
-    """Training ends without class scores, and the features can be used."""
     workdir = f"--workdir={pretrained_run}"
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "x.png")
     assert "accuracy" not in (pretrained_run / "result.json").read_text()
@@ -74,7 +73,6 @@ def test_what_needs_a_head_is_refused_in_one_sentence(pretrained_run, tmp_path, 
 
 
 def test_fine_tuning_begins_from_the_backbone_alone(pretrained_run, caplog):
-    """The backbone is the trained one, and the head that of a run without these weights."""
     own = programs((8, 8, 1), 10, init_from=str(pretrained_run), model="mlp(widths=(8,))")
     with caplog.at_level("INFO"):
         taken = pretrained.load(own).taken

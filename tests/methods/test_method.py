@@ -91,7 +91,6 @@ def test_losses_and_metrics_in_bfloat16_are_summed_in_float32(fake_config):
 @pytest.mark.thorough
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_sown_losses_are_added_and_sown_metrics_are_logged(accumulate):
-    """Against the sum by hand."""
     before, after, window = one_step(Sowing(), accumulate=accumulate)
     model, given = Classifier(Sowing(), CLASSES), batch()
 

@@ -55,7 +55,6 @@ def derivatives(function, params, x, form=""):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("kernel", "strides", "padding", "dilation", "groups", "channels"), SETTINGS)
 def test_conv_is_flax_conv(kernel, strides, padding, dilation, groups, channels):
-    """The same parameters, results and gradients as nn.Conv, in float64."""
     x = jnp.asarray(normal(0, 3, 11, 9, channels))
     settings = {"kernel_dilation": dilation, "feature_group_count": groups}
     ours = Conv(6, kernel, strides, padding, **settings, dtype=jnp.float64)

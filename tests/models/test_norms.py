@@ -50,7 +50,6 @@ def test_batch_norm_is_flax_batch_norm(shape, use_scale):
 @pytest.mark.parametrize("form", ["cpu", *thorough("gpu")], indirect=True)
 @pytest.mark.parametrize("shape", [(3, 5, 6), (3, 4, 2, 6), *thorough(((3, 6),))])
 def test_dense_layers_layer_and_group_norm_are_flaxs(shape, form):
-    """The same parameters, results and gradients, in float64."""
     x = jnp.asarray(normal(0, *shape)) * 2 + 1
     wide = {"param_dtype": jnp.float64, "force_float32_reductions": False}
     pairs = [

@@ -25,10 +25,7 @@ pytestmark = [
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["cnn", "resnet_cifar", *thorough(*sorted({*SMALL} - {"cnn", "resnet_cifar"}))])
 def test_onednn_gives_what_the_same_network_gives_in_float64(name, precision):
-    """And computes it: a new jaxlib that ignores the options would be slow without a word.
-
-    Plain `jax.jit` gives NaN for the ResNet in bfloat16 (jaxlib 0.12.0): YNNPACK fuses the matmuls into the mean.
-    """
+    """And computes it: a new jaxlib that ignores the options would be slow without a word."""
     text, size = SMALL[name]
     images = np.random.default_rng(0).normal(size=(16, size, size, 3)).astype(np.float32)
     model = classifier.build(text, 4, precision)

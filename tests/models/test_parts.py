@@ -151,7 +151,6 @@ def test_what_a_part_is_given():
 
 @pytest.mark.thorough
 def test_linens_batch_norm_knows_of_training():
-    """It normalizes by the batch in training, and by the running statistics in evaluation."""
     ours, theirs = (build(f"resnet_cifar(depth=8, norm='{n}')", 8) for n in ("batch_norm", "flax.linen:BatchNorm"))
     (model, x, variables), (other, _, same) = ours, theirs
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, same)

@@ -49,7 +49,6 @@ def test_what_is_no_bundle_is_refused(tmp_path, content, says):
 
 
 def test_a_member_that_is_damaged(tmp_path):
-    """The error names it."""
     whole = configs.to_json(configs.default_config()).encode()
     members = {"config.json": whole, "provenance.json": b"[1]", "digests.jsonl": b'{"step": "x"}\n' + b"[" * 100_000}
     bundle.write(tmp_path / "a.zip", members)

@@ -122,7 +122,6 @@ def test_all_damaged(directory, tmp_path):
 
 
 def test_every_kind_of_leaf_on_other_devices(saved):
-    """Bits, dtypes and shapes are those saved, on eight devices and on one."""
     for mesh in (sharding.make_mesh(), sharding.make_mesh(jax.devices()[:1])):
         state = Checkpoints(saved, read_only=True).restore(20, like(mesh))
         assert tree.sha256(state) == tree.sha256(make_state(20))
@@ -131,7 +130,6 @@ def test_every_kind_of_leaf_on_other_devices(saved):
 
 
 def test_another_model(saved):
-    """The error names the array that differs, with both shapes."""
     other = like()
     other["params"]["kernel"] = jax.ShapeDtypeStruct((7, 6), jnp.float32, sharding=other["seed"].sharding)
     with pytest.raises(UserError, match=r"another model .*params/kernel is float32\[7, 5\] in it, float32\[7, 6\] by"):

@@ -54,7 +54,6 @@ def test_resuming_drops_what_comes_after(tmp_path, caplog):
 
 
 def test_a_checkpoint_without_a_line(tmp_path, caplog):
-    """A run writes a line for each checkpoint; without it, a resumed run took another run's in silence."""
     digests = Digests(tmp_path, 0, 8)
     digests.record(2, params())
     digests.close()

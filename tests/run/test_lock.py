@@ -62,7 +62,6 @@ def test_a_lock_that_its_last_holder_removes(tmp_path, monkeypatch):
 
 
 def test_to_look_at_a_lock_takes_none(tmp_path):
-    """`status` said "running" of a stopped run that another `status` looked at."""
     file = tmp_path / "lock"
     file.touch(mode=0o444)  # as another user's
     with file.open() as other:

@@ -42,7 +42,6 @@ def open_writer(folder: Path, step: int = 0, **keys) -> writers.MetricsWriter:
 
 
 def test_resuming_drops_what_comes_after(tmp_path, caplog):
-    """Records after the step and a line that a crash truncated are dropped."""
     file = tmp_path / "metrics.jsonl"
     kept = ['{"step": 5, "a": 0.1}', '{"step": 10, "a": 0.2}', '{"step": 10, "b": 3}']
     file.write_text("\n".join([*kept, '{"step": 15, "a": 0.3}', '{"step": 20, "a"']))
@@ -154,7 +153,6 @@ def test_a_writer_that_cannot_be_made(tmp_path):
 
 
 def test_the_docs_writer_for_a_tracking_service(tmp_path, monkeypatch):
-    """With a module in place of wandb, which is not a dependency."""
     page = (ROOT / "docs" / "extending.md").read_text()
     [text] = re.findall(r"```python\n(# my_wandb.py\n.*?)```", page, re.DOTALL)
     (tmp_path / "my_wandb.py").write_text(text)

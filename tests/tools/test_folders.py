@@ -51,7 +51,6 @@ def test_the_config_follows_the_splits_that_there_are(tmp_path, places, train, e
 
 @pytest.mark.thorough
 def test_unreadable_files_are_left_out_by_every_command(tmp_path, capsys):
-    """The log says what is used."""
     root = photos(tmp_path / "p")
     bad = [root / "cat" / "0.png", root / "dog" / "5.png"]
     for file in bad:

@@ -69,7 +69,6 @@ def test_the_overlap_of_a_further_stream():
 
 
 def test_weights_of_a_run_that_was_trained_on_an_evaluation_set(tmp_path):
-    """Pretrained on all of train, fine-tuned on a part of it and scored on the rest, silently."""
     base, config = sources.fake(100, (2, 2, 1), 2), configs.default_config()
     (tmp_path / "config.json").write_text(configs.to_json(config))
     config.data.train, config.data.eval = "train[:90%]", {"val": "train[90%:]", "test": "test"}

@@ -60,7 +60,6 @@ def test_a_line_of_a_record(name, values, line):
 
 @pytest.mark.thorough
 def test_a_transcript(tmp_path):
-    """The head, a line for each record, and what to run next."""
     words = [sys.executable, str(ROOT / "launch.py"), f"--workdir={tmp_path}/run",
              "--config.total=2 epochs", "--config.eval_every=1 epochs"]  # fmt: skip
     environment = {**os.environ, "COLUMNS": "80"}
@@ -118,7 +117,6 @@ def test_it_stops_at_the_same_step_when_resumed(stopped, tmp_path, capsys, gone)
 
 
 def test_it_keeps_its_config_and_result_when_called_with_other_keys(stopped, tmp_path, capsys):
-    """As any run that is done. config.json named metrics that the result does not have."""
     copy = shutil.copytree(stopped, tmp_path / "run")
     assert launch.main([f"--workdir={copy}", *KEYS, "--config.metrics=auc", "--config.checkpoint.keep=1"]) == 0
     assert "this run is done" in capsys.readouterr().err

@@ -244,7 +244,6 @@ def test_the_length_and_the_metadata_of_a_header(tmp_path):
 @settings(max_examples=150)
 @given(st.sampled_from(KINDS), BYTES, st.sampled_from([0, 0, 0, 1, 99, 1000]))
 def test_weights_with_changed_bytes(tmp_path_factory, name, changes, cut):
-    """Each file is read or refused in one sentence, and never takes a gigabyte."""
     path = tmp_path_factory.mktemp("weights") / name
     path.write_bytes(with_bytes((FIXTURES / name).read_bytes(), changes, cut))
     for array in (answered(files.read, path) or {}).values():

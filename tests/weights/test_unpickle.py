@@ -48,7 +48,6 @@ def test_plain_data_come_out_as_python_reads_them(value, protocol):
 
 
 def test_the_ordered_dicts_of_python_2():
-    """They are calls with a list of pairs."""
     content = b"\x80\2" + call("collections.OrderedDict", b"](](U\1aK\1e](U\1bK\2ee\x85") + b"."
     assert load(content) == collections.OrderedDict(a=1, b=2)
 

@@ -257,7 +257,6 @@ def test_the_printed_lines_load_it_without_this_package_and_jax(seeds, tmp_path,
 
 @pytest.mark.thorough
 def test_one_that_is_there_is_replaced_once_the_new_one_is_right(seeds, tmp_path, monkeypatch, capsys):
-    """Another folder stays."""
     model, folder = imgclf_jax.load(seeds), tmp_path / "a.savedmodel"
     folder.mkdir()
     (folder / "thesis.txt").write_text("mine")

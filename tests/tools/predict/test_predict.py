@@ -108,10 +108,7 @@ def test_files_directories_and_patterns(photos):
 
 @pytest.mark.thorough
 def test_every_format_says_the_same(digits, photos, predict, monkeypatch):
-    """json, jsonl, csv and the table: files in the same order, with the same classes and probabilities.
-
-    A hidden file is not used, and a missing one of standard input is an error of its own.
-    """
+    """Files in one order, with the same classes and probabilities; a missing one of standard input is its own error."""
     (photos / ".hidden.png").write_bytes((photos / "a.png").read_bytes())
     words = [".", "--top_k=2"]
     status, out, _ = predict(digits, "--format=json", *words)

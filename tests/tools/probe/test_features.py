@@ -71,7 +71,6 @@ def probed(flags, capsys):
 
 @pytest.mark.thorough
 def test_probe(run, capsys, monkeypatch):
-    """Neighbors as in scikit-learn."""
     monkeypatch.setattr(probe.probing, "STRENGTHS", (0.01, 1.0))
     out, found = probed([f"--workdir={run}", "--k=1,3"], capsys)
     assert (out["step"], out["train_examples"], out["features"]) == (60, 1437, 8)

@@ -56,7 +56,6 @@ def test_another_momentum_and_a_tolerance(reproduce, trained, tmp_path):
 
 
 def test_an_image_that_changed(reproduce, trained, tmp_path):
-    """One pixel of one image: the data are named."""
     arrays = dict(np.load(trained.parent / "data.npz"))
     arrays["x_train"][7, 0, 0] ^= 255
     np.savez(tmp_path / "data.npz", **arrays)
@@ -117,7 +116,6 @@ def test_an_output_that_has_been_trained_before(trained, copy, capsys):
     ("metrics.jsonl", b"garbage\n" * 2, "is damaged: 2 of its 2 lines hold no record"),
 ], ids=["digests", "empty", "metrics"])  # fmt: skip
 def test_a_record_that_is_damaged(copy, tmp_path, capsys, name, content, says):
-    """It trains nothing."""
     (copy / name).write_bytes(content)
     for words in ([], [f"--bundle={tmp_path}/damaged.zip"]):
         assert launch.main(["reproduce", str(copy), f"--output={tmp_path}/again", *words]) == 1
@@ -194,7 +192,6 @@ def test_what_was_recorded_and_is_no_number(reproduce, copy, value):
 
 @pytest.mark.thorough
 def test_the_checkpoint_of_another_run(copy, tmp_path, capsys):
-    """digests.jsonl has the digest of the step."""
     keys = json.loads((copy / "config.json").read_text())
     argv = [f"--workdir={tmp_path}/other", "--config.seed=1", f"--config.data.source={keys['data']['source']}",
             *(f"--config.{key}={keys[key]}" for key in ("preprocess", "model", "batch_size", "total"))]  # fmt: skip

@@ -64,7 +64,6 @@ def test_an_answer_is_what_the_model_predicts(client, model):
 
 @pytest.mark.thorough
 def test_an_explanation_is_of_the_class_that_is_asked_for(client, model):
-    """By default of the predicted one."""
     [row] = model.predict([png(0)])
     shown = [client.post(f"/explain{query}", files={"image": png(0)}) for query in
              ("", f"?class={row.argmax()}", f"?class={row.argmin()}")]  # fmt: skip
@@ -121,7 +120,6 @@ def test_the_model_is_described(client, model):
 
 @pytest.mark.thorough
 def test_parameters_that_hold_nan(model):
-    """No number is made of them."""
     broken = model._replace(state=jax.tree.map(lambda x: x * np.nan if x.dtype == np.float32 else x, model.state))
     with TestClient(app.build(broken)) as client:
         for route, files in (("/predict", form(png(0))), ("/explain", {"image": png(0)})):

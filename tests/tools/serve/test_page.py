@@ -82,7 +82,6 @@ def test_it_classifies_what_it_is_given(page, tmp_path):
 
 
 def test_it_shows_where_a_class_is_found(page, tmp_path):
-    """Another class has another heatmap."""
     (tmp_path / "a.png").write_bytes(png(0))
     page.set_input_files("#file", tmp_path / "a.png")
     answered(page)
