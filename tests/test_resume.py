@@ -77,7 +77,6 @@ SHORT = ("--config.data.source=fake(256, (12, 12, 1), 4)", "--config.preprocess=
          "--config.model=mlp(widths=(16,), dropout=0.1)", "--config.total=500 steps", "--config.batch_size=24",
          "--config.log_every=7 steps", "--config.eval_every=110 steps",
          "--config.checkpoint_every=15 steps")  # fmt: skip
-DIGITS = (*stress.RUN, *stress.DIGITS, "--config.total=800 steps")
 
 
 @pytest.mark.thorough
@@ -106,12 +105,3 @@ def test_killed_at_a_random_moment(tmp_path, capsys):
 def test_disturbed_by_a_plan(tmp_path):
     """Kills, signals, a full disk and damaged files, for two minutes."""
     assert stress.disturb(120, 7, tmp_path) == 0
-
-
-@pytest.mark.slow
-def test_killed_twenty_times(tmp_path):
-    """On three poisoned batches, whose steps are skipped."""
-    launched.finish(tmp_path / "whole", DIGITS)
-    launched.kill_repeatedly(tmp_path / "killed", DIGITS, 20, random.Random(0))
-    assert launched.outcome(tmp_path / "killed") == launched.outcome(tmp_path / "whole")
-    assert json.loads((tmp_path / "killed" / "result.json").read_text())["skipped"]

@@ -2,7 +2,6 @@
 
 import functools
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,40 +15,34 @@ from imgclf_jax.data import decode
 
 KEY = jax.random.key(1)
 IMAGES = jnp.asarray(np.random.default_rng(0).integers(0, 100, (6, 4, 4, 1), np.uint8))
-OWN = """
-import jax
-from imgclf_jax.core import kinds
+
 
 @kinds.random
 def noise(k, x, most=9):
     return x + jax.random.randint(k, x.shape, 0, most).astype(x.dtype)
 
+
 @kinds.by_example
 def number(k, x, numbers, passes, times=1):
     return x + (times * numbers + passes).astype(x.dtype)[:, None, None, None]
+
 
 @kinds.random
 def flicker(generator, picture, most=9):
     return picture + generator.integers(1, most, picture.shape, "uint8")
 
+
 def darker(picture, by=2):
     return picture // by
+
 
 def forgotten(key, images, amount=1):
     return images
 
+
 @kinds.random
 def view(key):
     return []
-"""
-
-
-@pytest.fixture(autouse=True)
-def _own(tmp_path, monkeypatch):
-    (tmp_path / "own_ops.py").write_text(OWN)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield
-    sys.modules.pop("own_ops", None)
 
 
 def apply(text, train):
@@ -58,31 +51,31 @@ def apply(text, train):
 
 
 def test_device_ops():
-    drawn = jax.random.randint(rng.fold(KEY, "own_ops:noise", 0), IMAGES.shape, 0, 5)
-    np.testing.assert_array_equal(apply("own_ops:noise(5)", train=True), np.asarray(IMAGES) + np.asarray(drawn))
-    np.testing.assert_array_equal(apply("own_ops:noise(5)", train=False), IMAGES)
+    drawn = jax.random.randint(rng.fold(KEY, f"{__name__}:noise", 0), IMAGES.shape, 0, 5)
+    np.testing.assert_array_equal(apply(f"{__name__}:noise(5)", train=True), np.asarray(IMAGES) + np.asarray(drawn))
+    np.testing.assert_array_equal(apply(f"{__name__}:noise(5)", train=False), IMAGES)
     numbered = np.asarray(IMAGES) + (3 * np.arange(6) + 1)[:, None, None, None]
-    np.testing.assert_array_equal(apply("own_ops:number(3)", train=True), numbered)
-    np.testing.assert_array_equal(apply("own_ops:number(3)", train=False), IMAGES)
+    np.testing.assert_array_equal(apply(f"{__name__}:number(3)", train=True), numbered)
+    np.testing.assert_array_equal(apply(f"{__name__}:number(3)", train=False), IMAGES)
     for train in (True, False):
-        np.testing.assert_array_equal(apply("own_ops:darker(by=3)", train), np.asarray(IMAGES) // 3)
-    assert [ops.needs_ids(f"own_ops:{n}") for n in ("noise", "number", "darker")] == [False, True, False]
+        np.testing.assert_array_equal(apply(f"{__name__}:darker(by=3)", train), np.asarray(IMAGES) // 3)
+    assert [ops.needs_ids(f"{__name__}:{n}") for n in ("noise", "number", "darker")] == [False, True, False]
 
 
 def test_host_ops():
     image = np.asarray(IMAGES[0])
-    apply, draws = decode.build("decode(1)|own_ops:flicker(4)|own_ops:darker")
-    drawn = rng.generator(7, "preprocess/own_ops:flicker/0", 3).integers(1, 4, image.shape, np.uint8)
+    apply, draws = decode.build(f"decode(1)|{__name__}:flicker(4)|{__name__}:darker")
+    drawn = rng.generator(7, f"preprocess/{__name__}:flicker/0", 3).integers(1, 4, image.shape, np.uint8)
     np.testing.assert_array_equal(apply(image, 7, 3), (image + drawn) // 2)
     assert draws
-    assert not decode.build("decode(1)|own_ops:darker(by=4)")[1]
+    assert not decode.build(f"decode(1)|{__name__}:darker(by=4)")[1]
 
 
 @pytest.mark.parametrize(("build", "text", "message"), [
-    (ops.build, "own_ops:forgotten", "draws at random: declare it by @kinds.random"),
-    (decode.build, "decode(1)|own_ops:number", "is @kinds.by_example; allowed for a host op"),
-    (tta.build, "own_ops:view", "view 'own_ops:view' is @kinds.random; allowed for a view: plain"),
-    (ops.build, "own_ops:noise(k=1)", "unknown argument 'k': .*allowed: most"),
+    (ops.build, f"{__name__}:forgotten", "draws at random: declare it by @kinds.random"),
+    (decode.build, f"decode(1)|{__name__}:number", "is @kinds.by_example; allowed for a host op"),
+    (tta.build, f"{__name__}:view", f"view '{__name__}:view' is @kinds.random; allowed for a view: plain"),
+    (ops.build, f"{__name__}:noise(k=1)", "unknown argument 'k': .*allowed: most"),
 ])  # fmt: skip
 def test_mistakes_are_told_with_the_way_out(build, text, message):
     with pytest.raises(UserError, match=re.compile(message, re.DOTALL)):
