@@ -98,6 +98,19 @@ def fake_config():
 
 
 @pytest.fixture
+def printed(capsys):
+    """Runs a command line, which must succeed; gives its standard output."""
+    import launch
+
+    def run(*words) -> str:
+        capsys.readouterr()
+        assert launch.main([str(word) for word in words]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
 def float64():
     import jax
 

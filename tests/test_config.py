@@ -21,7 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_structure import OPTIONAL
 
-import launch
 from imgclf_jax import config as configs
 from imgclf_jax.config import KEYS, default_config
 from imgclf_jax.core.errors import UserError
@@ -185,16 +184,15 @@ def test_what_takes_long_to_import_waits_until_it_is_needed(code, late):
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_the_command_config_prints_every_key_with_its_documentation(capsys):
+def test_the_command_config_prints_every_key_with_its_documentation(printed):
     for file in FILES:
-        assert launch.main(["config", f"--config={file}", "--config.seed=7", "--config.data.eval.more=train[:9]"]) == 0
-        text = capsys.readouterr().out
+        text = printed("config", f"--config={file}", "--config.seed=7", "--config.data.eval.more=train[:9]")
         config = configs.load_file(str(file))
         initial.fill(config)
         expected = configs.flatten(config) | {"seed": 7}
         expected["data.eval"] = expected["data.eval"] | {"more": "train[:9]"}
-        printed = re.findall(r"(\S+) = (.*)\n    (.*)\n", text)
-        found = {key: (ast.literal_eval(value), documentation) for key, value, documentation in printed}
+        rows = re.findall(r"(\S+) = (.*)\n    (.*)\n", text)
+        found = {key: (ast.literal_eval(value), documentation) for key, value, documentation in rows}
         assert found == {key: (expected[key], documentation) for key, (_, documentation) in KEYS.items()}
         assert len(text.splitlines()) == 2 * len(KEYS)
 

@@ -172,7 +172,7 @@ def weights(folder, monkeypatch):
     """ResNet-8's weights under the file name of the pages."""
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "weights"))
     import torch_format
-    from test_torch_names import MODELS
+    from test_pretrained import MODELS
     from torch_fixtures import draw
 
     shapes = MODELS["akamaster resnet20"]["shapes"]

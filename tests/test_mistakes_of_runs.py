@@ -208,7 +208,7 @@ def test_a_new_config_that_a_kill_keeps_from_being_written(copy, monkeypatch):
     assert [one["keys"]["total"] for one in workdir.read_snapshots()] == [old.total, "20 steps"]
 
 
-def test_a_loss_that_is_not_finite(mistake, tmp_path, capsys):
+def test_a_loss_that_is_not_finite(mistake, tmp_path, printed):
     """Stops with the step and its examples, and keeps the last good checkpoint."""
     burst = ("--config.optimizer=sgd", "--config.schedule=step(1e-2, at=('6 steps',), factor=1e35)")
     argv = (f"--workdir={tmp_path}", *FAKE, *burst)
@@ -217,8 +217,7 @@ def test_a_loss_that_is_not_finite(mistake, tmp_path, capsys):
     assert has(sentence, "not finite at step 6", str(ids[:8])[:-1], "nonfinite.json", "good checkpoint is of step 4")
     assert json.loads((tmp_path / "nonfinite.json").read_text())["example_ids"] == ids
     assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps() == [4]
-    assert launch.main(["evaluate", f"--workdir={tmp_path}", "--format=json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    result = json.loads(printed("evaluate", f"--workdir={tmp_path}", "--format=json"))
     assert result["step"] == 4
     assert np.isfinite(result["test"]["loss"])
 

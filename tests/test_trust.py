@@ -116,14 +116,13 @@ def test_a_run_that_names_a_place_on_the_network(mistake, trained, tmp_path, com
 
 @pytest.mark.parametrize("model", ["my_trusted_nets:Net(widths=(512,))",
                                    "mlp(widths=(512,), activation='my_trusted_nets:relu')"])  # fmt: skip
-def test_trusted(trained, tmp_path, monkeypatch, capsys, model):
+def test_trusted(trained, tmp_path, monkeypatch, printed, model):
     """With --trust it is imported, from the folder of the config or the current one."""
     run = changed(trained, tmp_path / "run", {"model": model})
     code = "from jax.nn import relu\n\nfrom imgclf_jax.models.backbones import MLP as Net\n"
     (tmp_path / "my_trusted_nets.py").write_text(code)
     monkeypatch.chdir(tmp_path)
-    assert launch.main(["evaluate", f"--workdir={run}", "--trust"]) == 0
-    assert "test: examples 64" in capsys.readouterr().out
+    assert "test: examples 64" in printed("evaluate", f"--workdir={run}", "--trust")
 
 
 @pytest.mark.parametrize("place", ["the current folder", *thorough("the folder of the config")])

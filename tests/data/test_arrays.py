@@ -150,9 +150,7 @@ def regression(targets=T):
 @pytest.mark.parametrize(("dtype", "shape"), [("f8", (K,)), ("f4", ()), ("u1", (14,))])
 def test_arrays_read_targets(tmp_path, dtype, shape):
     y = (np.random.default_rng(2).normal(size=(N, *shape)) * 5).astype(dtype)
-    source = sources.open_splits(npz(tmp_path, x_train=X40, train_targets=y, test_images=X40, test_targets=y))[
-        "test"
-    ]
+    source = sources.open_splits(npz(tmp_path, x_train=X40, train_targets=y, test_images=X40, test_targets=y))["test"]
     examples = read_examples(source, np.array([3, 1, 3]))
     assert examples.keys() == {"image", "target"}
     assert examples["target"].dtype == np.float32
@@ -165,7 +163,7 @@ def test_arrays_read_targets(tmp_path, dtype, shape):
     ({"x_train": X40, "train_targets": T, "x_test": X40, "y_test": np.arange(N)},
      "holds y_test and train_targets; give every split labels, or every split targets"),
     ({"x_train": X40, "train_targets": np.where(T.max() == T, np.nan, T)}, "is nan; targets must be finite"),
-    ({"x_train": X40, "train_targets": np.where(T.max() == T, 1e39, T.astype(float))}, "is inf; targets must be finite"),
+    ({"x_train": X40, "train_targets": np.where(T.max() == T, 1e39, T.astype(float))}, "is inf; targets must be finit"),
     ({"x_train": X40, "train_targets": T[:5]}, "x_train is uint8[40, 5, 4, 1] and train_targets is float32[5, 3]"),
     ({"x_train": X40, "train_targets": T.astype(complex)}, "train_targets is complex128[40, 3]; expected"),
     ({"x_train": X40, "train_targets": T, "class_names": ["a", "b"]}, "targets are float32[40, 3]; expected"),

@@ -57,7 +57,7 @@ def test_a_driver_that_is_missing_is_named(monkeypatch):
 
 
 @pytest.mark.thorough
-def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, tmp_path, capsys, caplog, monkeypatch):
+def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, tmp_path, capsys, printed, caplog, monkeypatch):
     """Trained in two parts, evaluated, and used as weights; it writes nothing to this disk."""
     monkeypatch.chdir(tmp_path)
     place = f"{bucket}/lr 0.1"
@@ -85,9 +85,7 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, tmp_path, capsys, caplog, m
     assert "TensorBoard failed" not in said
     assert digest(ours) == digest(disk)
 
-    capsys.readouterr()
-    assert launch.main(["evaluate", f"--workdir={place}", "--format=json"]) == 0
-    assert json.loads(capsys.readouterr().out)["step"] == 12
+    assert json.loads(printed("evaluate", f"--workdir={place}", "--format=json"))["step"] == 12
     assert launch.main([f"--workdir={tmp_path / 'next'}", *RUN, f"--config.init_from={place}"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "next"]
 

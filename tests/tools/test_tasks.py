@@ -98,18 +98,11 @@ def test_a_metric_of_one_class_is_refused_before_the_run_begins(tmp_path, capsys
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def printed(capsys, *argv):
-    """The standard output of a command, which must succeed."""
-    capsys.readouterr()
-    assert launch.main([str(word) for word in argv]) == 0
-    return capsys.readouterr().out
-
-
-def test_evaluate_of_several_labels(run, capsys, tmp_path):
+def test_evaluate_of_several_labels(run, printed, tmp_path):
     targets, outputs = outputs_of(run)
     file = tmp_path / "all.csv"
     argv = ["evaluate", f"--workdir={run.path}", "--checkpoint=latest"]
-    found = json.loads(printed(capsys, *argv, "--format=json", f"--predictions={file}"))["test"]
+    found = json.loads(printed(*argv, "--format=json", f"--predictions={file}"))["test"]
     each = sklearn.metrics.average_precision_score(targets, outputs, average=None)
     assert [one["average_precision"] for one in found["classes"]] == pytest.approx(each.tolist(), abs=1e-6)
     assert [one["class"] for one in found["classes"]] == found["class_names"] == [f"a {i}" for i in range(10)]
@@ -122,7 +115,7 @@ def test_evaluate_of_several_labels(run, capsys, tmp_path):
     assert np.mean([r["correct"] == "True" for r in rows]) == found["exact_match"]
     saved = [[[float(r[f"{kind}[a {c}]"]) for c in range(10)] for r in rows] for kind in ("target", "probability")]
     np.testing.assert_allclose(saved, [targets, outputs], rtol=1e-5)
-    shown = printed(capsys, *argv)
+    shown = printed(*argv)
     assert f"mean_average_precision {found['mean_average_precision']:.4g}" in shown
     assert ["best threshold" in shown, "accuracy" in shown] == [True, False]
 
@@ -133,16 +126,16 @@ def paths_of(workdir):
     return [Path(source.example_name(i)) for i in range(3)]
 
 
-def test_predict_of_several_labels_prints_all_from_the_threshold_on(run, capsys):
+def test_predict_of_several_labels_prints_all_from_the_threshold_on(run, capsys, printed):
     paths, (_, outputs) = paths_of(run), outputs_of(run)
     argv = ["predict", *paths, f"--workdir={run.path}", "--checkpoint=latest"]
-    found = [json.loads(line) for line in printed(capsys, *argv, "--format=jsonl", "--threshold=0.2").splitlines()]
+    found = [json.loads(line) for line in printed(*argv, "--format=jsonl", "--threshold=0.2").splitlines()]
     for record, own in zip(found, outputs, strict=False):
         order = [c for c in np.argsort(-own) if own[c] >= 0.2]
         assert [p["class"] for p in record["predictions"]] == [f"a {c}" for c in order]
         assert [p["probability"] for p in record["predictions"]] == pytest.approx(own[order].tolist(), abs=1e-5)
     each = ",".join(["1", "0.999"] + ["0"] * 8)
-    [row, *_] = csv.DictReader(printed(capsys, *argv, "--format=csv", f"--threshold={each}").splitlines())
+    [row, *_] = csv.DictReader(printed(*argv, "--format=csv", f"--threshold={each}").splitlines())
     assert set(row["labels"].split("|")) == {f"a {c}" for c in range(2, 10)}
     assert float(row["probability[a 0]"]) == pytest.approx(outputs[0, 0], abs=1e-5)
     for wrong in ("0.5,0.5", "1.5"):
@@ -151,12 +144,12 @@ def test_predict_of_several_labels_prints_all_from_the_threshold_on(run, capsys)
 
 
 @pytest.mark.thorough
-def test_every_tool_has_the_labels(run, capsys, tmp_path):
+def test_every_tool_has_the_labels(run, printed, tmp_path):
     """Names and numbers as in the table, and probabilities as of `predict`."""
     paths, (targets, outputs) = paths_of(run), outputs_of(run)
     workdir = f"--workdir={run.path}"
-    printed(capsys, "features", workdir, f"--output={tmp_path / 'all.npz'}")
-    printed(capsys, "features", *paths, workdir, f"--output={tmp_path / 'some.npz'}")
+    printed("features", workdir, f"--output={tmp_path / 'all.npz'}")
+    printed("features", *paths, workdir, f"--output={tmp_path / 'some.npz'}")
     with np.load(tmp_path / "all.npz") as found, np.load(tmp_path / "some.npz") as unknown:
         np.testing.assert_array_equal(found["targets"], targets.astype(np.float32))
         assert found["target_names"].tolist() == [f"a {i}" for i in range(10)]
@@ -165,23 +158,23 @@ def test_every_tool_has_the_labels(run, capsys, tmp_path):
     argv = ["show-batch", workdir, "--format=json", f"--output={tmp_path / 'a.png'}", "--count=4"]
     lines = csv.DictReader((run.path.parent / "pairs.files" / "labels.csv").read_text().splitlines())
     rows = {row.pop("file"): row for row in lines}
-    for one in json.loads(printed(capsys, *argv))["examples"]:
+    for one in json.loads(printed(*argv))["examples"]:
         row = rows[Path(one["file"]).name]
         assert row.pop("split") == "train"
         assert {name: str(int(x)) for name, x in one["target"].items()} == row
-    printed(capsys, *argv, "--config.method=simclr")  # two views, which need no target
+    printed(*argv, "--config.method=simclr")  # two views, which need no target
 
     more = ["--method=occlusion", f"--output={tmp_path}", "--format=json", "--checkpoint=latest"]
-    explained = json.loads(printed(capsys, "explain", *paths, workdir, *more))
+    explained = json.loads(printed("explain", *paths, workdir, *more))
     assert [one["class"] for one in explained] == [f"a {c}" for c in outputs[:3].argmax(1)]
 
-    printed(capsys, "report", workdir, f"--html={tmp_path / 'a.html'}")
+    printed("report", workdir, f"--html={tmp_path / 'a.html'}")
     page = (tmp_path / "a.html").read_text()
     assert "test mean average precision" in page
     assert "Average precision and decisions of each class" in page
     assert "accuracy" not in page.replace("train/accuracy", "")
 
-    printed(capsys, "export", tmp_path / "a.stablehlo", workdir)
+    printed("export", tmp_path / "a.stablehlo", workdir)
     described = json.loads(zipfile.ZipFile(tmp_path / "a.stablehlo").read("metadata.json"))
     assert [described["gives"], described["task"]] == ["probabilities", "multilabel"]
 
@@ -209,10 +202,10 @@ def test_several_seeds_report_means_and_their_ensemble(tmp_path):
 
 
 @pytest.mark.thorough
-def test_compare_counts_examples_with_all_labels(run, tmp_path, capsys):
+def test_compare_counts_examples_with_all_labels(run, tmp_path, printed):
     source = run.load_config().data.source
     dirs = [run.path, train(tmp_path / "small", "--config.model=mlp(widths=(8,))", source=source).path]
-    [one] = json.loads(printed(capsys, "compare", *dirs, "--test", "--format=json"))["comparisons"]
+    [one] = json.loads(printed("compare", *dirs, "--test", "--format=json"))["comparisons"]
     exact = [json.loads((path / "result.json").read_text())["test"]["exact_match"] for path in dirs]
     assert abs(one["difference"]["value"]) == pytest.approx(abs(exact[0] - exact[1]), abs=1e-6)
-    assert "with all labels, if there are several" in " ".join(printed(capsys, "compare", *dirs).split())
+    assert "with all labels, if there are several" in " ".join(printed("compare", *dirs).split())

@@ -279,12 +279,11 @@ def test_a_work_directory_of_a_network_with_running_means(tmp_path):
     assert all(np.array_equal(taken[name], x) for name, x in expected.items())
 
 
-def test_evaluate_and_predict_without_a_run(tmp_path, mlp, monkeypatch, capsys):
+def test_evaluate_and_predict_without_a_run(tmp_path, mlp, monkeypatch, capsys, printed):
     """The metrics and predictions of the weights, in NumPy, with the source's class names; no run is created."""
     monkeypatch.chdir(tmp_path)
     flags = [*ARGV, f"--config.init_from={mlp}"]
-    assert launch.main(["evaluate", *flags, "--format=json"]) == 0
-    own = json.loads(capsys.readouterr().out)
+    own = json.loads(printed("evaluate", *flags, "--format=json"))
     examples = fake(32, (12, 12, 1), 10)["test"].read(np.arange(32))
     images = examples["image"].reshape(32, -1) / 255
     hidden = np.maximum(images @ MLP["dense0.weight"].T + MLP["dense0.bias"], 0)
@@ -294,8 +293,7 @@ def test_evaluate_and_predict_without_a_run(tmp_path, mlp, monkeypatch, capsys):
     losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(32), examples["label"]]
     assert own["test"]["loss"] == pytest.approx(losses.mean(), rel=1e-5)
     Image.fromarray(examples["image"][3, :, :, 0]).save("x.png")
-    assert launch.main(["predict", "x.png", *flags, "--format=json"]) == 0
-    top = json.loads(capsys.readouterr().out)[0]["predictions"]
+    top = json.loads(printed("predict", "x.png", *flags, "--format=json"))[0]["predictions"]
     assert [p["class"] for p in top] == [str(c) for c in np.argsort(-logits[3])[:3]]
     assert not (tmp_path / "runs").exists()
     assert launch.main(["evaluate", f"--workdir={tmp_path}", *flags]) == 2

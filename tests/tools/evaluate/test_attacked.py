@@ -43,14 +43,12 @@ def runs(tmp_path_factory):
     return Workdir(folder / "1"), Workdir(folder / "2")
 
 
-def printed(run, capsys, *words):
-    capsys.readouterr()
-    assert launch.main(["evaluate", f"--workdir={run.path}", "--format=json", *words]) == 0
-    return json.loads(capsys.readouterr().out)
+def evaluated(run, printed, *words):
+    return json.loads(printed("evaluate", f"--workdir={run.path}", "--format=json", *words))
 
 
 @pytest.mark.thorough
-def test_one_step_on_a_linear_model_is_the_closed_form(runs, capsys):
+def test_one_step_on_a_linear_model_is_the_closed_form(runs, printed):
     """The gradient of the loss is kernel (p - onehot), so the step is eps times its sign, clipped to 0 to 1."""
     linear, config = runs[0], runs[0].load_config()
     programs, state, _ = restore(config, linear, "")
@@ -64,9 +62,9 @@ def test_one_step_on_a_linear_model_is_the_closed_form(runs, capsys):
     of_worst = (worst - 0.4) / 0.3 @ kernel + bias
     nll = np.log(np.exp(of_worst).sum(1)) - of_worst[np.arange(len(x)), labels]
     before = sorted(linear.path.iterdir())
-    found = printed(linear, capsys, f"--attack={FGSM}")
+    found = evaluated(linear, printed, f"--attack={FGSM}")
     assert sorted(linear.path.iterdir()) == before  # nothing that `compare` may take for clean predictions
-    clean = printed(linear, capsys)
+    clean = evaluated(linear, printed)
     assert found["test"]["examples"] == 180
     assert found["test"]["accuracy"] == clean["test"]["accuracy"] == np.mean(logits.argmax(1) == labels)
     assert found["test"]["nll"] == pytest.approx(clean["test"]["nll"], rel=1e-6)
@@ -77,18 +75,18 @@ def test_one_step_on_a_linear_model_is_the_closed_form(runs, capsys):
 
 
 @pytest.mark.thorough
-def test_several_seeds_are_attacked_each_by_itself(runs, capsys):
+def test_several_seeds_are_attacked_each_by_itself(runs, printed):
     """The mean of two, of which the first is that of the run of one seed."""
-    one, two = (printed(run, capsys, f"--attack={FGSM}")["test"] for run in runs)
+    one, two = (evaluated(run, printed, f"--attack={FGSM}")["test"] for run in runs)
     for name in ("accuracy", "nll", "attacked_accuracy", "attacked_nll"):
         assert abs(one[name] - two[name]) == pytest.approx(two[f"{name}_std"] / 2**0.5, rel=1e-3), name
 
 
 @pytest.mark.thorough
-def test_accuracies_are_those_of_images_corrupted_by_hand(runs, capsys):
+def test_accuracies_are_those_of_images_corrupted_by_hand(runs, printed):
     """On one device with a batch size that does not divide the examples, too. The table has the same numbers."""
     run, words = runs[1], "--corruptions=contrast, gaussian_noise"
-    found = printed(run, capsys, words)["test"]
+    found = evaluated(run, printed, words)["test"]
     config = run.load_config()
     trained = restore(config, run, "")
     (images,) = open_evals(trained.programs, datasets.open_data(config)).values()
@@ -106,8 +104,8 @@ def test_accuracies_are_those_of_images_corrupted_by_hand(runs, capsys):
         assert found["corruptions"][name] == {"severities": pytest.approx(own), "mean": pytest.approx(np.mean(own))}
     assert found["mean_corruption_accuracy"] == pytest.approx(np.mean(list(wanted.values())))
     assert wanted["contrast"][4] < wanted["contrast"][0]
-    assert launch.main(["evaluate", f"--workdir={run.path}", words]) == 0
-    row = next(line for line in capsys.readouterr().out.splitlines() if "contrast" in line)
+    lines = printed("evaluate", f"--workdir={run.path}", words).splitlines()
+    row = next(line for line in lines if "contrast" in line)
     cells = [cell.strip() for cell in row.strip("│|\n ").split("│")]
     assert cells == ["contrast", *(f"{value:.4f}" for value in (*wanted["contrast"], np.mean(wanted["contrast"])))]
 

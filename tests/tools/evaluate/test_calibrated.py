@@ -91,10 +91,9 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
-def written(run, capsys):
+def written(run, printed):
     """What `evaluate --calibrate` prints, after it has written its file."""
-    assert launch.main(["evaluate", f"--workdir={run}", "--calibrate=temperature", "--format=json"]) == 0
-    return json.loads(capsys.readouterr().out)
+    return json.loads(printed("evaluate", f"--workdir={run}", "--calibrate=temperature", "--format=json"))
 
 
 LABELS = sources.digits()["train"].labels[862:]  # of `val`
@@ -122,19 +121,17 @@ def test_every_command_uses_it(run, written, pixels, tmp_path, capsys):
         np.testing.assert_allclose(jax.jit(exported.call)(pixels), wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_rejection_and_sets_are_measured_on_val(run, written, pixels, tmp_path, capsys):
+def test_rejection_and_sets_are_measured_on_val(run, written, pixels, tmp_path, printed):
     """As many images of `val` are undecided as wanted, and the sets hold as many labels as `evaluate` says."""
     for i, image in enumerate(pixels):
         Image.fromarray(image[..., 0]).save(tmp_path / f"{i:03d}.png")
     command = ["predict", str(tmp_path), f"--workdir={run}", "--reject=0.1", "--coverage=0.9"]
-    assert launch.main([*command, "--format=json"]) == 0
-    records = json.loads(capsys.readouterr().out)
+    records = json.loads(printed(*command, "--format=json"))
     assert sum(record["decision"] is None for record in records) == 57  # of 575
     held = [str(label) in record["set"] for label, record in zip(LABELS, records, strict=True)]
     assert np.mean(held) == written["val"]["coverage_0.9"] >= 0.9
     assert np.mean([len(record["set"]) for record in records]) == pytest.approx(written["val"]["classes_0.9"])
-    assert launch.main([*command, "--format=csv", "--top_k=1"]) == 0
-    header, first, *_ = capsys.readouterr().out.splitlines()
+    header, first, *_ = printed(*command, "--format=csv", "--top_k=1").splitlines()
     assert header == "file,error,class_1,probability_1,decision,set"
     assert first.endswith(f",{records[0]['decision'] or 'undecided'},{'|'.join(records[0]['set'])}")
 

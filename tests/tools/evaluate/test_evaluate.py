@@ -1,7 +1,6 @@
 """Evaluation is exact: every example counts once, on any number of devices and for any batch size."""
 
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -101,21 +100,9 @@ def test_sums_over_many_batches_are_exact():
     assert [value.item() for value in sums.values()] == [2**24 + 1, 2**31]
 
 
-@pytest.fixture
-def command(capsys):
-    """Runs `evaluate` and returns its standard output."""
-
-    def run(workdir: Path, *argv: str) -> str:
-        capsys.readouterr()
-        assert launch.main(["evaluate", f"--workdir={workdir}", *argv]) == 0
-        return capsys.readouterr().out
-
-    return run
-
-
-def test_table(trained, counted, command):
+def test_table(trained, counted, printed):
     """One line per set and one row per class: count, recall, precision, and the most frequent wrong prediction."""
-    first, *lines = command(trained.path).splitlines()
+    first, *lines = printed("evaluate", f"--workdir={trained.path}").splitlines()
     start = next(i for i, line in enumerate(lines) if "┃ class " in line)  # behind the table of scores
     assert first.startswith(f"test: examples {N}  accuracy {counted['correct'] / N:.4g}  loss ")
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines[start:] if line.startswith("│")]
@@ -130,20 +117,19 @@ def test_table(trained, counted, command):
 
 
 @pytest.mark.thorough
-def test_each_checkpoint_has_the_metrics_of_its_time(trained, command):
+def test_each_checkpoint_has_the_metrics_of_its_time(trained, printed):
     logged = {r["step"]: r["test/accuracy"] for r in read_metrics(trained.path / "metrics.jsonl") if "test/loss" in r}
     assert max(logged, key=logged.__getitem__) == 10
     for which, step in [("best", 10), ("latest", 20), ("15", 15)]:
-        result = json.loads(command(trained.path, "--format=json", f"--checkpoint={which}"))
+        result = json.loads(printed("evaluate", f"--workdir={trained.path}", "--format=json", f"--checkpoint={which}"))
         assert (result["step"], result["test"]["accuracy"]) == (step, logged[step])
 
 
-def test_scores_and_predictions(trained, tmp_path, capsys):
+def test_scores_and_predictions(trained, tmp_path, printed):
     """The scores are those of the written predictions, and the accuracy is the counted one."""
     file = tmp_path / "all.jsonl"
     flags = [f"--workdir={trained.path}", "--config.data.eval.test=test[:500]"]
-    assert launch.main(["evaluate", *flags, "--format=json", f"--predictions={file}", "--top_k=10"]) == 0
-    found = json.loads(capsys.readouterr().out)["test"]
+    found = json.loads(printed("evaluate", *flags, "--format=json", f"--predictions={file}", "--top_k=10"))["test"]
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert [row["example"] for row in rows] == [str(i) for i in range(500)]
     assert np.mean([row["correct"] for row in rows]) == found["accuracy"] == found["scores"]["accuracy"]["value"]
@@ -157,8 +143,7 @@ def test_scores_and_predictions(trained, tmp_path, capsys):
         if name != "calibration_error":
             assert found["scores"][name]["low"] <= value <= found["scores"][name]["high"]
 
-    assert launch.main(["evaluate", *flags]) == 0
-    assert f"macro_f1 │ {found['scores']['macro_f1']['value']:.4f}" in " ".join(capsys.readouterr().out.split())
+    assert f"macro_f1 │ {found['scores']['macro_f1']['value']:.4f}" in " ".join(printed("evaluate", *flags).split())
 
 
 def test_a_set_without_class_names_is_taken_by_index(tmp_path, capsys):

@@ -57,17 +57,16 @@ def test_scores_are_those_of_openood():
         np.testing.assert_allclose(found[name], values, rtol=1e-4, err_msg=name)
 
 
-def test_a_folder_and_a_source_give_the_same(run, seeds, tmp_path, capsys):
+def test_a_folder_and_a_source_give_the_same(run, seeds, tmp_path, capsys, printed):
     """Of one seed and of two. What names no images is refused."""
     noise = np.random.default_rng(0).integers(256, size=(30, 8, 8), dtype=np.uint8)
     for i, image in enumerate(noise):
         Image.fromarray(image).save(tmp_path / f"{i:02d}.png")
     np.savez(tmp_path / "noise.npz", x_train=noise[:1], y_train=[0], x_test=noise, y_test=np.arange(30) % 10)
+    sources = (str(tmp_path), f"arrays('{tmp_path}/noise.npz')/test", f"arrays('{tmp_path}/noise.npz')")
     for workdir in (run, seeds):
-        results = []
-        for text in (str(tmp_path), f"arrays('{tmp_path}/noise.npz')/test", f"arrays('{tmp_path}/noise.npz')"):
-            assert launch.main(["evaluate", f"--workdir={workdir}", f"--ood={text}", "--format=json"]) == 0
-            results.append(json.loads(capsys.readouterr().out))
+        argv = ["evaluate", f"--workdir={workdir}", "--format=json"]
+        results = [json.loads(printed(*argv, f"--ood={text}")) for text in sources]
         assert results[0] == results[1] == results[2]
         assert results[0]["other"] == 30
         assert all(0 <= own["low"] < own["value"] < own["high"] <= 1 for own in results[0]["test"].values())

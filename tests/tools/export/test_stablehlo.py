@@ -38,12 +38,10 @@ print(classes)
 
 
 @pytest.mark.thorough
-def test_the_printed_lines_load_it_without_this_package(seeds, tmp_path, capsys):
+def test_the_printed_lines_load_it_without_this_package(seeds, tmp_path, printed):
     """Probabilities of the ensemble of two seeds, for a number of images that was not traced."""
     file = tmp_path / "digits.stablehlo"
-    capsys.readouterr()
-    assert launch.main(["export", str(file), f"--workdir={seeds}"]) == 0
-    out = capsys.readouterr().out
+    out = printed("export", str(file), f"--workdir={seeds}")
     first, match, until, _, loader = out.split("\n", 4)
     assert match.startswith("JAX's outputs match the model's on five random images, up to ")
     assert first.endswith("probabilities of uint8 images [b, 8, 8, 1]")
@@ -52,8 +50,8 @@ def test_the_printed_lines_load_it_without_this_package(seeds, tmp_path, capsys)
     images = np.random.default_rng(0).integers(256, size=(5, 8, 8, 1), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
     command = [sys.executable, "-W", "error", "-c", READER.format(loader=loader), "images.npy", "out.npy"]
-    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=tmp_path).stdout
-    assert printed == f"{[str(c) for c in range(10)]}\n"
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=tmp_path).stdout
+    assert said == f"{[str(c) for c in range(10)]}\n"
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), imgclf_jax.load(seeds).predict(images), rtol=0, atol=1e-5)
     described = json.loads(zipfile.ZipFile(file).read("metadata.json"))
     assert (described["images"], described["host_ops"], described["step"]) == (
@@ -233,20 +231,18 @@ print(classes)
 
 
 @pytest.mark.thorough
-def test_the_printed_lines_load_it_without_this_package_and_jax(seeds, tmp_path, capsys, monkeypatch):
+def test_the_printed_lines_load_it_without_this_package_and_jax(seeds, tmp_path, printed, monkeypatch):
     """Probabilities of the ensemble of two seeds, and the logits of each, for one image and for five."""
     monkeypatch.chdir(tmp_path)
-    capsys.readouterr()
-    assert launch.main(["export", "probabilities.savedmodel", f"--workdir={seeds}"]) == 0
-    _, second, _, loader = capsys.readouterr().out.split("\n", 3)
+    _, second, _, loader = printed("export", "probabilities.savedmodel", f"--workdir={seeds}").split("\n", 3)
     assert second.startswith("TensorFlow's outputs match the model's on five random images, up to ")
     assert launch.main(["export", "logits.savedmodel", "--gives=logits", f"--workdir={seeds}"]) == 0
     images = np.random.default_rng(0).integers(256, size=(5, 8, 8, 1), dtype=np.uint8)
     np.save("images.npy", images)
     folders = ["probabilities.savedmodel", "logits.savedmodel"]
     command = [sys.executable, "-c", TENSORFLOW_READER.format(loader=loader), *folders]
-    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    assert printed == f"{[str(c) for c in range(10)]}\n"
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert said == f"{[str(c) for c in range(10)]}\n"
     model = imgclf_jax.load(seeds)
     for n in (1, 5):
         np.testing.assert_allclose(np.load(f"probabilities{n}.npy"), model.predict(images[:n]), rtol=0, atol=1e-5)

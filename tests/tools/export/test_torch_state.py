@@ -116,22 +116,19 @@ FLAGS = flags("total=2 steps", "preprocess=decode(3)", "data.source=fake(64, (12
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("seeds", [1, 2])
-def test_a_file_is_read_back_as_weights(tmp_path, capsys, seeds):
+def test_a_file_is_read_back_as_weights(tmp_path, printed, seeds):
     """By `init_from`: the run and the file have the same metrics. Each of several seeds has a file."""
     run, file, flags = tmp_path / "run", tmp_path / "a.safetensors", [*FLAGS, "--config.model=resnet_cifar(8)"]
     assert launch.main([*flags, f"--workdir={run}", f"--config.num_seeds={seeds}", "--config.seed=5"]) == 0
-    assert launch.main(["export", str(file), f"--workdir={run}"]) == 0
-    assert "named by the scheme akamaster" in capsys.readouterr().out
+    assert "named by the scheme akamaster" in printed("export", str(file), f"--workdir={run}")
     kernels = np.asarray(imgclf_jax.load(run).state.params["head"]["kernel"]).reshape(seeds, 64, 4)
     for seed, kernel in enumerate(kernels, 5):
         own = file if seeds == 1 else tmp_path / f"a.seed{seed}.safetensors"
         np.testing.assert_array_equal(files.read(own, lambda label, shape: True)["linear.weight"], kernel.T)
     if seeds == 2:
         return
-    assert launch.main(["evaluate", f"--config.init_from={file}", *flags, "--format=json"]) == 0
-    from_file = json.loads(capsys.readouterr().out)
-    assert launch.main(["evaluate", f"--workdir={run}", "--format=json"]) == 0
-    assert from_file["test"] == json.loads(capsys.readouterr().out)["test"]
+    from_file = json.loads(printed("evaluate", f"--config.init_from={file}", *flags, "--format=json"))
+    assert from_file["test"] == json.loads(printed("evaluate", f"--workdir={run}", "--format=json"))["test"]
 
 
 def test_a_model_is_written_in_the_same_bytes_each_time(tmp_path, monkeypatch):

@@ -64,7 +64,7 @@ def classes(out: str) -> dict[str, str]:
     return {Path(r["file"]).name: r["predictions"][0]["class"] for r in json.loads(out) if "predictions" in r}
 
 
-def test_agrees_with_evaluation(digits, pngs, predict, capsys):
+def test_agrees_with_evaluation(digits, pngs, predict, printed):
     """The same predicted classes as `evaluate` on these images, counted by (true, predicted), in batches of 128."""
     status, out, _ = predict(digits, pngs, pngs, "--format=json")
     records = json.loads(out)
@@ -73,8 +73,7 @@ def test_agrees_with_evaluation(digits, pngs, predict, capsys):
     confusion = np.zeros((10, 10), int)
     np.add.at(confusion, (examples()["label"], np.array(list(classes(out).values()), int)), 1)
     argv = ["evaluate", f"--workdir={digits}", f"--config.data.eval.first=test[:{COUNT}]", "--format=json"]
-    assert launch.main(argv) == 0
-    first = json.loads(capsys.readouterr().out)["first"]
+    first = json.loads(printed(*argv))["first"]
     assert (first["examples"], first["confusion"]) == (COUNT, confusion.tolist())
     assert 0.9 < first["accuracy"] < 1  # so that being equal says something
 

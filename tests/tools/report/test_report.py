@@ -71,10 +71,8 @@ def predictions(trained, tmp_path_factory) -> list[dict[str, str]]:
         return list(csv.DictReader(opened))
 
 
-def test_its_numbers_are_those_of_evaluate(trained, page, capsys):
-    capsys.readouterr()
-    assert launch.main(["evaluate", f"--workdir={trained}", "--format=json"]) == 0
-    found = json.loads(capsys.readouterr().out)["test"]
+def test_its_numbers_are_those_of_evaluate(trained, page, printed):
+    found = json.loads(printed("evaluate", f"--workdir={trained}", "--format=json"))["test"]
     rows = page.tables["Scores on test"][1:]
     assert rows == [[name, f"{of['value']:.4f}", f"{of['low']:.4f} to {of['high']:.4f}" if "low" in of else ""]
                     for name, of in found["scores"].items()]  # fmt: skip
@@ -175,15 +173,13 @@ def change(file: Path, **values) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-def test_several_seeds_and_many_classes(tmp_path, capsys, monkeypatch):
+def test_several_seeds_and_many_classes(tmp_path, printed, monkeypatch):
     """Scores, confusions and mistakes are the ensemble's, as the page says; 40 classes have no matrix."""
     monkeypatch.setattr("imgclf_jax.tools.report.sets._ROWS", 10)
     workdir = tmp_path / "run"
     assert launch.main([f"--workdir={workdir}", *SEEDS]) == 0
     page = Page(reported(workdir))
-    capsys.readouterr()
-    assert launch.main(["evaluate", f"--workdir={workdir}", "--format=json"]) == 0
-    found = json.loads(capsys.readouterr().out)["test"]
+    found = json.loads(printed("evaluate", f"--workdir={workdir}", "--format=json"))["test"]
     assert page.tables["Metrics on test"][1:] == [
         [name, *(f"{found[key]:.4f}" for key in (name, f"{name}_std", f"ensemble_{name}"))]
         for name in ("accuracy", "loss", "nll", "top5")

@@ -77,23 +77,20 @@ def test_the_picture_has_the_pixels():
 
 
 @pytest.mark.thorough
-def test_of_a_config_and_of_a_run(tmp_path, monkeypatch, capsys):
+def test_of_a_config_and_of_a_run(tmp_path, monkeypatch, capsys, printed):
     """Without a run only the data are read; for a run its own config applies."""
     monkeypatch.chdir(tmp_path)
     config = {"data.source": "fake(60, (8, 8, 1), 4)", "preprocess": "decode(1)", "batch_size": 12, "total": "10 steps",
               "augment": "pad_crop(2)", "model": "mlp(widths=(4,))", "tensorboard": False,
               "schedule": "constant(1e-3)", "checkpoint_every": "", "eval_every": ""}  # fmt: skip
     words = [f"--config.{key}={value}" for key, value in config.items()]
-    assert launch.main(["show-batch", f"--step={K}", *words, "--count=5", "--format=json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(printed("show-batch", f"--step={K}", *words, "--count=5", "--format=json"))
     assert [one["id"] for one in found["examples"]] == sampling.example_ids(0, K, 12, 60)[:5].tolist()
     assert [one["label"] for one in found["examples"]] == [{str(one["id"] % 4): 1.0} for one in found["examples"]]
     assert (tmp_path / "batch-7.png").is_file()
     assert launch.main([*words, "--config.total=2 steps", "--config.num_seeds=2", "--config.seed=3",
                         f"--workdir={tmp_path}/run"]) == 0  # fmt: skip
-    capsys.readouterr()
-    assert launch.main(["show-batch", f"--workdir={tmp_path}/run", "--step=1", "--raw"]) == 0
-    out = capsys.readouterr().out.splitlines()
+    out = printed("show-batch", f"--workdir={tmp_path}/run", "--step=1", "--raw").splitlines()
     ids = ", ".join(map(str, sampling.example_ids(3, 1, 12, 60)[:6]))
     assert out == [f"step 1 of 2, the first of 2 seeds: the first 12 of 12 examples, ids {ids}, …",
                    f"wrote {tmp_path}/run/batch-1.png"]  # fmt: skip

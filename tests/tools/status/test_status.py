@@ -49,14 +49,12 @@ def test_a_run_that_stopped_early_is_done(write):
     assert (command.read(run).state, run.workdir.is_done()) == ("done", True)
 
 
-def test_status_of_a_run(fake_config, tmp_path, capsys, one_device):
+def test_status_of_a_run(fake_config, tmp_path, capsys, printed, one_device):
     """Its phases are those of the clock; a run that is not done is stopped, and what went wrong is told."""
     began = time.time()
     assert train.main(fake_config, Workdir(tmp_path / "a")) == 0
     elapsed = time.time() - began
-    capsys.readouterr()
-    assert launch.main(["status", str(tmp_path), "--format=json"]) == 0
-    [found] = json.loads(capsys.readouterr().out)
+    [found] = json.loads(printed("status", str(tmp_path), "--format=json"))
     assert (found["state"], found["step"], found["total"], found["checkpoint"]) == ("done", 12, 12, 12)
     assert sum(found["seconds"].values()) == pytest.approx(elapsed, rel=0.05, abs=0.3)
     assert found["seconds"]["steps"] > 0
@@ -68,8 +66,7 @@ def test_status_of_a_run(fake_config, tmp_path, capsys, one_device):
     assert f"skipped: {tmp_path}/b holds no run: there is no {tmp_path}/b/config.json" in capsys.readouterr().err
     with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "train/skipped": 3}\n')
-    assert launch.main(["status", str(tmp_path / "a")]) == 0
-    out = capsys.readouterr().out
+    out = printed("status", str(tmp_path / "a"))
     assert "stopped" in out
     assert "3 steps were skipped" in out
 
