@@ -28,7 +28,6 @@ def answered(read, *arguments, longest=1000):
 SIZES = st.one_of(
     st.integers(0, 6), st.sampled_from([-1, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64])
 )
-SHAPES = st.one_of(st.just((6, 4, 5)), st.just((6,)), st.lists(SIZES, max_size=4).map(tuple), SIZES)
 BYTES = st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=3)
 
 

@@ -53,7 +53,3 @@ def edit(file: Path, change) -> None:
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content))
-
-
-def append(file: Path, text: str) -> None:
-    file.write_text(file.read_text() + text)

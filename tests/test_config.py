@@ -210,6 +210,7 @@ def recipe(name):
 def test_the_schedule_of_resnet50():
     """A tenth of the learning rate at 30, 60 and 80 epochs; no warmup, for batches of 256."""
     run, epoch = recipe("imagenet_resnet50"), EXAMPLES["imagenet_resnet50"] / 256
+    assert sum(map(math.prod, run.parameters.values())) == 25_557_032  # as torchvision states
     assert run.total == math.ceil(90 * epoch)
     epochs = np.array([0, 1, 29.9, 30.1, 59.9, 60.1, 79.9, 80.1, 90])
     expected = [0.1, 0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import rewind
-from recorded import STEPS, append, copy, edit, reproduce, trained  # noqa: F401  fixtures  # noqa: F401  fixtures
+from recorded import STEPS, copy, edit, reproduce, trained  # noqa: F401  fixtures
 
 import launch
 
