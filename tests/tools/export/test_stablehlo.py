@@ -25,38 +25,51 @@ from imgclf_jax.models.layers import max_pool
 from imgclf_jax.tools.export import command, compared, onnx, saved_model, stablehlo
 from imgclf_jax.trained import Trained
 
-# Reads the file by the lines that `export` prints, where this package cannot be imported.
+# Reads the file by the lines that `export` prints, where this package, and for a SavedModel JAX, cannot be imported.
 READER = """
 import sys
-sys.modules["imgclf_jax"] = sys.modules["flax"] = sys.modules["optax"] = None
+for name in {missing}:
+    sys.modules[name] = None
 import numpy as np
 {loader}
-images = np.load(sys.argv[1])
-np.save(sys.argv[2], np.asarray(jax.jit(model.call)(images)))
+for n in (1, 5):
+    images = np.load("images.npy")[:n]
+    np.save(f"{{n}}.npy", {outputs})
 print(classes)
 """
+PACKAGES = ("imgclf_jax", "flax", "optax")
 
 
 @pytest.mark.thorough
-def test_the_printed_lines_load_it_without_this_package(seeds, tmp_path, printed):
-    """Probabilities of the ensemble of two seeds, for a number of images that was not traced."""
-    file = tmp_path / "digits.stablehlo"
-    out = printed("export", str(file), f"--workdir={seeds}")
-    first, match, until, _, loader = out.split("\n", 4)
-    assert match.startswith("JAX's outputs match the model's on five random images, up to ")
-    assert first.endswith("probabilities of uint8 images [b, 8, 8, 1]")
-    last = (datetime.date.today() + datetime.timedelta(days=180)).isoformat()
-    assert last in until
+@pytest.mark.parametrize(("suffix", "gives", "by", "missing", "outputs"), [
+    ("stablehlo", "probabilities", "JAX", PACKAGES, "np.asarray(jax.jit(model.call)(images))"),
+    *(("savedmodel", gives, "TensorFlow", (*PACKAGES, "jax", "jaxlib"), f"function(images=images)['{gives}'].numpy()")
+      for gives in ("probabilities", "logits")),
+])  # fmt: skip
+def test_the_printed_lines_load_it(seeds, tmp_path, printed, monkeypatch, suffix, gives, by, missing, outputs):
+    """Outputs of two seeds, for numbers of images that were not traced."""
+    monkeypatch.chdir(tmp_path)
+    out = printed("export", f"digits.{suffix}", f"--gives={gives}", f"--workdir={seeds}")
+    first, match, until, *_ = out.split("\n")
+    assert match.startswith(f"{by}'s outputs match the model's on five random images, up to ")
+    assert first.endswith(f"{gives} of uint8 images [b, 8, 8, 1]")
     images = np.random.default_rng(0).integers(256, size=(5, 8, 8, 1), dtype=np.uint8)
-    np.save(tmp_path / "images.npy", images)
-    command = [sys.executable, "-W", "error", "-c", READER.format(loader=loader), "images.npy", "out.npy"]
-    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=tmp_path).stdout
-    assert said == f"{[str(c) for c in range(10)]}\n"
-    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), imgclf_jax.load(seeds).predict(images), rtol=0, atol=1e-5)
-    described = json.loads(zipfile.ZipFile(file).read("metadata.json"))
-    assert (described["images"], described["host_ops"], described["step"]) == (
-        {"dtype": "uint8", "shape": ["b", 8, 8, 1]}, "decode(1)", 60)  # fmt: skip
-    assert (described["output"]["shape"], described["loads_until"]) == (["b", 10], last)
+    np.save("images.npy", images)
+    loader = out.split("\n", 4 if by == "JAX" else 3)[-1]
+    command = [sys.executable, "-c", READER.format(loader=loader, missing=missing, outputs=outputs)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert said.stdout == f"{[str(c) for c in range(10)]}\n"
+    for n in (1, 5):
+        expected = getattr(imgclf_jax.load(seeds), "logits" if gives == "logits" else "predict")(images[:n])
+        np.testing.assert_allclose(np.load(f"{n}.npy"), expected, rtol=1e-5, atol=1e-5)
+    if by == "JAX":
+        assert said.stderr == ""
+        last = (datetime.date.today() + datetime.timedelta(days=180)).isoformat()
+        assert last in until
+        described = json.loads(zipfile.ZipFile("digits.stablehlo").read("metadata.json"))
+        assert (described["images"], described["host_ops"], described["step"]) == (
+            {"dtype": "uint8", "shape": ["b", 8, 8, 1]}, "decode(1)", 60)  # fmt: skip
+        assert (described["output"]["shape"], described["loads_until"]) == (["b", 10], last)
 
 
 @pytest.mark.thorough
@@ -211,44 +224,7 @@ def test_the_flattened_function_is_the_same(channels, padding):
     assert "random_split" not in names
 
 
-# Reads the folders by the lines that `export` prints, where neither this package nor JAX can be imported.
 pytestmark = pytest.mark.usefixtures("one_device")
-
-TENSORFLOW_READER = """
-import sys
-for name in ("imgclf_jax", "jax", "jaxlib", "flax"):
-    sys.modules[name] = None
-import numpy as np
-{loader}
-images = np.load("images.npy")
-for name in sys.argv[1:]:
-    output = name.partition(".")[0]
-    function = tf.saved_model.load(name).signatures["serving_default"]
-    for n in (1, 5):
-        np.save(f"{{output}}{{n}}.npy", function(images=images[:n])[output].numpy())
-print(classes)
-"""
-
-
-@pytest.mark.thorough
-def test_the_printed_lines_load_it_without_this_package_and_jax(seeds, tmp_path, printed, monkeypatch):
-    """Probabilities of the ensemble of two seeds, and the logits of each, for one image and for five."""
-    monkeypatch.chdir(tmp_path)
-    _, second, _, loader = printed("export", "probabilities.savedmodel", f"--workdir={seeds}").split("\n", 3)
-    assert second.startswith("TensorFlow's outputs match the model's on five random images, up to ")
-    assert launch.main(["export", "logits.savedmodel", "--gives=logits", f"--workdir={seeds}"]) == 0
-    images = np.random.default_rng(0).integers(256, size=(5, 8, 8, 1), dtype=np.uint8)
-    np.save("images.npy", images)
-    folders = ["probabilities.savedmodel", "logits.savedmodel"]
-    command = [sys.executable, "-c", TENSORFLOW_READER.format(loader=loader), *folders]
-    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    assert said == f"{[str(c) for c in range(10)]}\n"
-    model = imgclf_jax.load(seeds)
-    for n in (1, 5):
-        np.testing.assert_allclose(np.load(f"probabilities{n}.npy"), model.predict(images[:n]), rtol=0, atol=1e-5)
-        logits = np.load(f"logits{n}.npy")
-        assert logits.shape == (2, n, 10)
-        np.testing.assert_allclose(logits, model.logits(images[:n]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.thorough
