@@ -42,7 +42,7 @@ def programs(shape: tuple[int, ...] = (12, 12, 1), classes: int = 4, devices: in
     from imgclf_jax.run.provenance import DataInfo
 
     config, data = short_config(**keys), DataInfo(64, shape, tuple(map(str, range(classes))), "")
-    return Programs(Recipe(config, data), sharding.make_mesh(jax.devices()[:devices], config.mesh))
+    return Programs(Recipe(config, data), sharding.make_mesh(jax.devices()[:devices] if devices else None, config.mesh))
 
 
 def rewind(workdir: Path, step: int) -> None:
