@@ -47,6 +47,8 @@ def test_simclr_reads_no_label_and_counts_no_prediction():
 
 
 def test_mistakes_get_a_sentence():
+    with pytest.raises(UserError, match="evaluation has no 'accuracy'; it has no metric"):
+        programs(method="simclr", **{"checkpoint.best": "test/accuracy"}).check_best()
     with pytest.raises(UserError, match="single image contrasts nothing; raise batch_size or lower accumulate"):
         run(simclr(PROBLEM), batch(1, 0))
 
