@@ -118,8 +118,8 @@ def test_others_get_merged_weights(runs, tmp_path, printed):
     wanted = load(runs[1]).logits(images)
     assert np.abs(wanted - load(runs[0]).logits(images)).max() > 1e-3
     file = tmp_path / "merged.safetensors"
-    assert launch.main(["export", str(file), f"--workdir={runs[1]}"]) == 0
-    assert "are merged" in printed("export", str(tmp_path / "plain.safetensors"), f"--workdir={runs[0]}")
+    assert "are merged" in printed("export", str(file), f"--workdir={runs[1]}")
+    printed("export", str(tmp_path / "plain.safetensors"), f"--workdir={runs[0]}")
     assert load_file(file).keys() == load_file(tmp_path / "plain.safetensors").keys()
     for source in (file, runs[1]):
         c = digits_config(load(runs[1]).config.model, source)
