@@ -163,7 +163,7 @@ def test_arrays_read_targets(tmp_path, dtype, shape):
     ({"x_train": X40, "train_targets": T, "x_test": X40, "y_test": np.arange(N)},
      "holds y_test and train_targets; give every split labels, or every split targets"),
     ({"x_train": X40, "train_targets": np.where(T.max() == T, np.nan, T)}, "is nan; targets must be finite"),
-    ({"x_train": X40, "train_targets": np.where(T.max() == T, 1e39, T.astype(float))}, "is inf; targets must be finit"),
+    ({"x_train": X40, "train_targets": np.where(T.max() == T, 1e39, T.astype(float))}, "is inf; targets must be"),
     ({"x_train": X40, "train_targets": T[:5]}, "x_train is uint8[40, 5, 4, 1] and train_targets is float32[5, 3]"),
     ({"x_train": X40, "train_targets": T.astype(complex)}, "train_targets is complex128[40, 3]; expected"),
     ({"x_train": X40, "train_targets": T, "class_names": ["a", "b"]}, "targets are float32[40, 3]; expected"),
