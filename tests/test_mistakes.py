@@ -142,7 +142,7 @@ def test_wrong_usage(mistake, tmp_path, monkeypatch, argv, fragments):
     ("augment=pad_crop(pad='x')", "augment=\"pad_crop(pad='x')\" fails on images [12, 12, 1]"),
     ("augment=jax.numpy:argsort", "[12, 12, 1] into int32[12, 12, 1]; device ops keep the shape and"),
     ("preprocess=decode(1)|test_mistakes:nothing", "nothing': test_mistakes:nothing returns None"),
-    ("schedule=test_mistakes:nothing", "schedule='test_mistakes:nothing' gives 'None'; return a function of the"),
+    ("schedule=test_mistakes:nothing", "schedule='test_mistakes:nothing' gives None; return a function of the"),
     ("optimizer=test_mistakes:nothing", "optimizer='test_mistakes:nothing' returns None; return an optax.Gradient"),
     ("augment=normalize(mean=(0.5, 0.5))", "turns images [12, 12, 1] into float32[12, 12, 2]"),
     ("optimizer=adam(1e-3)", ["optimizer='adam(1e-3)'", "set the learning rate by the key schedule"]),

@@ -95,8 +95,8 @@ def build(text: str, steps: Steps, total: int) -> optax.Schedule:
     """
     schedule: optax.Schedule = bind(text)(steps, total)
     with jax.numpy_dtype_promotion("standard"):
-        rate: Any = schedule(jax.numpy.int32(0)) if callable(schedule) else str(schedule)
-    if isinstance(rate, str | None) or getattr(rate, "ndim", False):
+        rate: Any = jax.eval_shape(schedule, jax.ShapeDtypeStruct((), "int32")) if callable(schedule) else schedule
+    if getattr(rate, "shape", None) != ():
         raise UserError(f"schedule={text!r} gives {rate!r:.80}; return a function of the step i32[] to a rate f32[]")
     return schedule
 
