@@ -86,10 +86,7 @@ def test_a_step_in_bfloat16_over_eight_devices(name):
     exp = programs((size, size, 3), model=spec, precision="bfloat16", augment="flip_lr|normalize(0.5, 0.25)",
                    schedule="constant(0.1)", optimizer="sgd")  # fmt: skip
     assert exp.mesh.size == 8
-    batch = {
-        "image": rng.integers(0, 256, (16, size, size, 3), np.uint8),
-        "label": rng.integers(0, 4, 16, np.int32),
-    }
+    batch = {"image": rng.integers(0, 256, (16, size, size, 3), np.uint8), "label": rng.integers(0, 4, 16, np.int32)}
     state = exp.init_state()
     before = jax.tree.map(np.asarray, (state.params, state.model_state))
     state, sums = exp.train(state, exp.zero_sums(), sharding.put_batch(batch, exp.mesh))
