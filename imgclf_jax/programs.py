@@ -20,7 +20,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.once import once
 from imgclf_jax.core.typing import Array, Batch, Function, PyTree
 from imgclf_jax.data import decode, placement
-from imgclf_jax.data.info import DataInfo
+from imgclf_jax.data.source import DataInfo
 from imgclf_jax.data.stream import Images, StreamSpec
 from imgclf_jax.models import norms
 from imgclf_jax.models.frozen import Frozen

@@ -25,8 +25,7 @@ from imgclf_jax.core import rng, spec
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Function
 from imgclf_jax.data import sampling
-from imgclf_jax.data.info import DataInfo
-from imgclf_jax.data.source import Source
+from imgclf_jax.data.source import DataInfo, Source
 from imgclf_jax.losses import Task
 from imgclf_jax.methods import Method, Problem, gradients
 from imgclf_jax.methods import table as methods

@@ -17,7 +17,7 @@ from imgclf_jax.augment import mixing, ops, tta
 from imgclf_jax.config import default_config
 from imgclf_jax.core import spec
 from imgclf_jax.data import decode, sampling, sources
-from imgclf_jax.data.info import DataInfo
+from imgclf_jax.data.source import DataInfo
 from imgclf_jax.methods import table as methods
 from imgclf_jax.models import backbones, classifier, parts
 from imgclf_jax.optim import optimizers, schedules, weight_averages

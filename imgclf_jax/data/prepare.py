@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,22 @@ _RETRIES = 6  # of a download, 12 s without a network; the 10 of TFDS take minut
 type Builder = Any  # of TFDS, which is imported late
 
 
-def open_tfds(name: str, data_dir: str, manual_dir: str) -> dict[str, Source]:
-    """Opens the splits of a TFDS data set: encoded images, read by id. It is downloaded and prepared at first use.
+def tfds(name: str, data_dir: str = "", manual_dir: str = "") -> dict[str, Source]:
+    """A TFDS data set by name ('mnist', 'imagenet2012:5.1.0'), prepared as ArrayRecord at first use: encoded images.
 
-    Raises UserError for an unknown name, a data set without image and label, an unreachable network (naming the files
-    to bring into `manual_dir`), and a `data_dir` that is not writable.
+    `manual_dir` holds manually downloaded archives, for machines without a network. Raises UserError for an unknown
+    name, a data set without image and label, an unreachable network (naming the files to bring into `manual_dir`), and
+    a `data_dir` that is not writable.
     """
+    if re.search(r":(?!\d)", name):  # not a version, as in imagenet2012:5.1.0
+        spec.check_trusted(f"data set {name!r}, for which TFDS would fetch a program and run it")
     builder = _builder(name, data_dir)
     _prepare(builder, name, data_dir, manual_dir)
-    import tensorflow_datasets as tfds
+    from tensorflow_datasets import decode
 
     class_names = tuple(builder.info.features["label"].names)
     out = {}
-    for split, data_source in builder.as_data_source(decoders={"image": tfds.decode.SkipDecoding()}).items():
+    for split, data_source in builder.as_data_source(decoders={"image": decode.SkipDecoding()}).items():
         info = builder.info.splits[split]
         identity = f"{builder.info.full_name} {split} {info.num_examples} {info.num_bytes}"
         fingerprint = hashlib.sha256(identity.encode()).hexdigest()
@@ -50,7 +54,7 @@ def _read(data_source: Any, identity: str, ids: np.ndarray) -> Examples:
 def metadata(name: str, data_dir: str) -> tuple[dict[str, int], int, tuple[int | None, ...]]:
     """Returns ({split: examples}, classes, image shape) of a TFDS data set without preparing or downloading it.
 
-    The splits are empty if the data are not prepared; unknown sizes in the shape are None. Raises like `open_tfds`.
+    The splits are empty if the data are not prepared; unknown sizes in the shape are None. Raises like `tfds`.
     """
     builder = _builder(name, data_dir)
     splits = builder.info.splits if builder.data_path.exists() else {}
@@ -59,7 +63,7 @@ def metadata(name: str, data_dir: str) -> tuple[dict[str, int], int, tuple[int |
 
 
 def _prepare(builder: Builder, name: str, data_dir: str, manual_dir: str) -> None:
-    """Downloads and prepares a data set, unless it is prepared already. Raises UserError: see `open_tfds`."""
+    """Downloads and prepares a data set, unless it is prepared already. Raises UserError: see `tfds`."""
     if builder.data_path.exists():
         return
     import tensorflow_datasets as tfds

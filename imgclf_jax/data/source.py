@@ -1,4 +1,4 @@
-"""`Source`: random access to the labeled examples of one split, without order or state."""
+"""`Source`: random access to the labeled examples of one split, without order or state; and the facts about them."""
 
 import hashlib
 import itertools
@@ -77,6 +77,21 @@ class Source:
     def target_names(self) -> tuple[str, ...]:
         """The names of the k targets; () for a source with labels."""
         return self.class_names if self.label_key == "target" else ()
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """The facts about the data that a trained model needs after the data are gone."""
+
+    train_examples: int
+    image_shape: tuple[int, int, int]  # (h, w, c), after the host ops
+    class_names: tuple[str, ...]
+    fingerprint: str
+    class_counts: tuple[int, ...] = ()  # training examples of each class; empty unless the loss needs them
+    target_names: tuple[str, ...] = ()  # equal to class_names if examples have targets f32[k]; empty with labels
+    sampling: str = ""  # SHA-256 of the weights or ids that data.sampling reads; empty if it reads none
+    extra: dict[str, "DataInfo"] = field(default_factory=dict)  # the further streams of `data.extra`, by name
+    bits: int = 16  # of encoded grey images of more than 8 bits: see `Source`
 
 
 def _check_labels(labels: np.ndarray, n: int, classes: int) -> None:

@@ -16,7 +16,7 @@ from imgclf_jax.core.typing import Examples, Function
 from imgclf_jax.data import imagenet_classes, splits
 from imgclf_jax.data.arrays import array_source, arrays
 from imgclf_jax.data.folder import folder
-from imgclf_jax.data.prepare import open_tfds
+from imgclf_jax.data.prepare import tfds
 from imgclf_jax.data.source import MAX_CLASSES, Source, concatenate
 from imgclf_jax.data.table import table
 
@@ -68,16 +68,6 @@ def fake(n: int = 1024, shape: tuple[int, int, int] = (28, 28, 1), classes: int 
         return Source(n, functools.partial(read, offset=offset), names, fingerprint)
 
     return {"train": source(0), "test": source(n)}
-
-
-def tfds(name: str, data_dir: str = "", manual_dir: str = "") -> dict[str, Source]:
-    """A TFDS data set by name ('mnist', 'imagenet2012:5.1.0'), prepared as ArrayRecord at first use.
-
-    `manual_dir` holds manually downloaded archives, for machines without a network.
-    """
-    if re.search(r":(?!\d)", name):  # not a version, as in imagenet2012:5.1.0
-        spec.check_trusted(f"data set {name!r}, for which TFDS would fetch a program and run it")
-    return open_tfds(name, data_dir, manual_dir)
 
 
 SOURCES: dict[str, Function] = {"digits": digits, "tfds": tfds, "folder": folder, "table": table, "arrays": arrays,

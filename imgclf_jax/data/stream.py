@@ -15,9 +15,8 @@ from imgclf_jax.core import machine, rng, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Batch
 from imgclf_jax.data import decode, sampling
-from imgclf_jax.data.info import DataInfo
 from imgclf_jax.data.read_ahead import read_ahead
-from imgclf_jax.data.source import Source, read_examples, read_labels
+from imgclf_jax.data.source import DataInfo, Source, read_examples, read_labels
 
 _KEPT_BYTES = 1 << 30  # the largest decoded set to keep in memory
 _TRIED = 8  # examples and positions that are read at once, twice

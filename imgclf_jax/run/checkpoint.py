@@ -179,12 +179,13 @@ class Checkpoints:
         self._thread.shutdown()
         self._manager.close()
 
-    def restore(self, step: int, like: PyTree, optimizer: bool = True) -> PyTree:
+    def restore(self, step: int, like: PyTree = None, optimizer: bool = True) -> PyTree:
         """Restores the state of `step`; `like` is a pytree of `jax.ShapeDtypeStruct` with shardings.
 
         The number of devices may differ from when it was saved. Without `optimizer`, the optimizer's state is not read
-        and is None in the result; top-level entries that `like` lacks are not read either. Raises UserError for a
-        damaged checkpoint and for another model's.
+        and is None in the result; top-level entries that `like` lacks are not read either. Without `like`, the state
+        of any model is read, as nested dicts of NumPy arrays. Raises UserError for a damaged checkpoint and for
+        another model's.
         """
         folder = self.directory / str(step)
         if error := processes.broadcast(lambda: self._find_error(step, like, optimizer)):
@@ -200,6 +201,9 @@ class Checkpoints:
 
     def _read(self, step: int, like: PyTree, optimizer: bool) -> PyTree:
         """Reads the state, with NumPy arrays where `like` has no shardings."""
+        if like is None:
+            saved = self._manager.item_metadata(step)
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
 
         def restore_args(x: Any) -> Any:
             if x is ocp.PLACEHOLDER or x.sharding is None:
@@ -226,7 +230,9 @@ class Checkpoints:
             return f"checkpoint {folder} is damaged: {fault}"
         try:
             saved = self._manager.item_metadata(step)
-            if saved is not None and not optimizer:
+            if saved is None or like is None:
+                return ""
+            if not optimizer:
                 saved = {name: part for name, part in dict(saved).items() if name in like}
             clash = _find_clash(saved, like)
         except Exception as e:  # of many types
@@ -239,19 +245,6 @@ class Checkpoints:
                 f"checkpoint {folder} was removed while it was read, since its run still trains; run this again"
             )
         return None
-
-    def restore_any(self, step: int) -> PyTree:
-        """Restores `step` of any model as nested dicts of NumPy arrays, without the optimizer's state.
-
-        Raises UserError as `restore` does.
-        """
-        folder = self.directory / str(step)
-        try:
-            saved = self._manager.item_metadata(step)
-            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
-        except Exception as e:  # of many types, as in `restore`
-            raise self._gone(folder) or UserError(f"checkpoint {folder} cannot be read: {reason(e)}") from e
-        return self.restore(step, like, optimizer=False)
 
     def restore_latest(self, like: PyTree, optimizer: bool = True) -> tuple[int, PyTree] | None:
         """Restores the latest checkpoint that can be read: (step, state); None if there is no checkpoint.
@@ -339,9 +332,7 @@ def _wrap_key(data: Array, like: Leaf) -> Array:
 
 
 def _find_clash(saved: PyTree, like: PyTree) -> str:
-    """The first array whose dtype or shape differs; "" if there is none, or if the metadata `saved` is missing."""
-    if saved is None:
-        return ""
+    """The first array whose dtype or shape differs; "" if there is none."""
     has, wants = ({name: _describe(x) for name, x in tree.named_leaves(t)} for t in (saved, like))
     names = sorted({**has, **wants}, key=lambda name: ("/opt_state/" in name, name))  # parameters explain most
     clashes = (name for name in names if has.get(name) != wants.get(name))

@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 import jax
 
-from imgclf_jax.core import json_files, machine
+from imgclf_jax.core import machine
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
-from imgclf_jax.data.info import DataInfo
+from imgclf_jax.data.source import DataInfo
 
 # The packages that compute or load data; in a snapshot they come first.
 PACKAGES = ("imgclf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "tensorflow",
@@ -266,20 +266,11 @@ def _git() -> JsonObject:
         return {}
 
 
-def _data_info(data: Json) -> DataInfo:
+def data_info(data: Json) -> DataInfo:
+    """The DataInfo in a snapshot's `data`. Raises an error of any of several types if it is damaged."""
     h, w, c = map(int, data["image_shape"])
     names, counts = tuple(map(str, data["class_names"])), tuple(map(int, data.get("class_counts", ())))
     targets, sampling = tuple(map(str, data.get("target_names", ()))), str(data.get("sampling", ""))
-    extra = {str(name): _data_info(one) for name, one in data.get("extra", {}).items()}
+    extra = {str(name): data_info(one) for name, one in data.get("extra", {}).items()}
     return DataInfo(int(data["train_examples"]), (h, w, c), names, str(data["fingerprint"]), counts, targets, sampling,
                     extra, int(data.get("bits", 16)))  # fmt: skip
-
-
-def load_data_info(path: Path) -> DataInfo:
-    """Loads the DataInfo from a `provenance.json`. Raises UserError if the file is missing or damaged."""
-    try:
-        return _data_info(json_files.read(path)["data"])
-    except (UserError, KeyError, TypeError, ValueError, AttributeError) as e:
-        what = "is damaged; remove it" if path.is_file() else "is missing"
-        raise UserError(f"{path} {what}, and run train again with the config and work directory of this run, which "
-                        "writes it anew from the data") from e  # fmt: skip

@@ -83,7 +83,10 @@ class Record:
     @cached_property
     def result(self) -> JsonObject:
         """The content of result.json; {} if the run has not ended."""
-        return self._json("result.json")
+        found = self._json("result.json")
+        if "result.json" in self.files and type(found.get("step")) is not int:
+            raise UserError(f"{self.path / 'result.json'} is damaged: it holds no result")
+        return found
 
     @cached_property
     def digests(self) -> list[JsonObject]:
@@ -123,15 +126,6 @@ class Record:
         return self.workdir.load_data_info().train_examples / self.config.batch_size
 
     @cached_property
-    def final(self) -> JsonObject | None:
-        """The content of result.json; None if the run has not ended."""
-        if self.files.get("result.json") is None:
-            return None
-        if type(self.result.get("step")) is not int:
-            raise UserError(f"{self.path / 'result.json'} is damaged: it holds no result")
-        return self.result
-
-    @cached_property
     def evals(self) -> dict[str, str]:
         """The recorded fingerprints of the evaluation sets, by name."""
         recorded: dict[str, str] = self.provenance.get("evals", {})
@@ -167,7 +161,7 @@ class Record:
 def read(path: Path) -> Record:
     """Reads the record of the run in a work directory. Raises UserError if any of its files is damaged."""
     record = Record.from_workdir(path)
-    _ = record.config, record.final, record.evals
+    _ = record.config, record.result, record.evals
     return record
 
 

@@ -13,9 +13,9 @@ from imgclf_jax import config as configs
 from imgclf_jax.core import json_files, paths, processes, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import JsonMapping, JsonObject
-from imgclf_jax.data.info import DataInfo
+from imgclf_jax.data.source import DataInfo
 from imgclf_jax.run import lock
-from imgclf_jax.run.provenance import find_differences, load_data_info, module_digests, snapshots
+from imgclf_jax.run.provenance import data_info, find_differences, module_digests, snapshots
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,12 @@ class Workdir:
 
     def load_data_info(self) -> DataInfo:
         """Loads the facts about the data from provenance.json. Raises UserError if it is missing or damaged."""
-        return load_data_info(self.provenance)
+        try:
+            return data_info(json_files.read(self.provenance)["data"])
+        except (UserError, KeyError, TypeError, ValueError, AttributeError) as e:
+            what = "is damaged; remove it" if self.provenance.is_file() else "is missing"
+            raise UserError(f"{self.provenance} {what}, and run train again with the config and work directory of "
+                            "this run, which writes it anew from the data") from e  # fmt: skip
 
     def untrusted(self) -> contextlib.AbstractContextManager[None]:
         """Inside, refuses imports and downloads that the run names, since anybody may have written it."""

@@ -5,6 +5,7 @@ it imports TensorFlow, which takes half of the memory and of the time of a short
 """
 
 import contextlib
+import functools
 import importlib.util
 import inspect
 import io
@@ -109,7 +110,7 @@ class MetricsWriter:
         self._records: AppendedFile | None = None
         evaluated = False
         if not processes.index():
-            self._writers = {name: make(workdir, step) for name, make in find_factories(specs).items()}
+            self._writers = {name: make() for name, make in find_factories(specs, workdir, step).items()}
             if tensorboard and importlib.util.find_spec("tensorboard"):
                 self._writers["TensorBoard"] = TensorBoard(workdir / "tb", step)
             elif tensorboard:
@@ -230,25 +231,18 @@ def _naming_errors(path: Path) -> Iterator[None]:
                         "same command again") from e  # fmt: skip
 
 
-def find_factories(specs: str) -> dict[str, Callable[[Path, int], Writer]]:
-    """The factories of the config's `writers`, by spec: functions (workdir, step) -> Writer.
+def find_factories(specs: str, workdir: Path, step: int) -> dict[str, Callable[[], Writer]]:
+    """The functions that make the writers of the key `writers`, by spec.
 
     The user's function is passed `workdir` and `step` if it has parameters of these names. Raises UserError if it
     cannot be imported or called with the arguments of its spec.
     """
-
-    def bind(call: spec.Call) -> Callable[[Path, int], Writer]:
-        function = spec.bind(call, {}, "writer", by_name=("workdir", "step"))
+    factories, passed = dict[str, Callable[[], Writer]](), {"workdir": workdir, "step": step}
+    for call in spec.parse(specs):
+        function = spec.bind(call, {}, "writer", by_name=passed)
         takes = inspect.signature(function.func).parameters.keys() - function.keywords.keys()
-
-        def make(workdir: Path, step: int) -> Writer:
-            passed = {"workdir": workdir, "step": step}
-            writer: Writer = function(**{name: value for name, value in passed.items() if name in takes})
-            return writer
-
-        return make
-
-    return {str(call): bind(call) for call in spec.parse(specs)}
+        factories[str(call)] = functools.partial(function, **{name: passed[name] for name in takes & passed.keys()})
+    return factories
 
 
 def read_metrics(path: Path) -> list[JsonObject]:

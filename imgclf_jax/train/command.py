@@ -33,7 +33,7 @@ def main(
     """
     programs.check(config)  # before the work directory is made
     if not processes.index():
-        writers.find_factories(config.writers)
+        writers.find_factories(config.writers, workdir.path, 0)
     timer = Timer(configs.seconds(config.watchdog, "watchdog"))
     with contextlib.ExitStack() as held:
         held.callback(timer.stop)

@@ -159,7 +159,7 @@ def _read_workdir(workdir: Workdir) -> Named:
         raise UserError(f"{what}: this run has no checkpoint yet")
     checkpoints = Checkpoints(workdir.checkpoints, best=metric, read_only=True)
     step = last if (best := checkpoints.best_step()) is None else best
-    state = checkpoints.restore_any(step)["state"]
+    state = checkpoints.restore(step, optimizer=False)["state"]
     digests.check(workdir, step, state["params"])
     # The evaluated weights: the averages (params, model_state) if the run has any.
     params, model_state = state.get("eval_variables") or (state["params"], state.get("model_state"))

@@ -15,7 +15,8 @@ from imgclf_jax.core import json_files
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import image_check, sources, stream
 from imgclf_jax.data.folder import folder
-from imgclf_jax.run.provenance import load_data_info, take_snapshot
+from imgclf_jax.run.provenance import take_snapshot
+from imgclf_jax.run.workdir import Workdir
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_deep_images_with_small_values(tmp_path, caplog, form, dtype, top):
     read = images.read(np.arange(4), np.arange(4))["image"][:, 0, 0, 0]
     assert sorted(read.tolist()) == sorted(value * 256 >> bits for value in (top, 3, 1, 0))
     json_files.write(tmp_path / "provenance.json", take_snapshot({}, images.describe()))
-    assert load_data_info(tmp_path / "provenance.json").bits == bits
+    assert Workdir(tmp_path).load_data_info().bits == bits
     ops, _ = image_check.decode.build("decode(1)", bits)
     with pytest.raises(UserError, match=f"more than {bits} bits per channel: its values are from 40000 to 40000"):
         ops(Image.fromarray(np.full((2, 2), 40_000, np.uint16)), 0, 0)

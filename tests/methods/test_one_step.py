@@ -10,7 +10,7 @@ from scipy.special import expit, log_softmax, rel_entr, softmax
 
 from imgclf_jax.augment import ops
 from imgclf_jax.core import rng, sharding, tree
-from imgclf_jax.data.info import DataInfo
+from imgclf_jax.data.source import DataInfo
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 

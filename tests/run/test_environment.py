@@ -8,7 +8,7 @@ import pytest
 
 from imgclf_jax import config as configs
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data.info import DataInfo
+from imgclf_jax.data.source import DataInfo
 from imgclf_jax.run import provenance
 from imgclf_jax.run.provenance import processor, take_snapshot
 from imgclf_jax.run.workdir import Workdir

@@ -18,7 +18,7 @@ from PIL import Image
 
 from imgclf_jax.config import default_config, flatten
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.run import provenance, writers
+from imgclf_jax.run import writers
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.train import command as train
 
@@ -190,5 +190,5 @@ def test_provenance(finished):
     assert (record["processes"], record["command"]) == (1, sys.argv)
     for name in ("jax", "ml-collections", "pytest"):  # whose folders are called ml_collections-…, and so on
         assert record["packages"][name] == importlib.metadata.version(name)
-    data = provenance.load_data_info(finished / "provenance.json")
+    data = Workdir(finished).load_data_info()
     assert (data.train_examples, data.image_shape, data.class_names) == (64, (12, 12, 1), ("0", "1", "2", "3"))

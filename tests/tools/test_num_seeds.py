@@ -12,7 +12,6 @@ from imgclf_jax import datasets
 from imgclf_jax.data import sources
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
-from imgclf_jax.run.provenance import load_data_info
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.train.evaluation import evaluate
@@ -84,7 +83,7 @@ def test_every_replica_begins_from_the_weights(runs, name):
     config = runs["5"].load_config()
     with config.unlocked():
         config.num_seeds, config.init_from = 3, str(runs[name].path)
-    programs = Programs(Recipe(config, load_data_info(runs["5"].provenance)))
+    programs = Programs(Recipe(config, runs["5"].load_data_info()))
     state = programs.init_state(weights=pretrained.load(programs).taken)
     expected, _ = state_of(runs["5"])[1].evaluated
     for i in range(3):

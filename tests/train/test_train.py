@@ -96,7 +96,7 @@ def test_it_ends_at_the_first_evaluation_after_its_patience(stopped):
     assert [r["step"] for r in records if "train/loss" in r] == [7]
     assert sorted(int(p.name) for p in (stopped / "checkpoints").iterdir() if p.name.isdigit()) == [4, 5, 8, 10, 12]
     run = record.read(stopped)
-    assert (run.final, run.total) == (result, 40)
+    assert (run.result, run.total) == (result, 40)
 
 
 @pytest.mark.thorough

@@ -66,7 +66,7 @@ def _settings(config: ConfigDict) -> dict[str, Value]:
 def run_metrics(run: Record) -> dict[str, Spread]:
     """Returns the metrics in a run's result by `set/metric`, over its seeds."""
     metrics = {}
-    for group, values in (run.final or {}).items():
+    for group, values in run.result.items():
         if isinstance(values, dict):
             for name, value in values.items():
                 if name == "examples" or name.endswith("_std") or not isinstance(value, int | float):
@@ -87,7 +87,7 @@ def shown(value: Value) -> str:
 def main_metric(runs: Sequence[Record]) -> tuple[str, float]:
     """Returns the main metric of the first finished run, and 1.0 if its greatest value is best, else -1.0."""
     reported = {name for run in runs for name in run_metrics(run)}
-    first = next((run for run in runs if run.final is not None), runs[0])
+    first = next((run for run in runs if run.result), runs[0])
     best, sets = first.config.checkpoint.best, first.config.data.eval
     return ranking.main_metric(best, sets, reported) or (f"{next(iter(sets), 'test')}/accuracy", 1.0)
 
@@ -112,8 +112,8 @@ def group_runs(runs: Sequence[Record]) -> list[Group]:
     groups = [
         Group(
             {key: settings[members[0].name].get(key) for key in keys},
-            [run for run in members if run.final is not None],
-            [run for run in members if run.final is None],
+            [run for run in members if run.result],
+            [run for run in members if not run.result],
         )
         for members in separated
     ]

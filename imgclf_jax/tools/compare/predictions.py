@@ -34,7 +34,7 @@ def load_all(runs: Iterable[Record], test: bool, trust: bool) -> dict[str, Corre
     found = {}
     for run in runs:
         found[run.name] = load(run)
-        if test and run.final is not None and not set(run.config.data.eval) <= set(found[run.name]):
+        if test and run.result and not set(run.config.data.eval) <= set(found[run.name]):
             try:
                 log.info("evaluating %s", run.name)
                 found[run.name] = make(run, trust)
@@ -46,7 +46,7 @@ def load_all(runs: Iterable[Record], test: bool, trust: bool) -> dict[str, Corre
 
 def load(run: Record) -> Correct:
     """Loads the predictions in a run's directory; {} unless they are of the step and parameters of its result."""
-    path, result = run.path / FILE, run.final or {}
+    path, result = run.path / FILE, run.result
     if not result or not path.is_file():
         return {}
     try:
@@ -64,7 +64,7 @@ def load(run: Record) -> Correct:
 
 def _facts(run: Record) -> JsonObject:
     """What the predictions of a run's result are of."""
-    result = run.final or {}
+    result = run.result
     return {"step": result.get("step"), "params_sha256": result.get("params_sha256"), "evals": run.evals}
 
 
@@ -88,7 +88,7 @@ def make(run: Record, trust: bool) -> Correct:
     with contextlib.nullcontext() if trust else run.workdir.untrusted():
         check_names(run.config)
         model = restore(run.config, run.workdir, "latest")
-        result = run.final or {}
+        result = run.result
         if model.step != result["step"]:
             raise UserError(f"its latest checkpoint has step {model.step}, but its result has step {result['step']}")
         if result.get("params_sha256") not in (None, tree.sha256(model.state.params)):

@@ -9,7 +9,7 @@ from imgclf_jax import datasets
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, prepare, sources, splits
-from imgclf_jax.data.info import DataInfo
+from imgclf_jax.data.source import DataInfo
 from imgclf_jax.data.stream import Images
 
 

@@ -47,7 +47,7 @@ def _results(run: Record, findings: Findings) -> dict[str, JsonMapping]:
     """Returns the metrics of each evaluation set, measured now, or else as recorded by the run."""
     if findings.sets:
         return {one.name: one.metrics for one in findings.sets}
-    return {name: value for name, value in (run.final or {}).items() if isinstance(value, dict)}
+    return {name: value for name, value in run.result.items() if isinstance(value, dict)}
 
 
 def _headline(run: Record, findings: Findings) -> str:
@@ -67,10 +67,10 @@ def _headline(run: Record, findings: Findings) -> str:
 def _summary(run: Record, findings: Findings) -> str:
     summary = f"{run.config.model} on {run.config.data.source}"
     summary += "." if findings.step is None else f", at step {findings.step}."
-    if run.final is None:
+    if not run.result:
         summary += f" The run is unfinished: its last record is from step {run.step}" + (
             f" of {run.total}." if run.total else ".")  # fmt: skip
-    if why := (run.final or {}).get("stopped_early"):
+    if why := run.result.get("stopped_early"):
         summary += f" It stopped early at step {run.step} of {run.total}: {why}."
     if run.config.num_seeds > 1:
         seeds = f"{run.seeds[0]} to {run.seeds[-1]}"
@@ -102,7 +102,7 @@ def _configuration(run: Record) -> str:
 
 
 def _provenance(run: Record, findings: Findings) -> str:
-    provenance, result = run.provenance, run.final or {}
+    provenance, result = run.provenance, run.result
     git, data = provenance.get("git") or {}, provenance.get("data") or {}
     devices = Counter(provenance.get("devices") or ())
     facts = {

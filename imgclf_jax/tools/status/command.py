@@ -53,7 +53,7 @@ def read(run: Record) -> Status:
     """The status of a run. Raises UserError for a damaged file."""
     total, saved, pace = run.total, run.workdir.last_checkpoint(), _number(run.latest().get("train/images_per_second"))
     running, begun = lock.is_held(run.path / "lock"), run.step > 0 or saved is not None
-    state = "done" if run.final else "running" if running else "stopped" if begun else "not begun"
+    state = "done" if run.result else "running" if running else "stopped" if begun else "not begun"
     left = None
     if running and pace and total:
         left = max(0, total - run.step) * run.config.batch_size * run.config.num_seeds / pace
@@ -69,7 +69,7 @@ def _duration(seconds: float) -> str:
 
 
 def _seconds(run: Record) -> dict[str, float]:
-    phases = run.final.get("time") if run.final else None
+    phases = run.result.get("time")
     found = [one for one in phases if isinstance(one, dict)] if isinstance(phases, list) else []
     return {str(one.get("phase")): _number(one.get("seconds")) or 0.0 for one in found}
 
@@ -82,7 +82,7 @@ def _health(run: Record, running: bool) -> list[str]:
     file, found = run.path / "nonfinite.json", []
     if skipped := sum(_number(line.get("train/skipped")) or 0.0 for line in run.metrics):
         found.append(f"{skipped:.0f} steps were skipped: their loss, gradient or parameters are not finite")
-    if not (running or run.final) and file.is_file():
+    if not (running or run.result) and file.is_file():
         step = json_files.read(file).get("step")
         if type(step) is not int or run.step <= step:
             found.append("a bad step stopped the run: see nonfinite.json")
