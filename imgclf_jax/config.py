@@ -292,11 +292,6 @@ def seconds(text: str, key: str) -> float:
     return float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]
 
 
-def is_due(step: int, every: Fraction | None) -> bool:
-    """Whether an event of period `every` falls on `step`: whether ceil(k * every) == step for a whole k ≥ 1."""
-    return every is not None and step // every > (step - 1) // every
-
-
 def to_json(config: ConfigDict) -> str:
     """The config as indented JSON, nested like its keys."""
     return json.dumps(config.to_dict(), indent=2) + "\n"

@@ -176,7 +176,7 @@ def build_whole_set(text: str, task: Task = Task.CLASSES) -> dict[str, WholeSetM
             raise UserError(f"metrics={text!r}: results have a metric {name} already; give each metric its own name")
         leading = ("targets" if several else "labels", "probabilities") if is_own else ("predictions",)
         metric = spec.bind(call, multilabel.METRICS if several else classification.METRICS, "metric", leading)
-        whole_set[name] = functools.partial(custom.compute, str(call), metric) if is_own else metric
+        whole_set[name] = custom.checked(str(call), metric) if is_own else metric
     return whole_set
 
 

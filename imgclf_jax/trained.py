@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import logging
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from imgclf_jax.core import dtypes, json_files, machine, processes, sharding, tr
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import JsonObject, Variables
 from imgclf_jax.data import decode
+from imgclf_jax.data.read_ahead import run_ahead
 from imgclf_jax.data.source import Source
 from imgclf_jax.losses import Task
 from imgclf_jax.methods import Problem
@@ -178,16 +178,6 @@ class Trained(NamedTuple):
             except UserError as e:
                 out.append((name, UserError(f"{name}: {e}")))
         return out
-
-
-def run_ahead[T](items: Iterable[T], count: int) -> Iterator[T]:
-    """Yields the items, `count` of them after the next ones have been taken."""
-    taken = deque[T]()
-    for item in items:
-        taken.append(item)
-        if len(taken) > count:
-            yield taken.popleft()
-    yield from taken
 
 
 def is_finite(outputs: np.ndarray, what: Outputs) -> bool:

@@ -113,6 +113,22 @@ def test_examples_are_ordered_by_their_log_odds(link, logits, seeds):
     assert classification.auc(predictions(labels, own.probabilities)) < 1
 
 
+def constant(labels, probabilities):
+    calls.append(len(labels))
+    return 0.5
+
+
+calls = []
+
+
+def test_an_own_metric_is_computed_twice_only_at_the_first_evaluation():
+    """A second call finds a metric that draws or counts; a run may evaluate a thousand times."""
+    metric = metrics.build_whole_set(f"{__name__}:constant")["constant"]
+    own = predictions(np.array([0, 1]), np.eye(2, dtype=np.float32))
+    assert [metric(own) for _ in range(3)] == [0.5] * 3
+    assert calls == [2] * 4
+
+
 def test_every_metric_says_which_value_is_best():
     """Losses are best when low; an own metric must declare its direction."""
     assert [name for name, sign in metrics.BEST.items() if sign < 0] == ["loss", "nll", "kl"]

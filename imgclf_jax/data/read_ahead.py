@@ -31,17 +31,21 @@ def read_ahead(read: Callable[[int], Batch], steps: Iterable[int], prefetch: int
             yield from _by_tensorflow(tf, read, steps, batch, prefetch) if tf else _by_threads(read, steps, prefetch)
 
 
+def run_ahead[T](items: Iterable[T], count: int) -> Iterator[T]:
+    """Yields the items, `count` of them after the next ones have been taken."""
+    taken = collections.deque[T]()
+    for item in items:
+        taken.append(item)
+        if len(taken) > count:
+            yield taken.popleft()
+    yield from taken
+
+
 def _by_threads(read: Callable[[int], Batch], steps: Iterator[int], prefetch: int) -> Iterator[tuple[int, Batch]]:
     pool = concurrent.futures.ThreadPoolExecutor(_PARALLEL, thread_name_prefix="read-ahead")
-    ahead: collections.deque[tuple[int, concurrent.futures.Future[Batch]]] = collections.deque()
     try:
-        for step in steps:
-            ahead.append((step, pool.submit(read, step)))
-            if len(ahead) > prefetch:
-                first, reading = ahead.popleft()
-                yield first, reading.result()
-        for first, reading in ahead:
-            yield first, reading.result()
+        for step, batch in run_ahead(((step, pool.submit(read, step)) for step in steps), prefetch):
+            yield step, batch.result()
     finally:  # also if the consumer stops early
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import NamedTuple
 
-from imgclf_jax import config as configs
+
+def _is_due(step: int, every: Fraction | None) -> bool:
+    """Whether an event of period `every` falls on `step`: whether ceil(k * every) == step for a whole k ≥ 1."""
+    return every is not None and step // every > (step - 1) // every
 
 
 class Due(NamedTuple):
@@ -30,11 +33,11 @@ class Cadences:
     def due(self, step: int) -> Due:
         """What to do after `step` steps."""
         periods = self.log, self.eval, self.checkpoint
-        return Due(*(step == self.total or configs.is_due(step, every) for every in periods))
+        return Due(*(step == self.total or _is_due(step, every) for every in periods))
 
     def checks(self, step: int) -> bool:
         """Whether step `step` is computed twice."""
-        return configs.is_due(step + 1, self.check)
+        return _is_due(step + 1, self.check)
 
     def evaluations(self, until: int) -> list[int]:
         """The steps up to `until` after which the run evaluates."""

@@ -16,11 +16,11 @@ from imgclf_jax.core.stopping import Stopped
 from imgclf_jax.core.terminal import track
 from imgclf_jax.core.typing import Batch
 from imgclf_jax.data import sources, splits, stream
+from imgclf_jax.data.read_ahead import run_ahead
 from imgclf_jax.data.source import Source
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.provenance import process_facts
 from imgclf_jax.step import TrainState
-from imgclf_jax.trained import run_ahead
 
 log = logging.getLogger(__name__)
 

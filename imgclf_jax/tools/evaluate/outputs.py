@@ -10,9 +10,10 @@ from imgclf_jax import datasets
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
+from imgclf_jax.data.read_ahead import run_ahead
 from imgclf_jax.data.source import Source
 from imgclf_jax.step import Outputs
-from imgclf_jax.trained import Trained, run_ahead
+from imgclf_jax.trained import Trained
 
 
 def compute_batches(
