@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from imgclf_jax.core import spec
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Array, Function
 from imgclf_jax.losses import Link, Task
 from imgclf_jax.scores import classification, custom, multilabel
@@ -58,18 +58,6 @@ def concatenate(batches: Sequence[AnyPredictions]) -> AnyPredictions:
 def dominant_labels(targets: jax.Array) -> jax.Array:
     """i32[b]: the class with the greatest share in each row of f32[b, classes]; the first wins a tie."""
     return jnp.argmax(targets, -1).astype(jnp.int32)
-
-
-def correct(logits: jax.Array, wanted: jax.Array, link: Link, task: Task) -> jax.Array:
-    """bool[b]: which predictions are correct.
-
-    logits f32[b, k]; wanted i32[b] for CLASSES, else f32[b, k]. SOFT compares with the dominant label. MULTILABEL needs
-    every class correct, with thresholds of 0.5 on probabilities and targets.
-    """
-    if task is Task.MULTILABEL:
-        outputs = link.probabilities(logits)
-        return jnp.all(((outputs >= 0.5) == (wanted >= 0.5)) & jnp.isfinite(outputs), -1)
-    return predicted_classes(logits) == (dominant_labels(wanted) if task is Task.SOFT else wanted)
 
 
 def task_sums(
@@ -182,17 +170,3 @@ def build_whole_set(text: str, task: Task = Task.CLASSES) -> dict[str, WholeSetM
 
 def _score(score: Function, predictions: TargetPredictions) -> float:
     return float(score(predictions, np.ones((1, len(predictions.targets))))[0])
-
-
-def parse_best(text: str, key: str = "checkpoint.best") -> tuple[str, float]:
-    """Returns the metric that `text` of a config's `key` names, and 1.0 if its greatest value is best, else -1.0.
-
-    For example ("test/my_error", -1.0) for "min:test/my_error". Raises UserError for a metric of unknown direction.
-    """
-    direction, _, name = text.partition(":")
-    if direction in ("min", "max"):
-        return name, 1.0 if direction == "max" else -1.0
-    if (kind := text.partition("/")[2]) not in BEST:
-        raise UserError(f"{key}={text!r}: {unknown('metric', kind, BEST)}, or 'min:{text}' if the smallest value of "
-                        f"your metric is best, 'max:{text}' if the greatest is")  # fmt: skip
-    return text, BEST[kind]

@@ -31,6 +31,7 @@ from imgclf_jax.methods import Method, Problem, gradients
 from imgclf_jax.methods import table as methods
 from imgclf_jax.models import classifier
 from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
+from imgclf_jax.run import ranking
 from imgclf_jax.run.provenance import raised_in_user_code
 
 _EXPLAINED = {  # what the type or message of an error in user code has, and what to change
@@ -272,7 +273,7 @@ def check_names(config: ConfigDict) -> None:
     for call in spec.parse(config.metrics):
         spec.lookup(call, metrics.WHOLE_SET, "metric")
     for key, text in configs.selecting_metrics(config).items():
-        metrics.parse_best(text, key=key)
+        ranking.parse_best(text, key)
 
 
 def for_arrays(config: ConfigDict, images: np.ndarray, labels: np.ndarray) -> Recipe:

@@ -276,13 +276,23 @@ def _named_metrics(named: Mapping[str, jax.Array], sown: PyTree) -> metrics.Sums
 
 
 def _count_correct(logits: jax.Array | None, batch: Batch, link: Link, task: Task) -> metrics.Sums:
-    """{"correct": the number of correct predictions}; {} if the task or the method has none."""
+    """{"correct": the number of correct predictions}; {} if the task or the method has none.
+
+    Soft targets and mixed examples count by their dominant label. MULTILABEL needs every class correct, with thresholds
+    of 0.5 on probabilities and targets.
+    """
     wanted = batch.get("label" if task is Task.CLASSES else "target")
     if logits is None or wanted is None or len(logits) != len(wanted):
         return {}
     if "other" in batch:
-        wanted = mixing.main_labels(wanted, batch["weight"])
-    return {"correct": jnp.sum(metrics.correct(logits, wanted, link, task), dtype=jnp.int32)}
+        wanted = jnp.where(batch["weight"] >= 0.5, wanted, batch["other"])
+    if task is Task.MULTILABEL:
+        outputs = link.probabilities(logits)
+        correct = jnp.all(((outputs >= 0.5) == (wanted >= 0.5)) & jnp.isfinite(outputs), -1)
+    else:
+        labels = metrics.dominant_labels(wanted) if task is Task.SOFT else wanted
+        correct = metrics.predicted_classes(logits) == labels
+    return {"correct": jnp.sum(correct, dtype=jnp.int32)}
 
 
 def zero_sums(like: metrics.Sums) -> metrics.Sums:

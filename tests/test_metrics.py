@@ -10,6 +10,7 @@ from sklearn.metrics import accuracy_score, roc_auc_score, top_k_accuracy_score
 
 from imgclf_jax import losses, metrics
 from imgclf_jax.losses import Task
+from imgclf_jax.run.ranking import parse_best
 from imgclf_jax.scores import classification
 from imgclf_jax.train.evaluation import evaluate, evaluate_all
 
@@ -132,9 +133,9 @@ def test_an_own_metric_is_computed_twice_only_at_the_first_evaluation():
 def test_every_metric_says_which_value_is_best():
     """Losses are best when low; an own metric must declare its direction."""
     assert [name for name, sign in metrics.BEST.items() if sign < 0] == ["loss", "nll", "kl"]
-    assert metrics.parse_best("val/loss") == ("val/loss", -1.0)
-    assert metrics.parse_best("val/auc") == ("val/auc", 1.0)
-    assert metrics.parse_best("min:val/error") == ("val/error", -1.0)
+    assert parse_best("val/loss") == ("val/loss", -1.0)
+    assert parse_best("val/auc") == ("val/auc", 1.0)
+    assert parse_best("min:val/error") == ("val/error", -1.0)
 
 
 @pytest.mark.parametrize("task", Task)

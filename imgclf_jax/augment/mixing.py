@@ -131,8 +131,3 @@ def mix_batch(mix: Mix | None, key: jax.Array, batch: Mapping[str, jax.Array]) -
         return {**batch, "image": images, "other": partner(batch["label"]), "weight": weight}
     own = weight[:, None]
     return {**batch, "image": images, "target": own * batch["target"] + (1 - own) * partner(batch["target"])}
-
-
-def main_labels(labels: jax.Array, weight: jax.Array) -> jax.Array:
-    """The dominant label of each mixed example, for training accuracy: its own or its partner's."""
-    return jnp.where(weight >= 0.5, labels, partner(labels))

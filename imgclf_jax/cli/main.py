@@ -64,12 +64,10 @@ def main(argv: Sequence[str], program: str = "launch.py", command: Sequence[str]
         return status
     except SystemExit as e:  # after printing help or the version
         return int(e.code or 0)
-    except UsageError as e:
-        print(f"error: {printable(str(e))}\nsee {program} --help", file=sys.stderr)
-        return 2
     except UserError as e:
-        print(f"error: {printable(str(e))}", file=sys.stderr)
-        return 1
+        wrong_usage = isinstance(e, UsageError)
+        print(f"error: {printable(str(e))}" + f"\nsee {program} --help" * wrong_usage, file=sys.stderr)
+        return 2 if wrong_usage else 1
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python complains at exit
         return 1

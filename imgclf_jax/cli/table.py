@@ -7,15 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from imgclf_jax.cli.openers import (
-    Opener,
-    from_file,
-    from_record,
-    from_run,
-    from_run_or_file,
-    from_run_or_weights,
-    without_config,
-)
+from imgclf_jax.cli import openers
 
 
 def _flag(text: str, value: str, default: Any = "", **more: Any) -> dict[str, Any]:
@@ -39,12 +31,12 @@ def _at_least(least: float) -> Callable[[str], float]:
     return number
 
 
-def _steps(text: str) -> tuple[int, int] | None:
-    """Parses '10:20' to (10, 20), and '' to None."""
+def _steps(text: str) -> tuple[int, int]:
+    """Parses '10:20' to (10, 20)."""
     match = re.fullmatch(r"(\d+):(\d+)", text)
-    if text and (not match or int(match[1]) >= int(match[2])):
+    if not match or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text}: must be FIRST:LAST with FIRST < LAST, such as 10:20")
-    return (int(match[1]), int(match[2])) if match else None
+    return int(match[1]), int(match[2])
 
 
 def _output(text: str) -> str:
@@ -134,7 +126,7 @@ class Command:
 
     summary: str
     module: str  # within the package
-    opens: Opener
+    opens: openers.Opener
     flags: tuple[str, ...] = ()
     files: str = ""  # the placeholder for its files in help texts; empty if it takes none
     more: str = ""  # a paragraph for its help
@@ -147,18 +139,18 @@ class Command:
 COMMANDS: Mapping[str, Command] = {
     "train": Command(
         "train or resume the run in the work directory (the default command)",
-        "train.command", from_file, ("workdir", "profile", *PROCESSES),
+        "train.command", openers.from_file, ("workdir", "profile", *PROCESSES),
         more="A work directory with checkpoints resumes from the latest, if the config is the same.",
     ),
     "evaluate": Command(
         "evaluate a trained run on each of its evaluation sets",
-        "tools.evaluate.command", from_run_or_weights,
+        "tools.evaluate.command", openers.from_run_or_weights,
         ("workdir", "checkpoint", "corruptions", "attack", "calibrate", "ood", "format", "predictions", "top_k",
          "trust", *PROCESSES),
     ),
     "predict": Command(
         "classify new images with a trained run",
-        "tools.predict.command", from_run_or_weights,
+        "tools.predict.command", openers.from_run_or_weights,
         ("workdir", "checkpoint", "format", "top_k", "threshold", "temperature", "reject", "coverage", "trust"),
         "FILE|DIR|GLOB|-",
         more="Quote a GLOB, such as 'photos/**/*.jpg'. - reads file names from standard input, one per line.",
@@ -166,12 +158,12 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "report": Command(
         "write a page about a trained run: learning curves, scores, confusions, worst mistakes, provenance",
-        "tools.report.command", from_run, ("workdir", "checkpoint", "html", "trust"),
+        "tools.report.command", openers.from_run, ("workdir", "checkpoint", "html", "trust"),
         more="The page goes to WORKDIR/report.html, or to --html.",
     ),
     "export": Command(
         "export a trained model for JAX, TensorFlow, ONNX or PyTorch",
-        "tools.export.command", from_run_or_weights,
+        "tools.export.command", openers.from_run_or_weights,
         ("workdir", "checkpoint", "gives", "names", "temperature", "trust"), "FILE",
         more="The suffix selects the format: .stablehlo for JAX, .savedmodel for TensorFlow (a folder), .onnx, or "
              ".safetensors, the weights under the parameter names of a PyTorch model.",
@@ -179,42 +171,42 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "serve": Command(
         "serve a trained run as a web page and an HTTP API",
-        "tools.serve.command", from_run_or_weights,
+        "tools.serve.command", openers.from_run_or_weights,
         ("workdir", "checkpoint", "host", "port", "cors", "temperature", "trust"),
         extra="serve",
     ),
     "sweep": Command(
         "train a run for each combination of the values of several keys",
-        "tools.sweep.command", from_file, ("workdir", "sweep", "jobs", "print"),
+        "tools.sweep.command", openers.from_file, ("workdir", "sweep", "jobs", "print"),
         more="Each run is a plain `train` in WORKDIR/KEY=VALUE,…. Run the same command again to continue.",
         before_jax="tools.sweep.plan:use_cpu", needs_command_line=True,
     ),
     "compare": Command(
         "compare runs: results by the keys that differ, averaged over seeds, with paired tests and curves",
-        "tools.compare.command", without_config, ("format", "html", "test", "trust"), "DIR",
+        "tools.compare.command", openers.without_config, ("format", "html", "test", "trust"), "DIR",
         more="The command finds every run below DIR. Runs that differ only in their seed share a row.",
         formats=("table", "csv", "json"),
     ),
     "status": Command(
         "show how far runs are, what went wrong, and where their time went",
-        "tools.status.command", without_config, ("format",), "DIR",
+        "tools.status.command", openers.without_config, ("format",), "DIR",
         more="The command finds every run below DIR. For one run, a second table has the time by phase.",
     ),
     "features": Command(
         "write the network's features for images: one vector each, with names and labels",
-        "tools.probe.features", from_run_or_weights,
+        "tools.probe.features", openers.from_run_or_weights,
         ("workdir", "checkpoint", "output", "split", "trust"), "[FILE|DIR|GLOB|-]",
         more="--output is an .npz file. Without images on the command line, the command uses those of --split.",
         before_jax="tools.pages.inputs:check",
     ),
     "probe": Command(
         "measure the features: nearest neighbors, a linear probe, few-shot classification",
-        "tools.probe.command", from_run_or_weights,
+        "tools.probe.command", openers.from_run_or_weights,
         ("workdir", "checkpoint", "format", "k", "draws", "trust"),
     ),
     "explain": Command(
         "draw heatmaps of the image regions that a trained run's predictions depend on",
-        "tools.explain.command", from_run_or_weights,
+        "tools.explain.command", openers.from_run_or_weights,
         ("workdir", "checkpoint", "format", "method", "class", "layer", "window", "output", "trust"),
         "FILE|DIR|GLOB|-",
         more="The heatmaps go to the folder --output (default: explained).",
@@ -222,25 +214,25 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "reproduce": Command(
         "train a run again from its record, and compare every digest and metric",
-        "tools.reproduce.command", from_record,
+        "tools.reproduce.command", openers.from_record,
         ("output", "steps", "tolerance", "format", "bundle", "trust", *PROCESSES), "WORKDIR|BUNDLE",
         more="It trains in --output (default: a temporary directory), and exits with 0 if the runs are equal, else 1.",
     ),
     "show-batch": Command(
         "draw the batch that a step trains on, with labels and ids",
-        "tools.reproduce.show_batch", from_run_or_file,
+        "tools.reproduce.show_batch", openers.from_run_or_file,
         ("workdir", "step", "raw", "count", "output", "format", "trust"),
         more="--output is a .png file (default: batch-K.png in --workdir, else in the working directory).",
     ),
     "dryrun": Command(
         "compile a run for absent chips: memory, time and bottleneck",
-        "tools.dryrun.command", from_file,
+        "tools.dryrun.command", openers.from_file,
         ("workdir", "chips", "shape", "classes", "targets", "examples", "format"),
         before_jax="tools.dryrun.topology:prepare_from_flags",
     ),
     "find-lr": Command(
         "suggest a learning rate by a range test: a short run whose learning rate grows until the loss diverges",
-        "tools.find_lr.command", from_file, ("steps", "low", "high", "format", "html"),
+        "tools.find_lr.command", openers.from_file, ("steps", "low", "high", "format", "html"),
     ),
-    "config": Command("print the value and documentation of every key", "", from_file),
+    "config": Command("print the value and documentation of every key", "", openers.from_file),
 }  # fmt: skip

@@ -123,9 +123,8 @@ def accumulate(gradient: Gradient, parts: int) -> Gradient:
             return (jax.tree.map(jnp.add, total, grads), model_state), (loss, logits, named)
 
         if (b := len(batch["image"])) % parts:
-            raise UserError(
-                f"accumulate={parts} does not divide the batch of {b} that gradient passes on; set accumulate=1"
-            )
+            raise UserError(f"accumulate={parts} does not divide the batch of {b} that gradient passes on; set "
+                            "accumulate=1")  # fmt: skip
         carry = (jax.tree.map(jnp.zeros_like, params), model_state)
         (total, model_state), (losses, logits, named) = _scan(add, carry, batch, key, parts)
         logits = None if logits is None else join(logits)  # [b, classes]

@@ -20,12 +20,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from imgclf_jax import metrics
 from imgclf_jax.core import internals, paths, processes, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Array, PyTree
 from imgclf_jax.run import manifest, writers
-from imgclf_jax.run.ranking import find_best, values_of
+from imgclf_jax.run.ranking import find_best, parse_best, values_of
 from imgclf_jax.run.workdir import check_path
 
 log = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ type Leaf = Any  # an array or a jax.ShapeDtypeStruct
 
 
 class Checkpoints:
-    """The checkpoints in `directory`: the latest `keep`, and the best by the metric `best` (see `metrics.parse_best`).
+    """The checkpoints in `directory`: the latest `keep`, and the best by the metric `best` (see `ranking.parse_best`).
 
     The values of the metric are those in metrics.jsonl, next to `directory`.
     """
@@ -63,7 +62,7 @@ class Checkpoints:
         parent = directory.parent if paths.in_bucket(directory) else directory.parent.resolve()
         self.directory = parent / directory.name
         check_path(self.directory)
-        self.best, self._sign = metrics.parse_best(best) if best else ("", 1.0)
+        self.best, self._sign = parse_best(best) if best else ("", 1.0)
         self._read_only = read_only
         if not read_only:
             processes.broadcast(self._prepare)
@@ -118,7 +117,10 @@ class Checkpoints:
         The caller may donate the state's buffers right away, and has flushed metrics.jsonl. Does nothing if the step
         has a checkpoint. Raises UserError if this save or the previous one fails.
         """
-        self._wait_for_all()  # for the previous save
+        saving = self._saving
+        self.wait()
+        if saving:  # the previous save, which process 0 has verified by now
+            processes.barrier()
         if step in self._manager.all_steps():
             return
         saved = ocp.args.PyTreeSave(jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state))
@@ -160,13 +162,6 @@ class Checkpoints:
         """Raises UserError if the last save has failed, without waiting for it."""
         if self._saving and self._saving.done() and self._saving.exception():
             self.wait()
-
-    def _wait_for_all(self) -> None:
-        """Waits for every save and for process 0 to verify it. All processes call this."""
-        saving = self._saving
-        self.wait()
-        if saving:
-            processes.barrier()
 
     def describe_latest(self) -> str:
         """Waits for the saves of this process, and says where a run that ends now continues."""
@@ -241,9 +236,8 @@ class Checkpoints:
 
     def _gone(self, folder: Path) -> CheckpointRemoved | None:
         if self._read_only and not folder.is_dir():
-            return CheckpointRemoved(
-                f"checkpoint {folder} was removed while it was read, since its run still trains; run this again"
-            )
+            return CheckpointRemoved(f"checkpoint {folder} was removed while it was read, since its run still trains; "
+                                     "run this again")  # fmt: skip
         return None
 
     def restore_latest(self, like: PyTree, optimizer: bool = True) -> tuple[int, PyTree] | None:
@@ -299,10 +293,8 @@ class Checkpoints:
             function()
         except Exception as e:  # a full or failing disk surfaces as OSError, ValueError or a TensorStore status
             kept = f"the last good one is from step {self.latest}" if self.latest else "there is none before it"
-            raise UserError(
-                f"a checkpoint could not be saved in {self.directory}: {reason(e)}; {kept}; free some space or repair "
-                "the disk, then run the same command again"
-            ) from e
+            raise UserError(f"a checkpoint could not be saved in {self.directory}: {reason(e)}; {kept}; free some "
+                            "space or repair the disk, then run the same command again") from e  # fmt: skip
 
 
 def _wait_unless_failed(key: str, timeout_ms: int) -> None:

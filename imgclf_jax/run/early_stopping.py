@@ -7,12 +7,11 @@ from fractions import Fraction
 from pathlib import Path
 
 from imgclf_jax import config as configs
-from imgclf_jax import metrics
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import writers
 from imgclf_jax.run.cadences import Cadences
-from imgclf_jax.run.ranking import find_best, values_of
+from imgclf_jax.run.ranking import find_best, parse_best, values_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def build(text: str, every: Fraction | None, steps: Callable[[str], int]) -> Ear
         return None
     metric, patience = configs.split_stop(text)
     evaluations = (steps(patience) - 1) // every + 1
-    return EarlyStopping(*metrics.parse_best(metric, key="stop"), max(1, math.floor(evaluations * every)), text)
+    return EarlyStopping(*parse_best(metric, key="stop"), max(1, math.floor(evaluations * every)), text)
 
 
 def find_reason(early: EarlyStopping | None, cadences: Cadences, folder: Path, step: int) -> str:

@@ -3,10 +3,25 @@
 import math
 from collections.abc import Collection, Iterable
 
-from imgclf_jax import metrics
+from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.typing import JsonMapping
+from imgclf_jax.metrics import BEST
 
 MAIN_METRICS = ("accuracy", "mean_average_precision")  # one per task; the greatest value is the best
+
+
+def parse_best(text: str, key: str = "checkpoint.best") -> tuple[str, float]:
+    """Returns the metric that `text` of a config's `key` names, and 1.0 if its greatest value is best, else -1.0.
+
+    For example ("test/my_error", -1.0) for "min:test/my_error". Raises UserError for a metric of unknown direction.
+    """
+    direction, _, name = text.partition(":")
+    if direction in ("min", "max"):
+        return name, 1.0 if direction == "max" else -1.0
+    if (kind := text.partition("/")[2]) not in BEST:
+        raise UserError(f"{key}={text!r}: {unknown('metric', kind, BEST)}, or 'min:{text}' if the smallest value of "
+                        f"your metric is best, 'max:{text}' if the greatest is")  # fmt: skip
+    return text, BEST[kind]
 
 
 def main_metric(best: str, sets: Iterable[str], reported: Collection[str]) -> tuple[str, float] | None:
@@ -15,7 +30,7 @@ def main_metric(best: str, sets: Iterable[str], reported: Collection[str]) -> tu
     It is the first of these among the `reported` ones: the metric that chooses checkpoints, `best` (the key
     `checkpoint.best`), and the task's own on each of the evaluation `sets`. None if there is none.
     """
-    chosen = [metrics.parse_best(best)] if best else []
+    chosen = [parse_best(best)] if best else []
     of_task = [(f"{name}/{kind}", 1.0) for name in sets for kind in MAIN_METRICS]
     return next((one for one in [*chosen, *of_task] if one[0] in reported), None)
 

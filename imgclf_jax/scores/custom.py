@@ -1,5 +1,6 @@
 """A user's own metric of a whole evaluation set."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,17 +15,15 @@ def checked(text: str, metric: Function) -> Callable[[Any], float]:
 
     The first call, such as a run's first evaluation, also raises UserError if the metric then returns another number.
     """
-    repeats = True
+    calls = itertools.chain([2], itertools.repeat(1))  # of `metric`: at the first evaluation, and at each later one
 
     def compute(predictions: tuple[np.ndarray, ...]) -> float:
-        nonlocal repeats
-        value = metric(*predictions[:2])
-        if np.shape(value) or not hasattr(value, "__float__"):
-            raise UserError(f"metrics={text!r} returns {value!r:.80}; return one number")
-        if repeats and not np.array_equal(value, again := metric(*predictions[:2]), equal_nan=True):
-            raise UserError(f"metrics={text!r} gives {value}, and {again} in a second call for the same predictions; "
-                            "it must not draw, count or change its arguments")  # fmt: skip
-        repeats = False
-        return float(value)
+        first, *again = (metric(*predictions[:2]) for _ in range(next(calls)))
+        if np.shape(first) or not hasattr(first, "__float__"):
+            raise UserError(f"metrics={text!r} returns {first!r:.80}; return one number")
+        if again and not np.array_equal(first, again[0], equal_nan=True):
+            raise UserError(f"metrics={text!r} gives {first}, and {again[0]} in a second call for the same "
+                            "predictions; it must not draw, count or change its arguments")  # fmt: skip
+        return float(first)
 
     return compute
