@@ -79,10 +79,7 @@ def _sigmoid_nll(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _softmax_log_odds(logits: jax.Array) -> jax.Array:
-    """Each logit minus the logsumexp of the others.
-
-    The greatest logit is left out of every sum, because float32 would round the others away beside it.
-    """
+    """Each logit minus the logsumexp of the others; no sum has the greatest, beside which float32 loses the rest."""
     is_top = jnp.argmax(logits, -1, keepdims=True) == jnp.arange(logits.shape[-1])
     below_top = logits - jnp.max(logits, -1, keepdims=True)
     rest = jnp.where(is_top, 0.0, jnp.exp(below_top))
@@ -95,11 +92,7 @@ SIGMOID = Link(jax.nn.sigmoid, _sigmoid_ensemble, _sigmoid_nll, lambda logits: l
 
 
 def with_link[F: Callable[..., jax.Array]](link: Link) -> Callable[[F], F]:
-    """Decorator that declares the link of a loss, which is SOFTMAX by default.
-
-    @with_link(SIGMOID)
-    def my_loss(logits, labels): ...
-    """
+    """Decorator that declares the link of a loss, which is SOFTMAX by default: `@with_link(SIGMOID)` above it."""
 
     def declare(loss: F) -> F:
         loss.link = link  # type: ignore[attr-defined]
@@ -116,10 +109,7 @@ def link_of(loss: Loss | str) -> Link:
 
 
 def check_targets(text: str, task: Task, targets: np.ndarray, name: Callable[[int], str] = "example {}".format) -> None:
-    """Raises UserError for finite targets f32[n, k] that do not fit the task of the loss spec `text`.
-
-    `name` names the example of a row.
-    """
+    """Raises UserError for finite targets f32[n, k] that do not fit the loss `text`; `name` names a row's example."""
     sums, outside = targets.sum(1, dtype=np.float64), ((targets < 0) | (targets > 1)).any(1)
     unequal = (np.abs(sums - 1) > _SUM_TOLERANCE) & (task is Task.SOFT)
     if (wrong := np.flatnonzero(outside | unequal)).size:
@@ -133,8 +123,7 @@ def softmax(
 ) -> jax.Array:
     """Softmax cross-entropy, in nats.
 
-    `label_smoothing` in [0, 1) mixes the one-hot target with the uniform distribution (Szegedy et al. 2016,
-    arXiv:1512.00567, section 7).
+    `label_smoothing` in [0, 1) mixes in the uniform distribution (Szegedy et al. 2016, arXiv:1512.00567, section 7).
     """
     targets = _smoothed_targets(logits, labels, label_smoothing) if label_smoothing else labels
     return _class_weighted(_softmax_nll(logits, targets), logits, labels, class_weights)

@@ -107,9 +107,8 @@ def summarize(
 ) -> dict[str, float]:  # fmt: skip
     """Reports `examples`, the means `accuracy`, `loss`, `nll`, `kl` and `top5` if summed, and whole-set metrics.
 
-    `whole_set` metrics, by name, are computed from the `predictions`. Sums of several seeds are [seeds + 1, …], the
-    ensemble last. Then each metric is the mean over seeds, `NAME_std` its sample standard deviation, and
-    `ensemble_NAME` the ensemble's value.
+    `whole_set` metrics, by name, are of the `predictions`. Sums of several seeds are [seeds + 1, …], the ensemble last;
+    each metric is the mean over seeds, `NAME_std` its sample standard deviation, and `ensemble_NAME` the ensemble's.
     """
     if np.ndim(sums["examples"]):
         *each, ensemble = [
@@ -152,8 +151,7 @@ def build_whole_set(text: str, task: Task = Task.CLASSES) -> dict[str, WholeSetM
     """Returns the whole-set metrics that a spec such as `auc|f1` names, by name, after those of every multi-label run.
 
     A user's metric, named by import path, is a function of labels i32[n] and probabilities f32[n, classes]; for
-    MULTILABEL, of targets and probabilities f32[n, k]. Raises UserError for an unknown name, and for one that results
-    have already.
+    MULTILABEL, of targets and probabilities f32[n, k]. Raises UserError for a name that is unknown or taken.
     """
     several = task is Task.MULTILABEL
     scores = multilabel.SCORES if several else {}

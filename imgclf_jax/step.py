@@ -131,8 +131,7 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, metrics.Sums]]:  # fmt: skip
     """Returns `train_step(state, batch, fixed=None) -> (state, sums)`.
 
-    A batch is {"image": uint8[b, h, w, c], "label": i32[b] or "target": f32[b, k]}, with "id" and "epoch" i32[b] where
-    `augment` or the method needs them.
+    A batch is {"image": uint8[b, h, w, c], "label": i32[b] or "target": f32[b, k]}, and "id", "epoch" i32[b] if needed.
 
     - `method` is a `Method`, or a loss of logits and labels for supervised learning.
     - `accumulate` is the number of gradient-accumulation microbatches. The gradient is the mean of theirs, which is
@@ -278,8 +277,7 @@ def _named_metrics(named: Mapping[str, jax.Array], sown: PyTree) -> metrics.Sums
 def _count_correct(logits: jax.Array | None, batch: Batch, link: Link, task: Task) -> metrics.Sums:
     """{"correct": the number of correct predictions}; {} if the task or the method has none.
 
-    Soft targets and mixed examples count by their dominant label. MULTILABEL needs every class correct, with thresholds
-    of 0.5 on probabilities and targets.
+    Soft targets and mixed examples count by their dominant label, MULTILABEL ones by all classes, at thresholds of 0.5.
     """
     wanted = batch.get("label" if task is Task.CLASSES else "target")
     if logits is None or wanted is None or len(logits) != len(wanted):
@@ -306,10 +304,7 @@ def add_sums(a: metrics.Sums, b: metrics.Sums) -> metrics.Sums:
 
 
 def over_seeds(train_step: Function, num_seeds: int) -> Function:
-    """The train step of `num_seeds` states, [num_seeds, …], and their interleaved batches (see `data.stream`).
-
-    All seeds share the method's `fixed` arrays.
-    """
+    """The train step of several states, [num_seeds, …], on interleaved batches (see `data.stream`) and one `fixed`."""
 
     def step(states: TrainState, batch: Batch, fixed: PyTree) -> PyTree:
         own = jax.tree.map(lambda x: x.reshape(-1, num_seeds, *x.shape[1:]), batch)
@@ -394,8 +389,7 @@ def make_eval_step(
 
     `batch["mask"]` bool[b] is False for padding. With several seeds, params and model_state are [num_seeds, …], and the
     sums [num_seeds + 1, …]: each seed's, and last the ensemble's, whose probabilities are the mean over the seeds.
-    Predictions are None unless `with_predictions`. What `method.evaluate` returns is summed for each seed, and NaN for
-    the ensemble.
+    Predictions are None unless `with_predictions`. Sums of `method.evaluate` are by seed, and NaN for the ensemble.
     """
     logits_of, link = make_logits(model, augment, views, num_seeds), link_of(loss)
 

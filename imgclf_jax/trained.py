@@ -190,8 +190,7 @@ def load(workdir: str | os.PathLike[str], checkpoint: str = "", trust: bool = Fa
     """The trained model of the run in a work directory.
 
     `checkpoint` is "best", "latest" or a step: see `restore`. Unless `trust` is set, nothing that the run names is
-    imported or fetched. Raises UserError if there is no run or no such checkpoint, and, without `trust`, if the run's
-    config names code outside this package.
+    imported or fetched. Raises UserError without such a run or checkpoint, and without `trust` if it names code.
     """
     place = Workdir(os.fspath(workdir))
     with contextlib.nullcontext() if trust else place.untrusted():

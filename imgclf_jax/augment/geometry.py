@@ -76,9 +76,8 @@ def _read_by_slides(images: jax.Array, y: jax.Array, x: jax.Array, matrix: jax.A
 
     It has no gather, which is slow on TPU. A rotation is three shears, of rows, of columns, and of rows again (Paeth
     1986, "A fast algorithm for general raster rotation"), each a slide of whole lines by whole pixels. No pixel is
-    lost, each ends within two pixels of its target, and integer arithmetic tells where, so a selection among 25
-    neighbours equals a gather, bit for bit. A rotation by more than 45 degrees is a turn by 90 and a rest; a shear or a
-    translation is one slide.
+    lost, each ends within two pixels of its target, and integers tell where: a selection among 25 neighbours equals a
+    gather, bit for bit. A rotation by over 45 degrees is a turn by 90 and a rest; a shear or translation is one slide.
     """
     h, w, c = images.shape[1:]
     side, near = max(h, w), 2

@@ -56,8 +56,7 @@ def pad_crop(key: jax.Array, images: jax.Array, pad: int = 4, mode: str = "const
 def cutout(key: jax.Array, images: jax.Array, size: int = 8, fill: float = 0.0) -> jax.Array:
     """Fills a square of `size` by `size` pixels in each image (DeVries and Taylor 2017, arXiv:1708.04552).
 
-    Its centre is uniform over the image, and the border clips it. `fill` is in the units of the images: after
-    `normalize`, 0 is the mean.
+    Its centre is uniform over the image, and the border clips it. After `normalize`, a `fill` of 0 is the mean.
     """
     b, h, w, _ = images.shape
     key_y, key_x = jax.random.split(key)
@@ -179,8 +178,7 @@ def build(text: str, train: bool) -> Callable[..., jax.Array]:
     `train` it skips the random ops, and the key may be None. It scales final uint8 images to [0, 1]. Raises UserError
     if the ops change the shape of the images, and if that scaling would differ between training and evaluation.
 
-    An op's draws depend on its name and the number of earlier ops of that name, so adding another op does not
-    change them.
+    An op's draws depend on its name and the number of earlier ops of that name, so another op does not change them.
     """
     calls, ops = spec.parse(text), _bind(text)
     numbered = list(zip(ops, [call.name for call in calls], spec.occurrences(calls), strict=True))

@@ -1,7 +1,6 @@
 """Where a command's config comes from: one function for each origin. Imports neither JAX nor TensorFlow.
 
-Each returns the config, with the keys that the command line sets, and what the command works on: a work directory, the
-Record of a run, or None.
+Each returns the config, with the command line's keys, and what the command works on: a work directory, Record or None.
 """
 
 import contextlib

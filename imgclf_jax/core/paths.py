@@ -27,8 +27,7 @@ _LINKED = "{} is a link, pipe or device, and a run holds only regular files and 
 def as_path(text: str) -> Path:
     """Converts a path, in which `~` is a home directory, `gs://BUCKET/…` or `s3://BUCKET/…` to a path.
 
-    Raises UserError for other addresses, for a bucket whose driver is not installed, and for one that an untrusted
-    config names (see `spec.untrusted`).
+    Raises UserError for other addresses, a bucket without its driver, and one of an untrusted config: `spec.untrusted`.
     """
     scheme, sign, rest = text.partition("://")
     if not sign or not scheme.isalnum():
@@ -96,8 +95,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yields a temporary file next to `path` to write to, and atomically renames it to `path` at the end.
 
     A reader sees the old content or the new one, even after a crash, or if several processes write it at once. What has
-    the name `path` is replaced, even a link or a pipe. On an error, it stays, and the temporary file is removed; the
-    OSError of a full disk names `path`.
+    the name `path` is replaced, even a link or a pipe. On an error it stays; the OSError of a full disk names `path`.
     """
     if in_bucket(path):
         yield (content := io.BytesIO())

@@ -1,8 +1,7 @@
 """The processes of a run: their index and number, and the JSON values that they exchange.
 
 Values travel through the key-value store of JAX's coordination service. The calls of `jax.experimental.multihost_utils`
-are device collectives, which need a running backend and on CPU time out after half a minute. If a process dies, JAX
-ends the others.
+are device collectives: they need a backend, and on CPU time out after 30 s. If a process dies, JAX ends the others.
 """
 
 import concurrent.futures
@@ -96,8 +95,7 @@ def start(
 def broadcast[T: Json](function: Callable[[], T]) -> T:
     """Calls `function` in process 0 and returns its result, a JSON value, in all processes.
 
-    All processes call this, in the same order. A UserError or OSError of `function` is raised in all, as a UserError in
-    the others.
+    All processes call this, in the same order. A UserError or OSError is raised in all, as UserError in the others.
     """
     if _count == 1:
         return function()

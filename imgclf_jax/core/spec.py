@@ -1,8 +1,7 @@
 """The mini-language `name(arg, key=value)|name2(...)` by which a config names sources, ops, models and the rest.
 
 A spec is text, readable in the config and in the run's record. Arguments are Python literals, parsed by
-`ast.literal_eval` and never evaluated. User code is named by its import path, `my_pkg.my_module:my_function(width=3)`,
-and needs no registration.
+`ast.literal_eval` and never evaluated. User code is named by its import path: `my_pkg.my_module:my_function(width=3)`.
 """
 
 import ast

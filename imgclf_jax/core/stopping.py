@@ -1,8 +1,7 @@
 """Stops on a signal: SIGINT (Ctrl-C) or SIGTERM.
 
 Outside of `stopping` there is nothing to save, and the process ends at once. Inside, the training loop asks after each
-step, saves, and ends. Of several processes, a signal to any one stops all after the same step, by JAX's preemption sync
-point.
+step, saves, and ends. A signal to any of several processes stops all after one step, by JAX's preemption sync point.
 """
 
 import contextlib

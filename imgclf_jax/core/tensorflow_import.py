@@ -9,8 +9,7 @@ from types import ModuleType
 def tensorflow() -> concurrent.futures.Future[ModuleType | None]:
     """A future of the module, or of None if it is not installed. The first call starts the import.
 
-    Code that needs TensorFlow, or a library that imports it, waits for this future first: two threads that import it at
-    once can see a half-initialized module.
+    Code that needs TensorFlow waits for it: two threads that import it at once can see a half-initialized module.
     """
 
     def load() -> ModuleType | None:

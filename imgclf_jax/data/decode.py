@@ -1,8 +1,7 @@
 """Host ops: encoded bytes to a fixed-shape uint8 image, one image at a time.
 
 An op maps an image, uint8[h, w, c], to another one. Random ops are declared as such (see `core.kinds`) and take a NumPy
-generator before the image. Pillow decodes in training, evaluation and prediction alike. The ops that change an image's
-size are in `resizing`.
+generator first. Pillow decodes in training, evaluation and prediction alike. `resizing` has the ops that change sizes.
 """
 
 import functools
@@ -51,8 +50,7 @@ def decode(image: Undecoded, channels: int = 3, draft: int = 0) -> np.ndarray:
 
     It applies the EXIF orientation, takes the first frame of an animation, drops alpha unless channels is 4, converts
     color to grey by ITU-R 601 luma, and keeps the high byte of 16 bits per channel, or in grey of the `bits` of the
-    data set. Raises UserError for bytes that do not decode, and for an image of more than 2**26 pixels, or 2**20 in a
-    row or column.
+    data set. Raises UserError for bytes that do not decode, over 2**26 pixels, and a side of over 2**20.
     """
     return resizing.to_array(_decode(image, channels, draft))
 

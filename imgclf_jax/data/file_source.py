@@ -31,8 +31,7 @@ def file_sources(
     """The sources of the readable ones of these files, by the split of each: train, val and test first.
 
     The files are relative to `root` or absolute, `labels` i32[n], or targets f32[n, k]. Examples are in the order of a
-    hash of their files, and the fingerprints cover names, contents, classes and labels. Raises UserError for a split
-    without a readable file.
+    hash of their files; fingerprints cover names, contents, classes and labels. Raises UserError for an empty split.
     """
     skipped, out = tuple(str(root / file) for file in checked.unreadable), {}
     for split in sorted(set(splits), key=split_order):

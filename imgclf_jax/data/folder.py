@@ -23,10 +23,8 @@ def folder(
     - `core.split_folders` names the split folders.
     - `train_per_class` makes so many images of each class `train` and all others `test`, in a folder without splits.
       Which ones depends on their names and the number `draw`, so several runs can have different splits.
-    - `classes="imagenet"` makes the classes ImageNet's 1,000, of which the sub-folders name some: see
-      `imagenet_classes.label_of`.
-    - `unreadable` "skip" drops the files that cannot be read, and "error" raises. They are found at the start: see
-      `image_check`.
+    - `classes="imagenet"` makes the classes ImageNet's 1,000; each sub-folder names one: `imagenet_classes.label_of`.
+    - `unreadable` "skip" drops files that cannot be read, and "error" raises, both at the start: see `image_check`.
 
     Raises UserError naming the folder or file at fault.
     """

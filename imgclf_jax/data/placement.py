@@ -31,8 +31,7 @@ _BLOCK = 8  # steps whose batches are gathered at once: a program of its own for
 def batch_shape(rows: int, image_shape: tuple[int, ...], targets: int, mesh: Mesh, **columns: str) -> Batch:
     """The shapes, dtypes and shardings of a batch of `rows` examples.
 
-    `targets` is the number of targets per example, 0 with labels. `columns` are the dtypes of further values f[b], such
-    as mask="bool".
+    `targets` is the number of targets per example, 0 with labels; `columns` are further dtypes [b]: mask="bool".
     """
     return _shapes(rows, image_shape, targets, columns, sharding.sharded(mesh))
 

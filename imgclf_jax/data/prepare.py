@@ -23,8 +23,7 @@ def tfds(name: str, data_dir: str = "", manual_dir: str = "") -> dict[str, Sourc
     """A TFDS data set by name ('mnist', 'imagenet2012:5.1.0'), prepared as ArrayRecord at first use: encoded images.
 
     `manual_dir` holds manually downloaded archives, for machines without a network. Raises UserError for an unknown
-    name, a data set without image and label, an unreachable network (naming the files to bring into `manual_dir`), and
-    a `data_dir` that is not writable.
+    name, a data set without image and label, an unreachable network (with files to bring), or a read-only `data_dir`.
     """
     if re.search(r":(?!\d)", name):  # not a version, as in imagenet2012:5.1.0
         spec.check_trusted(f"data set {name!r}, for which TFDS would fetch a program and run it")
@@ -112,10 +111,7 @@ def _builder(name: str, data_dir: str) -> Builder:
 
 
 def _missing_files(builder: Builder, manual_dir: str) -> list[str]:
-    """The addresses of the files to download, as far as TFDS has recorded them.
-
-    Raises UserError if the program may not download (see `spec.check_trusted`).
-    """
+    """The addresses of the files to download that TFDS has recorded. Raises UserError if the config is not trusted."""
     if manual_dir and not Path(manual_dir).is_dir():
         raise no_such("data.manual_dir", "directory", manual_dir)
     # {address: name in manual_dir}; empty for a data set whose files TFDS has not recorded

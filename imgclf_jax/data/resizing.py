@@ -1,11 +1,9 @@
 """Host ops that crop and resize uint8[h, w, c] to uint8[h', w', c].
 
 Pillow resizes, but for `inception_crop` and the method "area", which give the pixels of `tf.image` for the recipes of
-big_vision: truncated to uint8 instead of rounded, like a cast in TensorFlow. All raise UserError before they allocate
-an image that is too large.
+big_vision: truncated to uint8 instead of rounded, like a cast in TensorFlow. All refuse to allocate too large an image.
 
-The ops also take a Pillow image, as `decode` opens it, and then may return one: to convert a photograph to an array
-takes half as long as to decode it.
+The ops also take a Pillow image of `decode`, and may return one: to convert it takes half as long as decoding.
 """
 
 import math
@@ -70,8 +68,7 @@ def crop(image: Picture, top: int, left: int, height: int, width: int) -> Pictur
 def resize(image: Picture, height: int, width: int = 0, method: str = "bilinear") -> Picture:
     """Resizes to (height, width), or (height, height), with antialiasing.
 
-    `method` is nearest, bilinear, bicubic or lanczos as in Pillow, or area as in TensorFlow. In RGBA, Pillow weights
-    colors by alpha.
+    `method` is nearest, bilinear, bicubic or lanczos as in Pillow, which weights colors by alpha, or TensorFlow's area.
     """
     if method not in (*_FILTERS, "area"):
         raise UserError(f"resize(method={method!r}): allowed are {', '.join(_FILTERS)} and area")
@@ -158,8 +155,7 @@ def inception_crop(
 
     As in TensorFlow's `sample_distorted_bounding_box`, the ratio w / h is uniform in `ratio`, and the height uniform
     between those of the least and greatest `area` (a share of the image's), as far as it fits. Small crops are thus
-    more frequent than with `random_resized_crop`, whose area is uniform. If 100 draws do not fit, it takes the whole
-    image.
+    more frequent than with `random_resized_crop`, whose area is uniform. If 100 draws do not fit, it crops nothing.
     """
     _check_ranges(area, ratio)
     h, w = size_of(image)

@@ -45,8 +45,7 @@ def permute(x: np.ndarray, n: int | np.ndarray, key: np.ndarray) -> np.ndarray:
     """Permutes each x, int64[b], by the permutation of [0, n) with its key, uint64[b] or uint64[1].
 
     n is one number, or one per x, int64[b]. This is a Feistel network over Z_a × Z_a, a = ceil(sqrt(n)), with cycle
-    walking until it lands below n (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"): any element costs
-    the same, and nothing of size n is allocated.
+    walking until it lands below n (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"), in O(1) memory.
     """
     below = np.atleast_1d(n).astype(np.uint64)
     sizes, which = np.unique(below, return_inverse=True)
@@ -71,8 +70,7 @@ def permute(x: np.ndarray, n: int | np.ndarray, key: np.ndarray) -> np.ndarray:
 def shuffle(x: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.ndarray:
     """`permute` with n int64[b] and key uint64[b], and fast for small n too.
 
-    Cycle walking takes long over few elements, so these are permuted by the order of n hashes. Elements that share a
-    key must share their n.
+    Cycle walking takes long over few elements: n hashes order these. Elements that share a key must share their n.
     """
     out, few = np.empty(x.shape, np.int64), n <= _RANKED
     out[~few] = permute(x[~few], n[~few], key[~few])
@@ -139,8 +137,7 @@ def balanced(source: Source) -> Sampler:
 def weighted(source: Source, by: str = "weight") -> Sampler:
     """Draws the example at each position independently, with a probability proportional to its weight.
 
-    `by` is a column of the source, or a .npy file with a weight per example. An epoch of the stream has as many
-    positions as examples.
+    `by` is a column of the source, or a .npy file of a weight per example. An epoch has as many positions as examples.
     """
     if str(by).endswith(".npy"):
         weights = load_array(by)

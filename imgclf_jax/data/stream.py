@@ -38,8 +38,7 @@ class Images:
         """Decodes eight examples twice. Raises UserError for a bad spec, a broken image, and if they differ.
 
         `sampler` orders the examples of the stream, by default in exact permutations; `extra` are further streams by
-        name. `bits` are those that the run scales deep grey by, by default the source's. Errors name
-        the `key` of `preprocess`.
+        name. `bits` are those that the run scales deep grey by, by default the source's. Errors name `key`.
         """
         self.source, self.seed, self.extra, self.host_ops = source, seed, extra, f"{key}={preprocess!r}"
         self.sampler = sampler or sampling.permutation(source)
@@ -184,10 +183,7 @@ def interleave(replicas: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def eval_batches(images: Images, batch_size: int, rows: np.ndarray | None = None, prefetch: int = 4) -> Iterator[Batch]:
-    """Yields every example once, in order. The last batch is padded, where `mask` bool[b] is False.
-
-    With `rows` int64[b], only these rows of each batch.
-    """
+    """Yields every example once, in order, or of each batch these `rows`; `mask` bool[b] is False for padding."""
     rows = np.arange(batch_size, dtype=np.int64) if rows is None else rows
 
     def read(step: int) -> Batch:

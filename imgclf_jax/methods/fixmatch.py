@@ -30,8 +30,7 @@ def fixmatch(
     code. The default `strong` suits images of about 28 by 28 pixels that must not be mirrored.
 
     Metrics: `mask_rate` is the fraction of unlabeled images at or above the threshold, `unlabeled_loss` the second term
-    without its weight. Raises UserError for a threshold out of range, for a loss other than softmax, and without the
-    stream.
+    without its weight. Raises UserError for a threshold out of range, a loss other than softmax, or no such stream.
     """
     if not 0 <= threshold <= 1:
         raise UserError(f"method: fixmatch(threshold={threshold}): must be 0 to 1")

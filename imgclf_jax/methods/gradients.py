@@ -1,8 +1,7 @@
 """The gradient function of a train step, its transforms (config key `gradient`), and gradient accumulation.
 
 A transform is called as `transform(gradient, **arguments)` while the train step is traced, and returns a function with
-the signature of `gradient`. `"sam(rho=0.05)|my_gradients:noisy(0.1)"` means noisy(sam(gradient)). `table.GRADIENTS`
-lists the built-in ones.
+the signature of `gradient`. `"sam(rho=0.05)|my_gradients:noisy(0.1)"` means noisy(sam(gradient)).
 """
 
 import dataclasses
@@ -27,8 +26,7 @@ class Gradient:
     """The gradient of the mean loss of a batch: `gradient(params, model_state, batch, key) -> ((loss, aux), grads)`.
 
     `batch` comes from `Method.inputs`: by default "image" f32[b, h, w, c], augmented, mixed and normalized (pixels from
-    0 to 1 with a plain `normalize`), and "label" i32[b]. `key` is for dropout. Microbatches, sharded parameters and
-    sown losses are handled inside.
+    0 to 1 with a plain `normalize`), and "label" i32[b]. `key` is for dropout. It handles microbatches and shards.
 
     - `images(params, model_state, batch, key)` f32[b, h, w, c] is the gradient of the summed example losses with
       respect to batch["image"].
@@ -86,8 +84,7 @@ def clip_per_example(gradient: Gradient, max_norm: float = 1.0) -> GradientFunct
 def check_examples(batch: Batch, given: Batch, parts: int) -> None:
     """Raises UserError for an array of `batch`, made of the batch `given`, that microbatches cannot share by example.
 
-    Its first axis must have the length of `given` or of a stream of `data.extra` in it, or a multiple, such as two
-    views of each example.
+    Its first axis must have the length of `given` or of a stream of `data.extra` in it, or a multiple (several views).
     """
     lengths = [len(stream["image"]) for stream in (given, *given.values()) if isinstance(stream, dict)]
     for name, x in tree.named_leaves(batch):

@@ -18,8 +18,7 @@ _NEVER = -1  # the step of the last update before the first one
 class Averaged(Classifier):
     """A Classifier with a teacher, the exponential moving average of its parameters, in the collection `teacher`.
 
-    The teacher begins with the student's running statistics and then has its own, from its own passes. `updated` is the
-    step of its last update.
+    The teacher begins with the student's running statistics and then has its own. `updated` is its last update's step.
     """
 
     def setup(self) -> None:
@@ -80,8 +79,7 @@ def mean_teacher(problem: Problem, decay: float = 0.999, weight: float = 100.0, 
     Student and teacher see different draws of dropout and of random ops, and the same of by-example ops, such as
     `flip_alternating`. The teacher averages the student's parameters with the decay min(1 - 1 / (step + 1), decay),
     updated once per step before it is used, as in the authors' code. The weight ramps up to `weight` over the duration
-    `ramp` as exp(-5 (1 - step / ramp)²). Its default is the authors' for CIFAR-10; with few labels a smaller one may be
-    better.
+    `ramp` as exp(-5 (1 - step / ramp)²). Its default is the authors' for CIFAR-10; few labels may need a smaller one.
 
     Evaluation, prediction and export use the student; evaluation also reports `teacher_accuracy`. To use averaged
     weights everywhere, set the key `ema`. Raises UserError for a loss other than softmax.

@@ -41,8 +41,7 @@ def build_gradient(
 ) -> Callable[[Gradient], Gradient]:
     """Composes the gradient transforms of a spec such as `sam(rho=0.05)`; "" is the identity.
 
-    `pixel_range` becomes an attribute of the gradient, see `Gradient`. Raises UserError for an unknown name and for
-    arguments that do not fit.
+    `pixel_range` becomes an attribute of the `Gradient`. Raises UserError for an unknown name and unfit arguments.
     """
     calls = spec.parse(text)
     functions = [spec.bind(call, GRADIENTS, "gradient", leading=("gradient",)) for call in calls]

@@ -64,8 +64,7 @@ def evaluated_by(optimizer: optax.GradientTransformation) -> Evaluated | None:
 def ema(decay: float) -> Average:
     """Exponential moving average: a ← d a + (1 - d) v with d = min(decay, (1 + step) / (10 + step)).
 
-    The smaller d of the first steps forgets the initial weights, as in TensorFlow's ExponentialMovingAverage with
-    `num_updates=step`.
+    The smaller d of the first steps forgets the initial weights, as TensorFlow's average with `num_updates=step` does.
     """
 
     def update(average: Averages, variables: ParamsAndState, step: jax.Array, opt_state: OptState = None) -> Updated:
@@ -100,10 +99,7 @@ def lookahead(total: int, k: int = 5, alpha: float = 0.5, power: float = 0.0) ->
 def build(
     decay: float, call: spec.Call | None, total: int, optimizer: optax.GradientTransformation | None = None
 ) -> Average:
-    """The average of the key `ema` (`decay`, 0 for none), of a `lookahead(…)`, or of an optimizer with `evaluated`.
-
-    Raises UserError if more than one is set.
-    """
+    """The average of `ema` (0: none), of a `lookahead(…)`, or of the optimizer. Raises UserError if several are set."""
     evaluated = optimizer and evaluated_by(optimizer)
     chosen = {f"ema={decay}": decay, str(call): call, "the optimizer": evaluated}
     if len(names := [name for name, value in chosen.items() if value]) > 1:

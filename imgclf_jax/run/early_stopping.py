@@ -50,8 +50,7 @@ def build(text: str, every: Fraction | None, steps: Callable[[str], int]) -> Ear
 def find_reason(early: EarlyStopping | None, cadences: Cadences, folder: Path, step: int) -> str:
     """Returns why the run in `folder` ends early at `step`, whose own evaluation may not have run; "" if it trains on.
 
-    All processes call this. Raises UserError if metrics.jsonl lacks an earlier evaluation, since the run may have ended
-    there.
+    All processes call this. Raises UserError if metrics.jsonl lacks an earlier evaluation, where it may have ended.
     """
     if early is None or step >= cadences.total:
         return ""

@@ -21,8 +21,7 @@ def held(file: Path) -> Iterator[None]:
     """Holds the lock `file` inside, and removes it at the end. The file names its holder.
 
     The operating system releases the lock (`flock`) however the process ends. Missing folders are created. Raises
-    UserError, with host, process and time, if another process holds the lock. Logs a warning if the file system has no
-    locks.
+    UserError, with host, process and time, if another process holds it. Warns if the file system has no locks.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     handle = _take(file)

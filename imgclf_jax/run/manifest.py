@@ -16,8 +16,7 @@ _PIECE = 1 << 20  # bytes per read
 def write(folder: Path) -> None:
     """Writes the manifest of the files in `folder`, after syncing them to the disk.
 
-    In a bucket it has only sizes (the checksum is -1): reading all files back would take as long as writing them, and
-    the bucket keeps its own checksums.
+    In a bucket, which keeps its own checksums, it has only sizes (the checksum is -1), and files are not read back.
     """
     files = {name: _measure(file, sync=True) for name, file in sorted(paths.files(folder))}
     paths.write_atomically(folder / NAME, json.dumps(files))

@@ -121,10 +121,7 @@ def _commit(git: JsonMapping) -> str:
 
 
 def snapshots(recorded: JsonMapping) -> list[JsonObject]:
-    """The snapshots in the content of a provenance.json, in the order of their steps.
-
-    Entries of types that no run writes are left out.
-    """
+    """The snapshots in a provenance.json, in the order of their steps, without entries of types that no run writes."""
     later = recorded.get("resumed")
     some = [recorded, *(one for one in (later if isinstance(later, list) else []) if isinstance(one, dict))]
     return [found for one in some if (found := _well_formed(one))]

@@ -24,12 +24,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Record:
-    """The record files of a run, by their names in a bundle. `path` is its work directory, or the bundle.
+    """The record files of a run, by their names in a bundle. Properties raise UserError if their file is damaged."""
 
-    Properties raise UserError if their file is damaged.
-    """
-
-    path: Path
+    path: Path  # of the work directory, or the bundle
     files: Mapping[str, bytes]
     bundled: bool = False
 

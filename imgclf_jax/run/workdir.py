@@ -77,8 +77,7 @@ class Workdir:
     def held(self) -> Iterator[None]:
         """Creates the directory if it is missing, and holds its lock inside, so that one run at a time trains in it.
 
-        Raises UserError if another run holds the lock or the directory cannot be written. Logs a warning for a bucket,
-        which has no locks.
+        Raises UserError if another run holds it or the directory cannot be written. Warns of a bucket, without locks.
         """
         if paths.in_bucket(self.path):
             log.warning("%s is in a bucket, which cannot be locked: start no second run in it while this one trains",
@@ -173,8 +172,7 @@ class Workdir:
     def record(self, config: str, snapshot: JsonMapping, start: int) -> None:
         """Appends the snapshot of the process that trains from step `start` on to provenance.json; writes config.json.
 
-        `config` is JSON. Earlier snapshots of a later step go, since nothing is left of those processes. Logs what
-        differs from the last.
+        `config` is JSON. Snapshots of a later step go, since nothing is left of those processes. Logs differences.
         """
         kept = [one for one in self._begun() if one.get("step", 0) < start]
         if kept and (found := find_differences(kept[-1], snapshot)):
@@ -187,10 +185,7 @@ class Workdir:
         paths.write_atomically(self.config, config)
 
     def _begun(self) -> list[JsonObject]:
-        """The snapshots of the run, if it has begun: a kill may leave a provenance.json alone.
-
-        Raises UserError if the file is damaged.
-        """
+        """The snapshots of a run that has begun: a kill may leave the file alone. Raises UserError if it is damaged."""
         if not (self.provenance.is_file() and (self.config.is_file() or self.last_checkpoint() is not None)):
             return []
         self.load_data_info()  # which every command on the run needs

@@ -51,8 +51,7 @@ class Writer(Protocol):
 class AppendedFile:
     """A file to append to, which first holds `content`.
 
-    In a bucket, whose objects cannot be appended to, `flush` and `close` write the whole file. Raises UserError if the
-    file cannot be written.
+    In a bucket `flush` and `close` write the whole file. Raises UserError if the file cannot be written.
     """
 
     def __init__(self, path: Path, content: bytes = b""):
@@ -101,8 +100,7 @@ class MetricsWriter:
     - `config` has the keys of the run, {"data.source": …}, for the other writers.
     - `specs` names further writers, see `find_factories`; `tensorboard` adds TensorBoard's.
 
-    Raises UserError if metrics.jsonl cannot be written or a writer cannot be made. A later error in another writer ends
-    that writer alone.
+    Raises UserError if metrics.jsonl or a writer cannot be opened. A later error in another writer ends it alone.
     """
 
     def __init__(self, workdir: Path, step: int, config: JsonMapping, tensorboard: bool = True, specs: str = ""):

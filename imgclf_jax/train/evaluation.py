@@ -31,8 +31,7 @@ def evaluate(
     """Evaluates all of `images`: (sums, predictions) on the host, counts as int64 and losses as float64.
 
     The predictions are None unless the config's `metrics` need them. With several seeds, the sums are [seeds + 1, …].
-    Shows its progress, called `caption`, unless that is "". Raises Stopped once `stop` returns the name of a
-    signal.
+    Shows its progress, called `caption`, unless that is "". Raises Stopped once `stop` names a signal.
     """
     sums: metrics.Sums = {}
     predictions: list[metrics.AnyPredictions] = []  # one a batch

@@ -35,10 +35,7 @@ Results = dict[str, dict[str, float]]  # the metrics of each evaluation set
 
 
 class Records(contextlib.ExitStack):
-    """The open records of `run`; a context manager that closes them.
-
-    The profiler traces the steps of `profile` = (first, end).
-    """
+    """The open records of `run`, as a context manager; the profiler traces the steps of `profile` = (first, end)."""
 
     def __init__(self, run: Run, timer: Timer, profile: tuple[int, int] | None = None):
         super().__init__()

@@ -26,10 +26,7 @@ def is_done(run: Run) -> bool:
 
 
 def write(run: Run, records: Records, outcome: Outcome) -> None:
-    """Writes result.json and prints the results. All processes call this.
-
-    Raises UserError if a seed skipped all of its steps.
-    """
+    """Writes result.json and prints the results, in all processes. Raises UserError if a seed skipped all its steps."""
     step, timer = outcome.step, records.timer
     skipped = sharding.fetch(outcome.state.skipped)
     if step and (skipped == step).any():

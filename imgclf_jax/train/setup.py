@@ -70,10 +70,7 @@ class Run:
 
 
 def set_up(config: ConfigDict, workdir: Workdir) -> Run:
-    """Sets up the run of `config` in `workdir`, from its latest checkpoint or from the start.
-
-    Raises UserError for a user's mistake.
-    """
+    """Sets up a run in `workdir`, from its latest checkpoint or the start. Raises UserError for a user's mistake."""
     processes.broadcast(lambda: _check_config(config, workdir))
 
     base = datasets.open_data(config)
