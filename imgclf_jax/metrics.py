@@ -5,6 +5,7 @@ float64. In multi-label classification, so is everything but the loss and the li
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Array, Function
 from imgclf_jax.losses import Link, Task
-from imgclf_jax.scores import classification, custom, multilabel
+from imgclf_jax.scores import classification, multilabel
 from imgclf_jax.scores.classification import Predictions, label_ranks, predicted_classes
 from imgclf_jax.scores.multilabel import TargetPredictions
 
@@ -33,10 +34,7 @@ _OF_OUTPUTS = ("targets", "probabilities", "ranking", "log_odds")  # fields [...
 def predict(
     logits: jax.Array, wanted: jax.Array, link: Link, mask: jax.Array, task: Task = Task.CLASSES
 ) -> AnyPredictions:
-    """Returns the predictions that logits f32[..., b, k] make of labels i32[b] or targets f32[b, k], by the task.
-
-    SOFT targets are replaced by their dominant labels.
-    """
+    """Predictions, by logits f32[..., b, k], of labels i32[b], dominant labels of SOFT targets or targets f32[b, k]."""
     outputs = link.probabilities(logits.astype(jnp.float32))
     log_odds = link.log_odds(logits.astype(jnp.float32))
     if task is Task.MULTILABEL:
@@ -162,8 +160,24 @@ def build_whole_set(text: str, task: Task = Task.CLASSES) -> dict[str, WholeSetM
             raise UserError(f"metrics={text!r}: results have a metric {name} already; give each metric its own name")
         leading = ("targets" if several else "labels", "probabilities") if is_own else ("predictions",)
         metric = spec.bind(call, multilabel.METRICS if several else classification.METRICS, "metric", leading)
-        whole_set[name] = custom.checked(str(call), metric) if is_own else metric
+        whole_set[name] = _own_metric(str(call), metric) if is_own else metric
     return whole_set
+
+
+def _own_metric(text: str, metric: Function) -> WholeSetMetric:
+    """The user's metric of the spec `text` as a function of predictions. Its first call checks that it is pure."""
+    calls = itertools.chain([2], itertools.repeat(1))  # of `metric`: at the first evaluation, and at each later one
+
+    def compute(predictions: AnyPredictions) -> float:
+        first, *again = (metric(*predictions[:2]) for _ in range(next(calls)))
+        if np.shape(first) or not hasattr(first, "__float__"):
+            raise UserError(f"metrics={text!r} returns {first!r:.80}; return one number")
+        if again and not np.array_equal(first, again[0], equal_nan=True):
+            raise UserError(f"metrics={text!r} gives {first}, and {again[0]} in a second call for the same "
+                            "predictions; it must not draw, count or change its arguments")  # fmt: skip
+        return float(first)
+
+    return compute
 
 
 def _score(score: Function, predictions: TargetPredictions) -> float:

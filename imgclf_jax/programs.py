@@ -53,8 +53,7 @@ class Programs:
     """The compiled programs of a recipe on a mesh. Each is compiled once, on first use.
 
     With `predicting`, evaluation returns the predictions for each example even if no metric of the recipe needs them.
-    A `calibration` (see `step.make_inference`) rescales the probabilities of inference, not those of evaluation.
-    Tracing raises UserError, naming the key, if a part of the config fails on these images.
+    A `calibration` (see `step.make_inference`) rescales the probabilities of inference alone. Tracing raises UserError.
     """
 
     recipe: Recipe
@@ -271,20 +270,14 @@ class Programs:
 
     @property
     def eval_batch_size(self) -> int:
-        """Examples that evaluation computes at once, a multiple of the device count.
-
-        No result depends on it but for rounding. On CPU small batches are faster, since they fit the caches.
-        """
+        """Examples computed at once, a multiple of the device count; few on CPU, for its caches. Rounding differs."""
         size = self.recipe.config.batch_size
         size = min(size, 128 * self.mesh.size) if self.platform == "cpu" else size
         return sharding.round_up(max(1, size // len(self.recipe.views)), self.mesh)
 
     @property
     def eval_call_size(self) -> int:
-        """Examples in a call of `eval`; the last call is padded and masked.
-
-        On one CPU device a call computes several small batches: each call costs up to a third of the time of one.
-        """
+        """Examples in a call of `eval`; on one CPU device several batches, since a call costs up to a third of one."""
         size = self.eval_batch_size
         batches = _CALL_BYTES // (size * math.prod(self.recipe.data.image_shape)) if self.platform == "cpu" else 1
         return size * (min(max(batches, 1), 8) if self.mesh.size == 1 else 1)
@@ -309,10 +302,7 @@ class Programs:
 
     @once
     def eval(self) -> Function:
-        """Compiled `(params, model_state, batch) -> (sums, predictions)`: see `step.make_eval_step` and `in_parts`.
-
-        A batch is {"image": uint8[b, h, w, c], "label": i32[b], "mask": bool[b]}.
-        """
+        """Compiled `(params, model_state, batch) -> (sums, predictions)`: see `step.in_parts`; a batch has a "mask"."""
         with self.caching(self._evaluates_forward):
             compiled, fixed = self.traced_eval.lower().compile(), None if self._evaluates_forward else self.fixed
         return lambda params, model_state, batch: compiled(params, model_state, batch, fixed)

@@ -278,10 +278,8 @@ def check_names(config: ConfigDict) -> None:
 def for_arrays(config: ConfigDict, images: np.ndarray, labels: np.ndarray) -> Recipe:
     """Returns the recipe of a config for arrays in memory, for your own training loop. It ignores the `data` keys.
 
-    - `images` are uint8[n, h, w, c].
-    - `labels` are i32[n], from 0 to the number of classes - 1, or targets f32[n, k].
-
-    Raises UserError for arrays of other dtypes or shapes.
+    `images` are uint8[n, h, w, c], `labels` i32[n], from 0 to the number of classes - 1, or targets f32[n, k]. Raises
+    UserError for arrays of other dtypes or shapes.
     """
     images, labels = np.asarray(images), np.asarray(labels)
     if images.ndim != 4 or images.dtype != np.uint8:

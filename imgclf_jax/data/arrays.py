@@ -4,6 +4,7 @@ Files are untrusted: what they claim to hold is bounded by the machine's memory,
 """
 
 import hashlib
+import re
 import zipfile
 from collections.abc import Iterable, Mapping
 
@@ -107,15 +108,11 @@ def _splits(keys: Iterable[str], path: str) -> dict[str, tuple[str, str, str]]:
     """Returns {split: the keys of its images, its labels or targets, and its weights} for the keys of a file."""
     keys, out = sorted(keys), dict[str, tuple[str, str, str]]()
     for x in keys:
-        if x == "images":
-            split, labels, prefix = "train", "labels", ""
-        elif x.startswith("x_"):
-            split, labels, prefix = x[2:], f"y_{x[2:]}", f"{x[2:]}_"
-        else:
-            split, _, rest = x.rpartition("_images")
-            labels, prefix = f"{split}_labels", f"{split}_"
-            if not split or rest:
-                continue
+        if not (match := re.fullmatch("images|x_(.+)|(.+)_images", x)):
+            continue
+        split = match[1] or match[2] or "train"
+        prefix = "" if x == "images" else f"{split}_"
+        labels = f"y_{split}" if match[1] else f"{prefix}labels"
         for y in {labels, f"{prefix}targets"} & set(keys):
             if split in out:
                 raise UserError(f"arrays: {path} holds {x} and {y} beside {' and '.join(out[split][:2])}; remove some, "

@@ -48,10 +48,7 @@ def _shapes(n: int, shape: tuple[int, ...], targets: int, columns: Mapping[str, 
 
 
 def gather(table: Batch, ids: jax.Array, image_shape: tuple[int, ...]) -> Batch:
-    """The examples `ids` i32[b] of a table: {"image": uint8[b, h, w, c], "label": i32[b]}.
-
-    `image_shape` is (h, w, c), since a table of flat images does not have it.
-    """
+    """The examples `ids` i32[b] of a table of flat images: {"image": uint8[b, h, w, c], "label": i32[b]}."""
     batch = {name: values.at[ids].get(mode="promise_in_bounds") for name, values in table.items()}
     return batch | {"image": batch["image"].reshape(ids.size, *image_shape)}
 

@@ -85,10 +85,7 @@ def resize(image: Picture, height: int, width: int = 0, method: str = "bilinear"
 
 
 def resize_small(image: Picture, size: int, method: str = "bilinear", like: str = "tensorflow") -> Picture:
-    """Resizes the shorter side to `size`, keeping the aspect ratio.
-
-    The longer side is rounded to the nearest pixel, as in TensorFlow recipes, or truncated with `like="torchvision"`.
-    """
+    """Resizes the shorter side to `size`, the other in proportion, rounded, or truncated with `like="torchvision"`."""
     h, w = size_of(image)
     if _as_torchvision(like):
         new = (size, size * w // h) if h <= w else (size * h // w, size)

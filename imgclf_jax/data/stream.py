@@ -26,10 +26,7 @@ _SMALL = 4096
 
 
 class Images:
-    """A source with its host ops applied: ids to fixed-shape uint8 images.
-
-    With deterministic ops and a decoded set of at most 1 GiB, each image is decoded once and kept in memory.
-    """
+    """A source with host ops: ids to fixed-shape uint8 images, kept in memory if deterministic and of at most 1 GiB."""
 
     def __init__(
         self, source: Source, preprocess: str, seed: int = 0, threads: int = 0, sampler: sampling.Sampler | None = None,
@@ -76,8 +73,7 @@ class Images:
     def read(self, ids: np.ndarray, positions: np.ndarray, seed: int | None = None) -> Batch:
         """Reads {"image": uint8[b, h, w, c], "label": i32[b]} for ids int64[b], or "target" f32[b, k] for "label".
 
-        Stream positions int64[b] and the seed, by default this object's, key random ops. Raises UserError naming the
-        example that does not decode or has another shape.
+        Positions int64[b] and the seed, by default this object's, key random ops. Raises UserError for a bad example.
         """
         key = self.source.label_key
         if not self.kept:
@@ -150,9 +146,8 @@ def batches(
     """Yields each step with its batch, a pure function of the step.
 
     A process reads only the `rows` int64[b] of each batch that its devices need; all if None. Batches of several seeds
-    are interleaved, [b * num_seeds, …]: the first example of each seed, then the second.
-
-    Each extra stream of `spec` is a nested dict in the batch, by its name; `extra_rows` are its rows.
+    are interleaved, [b * num_seeds, …]: the first example of each seed, then the second. An extra stream of `spec` is a
+    nested dict, by its name; `extra_rows` are its rows.
     """
     streams = [images, *(images.extra[extra.name] for extra in spec.extra_streams)]
 

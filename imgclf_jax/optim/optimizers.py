@@ -62,10 +62,7 @@ promoting: Callable[[Function], Function] = jax.numpy_dtype_promotion("standard"
 
 
 def split_lookahead(text: str) -> tuple[list[spec.Call], spec.Call | None]:
-    """Splits an optimizer spec into its calls and the trailing `lookahead(…)`, or None.
-
-    `lookahead` averages weights and does not transform the gradient: see `weight_averages`.
-    """
+    """Splits an optimizer spec into its calls and the trailing `lookahead(…)`, which averages weights, or None."""
     calls = spec.parse(text)
     return (calls[:-1], calls[-1]) if calls and calls[-1].name == "lookahead" else (calls, None)
 
