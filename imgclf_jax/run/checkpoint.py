@@ -119,8 +119,8 @@ class Checkpoints:
         """
         saving = self._saving
         self.wait()
-        if saving:  # the previous save, which process 0 has verified by now
-            processes.barrier()
+        if saving:
+            processes.barrier()  # until process 0 has verified the previous save
         if step in self._manager.all_steps():
             return
         saved = ocp.args.PyTreeSave(jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state))
