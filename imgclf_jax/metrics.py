@@ -109,12 +109,9 @@ def summarize(
     each metric is the mean over seeds, `NAME_std` its sample standard deviation, and `ensemble_NAME` the ensemble's.
     """
     if np.ndim(sums["examples"]):
-        *each, ensemble = [
-            summarize(
-                {name: value[i] for name, value in sums.items()}, predictions and predictions.for_seed(i), whole_set
-            )
-            for i in range(len(sums["examples"]))
-        ]
+        by_seed = ({name: value[i] for name, value in sums.items()} for i in range(len(sums["examples"])))
+        *each, ensemble = [summarize(one, predictions and predictions.for_seed(i), whole_set)
+                           for i, one in enumerate(by_seed)]  # fmt: skip
         names = [name for name in ensemble if name != "examples" and OWN + name not in sums]
         return mean_over_seeds(each) | {f"ensemble_{name}": ensemble[name] for name in names}
     n = int(sums["examples"])

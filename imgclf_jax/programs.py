@@ -270,14 +270,17 @@ class Programs:
 
     @property
     def eval_batch_size(self) -> int:
-        """Examples computed at once, a multiple of the device count; few on CPU, for its caches. Rounding differs."""
+        """Examples that evaluation computes at once, a multiple of the device count.
+
+        No result depends on it but for rounding. On CPU small batches are faster, since they fit the caches.
+        """
         size = self.recipe.config.batch_size
         size = min(size, 128 * self.mesh.size) if self.platform == "cpu" else size
         return sharding.round_up(max(1, size // len(self.recipe.views)), self.mesh)
 
     @property
     def eval_call_size(self) -> int:
-        """Examples in a call of `eval`; on one CPU device several batches, since a call costs up to a third of one."""
+        """Examples in a call of `eval`; on one CPU device several batches, since each call costs time."""
         size = self.eval_batch_size
         batches = _CALL_BYTES // (size * math.prod(self.recipe.data.image_shape)) if self.platform == "cpu" else 1
         return size * (min(max(batches, 1), 8) if self.mesh.size == 1 else 1)

@@ -45,7 +45,8 @@ def bind(
 ) -> functools.partial[Any]:
     """Binds the arguments of the op that a call names: see `spec.bind`.
 
-    `family` names the ops ("device op"); `leading` has each kind's first arguments. Raises UserError for another kind.
+    `family` names the ops, such as "device op"; `leading` has the leading arguments of each kind in the family. Raises
+    UserError for an op of another kind.
     """
     op = spec.lookup(call, table, family)
     kind = kind_of(op)

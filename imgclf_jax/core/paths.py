@@ -27,7 +27,8 @@ _LINKED = "{} is a link, pipe or device, and a run holds only regular files and 
 def as_path(text: str) -> Path:
     """Converts a path, in which `~` is a home directory, `gs://BUCKET/…` or `s3://BUCKET/…` to a path.
 
-    Raises UserError for other addresses, a bucket without its driver, and one of an untrusted config: `spec.untrusted`.
+    Raises UserError for other addresses, for a bucket whose driver is not installed, and for one that an untrusted
+    config names (see `spec.untrusted`).
     """
     scheme, sign, rest = text.partition("://")
     if not sign or not scheme.isalnum():

@@ -1,6 +1,7 @@
 """The platform that a program is traced for, "cpu", "gpu" or "tpu", as a context that tracing enters.
 
-It is that of the mesh's devices, not of the machine that traces: any machine traces, lowers and compiles for any.
+It is that of the mesh's devices, not of the machine that traces. So any machine can trace, lower, export and compile
+the program of any platform.
 """
 
 import contextlib
@@ -55,7 +56,8 @@ def has_onednn() -> bool:
 def init_options(platform: str) -> dict[str, bool | str | int] | None:
     """The compiler options of an initialization for `platform`.
 
-    On CPU LLVM's level 3 takes up to 2 s per array of random numbers, a minute for ResNet-20; level 2 gives equal bits.
+    On CPU LLVM's highest level, 3, takes up to two seconds for each array of random numbers, most of a minute for
+    ResNet-20, and gives the same bits as level 2.
     """
     if platform != "cpu" or jax.config.read("jax_disable_most_optimizations"):  # which means level 0
         return None

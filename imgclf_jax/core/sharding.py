@@ -24,7 +24,8 @@ AXES = ("data", "fsdp")
 def make_mesh(devices: list[jax.Device] | None = None, text: str = "data=-1") -> Mesh:
     """Makes the mesh of a text such as 'data=-1, fsdp=4' over `devices`, by default all devices of all hosts.
 
-    An axis of size -1 takes the remaining devices. Raises UserError if the text does not parse, or fit the devices.
+    An axis of size -1 takes the remaining devices. Raises UserError if the text does not parse or does not fit the
+    number of devices.
     """
     devices = devices or jax.devices()
     sizes: dict[str, int] = {}
@@ -79,7 +80,8 @@ def round_up(batch_size: int, mesh: Mesh) -> int:
 def rows_here(size: int, mesh: Mesh) -> np.ndarray:
     """The rows int64[b], ascending, of a batch of `size` examples that the devices of this process hold.
 
-    They follow the devices in the mesh, whose order need not be that of the processes. The devices divide `size`.
+    They follow the order of the devices in the mesh, which need not be that of the processes. `size` is a multiple of
+    the device count.
     """
     slices = sharded(mesh).addressable_devices_indices_map((size,)).values()
     edges = {index[0].indices(size)[:2] for index in slices if index}

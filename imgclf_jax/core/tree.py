@@ -33,7 +33,10 @@ def replace(tree: PyTree, named: Mapping[str, Any]) -> PyTree:
 
 
 def sha256(tree: PyTree) -> str:
-    """A SHA-256 over the sorted paths, dtypes, shapes and bytes of all leaves. All processes call it together."""
+    """A SHA-256 over the sorted paths, dtypes, shapes and bytes of all leaves.
+
+    If arrays are sharded over processes, all processes call this.
+    """
     return digests((path, sharding.fetch(leaf)) for path, leaf in named_leaves(tree))[0]
 
 

@@ -51,7 +51,7 @@ def _read(data_source: Any, identity: str, ids: np.ndarray) -> Examples:
 
 
 def metadata(name: str, data_dir: str) -> tuple[dict[str, int], int, tuple[int | None, ...]]:
-    """({split: examples} if it is prepared, classes, shape with None for unknown) of a TFDS data set. Prepares none."""
+    """({split: examples} once prepared, classes, shape with None for unknown) of a TFDS data set. Prepares nothing."""
     builder = _builder(name, data_dir)
     splits = builder.info.splits if builder.data_path.exists() else {}
     features = builder.info.features

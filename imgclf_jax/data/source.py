@@ -122,7 +122,7 @@ def read_examples(source: Source, ids: np.ndarray) -> Examples:
 
 
 def concatenate(parts: Sequence[tuple[Source, int, int]]) -> Source:
-    """Joins examples start to stop (exclusive) of each (source, start, stop). Raises UserError for unlike labels."""
+    """Joins the examples start to stop of each (source, start, stop). Raises UserError for other classes or labels."""
     first = parts[0][0]
     if len({source.label_key for source, _, _ in parts}) > 1:
         raise UserError("it joins splits with labels and splits with targets")

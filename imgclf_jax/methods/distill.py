@@ -17,7 +17,8 @@ def distill(problem: Problem, teacher: str, alpha: float = 0.5, temperature: flo
 
     `teacher` is a work directory, read in training only. With softmax losses the divergence is between softmax
     distributions (Hinton et al. 2015, arXiv:1503.02531); with sigmoid losses it is summed over the Bernoulli
-    distributions of the classes. Raises UserError for a loss without probabilities and a teacher that does not fit.
+    distributions of the classes. Raises UserError for a loss without probabilities, and if the teacher's loss, classes,
+    images or normalization do not match.
     """
     if not 0 <= alpha <= 1:
         raise UserError(f"method: distill(alpha={alpha}): alpha must be 0 to 1")

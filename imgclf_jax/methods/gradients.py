@@ -1,7 +1,8 @@
 """The gradient function of a train step, its transforms (config key `gradient`), and gradient accumulation.
 
 A transform is called as `transform(gradient, **arguments)` while the train step is traced, and returns a function with
-the signature of `gradient`. `"sam(rho=0.05)|my_gradients:noisy(0.1)"` means noisy(sam(gradient)).
+the signature of `gradient`. `"sam(rho=0.05)|my_gradients:noisy(0.1)"` means noisy(sam(gradient)). `table.GRADIENTS`
+lists the built-in ones.
 """
 
 import dataclasses
@@ -26,7 +27,8 @@ class Gradient:
     """The gradient of the mean loss of a batch: `gradient(params, model_state, batch, key) -> ((loss, aux), grads)`.
 
     `batch` comes from `Method.inputs`: by default "image" f32[b, h, w, c], augmented, mixed and normalized (pixels from
-    0 to 1 with a plain `normalize`), and "label" i32[b]. `key` is for dropout. It handles microbatches and shards.
+    0 to 1 with a plain `normalize`), and "label" i32[b]. `key` is for dropout. Microbatches, sharded parameters and
+    sown losses are handled inside.
 
     - `images(params, model_state, batch, key)` f32[b, h, w, c] is the gradient of the summed example losses with
       respect to batch["image"].

@@ -179,7 +179,8 @@ class Checkpoints:
 
         The number of devices may differ from when it was saved. Without `optimizer`, the optimizer's state is not read
         and is None in the result; top-level entries that `like` lacks are not read either. Without `like`, the state
-        of any model is read, as dicts of NumPy arrays. Raises UserError for a damaged checkpoint and another model's.
+        of any model is read, as nested dicts of NumPy arrays. Raises UserError for a damaged checkpoint and for
+        another model's.
         """
         folder = self.directory / str(step)
         if error := processes.broadcast(lambda: self._find_error(step, like, optimizer)):

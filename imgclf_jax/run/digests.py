@@ -65,7 +65,10 @@ class Digests:
             self._file = writers.AppendedFile(self._path, b"".join(lines))
 
     def record(self, step: int, params: Params) -> None:
-        """Writes the line of a step, once; buffers may then be donated. Raises UserError if the previous one failed."""
+        """Writes the line of a step, once. The caller may donate the parameters' buffers right away.
+
+        Raises UserError if the previous line could not be written.
+        """
         if step == self._step:
             return
         self.sha256()  # waits, so that at most one copy is in memory

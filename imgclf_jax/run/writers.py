@@ -51,7 +51,8 @@ class Writer(Protocol):
 class AppendedFile:
     """A file to append to, which first holds `content`.
 
-    In a bucket `flush` and `close` write the whole file. Raises UserError if the file cannot be written.
+    In a bucket, whose objects cannot be appended to, `flush` and `close` write the whole file. Raises UserError if the
+    file cannot be written.
     """
 
     def __init__(self, path: Path, content: bytes = b""):

@@ -60,7 +60,10 @@ class TargetPredictions(NamedTuple):
         return {name: score(self, weights) for name, score in SCORES.items()}
 
     def counts(self, weights: np.ndarray, threshold: float | Sequence[float] = 0.5) -> np.ndarray:
-        """f64[3, r, k]: how often classes are true, predicted, and both, by a `threshold` or k of them; NaN for NaN."""
+        """f64[3, r, k]: how often a class is true, is predicted, and both; NaN if a probability is NaN.
+
+        `threshold` is one number or one per class.
+        """
         if np.isnan(self.probabilities).any():
             return np.full((3, len(weights), self.targets.shape[1]), np.nan)
         true, predicted = self.targets >= 0.5, self.probabilities >= np.asarray(threshold, self.probabilities.dtype)
