@@ -38,14 +38,14 @@ def from_file(line: CommandLine) -> tuple[ConfigDict, str]:
 
 def from_run(line: CommandLine) -> tuple[ConfigDict, str]:
     """The run in --workdir, whose config no --config may replace."""
-    from imgclf_jax.run.workdir import Workdir
-
     workdir = _workdir(line)
-    config = Workdir(workdir).load_config()
+    file = paths.as_path(workdir) / "config.json"
+    if not file.is_file():
+        raise UserError(f"{workdir} holds no run: there is no {file}; train first, or pass the run's --workdir")
     if line.names_config and line.workdir:
         raise UsageError(f"{line.command} uses the config that the run in {workdir} has recorded: drop --config, "
                          "and change a key by --config.KEY=VALUE")  # fmt: skip
-    return _overridden(config, line), workdir
+    return _overridden(configs.from_json(paths.read(file), str(file)), line), workdir
 
 
 def from_run_or_file(line: CommandLine) -> tuple[ConfigDict, str | None]:
