@@ -193,7 +193,7 @@ class TensorBoard:
         from tensorboard.util.tensor_util import make_tensor_proto
 
         for tag, array in images.items():
-            pixels = array if array.dtype == np.uint8 else np.uint8(np.clip(array, 0, 1) * 255 + 0.5)
+            pixels = array if array.dtype == np.uint8 else (np.clip(array, 0, 1) * 255 + 0.5).astype(np.uint8)
             pixels = pixels if pixels.ndim == 4 else pixels[None]
             height, width = pixels.shape[1:3]
             tensor = make_tensor_proto([str(width).encode(), str(height).encode(), *map(_to_png, pixels)])
