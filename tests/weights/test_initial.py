@@ -198,7 +198,7 @@ def run(workdir: Path, *argv: str) -> int:
 def saved(workdir: Path, step: int, best: str = "") -> dict:
     """The variables of a checkpoint."""
     checkpoints = Checkpoints(workdir / "checkpoints", best=best, read_only=True)
-    state = checkpoints.restore_any(step)["state"]
+    state = checkpoints.restore(step, optimizer=False)["state"]
     return {"params": state["params"], **(state.get("model_state") or {})}
 
 
