@@ -12,6 +12,7 @@ from imgclf_jax import losses, metrics
 from imgclf_jax.losses import Task
 from imgclf_jax.run.ranking import parse_best
 from imgclf_jax.scores import classification
+from imgclf_jax.tools.report import top_losses
 from imgclf_jax.train.evaluation import evaluate, evaluate_all
 
 
@@ -165,3 +166,14 @@ def test_a_whole_set_is_that_of_scikit_learn_and_a_model_of_nan_is_told(fake_con
     assert (found["examples"], found["accuracy"], found["f1"]) == (101, 0, 0)
     assert np.isnan([found["loss"], found["auc"]]).all()
     assert "the outputs of 101 examples are NaN or infinite" in caplog.text
+
+
+@pytest.mark.parametrize(("link", "gaps"), [
+    (losses.SOFTMAX, [110, 90, 250, -2, -40]), (losses.SIGMOID, [0, 0, 0, -3, -40]),
+])  # fmt: skip
+def test_the_highest_losses_are_of_the_logits(link, gaps):
+    """Float32 probabilities are 0 from a gap of about 90 on."""
+    own = predicted([[0, 110], [0, 90], [0, 250], [3, 1], [40, 0]], np.zeros(5, np.int32), link)
+    np.testing.assert_allclose(top_losses.label_losses(own), np.logaddexp(0.0, gaps), rtol=1e-6)
+    if link is losses.SOFTMAX:
+        assert top_losses.highest_losses(own, 4).tolist() == [2, 0, 1, 3]
