@@ -23,7 +23,7 @@ from imgclf_jax.data import decode, placement
 from imgclf_jax.data.source import DataInfo
 from imgclf_jax.data.stream import Images, StreamSpec
 from imgclf_jax.models import norms
-from imgclf_jax.models.frozen import Frozen
+from imgclf_jax.models.classifier import Frozen
 from imgclf_jax.optim import partition
 from imgclf_jax.recipe import Recipe, check_names
 

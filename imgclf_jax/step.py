@@ -23,7 +23,7 @@ from imgclf_jax.losses import SOFTMAX, Link, Loss, Task, link_of
 from imgclf_jax.methods import Method, gradients
 from imgclf_jax.methods.gradients import Gradient
 from imgclf_jax.methods.supervised import from_logits
-from imgclf_jax.models.frozen import Frozen, apply_function
+from imgclf_jax.models.classifier import Frozen, apply_function
 from imgclf_jax.optim import weight_averages
 from imgclf_jax.optim.optimizers import promoting
 from imgclf_jax.optim.weight_averages import Average

@@ -101,9 +101,8 @@ class ConvNeXt(nn.Module):
             raise UserError(f"convnext({self.variant!r}): V2 has no layer scale; leave layer_scale out")
         settings: Arguments = {"dtype": self.dtype, "kernel_init": _init}
         rates = iter(self.drop_path * i / (sum(depths) - 1) for i in range(sum(depths)))
-        block, norm = parts.remat(self.block, self.remat), parts.norms(self.norm, dtype=self.dtype)
-        passed: Arguments = {"norm": norm, "activation": self.activation, "dtype": self.dtype}
-        passed |= {"grn": True, "as_conv": dims[0] < 96} if v2 else {}
+        norm, of_v2 = parts.norms(self.norm, dtype=self.dtype), {"grn": True, "as_conv": dims[0] < 96}
+        block = parts.block_of(self, norm, layer_scale=self.layer_scale, **(of_v2 if v2 else {}))
         for i, (depth, d) in enumerate(zip(depths, dims, strict=True)):
             if i:
                 x = norm(f"downsample{i}_norm")(x, train)
@@ -112,5 +111,5 @@ class ConvNeXt(nn.Module):
             if not i:
                 x = norm("stem_norm")(x, train)  # [b, h/4, w/4, d]
             for j in range(depth):
-                x = block(drop_path=next(rates), layer_scale=self.layer_scale, **passed, name=f"stage{i}_{j}")(x, train)
+                x = block(drop_path=next(rates), name=f"stage{i}_{j}")(x, train)
         return norm("norm")(mean_pool(x), train)

@@ -123,12 +123,11 @@ class InvertedResidual(nn.Module):
                    ("dw_mid", mid, k, s, True, True), ("pw_proj", *last)),
             "cn": (("conv", self.features, k, s, False, True),),
         }[self.kind]  # fmt: skip
+        gates = {"se": (c // 4, self.activation, nn.sigmoid), "hard": (_round(mid / 4), nn.relu, nn.hard_sigmoid)}
         norm, y = parts.norms(self.norm, dtype=self.dtype), x
         for n, (name, features, kernel, strides, depthwise, activated) in enumerate(steps, 1):
-            if n == len(steps) and self.squeeze == "hard":
-                y = SqueezeExcite(_round(mid / 4), nn.relu, nn.hard_sigmoid, self.dtype, name="se")(y)
-            elif n == len(steps) and self.squeeze:
-                y = SqueezeExcite(c // 4, self.activation, nn.sigmoid, self.dtype, name="se")(y)
+            if n == len(steps) and self.squeeze:
+                y = SqueezeExcite(*gates[self.squeeze], self.dtype, name="se")(y)
             if kernel:
                 groups = y.shape[-1] if depthwise else 1
                 y = he_conv(features, kernel, strides, self.dtype, name, groups, padding=self.padding)(y)
@@ -150,7 +149,6 @@ class EfficientNet(nn.Module):
     like: str = "tf"
     drop_path: float = 0.0
     dropout: float = 0.0
-    momentum: float | None = None  # of the running statistics; None: 0.9, if the norm has any
     remat: str = ""
     dtype: DTypeLike = jnp.float32
     block: ModuleDef = InvertedResidual
@@ -164,19 +162,18 @@ class EfficientNet(nn.Module):
             if value not in allowed:
                 raise UserError(unknown(type(self).__name__.lower(), value, allowed))
         network, (padding, epsilon) = self.networks[self.variant], _LIKE[self.like]
-        norm = parts.norms(self.norm, self.momentum, momentum=0.9, epsilon=epsilon, dtype=self.dtype)
+        if self.activation:
+            network = network._replace(activation=self.activation, relu_stages=0)
+        norm = parts.norms(self.norm, momentum=0.9, epsilon=epsilon, dtype=self.dtype)
         stem, features = (n if network.fixed else _round(n * network.width) for n in (network.stem, network.features))
-        activation = self.activation or network.activation
-        own: Arguments = {"activation": self.activation} if self.activation else {}
         x = he_conv(stem, 3, 2, self.dtype, "conv_stem", padding=padding)(x)  # [b, h/2, w/2, stem]
-        x = activation(norm("bn1")(x, train))
-        block, blocks = parts.remat(self.block, self.remat), list(_blocks(network))
+        x = network.activation(norm("bn1")(x, train))
+        block, blocks = parts.block_of(self, norm, padding=padding), list(_blocks(network))
         for n, arguments in enumerate(blocks):
-            passed = {"padding": padding, "norm": norm, "dtype": self.dtype, **arguments, **own}
-            x = block(drop_path=self.drop_path * n / len(blocks), **passed)(x, train)
+            x = block(drop_path=self.drop_path * n / len(blocks), **arguments)(x, train)
         x = x if network.head == "conv" else mean_pool(x)[:, None, None]  # [b, 1, 1, c]
         x = he_conv(features, 1, 1, self.dtype, "conv_head", use_bias=network.head == "bias")(x)
-        x = activation(x if network.head == "bias" else norm("bn2")(x, train))
+        x = network.activation(x if network.head == "bias" else norm("bn2")(x, train))
         return nn.Dropout(self.dropout, deterministic=not train)(mean_pool(x))
 
 

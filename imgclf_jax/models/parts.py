@@ -86,28 +86,21 @@ class Norm:
         return normalize
 
 
-def norms(norm: ModuleDef, chosen_momentum: float | None = None, **passed: object) -> Norm:
-    """Wraps a class, or a partial of one, in a Norm that passes it `passed`; returns a Norm unchanged.
+def norms(norm: ModuleDef, **passed: object) -> Norm:
+    """Wraps a class, or a partial of one, in a Norm that passes it `passed`; returns a Norm unchanged."""
+    return norm if isinstance(norm, Norm) else Norm(norm, passed)
 
-    `chosen_momentum`, unless None, replaces the `momentum` passed. Raises UserError if the class would not get it.
+
+def block_of(network: Any, norm: Norm, block: ModuleDef | None = None, /, **passed: object) -> functools.partial[Any]:
+    """The network's block, or another one, with its `norm`, `activation` and `dtype`, called as (x, train).
+
+    With `remat` "block" the backward pass stores only x and recomputes the rest (Chen et al. 2016, arXiv:1604.06174);
+    parameters and results are the same. Raises UserError for any other `remat` than "".
     """
-    if isinstance(norm, Norm) or chosen_momentum is None:
-        return norm if isinstance(norm, Norm) else Norm(norm, passed)
-    if "momentum" not in inspect.signature(norm).parameters or "momentum" in getattr(norm, "keywords", {}):
-        raise UserError(f"momentum={chosen_momentum}: the norm takes none, or has its own; leave momentum out")
-    return Norm(norm, {**passed, "momentum": chosen_momentum})
-
-
-def remat(block: ModuleDef, kind: str) -> ModuleDef:
-    """Wraps a block class, or a partial of one, called as (x, train) (Chen et al. 2016, arXiv:1604.06174).
-
-    With `kind` "block" the backward pass stores only x and recomputes the rest; with "" the block is unchanged.
-    Parameters and results are the same. Raises UserError for any other `kind`.
-    """
+    passed |= {"norm": norm, "activation": network.activation, "dtype": network.dtype}
+    bound, kind = functools.partial(block or network.block, **passed), getattr(network, "remat", "")
     if kind not in ("", "block"):
         raise UserError(f"remat={kind!r}: allowed are '' (store all activations) and 'block' (store block inputs only)")
-    if not kind:
-        return block
-    if isinstance(block, functools.partial):
-        return functools.partial(remat(block.func, kind), *block.args, **block.keywords)
-    return nn.remat(block, static_argnums=(2,))
+    if kind:
+        bound = functools.partial(nn.remat(bound.func, static_argnums=(2,)), *bound.args, **bound.keywords)
+    return bound

@@ -1,26 +1,32 @@
-"""ResNets for ImageNet and for CIFAR (He et al. 2015, arXiv:1512.03385), and wide ResNets."""
+"""ResNets for ImageNet and for CIFAR (He et al. 2015, arXiv:1512.03385), wide ResNets, and RegNets."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
 from imgclf_jax.core import dtypes
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.typing import ModuleDef
 from imgclf_jax.models import parts
 from imgclf_jax.models.layers import SqueezeExcite, he_conv, max_pool, mean_pool
 from imgclf_jax.models.norms import BatchNorm
 
 _STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+_REGNETS = {  # by multiply-adds: (initial width, slope, multiplier, width of a group, depth)
+    "200MF": (24, 36.44, 2.49, 8, 13), "400MF": (48, 27.89, 2.09, 8, 16), "600MF": (48, 32.54, 2.32, 16, 15),
+    "800MF": (56, 38.84, 2.4, 16, 14), "1.6GF": (48, 20.71, 2.65, 24, 27), "3.2GF": (80, 42.63, 2.66, 24, 21),
+    "4GF": (96, 31.41, 2.24, 64, 22), "6.4GF": (112, 33.22, 2.27, 72, 25), "8GF": (192, 76.82, 2.19, 56, 17),
+    "12GF": (168, 73.36, 2.37, 112, 19), "16GF": (200, 106.23, 2.48, 112, 18), "32GF": (232, 115.89, 2.53, 232, 20),
+}  # fmt: skip
 
 
-def _stages(
-    block: Callable[..., nn.Module], features: int, depths: Sequence[int], x: jax.Array, train: bool
-) -> jax.Array:
+def _stages(block: ModuleDef, features: int, depths: Sequence[int], x: jax.Array, train: bool) -> jax.Array:
     """Applies `depths[i]` blocks of width features * 2**i for each stage i; every stage but the first has stride 2."""
     for i, blocks in enumerate(depths):
         for j in range(blocks):
@@ -28,16 +34,14 @@ def _stages(
     return x
 
 
-def _project(
-    x: jax.Array, features: int, strides: int, shortcut: str, norm: parts.Norm, dtype: DTypeLike, train: bool
-) -> jax.Array:
+def _project(block: Any, x: jax.Array, features: int, norm: parts.Norm, train: bool) -> jax.Array:
     """A 1×1 convolution and a norm. The stride is the convolution's, or with `shortcut` "pool" an average pooling's."""
-    name = "downsample_pool" if shortcut == "pool" else "downsample"
-    if shortcut == "pool" and strides == 2:  # of an odd side the last window has one pixel
+    name, strides = "downsample_pool" if block.shortcut == "pool" else "downsample", block.strides
+    if block.shortcut == "pool" and strides == 2:  # of an odd side the last window has one pixel
         x = jnp.pad(x, ((0, 0), *((0, side % 2) for side in x.shape[1:3]), (0, 0)), "edge")
         windows = dtypes.upcast(x).reshape(-1, x.shape[1] // 2, 2, x.shape[2] // 2, 2, x.shape[3])
         x, strides = jnp.mean(windows, (2, 4)).astype(x.dtype), 1
-    return norm(f"{name}_bn")(he_conv(features, 1, strides, dtype, f"{name}_conv")(x), train)
+    return norm(f"{name}_bn")(he_conv(features, 1, strides, block.dtype, f"{name}_conv")(x), train)
 
 
 class BasicBlock(nn.Module):
@@ -63,7 +67,7 @@ class BasicBlock(nn.Module):
             widths = ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2))
             x = jnp.pad(x[:, :: self.strides, :: self.strides], widths)
         elif x.shape != y.shape:
-            x = _project(x, self.features, self.strides, self.shortcut, norm, self.dtype, train)
+            x = _project(self, x, self.features, norm, train)
         return self.activation(x + y)
 
 
@@ -94,7 +98,7 @@ class Bottleneck(nn.Module):
             y = SqueezeExcite(round(x.shape[-1] / 4), self.activation, dtype=self.dtype, name="se")(y)
         y = norm("bn3", self.last_scale)(conv(self.expansion * self.features, 1, 1, name="conv3")(y), train)
         if x.shape != y.shape:
-            x = _project(x, y.shape[-1], self.strides, self.shortcut, norm, self.dtype, train)
+            x = _project(self, x, y.shape[-1], norm, train)
         return self.activation(x + y)
 
 
@@ -108,7 +112,6 @@ class ResNet(nn.Module):
 
     depth: int = 50
     zero_init: bool = True
-    momentum: float | None = None  # of the running statistics; None: 0.9, if the norm has any
     remat: str = ""
     dtype: DTypeLike = jnp.float32
     block: ModuleDef | None = None  # None: BasicBlock below depth 50, else Bottleneck
@@ -122,7 +125,7 @@ class ResNet(nn.Module):
             raise UserError(f"resnet(depth={self.depth!r}): the depth must be one of {list(_STAGES)}")
         if self.variant not in ("B", "D"):
             raise UserError(f"resnet(variant={self.variant!r}): allowed are 'B' and 'D'")
-        norm, passed = parts.norms(self.norm, self.momentum, momentum=0.9, dtype=self.dtype), {}
+        norm, passed = parts.norms(self.norm, momentum=0.9, dtype=self.dtype), {}
         if self.variant == "B":
             x = he_conv(64, 7, 2, self.dtype, "conv1")(x)  # h/2, w/2, 64 channels
         else:
@@ -132,10 +135,8 @@ class ResNet(nn.Module):
                 x = self.activation(norm(f"stem{i}_bn")(x, train))
             x = he_conv(64, 3, 1, self.dtype, "stem3_conv")(x)
         x = max_pool(self.activation(norm("bn1")(x, train)), 3, 2, 1)  # h/4, w/4
-        block = partial(
-            parts.remat(self.block or (BasicBlock if self.depth < 50 else Bottleneck), self.remat), norm=norm,
-            activation=self.activation, dtype=self.dtype, last_scale=float(not self.zero_init), **passed,
-        )  # fmt: skip
+        block = self.block or (BasicBlock if self.depth < 50 else Bottleneck)
+        block = parts.block_of(self, norm, block, last_scale=float(not self.zero_init), **passed)
         return mean_pool(_stages(block, 64, _STAGES[self.depth], x, train))
 
 
@@ -147,7 +148,6 @@ class ResNetCIFAR(nn.Module):
     """
 
     depth: int = 20
-    momentum: float | None = None  # of the running statistics; None: 0.9, if the norm has any
     shortcut: str = "pad"
     dtype: DTypeLike = jnp.float32
     block: ModuleDef = BasicBlock
@@ -158,11 +158,9 @@ class ResNetCIFAR(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         if self.depth % 6 != 2 or self.depth < 8:
             raise UserError(f"resnet_cifar(depth={self.depth}): the depth must be 6n + 2, such as 20 or 56")
-        norm = parts.norms(self.norm, self.momentum, momentum=0.9, dtype=self.dtype)
+        norm = parts.norms(self.norm, momentum=0.9, dtype=self.dtype)
         x = self.activation(norm("bn1")(he_conv(16, 3, 1, self.dtype, "conv1")(x), train))
-        block = partial(
-            self.block, norm=norm, activation=self.activation, dtype=self.dtype, shortcut=self.shortcut, last_scale=1.0
-        )
+        block = parts.block_of(self, norm, shortcut=self.shortcut, last_scale=1.0)
         return mean_pool(_stages(block, 16, [self.depth // 6] * 3, x, train))
 
 
@@ -193,7 +191,6 @@ class WideResNet(nn.Module):
     depth: int = 28
     width: int = 10
     dropout: float = 0.0
-    momentum: float | None = None  # of the running statistics; None: 0.9, if the norm has any
     dtype: DTypeLike = jnp.float32
     block: ModuleDef = WideBlock
     norm: ModuleDef = BatchNorm
@@ -203,8 +200,40 @@ class WideResNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         if self.depth % 6 != 4 or self.depth < 10:
             raise UserError(f"wide_resnet(depth={self.depth}): the depth must be 6n + 4, such as 28 or 40")
-        norm = parts.norms(self.norm, self.momentum, momentum=0.9, dtype=self.dtype)
+        norm = parts.norms(self.norm, momentum=0.9, dtype=self.dtype)
         x = he_conv(16, 3, 1, self.dtype, "conv1")(x)
-        block = partial(self.block, norm=norm, activation=self.activation, dtype=self.dtype, dropout=self.dropout)
+        block = parts.block_of(self, norm, dropout=self.dropout)
         x = _stages(block, 16 * self.width, [self.depth // 6] * 3, x, train)
         return mean_pool(self.activation(norm("bn1")(x, train)))
+
+
+def _regnet(initial: int, slope: float, multiplier: float, group: int, depth: int) -> Iterator[tuple[int, int, int]]:
+    """Yields (width, groups, blocks) of each stage: equations 2 to 4 of RegNet, with widths that are multiples of 8."""
+    exponents = np.round(np.log1p(slope * np.arange(depth) / initial) / np.log(multiplier))
+    widths = np.round(initial * multiplier**exponents / 8).astype(int) * 8
+    for width, blocks in zip(*np.unique(widths, return_counts=True), strict=True):
+        groups = round(width / min(group, width))
+        yield groups * min(group, int(width)), groups, int(blocks)
+
+
+class RegNetY(nn.Module):
+    """RegNetY "200MF" to "32GF" (Radosavovic et al. 2020, arXiv:2003.13678): → [b, width of the last stage]."""
+
+    variant: str = "4GF"
+    remat: str = ""
+    dtype: DTypeLike = jnp.float32
+    block: ModuleDef = Bottleneck
+    norm: ModuleDef = BatchNorm
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        if self.variant not in _REGNETS:
+            raise UserError(unknown("regnety variant", self.variant, _REGNETS))
+        norm = parts.norms(self.norm, momentum=0.9, dtype=self.dtype)
+        block = parts.block_of(self, norm, expansion=1, squeeze=True, last_scale=1.0)
+        x = self.activation(norm("stem_bn")(he_conv(32, 3, 2, self.dtype, "stem_conv")(x), train))
+        for i, (width, groups, blocks) in enumerate(_regnet(*_REGNETS[self.variant]), 1):
+            for j in range(1, blocks + 1):
+                x = block(features=width, groups=groups, strides=2 if j == 1 else 1, name=f"stage{i}_{j}")(x, train)
+        return mean_pool(x)

@@ -1,7 +1,8 @@
-"""The Vision Transformer and the MLP-Mixer."""
+"""The Vision Transformer, with attention by cuDNN where it can, else in plain XLA operations, and the MLP-Mixer."""
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,11 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from imgclf_jax.core import platform
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.typing import Arguments, ModuleDef
 from imgclf_jax.models import parts
-from imgclf_jax.models.attention import ROPES, Rope, attend, attention
+from imgclf_jax.models.cpu.matmuls import accumulator
 from imgclf_jax.models.layers import Conv, Dense, add_bias, drop_path, gelu, mean_pool, spread
 from imgclf_jax.models.norms import LayerNorm
 
@@ -21,6 +23,7 @@ _VIT = {  # width, layers, heads
     "little": (320, 14, 5), "medium": (512, 12, 8), "mediumd": (512, 20, 8), "betwixt": (640, 12, 10),  # timm's
 }  # fmt: skip
 _MIXER = {"S": (512, 8, 256, 2048), "B": (768, 12, 384, 3072)}  # width, layers, hidden widths over tokens, channels
+_ROPES = ("dinov3", "eva02")
 _init = nn.initializers.normal(0.02)
 
 
@@ -44,11 +47,98 @@ def sincos_positions(h: int, w: int, width: int) -> np.ndarray:
     return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1).astype(np.float32)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention over tokens [b, n, d] (Vaswani et al. 2017, arXiv:1706.03762).
+@dataclass(frozen=True)
+class Rope:
+    """Axial rotary position embeddings (Su et al. 2021, arXiv:2104.09864) of a grid of `rows` by `columns` patches.
 
-    `bias` are the parts that have one: "qkv", "qv" or "". They are three layers unless `fused`. With
-    `mutable=["intermediates"]` it sows its maps, f32[b, heads, queries, keys], as `attention`.
+    A head's features form pairs: half of them turn by the patch's row, half by its column. Coordinates and frequencies,
+    for k below a quarter q of the features, are in "dinov3" (Siméoni et al. 2025, arXiv:2508.10104) patch centers in
+    [-1, 1] times 2π and 100^(-k / q), in "eva02" (Fang et al. 2023, arXiv:2303.11331) indices scaled to a grid of 16 by
+    16 and 10,000^(-k / q). "dinov3" pairs feature i with i + 2 q, "eva02" adjacent ones.
+    """
+
+    kind: str
+    rows: int
+    columns: int
+
+    def rotate(self, x: jax.Array) -> jax.Array:
+        """Rotates x [b, n, heads, d], whose last tokens are the patches; those before, such as a class token, stay."""
+        prefix, half, dinov3 = x.shape[1] - self.rows * self.columns, x.shape[3] // 2, self.kind == "dinov3"
+        cos, sin = (jnp.asarray(table, accumulator(x.dtype)) for table in _cos_sin(self, half))
+        y = x[:, prefix:].astype(cos.dtype)
+        a, b = (y[..., :half], y[..., half:]) if dinov3 else (y[..., ::2], y[..., 1::2])
+        turned = a * cos - b * sin, b * cos + a * sin
+        y = jnp.concatenate(turned, -1) if dinov3 else jnp.stack(turned, -1).reshape(y.shape)
+        return jnp.concatenate([x[:, :prefix], y.astype(x.dtype)], 1)
+
+
+@lru_cache(maxsize=16)  # the same arrays in all blocks, so that a program holds them once
+def _cos_sin(rope: Rope, pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine of the angle of each pair of a head, f64[patches, 1, pairs]."""
+    sides, base = (rope.rows, rope.columns), 100.0 if rope.kind == "dinov3" else 10_000.0
+    axes = [2 * np.pi * ((2 * np.arange(n) + 1) / n - 1) if base == 100 else np.arange(n) * 16 / n for n in sides]
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 1, 2, 1)
+    angles = (grid * base ** -np.linspace(0, 1, pairs // 2, endpoint=False)).reshape(len(grid), 1, pairs)
+    return np.cos(angles), np.sin(angles)
+
+
+def attend(module: nn.Module, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention (Vaswani et al. 2017, arXiv:1706.03762) of q [b, m, heads, d] over k and v [b, n, heads, d], as q.
+
+    The softmax is at least float32. With `mutable=["intermediates"]` the module sows its maps, f32[b, heads, m, n], as
+    `attention`.
+    """
+    if module.is_mutable_collection("intermediates"):
+        maps = _maps(q, k)
+        module.sow("intermediates", "attention", maps)
+        return jnp.einsum("bhqk,bkhd->bqhd", maps.astype(v.dtype), v)
+    if not _can_use_cudnn(q, k):
+        return _attend(q, k, v)
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own implementation relies on it
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+def _maps(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Attention maps, softmax(q kᵀ / √d) of q and k [b, n, heads, d]: f32 or f64[b, heads, queries, keys]."""
+    wide = accumulator(q.dtype)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide)
+    return jax.nn.softmax(scores * jnp.asarray(q.shape[-1] ** -0.5, wide), -1)
+
+
+@jax.custom_jvp
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention [b, n, heads, d] in plain XLA operations."""
+    return jnp.einsum("bhqk,bkhd->bqhd", _maps(q, k).astype(v.dtype), v)
+
+
+@_attend.defjvp
+def _attend_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    """Keeps only q, k, v and the maps, in v's dtype, for the backward pass; all its matmuls are in that dtype."""
+    q, k, v = primals
+    d_q, d_k, d_v = tangents
+    maps = _maps(q, k).astype(v.dtype)
+    d_scores = jnp.einsum("bqhd,bkhd->bhqk", d_q, k) + jnp.einsum("bqhd,bkhd->bhqk", q, d_k)
+    wide_maps, d_scores = maps.astype(accumulator(q.dtype)), d_scores.astype(accumulator(q.dtype))
+    d_scores = d_scores * jnp.asarray(q.shape[-1] ** -0.5, d_scores.dtype)
+    d_maps = (wide_maps * (d_scores - jnp.sum(wide_maps * d_scores, -1, keepdims=True))).astype(v.dtype)
+    y = jnp.einsum("bhqk,bkhd->bqhd", maps, v)
+    return y, jnp.einsum("bhqk,bkhd->bqhd", d_maps, v) + jnp.einsum("bhqk,bkhd->bqhd", maps, d_v)
+
+
+def _can_use_cudnn(q: jax.Array, k: jax.Array) -> bool:
+    """Whether cuDNN's fused attention applies: Ampere or newer, self-attention, 16 bits, at most 128 features a head.
+
+    Programs compiled for absent GPUs have an unknown compute capability (0) and use the XLA form.
+    """
+    if q.shape != k.shape or platform.current() != "gpu" or platform.compute_capability() < 8.0:
+        return False
+    return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens [b, n, d].
+
+    `bias` are the parts that have one: "qkv", "qv" or "". They are three layers unless `fused`.
     """
 
     heads: int
@@ -59,7 +149,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        d = x.shape[-1]
+        b, n, d = x.shape
         glorot = nn.initializers.xavier_uniform()
         if not self.fused:
             three = [Dense(d, self.dtype, glorot, part in self.bias, name=f"{part}_proj")(x) for part in "qkv"]
@@ -70,10 +160,10 @@ class Attention(nn.Module):
             if self.bias == "qv":
                 q, v = (self.param(name, nn.initializers.zeros, (d,)) for name in ("q_bias", "v_bias"))
                 qkv = add_bias(qkv, jnp.concatenate([q, jnp.zeros_like(q), v])).astype(self.dtype)
-        y, maps = attention(qkv, self.heads, self.is_mutable_collection("intermediates"), self.rope)
-        if maps is not None:
-            self.sow("intermediates", "attention", maps)
-        return Dense(d, self.dtype, glorot, name="proj")(y)
+        q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, -1), 2, 0)  # [b, n, heads, d / heads]
+        if self.rope is not None:
+            q, k = self.rope.rotate(q), self.rope.rotate(k)
+        return Dense(d, self.dtype, glorot, name="proj")(attend(self, q, k, v).reshape(x.shape))
 
 
 class MLPBlock(nn.Module):
@@ -153,10 +243,8 @@ class AttentionPool(nn.Module):
         latent = jnp.broadcast_to(self.param("latent", init, (1, 1, d)), (b, 1, d))
         q = Dense(d, self.dtype, init, name="q")(latent).reshape(b, 1, self.heads, -1)
         kv = Dense(2 * d, self.dtype, init, name="kv")(x).reshape(b, n, 2, self.heads, -1)
-        y, maps = attend(q, kv[:, :, 0], kv[:, :, 1], self.is_mutable_collection("intermediates"))
-        if maps is not None:
-            self.sow("intermediates", "attention", maps)
-        y = Dense(d, self.dtype, init, name="proj")(y.reshape(b, 1, d))
+        y = attend(self, q, kv[:, :, 0], kv[:, :, 1]).reshape(b, 1, d)
+        y = Dense(d, self.dtype, init, name="proj")(y)
         normed = parts.norms(self.norm, dtype=self.dtype)("norm")(y, train)
         return (y + MLPBlock(self.hidden, 0.0, self.dtype, self.activation, name="mlp")(normed, train))[:, 0]
 
@@ -166,7 +254,7 @@ class ViT(nn.Module):
 
     - `variant` is a key of `_VIT`, such as "Ti", "S", "B" or "L"; `patch` is the side of a patch in pixels.
     - `positions` are "learned" (of all tokens), "patches" (learned, of these alone), "sincos" or "none"; `rope`,
-      "dinov3" or "eva02", rotates queries and keys: see `attention.Rope`.
+      "dinov3" or "eva02", rotates queries and keys: see Rope.
     - `pool` is "cls" (the class token), "mean" (over the patches), "cls+mean" (both, [b, 2 * width]) or "map" (see
       AttentionPool). With `fc_norm` the last norm is that of the mean.
     - `class_token` adds one although `pool` does not read it; `registers` counts further tokens (arXiv:2309.16588).
@@ -225,23 +313,22 @@ class ViT(nn.Module):
         if self.positions == "learned":
             x = x + spread(self.param("positions_embedding", _init, (1, x.shape[1], width)), x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        block, norm = parts.remat(self.block, self.remat), parts.norms(self.norm, dtype=self.dtype)
+        norm = parts.norms(self.norm, dtype=self.dtype)
         if self.pre_norm:
             x = norm("norm_pre")(x, train)
-        passed: Arguments = {
-            "heads": heads, "dropout": self.dropout, "dtype": self.dtype, "norm": norm, "activation": self.activation,
-        } | ({"rope": Rope(self.rope, h, w)} if self.rope else {})  # fmt: skip
+        passed: Arguments = {"rope": Rope(self.rope, h, w)} if self.rope else {}
         for key in ("layer_scale", "qkv_bias", "qkv_fused", "mlp", "mlp_ratio", "mlp_norm"):
             if (value := getattr(self, key)) != type(self).__dataclass_fields__[key].default:  # others need no field
                 passed[key] = value
+        block = parts.block_of(self, norm, heads=heads, dropout=self.dropout, **passed)
         for i in range(layers):
-            x = block(drop_path=self.drop_path * i / (layers - 1), **passed, name=f"block{i}")(x, train)
+            x = block(drop_path=self.drop_path * i / (layers - 1), name=f"block{i}")(x, train)
         x = self._pool(x, norm, heads, train)
         return jnp.tanh(Dense(width, self.dtype, name="representation")(x)) if self.representation else x
 
     def _check(self) -> None:
         choices = {
-            "variant": [*_VIT], "positions": ["learned", "patches", "sincos", "none"], "rope": ["", *ROPES],
+            "variant": [*_VIT], "positions": ["learned", "patches", "sincos", "none"], "rope": ["", *_ROPES],
             "pool": ["cls", "mean", "cls+mean", "map"], "qkv_bias": ["qkv", "qv", ""],
             "mlp": ["mlp", "swiglu", "swiglu_packed"],
         }  # fmt: skip
@@ -311,11 +398,8 @@ class Mixer(nn.Module):
         width, layers, tokens_hidden, channels_hidden = _MIXER[self.variant]
         x = _patches(x, self.patch, width, self.dtype, "mixer")
         x = x.reshape(x.shape[0], -1, width)
-        block, norm = parts.remat(self.block, self.remat), parts.norms(self.norm, dtype=self.dtype)
-        passed: Arguments = {
-            "tokens_hidden": tokens_hidden, "channels_hidden": channels_hidden, "dtype": self.dtype, "norm": norm,
-            "activation": self.activation,
-        }  # fmt: skip
+        norm = parts.norms(self.norm, dtype=self.dtype)
+        block = parts.block_of(self, norm, tokens_hidden=tokens_hidden, channels_hidden=channels_hidden)
         for i in range(layers):
-            x = block(drop_path=self.drop_path * i / (layers - 1), **passed, name=f"block{i}")(x, train)
+            x = block(drop_path=self.drop_path * i / (layers - 1), name=f"block{i}")(x, train)
         return mean_pool(norm("norm")(x, train))

@@ -1,13 +1,10 @@
 """Published networks by timm's names: the backbone, the preprocessing and the licence of their weights."""
 
-import difflib
 import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-
-from imgclf_jax.core.errors import UserError
 
 type Normalization = tuple[tuple[float, float, float], tuple[float, float, float]]  # (mean, std) of pixels in 0–1
 
@@ -27,9 +24,9 @@ class Published:
     model: str  # the backbone's spec
     size: int = 224  # the side of its images, in pixels
     crop: float = 0.875  # the side of the central crop as a fraction of the resized image's shorter side
-    interpolation: str = "bicubic"
     normalization: Normalization = IMAGENET
     license: str = ""  # the name of a licence that forbids some uses; "" for one that does not
+    interpolation: str = "bicubic"
 
 
 _DINOV2 = "patch=14, layer_scale=1e-5"
@@ -43,8 +40,10 @@ _SBB = "positions='patches', pool='mean', fc_norm=True, layer_scale=1e-5"
 _ROPE = "positions='none', rope='eva02', pool='mean', fc_norm=True, layer_scale=1e-5"
 _EVA02 = "patch=14, rope='eva02', class_token=True, pool='mean', fc_norm=True, mlp_ratio=2.6667, qkv_bias='qv'"
 _EVA02_S, _EVA02_B = f"{_EVA02}, mlp='swiglu_packed'", f"{_EVA02}, mlp='swiglu', mlp_norm=True, qkv_fused=False"
-# Names with choices in brackets, the first that of the variant; the spec after the variant; then as in Published.
-_VITS: tuple[tuple[Any, ...], ...] = (
+# Rows of names with choices in brackets; the spec, where `{i}` is choice i, and in _VITS without the variant, which is
+# the first choice; then as in Published.
+type _Rows = tuple[tuple[Any, ...], ...]
+_VITS: _Rows = (
     ("vit_[small base large]_patch14_dinov2.lvd142m", _DINOV2, 518, 1.0),
     ("vit_[small base large]_patch14_reg4_dinov2.lvd142m", f"{_DINOV2}, registers=4, positions='patches'", 518, 1.0),
     *((f"vit_[{words}]_patch16_dinov3{suffix}.lvd1689m", f"{_DINOV3}, qkv_bias={bias!r}{mlp}", 256, 1.0, IMAGENET,
@@ -62,7 +61,7 @@ _VITS: tuple[tuple[Any, ...], ...] = (
     ("vit_[base]_patch[32]_clip_224.laion2b", _OPENCLIP, 224, 0.9, CLIP),
     ("vit_[base]_patch[16]_clip_224.laion2b", _OPENCLIP, 224, 1.0, CLIP),
     ("vit_[large]_patch[14]_clip_224.laion2b", _OPENCLIP, 224, 1.0, HALF),
-    ("deit3_[small medium base large]_patch16_224.fb_in1k", _DEIT3),
+    ("deit3_[small medium base large]_patch16_224.fb_in1k", _DEIT3, 224, 0.9),
     ("deit3_[small medium base large]_patch16_224.fb_in22k_ft_in1k", _DEIT3, 224, 1.0),
     ("deit3_[small base large]_patch16_384.[fb_in1k fb_in22k_ft_in1k]", _DEIT3, 384, 1.0),
     ("vit_[tiny small base large]_patch16_224.[augreg_in21k augreg_in21k_ft_in1k]", "patch=16", 224, 0.9, HALF),
@@ -82,60 +81,46 @@ _VITS: tuple[tuple[Any, ...], ...] = (
     ("eva02_[base large]_patch14_448.mim_in22k_ft_in1k", _EVA02_B, 448, 1.0, CLIP),
 )  # fmt: skip
 _VARIANTS = {"tiny": "Ti", "small": "S", "small_plus": "S", "base": "B", "large": "L"}
+_CONVOLUTIONAL: _Rows = (
+    ("resnet[18 34 50 101 152].tv_in1k", "resnet({0})", 224, 0.875, IMAGENET, "", "bilinear"),
+    ("resnet[18 34 50]d.ra2_in1k", "resnet({0}, variant='D')"),
+    ("resnet[101 152]d.ra2_in1k", "resnet({0}, variant='D')", 256, 0.95),
+    *((f"tf_efficientnet_b[{i}].[{tags}]", "efficientnet('B{0}')", *_SCALES[i], normalization) for i in range(5)
+      for tags, normalization in (("in1k aa_in1k ns_jft_in1k", IMAGENET), ("ap_in1k", HALF))),
+    *((f"efficientnet_b[{i}].{tag}", "efficientnet('B{0}', like='timm')", size)
+      for i, tag, size in ((0, "ra_in1k", 224), (1, "ft_in1k", 224), (2, "ra_in1k", 256), (3, "ra2_in1k", 288),
+                           (4, "ra2_in1k", 320))),
+    ("tf_efficientnetv2_s.[in1k in21k in21k_ft_in1k]", "efficientnet('V2-S')", 300, 1.0, HALF),
+    # timm's names for the files of the authors, and lukemelas's, which packages hold.
+    *((name, f"efficientnet('Lite{i}')", *_SCALES[i], normalization) for i in range(3) for name, normalization in (
+        (f"tf_efficientnet_lite{i}.in1k", HALF), (f"efficientnet_lite{i}", LITE))),
+    ("efficientnet_lite0.ra_in1k", "efficientnet('Lite0', like='timm')"),
+    ("tf_mobilenetv3_large_100.in1k", "mobilenet('V3-L', like='tf')", 224, 0.875, HALF, "", "bilinear"),
+    ("mobilenetv3_large_100.ra_in1k", "mobilenet('V3-L')"),
+    ("mobilenetv3_large_100.ra4_e3600_r224_in1k", "mobilenet('V3-L')", 224, 0.95, HALF),
+    ("mobilenetv4_conv_small.[e1200_r224_in1k e2400_r224_in1k]", "mobilenet('V4-S')"),
+    ("mobilenetv4_conv_small.e3600_r256_in1k", "mobilenet('V4-S')", 256, 0.95, HALF),
+    *((f"mobilenetv4_conv_medium.e500_r{size}_in1k", "mobilenet('V4-M')", size, 0.95) for size in (224, 256)),
+    *((f"convnextv2_{size}.[{tags}]", f"convnext('V2-{variant}')", 224, 0.875, IMAGENET, _NC)
+      for size, variant, tags in (
+          ("atto", "Atto", "fcmae_ft_in1k"), ("femto", "Femto", "fcmae_ft_in1k"), ("pico", "Pico", "fcmae_ft_in1k"),
+          *((size, variant, "fcmae_ft_in1k fcmae_ft_in22k_in1k") for size, variant in (
+              ("nano", "Nano"), ("tiny", "T"), ("base", "B"), ("large", "L"))))),
+    *((f"regnety_{n:03}.{tag}", f"regnety('{f'{n}00MF' if n < 10 else f'{n / 10:g}GF'}')", 224, crop)
+      for tag, crop, numbers in (
+          ("pycls_in1k", 0.875, (2, 4, 6, 8, 16, 32, 40, 64, 80, 120, 160, 320)), ("ra_in1k", 0.95, (32,)),
+          ("ra3_in1k", 0.95, (40, 64, 80)), ("tv2_in1k", 0.965, (4, 16, 32, 160, 320)))
+      for n in numbers),
+    ("squeezenet1_1", "squeezenet", 224, 0.875, IMAGENET, "", "bilinear"),  # torchvision's
+)  # fmt: skip
 
 
-def _rows(names: str, model: str, size: int = 224, crop: float = 0.9, *facts: Any) -> Iterator[tuple[str, Published]]:
-    """(name, network) for each combination of the choices in a row of _VITS."""
-    for words in itertools.product(*(choice.split() for choice in re.findall(r"\[(.*?)\]", names))):
-        spec = f"vit({_VARIANTS.get(words[0], words[0])!r}, {model.format(*words)})"
-        yield re.sub(r"\[.*?\]", "{}", names).format(*words), Published(spec, size, crop, "bicubic", *facts)
+def _published(rows: _Rows) -> Iterator[tuple[str, Published]]:
+    """(name, network) for each combination of the choices in the names of a row."""
+    for names, model, *facts in rows:
+        for words in itertools.product(*(choice.split() for choice in re.findall(r"\[(.*?)\]", names))):
+            variant = f"vit({_VARIANTS.get(words[0], words[0])!r}, {model})" if rows is _VITS else model
+            yield re.sub(r"\[.*?\]", "{}", names).format(*words), Published(variant.format(*words), *facts)
 
 
-NETWORKS: dict[str, Published] = {
-    **dict(row for rows in _VITS for row in _rows(*rows)),
-    **{f"resnet{depth}.tv_in1k": Published(f"resnet({depth})", interpolation="bilinear")
-       for depth in (18, 34, 50, 101, 152)},
-    **{f"resnet{depth}d.ra2_in1k": Published(f"resnet({depth}, variant='D')", *((256, 0.95) if depth > 50 else ()))
-       for depth in (18, 34, 50, 101, 152)},
-    **{f"tf_efficientnet_b{i}.{tag}": Published(f"efficientnet('B{i}')", *scale, "bicubic", normalization)
-       for i, scale in enumerate(_SCALES)
-       for tag, normalization in (("in1k", IMAGENET), ("aa_in1k", IMAGENET), ("ap_in1k", HALF),
-                                  ("ns_jft_in1k", IMAGENET))},
-    **{f"efficientnet_b{i}.{tag}": Published(f"efficientnet('B{i}', like='timm')", size)
-       for i, tag, size in ((0, "ra_in1k", 224), (1, "ft_in1k", 224), (2, "ra_in1k", 256), (3, "ra2_in1k", 288),
-                            (4, "ra2_in1k", 320))},
-    **{f"tf_efficientnetv2_s.{tag}": Published("efficientnet('V2-S')", 300, 1.0, "bicubic", HALF)
-       for tag in ("in1k", "in21k", "in21k_ft_in1k")},
-    **{f"tf_efficientnet_lite{i}.in1k": Published(f"efficientnet('Lite{i}')", size, crop, "bicubic", HALF)
-       for i, (size, crop) in enumerate(_SCALES[:3])},
-    "efficientnet_lite0.ra_in1k": Published("efficientnet('Lite0', like='timm')"),
-    "tf_mobilenetv3_large_100.in1k": Published("mobilenet('V3-L', like='tf')", 224, 0.875, "bilinear", HALF),
-    "mobilenetv3_large_100.ra_in1k": Published("mobilenet('V3-L')"),
-    "mobilenetv3_large_100.ra4_e3600_r224_in1k": Published("mobilenet('V3-L')", 224, 0.95, "bicubic", HALF),
-    "mobilenetv4_conv_small.e1200_r224_in1k": Published("mobilenet('V4-S')"),
-    "mobilenetv4_conv_small.e2400_r224_in1k": Published("mobilenet('V4-S')"),
-    "mobilenetv4_conv_small.e3600_r256_in1k": Published("mobilenet('V4-S')", 256, 0.95, "bicubic", HALF),
-    "mobilenetv4_conv_medium.e500_r224_in1k": Published("mobilenet('V4-M')", 224, 0.95),
-    "mobilenetv4_conv_medium.e500_r256_in1k": Published("mobilenet('V4-M')", 256, 0.95),
-    **{f"convnextv2_{size}.{tag}": Published(f"convnext('V2-{variant}')", license=_NC)
-       for size, variant in (("atto", "Atto"), ("femto", "Femto"), ("pico", "Pico"), ("nano", "Nano"), ("tiny", "T"),
-                             ("base", "B"), ("large", "L"))
-       for tag in ("fcmae_ft_in1k", *(("fcmae_ft_in22k_in1k",) if variant in ("Nano", "T", "B", "L") else ()))},
-    **{f"regnety_{n:03}.{tag}": Published(f"regnety('{f'{n}00MF' if n < 10 else f'{n / 10:g}GF'}')", 224, crop)
-       for tag, crop, numbers in (
-           ("pycls_in1k", 0.875, (2, 4, 6, 8, 16, 32, 40, 64, 80, 120, 160, 320)), ("ra_in1k", 0.95, (32,)),
-           ("ra3_in1k", 0.95, (40, 64, 80)), ("tv2_in1k", 0.965, (4, 16, 32, 160, 320)))
-       for n in numbers},
-    # lukemelas's files, which packages hold, and torchvision's.
-    **{f"efficientnet_lite{i}": Published(f"efficientnet('Lite{i}')", size, crop, "bicubic", LITE)
-       for i, (size, crop) in enumerate(_SCALES[:3])},
-    "squeezenet1_1": Published("squeezenet", interpolation="bilinear"),
-}  # fmt: skip
-
-
-def find(name: str) -> Published:
-    """The network of this name. Raises UserError for a name that is not in the table, with the nearest ones."""
-    if name not in NETWORKS:
-        near = difflib.get_close_matches(name, NETWORKS, 3, 0.0)
-        raise UserError(f"the catalog of weights has no {name!r}; the nearest are {', '.join(near)}")
-    return NETWORKS[name]
+NETWORKS: dict[str, Published] = dict([*_published(_VITS), *_published(_CONVOLUTIONAL)])

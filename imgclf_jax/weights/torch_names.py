@@ -1,14 +1,16 @@
-"""The parameter names and layouts of PyTorch models: one table per backbone and library, read in both directions.
+"""The parameter names and layouts of other libraries: one table per backbone and library, read in both directions.
 
 A row pairs one of our modules with PyTorch's, as in `("backbone.layer{i}_{j}.{m}", "layer{i}.{j}.{m}")`. The letters i,
 j and k stand for numbers, m for the rest of the name. A row also covers the parameters directly in that module. A table
 has a row for every parameter of the library's model, and none for others. Export uses the first row that matches, so
-later rows of the same module are aliases, which only import reads.
+later rows of the same module are aliases, which only import reads. Vision transformers of further origins, such as
+transformers, the authors' repositories and big_vision, first get timm's names by rules.
 """
 
 import functools
+import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 
 import jax
@@ -19,12 +21,11 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from imgclf_jax.core import jaxprs
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.models import parts
+from imgclf_jax.models.backbones import SqueezeNet
 from imgclf_jax.models.convnext import ConvNeXt
 from imgclf_jax.models.efficientnet import EfficientNet, MobileNet
 from imgclf_jax.models.norms import LayerNorm
-from imgclf_jax.models.regnet import RegNetY
-from imgclf_jax.models.resnet import ResNet, ResNetCIFAR, WideResNet
-from imgclf_jax.models.squeezenet import SqueezeNet
+from imgclf_jax.models.resnet import RegNetY, ResNet, ResNetCIFAR, WideResNet
 from imgclf_jax.models.vit import EncoderBlock, Mixer, ViT
 
 Rows = tuple[tuple[str, str], ...]
@@ -59,18 +60,12 @@ _CONVNEXT_TORCHVISION: Rows = (
     ("backbone.norm", "classifier.0"),
     ("backbone.stem_conv", "features.0.0"),
     ("backbone.stem_norm", "features.0.1"),
-    *(
-        (f"backbone.downsample{i}_{layer}", f"features.{2 * i}.{k}")
-        for i in (1, 2, 3)
-        for k, layer in enumerate(("norm", "conv"))
-    ),
-    *(
-        (f"backbone.stage{i}_{{j}}.{layer}", f"features.{2 * i + 1}.{{j}}.block.{k}")
-        for i in range(4)
-        for k, layer in ((0, "dwconv"), (2, "norm"), (3, "pwconv1"), (5, "pwconv2"))
-    ),
-    *((f"backbone.stage{i}_{{j}}", f"features.{2 * i + 1}.{{j}}") for i in range(4)),
-)
+    *((f"backbone.downsample{i}_{layer}", f"features.{2 * i}.{k}")
+      for i in (1, 2, 3) for k, layer in enumerate(("norm", "conv"))),
+    *((f"backbone.stage{i}_{{j}}.{ours}", f"features.{2 * i + 1}.{{j}}.{theirs}") for i in range(4)
+      for ours, theirs in (("dwconv", "block.0"), ("norm", "block.2"), ("pwconv1", "block.3"), ("pwconv2", "block.5"),
+                           ("gamma", "layer_scale"))),
+)  # fmt: skip
 _CONVNEXT_TIMM: Rows = (
     ("head", "head.fc"),
     ("backbone.norm", "head.norm"),
@@ -87,6 +82,8 @@ _CONVNEXT_TIMM: Rows = (
     ("backbone.stem_norm", "downsample_layers.0.1"),
     ("backbone.downsample{i}_norm", "downsample_layers.{i}.0"),
     ("backbone.downsample{i}_conv", "downsample_layers.{i}.1"),
+    ("backbone.stage{i}_{j}.grn.weight", "stages.{i}.{j}.grn.gamma"),
+    ("backbone.stage{i}_{j}.grn.bias", "stages.{i}.{j}.grn.beta"),
     ("backbone.stage{i}_{j}.{m}", "stages.{i}.{j}.{m}"),
 )
 _EFFICIENTNET: Rows = (
@@ -103,14 +100,14 @@ def _lukemelas(names: Collection[str]) -> Rows:
     """lukemelas/EfficientNet-PyTorch numbers the blocks of all stages in one list."""
     rows = [("head", "_fc"), ("backbone.conv_stem", "_conv_stem"), ("backbone.bn1", "_bn0"),
             ("backbone.conv_head", "_conv_head"), ("backbone.bn2", "_bn1")]  # fmt: skip
+    both = (("conv_dw", "depthwise_conv"), ("se.reduce", "se_reduce"), ("se.expand", "se_expand"))
+    first = (*both, ("conv_pw", "project_conv"), ("bn1", "bn1"), ("bn2", "bn2"))  # of blocks without expansion
+    later = (*both, ("conv_pw", "expand_conv"), ("conv_pwl", "project_conv"),
+             *((f"bn{k + 1}", f"bn{k}") for k in range(3)))  # fmt: skip
     blocks = {tuple(map(int, found.groups())) for name in names if (found := re.search(r"/stage(\d+)_(\d+)/", name))}
     for n, (i, j) in enumerate(sorted(blocks)):
-        block = f"backbone.stage{i}_{j}"
-        expands = f"params/{block.replace('.', '/')}/conv_pwl/kernel" in names
-        layers = {"conv_dw": "depthwise_conv", "se.reduce": "se_reduce", "se.expand": "se_expand",
-                  "conv_pwl" if expands else "conv_pw": "project_conv"}  # fmt: skip
-        layers |= {f"bn{k + expands}": f"bn{k}" for k in (0, 1, 2)} | ({"conv_pw": "expand_conv"} if expands else {})
-        rows += [(f"{block}.{ours}", f"_blocks.{n}._{theirs}") for ours, theirs in layers.items()]
+        layers = later if f"params/backbone/stage{i}_{j}/conv_pwl/kernel" in names else first
+        rows += [(f"backbone.stage{i}_{j}.{ours}", f"_blocks.{n}._{theirs}") for ours, theirs in layers]
     return tuple(rows)
 
 
@@ -129,8 +126,8 @@ _SQUEEZENET: Rows = (
 _LAYER = "encoder.layers.encoder_layer_{i}"
 _VIT_TORCHVISION: Rows = (
     ("head", "heads.head"),
-    ("backbone.class_token", "class_token"),
-    ("backbone.pos_embedding", "encoder.pos_embedding"),
+    ("backbone.cls", "class_token"),
+    ("backbone.positions_embedding", "encoder.pos_embedding"),
     ("backbone.patch", "conv_proj"),
     ("backbone.norm", "encoder.ln"),
     ("backbone.block{i}.norm{k}", f"{_LAYER}.ln_{{k}}"),
@@ -146,9 +143,9 @@ _VIT_TORCHVISION: Rows = (
 _BLOCKS_TIMM: Rows = (("head", "head"), ("backbone.norm", "norm"), ("backbone.block{i}.{m}", "blocks.{i}.{m}"))
 _VIT_TIMM: Rows = (
     ("backbone.patch", "patch_embed.proj"),
-    ("backbone.cls_token", "cls_token"),
-    ("backbone.pos_embed", "pos_embed"),
-    ("backbone.reg_token", "reg_token"),
+    ("backbone.cls", "cls_token"),
+    ("backbone.positions_embedding", "pos_embed"),
+    ("backbone.registers", "reg_token"),
     ("backbone.norm_pre", "norm_pre"),
     ("backbone.fc_norm", "fc_norm"),
     ("backbone.attn_pool", "attn_pool"),
@@ -157,6 +154,47 @@ _VIT_TIMM: Rows = (
     *_BLOCKS_TIMM,
     ("backbone.block{i}.ls{k}_gamma", "blocks.{i}.gamma_{k}"),  # an alias of timm's Eva, which has the RoPEs
 )
+
+_PREFIXES = ("visual.trunk.", "visual.", "vision_model.", "params/img/", "params/", "opt/target/", "vit.", "deit.",
+             "dinov2.", "dinov2_with_registers.")  # fmt: skip
+# What is no part of a vision network: text towers, projections into a joint space, masks and fixed tables.
+_IGNORED = re.compile(r"(.*\.)?(mask_token|position_ids|bias_mask|periods)|(text_|logit_|pooler|local_cls_norm).*|proj|"
+                      r"(visual_)?projection\.weight")  # fmt: skip
+# The rules of `as_timm`. `A#1` is part 1 of timm's array A along its first axis, `A|B` says that an array holds A and B
+# in equal parts, and `*` stands for the number of the block along the first axis.
+_ATTENTION = r"\.(?:MultiHeadDotProductAttention_\d|attention|self_attn|attn)\.(?:attention\.)?"
+_RULES = [(re.compile(old), new) for new, old in (  # applied in turn
+    ("blocks.", r"^(encoder\.|model\.)?layers?\.(?=\d)|^transformer\.resblocks\.|^Transformer\.encoderblock_"),
+    ("blocks.*.", r"^Transformer\.encoderblock\."),
+    ("", r"^embeddings\.|^Transformer\.(posembed_input\.)?(?=pos|encoder_norm)"),
+    ("patch_embed.proj.", r"^(patch_embeddings\.projection|patch_embeddings?|patch_embedding|conv1|embedding)\."),
+    ("pos_embed", r"^pos(ition|itional)?_embeddings?(\.weight)?$"),
+    ("cls_token", r"^(class_embedding|cls)$"),
+    ("reg_token", r"^(register|storage)_tokens$"),
+    ("norm_pre.", r"^(pre_layrnorm|ln_pre)\."),
+    ("norm.", r"^(post_layernorm|layernorm|ln_post|encoder_norm)\."),
+    ("attn_pool.", r"^MAPHead_0\.|^head\.(?=probe|attention|layernorm|mlp)"),
+    ("attn_pool.norm.", r"^attn_pool\.(layernorm|LayerNorm_0)\."),
+    ("attn_pool.latent", r"^attn_pool\.probe"),
+    (r"\1.norm1.", r"^(blocks\.[\d*]+)\.(layer_norm1|layernorm_before|ln_1|LayerNorm_0)\."),
+    (r"\1.norm2.", r"^(blocks\.[\d*]+)\.(layer_norm2|layernorm_after|ln_2|LayerNorm_[12])\."),
+    (".attn.proj.", rf"{_ATTENTION}(output\.dense|o_proj|out_proj|out)\."),
+    (".attn.qkv.", rf"{_ATTENTION}in_proj_"),
+    *((f".attn.qkv#{i}.", rf"{_ATTENTION}{name}\.|\.(attention|self_attn)\.{name[0]}_proj\.")
+      for i, name in enumerate(("query", "key", "value"))),
+    (r"attn_pool.q.\1|attn_pool.kv#1.\1|attn_pool.kv#2.\1", r"^attn_pool\.attn\.qkv\.(\w+)"),
+    ("attn_pool.q", r"^attn_pool\.attn\.qkv#0"),
+    ("attn_pool.kv", r"^attn_pool\.attn\.qkv"),
+    ("attn_pool.", r"^attn_pool\.attn\."),
+    (r"ls\1.gamma", r"layer_scale([12])\.lambda1"),
+    ("mlp.fc1", r"(?<=\d\.)intermediate\.dense|MlpBlock_\d\.Dense_0|mlp\.(c_fc|w12)(?=\.)"),
+    ("mlp.fc2", r"(?<=\d\.)output\.dense|MlpBlock_\d\.Dense_1|mlp\.(c_proj|down_proj|w3)(?=\.)"),
+    ("mlp.fc1_g", r"mlp\.(gate_proj|w1)(?=\.)"),
+    ("mlp.fc1_x", r"mlp\.w2(?=\.)"),
+    ("mlp.norm", r"mlp\.ffn_ln"),
+    ("head.", r"^classifier\."),
+    (".weight", r"\.(kernel|scale)$"),
+)]  # fmt: skip
 
 # The libraries whose names a backbone's weights can have; the first is the default of export. A function makes the rows
 # for our names.
@@ -175,12 +213,6 @@ TABLES: dict[type, Tables] = {
 
 # The last parts of names, ours to PyTorch's.
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-_LIBRARY_LEAVES = {
-    "timm": {"cls": "cls_token", "positions_embedding": "pos_embed", "registers": "reg_token"},
-    "torchvision": {"cls": "class_token", "positions_embedding": "pos_embedding", "gamma": "layer_scale"},
-    "facebookresearch": {"scale": "gamma", "bias": "beta"},  # of GRN
-}
-_PAIRS = [pair for leaves in (_LEAVES, *_LIBRARY_LEAVES.values()) for pair in leaves.items()]
 
 
 def tables(backbone: nn.Module) -> Tables:
@@ -205,11 +237,11 @@ def torch_names(backbone: nn.Module, names: Collection[str], library: str) -> di
     Any other `library`, such as "own", keeps the names of modules: see `_own_labels`.
     """
     if (table := tables(backbone).get(library)) is None:
-        return {**_own_labels(names)}
+        return {**_own_labels(frozenset(names))}
     rows = table(names) if callable(table) else table
-    leaves, out = {**_LEAVES, **_LIBRARY_LEAVES.get(library, {})}, dict[str, str | None]()
+    out = dict[str, str | None]()
     for name in names:
-        own = _dotted(name, leaves)
+        own = _dotted(name, _LEAVES)
         out[name] = next((match.expand(new) for old, new in _patterns(rows) if (match := re.fullmatch(old, own))), None)
     return out
 
@@ -228,32 +260,26 @@ def own_name(backbone: nn.Module, name: str, own: Collection[str]) -> str | None
     for pattern, new in (*given, *_patterns(rows)):
         if match := re.fullmatch(pattern, name):
             module, _, leaf = match.expand(new).rpartition(".")
-            for own_leaf in (*(ours for ours, theirs in _PAIRS if theirs == leaf), leaf):
+            for own_leaf in (*(ours for ours, theirs in _LEAVES.items() if theirs == leaf), leaf):
                 collection = "batch_stats" if own_leaf in ("mean", "var") else "params"
                 if (found := f"{collection}/{module.replace('.', '/')}/{own_leaf}") in own:
                     return found
-    return _own_names(frozenset(own)).get(name)
+    return next((ours for ours, label in _own_labels(frozenset(own)).items() if label == name), None)
 
 
-def _own_labels(names: Collection[str]) -> dict[str, str]:
+@functools.lru_cache(maxsize=1)
+def _own_labels(names: frozenset[str]) -> dict[str, str]:
     """{name: label} of the backbone's and the head's parameters and statistics, with names of modules as here.
 
     A label is the path below the backbone with PyTorch's last part, such as "conv1.weight" of the convolution `conv1`;
     where several would share it, with our last part; where they still would, as in two collections, the name itself.
     """
-    labels: dict[str, str] = {}
+    kept, labels = sorted(name for name in names if name.split("/")[1] in ("backbone", "head")), dict[str, str]()
     for label_of in (lambda name: _dotted(name, _LEAVES), lambda name: _dotted(name, {}), str):
-        found = {name: re.sub(r"^backbone\.(?!head\b)", "", label_of(name)) for name in names if name not in labels}
+        found = {name: re.sub(r"^backbone\.(?!head\b)", "", label_of(name)) for name in kept if name not in labels}
         counts = Counter([*labels.values(), *found.values()])
         labels |= {name: label for name, label in found.items() if counts[label] == 1}
     return labels
-
-
-@functools.lru_cache(maxsize=1)
-def _own_names(names: frozenset[str]) -> dict[str, str]:
-    """The inverse of `_own_labels` for a model that may have other modules too, such as a projector."""
-    labels = _own_labels([name for name in names if name.split("/")[1] in ("backbone", "head")])
-    return {label: name for name, label in labels.items()}
 
 
 def _dotted(name: str, leaves: Mapping[str, str]) -> str:
@@ -336,3 +362,52 @@ def torch_layout(array: np.ndarray, name: str, library: str, channels: int = 1) 
     elif name.endswith("/gamma") and library == "torchvision":
         array = array[:, None, None]
     return np.ascontiguousarray(array)
+
+
+def as_timm(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of a vision transformer by timm's names, in PyTorch's layout.
+
+    Those with timm's names stay; those that no vision network has are left out. Raises ValueError, TypeError or
+    IndexError if arrays that timm holds in one do not fit together.
+    """
+    flax, text = any(label.endswith("embedding/kernel") for label in arrays), "\n".join(arrays)
+    prefixes = [one for one in _PREFIXES if flax or "/" not in one]
+    prefix = next((one for one in prefixes if any(label.startswith(one) for label in arrays)), "")
+    rules = [*_RULES, (re.compile(r"mlp\.up_proj"), "mlp.fc1_x" if "gate_proj" in text else "mlp.fc1")]
+    if "storage_tokens" in arrays:  # DINOv3's keys have no bias: a mask removes it
+        rules.append((re.compile(r"(.*attn\.)qkv\.bias"), r"\1q_bias||\1v_bias"))
+    if not re.search(r"[./](k_proj|key)[./]bias", text):
+        rules += [(re.compile(rf"attn\.qkv#{i}\.bias"), f"attn.{part}_bias") for i, part in enumerate("qkv")]
+    pieces = defaultdict[str, dict[str, np.ndarray]](dict)
+    for label, array in arrays.items():
+        name = label.removeprefix(prefix)
+        if not label.startswith((prefix, "classifier.")) or _IGNORED.fullmatch(name):
+            continue
+        name = name.replace("/", ".") if flax else name
+        for old, new in rules:
+            name = old.sub(new, name)
+        targets = name.split("|")
+        for target, part in zip(targets, np.split(array, len(targets)) if targets[1:] else [array], strict=True):
+            for i, one in enumerate(part if "*" in target else [part]):
+                name = re.sub(r"#\d", "", target).replace("*", str(i))
+                pieces[name][target] = _torch_layout(one, name) if flax else one
+    pieces.pop("", None)
+    out = {name: np.concatenate([x for _, x in sorted(found.items())]) if found.keys() != {name} else found[name]
+           for name, found in pieces.items()}  # fmt: skip
+    for name in out.keys() & {"cls_token", "pos_embed"}:
+        out[name] = out[name].reshape(1, -1, out[name].shape[-1])
+    positions = out.get("pos_embed", np.zeros((1, 1)))
+    if {"reg_token", "cls_token", "pos_embed"} <= out.keys() and math.isqrt(n := positions.shape[1] - 1) ** 2 == n:
+        out["cls_token"] = out["cls_token"] + positions[:, :1]  # DINOv2 with registers adds it in each pass
+        out["pos_embed"] = positions[:, 1:]
+    return out
+
+
+def _torch_layout(x: np.ndarray, name: str) -> np.ndarray:
+    """An array of flax in the layout of PyTorch; attention's kernels have an axis of heads, [d, heads, d / heads]."""
+    if x.ndim == 1 or name in ("cls_token", "pos_embed", "attn_pool.latent"):
+        return x
+    if x.ndim == 4:
+        return x.transpose(3, 2, 0, 1)
+    last = name.endswith("proj.weight")  # [heads, d / heads, d]
+    return (x.reshape(-1, x.shape[-1]) if last else x.reshape(len(x), -1)).T if ".weight" in name else x.reshape(-1)

@@ -28,7 +28,7 @@ from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.weights import catalog, files, initial, pretrained
 from imgclf_jax.weights.catalog import HALF, Published
 
-TINY = Published("resnet_cifar(depth=8)", 32, 0.8, "bicubic", HALF, "CC-BY-NC 4.0")
+TINY = Published("resnet_cifar(depth=8)", 32, 0.8, HALF, "CC-BY-NC 4.0")
 NORMALIZE = "normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))"
 RESNET = ["resnet(18)", "decode(3)|random_resized_crop(224)",
           "decode(3)|resize_small(256, like='torchvision')|central_crop(224, like='torchvision')",
@@ -120,7 +120,7 @@ def test_the_format_of_numpy(tmp_path):
     """As big_vision writes it; bfloat16 is two bytes to NumPy."""
     arrays = {"head/kernel": np.float32([[1, 2], [3, 4]]), "head/bias": np.asfortranarray(np.eye(3, dtype=np.float16))}
     np.savez(tmp_path / "a.npz", **arrays, half=np.array([0x3F80, 0xC000], "<u2").view("V2"))
-    found = files.read(tmp_path / "a.npz")
+    found, *_ = files.read(tmp_path / "a.npz")
     assert (found.pop("half").astype(np.float32) == [1, -2]).all()
     assert {name: x.tolist() for name, x in found.items()} == {name: x.tolist() for name, x in arrays.items()}
     (tmp_path / "cut.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-100])

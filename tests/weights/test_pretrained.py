@@ -27,7 +27,7 @@ from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.digests import Digests
 from imgclf_jax.run.provenance import DataInfo
-from imgclf_jax.weights import pretrained, torch_names, vit_names
+from imgclf_jax.weights import pretrained, torch_names
 
 MODELS = json.loads((Path(__file__).parent / "fixtures" / "torch_models.json").read_text())
 RESNET20 = {name: draw(name, tuple(shape)) for name, shape in MODELS["akamaster resnet20"]["shapes"].items()}
@@ -261,19 +261,25 @@ def test_quantized_weights_are_refused(tmp_path):
         pretrained.load(programs(tmp_path / "x.safetensors", "mlp(widths=(4,))", (3, 3, 1), 2))
 
 
-def test_an_array_of_which_the_file_holds_next_to_nothing(tmp_path, monkeypatch):
-    """A table of positions for an image as large as a town, in 64 bytes, is not allocated for resizing."""
+def test_what_no_transformer_has(tmp_path, monkeypatch):
+    """Positions for an image as large as a town, in 64 bytes; a name of ours; queries and keys of different widths."""
     monkeypatch.setitem(vit._VIT, "Ti", (48, 2, 3))
-    for shape in ((1, 400_000_001, 48), (1, 17, 2**40)):
-        table = torch_format.tensor("0", 16, 0, shape, (0, 0, 0))
-        bias = torch_format.tensor("0", 16, 0, (48,), (0,))
-        items = {"pos_embed": table, "norm.bias": bias, "params/backbone/norm/scale": bias}
+    model = "vit('Ti', patch=8)"
+
+    def load(**shapes):
+        tensors = {"norm.bias": (48,)} | {name.replace("__", "."): shape for name, shape in shapes.items()}
+        items = {name: torch_format.tensor("0", 16, 0, shape, (0,) * len(shape)) for name, shape in tensors.items()}
         file = torch_format.write(tmp_path / "vit.pth", items, {"0": bytes(64)})
-        model = programs(file, "vit('Ti', patch=8)", (32, 32, 3), 5, init_strict=False)
-        weights = pretrained.load(model)
-        assert set(weights.taken) == {"params/backbone/norm/bias"}  # a name like ours is none of PyTorch's
-        assert weights.unused == ["params/backbone/norm/scale"]
-        assert weights.misfits == [f"pos_embed: {list(shape)} in it, [1, 17, 48] here"]
+        return pretrained.load(programs(file, model, (32, 32, 3), 5, init_strict=False))
+
+    weights = load(**{"pos_embed": (1, 18, 48), "params/backbone/norm/scale": (48,)})
+    assert set(weights.taken) == {"params/backbone/norm/bias"}
+    assert weights.unused == ["params/backbone/norm/scale"]
+    assert weights.misfits == ["pos_embed: [1, 18, 48] in it, [1, 17, 48] here"]
+    with pytest.raises(UserError, match="arrays that are larger than the file"):
+        load(pos_embed=(1, 400_000_001, 48))
+    with pytest.raises(UserError, match="holds arrays that do not fit together"):
+        load(layers__0__attention__q_proj__weight=(8, 4), layers__0__attention__k_proj__weight=(8, 2))
 
 
 # Those without a head have its features instead of logits.
@@ -301,7 +307,7 @@ def converted(name: str) -> tuple:
     own = dict(tree.named_leaves(variables))
     found, arrays = {}, {label: draw(label, tuple(shape)) for label, shape in fixture["shapes"].items()}
     if isinstance(model.backbone, vit.ViT):
-        arrays = vit_names.joined({new: arrays[label] for label, new in vit_names.converted(arrays).items()})
+        arrays = torch_names.as_timm(arrays)
     for label, array in arrays.items():
         place = torch_names.own_name(model.backbone, label, own)
         assert place is not None, label

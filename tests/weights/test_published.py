@@ -19,7 +19,7 @@ from test_pretrained import programs
 from imgclf_jax.core import tree
 from imgclf_jax.models import classifier, vit
 from imgclf_jax.tools.export import torch_state
-from imgclf_jax.weights import catalog, pretrained, vit_names
+from imgclf_jax.weights import catalog, pretrained, torch_names
 
 VITS = {name: row for name, row in catalog.NETWORKS.items() if row.model.startswith("vit(")}
 FIRST = {row.model: name for name, row in reversed(VITS.items())}  # one name for each network
@@ -229,7 +229,7 @@ def test_arrays_of_big_vision_are_those_that_timm_reads(stacked, tmp_path):
     network = VisionTransformer(32, 8, num_classes=0, embed_dim=d, depth=2, num_heads=3, class_token=False,
                                 global_pool="map")  # fmt: skip
     network.load_pretrained(str(tmp_path / "x.npz"))
-    found = vit_names.joined({new: arrays[old] for old, new in vit_names.converted(arrays).items()})
+    found = torch_names.as_timm(arrays)
     assert found.keys() == network.state_dict().keys()
     assert all(np.array_equal(found[key], x.numpy()) for key, x in network.state_dict().items())
 

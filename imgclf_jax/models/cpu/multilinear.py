@@ -68,13 +68,9 @@ def _transpose(primitives: list[Primitive], role: int, cotangent: jax.Array, *ar
     index = next(i for i, x in enumerate(args) if ad.is_undefined_primal(x))
     operands, z_index = list(args), role - 1  # in a gradient, z's cotangent takes this operand's position
     operands[index] = cotangent
-    if role == 0:
-        primitive = primitives[index + 1]
-    elif index == z_index:
-        primitive = primitives[0]
-    else:
-        operands[index], operands[z_index] = args[z_index], cotangent
-        primitive = primitives[index + 1]
+    if role and index != z_index:
+        operands[index], operands[z_index] = operands[z_index], operands[index]
+    primitive = primitives[0 if index == z_index else index + 1]
     out = primitive.bind(*operands, **params).astype(args[index].aval.dtype)
     return [out if i == index else None for i in range(len(args))]
 
