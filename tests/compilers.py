@@ -34,8 +34,7 @@ from imgclf_jax.tools.dryrun import counts
 
 def skip_without(chips: str) -> None:
     """Skips the test where the compiler for these chips is not installed."""
-    from imgclf_jax.tools.dryrun import topology
-
+    topology = pytest.importorskip("imgclf_jax.tools.dryrun.topology")
     platform = topology.parse(chips).platform
     if (extra := topology._COMPILERS.get(platform)) and extras.missing(extra):
         pytest.skip(f"needs a compiler: uv run --isolated --extra {extra} pytest -m chips")

@@ -44,7 +44,10 @@ def pytest_collection_finish():
 
 
 # Why a test may skip: of a package, a compiler, a processor or a permission that this machine lacks.
-MAY_SKIP = r"`(peers|onnx|browser|heic)`|needs Chromium|needs a compiler|oneDNN|Linux's|not permitted|devices round"
+MAY_SKIP = (r"`(peers|onnx|browser|heic)`|needs Chromium|needs a compiler|oneDNN|Linux's|not permitted|devices round|"
+            r"tool is deleted|imgclf_jax\.tools")  # fmt: skip
+TOOLS = ["evaluate", "predict", "report", "export", "serve", "sweep", "compare", "status", "features", "probe",
+         "explain", "reproduce", "show-batch", "dryrun", "find-lr"]  # fmt: skip
 
 
 def pytest_sessionfinish(session):
@@ -70,6 +73,19 @@ def _compiled_once(tmp_path_factory):
     os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = folder, "0.1"
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _deleted_tools_are_skipped():
+    """A test that runs the command of a tool without its folder and its line of the table, which may be deleted."""
+    from imgclf_jax.cli import arguments, table
+
+    def parse(argv, *others, whole=arguments.parse):
+        if argv and argv[0] in TOOLS and argv[0] not in table.COMMANDS:
+            pytest.skip(f"the tool is deleted: {argv[0]}")
+        return whole(argv, *others)
+
+    arguments.parse = parse
 
 
 _number = itertools.count()

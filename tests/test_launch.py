@@ -110,5 +110,5 @@ def test_the_installed_package_has_the_same_command_line(tmp_path):
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
 
     assert run("--version").stdout == f"imgclf_jax {imgclf_jax.__version__}\n"
-    assert run("evaluate", "--help").stdout.startswith("usage: python -m imgclf_jax evaluate [flags]")
+    assert run("train", "--help").stdout.startswith("usage: python -m imgclf_jax train [flags]")
     assert "data.source = 'digits'" in run("config", "--config", "digits").stdout

@@ -83,7 +83,7 @@ def whole(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
 
 
 USAGE = [
-    (["trian"], ["unknown command 'trian'", "did you mean 'train'?", "dryrun, evaluate"]),
+    (["trian"], ["unknown command 'trian'", "did you mean 'train'?", "config, "]),
     (["--config.bath_size=3"], ["unknown config key 'bath_size'", "did you mean 'batch_size' or", "allowed: "]),
     (["--config.batch_size=many"], ["--config.batch_size=many: must be a value of type int, such as 64"]),
     (["-workdir", "x"], ["unknown flag '-workdir'", "did you mean '--workdir' or"]),

@@ -6,6 +6,8 @@ import graphlib
 import re
 from pathlib import Path
 
+from imgclf_jax.cli import table
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "imgclf_jax"
 
@@ -105,6 +107,12 @@ def test_a_tool_builds_on_no_other_but_the_shared_ones():
             assert own, f"{name}, of the core, imports tools/{tool}"
             below = SHARED_TOOLS[: SHARED_TOOLS.index(own)] if own in SHARED_TOOLS else SHARED_TOOLS
             assert tool in below, f"{name} imports tools/{tool}"
+
+
+def test_each_tool_has_a_command():
+    """So a test that skips because a tool is deleted does not hide one whose line of the table was lost."""
+    modules = [command.module for command in table.COMMANDS.values()]
+    assert {tool_of(name) for name in modules} - {""} == {tool_of(name) for name in FILES} - {"", "pages"}
 
 
 def test_private_modules_of_other_libraries_are_imported_in_one_place():

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from imgclf_jax import config as configs
-from imgclf_jax.cli import distributed, table
-from imgclf_jax.cli.arguments import parse
+from imgclf_jax.cli import arguments, distributed, table
 from imgclf_jax.cli.command_line import override
 from imgclf_jax.cli.main import main
 from imgclf_jax.core import extras
@@ -124,7 +123,7 @@ def test_how_to_install_an_extra(extra):
 def test_flags_keys_and_files_may_be_mixed():
     argv = ["predict", "a.png", "--config.seed", "-3", "--workdir", "r", "-", "--config.total=5 epochs", "b.png",
             "--config.deterministic", "False", "--top_k=2", "c.png", "--", "-x"]  # fmt: skip
-    line = parse(argv, "launch.py", [])
+    line = arguments.parse(argv, "launch.py", [])
     assert (line.command, line.workdir, line.options["top_k"]) == ("predict", "r", 2)
     assert line.files == ["a.png", "-", "b.png", "c.png", "-x"]
     assert line.overrides == [("seed", "-3"), ("total", "5 epochs"), ("deterministic", "False")]
@@ -132,7 +131,7 @@ def test_flags_keys_and_files_may_be_mixed():
 
 @pytest.mark.parametrize("argv", [[], ["--workdir=r"], ["train"]])
 def test_training_is_the_default(argv):
-    line = parse(argv, "launch.py", [])
+    line = arguments.parse(argv, "launch.py", [])
     assert (line.command, line.names_config, line.options["heartbeat"]) == ("train", False, 100)
     assert line.config_file.endswith("configs/digits.py")
 

@@ -18,7 +18,6 @@ from test_pretrained import programs
 
 from imgclf_jax.core import tree
 from imgclf_jax.models import classifier, vit
-from imgclf_jax.tools.export import torch_state
 from imgclf_jax.weights import catalog, pretrained, torch_names
 
 VITS = {name: row for name, row in catalog.NETWORKS.items() if row.model.startswith("vit(")}
@@ -157,6 +156,7 @@ def test_features_are_timms_at_two_sizes(name, tmp_path, monkeypatch, capsys):
             worst[bits] = max(worst[bits], float(np.abs(found - expected).max()))
         if h == w:
             backbone = own.recipe.plain_model.backbone
+            torch_state = pytest.importorskip("imgclf_jax.tools.export.torch_state")
             back = torch_state.state_dict(backbone, variables, torch_state.naming(backbone), (h, w, 3))
     with capsys.disabled():
         sizes = f"{row.size} x {row.size}, {6 * side} x {8 * side}"
@@ -302,6 +302,7 @@ def test_its_logits_are_its_sources(name, tmp_path):
                 differences[dtype] = max(found, differences.get(dtype, 0))
                 rounding = max(rounding, 3 * own_error)
     library = "torchvision" if name == "squeezenet1_1" else "lukemelas" if rename is lukemelas else "timm"
+    torch_state = pytest.importorskip("imgclf_jax.tools.export.torch_state")
     written = torch_state.state_dict(own.recipe.model.backbone, variables, library, (64, 64, 3))
     assert written.keys() == rename(arrays).keys()
     for label, array in rename(arrays).items():

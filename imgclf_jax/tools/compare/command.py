@@ -38,19 +38,15 @@ def main(files: Sequence[str], format: str, html: str, test: bool, trust: bool) 
     elif format == "csv":
         _print_csv(groups)
     else:
-        _print_tables(groups, comparisons, test)
+        for columns, rows in (compare_tables.results(groups), compare_tables.tests(comparisons)):
+            if rows:
+                terminal.print_table([column.replace("/", " ") for column in columns], rows)  # where a terminal breaks
+        for line in compare_tables.notes(groups, comparisons, test):
+            terminal.print_text(line)
     if html:
         write(Path(html), compare_page.page(groups, comparisons, metric, damaged, test))
         log.info("wrote %s", html)
     return 1 if damaged else 0
-
-
-def _print_tables(groups: Sequence[Group], comparisons: Sequence[Comparison], test: bool) -> None:
-    for columns, rows in (compare_tables.results(groups), compare_tables.tests(comparisons)):
-        if rows:
-            terminal.print_table([column.replace("/", " ") for column in columns], rows)  # where a terminal breaks them
-    for line in compare_tables.notes(groups, comparisons, test):
-        terminal.print_text(line)
 
 
 def _print_csv(groups: Sequence[Group]) -> None:

@@ -47,10 +47,7 @@ def _curves(groups: Sequence[Group]) -> str:
         name for group in drawn for run in (*group.done, *group.unfinished) for name in run.config.data.eval
     )
     names = [*(f"{name}/{kind}" for name in sets for kind in (*MAIN_METRICS, "nll", "loss")), "train/loss"]
-    figures = []
-    for name in names:
-        lines = [line for i, group in enumerate(drawn) if (line := _line(group, name, i))]
-        figures.append((name, chart(name, "step", lines)))
+    figures = [(name, chart(name, "step", [_line(group, name, i) for i, group in enumerate(drawn)])) for name in names]
     if not any(svg for _, svg in figures):
         return ""
     legend = html.legend([(group.label, i, False) for i, group in enumerate(drawn)])
@@ -61,14 +58,12 @@ def _curves(groups: Sequence[Group]) -> str:
     return "<h2>Learning curves</h2>" + legend + paragraph(note, note=True) + html.charts(figures)
 
 
-def _line(group: Group, name: str, color: int) -> Line | None:
+def _line(group: Group, name: str, color: int) -> Line:
     """Averages a metric over the finished (else the unfinished) runs of a group, at the steps that all of them have."""
     runs = group.done or group.unfinished
     each = [{record["step"]: float(record[name]) for record in run.metrics if isinstance(record.get(name), int | float)}
             for run in runs]  # fmt: skip
     steps = thinned(sorted(set.intersection(*map(set, each)))) if each else []
-    if not steps:
-        return None
     values = {step: [series[step] for series in each] for step in steps}
     points = [(step, sum(own) / len(own)) for step, own in values.items()]
     band = [(step, min(own), max(own)) for step, own in values.items() if all(map(math.isfinite, own))]

@@ -22,8 +22,8 @@ def spread(parts: Sequence[Spread]) -> Spread:
     """
     n = sum(part.n for part in parts)
     mean = sum(part.n * part.mean for part in parts) / n
-    squares = sum(part.n * (part.mean - mean) ** 2 + (part.n - 1) * part.std**2 for part in parts if part.n > 1)
-    squares += sum((part.mean - mean) ** 2 for part in parts if part.n == 1)
+    squares = sum(part.n * (part.mean - mean) ** 2 for part in parts)
+    squares += sum((part.n - 1) * part.std**2 for part in parts if part.n > 1)
     return Spread(n, mean, float(np.sqrt(squares / (n - 1))) if n > 1 else float("nan"))
 
 

@@ -29,7 +29,7 @@ _ADVICE = ("try gradient accumulation (accumulate=2), a smaller batch_size, prec
 def main(config: ConfigDict, workdir: Workdir, chips: str, shape: str, format: str, **facts: int | None) -> int:
     """Prints the report in this `format` and writes it to the work directory. Returns 1 if the run does not fit.
 
-    `shape` and `facts` describe absent data (see `described.Facts`). Call `topology.prepare_from_flags` before
+    `shape` and `facts` describe absent data (see `described.describe`). Call `topology.prepare_from_flags` before
     importing JAX.
     """
     terminal.setup_logging()
@@ -37,8 +37,8 @@ def main(config: ConfigDict, workdir: Workdir, chips: str, shape: str, format: s
     mesh = sharding.make_mesh(topology.devices(parsed), config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
     check_names(config)
-    known = described.Facts(topology.parse_shape(shape), **facts)
-    data = described.describe(config, known, losses.needs_class_counts(config.loss))
+    needs_counts = losses.needs_class_counts(config.loss)
+    data = described.describe(config, topology.parse_shape(shape), **facts, count_classes=needs_counts)
     result = report(Programs(Recipe(config, data, load_teacher), mesh), parsed)
     path = workdir.path / f"dryrun-{str(parsed).replace(':', '-')}.json"
     workdir.path.mkdir(parents=True, exist_ok=True)

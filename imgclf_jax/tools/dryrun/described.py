@@ -1,7 +1,5 @@
 """Facts about a data set, from its metadata or from flags, for a planned run."""
 
-from dataclasses import dataclass
-
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -13,24 +11,17 @@ from imgclf_jax.data.source import DataInfo
 from imgclf_jax.data.stream import Images
 
 
-@dataclass(frozen=True)
-class Facts:
-    """Facts about the data from flags; None reads them from the data's metadata."""
-
-    shape: tuple[int, int, int] | None = None  # (h, w, c), after the host ops
-    classes: int | None = None
-    targets: int | None = None  # per example, instead of a class
-    examples: int | None = None
-
-
-def describe(config: ConfigDict, facts: Facts, count_classes: bool = False) -> DataInfo:
+def describe(
+    config: ConfigDict, shape: tuple[int, int, int] | None = None, classes: int | None = None,
+    targets: int | None = None, examples: int | None = None, count_classes: bool = False,
+) -> DataInfo:  # fmt: skip
     """Returns the DataInfo of the training images, without reading images if all facts are given, or from TFDS.
 
-    Raises UserError, naming the flags, if the data are absent and facts are missing.
+    The facts are the shape (h, w, c) after the host ops, the numbers of classes, or of targets per example, and of
+    examples; None reads them from the data's metadata. Raises UserError, naming the flags, if that is not possible.
     """
-    shape, classes, examples = facts.shape, facts.targets or facts.classes, facts.examples
     counts: tuple[int, ...] = ()
-    has_targets = bool(facts.targets)
+    has_targets, classes = bool(targets), targets or classes
     extra = datasets.open_train_images(config).describe().extra if config.data.extra else {}  # the data must be present
     if None in (shape, classes, examples):
         try:

@@ -10,12 +10,11 @@ from imgclf_jax import losses, metrics, step
 from imgclf_jax.core import processes, rng, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.terminal import format_metrics, print_json, print_text, track
-from imgclf_jax.core.typing import Batch, Function, JsonObject, ModelState, Params
+from imgclf_jax.core.typing import Batch, JsonObject, ModelState, Params
 from imgclf_jax.data import stream
 from imgclf_jax.losses import Task
 from imgclf_jax.methods.pgd import Attack
 from imgclf_jax.programs import Programs
-from imgclf_jax.step import TrainState
 from imgclf_jax.train import evaluation
 from imgclf_jax.trained import Trained
 
@@ -30,10 +29,16 @@ def report(model: Trained, evals: dict[str, stream.Images], attack: str, perturb
     `step`, the `attack`, and each set. Raises UserError if the run's `augment` has no fixed scale.
     """
     programs, state, at = model
-    evaluate = programs.jitted(make_step(programs, perturb))
+    evaluate, size = programs.jitted(make_step(programs, perturb)), programs.eval_batch_size
+    rows = sharding.rows_here(size, programs.mesh)
     results: JsonObject = {}
     for name, images in evals.items():
-        sums = _evaluate(programs, state, evaluate, images, f"attacking {name}")
+        sums: dict[str, metrics.Sums] = {"clean": {}, "attacked": {}, "failed": {}}
+        batches = track(stream.eval_batches(images, size, rows), -(-len(images) // size), f"attacking {name}")
+        for i, batch in enumerate(batches):
+            given = sharding.put_batch({**batch, "index": (i * size + rows).astype(np.int32)}, programs.mesh)
+            for kind, new in jax.device_get(evaluate(*state.evaluated, given)).items():
+                evaluation.add(sums[kind], {key: value[None] for key, value in new.items()})
         if count := int(np.max(sums["failed"]["examples"])):
             raise UserError(f"--attack makes NaN or infinite pixels in {count} examples of {name}: the model's "
                             "gradient is not finite there")  # fmt: skip
@@ -79,20 +84,6 @@ def make_step(programs: Programs, perturb: Attack) -> Callable[..., dict[str, me
                 "failed": {"examples": jnp.sum(failed, dtype=jnp.int32)}}  # fmt: skip
 
     return one_seed if recipe.config.num_seeds == 1 else jax.vmap(one_seed, (0, 0, None))
-
-
-def _evaluate(
-    programs: Programs, state: TrainState, evaluate: Function, images: stream.Images, caption: str
-) -> dict[str, metrics.Sums]:
-    """Sums `evaluate` over all of `images`, each example once. `caption` labels the progress bar."""
-    size, mesh = programs.eval_batch_size, programs.mesh
-    rows = sharding.rows_here(size, mesh)
-    totals: dict[str, metrics.Sums] = {"clean": {}, "attacked": {}, "failed": {}}
-    for i, batch in enumerate(track(stream.eval_batches(images, size, rows), -(-len(images) // size), caption)):
-        batch = {**batch, "index": (i * size + rows).astype(np.int32)}
-        for name, sums in jax.device_get(evaluate(*state.evaluated, sharding.put_batch(batch, mesh))).items():
-            evaluation.add(totals[name], {key: value[None] for key, value in sums.items()})
-    return totals
 
 
 def _summarize(totals: dict[str, metrics.Sums]) -> dict[str, float]:

@@ -19,11 +19,12 @@ def counts(predictions: Predictions) -> dict[str, np.ndarray]:
     Returns `examples`, `predicted` and `correct`, int[classes], and `confusion`, int[label, prediction]. An example
     without a prediction is in no column.
     """
-    labels, predicted = predictions.labels, predictions.predicted
-    by_class = predictions.class_counts(np.ones((1, len(labels))))[:, 0].astype(int)
-    confusion = np.zeros((by_class.shape[1],) * 2, int)
-    np.add.at(confusion, (labels[predicted >= 0], predicted[predicted >= 0]), 1)
-    return dict(zip(("examples", "predicted", "correct"), by_class, strict=True)) | {"confusion": confusion}
+    classes = predictions.probabilities.shape[1]
+    found = np.zeros((classes, classes + 1), int)  # the last column, of index -1, is for no prediction
+    np.add.at(found, (predictions.labels, predictions.predicted), 1)
+    confusion = found[:, :-1]
+    return {"examples": found.sum(1), "predicted": confusion.sum(0), "correct": confusion.diagonal(),
+            "confusion": confusion}  # fmt: skip
 
 
 def table(names: Sequence[str], counts: Mapping[str, np.ndarray]) -> tuple[list[str], list[list[str]]]:
@@ -75,14 +76,14 @@ def best_thresholds(predictions: TargetPredictions) -> np.ndarray:
 
     Choose thresholds on a validation set: on the test set they are biased.
     """
+    from scipy.stats import hmean
+    from sklearn.metrics import precision_recall_curve
+
     probabilities, true = predictions.probabilities, predictions.targets >= 0.5
     out = np.full(true.shape[1], np.nan)
     if np.isnan(probabilities).any():
         return out
     for c in np.flatnonzero(true.any(0)):
-        order = np.argsort(-probabilities[:, c], kind="stable")
-        values, correct = probabilities[order, c], np.cumsum(true[order, c])
-        ends = np.append(np.flatnonzero(values[1:] != values[:-1]), len(values) - 1)
-        f1 = 2 * correct[ends] / (ends + 1 + correct[-1])
-        out[c] = values[ends[np.argmax(f1)]]
+        precision, recall, thresholds = precision_recall_curve(true[:, c], probabilities[:, c])
+        out[c] = thresholds[np.argmax(hmean([precision[:-1], recall[:-1]]))]
     return out

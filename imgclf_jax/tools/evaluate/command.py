@@ -1,33 +1,28 @@
 """The command `evaluate`: metrics and scores of a trained model on each of its evaluation sets."""
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax import datasets, metrics
+from imgclf_jax import datasets
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UsageError, UserError
 from imgclf_jax.core.terminal import format_metrics, print_json, print_table, print_text
 from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.data import stream
 from imgclf_jax.losses import Task
 from imgclf_jax.methods.table import build_attack
-from imgclf_jax.programs import Programs
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.scores.classification import Predictions
-from imgclf_jax.scores.multilabel import TargetPredictions
 from imgclf_jax.tools.evaluate import attacked, by_class, calibrated, corrupted, listing
 from imgclf_jax.tools.evaluate import ood as out_of_distribution
 from imgclf_jax.tools.evaluate.changes import compare_with_record
-from imgclf_jax.tools.evaluate.intervals import table, with_intervals
-from imgclf_jax.train.evaluation import evaluate, open_evals
+from imgclf_jax.tools.evaluate.evaluated import Evaluated, evaluate_set, has_few_classes
+from imgclf_jax.tools.evaluate.intervals import table
+from imgclf_jax.train.evaluation import open_evals
 from imgclf_jax.train.leakage import initial_warnings
-from imgclf_jax.trained import Trained, load_converted, restore
+from imgclf_jax.trained import load_converted, restore
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +45,9 @@ def main(
     - `calibrate` fits a calibration instead (see `calibrated`), and `ood` names images of another kind (see `ood`).
     """
     instead = {"--corruptions": corruptions, "--attack": attack, "--calibrate": calibrate, "--ood": ood}
-    asked = [flag for flag, value in instead.items() if value]
-    if len(asked) > 1 or (asked and predictions):
-        raise UsageError(f"{' and '.join([*asked, *['--predictions'] * bool(predictions)])} print different things: "
-                         "pass one of them")  # fmt: skip
+    asked = [flag for flag, value in (*instead.items(), ("--predictions", predictions)) if value]
+    if len(asked) > 1:
+        raise UsageError(f"{' and '.join(asked)} print different things: pass one of them")
     if predictions and Path(predictions).suffix not in (".csv", ".jsonl"):
         raise UsageError(f"--predictions={predictions}: the name must end in .csv or .jsonl")
     perturb = build_attack(attack) if attack else None
@@ -63,9 +57,9 @@ def main(
     model = restored or load_converted(config, base)
     programs = model.programs
     method = programs.recipe.method
-    if predictions or asked or not method.evaluate:
+    if asked or not method.evaluate:
         programs.check_predicts()
-    if asked and programs.recipe.task is Task.MULTILABEL:
+    if any(instead.values()) and programs.recipe.task is Task.MULTILABEL:
         raise UserError(
             f"{asked[0]} is for one class per image, but this run has several labels; evaluate it without {asked[0]}"
         )
@@ -84,14 +78,17 @@ def main(
         return attacked.report(model, evals, attack, perturb, format)
     if kinds:
         return corrupted.report(model, evals, kinds, format)
-    few_classes = len(model.class_names) <= metrics.CONFUSION_CLASSES
-    programs = dataclasses.replace(programs, predicting=method.predicts and (few_classes or bool(predictions)))
-    found = {name: _evaluate(programs, model, name, images, top_k if predictions else 0)
-             for name, images in evals.items()}  # fmt: skip
+    predicting = method.predicts and (has_few_classes(model) or bool(predictions))
+    programs = dataclasses.replace(programs, predicting=predicting)
+    found, rows = dict[str, Evaluated](), list[JsonObject]()
+    for name, images in evals.items():
+        found[name], predicted = evaluate_set(model, programs, name, images)
+        if predictions and predicted is not None:
+            examples = [images.source.listed_name(i) for i in range(len(images))]
+            rows += listing.rows(name, examples, predicted, model.class_names, top_k, model.step)
     if processes.index():
         return 0
     if predictions:
-        rows = [row for one in found.values() for row in one.rows]
         listing.write(Path(predictions), rows)
         log.info("wrote the predictions for %d examples to %s", len(rows), predictions)
     if format == "json":
@@ -102,42 +99,7 @@ def main(
     return 0
 
 
-@dataclasses.dataclass
-class _Evaluated:
-    """The evaluation of a set; with several seeds, everything but `metrics` is of the ensemble."""
-
-    metrics: dict[str, float]
-    counts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # see `by_class.counts`; or {}
-    scores: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    multilabel: TargetPredictions | None = None
-    rows: list[JsonObject] = dataclasses.field(default_factory=list)  # of the predictions' file
-
-
-def _evaluate(programs: Programs, model: Trained, name: str, images: stream.Images, top_k: int) -> _Evaluated:
-    """Evaluates a set, with rows of the `top_k` classes of each example unless that is 0."""
-    several, names = programs.recipe.config.num_seeds > 1, model.class_names
-    sums, predicted = evaluate(programs, model.state, images, caption=f"evaluating {name}")
-    out = _Evaluated(metrics.summarize(sums, predicted, programs.recipe.whole_set_metrics))
-    if predicted is None or processes.index():
-        return out
-    if several and isinstance(predicted, Predictions):
-        pairs = itertools.combinations(predicted.predicted[:-1], 2)
-        out.metrics["disagreement"] = float(np.mean([np.mean(a != b) for a, b in pairs]))  # of two seeds' classes
-    predicted = predicted.for_seed(-1) if several else predicted
-    examples = [images.source.listed_name(i) for i in range(len(images))] if top_k else []
-    if isinstance(predicted, TargetPredictions):
-        out.multilabel = predicted
-        out.rows += listing.target_rows(name, examples, predicted, names, model.step)
-    elif top_k:
-        out.rows += listing.rows(name, examples, predicted, names, min(top_k, len(names)), model.step)
-    if isinstance(predicted, Predictions) and len(names) <= metrics.CONFUSION_CLASSES:
-        out.counts = by_class.counts(predicted)
-    if out.multilabel or out.counts:
-        out.scores = with_intervals(predicted.compute, len(images), len(names))
-    return out
-
-
-def _as_json(one: _Evaluated, names: Sequence[str]) -> JsonObject:
+def _as_json(one: Evaluated, names: Sequence[str]) -> JsonObject:
     out: JsonObject = dict(one.metrics) | ({"scores": one.scores} if one.scores else {})
     if one.counts:
         out |= {"class_names": list(names), "confusion": one.counts["confusion"].tolist()}
@@ -146,7 +108,7 @@ def _as_json(one: _Evaluated, names: Sequence[str]) -> JsonObject:
     return out
 
 
-def _print(name: str, one: _Evaluated, names: Sequence[str], task: Task) -> None:
+def _print(name: str, one: Evaluated, names: Sequence[str], task: Task) -> None:
     print_text(f"{name}: {format_metrics(one.metrics)}")
     if one.scores:
         print_table(*table(one.scores))

@@ -12,18 +12,26 @@ from imgclf_jax.core import paths
 from imgclf_jax.core.terminal import nonfinite_to_null
 from imgclf_jax.core.text import escape_surrogates
 from imgclf_jax.core.typing import JsonMapping, JsonObject
-from imgclf_jax.scores.classification import Predictions
+from imgclf_jax.metrics import AnyPredictions
 from imgclf_jax.scores.multilabel import TargetPredictions
 
 
 def rows(
-    name: str, examples: Sequence[str], predictions: Predictions, classes: Sequence[str], top: int, step: int = 0
+    name: str, examples: Sequence[str], predictions: AnyPredictions, classes: Sequence[str], top: int, step: int = 0
 ) -> Iterable[JsonObject]:
     """Yields a row for each example of the set `name`: its index or file, its label, and its `top` classes.
 
     The predicted class comes first; ties between the others are in class order. An example without a prediction is not
-    correct. Each row ends with the checkpoint's `step`.
+    correct. With several labels, rows have `target[NAME]` and `probability[NAME]` of each class, and `correct` says
+    whether all are predicted. Each row ends with the checkpoint's `step`.
     """
+    if isinstance(predictions, TargetPredictions):
+        for i, (example, correct) in enumerate(zip(examples, predictions.exact, strict=True)):
+            row: JsonObject = {"set": name, "example": example, "correct": bool(correct)}
+            for kind, values in (("target", predictions.targets), ("probability", predictions.probabilities)):
+                row |= {f"{kind}[{key}]": float(x) for key, x in zip(classes, values[i], strict=True)}
+            yield row | {"step": step}
+        return
     order = np.array(predictions.log_odds)
     predicts = np.flatnonzero(predictions.predicted >= 0)
     order[predicts, predictions.predicted[predicts]] = np.inf
@@ -33,21 +41,6 @@ def rows(
         row = {"set": name, "example": example, "label": classes[label], "correct": bool(correct)}
         for rank, c in enumerate(ranked, 1):
             row |= {f"class_{rank}": classes[c], f"probability_{rank}": float(own[c])}
-        yield row | {"step": step}
-
-
-def target_rows(
-    name: str, examples: Sequence[str], predictions: TargetPredictions, names: Sequence[str], step: int = 0
-) -> Iterable[JsonObject]:
-    """Yields a row for each example of the set `name`, with `target[NAME]` and `probability[NAME]` of each class.
-
-    `correct` says whether all labels of an example are predicted. Rows end as those of `rows` do.
-    """
-    exact = predictions.exact
-    for i, example in enumerate(examples):
-        row: JsonObject = {"set": name, "example": example, "correct": bool(exact[i])}
-        row |= {f"target[{key}]": float(x) for key, x in zip(names, predictions.targets[i], strict=True)}
-        row |= {f"probability[{key}]": float(x) for key, x in zip(names, predictions.probabilities[i], strict=True)}
         yield row | {"step": step}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from imgclf_jax.tools.pages import fonts
+from imgclf_jax.tools.pages.pictures import fitting, to_rgb
 
 # Equidistant colors of viridis (van der Walt and Smith 2015), whose lightness rises monotonically: the order survives
 # color blindness and grayscale print. Others are interpolated.
@@ -44,7 +44,7 @@ def scale(values: np.ndarray, signed: bool) -> np.ndarray:
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """Overlays a heatmap [h', w'] in [0, 1], enlarged bilinearly, on uint8[h, w, 1 to 4] in gray: uint8[h, w, 3]."""
-    gray = np.asarray(Image.fromarray(_rgb(image)).convert("L"), np.float64)[..., None]
+    gray = np.asarray(Image.fromarray(to_rgb(image)).convert("L"), np.float64)[..., None]
     large = Image.fromarray(heat.astype(np.float32)).resize(image.shape[1::-1], Image.Resampling.BILINEAR)
     return np.rint(0.45 * gray + 0.55 * colormap(np.asarray(large))).astype(np.uint8)
 
@@ -66,7 +66,7 @@ def draw(image: np.ndarray, values: np.ndarray, signed: bool, title: Sequence[st
 
     Small images are enlarged by an integer factor. See `scale` for `signed`.
     """
-    rgb = _rgb(image)
+    rgb = to_rgb(image)
     factor = -(-_SIDE // min(rgb.shape[:2]))
     large = rgb.repeat(factor, 0).repeat(factor, 1)
     h, w = large.shape[:2]
@@ -79,7 +79,7 @@ def draw(image: np.ndarray, values: np.ndarray, signed: bool, title: Sequence[st
     picture = Image.new("RGB", (width, top + h + _MARGIN), _WHITE)
     pen = ImageDraw.Draw(picture)
     for i, line in enumerate(lines):
-        own, line = fonts.fitting(line, _TEXT)
+        own, line = fitting(line, _TEXT)
         pen.text((_MARGIN, _MARGIN + i * 4 * _TEXT // 3), line, _BLACK, own)
     picture.paste(Image.fromarray(large), (_MARGIN, top))
     picture.paste(Image.fromarray(overlay(large, scale(values, signed))), (2 * _MARGIN + w, top))
@@ -89,10 +89,3 @@ def draw(image: np.ndarray, values: np.ndarray, signed: bool, title: Sequence[st
     pen.text((left + _BAR + 4, top), marks[0], _BLACK, font)
     pen.text((left + _BAR + 4, top + h), marks[1], _BLACK, font, anchor="ls")
     return picture
-
-
-def _rgb(image: np.ndarray) -> np.ndarray:
-    """Converts uint8[h, w, c] to uint8[h, w, 3]: gray or RGB, with or without alpha."""
-    if image.shape[-1] in (1, 2):
-        return image[..., :1].repeat(3, -1)
-    return image[..., :3]

@@ -55,17 +55,13 @@ def main(
 def _stablehlo(model: Trained, path: Path, what: Outputs, names: str) -> list[str]:
     content, until, difference = stablehlo.archive(model, what, datetime.date.today())
     paths.write_atomically(path, content)
-    return [
-        *_describe(model, path, what, "JAX", difference),
-        f"JAX from {jax.__version__} to versions of {until} can load it; after that, export again.",
-        *_loader(model, path, what, stablehlo.LOADER),
-    ]
+    until = f"JAX from {jax.__version__} to versions of {until} can load it; after that, export again."
+    return _describe(model, path, what, "JAX", difference, until, "", stablehlo.LOADER)
 
 
 def _saved_model(model: Trained, path: Path, what: Outputs, names: str) -> list[str]:
     difference = saved_model.write(model, what, path, datetime.date.today())
-    described = _describe(model, path, what, "TensorFlow", difference)
-    return [*described, *_loader(model, path, what, saved_model.LOADER)]
+    return _describe(model, path, what, "TensorFlow", difference, "", saved_model.LOADER)
 
 
 def _onnx(model: Trained, path: Path, what: Outputs, names: str) -> list[str]:
@@ -74,15 +70,13 @@ def _onnx(model: Trained, path: Path, what: Outputs, names: str) -> list[str]:
     return _describe(model, path, what, "onnxruntime", difference)
 
 
-def _describe(model: Trained, path: Path, what: Outputs, runtime: str, difference: float) -> list[str]:
-    h, w, c = model.programs.recipe.data.image_shape
-    return [f"{path}: {compared.output_name(what)} of uint8 images [b, {h}, {w}, {c}]",
-            f"{runtime}'s outputs match the model's on five random images, up to {difference:.1e}."]  # fmt: skip
-
-
-def _loader(model: Trained, path: Path, what: Outputs, code: str) -> list[str]:
-    h, w, c = model.programs.recipe.data.image_shape
-    return ["", code.format(name=path, gives=compared.output_name(what), takes=f"uint8[b, {h}, {w}, {c}], any b")]
+def _describe(model: Trained, path: Path, what: Outputs, runtime: str, difference: float, *more: str) -> list[str]:
+    """What is printed of a file; in the code of `more` that loads it, its names replace their placeholders."""
+    (h, w, c), gives = model.programs.recipe.data.image_shape, compared.output_name(what)
+    takes = f"uint8[b, {h}, {w}, {c}], any b"
+    return [f"{path}: {gives} of uint8 images [b, {h}, {w}, {c}]",
+            f"{runtime}'s outputs match the model's on five random images, up to {difference:.1e}.",
+            *(text.format(name=path, gives=gives, takes=takes) for text in more)]  # fmt: skip
 
 
 def _safetensors(model: Trained, path: Path, what: Outputs, names: str) -> list[str]:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
+
+import numpy as np
 
 COLORS = 10  # CSS classes c0 to c9 in the page's style sheet
 _POINTS = 300  # most points in a line
@@ -26,20 +28,13 @@ class Line:
     dashed: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Axis:
-    """A linear or logarithmic axis, which maps a value, or the nearest one on the axis, to a coordinate."""
+type Axis = Callable[[float], float]  # from a value to its coordinate
 
-    low: float
-    high: float
-    first: float  # the coordinate of `low`
-    last: float
-    log: bool = False
 
-    def __call__(self, value: float) -> float:
-        value = min(max(value, self.low), self.high)
-        a, b, v = (math.log10(x) for x in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
-        return self.first + (self.last - self.first) * (v - a) / ((b - a) or 1.0)
+def axis(low: float, high: float, first: float, last: float, log: bool = False) -> Axis:
+    """An axis, linear or logarithmic, from `low` at the coordinate `first` to `high` at `last`; it clips values."""
+    scale: Axis = math.log10 if log else float
+    return lambda value: float(np.interp(scale(max(low, value)), [scale(low), scale(high)], [first, last]))
 
 
 def thinned[T](items: Sequence[T], most: int = _POINTS) -> list[T]:
@@ -66,24 +61,27 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def chart(title: str, x_name: str, lines: Sequence[Line], description: str = "", linear: bool = False) -> str:
-    """Draws a chart as an `svg` element, or returns "" without a finite value. Nonfinite values are gaps.
+    """Draws a chart as an `svg` element, or returns "" without a finite value. Nonfinite values are gaps, and lines
+    without points are left out.
 
     The `description` is where each line ends, unless another is given. Unless it is to be `linear`, the y axis is
     logarithmic if all values are positive and the largest is far above the smallest; the ends of a line do not
     stretch such an axis, as where a learning rate ends at 0. Values that differ only by float32 rounding make a
     level line, on an axis from 0. Points show their values while the mouse is over them.
     """
+    lines = [line for line in lines if line.points]
     if not (ends := _range(lines, linear)):
         return ""
     low, high, log = ends
     steps = [x for line in lines for x, _ in line.points]
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
-    across, up = Axis(min(0.0, *steps), max(steps), _LEFT, right), Axis(low, high, bottom, _TOP, log)
+    start, end = min(0.0, *steps), max(steps)
+    across, up = axis(start, end, _LEFT, right), axis(low, high, bottom, _TOP, log)
     parts = []
     for y in log_ticks(low, high) if log else ticks(low, high):
         parts.append(f'<path class="grid" d="M{_LEFT} {up(y):.1f}H{right}"/>')
         parts.append(_label(_LEFT - 6, up(y) + 4, f"{y:.7g}", "end"))
-    parts += [_label(across(x), bottom + 17, _short(x)) for x in ticks(across.low, across.high)]
+    parts += [_label(across(x), bottom + 17, _short(x)) for x in ticks(start, end)]
     parts.append(_label((_LEFT + right) / 2, _HEIGHT - 6, x_name))
     parts.append(f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/>')
     if log:
@@ -104,14 +102,12 @@ def _range(lines: Sequence[Line], linear: bool) -> tuple[float, float, bool] | N
     """(lowest, highest, logarithmic) of the y axis; None without a finite value."""
 
     def values(part: slice) -> list[float]:
-        own = [y for line in lines for _, y in line.points[part]]
-        return [
-            y for y in own + [y for line in lines for _, *ends in line.band[part] for y in ends] if math.isfinite(y)
-        ]
+        points = [point for line in lines for point in (*line.points[part], *line.band[part])]
+        return [y for _, *ys in points for y in ys if math.isfinite(y)]
 
-    if not values(slice(None)):
+    if not (every := values(slice(None))):
         return None
-    low, high = min(values(slice(None))), max(values(slice(None)))
+    low, high = min(every), max(every)
     floor = min(values(slice(1, -1)), default=low)
     if floor > 0 and high / floor >= _LOG_FROM and low < floor / 10 and not linear:
         low = floor

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from imgclf_jax.tools.pages import fonts
+from imgclf_jax.tools.pages.pictures import Font, fitting, to_rgb
 
 _SIDES = (84, 224)  # pixels: smaller images are enlarged to the first, larger ones shrunk to the second
 _FONT, _LINE, _GAP = 12, 15, 6  # pixels
@@ -17,8 +17,7 @@ _BACKGROUND, _INK, _GREY = (255, 255, 255), (20, 20, 20), (120, 120, 120)
 def draw(images: np.ndarray, captions: Sequence[Sequence[str]]) -> Image.Image:
     """Draws images uint8[n, h, w, c], n at least 1, in order, with the lines of a caption under each.
 
-    The first line is gray. One channel is shown in gray, two in red and green; of more than three, the first three are
-    shown. Text wider than its image is truncated.
+    The first line is gray; text wider than its image is truncated. See `to_rgb` for the colors.
     """
     n, h, w, _ = images.shape
     side = max(h, w)  # an enlarged image has square pixels
@@ -33,24 +32,16 @@ def draw(images: np.ndarray, captions: Sequence[Sequence[str]]) -> Image.Image:
     method = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.BOX
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = _GAP + i % columns * step_x, _GAP + i // columns * step_y
-        sheet.paste(Image.fromarray(_to_rgb(image)).resize((width, height), method), (x + (cell - width) // 2, y))
+        sheet.paste(Image.fromarray(to_rgb(image)).resize((width, height), method), (x + (cell - width) // 2, y))
         for line, text in enumerate(caption):
-            font, text = fonts.fitting(text, _FONT)
+            font, text = fitting(text, _FONT)
             shown = _truncate(text, font, cell)
             left = x + (cell - font.getlength(shown)) / 2
             pen.text((left, y + height + line * _LINE), shown, fill=_INK if line else _GREY, font=font)
     return sheet
 
 
-def _to_rgb(image: np.ndarray) -> np.ndarray:
-    """Converts uint8[h, w, c] to uint8[h, w, 3]."""
-    h, w, c = image.shape
-    if c == 1:
-        return np.repeat(image, 3, 2)
-    return image[..., :3] if c >= 3 else np.concatenate([image, np.zeros((h, w, 1), np.uint8)], 2)
-
-
-def _truncate(text: str, font: fonts.Font, width: int) -> str:
+def _truncate(text: str, font: Font, width: int) -> str:
     """Truncates text to at most `width` pixels."""
     shown = text
     while text and font.getlength(shown) > width:

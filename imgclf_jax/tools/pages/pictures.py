@@ -1,14 +1,32 @@
-"""Images embedded in a page as PNG."""
+"""Images as pictures: their colors, text in them, and PNG embedded in a page."""
 
 import base64
 import io
+import unicodedata
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFont
 
 from imgclf_jax.tools.pages.html import text
 
 MAX = 128  # pixels of the longer side; larger images are shrunk
+
+
+type Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def fitting(text: str, size: int) -> tuple[Font, str]:
+    """Returns Pillow's own font of `size` pixels, the same on every machine, and the text to draw with it.
+
+    The font has ASCII alone: other characters are written without accents, or as their code, such as `\\u732b`.
+    """
+    plain = (unicodedata.normalize("NFKD", c).encode("ascii", "ignore") or c.encode("unicode_escape") for c in text)
+    return ImageFont.load_default(size), b"".join(plain).decode("ascii")
+
+
+def to_rgb(image: np.ndarray) -> np.ndarray:
+    """Converts uint8[h, w, c] to uint8[h, w, 3]: the first of one or two channels in gray, else the first three."""
+    return image[..., :1].repeat(3, -1) if image.shape[-1] < 3 else image[..., :3]
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:

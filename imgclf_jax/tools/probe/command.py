@@ -13,6 +13,7 @@ from imgclf_jax.core.errors import UsageError, UserError
 from imgclf_jax.core.text import decimals
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data.source import Source
+from imgclf_jax.losses import Task
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.evaluate import outputs
 from imgclf_jax.tools.evaluate.changes import compare_with_record
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 SHOTS = (1, 5, 10, 25)
 
-# {"set", "method", "accuracies": one per seed and draw} and, depending on the method, "k", "C" or "shots"
+# {"set", "method", "accuracies" or "scores": one per seed and draw} and, by the method, "k", "C", "shots" or "score"
 type Record = JsonObject
 
 
@@ -50,30 +51,28 @@ def main(config: ConfigDict, workdir: Workdir | None, checkpoint: str, format: s
     with terminal.showing("computing features"):
         train, labels = outputs.training_features(model, base)
         tests = {name: outputs.compute(model, images) for name, images in sets.items()}
-    if labels.ndim == 2 and model.task not in probing.SCORES:  # the dominant labels
+    several, values = model.task is Task.MULTILABEL, "scores" if model.task is Task.MULTILABEL else "accuracies"
+    if labels.ndim == 2 and not several:  # the dominant labels
         labels, tests = labels.argmax(1), {name: (x, y.argmax(1)) for name, (x, y) in tests.items()}
     records = []
     for seed, features in enumerate(train):
         with terminal.showing(f"probing{f' seed {seed}' if len(train) > 1 else ''}"):
             own = {name: (x[seed], y) for name, (x, y) in tests.items()}
-            if model.task in probing.SCORES:
+            if several:
                 records.append(list(probing.probe_targets(features, labels, own)))
                 continue
             records.append(list(probe(features, labels, own, ks, draws, len(model.class_names))))
-    joined = [{**seeds[0], "accuracies": [a for record in seeds for a in record["accuracies"]]}
+    joined = [{**seeds[0], values: [value for record in seeds for value in record[values]]}
               | ({"C": [record["C"] for record in seeds]} if "C" in seeds[0] else {})
               for seeds in zip(*records, strict=True)]  # fmt: skip
     for record in joined:
-        record |= {"mean": float(np.mean(record["accuracies"]))}
-        record |= {"deviation": float(np.std(record["accuracies"], ddof=1)) if len(record["accuracies"]) > 1 else None}
+        record |= {"mean": float(np.mean(record[values]))}
+        record |= {"deviation": float(np.std(record[values], ddof=1)) if len(record[values]) > 1 else None}
     if format == "json":
-        if model.task in probing.SCORES:  # these are not accuracies
-            joined = [{("scores" if key == "accuracies" else key): value for key, value in record.items()}
-                      | {"score": probing.SCORES[model.task]} for record in joined]  # fmt: skip
         result = {"step": model.step, "train_examples": len(labels), "features": train.shape[-1], "results": joined}
         terminal.print_json(result)
     else:
-        _print(joined, probing.SCORES.get(model.task, "accuracy"))
+        _print(joined, probing.SCORE if several else "accuracy")
     return 0
 
 

@@ -2,49 +2,58 @@
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import datasets
-from imgclf_jax.core import terminal
+from imgclf_jax.core import paths, terminal
 from imgclf_jax.core.errors import UsageError, UserError
+from imgclf_jax.core.text import escape_surrogates
 from imgclf_jax.data.source import Source
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.evaluate import outputs
 from imgclf_jax.tools.evaluate.changes import compare_with_record
 from imgclf_jax.tools.pages import inputs
-from imgclf_jax.tools.probe import embeddings
-from imgclf_jax.tools.probe.embeddings import Part
 from imgclf_jax.train.evaluation import open_evals, open_set
 from imgclf_jax.trained import Trained, load_converted, restore
 
-_ROWS = 1024  # images per write
+_ROWS = 1024  # images of files in a part
+
+
+class Part(NamedTuple):
+    """A batch of images: labels i32[b] (-1 is unknown) or targets f32[b, k] (NaN is), features f32[seeds, b, d]."""
+
+    set: str
+    names: list[str]
+    labels: np.ndarray
+    features: np.ndarray
 
 
 def main(
-    config: ConfigDict, workdir: Workdir | None, paths: list[str], checkpoint: str, output: str, split: str
+    config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoint: str, output: str, split: str
 ) -> int:
     """Writes the features of images, the input of the head, to a file; returns 1 if an image fails, else 0.
 
     - `workdir` is the run to use; None uses the weights that `init_from` names, with or without a head.
-    - `paths` are the images, or `split` is a split of the data; with neither, the evaluation sets are used.
-    - `output` is the file; see `embeddings.write` for its format.
+    - `files` are the images, or `split` is a split of the data; with neither, the evaluation sets are used.
+    - `output` is the file; see `write` for its format.
     """
-    if paths and split:
-        raise UsageError(f"features: name images either by --split={split} or as {paths[0]!r}; drop one")
+    if files and split:
+        raise UsageError(f"features: name images either by --split={split} or as {files[0]!r}; drop one")
     file = Path(output)
     if file.suffix != ".npz" or not file.parent.is_dir():
         raise UsageError(f"features: --output={output}: name an .npz file to write, in a directory that exists")
-    images = inputs.find(paths) if paths else []
+    images = inputs.find(files) if files else []
     restored = restore(config, workdir, checkpoint) if workdir else None
-    base = {} if restored and paths else datasets.open_data(config)
+    base = {} if restored and files else datasets.open_data(config)
     model = restored or load_converted(config, base, whole=False)
     results = inputs.Results(images, model.stream("features", images), "computing features")
-    parts = _of_files(model, results, paths) if paths else _of_sets(model, workdir, base, split)
-    print(f"{file}: features of {embeddings.write(file, list(parts), model.class_names)} images")
+    parts = _of_files(model, results, files) if files else _of_sets(model, workdir, base, split)
+    print(f"{file}: features of {write(file, list(parts), model.class_names)} images")
     return int(results.failed > 0)
 
 
@@ -69,6 +78,24 @@ def _of_files(model: Trained, results: inputs.Results, words: list[str]) -> Iter
         else:
             labels = np.array([label_of(image, folders, model.class_names) for image, _ in batch], np.int32)
         yield Part("", [image for image, _ in batch], labels, np.stack([row for _, row in batch], 1))
+
+
+def write(path: Path, parts: Sequence[Part], class_names: Sequence[str]) -> int:
+    """Writes an .npz file atomically; returns the number of images. Raises UserError if there are none.
+
+    It has `features` f32[n, d] ([seeds, n, d] for several seeds), `names`, `sets`, and either `labels` i32[n] and
+    `class_names`, or `targets` f32[n, k] and `target_names`.
+    """
+    if not parts:
+        raise UserError(f"cannot write {path}: no image has features")
+    features, labels = np.concatenate([part.features for part in parts], 1), np.concatenate([p.labels for p in parts])
+    kinds = ("labels", "class_names") if labels.ndim == 1 else ("targets", "target_names")
+    names = np.array([escape_surrogates(name) for part in parts for name in part.names])
+    shown, sets = np.array(list(map(escape_surrogates, class_names))), np.array([p.set for p in parts for _ in p.names])
+    with paths.replacing(path) as file:
+        np.savez(file, allow_pickle=False, features=features[0] if len(features) == 1 else features, names=names,
+                 sets=sets, **dict(zip(kinds, (labels, shown), strict=True)))  # fmt: skip
+    return len(names)
 
 
 def label_of(image: str, folders: list[str], class_names: tuple[str, ...]) -> int:

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.losses import Task
 from imgclf_jax.scores.multilabel import TargetPredictions
 
 log = logging.getLogger(__name__)
 
-SCORES = {Task.MULTILABEL: "mean_average_precision"}  # for the task without accuracy
+SCORE = "mean_average_precision"  # of several labels, which have no accuracy
 TEMPERATURE = 0.07  # of the neighbors' votes
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of logistic regression, the inverse penalty
 _FOLDS = 5
@@ -104,7 +103,7 @@ def probe_targets(
     for name, (test, truth) in tests.items():
         found = predict(test)
         scores = TargetPredictions(truth, found, found).compute(np.ones((1, len(truth))))
-        yield {"set": name, "method": "logistic regression", "accuracies": [float(scores[SCORES[Task.MULTILABEL]][0])]}
+        yield {"set": name, "method": "logistic regression", "score": SCORE, "scores": [float(scores[SCORE][0])]}
 
 
 def _classifier(strength: float) -> Any:

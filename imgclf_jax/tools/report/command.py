@@ -38,7 +38,6 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
         else:
             sentence = f"method={config.method!r} trains no head, so this page omits everything that needs predictions."
             findings = Findings(step=model.step, missing=(sentence,))
-            log.info("%s", sentence)
         recipe = model.programs.recipe
         findings = dataclasses.replace(
             findings, parameters=rules.parameters_by_module(recipe.parameters),
@@ -46,7 +45,6 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
         )  # fmt: skip
     else:
         findings = Findings(missing=("There is no checkpoint yet, so this page omits everything that needs a model.",))
-        log.warning("%s", findings.missing[0])
     doubts = []
     if modules := workdir.changed_modules():
         doubts.append(
@@ -56,7 +54,7 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
         doubts.append(
             f"This page has other values than the run: {'; '.join(others)}. Its scores need not be the run's."
         )
-    for sentence in doubts:
+    for sentence in (*doubts, *findings.missing):
         log.warning("%s", sentence)
     chosen = [f"{key} selects on the set {name}: its scores on this page are not those of new data."
               for name, key in selecting_sets(run.config).items()]  # fmt: skip

@@ -40,19 +40,16 @@ def curves(run: Record) -> str:
         lines = [_line(run.metrics, name, f"{name}/{kind}", color) for color, name in enumerate(("train", *sets))]
         lines += [_line(run.metrics, f"{name}, ensemble", f"{name}/ensemble_{kind}", color, dashed=True)
                   for color, name in enumerate(sets, 1)]  # fmt: skip
-        figures.append(_figure(kind, lines))
+        figures.append((kind, chart(kind, "step", lines)))
         drawn.update({(line.name, line.color, line.dashed): None for line in lines if line.points})
     for name, (caption, scale) in _OTHERS.items():
-        figures.append(_figure(caption, [_line(run.metrics, "train", f"train/{name}", 0, scale=scale)]))
+        line = _line(run.metrics, "train", f"train/{name}", 0, scale=scale)
+        figures.append((caption, chart(caption, "step", [line])))
     notes = [f"Lines are means over {run.config.num_seeds} seeds. Bands are one standard deviation to each side, if "
              "logged."] if run.config.num_seeds > 1 else []  # fmt: skip
     notes += [f"An epoch is {per:.6g} steps."] if (per := run.steps_per_epoch) else []
     return (html.legend(list(drawn)) + (paragraph(" ".join(notes), note=True) if notes else "")
             + html.charts(figures))  # fmt: skip
-
-
-def _figure(caption: str, lines: Sequence[Line]) -> tuple[str, str]:
-    return caption, chart(caption, "step", [line for line in lines if line.points])
 
 
 def _line(

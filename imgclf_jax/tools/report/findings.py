@@ -7,22 +7,21 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax import datasets, metrics
+from imgclf_jax import datasets
+from imgclf_jax.augment.ops import to_pixels
 from imgclf_jax.core.errors import Untrusted, UserError
-from imgclf_jax.data.source import Source
 from imgclf_jax.data.stream import Images
+from imgclf_jax.programs import Programs
 from imgclf_jax.scores.classification import BINS, Predictions, confidence_bins
-from imgclf_jax.scores.multilabel import TargetPredictions
-from imgclf_jax.tools.evaluate import by_class
 from imgclf_jax.tools.evaluate.changes import data_changes
-from imgclf_jax.tools.evaluate.intervals import with_intervals
+from imgclf_jax.tools.evaluate.evaluated import Evaluated, evaluate_set, has_few_classes
 from imgclf_jax.tools.explain import explanations
-from imgclf_jax.tools.report import top_losses as report_top_losses
-from imgclf_jax.tools.report.top_losses import TopLoss
-from imgclf_jax.train.evaluation import evaluate, open_evals
+from imgclf_jax.tools.explain.explanations import Explain
+from imgclf_jax.train.evaluation import open_evals
 from imgclf_jax.train.leakage import overlap_warnings
 from imgclf_jax.trained import Trained
 
@@ -54,20 +53,28 @@ def selective_risk(predictions: Predictions) -> np.ndarray:
     return np.cumsum(predictions.ranks[order] > 0) / np.arange(1, len(order) + 1)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Evaluated:
-    """The evaluation of a set. With several seeds, everything but `metrics` describes the ensemble."""
+class TopLoss(NamedTuple):
+    """An example with a high loss, misclassified or not."""
+
+    example: str  # its file or index
+    label: int
+    predicted: int
+    probability: float  # of the predicted class
+    label_probability: float
+    loss: float  # the negative log-likelihood of the label
+    image: np.ndarray  # f32[h, w, c] in [0, 1]: the model's input before normalization
+    heat: np.ndarray  # [h', w']: a heatmap of the predicted class
+
+
+class Section(NamedTuple):
+    """The findings on an evaluation set. With several seeds, everything but the metrics describes the ensemble."""
 
     name: str
-    metrics: dict[str, float]
-    scores: dict[str, dict[str, float]]  # see `with_intervals`; with very many classes, this and the rest are empty
-    counts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # see `by_class.counts`
+    evaluated: Evaluated
     reliability: Reliability | None = None
     risk: np.ndarray | None = None  # see `selective_risk`
     top_losses: tuple[TopLoss, ...] = ()  # the highest first
-    wrong: int = 0  # the misclassified examples, with those without a prediction, as accuracy counts them
     method: str = ""  # explains the top losses, see `explanations`
-    multilabel: TargetPredictions | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,7 +82,7 @@ class Findings:
     """Everything that needs the trained model or the data. The sentences in `missing` say what is absent."""
 
     step: int | None = None  # of the checkpoint
-    sets: tuple[Evaluated, ...] = ()
+    sets: tuple[Section, ...] = ()
     missing: tuple[str, ...] = ()
     parameters: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by module of the model
     flops: float = 0.0  # of the model's forward pass of an image
@@ -89,22 +96,16 @@ def find(model: Trained, recorded: ConfigDict, fingerprints: Mapping[str, str]) 
 
     If the data are gone, `missing` says so. Raises Untrusted for data that would run code.
     """
-    programs, base = model.programs, dict[str, Source]()
-    sets: tuple[Evaluated, ...] = ()
-    missing: list[str] = []
+    programs, missing, doubts = model.programs, list[str](), list[str]()
+    sets: tuple[Section, ...] = ()
     with _noting(missing, "The data cannot be opened, so this page omits everything that needs them"):
         base = datasets.open_data(model.config)
-    if base:
-        missing += [f"{sentence[0].upper()}{sentence[1:]}."
-                    for sentence in overlap_warnings(recorded, model.config.data, base)]  # fmt: skip
+        doubts += overlap_warnings(recorded, model.config.data, base)
         with _noting(missing, "The evaluation sets are omitted"):
             evals = open_evals(programs, base)
-            missing += [f"{sentence[0].upper()}{sentence[1:]}."
-                        for sentence in data_changes(programs, recorded, fingerprints, base, evals)]  # fmt: skip
+            doubts += data_changes(programs, recorded, fingerprints, base, evals)
             sets = _evaluate(model, evals)
-    for sentence in missing:
-        log.warning("%s", sentence)
-    return Findings(model.step, sets, tuple(missing))
+    return Findings(model.step, sets, (*missing, *(f"{doubt[0].upper()}{doubt[1:]}." for doubt in doubts)))
 
 
 @contextlib.contextmanager
@@ -118,31 +119,57 @@ def _noting(missing: list[str], what: str) -> Iterator[None]:
         missing.append(f"{what}: {e}")
 
 
-def _evaluate(model: Trained, evals: Mapping[str, Images]) -> tuple[Evaluated, ...]:
-    few_classes = len(model.class_names) <= metrics.CONFUSION_CLASSES  # else the probabilities may not fit into memory
-    programs = dataclasses.replace(model.programs, predicting=few_classes)
+def _evaluate(model: Trained, evals: Mapping[str, Images]) -> tuple[Section, ...]:
+    programs = dataclasses.replace(model.programs, predicting=has_few_classes(model))
     explainer = functools.cache(lambda: explanations.build(model))  # built once
-    evaluated: list[Evaluated] = []
+    sections: list[Section] = []
     for name, images in evals.items():
-        log.info("evaluating %s (%d of %d): %d examples", name, len(evaluated) + 1, len(evals), len(images))
-        sums, predictions = evaluate(programs, model.state, images, caption=f"evaluating {name}")
-        several = programs.recipe.config.num_seeds > 1
-        one = Evaluated(name, metrics.summarize(sums, predictions, programs.recipe.whole_set_metrics), {})
-        if few_classes and isinstance(predictions, Predictions):
-            own = predictions.for_seed(-1) if several else predictions
-            highest = report_top_losses.highest_losses(own, max(1, TOP_LOSSES // len(evals)))
-            intervals = with_intervals(own.compute, len(images), len(model.class_names))
-            reliability = bin_by_confidence(own.probabilities.max(1), own.ranks == 0)
-            one = dataclasses.replace(one, scores=intervals, counts=by_class.counts(own), reliability=reliability,
-                                      risk=selective_risk(own), wrong=int((own.ranks > 0).sum()))  # fmt: skip
+        log.info("evaluating %s (%d of %d): %d examples", name, len(sections) + 1, len(evals), len(images))
+        evaluated, predictions = evaluate_set(model, programs, name, images)
+        section = Section(name, evaluated)
+        if evaluated.counts and isinstance(predictions, Predictions):
+            reliability = bin_by_confidence(predictions.probabilities.max(1), predictions.ranks == 0)
+            section = section._replace(reliability=reliability, risk=selective_risk(predictions))
+            highest = highest_losses(predictions, max(1, TOP_LOSSES // len(evals)))
             if highest.size:
                 method, explain = explainer()
                 log.info("explaining %d examples by %s", len(highest), method)
-                found = report_top_losses.describe(programs, images, own, highest, explain)
-                one = dataclasses.replace(one, top_losses=found, method=method)
-        elif isinstance(predictions, TargetPredictions):
-            targets = predictions.for_seed(-1) if several else predictions
-            intervals = with_intervals(targets.compute, len(images), len(model.class_names))
-            one = dataclasses.replace(one, scores=intervals, multilabel=targets)
-        evaluated.append(one)
-    return tuple(evaluated)
+                found = describe(programs, images, predictions, highest, explain)
+                section = section._replace(top_losses=found, method=method)
+        sections.append(section)
+    return tuple(sections)
+
+
+def label_losses(predictions: Predictions) -> np.ndarray:
+    """The negative log-likelihood f64[n] of each label; nan without a label or a prediction."""
+    log_odds = np.asarray(predictions.log_odds, np.float64)  # float32 rounds small probabilities to 0
+    own = np.take_along_axis(log_odds, np.asarray(predictions.labels)[:, None], 1)[:, 0]
+    return np.where((predictions.labels >= 0) & (predictions.predicted >= 0), np.logaddexp(0.0, -own), np.nan)
+
+
+def highest_losses(predictions: Predictions, most: int) -> np.ndarray:
+    """The indices int[m] of the `most` examples with the highest loss; ties are in set order."""
+    losses = label_losses(predictions)
+    order = np.argsort(-losses, kind="stable")[:most]
+    return order[~np.isnan(losses[order])]
+
+
+def describe(
+    programs: Programs, images: Images, predictions: Predictions, indices: np.ndarray, explain: Explain
+) -> tuple[TopLoss, ...]:
+    """Reads and explains the examples at `indices` int[m] of a set, given the predictions for all of it.
+
+    One call of `explain` computes the heatmaps of all predicted classes.
+    """
+    ids = indices.astype(np.int64)
+    pixels = images.read(ids, ids)["image"]  # [m, h, w, c]
+    augment = programs.recipe.augment(train=False)
+    with programs.tracing():
+        augmented = np.asarray(jax.jit(lambda x: augment(None, x))(pixels))
+    shown = to_pixels(augmented, programs.recipe.config.augment)
+    heats, found = explain(pixels, predictions.predicted[indices]), []
+    for i, loss, image, heat in zip(indices, label_losses(predictions)[indices], shown, heats, strict=True):
+        label, predicted, p = int(predictions.labels[i]), int(predictions.predicted[i]), predictions.probabilities[i]
+        found.append(TopLoss(images.source.example_name(int(i)), label, predicted, float(p[predicted]),
+                             float(p[label]), float(loss), image, heat))  # fmt: skip
+    return tuple(found)

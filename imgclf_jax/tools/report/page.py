@@ -25,9 +25,9 @@ _MAX_CHANGES = 8  # differences of two starts of the run that are named
 def page(run: Record, findings: Findings, names: Sequence[str]) -> str:
     """Returns the page as HTML. `names` are the class names. All text from the run is escaped."""
     sections = [("model", "Model", _model(findings)), ("curves", "Learning curves", report_curves.curves(run))]
-    for i, evaluated in enumerate(findings.sets):
-        inner = report_sets.set_section(evaluated, names, run.config.num_seeds)
-        sections.append((f"set-{i}", f"Evaluation set {evaluated.name}", inner))
+    for i, one in enumerate(findings.sets):
+        inner = report_sets.set_section(one, names, run.config.num_seeds)
+        sections.append((f"set-{i}", f"Evaluation set {one.name}", inner))
     sections += [("configuration", "Configuration", _configuration(run)),
                  ("provenance", "Provenance", _provenance(run, findings)),
                  ("again", "Make it again", _commands(run, findings))]  # fmt: skip
@@ -43,15 +43,9 @@ def page(run: Record, findings: Findings, names: Sequence[str]) -> str:
     ])  # fmt: skip
 
 
-def _results(run: Record, findings: Findings) -> dict[str, JsonMapping]:
-    """Returns the metrics of each evaluation set, measured now, or else as recorded by the run."""
-    if findings.sets:
-        return {one.name: one.metrics for one in findings.sets}
-    return {name: value for name, value in run.result.items() if isinstance(value, dict)}
-
-
 def _headline(run: Record, findings: Findings) -> str:
-    results = _results(run, findings)
+    results: dict[str, JsonMapping] = {one.name: one.evaluated.metrics for one in findings.sets}
+    results = results or {name: value for name, value in run.result.items() if isinstance(value, dict)}
     reported = {f"{name}/{kind}" for name, values in results.items() for kind in values}
     found = main_metric(run.config.checkpoint.best, run.config.data.eval, reported)
     if found is None:
@@ -59,7 +53,7 @@ def _headline(run: Record, findings: Findings) -> str:
     name, _, kind = found[0].partition("/")
     std = results[name].get(f"{kind}_std", math.nan)
     spread = f" ± {decimals(std)}" if math.isfinite(std) else ""
-    for score in (one.scores.get(kind, {}) for one in findings.sets if one.name == name and not spread):
+    for score in (one.evaluated.scores.get(kind, {}) for one in findings.sets if one.name == name and not spread):
         spread += f" (95 % interval: {interval(score['low'], score['high'])})" if "low" in score else ""
     return f"{name} {kind.replace('_', ' ')} {decimals(results[name][kind])}{spread}"
 

@@ -9,12 +9,11 @@ from imgclf_jax.core.terminal import format_metrics
 from imgclf_jax.core.text import decimals
 from imgclf_jax.scores.multilabel import TargetPredictions
 from imgclf_jax.tools.evaluate import by_class, intervals
-from imgclf_jax.tools.explain import heatmap
+from imgclf_jax.tools.explain import explanations, heatmap
 from imgclf_jax.tools.pages import html, pictures
 from imgclf_jax.tools.pages.charts import Line, chart, thinned
 from imgclf_jax.tools.pages.html import paragraph, region, table, text
-from imgclf_jax.tools.report.findings import Evaluated
-from imgclf_jax.tools.report.top_losses import TopLoss
+from imgclf_jax.tools.report.findings import Section, TopLoss
 
 _FULL = 30  # classes up to which the page shows the full confusion matrix
 _NARROW = 12  # classes up to which the table and the matrix fit side by side
@@ -22,17 +21,17 @@ _ROWS = 100  # most classes in a table
 _LONG = 3  # longer class names are rotated above a column
 
 
-def set_section(one: Evaluated, names: Sequence[str], num_seeds: int) -> str:
+def set_section(one: Section, names: Sequence[str], num_seeds: int) -> str:
     """Returns the section about an evaluation set. With several seeds it says which parts describe the ensemble."""
-    parts = [_metrics(one.name, one.metrics, num_seeds)]
-    if one.multilabel:
-        return "".join((*parts, _scores(one), _labels(one.name, one.multilabel, names)))
-    if not one.scores:
+    parts = [_metrics(one.name, one.evaluated.metrics, num_seeds)]
+    if one.evaluated.multilabel:
+        return "".join((*parts, _scores(one), _labels(one.name, one.evaluated.multilabel, names)))
+    if not one.evaluated.scores:
         note = f"This page has the metrics alone, because the probabilities of {len(names):,} classes may not fit into "
         return "".join((*parts, paragraph(note + "memory.", note=True)))
     tables = [_classes(one, names)]
     if len(names) <= _FULL:
-        matrix = _matrix(f"Confusion matrix on {one.name}", one.counts["confusion"], names)
+        matrix = _matrix(f"Confusion matrix on {one.name}", one.evaluated.counts["confusion"], names)
         tables.append("<h3>Confusion matrix</h3>" + matrix)
     parts += [_side_by_side(_scores(one), _calibration(one) + _selective_risk(one)),
               *([_side_by_side(*tables)] if len(names) <= _NARROW else tables)]  # fmt: skip
@@ -60,13 +59,13 @@ def _side_by_side(*blocks: str) -> str:
     return f'<div class="side">{"".join(blocks)}</div>' if blocks else ""
 
 
-def _scores(one: Evaluated) -> str:
+def _scores(one: Section) -> str:
     note = "The 95 % confidence interval is for test sets of this size. Another training seed may differ by more."
-    return ("<h3>Scores</h3>" + table(f"Scores on {one.name}", *intervals.table(one.scores))
+    return ("<h3>Scores</h3>" + table(f"Scores on {one.name}", *intervals.table(one.evaluated.scores))
             + paragraph(note, note=True))  # fmt: skip
 
 
-def _calibration(one: Evaluated) -> str:
+def _calibration(one: Section) -> str:
     if one.reliability is None or not one.reliability.examples.sum():
         return ""
     bins = len(one.reliability.examples)
@@ -82,7 +81,7 @@ def _calibration(one: Evaluated) -> str:
             + html.details("The bins as a table", table(f"Calibration on {one.name}", columns, rows)))  # fmt: skip
 
 
-def _selective_risk(one: Evaluated) -> str:
+def _selective_risk(one: Section) -> str:
     if one.risk is None:
         return ""
     points = thinned([((k + 1) / len(one.risk), float(risk)) for k, risk in enumerate(one.risk)])
@@ -103,11 +102,11 @@ def _labels(name: str, predictions: TargetPredictions, names: Sequence[str]) -> 
     return "<h3>Classes</h3>" + table(caption, columns, rows) + paragraph(by_class.THRESHOLD_NOTE, note=True)
 
 
-def _classes(one: Evaluated, names: Sequence[str]) -> str:
-    columns, rows = by_class.table(names, one.counts)
+def _classes(one: Section, names: Sequence[str]) -> str:
+    columns, rows = by_class.table(names, one.evaluated.counts)
     caption = f"Recall and precision of each class on {one.name}"
     if len(rows) > _ROWS:
-        examples, right = (one.counts[key] for key in ("examples", "correct"))
+        examples, right = (one.evaluated.counts[key] for key in ("examples", "correct"))
         recall = np.where(examples > 0, right / np.maximum(examples, 1), np.inf)
         rows = [rows[i] for i in np.argsort(recall, kind="stable")[:_ROWS]]
         caption += f": the {_ROWS} of {len(names):,} with the lowest recall"
@@ -137,12 +136,13 @@ def _matrix(caption: str, confusion: np.ndarray, names: Sequence[str]) -> str:
     return region(caption, shown)
 
 
-def _top_losses(one: Evaluated, names: Sequence[str], num_seeds: int) -> str:
+def _top_losses(one: Section, names: Sequence[str], num_seeds: int) -> str:
     if not one.top_losses:
         return ""
     correct = sum(example.label == example.predicted for example in one.top_losses)
-    wrong = f"{one.wrong} of {one.metrics['examples']} examples are misclassified. " if one.wrong else "None is wrong. "
-    note = f"{wrong}These have the highest loss, the negative log-likelihood of their class"
+    examples, right = (one.evaluated.counts[key].sum() for key in ("examples", "correct"))
+    note = f"{examples - right} of {examples} examples are misclassified. " if right < examples else "None is wrong. "
+    note += "These have the highest loss, the negative log-likelihood of their class"
     note += f"; {correct} of them are classified correctly. " if correct else ". "
     note += f"They are as the model sees them. The heatmap on the right shows {_METHODS[one.method]}. "
     if num_seeds > 1:
@@ -159,7 +159,6 @@ _METHODS = {
     "gradcam": "the evidence for the predicted class (Grad-CAM)",
     "occlusion": "how much the probability of the predicted class drops when a square covers the region (occlusion)",
 }
-_SHORT = {"gradcam": "Grad-CAM", "occlusion": "occlusion"}
 _COLORS = 64  # in the image of a heatmap
 
 
@@ -171,7 +170,7 @@ def _top_loss(example: TopLoss, names: Sequence[str], method: str) -> str:
     signed = method == "occlusion"
     overlay = heatmap.overlay(pictures.to_uint8(example.image), heatmap.scale(example.heat, signed))
     peak = heatmap.peak(example.heat, signed)
-    method_text = f"{_SHORT[method]} for {predicted}"
+    method_text = f"{explanations.TITLES[method].partition(':')[0]} for {predicted}"
     alt = f"{example.example}, {method_text}: " + (f"most at {peak}" if peak else "nothing stands out")
     other = "correct" if right else f"taken for <strong>{text(predicted)}</strong> ({decimals(example.probability)})"
     return (

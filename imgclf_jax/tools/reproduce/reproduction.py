@@ -93,7 +93,12 @@ def compare(
     new = {line["step"]: line for line in here[0]}
     both = sorted((line for line in (*digests, *ended) if line["step"] in new and line.get("params_sha256")),
                   key=lambda line: line["step"])  # fmt: skip
-    wrong = next((line for line in both if _have_other_parameters(line, new[line["step"]])), None)
+
+    def differs(line: JsonMapping) -> bool:  # older lines have the digest of all parameters alone
+        own = new[line["step"]]
+        return any(line.get(key, own[key]) != own[key] for key in ("params_sha256", "params"))
+
+    wrong = next(filter(differs, both), None)
 
     values_here: dict[int, JsonObject] = {}
     for record in here[1]:
@@ -138,11 +143,6 @@ def find_absent(
         (step, name) for step, name in made - has if name in known or (step, name.partition("/")[0]) not in groups
     }
     return tuple(sorted((step, name) for step, name in found if step <= until))
-
-
-def _have_other_parameters(old: JsonMapping, new: JsonMapping) -> bool:
-    """Whether two lines of digests.jsonl differ, in the digest of all parameters or of single ones."""
-    return bool(old["params_sha256"] != new["params_sha256"] or old.get("params", new["params"]) != new["params"])
 
 
 def _describe_parameters(old: JsonMapping, new: JsonMapping, steps: Sequence[int]) -> Parameters:

@@ -7,7 +7,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -98,7 +98,13 @@ def _train_all(called: CommandLine, folder: Path, runs: Sequence[Run], jobs: int
             report(run, "done before")
         else:
             todo.append(run)
-    with stopping() as stop, _stopped_with_errors(active):
+
+    def terminate() -> None:
+        for process, _ in active.values():  # which only an error leaves
+            process.terminate()
+
+    with stopping() as stop, contextlib.ExitStack() as at_end:
+        at_end.callback(terminate)
         sent = ""  # the signal passed on to the runs
         while active or (todo and not stop()):
             if stop() and not sent:
@@ -144,17 +150,6 @@ def _start(command: Sequence[str], folder: Path, run: Run, environment: dict[str
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment
         )
-
-
-@contextlib.contextmanager
-def _stopped_with_errors(active: dict[Run, tuple[subprocess.Popen[bytes], float]]) -> Iterator[None]:
-    """A context in which an error also stops the runs."""
-    try:
-        yield
-    except BaseException:
-        for process, _ in active.values():
-            process.terminate()
-        raise
 
 
 def _find_error(status: int, file: Path) -> str:

@@ -77,13 +77,13 @@ def test_data_that_are_not_here():
     config = default_config()
     config.data.source, config.preprocess = "tfds('imagenet2012')", "decode(3)|random_resized_crop(224)"
     with pytest.raises(UserError, match="--examples"):
-        described.describe(config, described.Facts())
-    assert described.describe(config, described.Facts(targets=3, examples=8)).target_names == ("0", "1", "2")
-    info = described.describe(config, described.Facts(examples=1_281_167))
+        described.describe(config)
+    assert described.describe(config, targets=3, examples=8).target_names == ("0", "1", "2")
+    info = described.describe(config, examples=1_281_167)
     assert (info.train_examples, info.image_shape, len(info.class_names)) == (1_281_167, (224, 224, 3), 1000)
     config.data.source = "folder('/nowhere')"
     with pytest.raises(UserError, match=r"--shape=224,224,3 --classes=1000 \(or --targets=N\) --examples=1281167"):
-        described.describe(config, described.Facts(classes=3))
+        described.describe(config, classes=3)
 
 
 @pytest.mark.chips

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgclf_jax.tools.pages import charts, fonts, html, pictures
+from imgclf_jax.tools.pages import charts, html, pictures
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.913, 0.957), (-3.0, 1234.0), (0.0, 1e-7), (5.0, 5.5)])
@@ -66,6 +66,6 @@ def test_pictures(shape, mode, size):
 
 def test_names_of_any_characters(tmp_path):
     """Pictures and pages have them in ASCII or by their codes, never as boxes; no page is lost by them."""
-    assert fonts.fitting("größe, é, 猫", 15)[1] == "gro\\xdfe, e, \\u732b"
+    assert pictures.fitting("größe, é, 猫", 15)[1] == "gro\\xdfe, e, \\u732b"
     html.write(tmp_path / "a.html", "<p>é\udcff</p>")
     assert (tmp_path / "a.html").read_text(encoding="utf-8") == r"<p>é\udcff</p>"
