@@ -61,10 +61,7 @@ def pytest_sessionfinish(session):
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_once(tmp_path_factory):
-    """What several tests compile, in one of the processes or in those they start, is compiled once.
-
-    In a folder of this run, unless the user names one, which serves the next run too.
-    """
+    """What several tests compile, in any process, is compiled once, in a folder of this run or the one a user names."""
     base = tmp_path_factory.getbasetemp()  # with xdist each process has its own, in a folder of them all
     of_this_run = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(of_this_run)

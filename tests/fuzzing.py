@@ -8,10 +8,7 @@ MAX = 1_000_000_000  # bytes of memory that reading any file may take, see the f
 
 
 def answered(read, *arguments, longest=1000):
-    """What `read` gives, or None where it gives a sentence of fewer than `longest` characters.
-
-    Any other error is a failure, and want of memory is too.
-    """
+    """What `read` gives, or None for a sentence of fewer than `longest` characters; other errors are failures."""
     try:
         return read(*arguments)
     except UserError as e:

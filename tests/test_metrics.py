@@ -63,13 +63,16 @@ BROKEN = {
 }
 
 
+def broken(kind):
+    """(logits, labels) of 14 examples, of which the first seven, one of each class, are broken; those of the others."""
+    logits, labels = np.random.default_rng(0).normal(size=(14, 7)).astype(np.float32), np.arange(14) % 7
+    return (np.stack([*map(BROKEN[kind], logits[:7]), *logits[7:]]), labels), (logits[7:], labels[7:])
+
+
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_model_scores_nothing(kind):
     """Its examples are wrong, also those of the first class, and are counted all the same."""
-    logits = np.random.default_rng(0).normal(size=(14, 7)).astype(np.float32)
-    labels, bad = np.arange(14) % 7, np.arange(14) < 7  # one of each class
-    some = np.stack([BROKEN[kind](row) if b else row for row, b in zip(logits, bad, strict=True)])
-    sums, rest = sums_of(some, labels), sums_of(logits[~bad], labels[~bad])
+    sums, rest = (sums_of(*given) for given in broken(kind))
     assert (sums["examples"], sums["nonfinite"], rest["examples"], rest["nonfinite"]) == (14, 7, 7, 0)
     assert (sums["correct"], sums["top5"]) == (rest["correct"], rest["top5"])
 

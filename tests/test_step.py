@@ -93,10 +93,7 @@ def test_batch_statistics_are_those_of_all_devices_together():
     [(8, 4, "cpu"), *thorough((1, 2, "cpu"), (8, 8, "cpu"), (8, 4, "gpu"))],
 )
 def test_accumulated_gradients_are_those_of_the_whole_batch(devices, accumulate, traced_for):
-    """And so are loss and accuracy; every part lies on all devices, so that no image moves between them.
-
-    For CPU the parts are computed one by one, for other platforms in a loop.
-    """
+    """And so are loss and accuracy; every part lies on all devices, so that no image moves between them."""
     before, whole, sums, _ = run(Net(), devices)
     _, parts, sums_parts, program = run(Net(), devices, accumulate, traced_for)
     assert_close(parts.params, whole.params, 1e-6)

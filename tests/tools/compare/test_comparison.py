@@ -288,11 +288,7 @@ def test_intervals_are_those_of_scipy():
 
 
 def coverage(seeds, between, examples, times):
-    """How often the interval holds the difference over all examples and all seeds there could be, here zero.
-
-    Examples are of different difficulty. Each model has this many `seeds`, whose luck has the standard deviation
-    `between`, in logits.
-    """
+    """How often the interval holds the true difference, 0; `between` is the deviation of a seed's luck, in logits."""
     rng, covered = np.random.default_rng(0), 0
     for _ in range(times):
         difficulty, luck = rng.normal(2, 1.5, size=examples), rng.normal(0, between, (2 * seeds, 1))

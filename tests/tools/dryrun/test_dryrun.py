@@ -1,7 +1,4 @@
-"""`dryrun` on virtual CPU devices, counts of operations, bytes and collectives by hand, and the figures of chips.
-
-Other chips need their compilers (marked `chips`).
-"""
+"""`dryrun` on virtual CPU devices, counts of operations, bytes and collectives by hand, and the figures of chips."""
 
 import dataclasses
 import json
