@@ -1,4 +1,4 @@
-"""The small backbones, from CNN to AirBench, and the table of all: images [b, h, w, c] → features [b, d]."""
+"""The small backbones CNN, MLP and RNN, and the table of all backbones: images [b, h, w, c] → features [b, d]."""
 
 from collections.abc import Callable
 from typing import cast
@@ -9,18 +9,16 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from imgclf_jax.core.errors import UserError, unknown
-from imgclf_jax.core.typing import Arguments, ModuleDef, Params
-from imgclf_jax.models import parts
+from imgclf_jax.models.airbench import AirBench
 from imgclf_jax.models.convnext import ConvNeXt
 from imgclf_jax.models.efficientnet import EfficientNet, MobileNet
-from imgclf_jax.models.layers import Conv, ConvPool, Dense, gelu, max_pool, mean_pool
-from imgclf_jax.models.norms import BatchNorm
-from imgclf_jax.models.resnet import RegNetY, ResNet, ResNetCIFAR, WideResNet
+from imgclf_jax.models.layers import ConvPool, Dense
+from imgclf_jax.models.regnet import RegNetY
+from imgclf_jax.models.resnet import ResNet, ResNetCIFAR, WideResNet
+from imgclf_jax.models.squeezenet import SqueezeNet
 from imgclf_jax.models.vit import Mixer, ViT
 
-_dense_init, _he_uniform = nn.initializers.glorot_uniform(), nn.initializers.he_uniform()
-_torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default
-_SQUEEZED = (16, 16, 32, 32, 48, 48, 64, 64)  # channels of fire2 to fire9, which expand to eight times as many
+_dense_init = nn.initializers.glorot_uniform()
 
 
 class CNN(nn.Module):
@@ -89,119 +87,6 @@ class RNN(nn.Module):
             )  # fmt: skip
             x = cast(jax.Array, nn.RNN(cell, name=f"rnn{i}")(x))  # [b, h, features]
         return x[:, -1]
-
-
-class Fire(nn.Module):
-    """A 1×1 convolution to `squeeze` channels, then a 1×1 and a 3×3 one, side by side, to four times as many each."""
-
-    squeeze: int
-    dtype: DTypeLike = jnp.float32
-    activation: Callable[[jax.Array], jax.Array] = nn.relu
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        settings: Arguments = {"dtype": self.dtype, "kernel_init": _he_uniform}
-        x = self.activation(Conv(self.squeeze, 1, **settings, name="squeeze")(x))
-        expand = (Conv(4 * self.squeeze, k, padding=k // 2, **settings, name=f"expand{k}x{k}") for k in (1, 3))
-        return jnp.concatenate([self.activation(layer(x)) for layer in expand], -1)
-
-
-class SqueezeNet(nn.Module):
-    """SqueezeNet 1.1 (Iandola et al. 2016, arXiv:1602.07360), with the authors' later, faster stages: → [b, 512].
-
-    The published network applies the head to each pixel and averages the activated logits; so does a Classifier.
-    """
-
-    dropout: float = 0.0
-    dtype: DTypeLike = jnp.float32
-    block: ModuleDef = Fire
-    activation: Callable[[jax.Array], jax.Array] = nn.relu
-    applies_head = True
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, train: bool = False, head: Callable[[jax.Array], jax.Array] | None = None
-    ) -> jax.Array:
-        """Returns the features, or with `head`, a layer over the last axis, logits."""
-        h, w = x.shape[1:3]
-        if min(h, w) < 17:
-            raise UserError(f"squeezenet: images of {h} by {w} are too small; resize them to 17 by 17 or more")
-        x = self.activation(Conv(64, 3, 2, "VALID", dtype=self.dtype, kernel_init=_he_uniform, name="conv1")(x))
-        for n, squeeze in enumerate(_SQUEEZED, 2):
-            if n in (2, 4, 6):  # the last windows may reach one pixel over the edge
-                over = [(0, 1 - side % 2) for side in x.shape[1:3]]
-                x = max_pool(jnp.pad(x, ((0, 0), *over, (0, 0)), "edge"), 3, 2)
-            x = self.block(squeeze=squeeze, activation=self.activation, dtype=self.dtype, name=f"fire{n}")(x, train)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return mean_pool(x if head is None else self.activation(head(x)))
-
-
-def _dirac(key: jax.Array, shape: tuple[int, int, int, int], dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """A kernel [kh, kw, c, f], f ≥ c, that copies its inputs to the first c outputs; the other outputs are random."""
-    kh, kw, c, _ = shape
-    kernel = _torch_uniform(key, shape, dtype).at[..., :c].set(0)
-    return kernel.at[kh // 2, kw // 2, jnp.arange(c), jnp.arange(c)].set(1)
-
-
-class ConvGroup(nn.Module):
-    """Conv 3×3, max-pool 2×2, norm, GELU, conv 3×3, norm, GELU; convolutions have no bias."""
-
-    features: int
-    dtype: DTypeLike = jnp.float32
-    norm: ModuleDef = BatchNorm
-    activation: Callable[[jax.Array], jax.Array] = gelu
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        settings: Arguments = {"use_bias": False, "dtype": self.dtype, "kernel_init": _dirac}
-        norm = parts.norms(self.norm, dtype=self.dtype)
-        x = max_pool(Conv(self.features, 3, **settings, name="conv1")(x), 2, 2)
-        x = self.activation(norm("norm1")(x, train))
-        x = Conv(self.features, 3, **settings, name="conv2")(x)
-        return self.activation(norm("norm2")(x, train))
-
-
-class AirBench(nn.Module):
-    """The airbench94 network, a CIFAR-10 speed record when published (Jordan 2024, arXiv:2404.00498).
-
-    Whitening 2×2 convolution, one `ConvGroup` per width, 3×3 max-pool, flatten: [b, h, w, c] → [b, d].
-
-    With the default widths d is 256 for 32×32 pixels. `init_on_images` sets the whitening kernel, which the recipe
-    freezes. `scale` multiplies the features, and so the logits.
-    """
-
-    widths: tuple[int, ...] = (64, 256, 256)
-    scale: float = 1 / 9
-    dtype: DTypeLike = jnp.float32
-    block: ModuleDef = ConvGroup
-    norm: ModuleDef = BatchNorm
-    activation: Callable[[jax.Array], jax.Array] = gelu
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        norm = parts.norms(self.norm, momentum=0.6, epsilon=1e-12, use_scale=False, dtype=self.dtype)
-        whiten = Conv(8 * x.shape[-1], 2, padding="VALID", dtype=self.dtype, kernel_init=_torch_uniform, name="whiten")
-        x = self.activation(whiten(x))
-        block = parts.block_of(self, norm)
-        for i, width in enumerate(self.widths):
-            x = block(features=width, name=f"group{i + 1}")(x, train)
-        x = max_pool(x, 3, 3)
-        return x.reshape(x.shape[0], -1) * jnp.asarray(self.scale, self.dtype)
-
-    @staticmethod
-    def init_on_images(params: Params, images: jax.Array) -> Params:
-        """Returns `params` with the whitening kernel computed from normalized images f32[n, h, w, c].
-
-        Its filters are the eigenvectors of the covariance of all 2×2 patches, by decreasing eigenvalue v, divided by
-        the square root of v + 5e-4; then the same filters negated.
-        """
-        _, h, w, c = images.shape
-        patches = jnp.stack([images[:, i : h - 1 + i, j : w - 1 + j] for i in range(2) for j in range(2)], 3)
-        patches = patches.reshape(-1, 4 * c)
-        values, vectors = jnp.linalg.eigh(patches.T @ patches / len(patches))  # ascending
-        filters = (vectors / jnp.sqrt(values + 5e-4))[:, ::-1]  # [4c, 4c], one filter per column
-        kernel = jnp.concatenate([filters, -filters], 1).reshape(2, 2, c, 8 * c)
-        return {**params, "whiten": {**params["whiten"], "kernel": kernel}}
 
 
 BACKBONES = {

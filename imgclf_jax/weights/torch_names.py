@@ -21,11 +21,12 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from imgclf_jax.core import jaxprs
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.models import parts
-from imgclf_jax.models.backbones import SqueezeNet
 from imgclf_jax.models.convnext import ConvNeXt
 from imgclf_jax.models.efficientnet import EfficientNet, MobileNet
 from imgclf_jax.models.norms import LayerNorm
-from imgclf_jax.models.resnet import RegNetY, ResNet, ResNetCIFAR, WideResNet
+from imgclf_jax.models.regnet import RegNetY
+from imgclf_jax.models.resnet import ResNet, ResNetCIFAR, WideResNet
+from imgclf_jax.models.squeezenet import SqueezeNet
 from imgclf_jax.models.vit import EncoderBlock, Mixer, ViT
 
 Rows = tuple[tuple[str, str], ...]

@@ -12,7 +12,8 @@ from test_forms import SMALL, random_variables
 from imgclf_jax import metrics
 from imgclf_jax.core import sharding
 from imgclf_jax.models import classifier, convnext, vit
-from imgclf_jax.models.backbones import BACKBONES, AirBench
+from imgclf_jax.models.airbench import AirBench
+from imgclf_jax.models.backbones import BACKBONES
 from imgclf_jax.models.convnext import GRN, ConvNeXtBlock
 from imgclf_jax.models.layers import SqueezeExcite, he_conv
 from imgclf_jax.models.vit import sincos_positions
