@@ -127,6 +127,7 @@ def test_wrong_usage(mistake, tmp_path, monkeypatch, argv, fragments):
     ("total=5", ["total='5' is not a duration", "'5 epochs'"]),
     ("precision=half", ["unknown precision 'half'", "bfloat16, float32"]),
     ("checkpoint.best=accuracy", ["unknown evaluation set", "'accuracy'", "allowed: test"]),
+    ("method=simclr; checkpoint.best=test/accuracy", "checkpoint.best='test/accuracy': evaluation has no 'accuracy'"),
     ("checkpoint.best=test/acuracy", ["did you mean 'accuracy' or", "'min:test/acuracy' if the smallest value of"]),
     ("model=mlp(widths=(1000000000000,))", ["the train state of model=", "with num_seeds=1 needs 1,788 TB of memory"]),
     ("batch_size=2000000000", "a batch of batch_size=2000000000 needs 1 TB of memory"),

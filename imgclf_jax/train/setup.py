@@ -99,11 +99,13 @@ def set_up(config: ConfigDict, workdir: Workdir) -> Run:
     pool.shutdown(wait=False)
     if restored is not None:
         log.info("resuming at step %d of %d", start, recipe.total)
-    run = restored or _initialize(compiling, images, weights.taken if weights else None, workdir)
+    run = restored or _initialize(compiling, images, weights.taken if weights else None)
     snapshot |= _check_purity(compiling, fresh=not start)  # while the train step compiles
     _ = compiling.traced_eval  # what fails in evaluation ends the run here
     compiling.check_best()
     if not processes.index():
+        if not start:
+            workdir.write_parameters(recipe.parameters)
         for sentence in _warnings(recipe, base, run["state"].params):
             log.warning("%s", sentence)
         log.info("the run:\n%s", display.head(compiling, images, evals, workdir, fresh=not start))
@@ -152,13 +154,9 @@ def _check_purity(compiling: Programs, fresh: bool) -> JsonObject:
     return {"traced": dict(zip(("train", "eval", "init"), first, strict=True))}
 
 
-def _initialize(
-    compiling: Programs, images: stream.Images, weights: dict[str, np.ndarray] | None, workdir: Workdir
-) -> PyTree:
+def _initialize(compiling: Programs, images: stream.Images, weights: dict[str, np.ndarray] | None) -> PyTree:
     """The state and metric accumulator of step 0, with the parameters of `weights` where there are any."""
     recipe = compiling.recipe
-    if not processes.index():
-        workdir.write_parameters(recipe.parameters)
     if recipe.rules:
         log.info("rules:\n%s", recipe.rules.table(recipe.parameters))
     return {"state": compiling.init_state(compiling.first_images(images), weights), "sums": compiling.zero_sums()}
