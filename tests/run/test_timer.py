@@ -6,6 +6,7 @@ import time
 
 import jax
 import pytest
+from cases import thorough
 from launched import ROOT
 
 from imgclf_jax.run.profiler import Profiler
@@ -70,7 +71,7 @@ waits_for_ever()
 """
 
 
-@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("stopped", [False, *thorough(True)])
 def test_a_phase_without_an_end_ends_the_process(stopped):
     """With status 1 and the stacks; one that goes on, or may take long, or whose watchdog was stopped, is let be."""
     began = time.monotonic()
