@@ -159,7 +159,10 @@ def load_file(path_and_arg: str) -> ConfigDict:
 
 
 def call(path: str, function: str, arg: str) -> Any:
-    """Calls a function of a Python file; None without it. Raises UserError, with its line, for any error inside."""
+    """Calls a function of a Python file; None if the file has no such function.
+
+    Raises UserError for any error inside, with its last line in the file.
+    """
     try:
         called = runpy.run_path(path).get(function)
         return called and called(*filter(None, [arg]))

@@ -79,7 +79,10 @@ def _sigmoid_nll(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _softmax_log_odds(logits: jax.Array) -> jax.Array:
-    """Each logit minus the logsumexp of the others; no sum has the greatest, beside which float32 loses the rest."""
+    """Each logit minus the logsumexp of the others.
+
+    The greatest logit is left out of every sum, because float32 would round the others away beside it.
+    """
     is_top = jnp.argmax(logits, -1, keepdims=True) == jnp.arange(logits.shape[-1])
     below_top = logits - jnp.max(logits, -1, keepdims=True)
     rest = jnp.where(is_top, 0.0, jnp.exp(below_top))
@@ -92,7 +95,11 @@ SIGMOID = Link(jax.nn.sigmoid, _sigmoid_ensemble, _sigmoid_nll, lambda logits: l
 
 
 def with_link[F: Callable[..., jax.Array]](link: Link) -> Callable[[F], F]:
-    """Decorator that declares the link of a loss, which is SOFTMAX by default: `@with_link(SIGMOID)` above it."""
+    """Decorator that declares the link of a loss, which is SOFTMAX by default.
+
+    @with_link(SIGMOID)
+    def my_loss(logits, labels): ...
+    """
 
     def declare(loss: F) -> F:
         loss.link = link  # type: ignore[attr-defined]

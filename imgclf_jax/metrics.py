@@ -5,7 +5,6 @@ float64. In multi-label classification, so is everything but the loss and the li
 """
 
 import functools
-import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -34,7 +33,10 @@ _OF_OUTPUTS = ("targets", "probabilities", "ranking", "log_odds")  # fields [...
 def predict(
     logits: jax.Array, wanted: jax.Array, link: Link, mask: jax.Array, task: Task = Task.CLASSES
 ) -> AnyPredictions:
-    """Predictions, by logits f32[..., b, k], of labels i32[b], dominant labels of SOFT targets or targets f32[b, k]."""
+    """Returns the predictions that logits f32[..., b, k] make of labels i32[b] or targets f32[b, k], by the task.
+
+    SOFT targets are replaced by their dominant labels.
+    """
     outputs = link.probabilities(logits.astype(jnp.float32))
     log_odds = link.log_odds(logits.astype(jnp.float32))
     if task is Task.MULTILABEL:
@@ -163,15 +165,18 @@ def build_whole_set(text: str, task: Task = Task.CLASSES) -> dict[str, WholeSetM
 
 def _own_metric(text: str, metric: Function) -> WholeSetMetric:
     """The user's metric of the spec `text` as a function of predictions. Its first call checks that it is pure."""
-    calls = itertools.chain([2], itertools.repeat(1))  # of `metric`: at the first evaluation, and at each later one
+    checked = False
 
     def compute(predictions: AnyPredictions) -> float:
-        first, *again = (metric(*predictions[:2]) for _ in range(next(calls)))
+        nonlocal checked
+        first = metric(*predictions[:2])
         if np.shape(first) or not hasattr(first, "__float__"):
             raise UserError(f"metrics={text!r} returns {first!r:.80}; return one number")
-        if again and not np.array_equal(first, again[0], equal_nan=True):
-            raise UserError(f"metrics={text!r} gives {first}, and {again[0]} in a second call for the same "
-                            "predictions; it must not draw, count or change its arguments")  # fmt: skip
+        again = first if checked else metric(*predictions[:2])
+        if not np.array_equal(first, again, equal_nan=True):
+            raise UserError(f"metrics={text!r} gives {first}, and {again} in a second call for the same predictions; "
+                            "it must not draw, count or change its arguments")  # fmt: skip
+        checked = True
         return float(first)
 
     return compute

@@ -23,7 +23,7 @@ from imgclf_jax.data import decode, placement
 from imgclf_jax.data.source import DataInfo
 from imgclf_jax.data.stream import Images, StreamSpec
 from imgclf_jax.models import norms
-from imgclf_jax.models.classifier import Frozen
+from imgclf_jax.models.frozen import Frozen
 from imgclf_jax.optim import partition
 from imgclf_jax.recipe import Recipe, check_names
 
@@ -53,7 +53,8 @@ class Programs:
     """The compiled programs of a recipe on a mesh. Each is compiled once, on first use.
 
     With `predicting`, evaluation returns the predictions for each example even if no metric of the recipe needs them.
-    A `calibration` (see `step.make_inference`) rescales the probabilities of inference alone. Tracing raises UserError.
+    A `calibration` (see `step.make_inference`) rescales the probabilities of inference, not those of evaluation.
+    Tracing raises UserError, naming the key, if a part of the config fails on these images.
     """
 
     recipe: Recipe
@@ -280,7 +281,10 @@ class Programs:
 
     @property
     def eval_call_size(self) -> int:
-        """Examples in a call of `eval`; on one CPU device several batches, since each call costs time."""
+        """Examples in a call of `eval`; the last call is padded and masked.
+
+        On one CPU device a call computes several small batches: each call costs up to a third of the time of one.
+        """
         size = self.eval_batch_size
         batches = _CALL_BYTES // (size * math.prod(self.recipe.data.image_shape)) if self.platform == "cpu" else 1
         return size * (min(max(batches, 1), 8) if self.mesh.size == 1 else 1)
@@ -305,7 +309,10 @@ class Programs:
 
     @once
     def eval(self) -> Function:
-        """Compiled `(params, model_state, batch) -> (sums, predictions)`: see `step.in_parts`; a batch has a "mask"."""
+        """Compiled `(params, model_state, batch) -> (sums, predictions)`: see `step.make_eval_step` and `in_parts`.
+
+        A batch is {"image": uint8[b, h, w, c], "label": i32[b], "mask": bool[b]}.
+        """
         with self.caching(self._evaluates_forward):
             compiled, fixed = self.traced_eval.lower().compile(), None if self._evaluates_forward else self.fixed
         return lambda params, model_state, batch: compiled(params, model_state, batch, fixed)

@@ -99,7 +99,8 @@ class Recipe:
     def naming_the_key(self) -> Iterator[None]:
         """Raises UserError naming the config key at fault if tracing fails inside, but outside of every `naming`.
 
-        That key is `model` or `method`, or one whose user code returned something unfit. Errors in user code pass.
+        That key is `model` or `method`, or one whose user code returned something unfit. Errors raised in user code
+        pass unchanged.
         """
         try:
             yield

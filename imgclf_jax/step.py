@@ -23,7 +23,7 @@ from imgclf_jax.losses import SOFTMAX, Link, Loss, Task, link_of
 from imgclf_jax.methods import Method, gradients
 from imgclf_jax.methods.gradients import Gradient
 from imgclf_jax.methods.supervised import from_logits
-from imgclf_jax.models.classifier import Frozen, apply_function
+from imgclf_jax.models.frozen import Frozen, apply_function
 from imgclf_jax.optim import weight_averages
 from imgclf_jax.optim.optimizers import promoting
 from imgclf_jax.optim.weight_averages import Average
@@ -131,7 +131,8 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, metrics.Sums]]:  # fmt: skip
     """Returns `train_step(state, batch, fixed=None) -> (state, sums)`.
 
-    A batch is {"image": uint8[b, h, w, c], "label": i32[b] or "target": f32[b, k]}, and "id", "epoch" i32[b] if needed.
+    A batch is {"image": uint8[b, h, w, c], "label": i32[b] or "target": f32[b, k]}, with "id" and "epoch" i32[b] where
+    `augment` or the method needs them.
 
     - `method` is a `Method`, or a loss of logits and labels for supervised learning.
     - `accumulate` is the number of gradient-accumulation microbatches. The gradient is the mean of theirs, which is
@@ -304,7 +305,10 @@ def add_sums(a: metrics.Sums, b: metrics.Sums) -> metrics.Sums:
 
 
 def over_seeds(train_step: Function, num_seeds: int) -> Function:
-    """The train step of several states, [num_seeds, …], on interleaved batches (see `data.stream`) and one `fixed`."""
+    """The train step of `num_seeds` states, [num_seeds, …], and their interleaved batches (see `data.stream`).
+
+    All seeds share the method's `fixed` arrays.
+    """
 
     def step(states: TrainState, batch: Batch, fixed: PyTree) -> PyTree:
         own = jax.tree.map(lambda x: x.reshape(-1, num_seeds, *x.shape[1:]), batch)

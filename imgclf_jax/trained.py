@@ -238,7 +238,10 @@ def load_trained(config: ConfigDict, workdir: Workdir | None, which: str, temper
 
 
 def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
-    """The model of a run at `which`: a step, "latest", "best" or "" (best, else latest). Raises UserError if absent."""
+    """The trained model of a run. `which` is "best", "latest", a step, or "" for the best one if any, else the latest.
+
+    Raises UserError if there is no such checkpoint.
+    """
     recipe = Recipe(config, workdir.load_data_info(), load_teacher)
     programs = Programs(recipe, sharding.make_inference_mesh(config.mesh))
     metric = config.checkpoint.best
@@ -303,7 +306,8 @@ def calibrated_facts(model: Trained) -> JsonObject:
 def load_converted(config: ConfigDict, base: dict[str, Source] | None = None, whole: bool = True) -> Trained:
     """The model with the weights that `init_from` names, at step 0, for the classes of the source `base`.
 
-    `base` is the config's by default. Unless `whole`, they may lack the head. Raises UserError if they lack more.
+    `base` defaults to the config's source. Unless `whole`, the weights may lack the head, which then is random. Raises
+    UserError if they lack any other part of the model.
     """
     source = next(iter((base or datasets.open_data(config)).values()))  # all splits have the same classes and shape
     images, mesh = datasets.eval_images(source, config), sharding.make_inference_mesh(config.mesh)

@@ -187,7 +187,7 @@ def shallow(monkeypatch):
                               (1, "V3-L", "ds 1 3 1 1 8; ir/hard 2 3 2 3 8; cn 1 1 1 1 16"),
                               (1, "V4-S", "cn 1 3 2 1 8; ib 1 3+5 2 2 8, ib 1 0+3 1 2 8, ib 1 3+0 1 2 8")):  # fmt: skip
         monkeypatch.setitem(nets[net], name, nets[net][name]._replace(stages=stages, **small, relu_stages=1))
-    monkeypatch.setitem(regnet._REGNETS, "4GF", (8, 8, 2.0, 4, 3))
+    monkeypatch.setitem(regnet._VARIANTS, "4GF", (8, 8, 2.0, 4, 3))
     monkeypatch.setattr(squeezenet, "_SQUEEZED", (1, 2, 2))
     monkeypatch.setitem(convnext._VARIANTS, "V2-Atto", ((1, 1), (8, 16)))
     monkeypatch.setitem(resnet._STAGES, 18, (1, 1))

@@ -61,7 +61,10 @@ def build(program: str) -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str], program: str, command: list[str]) -> CommandLine:
-    """Parses the command line of `program`, which `command` starts. Raises UsageError, and SystemExit after help."""
+    """Parses a command line. Raises UsageError for a wrong one, and SystemExit after printing help or the version.
+
+    `program` is what help texts call the program, and `command` starts it in a new process.
+    """
     environment, words = dict(os.environ), list(argv)
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
         words.insert(0, "train")

@@ -58,7 +58,10 @@ def find_config(path: str) -> str:
 
 
 def override(config: ConfigDict, overrides: Iterable[tuple[str, str]]) -> None:
-    """Sets keys as the command line does; names in `data.eval` and `data.extra` may be new. Raises UsageError."""
+    """Sets keys to values as on the command line; `data.eval.NAME` and `data.extra.NAME` may be new.
+
+    Raises UsageError for an unknown key and for a value of another type than the key's. `validate` the config then.
+    """
     for key, text in overrides:
         if named := re.fullmatch(r"data\.(eval|extra)\.([^.]*)", key):
             with config.unlocked():

@@ -53,7 +53,10 @@ def run_and_exit(program: str, command: Sequence[str]) -> NoReturn:
 
 
 def main(argv: Sequence[str], program: str = "launch.py", command: Sequence[str] = ()) -> int:
-    """Runs the command line `argv` of `program`, which `command` starts in a new process; returns the exit status."""
+    """Runs the command line `argv` (without the program's name) and returns the exit status.
+
+    `program` is what help texts call it, and `command` starts it in a new process.
+    """
     prepare_streams()
     try:
         status = _run(arguments.parse(argv, program, list(command) or [sys.executable, str(_CLONE / "launch.py")]))

@@ -50,7 +50,8 @@ def decode(image: Undecoded, channels: int = 3, draft: int = 0) -> np.ndarray:
 
     It applies the EXIF orientation, takes the first frame of an animation, drops alpha unless channels is 4, converts
     color to grey by ITU-R 601 luma, and keeps the high byte of 16 bits per channel, or in grey of the `bits` of the
-    data set. Raises UserError for bytes that do not decode, over 2**26 pixels, and a side of over 2**20.
+    data set. Raises UserError for bytes that do not decode, and for an image of more than 2**26 pixels, or 2**20 in a
+    row or column.
     """
     return resizing.to_array(_decode(image, channels, draft))
 

@@ -42,7 +42,10 @@ class _Entry(NamedTuple):
 
 
 def check(root: Path, files: Sequence[str]) -> Checked:
-    """Finds unreadable images among `files` in `root`, and digests others (SHA-256), remembered by size and time."""
+    """Finds the files in `root` that are not readable images, and digests the others (SHA-256).
+
+    Results are remembered by size and change times in the user's cache folder.
+    """
     stamps = dict(zip(files, _map(lambda name: _stamp(root / name), files), strict=True))
     decoder = f" {PIL.__version__} {_FORM} {decode.FORMATS}".encode()
     name = hashlib.sha256(os.fsencode(root.resolve()) + decoder).hexdigest()[:32]

@@ -31,7 +31,8 @@ _BLOCK = 8  # steps whose batches are gathered at once: a program of its own for
 def batch_shape(rows: int, image_shape: tuple[int, ...], targets: int, mesh: Mesh, **columns: str) -> Batch:
     """The shapes, dtypes and shardings of a batch of `rows` examples.
 
-    `targets` is the number of targets per example, 0 with labels; `columns` are further dtypes [b]: mask="bool".
+    `targets` is the number of targets per example, 0 with labels. `columns` are the dtypes of further values [b], such
+    as mask="bool".
     """
     return _shapes(rows, image_shape, targets, columns, sharding.sharded(mesh))
 
@@ -48,7 +49,10 @@ def _shapes(n: int, shape: tuple[int, ...], targets: int, columns: Mapping[str, 
 
 
 def gather(table: Batch, ids: jax.Array, image_shape: tuple[int, ...]) -> Batch:
-    """The examples `ids` i32[b] of a table of flat images: {"image": uint8[b, h, w, c], "label": i32[b]}."""
+    """The examples `ids` i32[b] of a table: {"image": uint8[b, h, w, c], "label": i32[b]}.
+
+    `image_shape` is (h, w, c), since a table of flat images does not have it.
+    """
     batch = {name: values.at[ids].get(mode="promise_in_bounds") for name, values in table.items()}
     return batch | {"image": batch["image"].reshape(ids.size, *image_shape)}
 

@@ -51,7 +51,10 @@ def _read(data_source: Any, identity: str, ids: np.ndarray) -> Examples:
 
 
 def metadata(name: str, data_dir: str) -> tuple[dict[str, int], int, tuple[int | None, ...]]:
-    """({split: examples} once prepared, classes, shape with None for unknown) of a TFDS data set. Prepares nothing."""
+    """Returns ({split: examples}, classes, image shape) of a TFDS data set without preparing or downloading it.
+
+    The splits are empty if the data are not prepared; unknown sizes in the shape are None. Raises as `tfds` does.
+    """
     builder = _builder(name, data_dir)
     splits = builder.info.splits if builder.data_path.exists() else {}
     features = builder.info.features

@@ -53,6 +53,13 @@ def to_pillow(image: Picture) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """Converts f32 in [0, 1], with clipping, to uint8; returns uint8 unchanged."""
+    if image.dtype == np.uint8:
+        return image
+    return np.round(np.clip(np.nan_to_num(image), 0, 1) * 255).astype(np.uint8)
+
+
 def size_of(image: Picture) -> tuple[int, int]:
     """The height and width."""
     return (image.height, image.width) if isinstance(image, Image.Image) else (image.shape[0], image.shape[1])
@@ -85,7 +92,10 @@ def resize(image: Picture, height: int, width: int = 0, method: str = "bilinear"
 
 
 def resize_small(image: Picture, size: int, method: str = "bilinear", like: str = "tensorflow") -> Picture:
-    """Resizes the shorter side to `size`, the other in proportion, rounded, or truncated with `like="torchvision"`."""
+    """Resizes the shorter side to `size`, keeping the aspect ratio.
+
+    The longer side is rounded to the nearest pixel, as in TensorFlow recipes, or truncated with `like="torchvision"`.
+    """
     h, w = size_of(image)
     if _as_torchvision(like):
         new = (size, size * w // h) if h <= w else (size * h // w, size)

@@ -22,7 +22,8 @@ class Source:
     """The examples of one split. Raises UserError for fields that fit no data set.
 
     `read(ids)` maps ids int64[b] in [0, size) to {"image": uint8[b, h, w, c], or a list of bytes, arrays [h, w, c] or
-    Pillow images} and, unless `labels` are given, "label" i32[b], in the order of the ids. Threads take turns.
+    Pillow images} and, unless `labels` are given, "label" i32[b], in the order of the ids. One thread at a time
+    calls it.
     """
 
     size: int  # the number of examples
@@ -104,7 +105,10 @@ def _check_labels(labels: np.ndarray, n: int, classes: int) -> None:
 
 
 def read_examples(source: Source, ids: np.ndarray) -> Examples:
-    """Reads {"image": …, "label": i32[n] or "target": f32[n, k]}; UserError unless `source.read` gives one per id."""
+    """Reads {"image": …, "label": i32[n]} for ids int64[n], or "target" f32[n, k] for "label".
+
+    Raises UserError unless `source.read` returns one image per id and, if its labels are unknown, one label.
+    """
     with _reading:
         examples = source.read(ids)
     needed = ["image"] if source.labels is not None else ["image", "label"]
@@ -122,7 +126,10 @@ def read_examples(source: Source, ids: np.ndarray) -> Examples:
 
 
 def concatenate(parts: Sequence[tuple[Source, int, int]]) -> Source:
-    """Joins the examples start to stop of each (source, start, stop). Raises UserError for other classes or labels."""
+    """The examples start to stop (exclusive) of each (source, start, stop) as one source.
+
+    Raises UserError unless all have the same classes, and the same kind of labels.
+    """
     first = parts[0][0]
     if len({source.label_key for source, _, _ in parts}) > 1:
         raise UserError("it joins splits with labels and splits with targets")

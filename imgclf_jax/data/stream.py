@@ -26,7 +26,10 @@ _SMALL = 4096
 
 
 class Images:
-    """A source with host ops: ids to fixed-shape uint8 images, kept in memory if deterministic and of at most 1 GiB."""
+    """A source with its host ops applied: ids to fixed-shape uint8 images.
+
+    With deterministic ops and a decoded set of at most 1 GiB, each image is decoded once and kept in memory.
+    """
 
     def __init__(
         self, source: Source, preprocess: str, seed: int = 0, threads: int = 0, sampler: sampling.Sampler | None = None,
@@ -73,7 +76,8 @@ class Images:
     def read(self, ids: np.ndarray, positions: np.ndarray, seed: int | None = None) -> Batch:
         """Reads {"image": uint8[b, h, w, c], "label": i32[b]} for ids int64[b], or "target" f32[b, k] for "label".
 
-        Positions int64[b] and the seed, by default this object's, key random ops. Raises UserError for a bad example.
+        Positions int64[b] and the seed, by default this object's, key random ops. Raises UserError
+        naming the example that does not decode or has another shape.
         """
         key = self.source.label_key
         if not self.kept:
@@ -178,7 +182,10 @@ def interleave(replicas: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def eval_batches(images: Images, batch_size: int, rows: np.ndarray | None = None, prefetch: int = 4) -> Iterator[Batch]:
-    """Yields every example once, in order, or of each batch these `rows`; `mask` bool[b] is False for padding."""
+    """Yields every example once, in order. The last batch is padded, where `mask` bool[b] is False.
+
+    With `rows` int64[b], only these rows of each batch.
+    """
     rows = np.arange(batch_size, dtype=np.int64) if rows is None else rows
 
     def read(step: int) -> Batch:

@@ -1,4 +1,4 @@
-"""The network of airbench94."""
+"""The airbench94 network, a CIFAR-10 speed record when published (Jordan 2024, arXiv:2404.00498)."""
 
 from collections.abc import Callable
 
@@ -41,9 +41,7 @@ class ConvGroup(nn.Module):
 
 
 class AirBench(nn.Module):
-    """The airbench94 network, a CIFAR-10 speed record when published (Jordan 2024, arXiv:2404.00498).
-
-    Whitening 2×2 convolution, one `ConvGroup` per width, 3×3 max-pool, flatten: [b, h, w, c] → [b, d].
+    """Whitening 2×2 convolution, one `ConvGroup` per width, 3×3 max-pool, flatten: [b, h, w, c] → [b, d].
 
     With the default widths d is 256 for 32×32 pixels. `init_on_images` sets the whitening kernel, which the recipe
     freezes. `scale` multiplies the features, and so the logits.

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 
 from imgclf_jax.core import dtypes, platform
 from imgclf_jax.core.typing import Initializer
-from imgclf_jax.models.cpu import matmuls, onednn, pool
+from imgclf_jax.models.cpu import matmuls, onednn, pool, sums
 from imgclf_jax.models.cpu.matmuls import features_first, features_last, wants_features_first
 
 _FEW_TAPS_ON_TPU = 36  # a float32 kernel with up to so many takes XLA's TPU compiler minutes, for its gradient
@@ -73,7 +73,7 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     """x [..., f] + bias [f] in at least float32, so that the bias gradient accumulates in float32."""
     x = dtypes.upcast(x)
     if platform.current() == "cpu":
-        return x + pool.broadcast(bias.astype(x.dtype), shape=x.shape)
+        return x + sums.broadcast(bias.astype(x.dtype), shape=x.shape)
     return x + bias.astype(x.dtype)
 
 

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from imgclf_jax.core import dtypes, platform, rng
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Initializer, PyTree
-from imgclf_jax.models.cpu import pool
+from imgclf_jax.models.cpu import sums
 
 # While tracing inside `statistics_over(n)`, training BatchNorm takes the statistics of n groups of the batch.
 statistics_over = jax.make_user_context(1)
@@ -102,12 +102,12 @@ class GroupNorm(nn.GroupNorm):
 
 def _spread(values: jax.Array, x: jax.Array) -> jax.Array:
     """Broadcasts values [c] to the shape of x [..., c]."""
-    return pool.broadcast(values, shape=x.shape) if platform.current() == "cpu" else jnp.broadcast_to(values, x.shape)
+    return sums.broadcast(values, shape=x.shape) if platform.current() == "cpu" else jnp.broadcast_to(values, x.shape)
 
 
 def _mean(x: jax.Array) -> jax.Array:
     """The mean over all axes but the last → [c]."""
-    total = pool.sum_features(x, shape=x.shape) if platform.current() == "cpu" else jnp.sum(x, range(x.ndim - 1))
+    total = sums.sum_features(x, shape=x.shape) if platform.current() == "cpu" else jnp.sum(x, range(x.ndim - 1))
     return total / (x.size // x.shape[-1])
 
 

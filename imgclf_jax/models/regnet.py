@@ -1,4 +1,4 @@
-"""RegNets."""
+"""RegNetY: Radosavovic et al. 2020 (arXiv:2003.13678)."""
 
 from collections.abc import Callable, Iterator
 
@@ -15,7 +15,7 @@ from imgclf_jax.models.layers import he_conv, mean_pool
 from imgclf_jax.models.norms import BatchNorm
 from imgclf_jax.models.resnet import Bottleneck
 
-_REGNETS = {  # by multiply-adds: (initial width, slope, multiplier, width of a group, depth)
+_VARIANTS = {  # by multiply-adds: (initial width, slope, multiplier, width of a group, depth)
     "200MF": (24, 36.44, 2.49, 8, 13), "400MF": (48, 27.89, 2.09, 8, 16), "600MF": (48, 32.54, 2.32, 16, 15),
     "800MF": (56, 38.84, 2.4, 16, 14), "1.6GF": (48, 20.71, 2.65, 24, 27), "3.2GF": (80, 42.63, 2.66, 24, 21),
     "4GF": (96, 31.41, 2.24, 64, 22), "6.4GF": (112, 33.22, 2.27, 72, 25), "8GF": (192, 76.82, 2.19, 56, 17),
@@ -23,8 +23,8 @@ _REGNETS = {  # by multiply-adds: (initial width, slope, multiplier, width of a 
 }  # fmt: skip
 
 
-def _regnet(initial: int, slope: float, multiplier: float, group: int, depth: int) -> Iterator[tuple[int, int, int]]:
-    """Yields (width, groups, blocks) of each stage: equations 2 to 4 of RegNet, with widths that are multiples of 8."""
+def _stages(initial: int, slope: float, multiplier: float, group: int, depth: int) -> Iterator[tuple[int, int, int]]:
+    """Yields (width, groups, blocks) of each stage: equations 2 to 4, with widths that are multiples of 8."""
     exponents = np.round(np.log1p(slope * np.arange(depth) / initial) / np.log(multiplier))
     widths = np.round(initial * multiplier**exponents / 8).astype(int) * 8
     for width, blocks in zip(*np.unique(widths, return_counts=True), strict=True):
@@ -33,7 +33,7 @@ def _regnet(initial: int, slope: float, multiplier: float, group: int, depth: in
 
 
 class RegNetY(nn.Module):
-    """RegNetY "200MF" to "32GF" (Radosavovic et al. 2020, arXiv:2003.13678): → [b, width of the last stage]."""
+    """RegNetY "200MF" to "32GF": [b, h, w, c] → [b, width of the last stage]."""
 
     variant: str = "4GF"
     remat: str = ""
@@ -44,12 +44,12 @@ class RegNetY(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        if self.variant not in _REGNETS:
-            raise UserError(unknown("regnety variant", self.variant, _REGNETS))
+        if self.variant not in _VARIANTS:
+            raise UserError(unknown("regnety variant", self.variant, _VARIANTS))
         norm = parts.norms(self.norm, momentum=0.9, dtype=self.dtype)
         block = parts.block_of(self, norm, expansion=1, squeeze=True, last_scale=1.0)
         x = self.activation(norm("stem_bn")(he_conv(32, 3, 2, self.dtype, "stem_conv")(x), train))
-        for i, (width, groups, blocks) in enumerate(_regnet(*_REGNETS[self.variant]), 1):
+        for i, (width, groups, blocks) in enumerate(_stages(*_VARIANTS[self.variant]), 1):
             for j in range(1, blocks + 1):
                 x = block(features=width, groups=groups, strides=2 if j == 1 else 1, name=f"stage{i}_{j}")(x, train)
         return mean_pool(x)

@@ -1,4 +1,4 @@
-"""SqueezeNet."""
+"""SqueezeNet 1.1: Iandola et al. 2016 (arXiv:1602.07360), with the authors' later, faster stages."""
 
 from collections.abc import Callable
 
@@ -31,7 +31,7 @@ class Fire(nn.Module):
 
 
 class SqueezeNet(nn.Module):
-    """SqueezeNet 1.1 (Iandola et al. 2016, arXiv:1602.07360), with the authors' later, faster stages: → [b, 512].
+    """A convolution and eight fire modules: [b, h, w, c] → [b, 512].
 
     The published network applies the head to each pixel and averages the activated logits; so does a Classifier.
     """

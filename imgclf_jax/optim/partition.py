@@ -23,8 +23,9 @@ def build(text: str, shapes: Mapping[str, tuple[int, ...]], parts: int) -> dict[
     """The axis along which each parameter is sharded in `parts` shards, by path; None if it is replicated.
 
     `text` is the key `rules.shard`, a list of PATTERN=AXIS or PATTERN=none as in `rules`. Without a rule, arrays of
-    2**14 elements or more are sharded along their largest divisible axis. The returned axes count from the end, -1, as
-    optimizers may stack arrays, [n, …]. Raises UserError for text that is no rule and an axis that does not divide.
+    2**14 elements or more are sharded along their largest divisible axis. The returned axes count from the end (-1 is
+    the last), since optimizers may stack such arrays, [n, …]. Raises UserError for text that is no rule and for an axis
+    that does not divide.
     """
     axes: dict[str, int | None] = {name: _largest_axis(shape, parts) for name, shape in shapes.items()}
     parsed = []
@@ -49,7 +50,8 @@ def _largest_axis(shape: Sequence[int], parts: int) -> int | None:
 def state_shardings(state: PyTree, axes: Mapping[str, int | None], mesh: Mesh, leading: int = 0) -> PyTree:
     """The sharding of each array of a pytree of parameters, or of arrays of their shapes, such as Adam's moments.
 
-    An array takes the axis of the longest parameter path that its own ends with, after `leading` axes, of the seeds.
+    An array takes the axis of the longest parameter path that its own path ends with. `leading` axes precede the
+    parameter's: the axis of the seeds.
     """
 
     def sharding(name: str, x: jax.ShapeDtypeStruct) -> NamedSharding:

@@ -99,7 +99,10 @@ def lookahead(total: int, k: int = 5, alpha: float = 0.5, power: float = 0.0) ->
 def build(
     decay: float, call: spec.Call | None, total: int, optimizer: optax.GradientTransformation | None = None
 ) -> Average:
-    """The average of `ema` (0: none), of a `lookahead(…)`, or of the optimizer. Raises UserError if several are set."""
+    """The average of the key `ema` (`decay`, 0 for none), of a `lookahead(…)`, or of an optimizer with `evaluated`.
+
+    Raises UserError if more than one is set.
+    """
     evaluated = optimizer and evaluated_by(optimizer)
     chosen = {f"ema={decay}": decay, str(call): call, "the optimizer": evaluated}
     if len(names := [name for name, value in chosen.items() if value]) > 1:

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import IO, Protocol
 
 import numpy as np
-from PIL import Image
 
 from imgclf_jax.core import paths, processes, spec
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import JsonMapping, JsonObject
+from imgclf_jax.data.resizing import to_pillow, to_uint8
 
 log = logging.getLogger(__name__)
 
@@ -193,8 +193,7 @@ class TensorBoard:
         from tensorboard.util.tensor_util import make_tensor_proto
 
         for tag, array in images.items():
-            pixels = array if array.dtype == np.uint8 else (np.clip(array, 0, 1) * 255 + 0.5).astype(np.uint8)
-            pixels = pixels if pixels.ndim == 4 else pixels[None]
+            pixels = to_uint8(array if array.ndim == 4 else array[None])
             height, width = pixels.shape[1:3]
             tensor = make_tensor_proto([str(width).encode(), str(height).encode(), *map(_to_png, pixels)])
             metadata = create_summary_metadata(display_name=None, description=None)
@@ -216,7 +215,7 @@ class TensorBoard:
 def _to_png(pixels: np.ndarray) -> bytes:
     """An image u8[h, w, c] as a PNG."""
     file = io.BytesIO()
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, "PNG")
+    to_pillow(pixels).save(file, "PNG")
     return file.getvalue()
 
 

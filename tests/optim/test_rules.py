@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from imgclf_jax import config as configs
 from imgclf_jax.core import jaxprs, tree
-from imgclf_jax.models.classifier import Frozen, apply_function
+from imgclf_jax.models.frozen import Frozen, apply_function
 from imgclf_jax.optim import rules
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run import provenance

@@ -1,4 +1,4 @@
-"""Max pooling on CPU, over axes 1 and 2 of images [b, h, w, c] or, features first, [c, h, w, b]; sums over pixels."""
+"""Max pooling on CPU, over axes 1 and 2 of images [b, h, w, c] or, features first, [c, h, w, b]."""
 
 import functools
 import itertools
@@ -12,8 +12,6 @@ from jax.typing import DTypeLike
 
 from imgclf_jax.models.cpu.matmuls import accumulator
 from imgclf_jax.models.cpu.multilinear import multilinear
-
-_MAX_ROWS = 7  # with more, XLA copies the computation of x too often to fuse it
 
 
 def window_slices(x: jax.Array, window: int, strides: int, padding: int, fill: float) -> list[jax.Array]:
@@ -117,27 +115,3 @@ def _pool_bias_relu_jvp(
     out, argmax = _pool_bias_relu(x, bias, window, dtype)
     d_max = take_max_fast(d_x.astype(dtype), argmax, window=window, strides=window, padding=0).astype(wide)
     return out, (d_max + jnp.where(argmax >= 0, d_bias.astype(wide)[:, None, None, None], 0)).astype(dtype)
-
-
-def _broadcast(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Broadcasts values [c] to `shape` [..., c]."""
-    return lax.broadcast_in_dim(values, shape, (len(shape) - 1,))
-
-
-def _sum(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The sum [c] over all axes but the last of x, which has this `shape`.
-
-    Images [b, h, w, c] are summed in steps that vectorize: fused with the computation of x, one is ten times slower.
-    """
-    if x.ndim != 4:
-        return jnp.sum(x, range(x.ndim - 1))
-    b, h, w, c = shape
-    k = max(k for k in range(1, _MAX_ROWS + 1) if h % k == 0)
-    grouped = x.reshape(b, h // k, k, w, c)
-    few_rows = functools.reduce(jnp.add, [grouped[:, :, i] for i in range(k)])
-    return jnp.sum(lax.optimization_barrier(jnp.sum(lax.optimization_barrier(few_rows), 0)), (0, 1))
-
-
-# Broadcasting features [c] to [..., c] and the sum back to them, each the other's gradient, called with `shape=`.
-broadcast = multilinear("broadcast", _broadcast, lambda gradient, like, shape: _sum(gradient, shape))
-sum_features = multilinear("sum", _sum, lambda gradient, like, shape: _broadcast(gradient, shape))

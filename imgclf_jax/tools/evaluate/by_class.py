@@ -76,14 +76,14 @@ def best_thresholds(predictions: TargetPredictions) -> np.ndarray:
 
     Choose thresholds on a validation set: on the test set they are biased.
     """
-    from scipy.stats import hmean
-    from sklearn.metrics import precision_recall_curve
-
     probabilities, true = predictions.probabilities, predictions.targets >= 0.5
     out = np.full(true.shape[1], np.nan)
     if np.isnan(probabilities).any():
         return out
     for c in np.flatnonzero(true.any(0)):
-        precision, recall, thresholds = precision_recall_curve(true[:, c], probabilities[:, c])
-        out[c] = thresholds[np.argmax(hmean([precision[:-1], recall[:-1]]))]
+        order = np.argsort(-probabilities[:, c], kind="stable")
+        values, correct = probabilities[order, c], np.cumsum(true[order, c])
+        ends = np.append(np.flatnonzero(values[1:] != values[:-1]), len(values) - 1)
+        f1 = 2 * correct[ends] / (ends + 1 + correct[-1])
+        out[c] = values[ends[np.argmax(f1)]]
     return out

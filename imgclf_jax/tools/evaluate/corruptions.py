@@ -14,6 +14,7 @@ from PIL import Image
 from scipy import ndimage
 
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.data.resizing import to_pillow
 
 SEVERITIES = (1, 2, 3, 4, 5)
 _SMALL = 85  # shorter sides below this use the constants of CIFAR-10-C, others those of ImageNet-C
@@ -61,23 +62,19 @@ def _reduce_contrast(image: np.ndarray, factor: float, random: np.random.Generat
 
 def _pixelate(image: np.ndarray, factor: float, random: np.random.Generator) -> np.ndarray:
     h, w = image.shape[:2]
-    small = _to_pillow(image).resize((max(1, int(w * factor)), max(1, int(h * factor))), Image.Resampling.BOX)
+    small = to_pillow(image).resize((max(1, int(w * factor)), max(1, int(h * factor))), Image.Resampling.BOX)
     return np.asarray(small.resize((w, h), Image.Resampling.BOX)).reshape(image.shape)
 
 
 def _compress(image: np.ndarray, quality: float, random: np.random.Generator) -> np.ndarray:
     file = io.BytesIO()
-    _to_pillow(image).save(file, "JPEG", quality=int(quality))
+    to_pillow(image).save(file, "JPEG", quality=int(quality))
     return np.asarray(Image.open(file)).reshape(image.shape)
 
 
 def _to_levels(values: np.ndarray) -> np.ndarray:
     """Converts values in [0, 1], with clipping, to uint8 by truncation, as published."""
     return (np.clip(values, 0, 1) * 255).astype(np.uint8)
-
-
-def _to_pillow(image: np.ndarray) -> Image.Image:
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 CORRUPTIONS: dict[str, Corruption] = {

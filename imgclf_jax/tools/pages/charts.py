@@ -61,8 +61,9 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def chart(title: str, x_name: str, lines: Sequence[Line], description: str = "", linear: bool = False) -> str:
-    """Draws a chart as an `svg` element, or returns "" without a finite value. Nonfinite values are gaps, and lines
-    without points are left out.
+    """Draws a chart as an `svg` element, or returns "" without a finite value.
+
+    Nonfinite values are gaps, and lines without points are left out.
 
     The `description` is where each line ends, unless another is given. Unless it is to be `linear`, the y axis is
     logarithmic if all values are positive and the largest is far above the smallest; the ends of a line do not

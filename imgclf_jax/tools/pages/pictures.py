@@ -7,6 +7,7 @@ import unicodedata
 import numpy as np
 from PIL import Image, ImageFont
 
+from imgclf_jax.data.resizing import to_uint8
 from imgclf_jax.tools.pages.html import text
 
 MAX = 128  # pixels of the longer side; larger images are shrunk
@@ -27,13 +28,6 @@ def fitting(text: str, size: int) -> tuple[Font, str]:
 def to_rgb(image: np.ndarray) -> np.ndarray:
     """Converts uint8[h, w, c] to uint8[h, w, 3]: the first of one or two channels in gray, else the first three."""
     return image[..., :1].repeat(3, -1) if image.shape[-1] < 3 else image[..., :3]
-
-
-def to_uint8(image: np.ndarray) -> np.ndarray:
-    """Converts f32 in [0, 1], with clipping, to uint8; returns uint8 unchanged."""
-    if image.dtype == np.uint8:
-        return image
-    return np.round(np.clip(np.nan_to_num(image), 0, 1) * 255).astype(np.uint8)
 
 
 def tag(image: np.ndarray, alt: str, colors: int = 0) -> str:

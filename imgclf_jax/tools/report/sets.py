@@ -7,6 +7,7 @@ import numpy as np
 
 from imgclf_jax.core.terminal import format_metrics
 from imgclf_jax.core.text import decimals
+from imgclf_jax.data.resizing import to_uint8
 from imgclf_jax.scores.multilabel import TargetPredictions
 from imgclf_jax.tools.evaluate import by_class, intervals
 from imgclf_jax.tools.explain import explanations, heatmap
@@ -168,7 +169,7 @@ def _top_loss(example: TopLoss, names: Sequence[str], method: str) -> str:
     verdict = "classified correctly" if right else f"taken for {predicted}"
     picture = pictures.tag(example.image, f"{example.example}: of class {label}, {verdict}")
     signed = method == "occlusion"
-    overlay = heatmap.overlay(pictures.to_uint8(example.image), heatmap.scale(example.heat, signed))
+    overlay = heatmap.overlay(to_uint8(example.image), heatmap.scale(example.heat, signed))
     peak = heatmap.peak(example.heat, signed)
     method_text = f"{explanations.TITLES[method].partition(':')[0]} for {predicted}"
     alt = f"{example.example}, {method_text}: " + (f"most at {peak}" if peak else "nothing stands out")

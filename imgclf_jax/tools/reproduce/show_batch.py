@@ -16,12 +16,12 @@ from imgclf_jax.core.errors import UsageError, UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import stream
+from imgclf_jax.data.resizing import to_uint8
 from imgclf_jax.programs import Programs, programs_for_images
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import make_inputs
 from imgclf_jax.tools.pages import contact_sheet
-from imgclf_jax.tools.pages.pictures import to_uint8
 
 _LINES = 4  # most numbers or labels below an image
 
