@@ -13,11 +13,11 @@ copy in another layout at each step on TPU, four times as large for images of 32
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from imgclf_jax.core import machine, sharding
 from imgclf_jax.core.errors import UserError
@@ -34,18 +34,15 @@ def batch_shape(rows: int, image_shape: tuple[int, ...], targets: int, mesh: Mes
     `targets` is the number of targets per example, 0 with labels. `columns` are the dtypes of further values [b], such
     as mask="bool".
     """
-    return _shapes(rows, image_shape, targets, columns, sharding.sharded(mesh))
+    placed, y = sharding.sharded(mesh), {"target": ((targets,), "float32")} if targets else {"label": ((), "int32")}
+    values = {"image": (image_shape, "uint8"), **y, **{name: ((), dtype) for name, dtype in columns.items()}}
+    return {name: jax.ShapeDtypeStruct((rows, *own), dtype, sharding=placed) for name, (own, dtype) in values.items()}
 
 
 def table_shape(examples: int, image_shape: tuple[int, ...], targets: int, mesh: Mesh) -> Batch:
     """The shapes, dtypes and shardings of a data set of images [h, w, c] that is kept on the devices."""
-    return _shapes(examples, (math.prod(image_shape),), targets, {}, sharding.replicated(mesh))
-
-
-def _shapes(n: int, shape: tuple[int, ...], targets: int, columns: Mapping[str, str], placed: NamedSharding) -> Batch:
-    y = {"target": ((targets,), "float32")} if targets else {"label": ((), "int32")}
-    values = {"image": (shape, "uint8"), **y, **{name: ((), dtype) for name, dtype in columns.items()}}
-    return {name: jax.ShapeDtypeStruct((n, *own), dtype, sharding=placed) for name, (own, dtype) in values.items()}
+    batch = batch_shape(examples, (math.prod(image_shape),), targets, mesh)
+    return {name: x.update(sharding=sharding.replicated(mesh)) for name, x in batch.items()}
 
 
 def gather(table: Batch, ids: jax.Array, image_shape: tuple[int, ...]) -> Batch:
@@ -64,9 +61,8 @@ def batches(
     if placement == "device":
         yield from _gather_batches(images, spec, steps, mesh)
         return
-    rows = sharding.rows_here(spec.batch_size, mesh)
-    extra_rows = {name: sharding.rows_here(batch_size, mesh) for name, batch_size in spec.extra}
-    for step, batch in stream.batches(images, spec, steps, rows, extra_rows=extra_rows):
+    rows = functools.partial(sharding.rows_here, mesh=mesh)
+    for step, batch in stream.batches(images, spec, steps, rows):
         yield step, sharding.put_batch(batch, mesh)  # the copy overlaps the step before it
 
 

@@ -5,7 +5,7 @@ threads, and after any restart.
 """
 
 import concurrent.futures
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -144,28 +144,26 @@ class StreamSpec:
 
 
 def batches(
-    images: Images, spec: StreamSpec, steps: Iterable[int], rows: np.ndarray | None = None, prefetch: int = 4,
-    extra_rows: Mapping[str, np.ndarray] = MappingProxyType({}),
+    images: Images, spec: StreamSpec, steps: Iterable[int], rows: Callable[[int], np.ndarray] = np.arange,
+    prefetch: int = 4,
 ) -> Iterator[tuple[int, Batch]]:  # fmt: skip
     """Yields each step with its batch, a pure function of the step.
 
-    A process reads only the `rows` int64[b] of each batch that its devices need; all if None. Batches of several seeds
-    are interleaved, [b * num_seeds, …]: the first example of each seed, then the second. An extra stream of `spec` is a
-    nested dict, by its name; `extra_rows` are its rows.
+    A process reads only the rows of each batch that its devices need: `rows` maps a stream's batch size to them,
+    int64[b], by default to all. Batches of several seeds are interleaved, [b * num_seeds, …]: the first example of each
+    seed, then the second. An extra stream of `spec` is a nested dict, by its name.
     """
-    streams = [images, *(images.extra[extra.name] for extra in spec.extra_streams)]
+    own = images, spec, rows(spec.batch_size)
+    extra = {one.name: (images.extra[one.name], one, rows(one.batch_size)) for one in spec.extra_streams}
 
     def read(step: int) -> Batch:
-        extra = {one.name: _read(images.extra[one.name], one, step, extra_rows.get(one.name))
-                 for one in spec.extra_streams}  # fmt: skip
-        return {**_read(images, spec, step, rows), **extra}
+        return {**_read(step, *own), **{name: _read(step, *stream) for name, stream in extra.items()}}
 
-    return read_ahead(read, steps, 0 if all(one.kept for one in streams) else prefetch)
+    return read_ahead(read, steps, 0 if all(one.kept for one, *_ in (own, *extra.values())) else prefetch)
 
 
-def _read(images: Images, spec: StreamSpec, step: int, rows: np.ndarray | None) -> Batch:
-    """The batch of one stream at a step, or its `rows`."""
-    rows = np.arange(spec.batch_size, dtype=np.int64) if rows is None else rows
+def _read(step: int, images: Images, spec: StreamSpec, rows: np.ndarray) -> Batch:
+    """The `rows` of the batch of one stream at a step."""
     positions, replicas = step * spec.batch_size + rows, []
     for seed in spec.seeds:
         ids = images.sampler.ids(seed, positions)

@@ -26,7 +26,7 @@ def fake(n=40, shape=(9, 8, 1)):
     return sources.fake(n, shape, 5)["train"]
 
 
-def train_batches(images, seed, batch_size, start, stop, rows=None, prefetch=4):
+def train_batches(images, seed, batch_size, start, stop, rows=np.arange, prefetch=4):
     steps = range(start, stop)
     return (batch for _, batch in stream.batches(images, stream.StreamSpec(seed, batch_size), steps, rows, prefetch))
 
@@ -79,7 +79,7 @@ def test_the_rows_of_all_processes_make_the_global_batch(processes):
     for process in range(processes):
         rows = np.arange(process, 12, processes)
         expected = [{k: batch[k][rows] for k in ("image", "label")} for batch in whole]
-        assert_same(train_batches(images, 4, 12, 2, 5, rows), expected)
+        assert_same(train_batches(images, 4, 12, 2, 5, lambda size, rows=rows: rows), expected)
 
 
 def test_random_ops_draw_anew_in_every_epoch_and_for_every_seed():

@@ -80,9 +80,9 @@ def test_a_batch_holds_those_of_the_further_streams(config, place):
 def test_any_process_reads_its_rows_of_every_stream(config):
     images, spec = datasets.open_train_images(config), spec_of(config)
     [(_, whole)] = stream.batches(images, spec, [3])
-    rows, more = np.arange(4, 8), {"unlabeled": np.arange(6, 12), "held": np.arange(1, 16, 2)}
-    [(_, part)] = stream.batches(images, spec, [3], rows, extra_rows=more)
-    for own, all_, places in ((part, whole, rows), *((part[n], whole[n], more[n]) for n in more)):
+    rows = {16: np.arange(1, 16, 2), 24: np.arange(6, 12)}
+    [(_, part)] = stream.batches(images, spec, [3], rows.__getitem__)
+    for own, all_, size in ((part, whole, 16), *((part[name], whole[name], size) for name, size in spec.extra)):
         for name in ("image", "label"):
-            expected = all_[name].reshape(-1, 2, *all_[name].shape[1:])[places]
+            expected = all_[name].reshape(-1, 2, *all_[name].shape[1:])[rows[size]]
             np.testing.assert_array_equal(own[name].reshape(expected.shape), expected)
