@@ -15,23 +15,20 @@ _LOST_PEER = re.compile("Gloo .* failed|remote process exited|task is set to ERR
 
 
 @contextlib.contextmanager
-def started(
-    command: JsonObject, coordinator: str = "", count: int | None = 1, process: int | None = None, devices: str = "",
-    heartbeat: int = 100,
-) -> Iterator[None]:  # fmt: skip
-    """Joins the other processes (see `processes.start`), if there are any, and sets up logging.
+def started(command: JsonObject, counted: bool = True) -> Iterator[None]:
+    """Sets up logging and starts JAX's backend.
 
     Raises UserError if JAX finds no devices, in all processes unless `command`, the code, the versions and the devices
-    are the same everywhere, and if another process dies while this one computes with it.
+    (also their number, if `counted`) are the same everywhere, and if another process dies while this one computes with
+    it.
     """
-    processes.start(coordinator, count, process, devices, heartbeat)
     terminal.setup_logging()
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as e:  # JAX asserts where a plugin is missing
         raise UserError(f"JAX finds no devices ({reason(e)}); see JAX_PLATFORMS, and install JAX for them") from e
     # Apart, since a config key and a package may have one name, such as tensorboard.
-    for facts in (lambda: command, provenance.process_facts, lambda: provenance.device_facts(counted=not devices)):
+    for facts in (lambda: command, provenance.process_facts, lambda: provenance.device_facts(counted)):
         processes.agree(facts)
     try:
         yield

@@ -110,11 +110,13 @@ def _dispatch(line: CommandLine, config: ConfigDict | None, source: Any) -> int:
     agreed |= {"command": line.command, "files": line.files} | {f"--{flag}": value for flag, value in options.items()}
     with contextlib.ExitStack() as stack:
         if config:
-            stack.enter_context(distributed.started(agreed, *process_flags))
+            if process_flags:
+                processes.start(*process_flags)
+            stack.enter_context(distributed.started(agreed, counted=not line.options.get("local_devices")))
         else:  # such as `status`, beside a run that holds the devices
             terminal.setup_logging()
         if config and "trust" in options and not options.pop("trust") and source:
-            stack.enter_context(source.untrusted())
+            stack.enter_context(Workdir(source.path).untrusted())
         more: list[Any] = [config, source] if config else []
         more += [line.files] if command.files and command.opens is not from_record else []
         more += [line] if command.needs_command_line else []

@@ -1,6 +1,5 @@
 """Reads the records of a run from its work directory or a bundle, and finds all runs below directories."""
 
-import contextlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -58,10 +57,6 @@ class Record:
         """The work directory at `path`."""
         return Workdir(self.path)
 
-    def untrusted(self) -> contextlib.AbstractContextManager[None]:
-        """See `Workdir.untrusted`."""
-        return self.workdir.untrusted()
-
     @cached_property
     def config(self) -> ConfigDict:
         """The config that the run was trained with."""
@@ -108,19 +103,15 @@ class Record:
         return value
 
     @cached_property
+    def train_examples(self) -> int:
+        """The size of the training split; 0 without provenance.json."""
+        return self.workdir.load_data_info().train_examples if "provenance.json" in self.files else 0
+
+    @property
     def total(self) -> int | None:
         """The number of steps by the config; None without provenance.json."""
-        if "provenance.json" not in self.files:
-            return None
-        examples = self.workdir.load_data_info().train_examples
-        return configs.steps(self.config.total, "total", examples, self.config.batch_size)
-
-    @cached_property
-    def steps_per_epoch(self) -> float | None:
-        """How many steps an epoch takes; None if the directory has no provenance.json."""
-        if "provenance.json" not in self.files:
-            return None
-        return self.workdir.load_data_info().train_examples / self.config.batch_size
+        examples = self.train_examples
+        return configs.steps(self.config.total, "total", examples, self.config.batch_size) if examples else None
 
     @cached_property
     def evals(self) -> dict[str, str]:

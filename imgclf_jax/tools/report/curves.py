@@ -47,7 +47,8 @@ def curves(run: Record) -> str:
         figures.append((caption, chart(caption, "step", [line])))
     notes = [f"Lines are means over {run.config.num_seeds} seeds. Bands are one standard deviation to each side, if "
              "logged."] if run.config.num_seeds > 1 else []  # fmt: skip
-    notes += [f"An epoch is {per:.6g} steps."] if (per := run.steps_per_epoch) else []
+    if run.train_examples:
+        notes.append(f"An epoch is {run.train_examples / run.config.batch_size:.6g} steps.")
     return (html.legend(list(drawn)) + (paragraph(" ".join(notes), note=True) if notes else "")
             + html.charts(figures))  # fmt: skip
 
