@@ -21,10 +21,15 @@ def held(file: Path) -> Iterator[None]:
     """Holds the lock `file` inside, and removes it at the end. The file names its holder.
 
     The operating system releases the lock (`flock`) however the process ends. Missing folders are created. Raises
-    UserError, with host, process and time, if another process holds it. Warns if the file system has no locks.
+    UserError, with host, process and time, if another process holds it, and if the folder cannot be written. Warns if
+    the file system has no locks.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle = _take(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = _take(file)
+    except OSError as e:
+        reason = "it is a file" if file.parent.is_file() else e.strerror
+        raise UserError(f"work directory {file.parent} cannot be written: {reason}; pass another --workdir") from e
     try:
         yield
     finally:

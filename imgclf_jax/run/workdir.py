@@ -85,14 +85,7 @@ class Workdir:
             yield
             return
         check_path(self.path)
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(lock.held(self.path / "lock"))
-            except OSError as e:
-                reason = "it is a file" if self.path.is_file() else e.strerror
-                raise UserError(
-                    f"work directory {self.path} cannot be written: {reason}; pass another --workdir"
-                ) from e
+        with lock.held(self.path / "lock"):
             yield
 
     def refuse_data(self) -> None:
