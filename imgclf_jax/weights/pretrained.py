@@ -2,7 +2,6 @@
 
 import difflib
 import functools
-import json
 import logging
 import math
 import re
@@ -16,7 +15,7 @@ import numpy as np
 
 from imgclf_jax import losses
 from imgclf_jax.augment import ops
-from imgclf_jax.core import paths, processes, spec, tree
+from imgclf_jax.core import processes, spec, tree
 from imgclf_jax.core.errors import UserError, no_such, reason
 from imgclf_jax.core.text import one_per_line
 from imgclf_jax.core.typing import JsonObject
@@ -83,8 +82,8 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     path, located = initial.locate(file)
     leaves = tree.named_leaves({"params": programs.state_shape.params, **programs.state_shape.model_state})
     own: dict[str, Any] = {name: jax.ShapeDtypeStruct(x.shape[config.num_seeds > 1 :], x.dtype) for name, x in leaves}
-    if path.is_dir() and not container:
-        weights = _read_workdir(Workdir(path))
+    if (workdir := Workdir(path)).config.is_file() and not container:
+        weights = _read_workdir(workdir)
     elif path.is_file():
         heads = {f"{_HEAD}{leaf}": jax.ShapeDtypeStruct((), "float32") for leaf in ("kernel", "bias")}
         weights = _read_file(path, container, programs, heads | own)  # a head has a name even if the model has none
@@ -123,32 +122,25 @@ def _module_of(name: str) -> str:
 
 def _read_workdir(workdir: Workdir) -> Weights:
     """Reads the weights of a run's best checkpoint, else its latest; of several seeds, the first."""
-    what = f"init_from={str(workdir.path)!r}"
-    try:
-        config = json.loads(paths.read(workdir.config))
-        metric, num_seeds = str(config["checkpoint"]["best"]), int(config.get("num_seeds", 1))
-        method = str(config.get("method", "supervised"))
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{what}: this directory holds no run (no readable config.json)") from e
+    what, config = f"init_from={str(workdir.path)!r}", workdir.load_config()
     if (last := workdir.last_checkpoint()) is None:
         raise UserError(f"{what}: this run has no checkpoint yet")
-    checkpoints = Checkpoints(workdir.checkpoints, best=metric, read_only=True)
+    checkpoints = Checkpoints(workdir.checkpoints, best=config.checkpoint.best, read_only=True)
     step = last if (best := checkpoints.best_step()) is None else best
     state = checkpoints.restore(step, optimizer=False)["state"]
     digests.check(workdir, step, state["params"])
     # The evaluated weights: the averages (params, model_state) if the run has any.
     params, model_state = state.get("eval_variables") or (state["params"], state.get("model_state"))
     variables = jax.device_get({"params": params, **(model_state or {})})
-    if num_seeds > 1:
-        log.info("%s: the run has %d seeds; the first one's weights are taken", what, num_seeds)
+    if config.num_seeds > 1:
+        log.info("%s: the run has %d seeds; the first one's weights are taken", what, config.num_seeds)
         variables = jax.tree.map(lambda x: x[0], variables)
     digest = tree.sha256(variables)
-    if scale := lora.scale_of(method):
-        log.info("%s: the run has method=%r; its merged weights are taken", what, method)
+    if scale := lora.scale_of(config.method):
+        log.info("%s: the run has method=%r; its merged weights are taken", what, config.method)
         variables = lora.merge(variables, scale)
     named, data = dict(tree.named_leaves(variables)), workdir.load_data_info()
-    record = {key: x for key, x in config.items() if isinstance(x, str)}
-    record["class_names"] = one_per_line(data.class_names)
+    record = {**config.to_dict(), "class_names": one_per_line(data.class_names)}
     if (kernel := named.get("params/backbone/patch/kernel")) is not None:
         h, w, _ = data.image_shape
         record["grid"] = f"{h // kernel.shape[0]}x{w // kernel.shape[1]}"

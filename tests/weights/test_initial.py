@@ -18,7 +18,7 @@ from test_pretrained import RESNET20, programs, resnet8
 from torch_fixtures import draw
 
 import launch
-from imgclf_jax.config import default_config
+from imgclf_jax.config import default_config, to_json
 from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import imagenet_classes, sources
@@ -268,7 +268,7 @@ def test_a_work_directory_of_a_network_with_running_means(tmp_path):
     params, stats = own["params"], {"batch_stats": own["batch_stats"]}
     averages = {"params": other["params"], "model_state": {"batch_stats": other["batch_stats"]},
                 "eval_variables": (params, stats)}  # fmt: skip
-    (tmp_path / "config.json").write_text('{"checkpoint": {"best": ""}}')
+    (tmp_path / "config.json").write_text(to_json(default_config()))
     data = {"train_examples": 64, "image_shape": (32, 32, 3), "class_names": [str(i) for i in range(10)]}
     (tmp_path / "provenance.json").write_text(json.dumps({"data": data | {"fingerprint": "x"}}))
     checkpoints = Checkpoints(tmp_path / "checkpoints")
