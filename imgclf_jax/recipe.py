@@ -151,15 +151,16 @@ class Recipe:
         """The shape of each parameter by path, in the order in which the model creates them."""
         shapes = {}
 
-        def init() -> None:  # as a side effect, since a JAX transformation would return sorted dicts
-            images = jnp.zeros((1, *self.data.image_shape), jnp.float32)
-            rngs = rng.init_streams(jax.random.key(0))  # any key: only shapes
+        def init(rngs: dict[str, jax.Array], images: jax.Array) -> None:
+            # As a side effect, since a JAX transformation would return sorted dicts.
             variables = self.model.init(rngs, images, train=False)
             for path, x in traverse_util.flatten_dict(variables["params"]).items():
                 if self.method.predicts or path[0] != "head":
                     shapes["/".join(map(str, path))] = x.shape
 
-        self.naming_the_key()(jax.eval_shape)(init)
+        # Of inputs that are traced: `_built`, which calls this, would compute the rest, operation by operation.
+        images = jax.ShapeDtypeStruct((1, *self.data.image_shape), jnp.float32)
+        self.naming_the_key()(jax.eval_shape)(init, rng.init_streams(jax.random.key(0)), images)  # any key: only shapes
         return shapes
 
     @_built

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from cases import thorough, trained_for
+from flax import linen as nn
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from imgclf_jax import recipe, step
@@ -74,6 +75,24 @@ def test_factories_run_outside_of_any_trace(key, function, lr, fake_config):
     programs.check_size()
     programs.traced_train.lower()
     programs.init_state()
+
+
+class Computed(nn.Module):
+    """Tells of each array that a layer computes, instead of a trace."""
+
+    features = 4
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(self.features)(x.reshape(len(x), -1))
+        assert isinstance(x, jax.core.Tracer)
+        return x
+
+
+def test_rules_compute_no_part_of_the_model(fake_config):
+    """They ask for the shapes of its parameters, which took a minute for a network of fifty layers."""
+    fake_config.model, fake_config.rules.lr = f"{__name__}:Computed", "head/.*=2"
+    Programs(Recipe(fake_config, DATA)).check_size()
 
 
 @pytest.mark.parametrize(
