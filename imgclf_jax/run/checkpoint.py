@@ -123,8 +123,7 @@ class Checkpoints:
             processes.barrier()  # until process 0 has verified the previous save
         if step in self._manager.all_steps():
             return
-        saved = ocp.args.PyTreeSave(jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state))
-        self._attempt(lambda: self._manager.save(step, args=saved))
+        self._attempt(lambda: self._manager.save(step, args=ocp.args.PyTreeSave(state)))
         self._saving = self._thread.submit(self._finish, step)
 
     def _finish(self, step: int) -> None:
@@ -206,7 +205,7 @@ class Checkpoints:
             return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
 
         skipped = () if optimizer else (_OPTIMIZER,)
-        wanted = tree.map_named(lambda name, x: ocp.PLACEHOLDER if name.startswith(skipped) else _stored(x), like)
+        wanted = tree.map_named(lambda name, x: ocp.PLACEHOLDER if name.startswith(skipped) else x, like)
         arguments = ocp.args.PyTreeRestore(wanted, jax.tree.map(restore_args, wanted), partial_restore=not optimizer)
         found = self._manager.restore(step, args=arguments)
         if optimizer:
@@ -307,14 +306,6 @@ def _is_key(leaf: Leaf) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _stored(like: Leaf) -> Leaf:
-    """The shape and dtype that a leaf has in a checkpoint: random keys are stored as their uint32 data."""
-    if not _is_key(like):
-        return like
-    data = jax.eval_shape(jax.random.key_data, like)
-    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=like.sharding)
-
-
 def _wrap_key(data: Array, like: Leaf) -> Array:
     if not _is_key(like):
         return data
@@ -332,5 +323,6 @@ def _find_clash(saved: PyTree, like: PyTree) -> str:
 
 
 def _describe(leaf: Leaf) -> str:
-    leaf = _stored(leaf)
-    return f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+    """The dtype and shape that a leaf has in a checkpoint: Orbax stores random keys as their uint32 data."""
+    stored = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+    return f"{np.dtype(stored.dtype)}{list(stored.shape)}"
