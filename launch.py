@@ -3,7 +3,6 @@
 Usage: launch.py [COMMAND] [--config=FILE.py[:ARG]] [--workdir=DIR] [--config.KEY=VALUE …] [FILE|DIR …]
 """
 
-import importlib.util
 import os
 import signal
 import sys
@@ -15,17 +14,13 @@ if sys.version_info < (3, 12):  # noqa: UP036  before anything is imported that 
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C during the imports: no traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # Installed packages come first: a jax.py next to this file must not shadow JAX.
+    # imgclf_jax is the package next to this file, even if the environment or PYTHONPATH names another clone.
     _here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [folder for folder in sys.path if folder != _here] + [_here]
-    # But imgclf_jax is the package next to this file, even if the environment or PYTHONPATH names another clone.
-    _package = os.path.join(_here, "imgclf_jax", "__init__.py")
-    _spec = importlib.util.spec_from_file_location(
-        "imgclf_jax", _package, submodule_search_locations=[os.path.dirname(_package)]
-    )
-    if os.path.isfile(_package) and _spec and _spec.loader:
-        sys.modules["imgclf_jax"] = importlib.util.module_from_spec(_spec)
-        _spec.loader.exec_module(sys.modules["imgclf_jax"])
+    sys.path[:] = [_here, *(folder for folder in sys.path if folder != _here)]
+    import imgclf_jax  # noqa: F401  which itself imports no installed package
+
+    # Now those come first: a jax.py next to this file must not shadow JAX.
+    sys.path.append(sys.path.pop(0))
 
 try:
     from imgclf_jax.cli.main import main, run_and_exit
