@@ -213,9 +213,8 @@ def build(text: str, train: bool) -> Callable[..., jax.Array]:
 def normalization(text: str) -> tuple[np.ndarray, np.ndarray]:
     """The mean and standard deviation, f32[] or f32[c], of `normalize` in the spec `text`; 0 and 1 without one."""
     call = next((call for call in spec.parse(text) if call.name == "normalize"), spec.Call("normalize"))
-    known = inspect.signature(normalize).bind(None, *call.args, **call.kwargs)
-    known.apply_defaults()
-    return np.asarray(known.arguments["mean"], np.float32), np.asarray(known.arguments["std"], np.float32)
+    arguments = inspect.signature(spec.bind(call, DEVICE_OPS, "device op", leading=("images",))).parameters
+    return np.asarray(arguments["mean"].default, np.float32), np.asarray(arguments["std"].default, np.float32)
 
 
 def to_pixels(images: np.ndarray, text: str) -> np.ndarray:

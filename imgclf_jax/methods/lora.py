@@ -118,6 +118,5 @@ def scale_of(method: str) -> float:
     call = spec.parse_one(method)
     if call.name != "lora":
         return 0.0
-    bound = inspect.signature(lora).bind(None, *call.args, **call.kwargs)
-    bound.apply_defaults()
-    return float(bound.arguments["alpha"] / bound.arguments["rank"])
+    arguments = inspect.signature(spec.bind(call, {"lora": lora}, "method", leading=("problem",))).parameters
+    return float(arguments["alpha"].default / arguments["rank"].default)
