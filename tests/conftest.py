@@ -61,15 +61,32 @@ def pytest_sessionfinish(session):
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_once(tmp_path_factory):
-    """What several tests compile, in any process, is compiled once, in a folder of this run or the one a user names."""
+    """What several tests compile, in any process, is compiled once, in a folder of this run or the one a user names.
+
+    A process keeps its last programs itself too: those on oneDNN are in no folder (see `internals.not_cached`).
+    """
     base = tmp_path_factory.getbasetemp()  # with xdist each process has its own, in a folder of them all
     of_this_run = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(of_this_run)
     import jax
+    from jax._src import compiler
+    from jax._src.interpreters import mlir
 
-    os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = folder, "0.1"
+    os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = folder, "0"
     jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    last, whole = {}, compiler.compile_or_get_cached
+
+    def compile(backend, program, devices, options, callbacks, *more):
+        key = mlir.module_to_bytecode(program), options.SerializeAsString(), *(device.id for device in devices.flat)
+        found = last.pop(key, None) or whole(backend, program, devices, options, callbacks, *more)
+        if len(key[0]) > 4000 and not callbacks:
+            last[key] = found
+            if len(last) > 100:
+                del last[next(iter(last))]
+        return found
+
+    compiler.compile_or_get_cached = compile
 
 
 @pytest.fixture(scope="session", autouse=True)

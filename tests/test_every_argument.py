@@ -192,7 +192,8 @@ def files(tmp_path_factory):
 
 
 SLOW = ("wide_resnet", "convnext", "vit", "mixer", "airbench", "layer_norm", "group_norm", "supcon", "simclr",
-        "distill", "asam", "cutmix")  # fmt: skip
+        "distill", "asam", "cutmix", "efficientnet", "mobilenet", "regnety", "resnet", "batch_norm", "fixmatch",
+        "mean_teacher", "pgd", "clip_per_example")  # fmt: skip
 CASES = [case for kind, (table, _) in KINDS.items() for name in table
          for case in (thorough((kind, name)) if name in SLOW else [(kind, name)])]  # fmt: skip
 

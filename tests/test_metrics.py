@@ -1,7 +1,6 @@
 """Metrics of batches and of whole sets, against scikit-learn, and through evaluation's padded batches."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import trained_for
@@ -14,18 +13,19 @@ from imgclf_jax.run.ranking import parse_best
 from imgclf_jax.scores import classification
 from imgclf_jax.train.evaluation import evaluate, evaluate_all
 
+task_sums, predict = (jax.jit(f, static_argnames=("link", "task")) for f in (metrics.task_sums, metrics.predict))
+
 
 def sums_of(logits, labels, mask=True, link=losses.SOFTMAX):
     """The sums of a batch; the loss of an example is its number."""
-    logits, labels = jnp.asarray(logits, jnp.float32), jnp.asarray(labels, jnp.int32)
-    numbers = jnp.arange(len(labels), dtype=jnp.float32)
-    return jax.device_get(metrics.task_sums(logits, labels, numbers, link, jnp.broadcast_to(mask, len(labels))))
+    numbers, mask = np.arange(len(labels), dtype=np.float32), np.broadcast_to(mask, len(labels))
+    return jax.device_get(task_sums(np.float32(logits), np.int32(labels), numbers, link, mask))
 
 
 def predicted(logits, labels, link=losses.SOFTMAX, mask=None):
     """The predictions of a batch, or of an ensemble for logits [seeds, b, classes]."""
     mask = np.ones(len(labels), bool) if mask is None else mask
-    batch = metrics.predict(jnp.asarray(logits, jnp.float32), jnp.asarray(labels), link, mask)
+    batch = predict(np.float32(logits), np.asarray(labels), link, mask)
     found = metrics.concatenate([jax.device_get(batch)])
     return found.for_seed(-1) if np.ndim(logits) > 2 else found
 
@@ -144,10 +144,10 @@ def test_every_metric_says_which_value_is_best():
 @pytest.mark.parametrize("task", Task)
 def test_what_evaluation_reports(task):
     """All of it has a direction, so that a checkpoint can be chosen by it."""
-    wanted = jnp.zeros(4, jnp.int32) if task is Task.CLASSES else jnp.full((4, 2), 0.5)
+    zeros, mask = np.zeros((4, 2), np.float32), np.ones(4, bool)
+    wanted = np.zeros(4, np.int32) if task is Task.CLASSES else zeros + np.float32(0.5)
     link, whole_set = losses.SIGMOID if task is Task.MULTILABEL else losses.SOFTMAX, metrics.build_whole_set("f1", task)
-    sums = metrics.task_sums(jnp.zeros((4, 2)), wanted, jnp.zeros(4), link, jnp.ones(4, bool), task)
-    made = metrics.predict(jnp.ones((4, 2)), wanted, link, jnp.ones(4, bool), task)
+    sums, made = task_sums(zeros, wanted, zeros[:, 0], link, mask, task), predict(zeros, wanted, link, mask, task)
     names = metrics.reported(sums, whole_set)
     assert names == list(metrics.summarize(sums, metrics.concatenate([jax.device_get(made)]), whole_set))[1:]
     assert set(names) < set(metrics.BEST)

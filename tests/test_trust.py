@@ -115,7 +115,7 @@ def test_a_run_that_names_a_place_on_the_network(mistake, trained, tmp_path, com
 
 
 @pytest.mark.parametrize("model", ["my_trusted_nets:Net(widths=(512,))",
-                                   "mlp(widths=(512,), activation='my_trusted_nets:relu')"])  # fmt: skip
+                                   *thorough("mlp(widths=(512,), activation='my_trusted_nets:relu')")])  # fmt: skip
 def test_trusted(trained, tmp_path, monkeypatch, printed, model):
     """With --trust it is imported, from the folder of the config or the current one."""
     run = changed(trained, tmp_path / "run", {"model": model})
@@ -138,8 +138,7 @@ def test_a_file_that_is_called_like_a_library(tmp_path, place):
 
 
 @pytest.mark.parametrize(("program", "words"), [
-    ([str(ROOT / "launch.py")], ["probe"]),
-    *thorough(([str(ROOT / "launch.py")], ["export", "x.onnx"])),
+    *thorough(([str(ROOT / "launch.py")], ["probe"]), ([str(ROOT / "launch.py")], ["export", "x.onnx"])),
     (["-m", "imgclf_jax"], ["evaluate"]),
 ])  # fmt: skip
 def test_no_file_of_the_current_folder_stands_in_for_a_package(trained, tmp_path, program, words):

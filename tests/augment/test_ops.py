@@ -100,7 +100,7 @@ def numpy_erasing(key, images, probability, area, aspect):
 
 @pytest.mark.parametrize(
     ("h", "w", "fill", "dtype"),  # the size decides where the boxes lie, the other two what is in them
-    [(32, 32, 0, np.uint8), (12, 20, "color", np.uint8),
+    [(32, 32, 0, np.uint8),
      *thorough(*((12, 20, *what) for what in product((0, 7.0, "pixel", "color"), (np.uint8, np.float32))))],
 )  # fmt: skip
 def test_random_erasing_fills_the_papers_box(h, w, fill, dtype):

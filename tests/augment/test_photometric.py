@@ -159,7 +159,7 @@ def everything(ranges, image, fill=0):
     return [(policies.OPS[op], (1 - 2 * sign) * m, own) for op, sign, m, own in zip(*place, out, strict=True)]
 
 
-@pytest.mark.parametrize("space", [narrow, wide])
+@pytest.mark.parametrize("space", [narrow, *thorough(wide)])
 @pytest.mark.parametrize("kind", [*list(IMAGES)[:1], *thorough(*list(IMAGES)[1:])])
 def test_every_op_is_pillows_at_every_magnitude(space, kind):
     """Bit for bit, except autocontrast, where Pillow may be a level lower."""
@@ -193,6 +193,7 @@ def test_trivialaugment_draws_every_op_sign_and_magnitude_alike():
     assert stats.chisquare(observed, expected).pvalue > 1e-3
 
 
+@pytest.mark.thorough
 def test_randaugment_draws_the_ops_of_its_magnitude():
     """On an oblong image, where translations differ by axis; whose ops are Pillow's, see above."""
     image = IMAGES["oblong"][3]

@@ -22,16 +22,12 @@ def test_what_a_thread_compiles_inside_not_cached_is_not_cached():
 
         jax.jit(secret_name).lower(1.0).compile()
 
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    try:
-        with internals.not_cached():
-            compile(os.getpid())
-            assert not entries()
-            other = threading.Thread(target=compile, args=(os.getpid() + 1,))
-            other.start()
-            other.join()
-            assert (others := entries())
-        compile(os.getpid() + 2)
-        assert entries() > others
-    finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    with internals.not_cached():
+        compile(os.getpid())
+        assert not entries()
+        other = threading.Thread(target=compile, args=(os.getpid() + 1,))
+        other.start()
+        other.join()
+        assert (others := entries())
+    compile(os.getpid() + 2)
+    assert entries() > others

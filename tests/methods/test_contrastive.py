@@ -34,8 +34,9 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 def test_collapsed_and_zero_vectors_have_finite_gradients_and_no_accuracy():
     for z in (np.zeros((4, 3), np.float32), np.ones((4, 3), np.float32)):
-        values, nearest = contrast(z, np.arange(4) // 2, 0.5)
-        gradients = jax.grad(lambda z: contrast(z, np.arange(4) // 2, 0.5)[0].sum())(z)
+        run = jax.jit(lambda z: jax.vjp(lambda z: contrast(z, np.arange(4) // 2, 0.5), z, has_aux=True))
+        values, pull, nearest = run(z)
+        [gradients] = pull(jnp.ones(4))
         np.testing.assert_allclose(values, np.log(3), rtol=1e-6)
         assert not nearest.any()
         assert np.isfinite(gradients).all()
@@ -47,8 +48,6 @@ def test_simclr_reads_no_label_and_counts_no_prediction():
 
 
 def test_mistakes_get_a_sentence():
-    with pytest.raises(UserError, match="evaluation has no 'accuracy'; it has no metric"):
-        programs(method="simclr", **{"checkpoint.best": "test/accuracy"}).check_best()
     with pytest.raises(UserError, match="single image contrasts nothing; raise batch_size or lower accumulate"):
         run(simclr(PROBLEM), batch(1, 0))
 
@@ -85,6 +84,7 @@ def test_what_needs_a_head_is_refused_in_one_sentence(pretrained_run, tmp_path, 
     assert launch.main(["features", workdir, f"--output={tmp_path / 'features.npz'}"]) == 0
 
 
+@pytest.mark.thorough
 def test_fine_tuning_begins_from_the_backbone_alone(pretrained_run, caplog):
     own = programs((8, 8, 1), 10, init_from=str(pretrained_run), model="mlp(widths=(8,))")
     with caplog.at_level("INFO"):

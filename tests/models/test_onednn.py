@@ -115,21 +115,20 @@ def _convolution(name, dtype):
     return x, kernel, jnp.asarray(rng.normal(size=jax.eval_shape(conv, x, kernel).shape), dtype), conv
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", *thorough("bfloat16")])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_onednn_computes_the_gradients_that_xla_derives_in_float64(name, dtype, monkeypatch):
     monkeypatch.setattr(onednn, "_CACHED", 0)  # a large batch is in parts in bfloat16 too
     x, kernel, gradient, conv = _convolution(name, dtype)
+
+    def pulled(x, kernel, gradient):
+        y, pull = jax.vjp(conv, x, kernel)
+        return y, *pull(gradient)
+
     with jax.enable_x64():
         wide = [np.asarray(value, np.float64) for value in (x, kernel, gradient)]
-        plain, pull = jax.vjp(conv, *wide[:2])  # outside of `tracing_for`: lax.conv_general_dilated
-        expected = plain, *pull(wide[2])
+        expected = jax.jit(pulled)(*wide)  # outside of `tracing_for`: lax.conv_general_dilated
     with platform.tracing_for("cpu", onednn=True), internals.not_cached():
-
-        def pulled(x, kernel, gradient):
-            y, pull = jax.vjp(conv, x, kernel)
-            return y, *pull(gradient)
-
         jitted = jax.jit(pulled, compiler_options=platform.ONEDNN_OPTIONS)
         compiled = jitted.lower(x, kernel, gradient).compile()
     if dtype == "float32" and name != "wide_padding":  # not every x86 has bfloat16; wider than the kernel is XLA's own
@@ -148,6 +147,7 @@ def test_every_derivative_of_a_convolution(name):
         check_grads(conv, (x, kernel), order=2, modes=("fwd", "rev"))
 
 
+@pytest.mark.thorough
 def test_which_networks_train_on_onednn():
     """All but `cnn`; several seeds train in one `vmap`, whose grouped convolutions would be slow there."""
     for model, seeds, expected in (("resnet_cifar(8)", 1, True), ("resnet_cifar(8)", 2, False), ("cnn", 1, False)):

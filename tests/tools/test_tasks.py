@@ -98,6 +98,7 @@ def test_a_metric_of_one_class_is_refused_before_the_run_begins(tmp_path, capsys
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.thorough
 def test_evaluate_of_several_labels(run, printed, tmp_path):
     targets, outputs = outputs_of(run)
     file = tmp_path / "all.csv"

@@ -83,6 +83,7 @@ def test_a_bad_step_is_skipped(poisoned, tmp_path, one_device, caplog):
     assert last["train/learning_rate"] == pytest.approx(1e-2 * (1 - np.mean([18, 19, 20, 21]) / TOTAL), rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_one_of_two_seeds_fails_in_its_only_step(poisoned, tmp_path, one_device):
     """It is named with the examples of its own stream, and leaves no result if the step is skipped."""
     first, second = (sampling.example_ids(seed, 0, BATCH, EXAMPLES) for seed in (0, 1))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import thorough
 from flax import linen as nn
 
 from imgclf_jax import losses
@@ -68,8 +69,8 @@ def pure(logits, labels, scale=1.0):
 
 
 @pytest.mark.parametrize(("key", "name"), [
-    ("loss", "drawing"), ("loss", "drawing_an_array"), ("loss", "jitted"), ("augment", "counting"),
-    ("model", "Counting"), ("model", "DrawingParameters"), ("metrics", "calling"),
+    ("loss", "drawing"), ("augment", "counting"), ("model", "DrawingParameters"),
+    *thorough(("loss", "drawing_an_array"), ("loss", "jitted"), ("model", "Counting"), ("metrics", "calling")),
 ])  # fmt: skip
 def test_impure_code_is_refused(fake_config, tmp_path, key, name):
     """A draw or a count while tracing is a constant: a resumed run would have another one, without a word."""
@@ -147,7 +148,7 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("wrong", [0, 1])
+@pytest.mark.parametrize("wrong", [1, *thorough(0)])
 def test_a_setting_without_effect_is_said_once(wrong, fake_config, tmp_path, caplog):
     own = {key: f"{__name__}:{names[wrong]}" for key, names in SAID.items()}
     model = own["precision"] if wrong else "mlp(widths=(4,))"

@@ -60,7 +60,7 @@ def test_every_flipped_bit_is_found_with_its_device(state):
         recompute.refuse_difference(7, state, {**state, "count": flip(state["count"], 3, 1)}, lambda: "the beginning")
 
 
-@pytest.mark.parametrize("mesh", ["data=2, fsdp=4", *thorough("data=-1")])
+@pytest.mark.parametrize("mesh", thorough("data=2, fsdp=4", "data=-1"))
 def test_a_healthy_run_raises_no_alarm_and_keeps_its_bits(mesh, fake_config, tmp_path):
     fake_config.mesh, fake_config.total, fake_config.model = mesh, "6 steps", "mlp(widths=(8,), dropout=0.1)"
     assert train.main(fake_config, Workdir(tmp_path / "a")) == 0

@@ -57,6 +57,7 @@ def test_scores_are_those_of_openood():
         np.testing.assert_allclose(found[name], values, rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.thorough
 def test_a_folder_and_a_source_give_the_same(run, seeds, tmp_path, capsys, printed):
     """Of one seed and of two. What names no images is refused."""
     noise = np.random.default_rng(0).integers(256, size=(30, 8, 8), dtype=np.uint8)

@@ -197,6 +197,7 @@ def test_explain_another_class_and_by_occlusion(run, seeds, photos, capsys):
     assert records[0]["probability"] == pytest.approx(model.predict(image)[0, 4], abs=1e-6)
 
 
+@pytest.mark.thorough
 def test_an_unknown_layer_names_the_nearest(run, photos, capsys):
     assert launch.main(["explain", "photos", "--layer=block7", f"--workdir={run}"]) == 1
     assert "unknown layer with feature maps 'block7': did you mean 'block0'" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import rewind
+from cases import rewind, thorough
 from recorded import STEPS, copy, edit, reproduce, trained  # noqa: F401  fixtures
 
 import launch
@@ -128,9 +128,9 @@ def test_a_record_that_is_damaged(copy, tmp_path, capsys, name, content, says):
 
 @pytest.mark.parametrize(("name", "keep", "lacks"), [
     ("metrics.jsonl", slice(-1), "test/accuracy at step 10"),
-    ("digests.jsonl", slice(3), "parameters at step 4"),
-    ("provenance.json", slice(0), "provenance.json at step 0"),
-    ("result.json", slice(0), "result.json at step 10"),
+    *thorough(("digests.jsonl", slice(3), "parameters at step 4"),
+              ("provenance.json", slice(0), "provenance.json at step 0"),
+              ("result.json", slice(0), "result.json at step 10")),
 ], ids=["metrics", "digests", "provenance", "result"])  # fmt: skip
 def test_a_record_that_lacks_something(reproduce, copy, name, keep, lacks):
     """Nothing that it has differs, and that is not the same."""
