@@ -219,9 +219,11 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var":
 def tables(backbone: nn.Module) -> Tables:
     """The backbone's tables, by library; none with a swapped block, norm or activation, which its model lacks.
 
-    timm's ViT may have any epsilon and any GELU.
+    timm's ViT may have any epsilon and any GELU. Only timm has ResNet-D and ConvNeXt V2.
     """
     found, swapped = TABLES.get(type(backbone), {}), parts.has_swapped(backbone)
+    if str(getattr(backbone, "variant", "")).startswith(("D", "V2")):
+        found = {library: rows for library, rows in found.items() if library == "timm"}
     if isinstance(backbone, ViT):
         norm, gelus = backbone.norm, [x for name, x in parts.ACTIVATIONS.items() if "gelu" in name]
         layer_norm = getattr(norm, "func", norm) is LayerNorm and {*getattr(norm, "keywords", ())} <= {"epsilon"}

@@ -145,6 +145,11 @@ def test_a_model_is_written_in_the_same_bytes_each_time(tmp_path, monkeypatch):
         np.testing.assert_array_equal(found.get_tensor("head.bias"), model.state.params["head"]["bias"])
 
 
+@pytest.mark.parametrize("model", ["resnet(18, variant='D')", "convnext('V2-Atto')"])
+def test_what_torchvision_lacks_has_timms_names(model):
+    assert torch_state.naming(classifier.build(model, 4, "float32").backbone) == "timm"
+
+
 def test_weights_of_swapped_parts_have_no_published_names():
     """PyTorch's model would load them and compute something else."""
     assert torch_state.naming(resnet.ResNetCIFAR(8)) == "akamaster"
