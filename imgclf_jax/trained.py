@@ -1,6 +1,5 @@
 """A trained model as a library: loads a run or converted weights, and maps images to predictions or features."""
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
@@ -21,7 +20,7 @@ from imgclf_jax.core import dtypes, json_files, machine, processes, sharding, tr
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import JsonObject, Variables
 from imgclf_jax.data import decode
-from imgclf_jax.data.read_ahead import run_ahead
+from imgclf_jax.data.read_ahead import map_ahead, run_ahead
 from imgclf_jax.data.source import Source
 from imgclf_jax.losses import Task
 from imgclf_jax.methods import Problem
@@ -141,33 +140,26 @@ class Trained(NamedTuple):
         _ = self.programs.host_ops  # an error in these concerns no single image
         program, mesh, shape = self.programs.inference(what), self.programs.mesh, self.programs.recipe.data.image_shape
         size = sharding.round_up(min(self.config.batch_size, _BATCH), mesh)
-        pool = concurrent.futures.ThreadPoolExecutor(self.config.data.threads or machine.processors())
+        threads, tasks = self.config.data.threads or machine.processors(), itertools.batched(enumerate(images), _TASK)
+        decoded = map_ahead(self._prepare_some, tasks, threads, _AHEAD * size // _TASK)
 
-        def decoding() -> Iterator[list[concurrent.futures.Future[list[Prepared]]]]:
-            for some in itertools.batched(enumerate(images), size):
-                yield [pool.submit(self._prepare_some, part) for part in itertools.batched(some, _TASK)]
-
-        def computing() -> Iterator[tuple[list[Prepared], jax.Array]]:
-            for tasks in run_ahead(decoding(), _AHEAD):
-                prepared = [image for task in tasks for image in task.result()]
+        def computing() -> Iterator[tuple[tuple[Prepared, ...], jax.Array]]:
+            for prepared in itertools.batched(itertools.chain.from_iterable(decoded), size):
                 batch = np.zeros((size, *shape), np.uint8)  # one shape, so one compilation
                 for row, (_, pixels) in enumerate(prepared):
                     if not isinstance(pixels, UserError):
                         batch[row] = pixels
                 yield prepared, program(*self.state.evaluated, sharding.put_batch(batch, mesh))
 
-        try:
-            for prepared, out in run_ahead(computing(), 1):
-                values = np.asarray(jax.device_get(out))  # while the device computes the next batch
-                for row, (name, pixels) in enumerate(prepared):
-                    if isinstance(pixels, UserError):
-                        yield pixels
-                    elif is_finite(values[..., row, :], what):
-                        yield values[..., row, :]
-                    else:
-                        yield UserError(f"{name}: {NOT_FINITE}")
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        for prepared, out in run_ahead(computing(), 1):
+            values = np.asarray(jax.device_get(out))  # while the device computes the next batch
+            for row, (name, pixels) in enumerate(prepared):
+                if isinstance(pixels, UserError):
+                    yield pixels
+                elif is_finite(values[..., row, :], what):
+                    yield values[..., row, :]
+                else:
+                    yield UserError(f"{name}: {NOT_FINITE}")
 
     def _prepare_some(self, images: Iterable[tuple[int, ImageLike]]) -> list[Prepared]:
         out: list[Prepared] = []

@@ -1,6 +1,5 @@
 """The user's own images: a folder with a sub-folder per class, or with split folders `train/`, `test/`, … of these."""
 
-import concurrent.futures
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from imgclf_jax.core.split_folders import class_folders, split_folders
 from imgclf_jax.data import image_files, imagenet_classes
 from imgclf_jax.data.file_source import check_files, file_sources, hashed, open_folder
 from imgclf_jax.data.image_check import THREADS
+from imgclf_jax.data.read_ahead import map_ahead
 from imgclf_jax.data.source import Source
 
 
@@ -72,9 +72,8 @@ def _choose(files: Sequence[str], per_class: int, draw: int) -> set[str]:
 def _list(root: Path, prefix: str) -> Iterator[tuple[str, str]]:
     """Yields (class, file relative to `root`) for each image of a split."""
     folders = class_folders(root / prefix)
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda folder: list(image_files.walk(folder)), folders)
-        for class_folder, names in zip(folders, found, strict=True):
-            if not names:
-                raise UserError(f"folder: the class folder {class_folder} has no images; add some or remove it")
-            yield from ((class_folder.name, f"{prefix}{class_folder.name}/{name}") for name in names)
+    found = map_ahead(lambda folder: list(image_files.walk(folder)), folders, THREADS, THREADS)
+    for class_folder, names in zip(folders, found, strict=True):
+        if not names:
+            raise UserError(f"folder: the class folder {class_folder} has no images; add some or remove it")
+        yield from ((class_folder.name, f"{prefix}{class_folder.name}/{name}") for name in names)

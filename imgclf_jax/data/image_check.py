@@ -1,12 +1,10 @@
 """Decodes all image files before training begins, finds unreadable ones, and remembers the results."""
 
-import concurrent.futures
 import contextlib
 import hashlib
-import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +13,11 @@ import PIL
 from imgclf_jax.core import paths, terminal
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode
+from imgclf_jax.data.read_ahead import map_ahead
 
 _FORM = 9  # increase it when `decode` refuses other files than before, or the record changes
 THREADS = 16  # a network file system is slow for each request, but serves many at a time
+_AHEAD = 1024  # files: a million tasks at once would take more memory than their results
 
 # Size in bytes, mtime and ctime in nanoseconds. The ctime reveals a replaced file whose mtime `cp -p` preserved.
 type Stamp = tuple[int, int, int]
@@ -46,7 +46,7 @@ def check(root: Path, files: Sequence[str]) -> Checked:
 
     Results are remembered by size and change times in the user's cache folder.
     """
-    stamps = dict(zip(files, _map(lambda name: _stamp(root / name), files), strict=True))
+    stamps = dict(zip(files, map_ahead(lambda name: _stamp(root / name), files, THREADS, _AHEAD), strict=True))
     decoder = f" {PIL.__version__} {_FORM} {decode.FORMATS}".encode()
     name = hashlib.sha256(os.fsencode(root.resolve()) + decoder).hexdigest()[:32]
     record = paths.cache_folder("checked") / f"{name}.json"
@@ -54,7 +54,8 @@ def check(root: Path, files: Sequence[str]) -> Checked:
     entries = {name: known[name] for name, stamp in stamps.items()
                if name in known and known[name].stamp == stamp != _NO_STAMP}  # fmt: skip
     todo = [name for name in stamps if name not in entries]
-    results = zip(todo, _map(lambda name: _check(root / name, stamps[name]), todo), strict=True)
+    checked = map_ahead(lambda name: _check(root / name, stamps[name]), todo, THREADS, _AHEAD)
+    results = zip(todo, checked, strict=True)
     try:
         entries |= terminal.track(results, len(todo), f"checking {root.name}")
     finally:
@@ -63,12 +64,6 @@ def check(root: Path, files: Sequence[str]) -> Checked:
     reasons = {name: entry.reason for name, entry in entries.items() if entry.reason}
     digests = {name: entry.digest for name, entry in entries.items() if not entry.reason}
     return Checked(dict(sorted(reasons.items())), digests, max((one.bits for one in entries.values()), default=0) or 16)
-
-
-def _map[T](function: Callable[[str], T], names: Sequence[str]) -> Iterator[T]:
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        for some in itertools.batched(names, 1024):  # a million tasks at once would take more memory than their results
-            yield from pool.map(function, some)
 
 
 def _stamp(file: Path) -> Stamp:

@@ -27,8 +27,9 @@ def read_ahead(read: Callable[[int], Batch], steps: Iterable[int], prefetch: int
         batch = read(step)
         yield step, batch
         if loading and loading.done():
+            by_threads = map_ahead(lambda step: (step, read(step)), steps, _PARALLEL, prefetch)
             tf = loading.result()
-            yield from _by_tensorflow(tf, read, steps, batch, prefetch) if tf else _by_threads(read, steps, prefetch)
+            yield from _by_tensorflow(tf, read, steps, batch, prefetch) if tf else by_threads
 
 
 def run_ahead[T](items: Iterable[T], count: int) -> Iterator[T]:
@@ -41,11 +42,12 @@ def run_ahead[T](items: Iterable[T], count: int) -> Iterator[T]:
     yield from taken
 
 
-def _by_threads(read: Callable[[int], Batch], steps: Iterator[int], prefetch: int) -> Iterator[tuple[int, Batch]]:
-    pool = concurrent.futures.ThreadPoolExecutor(_PARALLEL, thread_name_prefix="read-ahead")
+def map_ahead[T, R](function: Callable[[T], R], items: Iterable[T], threads: int, count: int) -> Iterator[R]:
+    """Yields the function's result for each item, in order, while threads compute up to `count` of the next ones."""
+    pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="read-ahead")
     try:
-        for step, batch in run_ahead(((step, pool.submit(read, step)) for step in steps), prefetch):
-            yield step, batch.result()
+        for future in run_ahead((pool.submit(function, item) for item in items), count):
+            yield future.result()
     finally:  # also if the consumer stops early
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -131,10 +131,8 @@ class Record:
 
     def latest(self) -> dict[str, float]:
         """The latest value of each metric."""
-        found: dict[str, float] = {}
-        for record in self.metrics:
-            found |= {name: value for name, value in record.items() if type(value) in (int, float) and name != "step"}
-        return found
+        return {name: value for record in self.metrics for name, value in record.items()
+                if type(value) in (int, float) and name != "step"}  # fmt: skip
 
     def pack(self, file: Path) -> None:
         """Writes the bundle of a work directory. Raises UserError if it cannot be written or a record is damaged."""
