@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from imgclf_jax.core.errors import UserError, reason, unknown
+from imgclf_jax.core.errors import UserError, check_choice, reason, unknown
 from imgclf_jax.core.split_folders import split_folders
 from imgclf_jax.core.typing import Value
 
@@ -211,8 +211,7 @@ def validate(config: ConfigDict) -> None:
             below = f", and below {limit}" if limit < math.inf else ""
             raise UserError(f"{key}={flat[key]}: must be {least} or more{below}")
     for key, allowed in _CHOICES.items():
-        if flat[key] not in allowed:
-            raise UserError(unknown(key, flat[key], allowed))
+        check_choice(key, flat[key], allowed)
     if config.seed + config.num_seeds > 2**32:
         raise UserError(f"seed={config.seed} with num_seeds={config.num_seeds}: the last seed exceeds 2**32 - 1")
     period(config.total, "total", 1000, 10)

@@ -16,7 +16,7 @@ import numpy as np
 
 from imgclf_jax.augment import big_vision, geometry, photometric
 from imgclf_jax.core import kinds
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError, check_choice
 from imgclf_jax.core.platform import cpu_barrier
 
 # In the order of torchvision's policies.
@@ -114,8 +114,7 @@ def randaugment(
     Put it before `normalize`, on uint8.
     """
     photometric.check("randaugment", images)
-    if ops not in ("torchvision", "big_vision"):
-        raise UserError(unknown("randaugment ops", ops, ("torchvision", "big_vision")))
+    check_choice("randaugment ops", ops, ("torchvision", "big_vision"))
     default_fill, strongest = (0, BINS - 1) if ops == "torchvision" else (big_vision.FILL, big_vision.FULL)
     fill_colors = photometric.fill_values("randaugment", images, default_fill if fill is None else fill)
     if magnitude not in range(strongest + 1) or (magnitude_std and ops == "big_vision"):

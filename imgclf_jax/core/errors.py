@@ -1,7 +1,7 @@
 """Errors that the user can fix, and the message for an unknown name."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 
@@ -30,12 +30,18 @@ def shown(value: object) -> str:
     return repr(f"{value[:200]}…" if isinstance(value, str) and len(value) > 200 else value)
 
 
-def unknown(kind: str, name: str, allowed: Iterable[str], near: Iterable[str] = ()) -> str:
-    """A message for a name that is not among `allowed`, with the nearest ones first: `near`, or those spelled alike."""
+def unknown(kind: str, name: str, allowed: Iterable[str]) -> str:
+    """A message for a name that is not among `allowed`, with those spelled alike first."""
     allowed = sorted(allowed)
-    near = list(near) or difflib.get_close_matches(str(name), allowed, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), allowed, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
     return f"unknown {kind} {shown(name)}: {hint}allowed: {', '.join(allowed)}"
+
+
+def check_choice(kind: str, name: str, allowed: Collection[str]) -> None:
+    """Raises UserError unless a name is among `allowed`: see `unknown`."""
+    if name not in allowed:
+        raise UserError(unknown(kind, name, allowed))
 
 
 def reason(error: BaseException) -> str:

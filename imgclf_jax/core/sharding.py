@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from imgclf_jax.core.errors import UserError, reason, unknown
+from imgclf_jax.core.errors import UserError, check_choice, reason
 from imgclf_jax.core.typing import PyTree
 
 log = logging.getLogger(__name__)
@@ -31,8 +31,7 @@ def make_mesh(devices: list[jax.Device] | None = None, text: str = "data=-1") ->
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = (piece.strip() for piece in part.partition("="))
-        if name not in AXES:
-            raise UserError(unknown("axis of mesh", name, AXES))
+        check_choice("axis of mesh", name, AXES)
         if not re.fullmatch(r"-1|[1-9]\d*", size) or name in sizes or (size == "-1" and -1 in sizes.values()):
             raise UserError(f"mesh={text!r}: name each axis once with its size, at most one -1: 'data=-1, fsdp=4'")
         sizes[name] = int(size)

@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 
 from imgclf_jax.core import paths
-from imgclf_jax.core.errors import UserError, no_such, unknown
+from imgclf_jax.core.errors import UserError, check_choice, no_such
 from imgclf_jax.core.split_folders import split_order
 from imgclf_jax.core.typing import Examples
 from imgclf_jax.data import image_check
@@ -75,8 +75,7 @@ def check_files(kind: str, root: Path, files: Sequence[str], unreadable: str) ->
     Raises UserError naming the first unreadable ones, or warns of their number if `unreadable` is "skip". Also warns of
     images of 16 or 32 bits that hold smaller values.
     """
-    if unreadable not in ("error", "skip"):
-        raise UserError(unknown("value of unreadable", unreadable, ("error", "skip")))
+    check_choice("value of unreadable", unreadable, ("error", "skip"))
     checked = image_check.check(root, files)
     bad = checked.unreadable
     if bad and unreadable == "error":

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from imgclf_jax.core import kinds
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError, check_choice
 
 type Picture = np.ndarray | Image.Image  # uint8[h, w, c], or 8 bits per channel
 
@@ -77,8 +77,7 @@ def resize(image: Picture, height: int, width: int = 0, method: str = "bilinear"
 
     `method` is nearest, bilinear, bicubic or lanczos as in Pillow, which weights colors by alpha, or TensorFlow's area.
     """
-    if method not in (*_FILTERS, "area"):
-        raise UserError(f"resize(method={method!r}): allowed are {', '.join(_FILTERS)} and area")
+    check_choice("method of resize", method, (*_FILTERS, "area"))
     width = width or height
     h, w = size_of(image)
     if (h, w) == (height, width):
@@ -122,8 +121,7 @@ def central_crop(image: Picture, height: int, width: int = 0, like: str = "tenso
 
 
 def _as_torchvision(like: str) -> bool:
-    if like not in _LIKE:
-        raise UserError(unknown("value of like", like, _LIKE))
+    check_choice("value of like", like, _LIKE)
     return like == "torchvision"
 
 

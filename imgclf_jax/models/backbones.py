@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError, check_choice
 from imgclf_jax.models.airbench import AirBench
 from imgclf_jax.models.convnext import ConvNeXt
 from imgclf_jax.models.efficientnet import EfficientNet, MobileNet
@@ -77,8 +77,7 @@ class RNN(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         cells = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell}
-        if self.cell not in cells:
-            raise UserError(unknown("rnn cell", self.cell, cells))
+        check_choice("rnn cell", self.cell, cells)
         x = x.reshape(*x.shape[:2], -1)  # [b, h, w * c]
         for i in range(self.layers):
             cell = cells[self.cell](

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from imgclf_jax.core import dtypes
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError, check_choice
 from imgclf_jax.core.typing import Arguments, ModuleDef
 from imgclf_jax.models import parts
 from imgclf_jax.models.layers import Conv, Dense, drop_path, gelu, mean_pool, spread
@@ -90,8 +90,7 @@ class ConvNeXt(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        if self.variant not in _VARIANTS:
-            raise UserError(unknown("convnext variant", self.variant, _VARIANTS))
+        check_choice("convnext variant", self.variant, _VARIANTS)
         depths, dims = _VARIANTS[self.variant]
         h, w = x.shape[1:3]
         if min(h, w) < 32:  # one pixel after the stem and the downsamplings

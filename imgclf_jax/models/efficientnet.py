@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import check_choice
 from imgclf_jax.core.typing import Arguments, ModuleDef
 from imgclf_jax.models import parts
 from imgclf_jax.models.layers import SqueezeExcite, drop_path, he_conv, mean_pool
@@ -159,8 +159,7 @@ class EfficientNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         for value, allowed in ((self.variant, self.networks), (self.like, _LIKE)):
-            if value not in allowed:
-                raise UserError(unknown(type(self).__name__.lower(), value, allowed))
+            check_choice(type(self).__name__.lower(), value, allowed)
         network, (padding, epsilon) = self.networks[self.variant], _LIKE[self.like]
         if self.activation:
             network = network._replace(activation=self.activation, relu_stages=0)

@@ -8,7 +8,7 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import check_choice
 from imgclf_jax.core.typing import ModuleDef
 from imgclf_jax.models import parts
 from imgclf_jax.models.layers import he_conv, mean_pool
@@ -44,8 +44,7 @@ class RegNetY(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        if self.variant not in _VARIANTS:
-            raise UserError(unknown("regnety variant", self.variant, _VARIANTS))
+        check_choice("regnety variant", self.variant, _VARIANTS)
         norm = parts.norms(self.norm, momentum=0.9, dtype=self.dtype)
         block = parts.block_of(self, norm, expansion=1, squeeze=True, last_scale=1.0)
         x = self.activation(norm("stem_bn")(he_conv(32, 3, 2, self.dtype, "stem_conv")(x), train))

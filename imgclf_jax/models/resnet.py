@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from imgclf_jax.core import dtypes
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UserError, check_choice
 from imgclf_jax.core.typing import ModuleDef
 from imgclf_jax.models import parts
 from imgclf_jax.models.layers import SqueezeExcite, he_conv, max_pool, mean_pool
@@ -50,8 +50,7 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        if self.shortcut not in ("conv", "pad", "pool"):
-            raise UserError(f"shortcut={self.shortcut!r}: allowed are 'conv', 'pad' and 'pool'")
+        check_choice("shortcut", self.shortcut, ("conv", "pad", "pool"))
         conv, norm = partial(he_conv, dtype=self.dtype), parts.norms(self.norm, dtype=self.dtype)
         y = self.activation(norm("bn1")(conv(self.features, 3, self.strides, name="conv1")(x), train))
         y = norm("bn2", self.last_scale)(conv(self.features, 3, 1, name="conv2")(y), train)
@@ -116,8 +115,7 @@ class ResNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         if self.depth not in _STAGES:
             raise UserError(f"resnet(depth={self.depth!r}): the depth must be one of {list(_STAGES)}")
-        if self.variant not in ("B", "D"):
-            raise UserError(f"resnet(variant={self.variant!r}): allowed are 'B' and 'D'")
+        check_choice("resnet variant", self.variant, ("B", "D"))
         norm, passed = parts.norms(self.norm, momentum=0.9, dtype=self.dtype), {}
         if self.variant == "B":
             x = he_conv(64, 7, 2, self.dtype, "conv1")(x)  # h/2, w/2, 64 channels

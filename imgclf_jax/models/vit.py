@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError, check_choice
 from imgclf_jax.core.typing import Arguments, ModuleDef
 from imgclf_jax.models import parts
 from imgclf_jax.models.attention import ROPES, Rope, attend
@@ -242,8 +242,7 @@ class ViT(nn.Module):
             "mlp": ["mlp", "swiglu", "swiglu_packed"],
         }  # fmt: skip
         for kind, allowed in choices.items():
-            if (value := getattr(self, kind)) not in allowed:
-                raise UserError(unknown(f"vit {kind}", value, allowed))
+            check_choice(f"vit {kind}", getattr(self, kind), allowed)
         for name, other, found in (
             ("class_token", "pool", self.class_token and "cls" in self.pool),
             ("fc_norm", "pool", self.fc_norm and self.pool != "mean"),
@@ -302,8 +301,7 @@ class Mixer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        if self.variant not in _MIXER:
-            raise UserError(unknown("mixer variant", self.variant, _MIXER))
+        check_choice("mixer variant", self.variant, _MIXER)
         width, layers, tokens_hidden, channels_hidden = _MIXER[self.variant]
         x = _patches(x, self.patch, width, self.dtype, "mixer")
         x = x.reshape(x.shape[0], -1, width)
