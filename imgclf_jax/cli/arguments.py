@@ -51,9 +51,7 @@ def build(program: str) -> argparse.ArgumentParser:
         if command.opens not in (without_config, from_record):
             own.add_argument("--config", metavar="FILE.py[:ARG]", help=_CONFIG)
         if command.opens is not without_config:
-            own.add_argument_group(
-                "config keys", f"--config.KEY=VALUE overrides a key; `{program} config` lists them all."
-            )
+            own.add_argument_group("config keys", f"--config.KEY=VALUE overrides a key: see `{program} config`.")
         for flag in command.flags:
             values = {"choices": command.formats, "default": command.formats[0]} if flag == "format" else {}
             own.add_argument(f"--{flag}", **FLAGS[flag] | values)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from imgclf_jax.core import terminal
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UserError, check_choice
 from imgclf_jax.core.split_folders import class_folders, split_folders
 from imgclf_jax.data import image_files, imagenet_classes
 from imgclf_jax.data.file_source import check_files, file_sources, hashed, open_folder
@@ -34,8 +34,7 @@ def folder(
     class_names = tuple(sorted({d.name for prefix in prefixes.values() for d in class_folders(root / prefix)}))
     number = {name: label for label, name in enumerate(class_names)}
     if classes:
-        if classes != "imagenet":
-            raise UserError(f"folder(classes={classes!r}): allowed is 'imagenet'")
+        check_choice("value of classes", classes, ("imagenet",))
         number, class_names = {name: imagenet_classes.label_of(name) for name in class_names}, imagenet_classes.names()
     if len(class_names) < 2:
         raise UserError(f"folder: {root} has {len(class_names)} class folders; make one per class, at least two")

@@ -34,11 +34,10 @@ def walk(folder: Path | str) -> Iterator[str]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
+            is_image = os.path.splitext(entry.name)[1].lower() in _SUFFIXES
             if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
                 yield from inside(f"{prefix}{entry.name}/")
-            elif os.path.splitext(entry.name)[1].lower() in _SUFFIXES and (
-                os.path.isfile(entry) or (entry.is_symlink() and not os.path.exists(entry))
-            ):
+            elif is_image and (os.path.isfile(entry) or not os.path.exists(entry)):
                 yield prefix + entry.name
 
     yield from inside("")

@@ -57,19 +57,17 @@ def gather(table: Batch, ids: jax.Array, image_shape: tuple[int, ...]) -> Batch:
 def batches(
     placement: str, images: stream.Images, spec: StreamSpec, steps: Iterable[int], mesh: Mesh
 ) -> Iterator[tuple[int, Batch]]:
-    """Yields each step with its batch on the devices; `placement` is "host" or "device"."""
-    if placement == "device":
-        yield from _gather_batches(images, spec, steps, mesh)
+    """Yields each step with its batch on the devices.
+
+    With the `placement` "host" they are streamed. With "device" the same batches, bit for bit, are gathered on the
+    device: only ids travel, and no TensorFlow is needed. Raises UserError for "device" if host ops are random, or if
+    the data set needs more memory than there is.
+    """
+    if placement == "host":
+        rows = functools.partial(sharding.rows_here, mesh=mesh)
+        for step, batch in stream.batches(images, spec, steps, rows):
+            yield step, sharding.put_batch(batch, mesh)  # the copy overlaps the step before it
         return
-    rows = functools.partial(sharding.rows_here, mesh=mesh)
-    for step, batch in stream.batches(images, spec, steps, rows):
-        yield step, sharding.put_batch(batch, mesh)  # the copy overlaps the step before it
-
-
-def _gather_batches(
-    images: stream.Images, spec: StreamSpec, steps: Iterable[int], mesh: Mesh
-) -> Iterator[tuple[int, Batch]]:
-    """Gathers the same batches, bit for bit, on the device: only ids travel. Needs no TensorFlow."""
     streams = {"": (images, spec)} | {extra.name: (images.extra[extra.name], extra) for extra in spec.extra_streams}
     for own, _ in streams.values():
         if own.random:
