@@ -135,9 +135,8 @@ def reported(sums: Mapping[str, Any], whole_set: Mapping[str, WholeSetMetric]) -
 WHOLE_SET = classification.METRICS | multilabel.METRICS  # the values of the config key `metrics`
 
 # 1.0 if the greatest value of a metric is best, else -1.0. A user's own metric has "min:" or "max:" before its name.
-BEST = dict.fromkeys(("loss", "nll", "kl"), -1.0) | dict.fromkeys(
-    ("accuracy", "top5", *multilabel.SCORES, *WHOLE_SET), 1.0
-)
+_GREATEST = ("accuracy", "top5", *multilabel.SCORES, *WHOLE_SET)
+BEST = dict.fromkeys(("loss", "nll", "kl"), -1.0) | dict.fromkeys(_GREATEST, 1.0)
 
 # Names in the results of an evaluation that no metric of a user or a method can have.
 RESERVED = re.compile("|".join((*BEST, "examples", "scores", "confusion", "classes", "class_names", "target_names",

@@ -257,10 +257,8 @@ class Checkpoints:
                 errors[step] = e
                 continue
             for later in (s for s in steps if s > step):
-                folder = self.directory / str(later)
-                self._set_aside(
-                    later, errors.get(later) or f"checkpoint {folder} cannot be verified: {manifest.ABSENT}", step
-                )
+                unverified = f"checkpoint {self.directory / str(later)} cannot be verified: {manifest.ABSENT}"
+                self._set_aside(later, errors.get(later) or unverified, step)
             return step, state
         if errors:
             fix = "" if self._read_only else "; remove or rename that directory to train from the start"

@@ -27,13 +27,12 @@ class Record:
 
     path: Path  # of the work directory, or the bundle
     files: Mapping[str, bytes]
-    bundled: bool = False
 
     @classmethod
     def load(cls, text: str) -> Self:
         """Reads the work directory or bundle at this path. Raises UserError if it holds no run."""
         path = paths.as_path(text)
-        return cls(path, bundle.read(path), bundled=True) if path.is_file() else cls.from_workdir(path)
+        return cls(path, bundle.read(path)) if path.is_file() else cls.from_workdir(path)
 
     @classmethod
     def from_workdir(cls, path: Path) -> Self:

@@ -116,7 +116,7 @@ def main(
 
 
 def _pack(record: Record, bundle: str) -> int:
-    if record.bundled:
+    if record.path.is_file():
         raise UserError(f"{record.path} is a bundle already; --bundle packs a work directory")
     if not processes.index():
         record.pack(paths.as_path(bundle))
