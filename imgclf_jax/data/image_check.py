@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +46,7 @@ def check(root: Path, files: Sequence[str]) -> Checked:
 
     Results are remembered by size and change times in the user's cache folder.
     """
-    stamps = dict(zip(files, map_ahead(lambda name: _stamp(root / name), files, THREADS, _AHEAD), strict=True))
+    stamps = dict(map_ahead(lambda name: (name, _stamp(root / name)), files, THREADS, _AHEAD))
     decoder = f" {PIL.__version__} {_FORM} {decode.FORMATS}".encode()
     name = hashlib.sha256(os.fsencode(root.resolve()) + decoder).hexdigest()[:32]
     record = paths.cache_folder("checked") / f"{name}.json"
@@ -54,13 +54,14 @@ def check(root: Path, files: Sequence[str]) -> Checked:
     entries = {name: known[name] for name, stamp in stamps.items()
                if name in known and known[name].stamp == stamp != _NO_STAMP}  # fmt: skip
     todo = [name for name in stamps if name not in entries]
-    checked = map_ahead(lambda name: _check(root / name, stamps[name]), todo, THREADS, _AHEAD)
-    results = zip(todo, checked, strict=True)
+    results = map_ahead(lambda name: (name, _check(root / name, stamps[name])), todo, THREADS, _AHEAD)
     try:
         entries |= terminal.track(results, len(todo), f"checking {root.name}")
     finally:
         if todo:
-            _save(record, known | entries)
+            with contextlib.suppress(OSError):  # without this record the next start checks again
+                record.parent.mkdir(parents=True, exist_ok=True)
+                paths.write_atomically(record, json.dumps(known | entries))
     reasons = {name: entry.reason for name, entry in entries.items() if entry.reason}
     digests = {name: entry.digest for name, entry in entries.items() if not entry.reason}
     return Checked(dict(sorted(reasons.items())), digests, max((one.bits for one in entries.values()), default=0) or 16)
@@ -85,14 +86,8 @@ def _check(file: Path, stamp: Stamp) -> _Entry:
 
 
 def _load(record: Path) -> dict[str, _Entry]:
-    """Loads what `_save` wrote; {} if it is damaged."""
+    """Loads what `check` has recorded; {} if it is damaged."""
     try:
         return {name: _Entry(tuple(stamp), *rest) for name, (stamp, *rest) in json.loads(paths.read(record)).items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-
-
-def _save(record: Path, files: Mapping[str, _Entry]) -> None:
-    with contextlib.suppress(OSError):  # without this record the next start checks again
-        record.parent.mkdir(parents=True, exist_ok=True)
-        paths.write_atomically(record, json.dumps(files))

@@ -102,8 +102,7 @@ def add(params: Params, adapters: Params, scale: float) -> Params:
         product = jnp.matmul(pairs[f"{path}/a"], pairs[f"{path}/b"], precision="float32")
         return x + scale * product.reshape(x.shape)
 
-    plain: Params = tree.map_named(merged, {name: x for name, x in params.items() if name != _ADAPTERS})
-    return plain
+    return tree.map_named(merged, {name: x for name, x in params.items() if name != _ADAPTERS})
 
 
 def merge(variables: Variables, scale: float) -> Params:

@@ -246,7 +246,9 @@ class Checkpoints:
         is reported and, unless this object is read-only, moved to `damaged/` next to the checkpoints. Raises UserError
         if there are checkpoints but none can be read, most likely since they are another model's.
         """
-        steps, sealed = processes.broadcast(self._found)
+        steps = processes.broadcast(self.steps)
+        files = [self.directory / str(step) / manifest.NAME for step in steps]
+        sealed = processes.broadcast(lambda: [step for step, file in zip(steps, files, strict=True) if file.exists()])
         errors: dict[int, UserError] = {}
         for step in sorted(steps, key=lambda step: (step in sealed, step), reverse=True):
             try:
@@ -264,11 +266,6 @@ class Checkpoints:
             fix = "" if self._read_only else "; remove or rename that directory to train from the start"
             raise UserError(f"no checkpoint of {steps} in {self.directory} can be read: {errors[steps[-1]]}{fix}")
         return None
-
-    def _found(self) -> tuple[list[int], list[int]]:
-        """The steps with a checkpoint, and those among them with a manifest."""
-        steps = self.steps()
-        return steps, [step for step in steps if (self.directory / str(step) / manifest.NAME).exists()]
 
     def _set_aside(self, step: int, error: UserError | str, used: int) -> None:
         if self._read_only:
