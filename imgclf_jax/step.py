@@ -81,7 +81,7 @@ def init_state(
         backbone = model.backbone.init_on_images(variables["params"]["backbone"], images)
         variables["params"] = {**variables["params"], "backbone": backbone}
     if weights:
-        variables = tree.replace(variables, weights)
+        variables = tree.map_named(weights.get, variables)  # by default a leaf stays
     params = variables.pop("params")
     return TrainState(
         seed=jnp.uint32(seed),

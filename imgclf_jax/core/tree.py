@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -25,11 +25,6 @@ def map_named(function: Function, tree: PyTree, *others: PyTree) -> PyTree:
 
 def _name(path: jax.tree_util.KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def replace(tree: PyTree, named: Mapping[str, Any]) -> PyTree:
-    """`tree` with its leaves replaced by those in `named`, whose keys are the paths of `named_leaves`."""
-    return map_named(named.get, tree)
 
 
 def sha256(tree: PyTree) -> str:

@@ -80,7 +80,7 @@ def test_it_trains_as_its_linen_twin():
 
     assert as_nnx(twin.params).keys() == dict(tree.named_leaves(state.params)).keys()
     assert as_nnx(twin.model_state).keys() == dict(tree.named_leaves(state.model_state)).keys()
-    state = state.replace(params=tree.replace(state.params, as_nnx(twin.params)))
+    state = state.replace(params=tree.map_named(as_nnx(twin.params).get, state.params))
     for _ in range(2):  # an update of plain SGD is the gradient
         state, sums = train_step(state, batch())
         twin, twin_sums = twin_step(twin, batch())

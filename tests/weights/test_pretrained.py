@@ -317,7 +317,7 @@ def converted(name: str) -> tuple:
         if place.startswith("params/head/") and "without head" in name
     }
     assert {k: v.shape for k, v in (head | found).items()} == {k: v.shape for k, v in own.items()}  # each once, and all
-    return model, tree.replace(variables, head | found), images
+    return model, tree.map_named((head | found).get, variables), images
 
 
 @pytest.mark.usefixtures("_small_variants")

@@ -120,7 +120,7 @@ def features(own, taken, image):
     """Our features in the image's dtype, and the variables."""
     with jax.enable_x64(image.dtype == np.float64):
         params = {"params": own.state_shape.params}
-        variables = tree.replace(params, {key: jnp.asarray(x, image.dtype) for key, x in taken.items()})
+        variables = tree.map_named({key: jnp.asarray(x, image.dtype) for key, x in taken.items()}.get, params)
         model = own.recipe.plain_model
         model = model.clone(backbone=model.backbone.clone(dtype=image.dtype))
         return np.asarray(model.apply(variables, jnp.asarray(image), method="features")), variables
