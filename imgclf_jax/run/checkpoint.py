@@ -64,10 +64,9 @@ class Checkpoints:
         check_path(self.directory)
         self.best, self._sign = parse_best(best) if best else ("", 1.0)
         self._read_only = read_only
+        paths.check_plain(self.directory)  # Orbax opens and removes files by their names
         if not read_only:
             processes.broadcast(self._prepare)
-        else:
-            paths.check_plain(self.directory)
         self._keep = keep
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.LatestN(None),  # all: Orbax would remove some before the new one is verified
@@ -93,7 +92,6 @@ class Checkpoints:
         self.latest = max(self.steps(), default=0)  # the step of the latest verified checkpoint
 
     def _prepare(self) -> None:
-        paths.check_plain(self.directory)  # Orbax opens and removes files by their names
         paths.make_folder(self.directory)
         for left in self.directory.glob(f"{_REMOVED}*"):
             paths.remove(left)

@@ -37,14 +37,6 @@ def held(file: Path) -> Iterator[None]:
         handle.close()
 
 
-def holder(file: Path) -> str:
-    """The content of the lock `file`, which names its holder; "" if it cannot be read."""
-    try:
-        return paths.read(file).decode(errors="replace")
-    except OSError:
-        return ""
-
-
 def is_held(file: Path) -> bool:
     """Whether a process holds the lock `file` now; False if that is unknown."""
     try:

@@ -104,7 +104,9 @@ class Workdir:
         bucket, file = paths.in_bucket(self.path), self.path / "lock"
 
         def identify() -> str:
-            return str(self.path) if bucket else lock.holder(file)
+            with contextlib.suppress(OSError):  # it is not seen yet
+                return str(self.path) if bucket else paths.read(file).decode(errors="replace")
+            return ""
 
         end, theirs = time.monotonic() + _SEEN, processes.broadcast(identify)
         while identify() != theirs and not bucket and time.monotonic() < end:
