@@ -82,7 +82,7 @@ def _compiled_once(tmp_path_factory):
         found = last.pop(key, None) or whole(backend, program, devices, options, callbacks, *more)
         if len(key[0]) > 4000 and not callbacks:
             last[key] = found
-            if len(last) > 100:
+            if len(last) > 32:
                 del last[next(iter(last))]
         return found
 

@@ -123,7 +123,7 @@ def slopes(loss, p, name):
 
 def view(kind, key, batch):
     images = (batch if kind.islower() else batch["unlabeled"])["image"]
-    return np.float64(ops.build(AUGMENT[kind.lower()], train=True)(key, images)).reshape(len(images), -1)
+    return np.float64(jax.jit(ops.build(AUGMENT[kind.lower()], train=True))(key, images)).reshape(len(images), -1)
 
 
 @pytest.mark.parametrize(("method", "loss", "views", "oracle"), CASES)

@@ -70,7 +70,7 @@ def test_a_healthy_run_raises_no_alarm_and_keeps_its_bits(mesh, fake_config, tmp
     assert a == b
 
 
-def test_a_run_ends_at_a_step_that_gives_other_bits(fake_config, tmp_path, monkeypatch):
+def test_a_run_ends_at_a_step_that_gives_other_bits(fake_config, tmp_path, monkeypatch, one_device):
     """It names the step, keeps its checkpoint, and continues from it."""
     fake_config.total, fake_config.checkpoint_every, fake_config.check_every = "6 steps", "2 steps", "4 steps"
     copy = jnp.copy

@@ -4,6 +4,7 @@ Prediction sets are those of split conformal prediction (APS; Romano et al. 2020
 `val` are randomized, so sets cover at least what is wanted, and an image always gets the same one.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -117,12 +118,16 @@ def fit(logits: np.ndarray, truth: np.ndarray, link: Link, method: str) -> tuple
     return scale, bias
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def _predict(logits: jax.Array, truth: jax.Array, link: Link) -> tuple[Predictions, jax.Array]:
+    z, labels = link.ensemble(logits), truth if truth.ndim == 1 else metrics.dominant_labels(truth)
+    return metrics.predict(z, labels, link, jnp.ones(len(labels), bool)), jnp.mean(link.nll(z, truth))
+
+
 def _score(logits: np.ndarray, truth: np.ndarray, link: Link) -> tuple[Predictions, dict[str, float]]:
     """The predictions of logits f32[seeds, n, classes], of several seeds the ensemble's, and their scores."""
-    z, wanted = link.ensemble(jnp.asarray(logits)), jnp.asarray(truth)
-    labels = wanted if wanted.ndim == 1 else metrics.dominant_labels(wanted)
-    own = jax.device_get(metrics.predict(z, labels, link, jnp.ones(len(labels), bool)))
-    values = {**own.compute(np.ones((1, len(labels)))), "nll": [jnp.mean(link.nll(z, wanted))]}
+    own, nll = jax.device_get(_predict(logits, truth, link))
+    values = {**own.compute(np.ones((1, len(truth)))), "nll": [nll]}
     return own, {kind: float(values[kind][0]) for kind in _SCORES}
 
 
