@@ -119,7 +119,8 @@ def fit(logits: np.ndarray, truth: np.ndarray, link: Link, method: str) -> tuple
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _predict(logits: jax.Array, truth: jax.Array, link: Link) -> tuple[Predictions, jax.Array]:
+def _predict(logits: jax.Array, truth: jax.Array, link: Link) -> tuple[metrics.AnyPredictions, jax.Array]:
+    """The predictions and the mean NLL, as one program: operation by operation, they take seconds to compile."""
     z, labels = link.ensemble(logits), truth if truth.ndim == 1 else metrics.dominant_labels(truth)
     return metrics.predict(z, labels, link, jnp.ones(len(labels), bool)), jnp.mean(link.nll(z, truth))
 
