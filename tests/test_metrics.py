@@ -25,8 +25,7 @@ def sums_of(logits, labels, mask=True, link=losses.SOFTMAX):
 def predicted(logits, labels, link=losses.SOFTMAX, mask=None):
     """The predictions of a batch, or of an ensemble for logits [seeds, b, classes]."""
     mask = np.ones(len(labels), bool) if mask is None else mask
-    batch = predict(np.float32(logits), np.asarray(labels), link, mask)
-    found = metrics.concatenate([jax.device_get(batch)])
+    found = metrics.concatenate([jax.device_get(predict(np.float32(logits), np.asarray(labels), link, mask))])
     return found.for_seed(-1) if np.ndim(logits) > 2 else found
 
 

@@ -59,10 +59,6 @@ def counted(trained) -> dict:
     return total
 
 
-def devices(count: int) -> list[jax.Device]:
-    return jax.devices()[:count]
-
-
 @pytest.mark.parametrize(("batch_size", "count"), [(7, 8), *thorough((128, 1), (7, 1), (128, 8), (N, 1), (N, 8))])
 def test_exact(trained, counted, batch_size, count):
     """Integers are identical and the loss is equal up to rounding, for batch sizes that do not divide the examples."""
@@ -70,7 +66,7 @@ def test_exact(trained, counted, batch_size, count):
     with config.unlocked():
         config.batch_size = batch_size
     programs, _, step = restore(config, trained, "best")
-    programs = Programs(Recipe(config, programs.recipe.data), sharding.make_mesh(devices(count)))
+    programs = Programs(Recipe(config, programs.recipe.data), sharding.make_mesh(jax.devices()[:count]))
     checkpoints = Checkpoints(trained.checkpoints, read_only=True)
     state = checkpoints.restore(step, programs.shape)["state"]  # saved on eight devices
     assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {count}
