@@ -268,7 +268,7 @@ def test_a_work_directory_of_a_network_with_running_means(tmp_path):
     params, stats = own["params"], {"batch_stats": own["batch_stats"]}
     averages = {"params": other["params"], "model_state": {"batch_stats": other["batch_stats"]},
                 "eval_variables": (params, stats)}  # fmt: skip
-    (tmp_path / "config.json").write_text(to_json(default_config()))
+    (tmp_path / "config.json").write_text(to_json(like.recipe.config))
     data = {"train_examples": 64, "image_shape": (32, 32, 3), "class_names": [str(i) for i in range(10)]}
     (tmp_path / "provenance.json").write_text(json.dumps({"data": data | {"fingerprint": "x"}}))
     checkpoints = Checkpoints(tmp_path / "checkpoints")
