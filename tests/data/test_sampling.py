@@ -144,7 +144,7 @@ def test_batches_are_the_same_on_any_placement_and_process(files, text):
         np.testing.assert_array_equal(whole[4]["id"][seed - 3 :: 2], ids)
         np.testing.assert_array_equal(whole[4]["image"][seed - 3 :: 2, 0, 0, 0], ids)
         np.testing.assert_array_equal(whole[4]["epoch"][seed - 3 :: 2], at // images.sampler.epoch)
-    for step, batch in stream.batches(images, spec, range(4, 7), np.arange(1, 16, 2)):
+    for step, batch in stream.batches(images, spec, range(4, 7), lambda size: np.arange(1, size, 2)):
         np.testing.assert_array_equal(batch["id"].reshape(-1, 2), whole[step]["id"].reshape(-1, 2)[1::2])
     for step, batch in placement.batches("device", images, spec, range(2, 8), sharding.make_mesh()):
         jax.tree.map(np.testing.assert_array_equal, batch, whole[step])
