@@ -158,7 +158,7 @@ class Recipe:
                 if self.method.predicts or path[0] != "head":
                     shapes["/".join(map(str, path))] = x.shape
 
-        # Of inputs that are traced: `_built`, which calls this, would compute the rest, operation by operation.
+        # The inputs are traced, since inside `_built` JAX computes what follows from constants, operation by operation.
         images = jax.ShapeDtypeStruct((1, *self.data.image_shape), jnp.float32)
         self.naming_the_key()(jax.eval_shape)(init, rng.init_streams(jax.random.key(0)), images)  # any key: only shapes
         return shapes

@@ -222,7 +222,7 @@ def test_wrong_usage(mistake, tmp_path, monkeypatch, argv, fragments):
     ("model=resnet_cifar(depth=8, norm='group_norm')", "groups (32) does not divide the number of channels (16)"),
     ("model=resnet_cifar(depth=8, activation='flax.linen:PReLU')", "PReLU"),
     ("model=resnet_cifar(depth=8, block='basic_block')", "a spec names no block"),
-    ("model=resnet_cifar(depth=8, shortcut='none')", "did you mean 'conv'? allowed: conv, pad, pool"),
+    ("model=resnet_cifar(depth=8, shortcut='none')", "unknown shortcut 'none': did you mean 'conv'? allowed: conv"),
     ("model=resnet(18, norm='batch_norm(use_scale=False)')", "leaves no scale to start at 0; set zero_init="),
     ("model=resnet_cifar(depth=21)", "the depth must be 6n + 2, such as 20"),
     ("model=wide_resnet(depth=27)", "the depth must be 6n + 4, such as 28"),

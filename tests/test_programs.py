@@ -78,7 +78,7 @@ def test_factories_run_outside_of_any_trace(key, function, lr, fake_config):
 
 
 class Computed(nn.Module):
-    """Tells of each array that a layer computes, instead of a trace."""
+    """Fails if its layer is computed and not traced."""
 
     features = 4
 
@@ -90,7 +90,7 @@ class Computed(nn.Module):
 
 
 def test_rules_compute_no_part_of_the_model(fake_config):
-    """They ask for the shapes of its parameters, which took a minute for a network of fifty layers."""
+    """They need the shapes of its parameters alone. To compute them took a minute for a network of fifty layers."""
     fake_config.model, fake_config.rules.lr = f"{__name__}:Computed", "head/.*=2"
     Programs(Recipe(fake_config, DATA)).check_size()
 

@@ -84,6 +84,8 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     own: dict[str, Any] = {name: jax.ShapeDtypeStruct(x.shape[config.num_seeds > 1 :], x.dtype) for name, x in leaves}
     if (workdir := Workdir(path)).config.is_file() and not container:
         weights = _read_workdir(workdir)
+    elif path.is_dir() and not container:
+        raise UserError(f"{what}: this directory holds no run: there is no {workdir.config}")
     elif path.is_file():
         heads = {f"{_HEAD}{leaf}": jax.ShapeDtypeStruct((), "float32") for leaf in ("kernel", "bias")}
         weights = _read_file(path, container, programs, heads | own)  # a head has a name even if the model has none

@@ -219,7 +219,7 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var":
 def tables(backbone: nn.Module) -> Tables:
     """The backbone's tables, by library; none with a swapped block, norm or activation, which its model lacks.
 
-    timm's ViT may have any epsilon and any GELU. Only timm has ResNet-D and ConvNeXt V2.
+    timm's ViT may have any epsilon and any GELU. Only timm has ResNet-D, ConvNeXt V2 and EfficientNetV2.
     """
     found, swapped = TABLES.get(type(backbone), {}), parts.has_swapped(backbone)
     if str(getattr(backbone, "variant", "")).startswith(("D", "V2")):

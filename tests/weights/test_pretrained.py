@@ -106,9 +106,11 @@ def test_weights_of_another_model(file, tmp_path):
         with pytest.raises(UserError, match=r"nothing in it fits model='mlp\(widths=\(64,\)\)'") as e:
             pretrained.load(programs(file, "mlp(widths=(64,))", **more))
         assert len(str(e.value)) < 900
-    for path in (tmp_path / "nope.pth", Path("/dev/zero"), tmp_path):
+    for path in (tmp_path / "nope.pth", Path("/dev/zero")):
         with pytest.raises(UserError, match="there is no file or work directory"):
             pretrained.load(programs(path))
+    with pytest.raises(UserError, match="this directory holds no run"):
+        pretrained.load(programs(tmp_path))
 
 
 def test_positions_are_resized_as_timm_does(tmp_path, monkeypatch, caplog):

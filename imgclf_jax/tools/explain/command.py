@@ -7,7 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from imgclf_jax.core import paths, terminal
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError, check_choice
 from imgclf_jax.core.text import decimals
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run.workdir import Workdir
@@ -33,8 +33,8 @@ def main(
     images = inputs.find(files)
     model = load_trained(config, workdir, checkpoint)
     model.programs.check_predicts()
-    if wanted and wanted not in model.class_names:
-        raise UserError(unknown("class", wanted, model.class_names))
+    if wanted:
+        check_choice("class", wanted, model.class_names)
     method, explain = build(model, method, layer, window)
     folder.mkdir(parents=True, exist_ok=True)
     results = inputs.Results(images, model.stream("ranked", images), "explaining")

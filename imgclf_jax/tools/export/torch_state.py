@@ -4,7 +4,7 @@ import numpy as np
 from flax import linen as nn
 
 from imgclf_jax.core import tree
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError, check_choice
 from imgclf_jax.core.typing import Variables
 from imgclf_jax.models.vit import ViT, sincos_positions
 from imgclf_jax.weights import torch_names
@@ -17,8 +17,8 @@ def naming(backbone: nn.Module, names: str = "") -> str:
     others. Raises UserError for names that the backbone does not support.
     """
     known = [*torch_names.tables(backbone), "own"]
-    if names and names not in known:
-        raise UserError(unknown(f"names of a {type(backbone).__name__}", names, known))
+    if names:
+        check_choice(f"names of a {type(backbone).__name__}", names, known)
     return names or known[0]
 
 
