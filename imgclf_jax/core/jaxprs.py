@@ -17,6 +17,13 @@ def inner(equation: JaxprEqn) -> list[Jaxpr | ClosedJaxpr]:
     return [v for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
 
 
+def callbacks(jaxpr: Jaxpr | ClosedJaxpr) -> set[str]:
+    """The names of the primitives that call Python while the program runs and use what it returns."""
+    equations = getattr(jaxpr, "jaxpr", jaxpr).eqns
+    inside = (callbacks(one) for equation in equations for one in inner(equation))
+    return {equation.primitive.name for equation in equations} & {"pure_callback", "io_callback"} | set().union(*inside)
+
+
 def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     """Counts the FLOPs of matmuls and convolutions.
 

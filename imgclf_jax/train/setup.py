@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
+from jax.extend.core import ClosedJaxpr
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax import datasets, metrics, programs
 from imgclf_jax.augment import ops
-from imgclf_jax.core import processes, spec, tree
+from imgclf_jax.core import jaxprs, processes, spec, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Function, Json, JsonObject, Params, PyTree
 from imgclf_jax.data import stream
@@ -135,15 +136,22 @@ def _check_purity(compiling: Programs, fresh: bool) -> JsonObject:
     """The digests of the steps and the initialization if user code is part of them, as {"traced": …}; else {}.
 
     In a run that begins (`fresh`) everything is built and traced twice, and this raises UserError, naming the keys, if
-    the programs differ: a number drawn or counted while tracing is a constant, and a resumed run would have another.
+    the programs differ: a number drawn or counted while tracing is a constant, and a resumed run would have another. It
+    is also raised if they call Python, as by `jax.pure_callback`: what that reads or counts, no trace shows.
     What a process computes once, or reads from a file, only changes the digest.
     """
 
+    def trace(one: Programs) -> list[ClosedJaxpr]:
+        return [traced.jaxpr for traced in (one.traced_train, one.traced_eval, one.traced_init)]
+
     def digests(one: Programs) -> list[str]:
-        return [digest_program(traced.jaxpr) for traced in (one.traced_train, one.traced_eval, one.traced_init)]
+        return [digest_program(jaxpr) for jaxpr in trace(one)]
 
     if not (own := compiling.recipe.own_code):
         return {}
+    if called := set().union(*map(jaxprs.callbacks, trace(compiling))):
+        raise UserError(f"{own} calls Python by {' and '.join(sorted(called))} while the step runs, so nothing can "
+                        "check that a resumed run has the same numbers; use JAX or a host op instead")  # fmt: skip
     first = digests(compiling)
     with _again(True):
         if fresh and digests(replace(compiling, recipe=replace(compiling.recipe))) != first:

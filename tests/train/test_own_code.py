@@ -64,7 +64,24 @@ def calling(labels, probabilities):
     return counting(2.0)
 
 
+@jax.custom_jvp
+def called_back(logits):
+    return jax.pure_callback(lambda x: x * np.float32(counting(2.0)), logits, logits)
+
+
+called_back.defjvp(lambda primals, tangents: (called_back(*primals), tangents[0]))
+
+
+def calling_back(logits, labels):
+    return losses.softmax(jax.lax.cond(labels.sum() > 0, called_back, jnp.sin, logits), labels)
+
+
+def ordered(images):
+    return jax.experimental.io_callback(lambda x: x, images, images, ordered=True)
+
+
 def pure(logits, labels, scale=1.0):
+    jax.debug.print("{}", logits.sum())  # returns nothing to the step
     return losses.softmax(logits, labels) * scale + jnp.asarray(np.arange(3.0)).sum()
 
 
@@ -76,6 +93,16 @@ def test_impure_code_is_refused(fake_config, tmp_path, key, name):
     """A draw or a count while tracing is a constant: a resumed run would have another one, without a word."""
     fake_config[key] = f"{__name__}:{name}"
     with pytest.raises(UserError, match=rf"^{key}='{__name__}:{name}' gives .* (when it is traced again|second call)"):
+        train.main(fake_config, Workdir(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(("key", "name", "primitive"), [
+    ("loss", "calling_back", "pure_callback"), *thorough(("augment", "ordered", "io_callback")),
+])  # fmt: skip
+def test_python_inside_a_step_is_refused(fake_config, tmp_path, key, name, primitive):
+    """A file that it reads, or a counter, changes the numbers of a resumed run, and no trace of the step shows it."""
+    fake_config[key] = f"{__name__}:{name}"
+    with pytest.raises(UserError, match=rf"^{key}='{__name__}:{name}' calls Python by {primitive} while the step runs"):
         train.main(fake_config, Workdir(tmp_path / "run"))
 
 
