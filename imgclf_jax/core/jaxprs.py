@@ -1,6 +1,7 @@
 """Helpers to read jaxprs."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,11 +18,12 @@ def inner(equation: JaxprEqn) -> list[Jaxpr | ClosedJaxpr]:
     return [v for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
 
 
-def callbacks(jaxpr: Jaxpr | ClosedJaxpr) -> set[str]:
-    """The names of the primitives that call Python while the program runs and use what it returns."""
-    equations = getattr(jaxpr, "jaxpr", jaxpr).eqns
-    inside = (callbacks(one) for equation in equations for one in inner(equation))
-    return {equation.primitive.name for equation in equations} & {"pure_callback", "io_callback"} | set().union(*inside)
+def walk(jaxpr: Jaxpr | ClosedJaxpr) -> Iterator[Jaxpr | ClosedJaxpr]:
+    """Yields `jaxpr` and all jaxprs inside it, each before those inside itself."""
+    yield jaxpr
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        for one in inner(equation):
+            yield from walk(one)
 
 
 def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:

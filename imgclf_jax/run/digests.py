@@ -7,13 +7,11 @@ in `result.json`. A CRC-32 per parameter tells which ones differ. Lines outlive 
 import concurrent.futures
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr
 
 from imgclf_jax.core import jaxprs, processes, sharding, tree
 from imgclf_jax.core.errors import UserError
@@ -102,11 +100,5 @@ class Digests:
 def digest_program(jaxpr: ClosedJaxpr) -> str:
     """A SHA-256 of a program and its constants, the same in any process that traces the same code."""
     text = re.sub(r"0x[0-9a-f]{6,}", "", str(jaxpr))  # the addresses of functions
-    return tree.sha256([np.frombuffer(text.encode(), np.uint8), *_constants(jaxpr)])
-
-
-def _constants(jaxpr: Jaxpr | ClosedJaxpr) -> Iterator[Any]:
-    yield from getattr(jaxpr, "consts", ())
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        for one in jaxprs.inner(equation):
-            yield from _constants(one)
+    constants = (constant for one in jaxprs.walk(jaxpr) for constant in getattr(one, "consts", ()))
+    return tree.sha256([np.frombuffer(text.encode(), np.uint8), *constants])

@@ -144,22 +144,21 @@ def _check_purity(compiling: Programs, fresh: bool) -> JsonObject:
     def trace(one: Programs) -> list[ClosedJaxpr]:
         return [traced.jaxpr for traced in (one.traced_train, one.traced_eval, one.traced_init)]
 
-    def digests(one: Programs) -> list[str]:
-        return [digest_program(jaxpr) for jaxpr in trace(one)]
-
     if not (own := compiling.recipe.own_code):
         return {}
-    if called := set().union(*map(jaxprs.callbacks, trace(compiling))):
+    traced = trace(compiling)
+    bodies = [getattr(one, "jaxpr", one) for jaxpr in traced for one in jaxprs.walk(jaxpr)]
+    if called := {one.primitive.name for body in bodies for one in body.eqns} & {"pure_callback", "io_callback"}:
         raise UserError(f"{own} calls Python by {' and '.join(sorted(called))} while the step runs, so nothing can "
                         "check that a resumed run has the same numbers; use JAX or a host op instead")  # fmt: skip
-    first = digests(compiling)
+    digests = [digest_program(jaxpr) for jaxpr in traced]
     with _again(True):
-        if fresh and digests(replace(compiling, recipe=replace(compiling.recipe))) != first:
+        if fresh and digests != list(map(digest_program, trace(replace(compiling, recipe=replace(compiling.recipe))))):
             raise UserError(f"{own} gives another program when it is traced again, since it draws from np.random, "
                             "counts its calls or keeps other state, so a resumed run would have other numbers; draw "
                             "from the keys and rng streams that it gets")  # fmt: skip
-    processes.agree(lambda: {"the traced train step": first[0]})
-    return {"traced": dict(zip(("train", "eval", "init"), first, strict=True))}
+    processes.agree(lambda: {"the traced train step": digests[0]})
+    return {"traced": dict(zip(("train", "eval", "init"), digests, strict=True))}
 
 
 def _initialize(compiling: Programs, images: stream.Images, weights: dict[str, np.ndarray] | None) -> PyTree:
