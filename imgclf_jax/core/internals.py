@@ -25,7 +25,7 @@ def coordination_state() -> Any:
 def not_cached() -> AbstractContextManager[None]:
     """Inside, this thread's compilations are not written to JAX's persistent compilation cache.
 
-    Serializing a program with oneDNN's convolutions crashes jaxlib 0.12. JAX's public setting is global: other threads
+    Serializing a program with a oneDNN call crashes jaxlib 0.12. JAX's public setting is global: other threads
     would lose the cache too, or turn it back on in between.
     """
     from jax._src import config

@@ -137,8 +137,8 @@ def _check_purity(compiling: Programs, fresh: bool) -> JsonObject:
 
     In a run that begins (`fresh`) everything is built and traced twice, and this raises UserError, naming the keys, if
     the programs differ: a number drawn or counted while tracing is a constant, and a resumed run would have another. It
-    is also raised if they call Python, as by `jax.pure_callback`: what that reads or counts, no trace shows.
-    What a process computes once, or reads from a file, only changes the digest.
+    is also raised, in any run, if they call Python, as by `jax.pure_callback`: what that reads or counts, no trace
+    shows. What a process computes once, or reads from a file, only changes the digest.
     """
 
     def trace(one: Programs) -> list[ClosedJaxpr]:
@@ -147,8 +147,8 @@ def _check_purity(compiling: Programs, fresh: bool) -> JsonObject:
     if not (own := compiling.recipe.own_code):
         return {}
     traced = trace(compiling)
-    bodies = [getattr(one, "jaxpr", one) for jaxpr in traced for one in jaxprs.walk(jaxpr)]
-    if called := {one.primitive.name for body in bodies for one in body.eqns} & {"pure_callback", "io_callback"}:
+    equations = [equation for one in traced for jaxpr in jaxprs.walk(one) for equation in jaxpr.eqns]
+    if called := {equation.primitive.name for equation in equations} & {"pure_callback", "io_callback"}:
         raise UserError(f"{own} calls Python by {' and '.join(sorted(called))} while the step runs, so nothing can "
                         "check that a resumed run has the same numbers; use JAX or a host op instead")  # fmt: skip
     digests = [digest_program(jaxpr) for jaxpr in traced]
