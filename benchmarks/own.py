@@ -60,7 +60,7 @@ def open_images(config: ConfigDict, images: np.ndarray, labels: np.ndarray) -> s
     with tempfile.TemporaryDirectory() as directory:
         np.savez(f"{directory}/random.npz", x_train=images, y_train=labels)
         source = sources.open_splits(f"arrays('{directory}/random.npz')")["train"]
-    opened = stream.Images(source, config.preprocess, config.seed, config.data.threads)
+    opened = stream.Images(source, config.preprocess, config.seed)
     everything = np.arange(len(opened), dtype=np.int64)
     opened.read(everything, everything)
     return opened

@@ -71,7 +71,7 @@ def own(folder: Path, cores: int, decode: str = "decode(3)") -> Iterator[Any]:
 
     tensorflow_import.tensorflow().result()
     source = sources.open_splits(f"folder({str(folder)!r})")["train"]
-    images = stream.Images(source, f"{decode}|random_resized_crop({_SIDE})", 0, cores)
+    images = stream.Images(source, f"{decode}|random_resized_crop({_SIDE})")
     return (batch for _, batch in stream.batches(images, stream.StreamSpec(0, _BATCH), range(10**9)))
 
 

@@ -41,7 +41,7 @@ KEYS: dict[str, tuple[Value, str]] = {
     "data.data_dir": ("", "Directory or bucket of prepared TFDS data; empty means ~/tensorflow_datasets."),
     "data.manual_dir": ("", "Directory of manually downloaded TFDS archives, for machines without a network."),
     "data.placement": ("host", "'host' streams batches; 'device' keeps the whole uint8 data set on the accelerator."),
-    "data.threads": (0, "Number of image-decoding threads; 0 uses one per core. Batches do not depend on it."),
+    "data.workers": (0, "Processes that read batches ahead; 0: a thread per core. Batches do not depend on it."),
     "preprocess": ("decode(3)", "Host ops for training, from encoded bytes to a fixed-shape uint8 image."),
     "preprocess_eval": ("", "Host ops for evaluation and prediction, without randomness; empty means those of "
                             "`preprocess`, with resize_small and central_crop in place of random_resized_crop."),
@@ -90,7 +90,7 @@ _NEEDED = ("total", "data.source", "data.train", "data.sampling", "model", "loss
 _RANGES = {
     "seed": (0, 2**32), "ema": (0, 1), "rules.layer_decay": (0, 1), "clip": (0, math.inf),
     "batch_size": (1, math.inf), "num_seeds": (1, math.inf), "accumulate": (1, math.inf),
-    "data.threads": (0, math.inf), "checkpoint.keep": (1, math.inf),
+    "data.workers": (0, 2**10), "checkpoint.keep": (1, math.inf),
 }  # fmt: skip
 _CHOICES = {"precision": ("float32", "bfloat16"), "matmul_precision": ("float32", "tensorfloat32", "bfloat16"),
             "data.placement": ("host", "device"),
@@ -98,7 +98,7 @@ _CHOICES = {"precision": ("float32", "bfloat16"), "matmul_precision": ("float32"
 
 # Keys of where and how a run computes: a resumed run may change them. `mesh` is among them, although another number of
 # devices changes results by rounding.
-LOCATION_KEYS = ("data.data_dir", "data.manual_dir", "data.placement", "data.threads", "tensorboard",
+LOCATION_KEYS = ("data.data_dir", "data.manual_dir", "data.placement", "data.workers", "tensorboard",
                  "log_images", "writers", "watchdog", "mesh", "rules.shard")  # fmt: skip
 
 CADENCES = ("log_every", "eval_every", "checkpoint_every")
@@ -113,7 +113,7 @@ def free_keys(config: ConfigDict) -> tuple[str, ...]:
 
 
 # Keys that may differ between the hosts of one run, which compare their data by fingerprint.
-HOST_KEYS = ("data.data_dir", "data.manual_dir", "data.threads")
+HOST_KEYS = ("data.data_dir", "data.manual_dir", "data.workers")
 
 # Names that metrics.jsonl, result.json and `evaluate` use themselves, so no evaluation set can have them.
 RESERVED = frozenset({"train", "step", "epochs", "seconds", "images_per_second", "params_sha256", "num_seeds",

@@ -47,13 +47,13 @@ def open_train_images(config: ConfigDict, base: Mapping[str, Source] | None = No
     source = sources.take_split(base, config.data.train)
     extra = {name: _extra_images(config, name, one, base, source.bits) for name, one in extra_streams(config).items()}
     sampler = _sampler(config.data.sampling, source, "data.sampling")
-    return Images(source, config.preprocess, config.seed, config.data.threads, sampler, extra)
+    return Images(source, config.preprocess, config.seed, config.data.workers, sampler, extra)
 
 
 def eval_images(source: Source, config: ConfigDict, bits: int | None = None) -> Images:
     """The images of a source with the host ops of evaluation; `bits` are the run's (see `Images`)."""
     preprocess = decode.evaluation_spec(config.preprocess_eval, config.preprocess)
-    return Images(source, preprocess, config.seed, config.data.threads, bits=bits, key="preprocess_eval")
+    return Images(source, preprocess, config.seed, config.data.workers, bits=bits, key="preprocess_eval")
 
 
 def _extra_images(config: ConfigDict, name: str, stream: ExtraStream, base: Mapping[str, Source], bits: int) -> Images:
@@ -63,7 +63,7 @@ def _extra_images(config: ConfigDict, name: str, stream: ExtraStream, base: Mapp
         split = stream.split or ("train" if len(opened) > 1 else next(iter(opened)))
         source = sources.take_split(opened, split)
         sampler = _sampler(stream.sampling, source, "sampling")
-        return Images(source, stream.preprocess, config.seed, config.data.threads, sampler, bits=bits)
+        return Images(source, stream.preprocess, config.seed, config.data.workers, sampler, bits=bits)
     except UserError as e:
         raise UserError(f"data.extra.{name}: {e}") from e
 

@@ -140,7 +140,7 @@ class Trained(NamedTuple):
         _ = self.programs.host_ops  # an error in these concerns no single image
         program, mesh, shape = self.programs.inference(what), self.programs.mesh, self.programs.recipe.data.image_shape
         size = sharding.round_up(min(self.config.batch_size, _BATCH), mesh)
-        threads, tasks = self.config.data.threads or machine.processors(), itertools.batched(enumerate(images), _TASK)
+        threads, tasks = machine.processors(), itertools.batched(enumerate(images), _TASK)
         decoded = map_ahead(self._prepare_some, tasks, threads, _AHEAD * size // _TASK)
 
         def computing() -> Iterator[tuple[tuple[Prepared, ...], jax.Array]]:

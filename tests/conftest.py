@@ -221,8 +221,10 @@ def a_gigabyte():
         return
     import resource
 
+    import jax
     from fuzzing import MAX
 
+    jax.devices()  # the stacks of its threads would count
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MAX, before[1]))

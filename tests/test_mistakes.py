@@ -329,7 +329,7 @@ def test_another_config(mistake, whole, capsys):
     before = snapshot(workdir)
     sentence = mistake("train", f"--workdir={workdir}", *argv, "--config.seed=1", "--config.total=13 steps")
     assert has(sentence, "seed: 0 → 1; total: '12 steps' → '13 steps'", "use the old values", "another --workdir")
-    moved = ("--config.data.data_dir=/elsewhere", "--config.data.threads=1", "--config.data.placement=device")
+    moved = ("--config.data.data_dir=/elsewhere", "--config.data.workers=1", "--config.data.placement=device")
     assert launch.main(["train", f"--workdir={workdir}", *argv, *moved]) == 0
     assert "this run is done" in capsys.readouterr().err
     assert snapshot(workdir) == before

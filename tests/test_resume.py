@@ -1,4 +1,4 @@
-"""A run's bits follow from config and seed: not from cadences, placement, threads or where it was resumed or killed."""
+"""A run's bits follow from config and seed: not from cadences, placement, workers or where it was resumed or killed."""
 
 import json
 import random
@@ -36,13 +36,13 @@ def test_every_way_to_train(keys, tmp_path):
 
 
 @pytest.mark.usefixtures("one_device")
-def test_training_depends_on_neither_placement_nor_threads(fake_config, tmp_path):
+def test_training_depends_on_neither_placement_nor_workers(fake_config, tmp_path):
     config = fake_config
     config.model = "mlp(widths=(8,))"
     config.total, config.augment = "23 steps", "flip_lr|normalize"
     config.log_every, config.eval_every, config.checkpoint_every = "5 steps", "7 steps", "11 steps"
     results = []
-    for config.data.placement, config.data.threads in (("host", 1), ("device", 3)):
+    for config.data.placement, config.data.workers in (("host", 2), ("device", 0)):
         workdir = Workdir(tmp_path / config.data.placement)
         assert train.main(config, workdir) == 0
         results.append((*launched.outcome(workdir.path), json.loads(workdir.result.read_text())["test"]))
@@ -84,7 +84,7 @@ SHORT = ("--config.data.source=fake(256, (12, 12, 1), 4)", "--config.preprocess=
 def test_killed_at_a_random_moment(tmp_path, capsys):
     """With random crops, flips, mixing and dropout, and logs, evaluations and checkpoints at different steps."""
     whole, workdir = tmp_path / "whole", tmp_path / "run"
-    [process], saved = launched.start(workdir, SHORT), workdir / "checkpoints"
+    [process], saved = launched.start(workdir, (*SHORT, "--config.data.workers=2")), workdir / "checkpoints"
     while process.poll() is None and not (saved.exists() and any(f.name.isdigit() for f in saved.iterdir())):
         time.sleep(0.01)
     time.sleep(random.Random(0).uniform(0.0, 0.1))

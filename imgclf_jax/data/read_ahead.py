@@ -1,4 +1,4 @@
-"""Prefetches batches while the device computes: by tf.data, or by threads if TensorFlow is not installed."""
+"""Prefetches batches while the device computes: by worker processes, tf.data, or threads without TensorFlow."""
 
 import collections
 import concurrent.futures
@@ -11,21 +11,28 @@ import numpy as np
 
 from imgclf_jax.core import machine, tensorflow_import
 from imgclf_jax.core.typing import Batch
+from imgclf_jax.data import workers as data_workers
 
 _PARALLEL = 2  # batches that are read at once
 
 
-def read_ahead(read: Callable[[int], Batch], steps: Iterable[int], prefetch: int) -> Iterator[tuple[int, Batch]]:
+def read_ahead(
+    read: Callable[[int], Batch], steps: Iterable[int], prefetch: int, workers: int = 0
+) -> Iterator[tuple[int, Batch]]:
     """Yields each step with `read(step)`, arrays in nested dicts, and reads up to `prefetch` steps ahead.
 
     The steps may be infinite. The first batch, every batch without `prefetch`, and those during TensorFlow's import are
-    read on demand. The batches are the same in every case.
+    read on demand. Worker processes read further ahead. The batches are the same in every case.
     """
-    steps = iter(steps)
-    loading = tensorflow_import.tensorflow() if prefetch else None
+    steps, workers = iter(steps), workers if prefetch else 0
+    loading = tensorflow_import.tensorflow() if prefetch and not workers else None
+    if workers:
+        data_workers.prepare()
     for step in steps:
         batch = read(step)
         yield step, batch
+        if workers:
+            yield from data_workers.read_by_workers(read, steps, batch, workers, prefetch)
         if loading and loading.done():
             by_threads = map_ahead(lambda step: (step, read(step)), steps, _PARALLEL, prefetch)
             tf = loading.result()

@@ -8,6 +8,7 @@ import concurrent.futures
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -32,19 +33,20 @@ class Images:
     """
 
     def __init__(
-        self, source: Source, preprocess: str, seed: int = 0, threads: int = 0, sampler: sampling.Sampler | None = None,
+        self, source: Source, preprocess: str, seed: int = 0, workers: int = 0, sampler: sampling.Sampler | None = None,
         extra: Mapping[str, "Images"] = MappingProxyType({}), bits: int | None = None, key: str = "preprocess",
     ):  # fmt: skip
         """Decodes eight examples twice. Raises UserError for a bad spec, a broken image, and if they differ.
 
-        `sampler` orders the examples of the stream, by default in exact permutations; `extra` are further streams by
-        name. `bits` are those that the run scales deep grey by, by default the source's. Errors name `key`.
+        `workers` processes read ahead, or with 0 threads. `sampler` orders the examples of the stream, by default in
+        exact permutations; `extra` are further streams by name. `bits` are those that the run scales deep grey by, by
+        default the source's. Errors name `key`.
         """
         self.source, self.seed, self.extra, self.host_ops = source, seed, extra, f"{key}={preprocess!r}"
         self.sampler = sampler or sampling.permutation(source)
         self.bits = source.bits if bits is None else bits
         self._ops, self.random = decode.build(preprocess, self.bits)
-        self._threads = threads or machine.processors()
+        self.workers, self._threads = workers, machine.processors()
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
         ids, positions = np.linspace(0, source.size - 1, _TRIED).astype(np.int64), np.arange(_TRIED)
         (first, labels), again = (self._decode(ids, positions, seed) for _ in range(2))
@@ -62,6 +64,9 @@ class Images:
 
     def __len__(self) -> int:
         return self.source.size
+
+    def __getstate__(self) -> dict[str, Any]:  # for a worker process, which has one thread
+        return self.__dict__ | {"_pool": None, "_threads": 1, "extra": dict(self.extra)}
 
     def describe(self, count_classes: bool = False) -> DataInfo:
         """The facts of these training images for the run's record; with `count_classes`, also the class counts."""
@@ -102,8 +107,8 @@ class Images:
         nbytes = sum(len(x) if isinstance(x, bytes) else getattr(x, "nbytes", _SMALL) for x in encoded)
         threads = 1 if nbytes < _SMALL * len(ids) else min(self._threads, len(ids))
         shares = np.array_split(np.arange(len(ids)), threads)
-        decoded = self._pool.map(lambda rows: [decode_one(row) for row in rows], shares)
-        images = [image for share in decoded for image in share]
+        each: Any = self._pool.map if threads > 1 else map
+        images = [image for share in each(lambda rows: [decode_one(row) for row in rows], shares) for image in share]
         if wrong := [image for image in images if image.dtype != np.uint8 or image.ndim != 3]:
             raise UserError(f"{self.host_ops} returns {wrong[0].dtype}{list(wrong[0].shape)}; host ops "
                             "must return uint8[h, w, c]; use `augment` for floating point")  # fmt: skip
@@ -159,7 +164,8 @@ def batches(
     def read(step: int) -> Batch:
         return {**_read(step, *own), **{name: _read(step, *stream) for name, stream in extra.items()}}
 
-    return read_ahead(read, steps, 0 if all(one.kept for one, *_ in (own, *extra.values())) else prefetch)
+    kept = all(one.kept for one, *_ in (own, *extra.values()))
+    return read_ahead(read, steps, 0 if kept else prefetch, images.workers)
 
 
 def _read(step: int, images: Images, spec: StreamSpec, rows: np.ndarray) -> Batch:
@@ -192,4 +198,4 @@ def eval_batches(images: Images, batch_size: int, rows: np.ndarray | None = None
         return {**images.read(clipped, clipped), "mask": ids < len(images)}
 
     steps = range(-(-len(images) // batch_size))
-    return (batch for _, batch in read_ahead(read, steps, 0 if images.kept else prefetch))
+    return (batch for _, batch in read_ahead(read, steps, 0 if images.kept else prefetch, images.workers))

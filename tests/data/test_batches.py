@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import multiprocessing
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -93,15 +94,18 @@ def test_random_ops_draw_anew_in_every_epoch_and_for_every_seed():
 
 @pytest.mark.parametrize("ops", ["decode(1)", RANDOM_OPS])
 def test_a_batch_is_the_same_however_it_is_reached(ops, monkeypatch):
-    """From step 0 or directly, with any prefetch and number of threads, kept or not, with and without TensorFlow."""
+    """From step 0 or directly, with any prefetch, threads or workers, kept or not, with and without TensorFlow."""
     ids = []
     whole = list(train_batches(stream.Images(recorded(fake(), ids), ops, 3), 3, 12, 0, 8))
     assert [b["image"].shape for b in whole] == [(12, 9, 8, 1) if ops == "decode(1)" else (12, 6, 5, 1)] * 8
     assert len(ids) == 16 + (40 if ops == "decode(1)" else 8 * 12)  # the first is read twice at eight positions
     monkeypatch.setattr(stream, "_KEPT_BYTES", 0)
-    for start, threads, prefetch, pause in ((5, 1, 1, 0), (3, 7, 9, 0.02), (7, 3, 2, 0.01)):
-        images = stream.Images(recorded(fake(), [], pause), ops, 3, threads)
+    ways = (5, 0, 1, 1, 0), (3, 0, 7, 9, 0.02), (1, 1, 3, 1, 0), (0, 3, 1, 4, 0)
+    for start, workers, threads, prefetch, pause in ways:
+        monkeypatch.setattr(stream.machine, "processors", lambda threads=threads: threads)
+        images = stream.Images(recorded(fake(), [], pause), ops, 3, workers)
         assert_same(train_batches(images, 3, 12, start, 8, prefetch=prefetch), whole[start:])
+        assert not multiprocessing.active_children()
     # Where TensorFlow's import ends when some batches have been read, and where TensorFlow is not installed.
     for module in (tensorflow, None):
         importing: Future = Future()
@@ -110,6 +114,34 @@ def test_a_batch_is_the_same_however_it_is_reached(ops, monkeypatch):
         first = [next(batches) for _ in range(2)]
         importing.set_result(module)
         assert_same([*first, *batches], whole[2:])
+
+
+def failing_source(error):
+    def read(ids):
+        if 30 in ids:
+            raise error
+        return {"image": np.zeros((len(ids), 5, 5, 1), np.uint8)}
+
+    return Source(40, read, ("a",), "own", np.zeros(40, int))
+
+
+@pytest.mark.parametrize(("error", "raised", "message"), [
+    (UserError("images/30.png: the image does not decode"), UserError, r"^images/30.png: the image does not decode$"),
+    (KeyError("thirty"), RuntimeError, "data worker failed(?s:.*)in read(?s:.*)KeyError: 'thirty'"),
+    (threading.Lock(), UserError, "data.workers=2: the source, or a host op, cannot be sent to a worker: .*lock"),
+    ("killed", UserError, "^data worker [01] ended with status -9; if the machine is out of memory, set fewer"),
+])  # fmt: skip
+def test_workers_fail_with_a_reason(error, raised, message, monkeypatch):
+    """An error while reading ends all of them, and the batches before it come first."""
+    monkeypatch.setattr(stream, "_KEPT_BYTES", 0)
+    batches = stream.eval_batches(stream.Images(failing_source(error), "decode(1)", 0, 2), 4, prefetch=1)
+    assert next(batches)["mask"].all()
+    if error == "killed":
+        assert next(batches)["mask"].all()
+        multiprocessing.active_children()[-1].kill()
+    with pytest.raises(raised, match=message):
+        list(batches)
+    assert not multiprocessing.active_children()
 
 
 def test_streaming_from_step_ten_million_reads_those_examples_alone():

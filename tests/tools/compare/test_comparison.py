@@ -62,13 +62,13 @@ def test_runs_that_differ_in_their_seed_are_one_group(tmp_path, write):
     """The best group comes first; keys that only locate data do not separate runs."""
     values = {("adam", 0): 0.8, ("adam", 1): 0.9, ("sgd", 0): 0.95, ("sgd", 1): 0.93, ("sgd", 2): 0.97}
     for (optimizer, seed), accuracy in values.items():
-        write(f"x/{optimizer}{seed}", accuracy, optimizer=optimizer, seed=seed, data__threads=seed, clip=2.0)
+        write(f"x/{optimizer}{seed}", accuracy, optimizer=optimizer, seed=seed, data__workers=seed, clip=2.0)
     found = groups(tmp_path)
     assert [dict(one.settings) for one in found] == [{"optimizer": "sgd"}, {"optimizer": "adam"}]
     assert [one.seeds for one in found] == [[0, 1, 2], [0, 1]]
     assert found[0].metrics()["test/accuracy"] == pytest.approx((3, 0.95, statistics.stdev([0.95, 0.93, 0.97])))
     assert comparison.common(found)["clip"] == 2.0
-    assert not {"seed", "optimizer", "data.threads"} & set(comparison.common(found))
+    assert not {"seed", "optimizer", "data.workers"} & set(comparison.common(found))
 
 
 def test_seeds_trained_at_once_count_each(tmp_path, write):
