@@ -13,7 +13,7 @@ from networks import Network
 from variants import Measure, Prepare
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import sharding, tensorflow_import
+from imgclf_jax.core import tensorflow_import
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs, programs_for_images
 
@@ -99,20 +99,15 @@ def _training(programs: Programs, images: stream.Images) -> Measure:
 
 
 def _inference(programs: Programs, images: np.ndarray) -> Measure:
-    """The program of `evaluate`, or for single images that of `predict`."""
-    batch_size = 1 if programs.eval_batch_size == 1 else programs.eval_call_size
-    state = programs.init_state()
+    """The program of `predict`."""
+    batch_size, state = programs.recipe.config.batch_size, programs.init_state()
     usable = len(images) // batch_size * batch_size
     if not usable:
         raise ValueError(f"{len(images)} images are fewer than a batch of {batch_size}")
     batches = itertools.cycle(images[:usable].reshape(-1, batch_size, *images.shape[1:]))
-    rest = {"label": np.zeros(batch_size, np.int32), "mask": np.ones(batch_size, bool)}
 
     def dispatch() -> Any:
-        if batch_size == 1:
-            return programs.inference("predict")(state.params, state.model_state, next(batches))
-        batch = sharding.put_batch({"image": next(batches), **rest}, programs.mesh)
-        return programs.eval(state.params, state.model_state, batch)
+        return programs.inference("predict")(*state.evaluated, next(batches))
 
     def measure(seconds: float) -> tuple[float, float]:
         done, began = 1, time.perf_counter()

@@ -28,6 +28,7 @@ from imgclf_jax.optim import partition
 from imgclf_jax.recipe import Recipe, check_names
 
 _CALL_BYTES = 2**23  # of images, in a call of `eval` on CPU
+_FEW = 8  # images, fewer than which `models/cpu/` takes twice as long for as plain XLA operations
 _FIRST_IMAGES = 5000  # training images that airbench94 computes its whitening from
 
 
@@ -73,23 +74,24 @@ class Programs:
         """Compiler options of a program, or of one for oneDNN. XLA reads XLA_FLAGS only once."""
         if self.recipe.config.deterministic and self.platform == "gpu":
             return {"xla_gpu_deterministic_ops": True}
-        return platform.ONEDNN_OPTIONS if self._uses_onednn(onednn) else None
+        return platform.ONEDNN_OPTIONS if self._is_plain(onednn and self.recipe.on_onednn) else None
 
-    def _uses_onednn(self, wanted: bool) -> bool:
-        """Whether oneDNN computes a program; not of several seeds, whose `vmap` makes grouped convolutions."""
+    def _is_plain(self, wanted: bool) -> bool:
+        """Whether layers are plain XLA operations on CPU; not of several seeds: `vmap` makes grouped convolutions."""
         return wanted and self.platform == "cpu" and platform.has_onednn() and self.recipe.config.num_seeds == 1
 
     def caching(self, onednn: bool) -> contextlib.AbstractContextManager[None]:
         """The context to compile a program in: programs on oneDNN stay out of JAX's compilation cache."""
-        return internals.not_cached() if self._uses_onednn(onednn) else contextlib.nullcontext()
+        on_onednn = self._is_plain(onednn and self.recipe.on_onednn)
+        return internals.not_cached() if on_onednn else contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def tracing(self, onednn: bool = False) -> Iterator[None]:
+    def tracing(self, plain: bool = False) -> Iterator[None]:
         """Traces for the mesh's devices. A failure is traced again, part by part, to name the config key at fault.
 
-        With `onednn` it is plain XLA operations on CPU, not `models/cpu/`: faster for forward passes and some training.
+        With `plain` it is plain XLA operations on CPU, not `models/cpu/`: faster for forward passes and some training.
         """
-        target = self.platform, platform.compute_capability_of(self.mesh), self._uses_onednn(onednn)
+        target = self.platform, platform.compute_capability_of(self.mesh), self._is_plain(plain)
         matmuls = jax.default_matmul_precision(None if self.platform == "cpu" else self.recipe.config.matmul_precision)
         with platform.tracing_for(*target), self.recipe.naming_the_key(), matmuls:
             yield
@@ -194,7 +196,7 @@ class Programs:
     def _tracing_training(self) -> Iterator[None]:
         config = self.recipe.config
         groups = norms.groups(config.batch_norm, config.batch_size // config.accumulate)
-        with self.tracing(self.recipe.trains_on_onednn), norms.statistics_over(groups):
+        with self.tracing(self.recipe.on_onednn), norms.statistics_over(groups):
             yield
 
     @once
@@ -254,7 +256,7 @@ class Programs:
             state, new = self._train_step(state, batch, fixed)
             return state, step.add_sums(sums, new)
 
-        shapes, options = (self.state_shape, self.shape["sums"]), self.compiler_options(self.recipe.trains_on_onednn)
+        shapes, options = (self.state_shape, self.shape["sums"]), self.compiler_options(True)
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
         with self._tracing_training():
             jitted = jax.jit(train, out_shardings=shardings, donate_argnums=0, compiler_options=options)
@@ -263,7 +265,7 @@ class Programs:
     @once
     def train(self) -> Function:
         """Compiled `(state, sums, batch) -> (state, sums)`: a step. Adds its metrics to `sums`; donates the state."""
-        with self.caching(self.recipe.trains_on_onednn):
+        with self.caching(True):
             compiled, fixed = self.traced_train.lower().compile(), self.fixed
         return lambda state, sums, batch: compiled(state, sums, batch, fixed)
 
@@ -302,7 +304,7 @@ class Programs:
         evaluate = step.in_parts(pure, size // self.eval_batch_size)
         jitted = jax.jit(evaluate, out_shardings=sharding.replicated(self.mesh), compiler_options=options)
         fixed = None if self._evaluates_forward else self.fixed_shape  # so that evaluation loads no teacher
-        with self.tracing(self._evaluates_forward):
+        with self.tracing(self._evaluates_forward and self.recipe.on_onednn):
             traced = jitted.trace(state.params, state.model_state, batch, fixed)
         metrics.reported(traced.out_info[0], recipe.whole_set_metrics)  # refuses names that mean something else
         return traced
@@ -356,7 +358,7 @@ class Programs:
         shape = self.state_shape.params, self.state_shape.model_state
 
         def infer(*args: PyTree) -> jax.Array:
-            with self.tracing(forward):
+            with self.tracing(forward and (self.recipe.on_onednn or len(args[-1]) < _FEW)):
                 return pure(*args)
 
         shardings = jax.tree.map(lambda x: x.sharding, shape)

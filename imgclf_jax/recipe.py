@@ -241,9 +241,9 @@ class Recipe:
         return metrics.build_whole_set(self.config.metrics, self.task)
 
     @property
-    def trains_on_onednn(self) -> bool:
-        """Whether oneDNN computes the train step on CPU: unless the backbone says False."""
-        return bool(getattr(self.model.backbone, "trains_on_onednn", True))
+    def on_onednn(self) -> bool:
+        """Whether oneDNN computes the network on CPU: unless the backbone says False."""
+        return bool(getattr(self.model.backbone, "on_onednn", True))
 
 
 def _check_keys(method: Method, config: ConfigDict, has_targets: bool) -> None:

@@ -31,7 +31,7 @@ class CNN(nn.Module):
     hidden: int = 64
     kernel: int = 3
     dtype: DTypeLike = jnp.float32
-    trains_on_onednn = False
+    on_onednn = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

@@ -101,7 +101,7 @@ class Net(nn.Module):
 
     seed: int
     depth: int = 8
-    trains_on_onednn: bool = True
+    on_onednn: bool = True
     plain: bool = False
     dtype: Any = jnp.float32
 
@@ -132,8 +132,8 @@ def gradient(model, variables, batch, key):
 @jax.numpy_dtype_promotion("standard")  # which linen's layers rely on
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model", ["Net(0, 0)", *thorough(
-    "Net(1, 4, trains_on_onednn=False)", "Net(0, 4)", "resnet_cifar(8)", "vit('Ti', 4)",
-    *(f"Net({seed}, trains_on_onednn={seed % 3 > 0})" for seed in range(16)),
+    "Net(1, 4, on_onednn=False)", "Net(0, 4)", "resnet_cifar(8)", "vit('Ti', 4)",
+    *(f"Net({seed}, on_onednn={seed % 3 > 0})" for seed in range(16)),
 )])  # fmt: skip
 def test_a_train_step_is_that_of_plain_jax_in_float64(model, precision, fake_config):
     """Its gradient is the update by SGD at a learning rate of 1. `Net(0, 0)` could not train in bfloat16 once."""

@@ -79,7 +79,7 @@ def report(programs: Programs, chips: topology.Chips) -> JsonObject:
         began = time.perf_counter()
         log.info("compiling %s", name)
         try:
-            with programs.caching(name == "eval" or (name == "train" and recipe.trains_on_onednn)):
+            with programs.caching(name in ("train", "eval")):
                 compiled[name] = getattr(programs, f"traced_{name}").lower().compile()
         except Exception as e:
             if not _FULL.search(str(e)):
