@@ -9,6 +9,7 @@ files (256×192) and of a camera's (3000×2250). Each pipeline is a process of i
 core: the median over the rounds and [min, max]. The pipelines:
 
 - `imgclf_jax`: the stream of `launch.py train`; Pillow in threads.
+- `imgclf_jax, workers`: the same with `data.workers`, one per core.
 - `imgclf_jax, draft`: the same with `decode(3, draft=512)`, which decodes large files at a fraction of their size.
 - `tf.data`: `decode_and_crop_jpeg` and bilinear `tf.image.resize` in a parallel map. It resizes without antialiasing,
   which reads four pixels per output pixel.
@@ -60,7 +61,7 @@ def write_photographs(folder: Path, size: tuple[int, int]) -> None:
         image.save(place / f"{i}.jpg", quality=90)
 
 
-def own(folder: Path, cores: int, decode: str = "decode(3)") -> Iterator[Any]:
+def own(folder: Path, cores: int, decode: str = "decode(3)", workers: bool = False) -> Iterator[Any]:
     """The stream of this project."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from imgclf_jax.run import environment
@@ -71,7 +72,7 @@ def own(folder: Path, cores: int, decode: str = "decode(3)") -> Iterator[Any]:
 
     tensorflow_import.tensorflow().result()
     source = sources.open_splits(f"folder({str(folder)!r})")["train"]
-    images = stream.Images(source, f"{decode}|random_resized_crop({_SIDE})")
+    images = stream.Images(source, f"{decode}|random_resized_crop({_SIDE})", workers=cores * workers)
     return (batch for _, batch in stream.batches(images, stream.StreamSpec(0, _BATCH), range(10**9)))
 
 
@@ -143,6 +144,7 @@ def grain_map(folder: Path, cores: int) -> Iterator[Any]:
 
 PIPELINES = {
     OWN: own,
+    f"{OWN}, workers": functools.partial(own, workers=True),
     f"{OWN}, draft": functools.partial(own, decode="decode(3, draft=512)"),
     "tf.data": tf_data,
     "torch pillow": torch_pillow,

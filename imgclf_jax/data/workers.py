@@ -22,6 +22,7 @@ import cloudpickle
 import jax
 import numpy as np
 
+from imgclf_jax.core import machine
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Batch
 
@@ -104,6 +105,7 @@ def read_by_workers(
 
 def _work(pipe: Connection, content: bytes, slots: Slots) -> None:
     """Writes the batch of each (slot, step) that it receives, and answers None or an error, until the pipe ends."""
+    machine.keep_freed_memory()
     jax.config.update("jax_platforms", "cpu")  # a user's op must not take the accelerator
     load = functools.cache(lambda: cloudpickle.loads(content))
 
