@@ -8,7 +8,6 @@ behind however this process ends.
 import atexit
 import collections
 import contextlib
-import functools
 import itertools
 import multiprocessing
 import signal
@@ -107,18 +106,17 @@ def _work(pipe: Connection, content: bytes, slots: Slots) -> None:
     """Writes the batch of each (slot, step) that it receives, and answers None or an error, until the pipe ends."""
     machine.keep_freed_memory()
     jax.config.update("jax_platforms", "cpu")  # a user's op must not take the accelerator
-    load = functools.cache(lambda: cloudpickle.loads(content))
-
-    def write(slot: int, step: int) -> BaseException | None:
-        try:
-            for memory, leaf in zip(slots[slot], jax.tree.leaves(load()(step)), strict=True):
-                np.ndarray(leaf.shape, leaf.dtype, memory)[...] = leaf
-        except (UserError, MemoryError) as e:
-            return e
-        except BaseException:
-            return RuntimeError(f"a data worker failed:\n{traceback.format_exc()}")
-        return None
-
+    read: Callable[[int], Batch] | None = None
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            pipe.send(write(*pipe.recv()))
+            slot, step = pipe.recv()
+            answer: BaseException | None = None
+            try:
+                read = read or cloudpickle.loads(content)
+                for memory, leaf in zip(slots[slot], jax.tree.leaves(read(step)), strict=True):
+                    np.ndarray(leaf.shape, leaf.dtype, memory)[...] = leaf
+            except (UserError, MemoryError) as e:
+                answer = e
+            except BaseException:
+                answer = RuntimeError(f"a data worker failed:\n{traceback.format_exc()}")
+            pipe.send(answer)
