@@ -13,24 +13,10 @@ import optax.contrib
 
 from imgclf_jax.core import spec, tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import Function, Params, PyTree
+from imgclf_jax.core.typing import Function, Params
+from imgclf_jax.optim import muon
 from imgclf_jax.optim.rules import Rules
 from imgclf_jax.optim.weight_averages import evaluated_by, with_evaluated
-
-
-def _muon_dimensions(params: Params) -> PyTree:
-    """Muon's dimension numbers: the row and column axes of each kernel; None for parameters that Adam updates.
-
-    Convolution kernels are flattened to [kh * kw * c, f]. Adam updates all other parameters and the head's kernel, as
-    Muon's author recommends; he leaves the first convolution to Adam too, which Muon updates here.
-    """
-
-    def axes(name: str, x: jax.Array) -> PyTree:
-        if not name.endswith("kernel") or name.startswith("head/") or x.ndim not in (2, 4):
-            return None
-        return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1)
-
-    return tree.map_named(axes, params)
 
 
 def _schedule_free(make: Callable[..., optax.GradientTransformation]) -> Function:
@@ -42,7 +28,8 @@ def _schedule_free(make: Callable[..., optax.GradientTransformation]) -> Functio
 _NAMES = ("adabelief", "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "lamb", "lars", "lion", "nadamw",
           "rmsprop", "sgd")  # fmt: skip
 OPTIMIZERS: dict[str, Function] = {name: getattr(optax, name) for name in _NAMES} | {
-    "muon": functools.partial(optax.contrib.muon, muon_weight_dimension_numbers=_muon_dimensions),
+    "muon": muon.muon,
+    "muon_sgd": muon.muon_sgd,
     "schedule_free_adamw": _schedule_free(optax.contrib.schedule_free_adamw),
     "schedule_free_sgd": _schedule_free(optax.contrib.schedule_free_sgd),
 }  # any other by its import path, such as `optax.contrib:prodigy`

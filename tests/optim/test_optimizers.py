@@ -75,6 +75,24 @@ def test_muon_is_its_definition():
         np.testing.assert_allclose(out[name], p, rtol=0, atol=2e-5, err_msg=name)
 
 
+def test_muon_sgd_is_that_of_airbench():
+    """torch's SGD with Nesterov momentum; and p ← sqrt(f) p / |p| - η orthogonalized(g + μ v), where v ← μ v + g."""
+    params, *grads = draw({"backbone/conv/kernel": (3, 3, 2, 5), "backbone/bias": (4,), "head/kernel": (4, 3)})
+    nested, *steps = (unflatten_dict(x, sep="/") for x in (params, *grads))
+    out = by_optax("muon_sgd(weight_decay=0.1)", nested, steps)
+    for name, p in params.items():
+        v, (beta, decay) = 0.0, (0.6, 0.0) if p.ndim == 4 else (0.85, 0.1)
+        for g in (g[name] for g in grads):
+            g = g + decay * p
+            v = beta * v + g
+            update = g + beta * v
+            if p.ndim == 4:
+                update = newton_schulz(update.reshape(-1, p.shape[-1]), 3).reshape(p.shape)
+                p = p * np.sqrt(p.shape[-1]) / np.linalg.norm(p)
+            p = p - RATE * update
+        np.testing.assert_allclose(out[name], p, rtol=0, atol=2e-5, err_msg=name)
+
+
 @pytest.mark.parametrize("text", [
     "add_decayed_weights(0.1)|sgd(momentum=0.9, nesterov=True)", "add_decayed_weights(0.1)|sgd(momentum=0.9)",
     "adamw(weight_decay=0.1)",
@@ -128,6 +146,7 @@ WAYS = {
     "lamb(weight_decay=1e-2)": {"schedule": "constant(1e-2)"},
     "lion(weight_decay=1e-2)": {"schedule": "constant(1e-3)"},
     "muon(weight_decay=1e-2)": {"schedule": "constant(2e-2)", "rules.lr": ".*bias=0.1"},
+    "muon_sgd(weight_decay=1e-2)": {"schedule": "constant(2e-2)", "rules.decay": "head/.*=0.5"},
     "add_decayed_weights(5e-4)|sgd(momentum=0.9)|lookahead(4, 0.5)": {"rules.decay": ".*(bias|scale)=0"},
     "adam": {"schedule": "constant(1e-2)", "ema": 0.9, "accumulate": 2},
     "schedule_free_adamw(weight_decay=1e-2)": {"schedule": "constant(1e-2)"},
