@@ -64,7 +64,8 @@ def of_optimizer(text):
         updates, state = built.update(params, state, params, value=jnp.float32(1))
         return updates, state, average.update(average.init((params, {})), (params, {}), jnp.int32(7), state)
 
-    return program(run, {"backbone": {"kernel": jnp.zeros((256, 130)), "bias": jnp.zeros(130)}})
+    params = {"kernel": jnp.zeros((256, 130)), "bias": jnp.zeros(130), "conv": {"kernel": jnp.zeros((1, 1, 2, 3))}}
+    return program(run, {"backbone": params})
 
 
 def of_schedule(text):

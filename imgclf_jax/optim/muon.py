@@ -48,5 +48,9 @@ def muon_sgd(
         optax.scale_by_learning_rate(learning_rate), optax.stateless(rescale),
     )  # fmt: skip
     others = optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum, nesterov=True))
-    label = lambda name, x: "kernels" if x.ndim == 4 and not name.startswith("head/") else "others"  # noqa: E731
+
+    def label(name: str, x: PyTree) -> str:
+        is_conv = x.ndim == 4 and name.endswith("kernel") and not name.startswith("head/")
+        return "kernels" if is_conv else "others"
+
     return optax.partition({"kernels": kernels, "others": others}, lambda params: tree.map_named(label, params))
