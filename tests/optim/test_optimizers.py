@@ -75,27 +75,20 @@ def test_muon_is_its_definition():
         np.testing.assert_allclose(out[name], p, rtol=0, atol=2e-5, err_msg=name)
 
 
-def test_muon_sgd_is_that_of_airbench():
-    """torch's SGD with Nesterov momentum; and p ← sqrt(f) p / |p| - η orthogonalized(g + μ v), where v ← μ v + g."""
-    params, *grads = draw({"backbone/conv/kernel": (3, 3, 2, 5), "backbone/bias": (4,), "head/kernel": (4, 3)})
-    nested, *steps = (unflatten_dict(x, sep="/") for x in (params, *grads))
-    out = by_optax("muon_sgd(weight_decay=0.1)", nested, steps)
-    for name, p in params.items():
-        v, (beta, decay) = 0.0, (0.6, 0.0) if p.ndim == 4 else (0.85, 0.1)
-        for g in (g[name] for g in grads):
-            g = g + decay * p
-            v = beta * v + g
-            update = g + beta * v
-            if p.ndim == 4:
-                update = newton_schulz(update.reshape(-1, p.shape[-1]), 3).reshape(p.shape)
-                p = p * np.sqrt(p.shape[-1]) / np.linalg.norm(p)
-            p = p - RATE * update
-        np.testing.assert_allclose(out[name], p, rtol=0, atol=2e-5, err_msg=name)
+def test_muon_sgd_rescales_kernels():
+    """As airbench94_muon: v ← μ v + g, and p ← sqrt(f) p / |p| - η orthogonalized(g + μ v)."""
+    params, *grads = draw({"kernel": (3, 3, 2, 5)})
+    p, v = params["kernel"], 0.0
+    for g in (g["kernel"] for g in grads):
+        v = 0.6 * v + g
+        update = newton_schulz((g + 0.6 * v).reshape(18, 5), 3).reshape(p.shape)
+        p = p * np.sqrt(5) / np.linalg.norm(p) - RATE * update
+    np.testing.assert_allclose(by_optax("muon_sgd", params, grads)["kernel"], p, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("text", [
     "add_decayed_weights(0.1)|sgd(momentum=0.9, nesterov=True)", "add_decayed_weights(0.1)|sgd(momentum=0.9)",
-    "adamw(weight_decay=0.1)",
+    "muon_sgd(weight_decay=0.1, momentum=0.9)", "adamw(weight_decay=0.1)",
 ])  # fmt: skip
 def test_weight_decay_is_pytorchs_times_its_rule(text):
     """torch.optim.SGD: g ← g + λ p, v ← μ v + g, and p ← p - η v or, with nesterov, p ← p - η (g + μ v); and AdamW.
@@ -112,7 +105,7 @@ def test_weight_decay_is_pytorchs_times_its_rule(text):
                 update = m / (1 - 0.9 ** (n + 1)) / (np.sqrt(v / (1 - 0.999 ** (n + 1))) + 1e-8) + decay * p
             else:
                 m = 0.9 * m + g + decay * p
-                update = g + decay * p + 0.9 * m if "nesterov" in text else m
+                update = m if text.endswith("|sgd(momentum=0.9)") else g + decay * p + 0.9 * m
             p = p - RATE * (0.5 if name == "c" else 1) * update
         # Adam divides by the root of 1 - b2**n, whose relative error is 1000 times the rounding of b2 = 0.999.
         np.testing.assert_allclose(out[name], p, rtol=0, atol=3 * rounding(2 * 12) + RATE * rounding(3) * 500)
