@@ -2,8 +2,9 @@
 
     uv run launch.py --config configs/digits.py --config.seed=0
 
-Test accuracy on 360 digits with seeds 0 to 4: 0.9917, 0.9944, 0.9889, 0.9917, 0.9917 (mean 0.9917), in 9 s,
-or 11 s from start to exit, on two cores of an AMD EPYC (AVX-512). `docs/results/digits-SEED.zip` are their bundles.
+Test accuracy on 360 digits with seeds 0 to 4: 0.9917, 0.9944, 0.9889, 0.9917, 0.9917 (mean 0.9917), in 9 to
+10 s from start to exit on two cores of an Intel Xeon (Sapphire Rapids). `docs/results/digits-SEED.zip` are their
+bundles.
 """
 
 from imgclf_jax.config import ConfigDict, default_config
