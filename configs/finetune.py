@@ -7,6 +7,20 @@ PHOTOS is as for `folder.py`, which trains from nothing. Published weights of an
     --config.init_from="timm('resnet50.tv_in1k', 'FILE')"
 
 The model, its image size and normalization follow from `init_from`.
+
+Test accuracy with seeds 0, 1 and 2 on two cores of an Intel Xeon (Sapphire Rapids), beside timm 1.0.29's `train.py` with the
+same weights, optimizer, layer decay, EMA and epochs (its learning rate changes once an epoch), and the seconds of one
+run of each without other work:
+
+                                     here                    timm                    seconds
+    flowers, 12 species, 648 images  0.979  0.983  0.975     0.963  0.967  0.967     435, timm 741
+    textures, 10 classes, 960        0.892  0.925  0.908     0.817  0.867  0.842     367, timm 576
+    digits at 64 pixels, 1,294       0.936                   0.836                   150, timm 156
+
+Flowers are `lab3/flowers` of daniele-gilio/Machine-Learning-Class, 240 of them for the test, for at most ten epochs
+(here seed 2 stopped after eight); textures those of pan8915/DeepTexture, 120 for the test, with
+`--config.total="5 epochs"`. The digits are those of `digits.py`, which trains from nothing to 0.992 in 10 s, in PNG
+files and without flips: such weights do not help on images unlike photographs. 40 s of a run compile the train step.
 """
 
 from imgclf_jax.config import ConfigDict, default_config, use_folder
