@@ -217,9 +217,9 @@ def _installed() -> dict[str, str]:
 
 
 def _code() -> str:
-    """A digest of the files of this package, committed or not."""
+    """A digest of the files of this package, committed or not, but for the tools, which train nothing."""
     package, digest = Path(__file__).parents[1], hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
+    for file in sorted(set(package.rglob("*.py")) - set(package.glob("tools/**/*.py"))):
         content = file.read_bytes()
         digest.update(f"{file.relative_to(package).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()

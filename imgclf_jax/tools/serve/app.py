@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypedDict
 import jax
 import numpy as np
 from fastapi import FastAPI, File, HTTPException, Query, Request, Response, UploadFile
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.middleware.cors import CORSMiddleware
@@ -120,6 +121,11 @@ def build(model: Trained, name: str = "", hosts: Sequence[str] = ("*",), cors: S
     @app.exception_handler(UserError)
     async def refuse(request: Request, error: UserError) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, 422)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_fields(request: Request, error: RequestValidationError) -> JSONResponse:
+        fields = (f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors())
+        return JSONResponse({"detail": "; ".join(fields)}, 422)
 
     @app.exception_handler(Exception)
     async def fail(request: Request, error: Exception) -> JSONResponse:

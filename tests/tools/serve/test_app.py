@@ -83,10 +83,10 @@ def bomb():
     ("/predict", form(b"", png(0), b"garbage"), 422, "; 2.png: the image is in none of the formats"),
     ("/predict", form(png(0)[:50]), 422, "0.png: the image does not decode"),
     ("/predict", form(bomb()), 422, "more than 67,108,864 pixels"),
-    ("/predict", {"picture": png(0)}, 422, "Field required"),
+    ("/predict", {"picture": png(0)}, 422, '{"detail":"images: Field required"}'),
     ("/predict", form(*[b""] * 65), 400, "Too many files"),
     ("/predict", form(bytes(limits.MAX_BODY)), 413, "Too Large"),
-    ("/predict?top_k=0", form(png(0)), 422, "greater than or equal to 1"),
+    ("/predict?top_k=0", form(png(0)), 422, '{"detail":"top_k: Input should be greater than or equal to 1"}'),
     ("/explain", {"image": b"garbage"}, 422, "in none of the formats"),
     ("/explain?class=Kaffee", {"image": png(0)}, 404, "unknown class 'Kaffee': allowed: 0, 1, 2"),
 ])  # fmt: skip
