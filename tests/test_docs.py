@@ -283,8 +283,11 @@ def test_training_needs_neither_tensorflow_nor_clu_nor_a_cache(how, tmp_path):
     assert digest("tensorflow", "tensorflow_datasets", "clu", "tensorboard", "sklearn") == digest()
 
 
-# Keys that a config's header sets beside the file.
-OF_THE_COMMAND = {
+# Keys that a config's header sets beside the file, or that the folder and the weights fill.
+FILLED = {"data.source", "data.train", "data.eval", "model", "preprocess", "preprocess_eval", "augment"}
+FINETUNED = {"finetune_flowers": FILLED, "finetune_textures": FILLED | {"total"}, "finetune_digits": FILLED,
+             "finetune_imagenette": FILLED | {"total", "schedule"}}  # fmt: skip
+OF_THE_COMMAND = FINETUNED | {
     "faces": {"data.source"},
     "cifar10_airbench": {"data.source"},
     "transfer": {"init_from", "data.source", "num_seeds"},
@@ -295,7 +298,8 @@ RESULTS = TEXTS["README"] + TEXTS["results"]  # the README repeats a few of the 
 LINKED = dict.fromkeys(re.findall(r"\[([\d.]+)([^\]]*)\]\((?:docs/)?results/(\w+)(-0)?\.zip\)", RESULTS))
 
 
-NEW = ("digits", "fashion_mnist_fast")  # the other bundles have config keys that are gone, until they are made anew
+# The other bundles have config keys that are gone, until they are made anew.
+NEW = "digits", "fashion_mnist_fast", *FINETUNED
 
 
 @pytest.mark.parametrize(("mean", "of", "name", "several"), [
@@ -307,15 +311,17 @@ def test_a_result_with_bundles_is_that_of_the_bundles(mean, of, name, several):
     folder = ROOT / "docs" / "results"
     files = sorted(folder.glob(f"{name}-?.zip")) if several else [folder / f"{name}.zip"]  # one: all seeds at once
     records = [Record.load(str(file)) for file in files]
-    accuracies = [record.result["test"]["accuracy"] for record in records]
+    measured = "val" if name == "finetune_imagenette" else "test"
+    scores = [record.result[measured] for record in records]
+    accuracies = [one["accuracy"] for one in scores]
     assert f"{sum(accuracies) / len(accuracies):.{len(mean) - 2}f}" == mean
-    config = ROOT / "configs" / f"{re.sub('_(frozen|scratch)$', '', name)}.py"
+    config = ROOT / "configs" / f"{re.sub('(?<=transfer|finetune)_.*', '', name)}.py"
     shipped = configs.load_file(str(config))
     free = OF_THE_COMMAND.get(name, set()) | ({"seed"} if "seeds" in of else set())
     assert all(configs.difference(record.config, shipped, without=tuple(free)) == [] for record in records)
     header = config.read_text().split('"""')[1]
     if not several:
-        deviation = records[0].result["test"]["accuracy_std"]
+        deviation = scores[0]["accuracy_std"]
         assert records[0].config.num_seeds == 3
         assert f"{accuracies[0]:.3f} ± {deviation:.3f}" in header
         return
@@ -326,7 +332,7 @@ def test_a_result_with_bundles_is_that_of_the_bundles(mean, of, name, several):
     else:
         assert [record.config.seed for record in records] == list(range(len(records)))
     for metric in ("accuracy", *filter(None, shipped.metrics.split("|"))):
-        values = [record.result["test"][metric] for record in records]
+        values = [one[metric] for one in scores]
         assert [f"{value:.4f}" for value in (*values, sum(values) / len(values)) if f"{value:.4f}" not in header] == []
 
 

@@ -91,6 +91,7 @@ def resized(network, table, dinov2):
     grid, tokens = network.patch_embed.grid_size, 0 if network.no_embed_class else network.num_prefix_tokens
     if not dinov2:
         return resample_abs_pos_embed(table, grid, None, tokens)
+    table = table.double()  # in float32, places on the grid of 37 are rounded to 2e-6
     patches = table[:, 1:].reshape(1, 37, 37, -1).permute(0, 3, 1, 2)  # as facebookresearch/dinov2
     factors = tuple((n + 0.1) / 37 for n in grid)
     patches = torch.nn.functional.interpolate(patches, scale_factor=factors, mode="bicubic", antialias=False)
