@@ -76,7 +76,7 @@ def take_snapshot(keys: JsonMapping, data: DataInfo, **recorded: Json) -> JsonOb
         "keys": dict(keys),
         "data": json.loads(json.dumps(asdict(data))),  # with lists for tuples
         **recorded,
-        "code": _code(),
+        "code": _code(leave_out="tools/**/*.py"),  # which train nothing
         "modules": module_digests(),
         "python": platform.python_version(),
         "packages": _installed(),
@@ -216,10 +216,10 @@ def _installed() -> dict[str, str]:
     return dict(sorted(found.items(), key=lambda one: (one[0] not in PACKAGES, one)))
 
 
-def _code() -> str:
-    """A digest of the files of this package, committed or not, but for the tools, which train nothing."""
+def _code(leave_out: str = "") -> str:
+    """A digest of the files of this package, committed or not, without those that match the pattern `leave_out`."""
     package, digest = Path(__file__).parents[1], hashlib.sha256()
-    for file in sorted(set(package.rglob("*.py")) - set(package.glob("tools/**/*.py"))):
+    for file in sorted(set(package.rglob("*.py")) - set(package.glob(leave_out) if leave_out else ())):
         content = file.read_bytes()
         digest.update(f"{file.relative_to(package).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()

@@ -140,3 +140,23 @@ def test_other_data_or_weights_are_refused(tmp_path, change, said):
         workdir.check_snapshot(take_snapshot({}, change.pop("data", data), **further | change))
     workdir.config.unlink()  # a kill left provenance.json alone: the run has not begun
     workdir.check_snapshot(take_snapshot({}, DataInfo(8, (1, 1, 1), ("x",), "g")))
+
+
+def test_a_run_does_not_depend_on_the_tools_code_and_processes_compare_it(tmp_path, monkeypatch):
+    """`evaluate` runs in several processes: they must have its code."""
+    for file in ("run/provenance.py", "tools/evaluate/command.py"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text("x = 1")
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "run" / "provenance.py"))
+
+    def digests():
+        return take_snapshot({}, DataInfo(1, (2, 2, 1), ("a",), ""))["code"], provenance.process_facts()[
+            "the code of imgclf_jax"
+        ]
+
+    recorded, compared = digests()
+    (tmp_path / "tools/evaluate/command.py").write_text("x = 2")
+    assert digests()[0] == recorded
+    assert digests()[1] != compared
+    (tmp_path / "run/provenance.py").write_text("x = 2")
+    assert digests()[0] != recorded
