@@ -10,7 +10,8 @@ The model, its image size and normalization follow from `init_from`.
 
 Test accuracy with seeds 0, 1 and 2 and their mean, on two cores of an Intel Xeon (Sapphire Rapids), and that of
 `train.py` of timm 1.0.29 with the same weights, optimizer, layer decay, EMA and epochs (without `--sched-on-updates`
-its learning rate changes once an epoch). Seconds are of whole commands in turns, timm's without its `validate.py`:
+its learning rate changes once an epoch). Seconds are of whole commands,
+medians or one run of each in turns; timm's are without its `validate.py`:
 
     images                 here                                timm                   seconds
     flowers, 648           0.9792 0.9833 0.9750, mean 0.9792   0.9625 0.9667 0.9667   489, timm 741
@@ -24,7 +25,7 @@ its learning rate changes once an epoch). Seconds are of whole commands in turns
 - Imagenette: ten of ImageNet's classes, which the weights know, thunderInfy/imagenette at 160 pixels, 3,925 in `val`;
   one epoch, with `--sched-on-updates` and no warmup.
 - Digits: those of `digits.py`, which trains from nothing to 0.992 in 10 s, in PNG files at 64 pixels, without flips.
-  Such weights do not help on images unlike photographs. A third of the seconds compile the train step.
+  Such weights do not help on images unlike photographs. About a quarter of the seconds compile the train step.
 
 The options of the last three:
 
@@ -34,6 +35,11 @@ The options of the last three:
         central_crop(160, like='torchvision')"
     --config.augment= --config.preprocess="decode(3)|random_resized_crop(64, method='bicubic')"
         --config.preprocess_eval="decode(3)|resize(64, method='bicubic')"
+
+The last stage and the head alone, and LoRA, as docs/research.md compares them:
+
+    --config.rules.freeze="backbone/(conv_stem|bn1|stage[0-5]).*"
+    --config.method="lora(rank=8)" --config.schedule="cosine(1e-2, warmup='10%')" --config.rules.layer_decay=0
 """
 
 from imgclf_jax.config import ConfigDict, default_config, use_folder
