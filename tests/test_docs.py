@@ -336,6 +336,15 @@ def test_a_result_with_bundles_is_that_of_the_bundles(mean, of, name, several):
         assert [f"{value:.4f}" for value in (*values, sum(values) / len(values)) if f"{value:.4f}" not in header] == []
 
 
+def test_the_printed_scores_of_the_default_run_are_its_bundles():
+    scores = Record.load(str(ROOT / "docs" / "results" / "digits-0.zip")).result["test"]
+    lines = re.findall(r"test: examples 360(  .*?)(?:`|$)", "\n".join(TEXTS.values()), re.MULTILINE)
+    printed = [tuple(one.split(" ")) for line in lines for one in line.strip().split("  ")]
+    assert len(lines) >= 4
+    wrong = [(key, value) for key, value in printed if key in scores and value != f"{scores[key]:.4g}"]
+    assert wrong == []
+
+
 def test_every_bundle_of_the_results_is_linked():
     files = {file.stem for file in (ROOT / "docs" / "results").glob("*.zip")}
     assert {re.sub(r"-\d$", "-0", file) for file in files} == {name + several for *_, name, several in LINKED}
