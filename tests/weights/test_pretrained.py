@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from torch_fixtures import draw
 
 from imgclf_jax.config import default_config
-from imgclf_jax.core import tree
+from imgclf_jax.core import sharding, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import one_per_line
 from imgclf_jax.models import classifier, convnext, resnet, vit
@@ -49,7 +49,8 @@ def programs(
     config = default_config()
     config.init_from, config.model = str(init_from), model
     config.update(more)
-    return Programs(Recipe(config, DataInfo(64, shape, tuple(str(i) for i in range(classes)), "")))
+    data = DataInfo(64, shape, tuple(str(i) for i in range(classes)), "")
+    return Programs(Recipe(config, data), sharding.make_mesh(None, config.mesh))
 
 
 def test_all_of_a_file(file, caplog):
