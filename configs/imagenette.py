@@ -2,9 +2,9 @@
 
     uv run launch.py --config configs/imagenette.py --workdir DIR
 
-The leaderboard of github.com/fastai/imagenette has 87.43 % for 128 pixels and five epochs, the mean of five runs, on the
-same files: the ten classes at 160 pixels, 9,469 images to train and 3,925 to validate. As there, random crops have 35
-to 100 % of an image, and validation has the central 128 of 146 pixels, without views.
+The leaderboard of github.com/fastai/imagenette has 87.43 % for 128 pixels and five epochs, the mean of five runs. By
+its rules the weights are random, and validation has neither views nor larger images. The files are its ten classes at
+160 pixels, 9,469 images to train and 3,925 to validate.
 
 For images in folders `DIR/train/CLASS/…` and `DIR/val/CLASS/…`, add
 `--config.data.source="folder('DIR')" --config.data.eval.test=val`.
