@@ -2,9 +2,12 @@
 
     uv run launch.py --config configs/cifar10_muon.py --workdir DIR
 
-Training with this recipe has not been measured. Differences from the original (`airbench94_muon.py` at 096d14d): the
-whitening layer's bias trains to the end, not for three epochs; the head is initialized from a normal distribution, not
-a uniform one, of the same deviation, 1; matmuls are in bfloat16 (there float16).
+Test accuracy 0.9383 and 0.9409 with seeds 0 and 1 (mean 0.9396), in 28 and 24 minutes on two cores of an Intel Xeon
+(AMX), beside other work; `docs/results/cifar10_muon-SEED.zip` are their bundles.
+
+Differences from the original (`airbench94_muon.py` at 096d14d): the whitening layer's bias trains to the end, not for
+three epochs; the head is initialized from a normal distribution, not a uniform one, of the same deviation, 1; matmuls
+are in bfloat16 (there float16).
 
 For images in folders `DIR/train/CLASS/…` and `DIR/test/CLASS/…`, add `--config.data.source="folder('DIR')"`.
 """

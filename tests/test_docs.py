@@ -288,8 +288,7 @@ FILLED = {"data.source", "data.train", "data.eval", "model", "preprocess", "prep
 FINETUNED = {"finetune_flowers": FILLED, "finetune_textures": FILLED | {"total"}, "finetune_digits": FILLED,
              "finetune_imagenette": FILLED | {"total", "schedule"}}  # fmt: skip
 OF_THE_COMMAND = FINETUNED | {
-    "faces": {"data.source"},
-    "cifar10_airbench": {"data.source"},
+    **{name: {"data.source"} for name in ("faces", "cifar10_airbench", "cifar10_muon")},
     "transfer": {"init_from", "data.source", "num_seeds"},
     "transfer_frozen": {"init_from", "data.source", "num_seeds", "rules.freeze", "schedule"},
     "transfer_scratch": {"data.source", "num_seeds"},
@@ -299,7 +298,7 @@ LINKED = dict.fromkeys(re.findall(r"\[([\d.]+)([^\]]*)\]\((?:docs/)?results/(\w+
 
 
 # The other bundles have config keys that are gone, until they are made anew.
-NEW = "digits", "fashion_mnist_fast", *FINETUNED
+NEW = "digits", "fashion_mnist_fast", "cifar10_muon", *FINETUNED
 
 
 @pytest.mark.parametrize(("mean", "of", "name", "several"), [
