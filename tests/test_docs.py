@@ -289,6 +289,7 @@ FINETUNED = {"finetune_flowers": FILLED, "finetune_textures": FILLED | {"total"}
              "finetune_imagenette": FILLED | {"total", "schedule"}}  # fmt: skip
 OF_THE_COMMAND = FINETUNED | {
     **{name: {"data.source"} for name in ("faces", "cifar10_airbench", "cifar10_muon")},
+    "imagenette": {"data.source", "data.eval"},
     "transfer": {"init_from", "data.source", "num_seeds"},
     "transfer_frozen": {"init_from", "data.source", "num_seeds", "rules.freeze", "schedule"},
     "transfer_scratch": {"data.source", "num_seeds"},
@@ -298,7 +299,7 @@ LINKED = dict.fromkeys(re.findall(r"\[([\d.]+)([^\]]*)\]\((?:docs/)?results/(\w+
 
 
 # The other bundles have config keys that are gone, until they are made anew.
-NEW = "digits", "fashion_mnist_fast", "cifar10_muon", *FINETUNED
+NEW = "digits", "fashion_mnist_fast", "cifar10_muon", "imagenette", *FINETUNED
 
 
 @pytest.mark.parametrize(("mean", "of", "name", "several"), [
@@ -324,7 +325,7 @@ def test_a_result_with_bundles_is_that_of_the_bundles(mean, of, name, several):
         assert records[0].config.num_seeds == 3
         assert f"{accuracies[0]:.3f} ± {deviation:.3f}" in header
         return
-    assert len(records) == {", two seeds": 2, ", three seeds": 3, ", five seeds": 5, ", five draws": 5}[of]
+    assert len(records) == {"one": 1, "two": 2, "three": 3, "five": 5}[of.split()[1]]
     if "draws" in of:
         sources = [record.config.data.source for record in records]
         assert sources == [f"{shipped.data.source[:-1]}{f', draw={i}' if i else ''})" for i in range(len(records))]
