@@ -325,7 +325,8 @@ def test_a_result_with_bundles_is_that_of_the_bundles(mean, of, name, several):
         assert records[0].config.num_seeds == 3
         assert f"{accuracies[0]:.3f} ± {deviation:.3f}" in header
         return
-    assert len(records) == {"one": 1, "two": 2, "three": 3, "five": 5}[of.split()[1]]
+    counts = {", one seed": 1, ", two seeds": 2, ", three seeds": 3, ", five seeds": 5, ", five draws": 5}
+    assert len(records) == counts[of]
     if "draws" in of:
         sources = [record.config.data.source for record in records]
         assert sources == [f"{shipped.data.source[:-1]}{f', draw={i}' if i else ''})" for i in range(len(records))]

@@ -279,7 +279,7 @@ def test_its_logits_are_its_sources(name, tmp_path):
     arrays = {key: x.numpy().copy() for key, x in network.state_dict().items()}
     rename = lukemelas if re.match(r"efficientnet_lite\d$", name) else dict
     save_file(rename(arrays), tmp_path / "x.safetensors")
-    own = programs(tmp_path / "x.safetensors", spec, (64, 64, 3), 5, mesh="fsdp=-1")  # all devices share one memory
+    own = programs(tmp_path / "x.safetensors", spec, (64, 64, 3), 5, mesh="fsdp=-1")  # one copy, not one a device
     taken = pretrained.load(own, whole=True).taken
     state = own.init_state(weights=taken)
     variables = {"params": state.params, **state.model_state}
