@@ -1,6 +1,5 @@
 """Starts training in processes, kills them, and reads what a run leaves; parts that the configs of such runs name."""
 
-import argparse
 import contextlib
 import json
 import os
@@ -10,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -120,16 +118,6 @@ def outcome(workdir: Path) -> tuple[str, list[dict]]:
     result = json.loads((workdir / "result.json").read_text())
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return result["params_sha256"], [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
-
-
-def main(about: str, name: str, play: Callable[[float, int, Path], int]) -> int:
-    """The command line of a seeded plan that plays for some seconds in a folder; 1 if it counts any fault."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0, help="of the plan")
-    args, folder = parser.parse_args(), Path(tempfile.mkdtemp(prefix=name))
-    print(f"in {folder}", flush=True)
-    return min(1, play(args.seconds, args.seed, folder))
 
 
 class Smooth(nn.Module):

@@ -10,6 +10,7 @@ those of the undisturbed run. The verdict counts two faults, and the exit status
 - wrong: other parameters, records or results; a status or a message that a process must not have
 """
 
+import argparse
 import collections
 import contextlib
 import json
@@ -19,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -262,6 +264,11 @@ def disturb(seconds: float, seed: int, folder: Path) -> int:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0, help="of the plan")
+    args, folder = parser.parse_args(), Path(tempfile.mkdtemp(prefix="stress"))
+    print(f"in {folder}", flush=True)
     for number in SIGNALS:  # a shell lets what is in the background ignore SIGINT
         signal.signal(number, signal.SIG_DFL)
-    sys.exit(launched.main(__doc__, "stress", disturb))
+    sys.exit(min(1, disturb(args.seconds, args.seed, folder)))
