@@ -3,8 +3,9 @@
     uv run launch.py --config configs/faces.py:DIR --workdir RUN
 
 Training uses five images of each person, the test the other 200. Test accuracy for draws 0 to 4 of the training images:
-1.0000, 0.9950, 0.9900, 0.9900, 0.9900 (mean 0.9930), where an image is 0.005. Lawrence et al. 1997 report 0.962 with
-five images per person. A run takes 77 to 96 s on two cores of an AMD EPYC (AVX-512).
+1.0000, 0.9950, 0.9850, 0.9900, 0.9900 (mean 0.9920), where an image is 0.005. Lawrence et al. 1997 report 0.962 with
+five images per person. A run takes 164 to 184 s on two cores of an Intel Xeon (AVX-512); `docs/results/faces-DRAW.zip`
+are their bundles.
 
 DIR holds `PERSON/…`, here `s1/1.pgm` to `s40/10.pgm`. For another draw of the training images, add
 `--config.data.source="folder('DIR', train_per_class=5, draw=1)"`.

@@ -5,13 +5,13 @@
 After 30 epochs on the 624 test images, next to the paper's ResNet-18 at the same 28×28 pixels:
 
     seed                      0       1       2       mean    published
-    accuracy                  0.9375  0.9183  0.9359  0.9306  0.854
-    area under the ROC curve  0.9868  0.9845  0.9893  0.9869  0.944
-    mean recall of a class    0.9192  0.8936  0.9179  0.9103
+    accuracy                  0.9215  0.9263  0.9359  0.9279  0.854
+    area under the ROC curve  0.9877  0.9865  0.9885  0.9876  0.944
+    mean recall of a class    0.8987  0.9060  0.9171  0.9073
 
-The best checkpoints on `val` have accuracies of 0.8878, 0.9151 and 0.8446 and areas of 0.9846, 0.9822 and 0.9838: the
-524 images of `val` hardly tell checkpoints apart. These runs took 3.0 to 3.4 minutes on two cores of an AMD EPYC
-(AVX-512); `docs/results/medical-SEED.zip` are their bundles.
+The best checkpoints on `val` have accuracies of 0.9183, 0.9295 and 0.9263 and areas of 0.9854, 0.9833 and 0.9884: the
+524 images of `val` hardly tell checkpoints apart. These runs took 5.3 to 6.3 minutes on two cores of an Intel Xeon
+(AVX-512), beside light work; `docs/results/medical-SEED.zip` are their bundles.
 
 DIR holds `train/CLASS/…`, `val/CLASS/…` and `test/CLASS/…`. The loss weights both classes equally. The checkpoint with
 the best area under the ROC curve on `val` is kept, and `uv run launch.py evaluate --workdir RUN` evaluates it.
