@@ -88,7 +88,7 @@ USAGE = [
     (["--config.batch_size=many"], ["--config.batch_size=many: must be a value of type int, such as 64"]),
     (["-workdir", "x"], ["unknown flag '-workdir'", "did you mean '--workdir' or"]),
     (["config", "--config.data.eval.x"], ["--config.data.eval.x needs a value: write --config.data.eval.x=VALUE"]),
-    (["config", "--config=digts"], ["unknown config 'digts': did you mean 'digits'? allowed: cifar10_airbench, cifar"]),
+    (["config", "--config=digts"], ["unknown config 'digts': did you mean 'digits'? allowed: cifar100_muon, cifar10"]),
     (["config", "--config=configs/folder.py:photos"], ["unknown config 'configs/folder.py': did you mean 'folder'? "]),
     (["train", "batch_size=4"], ["'batch_size=4': it is a config key: write --config.batch_size=VALUE"]),
     (["train", "digits"], ["train takes no files, but got 'digits': if that is a config, pass --config=digits"]),
