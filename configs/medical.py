@@ -13,6 +13,8 @@ The best checkpoints on `val` have accuracies of 0.9183, 0.9295 and 0.9263 and a
 524 images of `val` hardly tell checkpoints apart. These runs took 5.3 to 6.3 minutes on two cores of an Intel Xeon
 (AVX-512), beside light work; `docs/results/medical-SEED.zip` are their bundles.
 
+The 4,708 training images come from two public copies, neither complete, so they are not numbered as in MedMNIST.
+
 DIR holds `train/CLASS/…`, `val/CLASS/…` and `test/CLASS/…`. The loss weights both classes equally. The checkpoint with
 the best area under the ROC curve on `val` is kept, and `uv run launch.py evaluate --workdir RUN` evaluates it.
 """
