@@ -1,18 +1,20 @@
 """Training and inference throughput of this project and its peers, side by side on this machine.
 
     uv run --group peers benchmarks/speed.py
-    uv run --group peers benchmarks/speed.py --batch_sizes=128 --rounds=9 --peers=keras,linen
+    uv run --group peers benchmarks/speed.py --batch_sizes=128 --rounds=9 --variants="imgclf_jax host,keras,linen"
 
 All variants train the same network with the same optimizer on the same random images; onnxruntime and OpenVINO only
 classify. This project is timed with its whole training loop: the stream of shuffled uint8 batches, their copy to the
 device, augmentation, the step and its metrics. Peers are timed with bare loops over float images in memory, without the
 start and end of an epoch; see `peers/`.
 
-Every variant runs in its own process, with its framework's default settings. In each round, for each batch size and
-mode, the variants are measured one after the other, in reverse in odd rounds. Ratios compare measurements of one round,
-seconds apart, so that drift of the machine cancels; the tables have the median over the rounds and [min, max]. "The
-fastest peer" has the greatest median. The fraction of the matmul peak compares the FLOPs of the matmuls in the training
-step (networks.py) with a large square matmul that JAX computes in the same round, for each batch size.
+Every variant runs in its own process, with its framework's default settings. All stay alive, and one that trains at 224
+pixels takes up to 6 GB: name no more than fit. One that ends early is absent, with the reason. In each round, for each
+batch size and mode, the variants are measured one after the other, in reverse in odd rounds. Ratios compare
+measurements of one round, seconds apart, so that drift of the machine cancels; the tables have the median over the
+rounds and [min, max]. "The fastest peer" has the greatest median. The fraction of the matmul peak compares the FLOPs of
+the matmuls in the training step (networks.py) with a large square matmul that JAX computes in the same round, for each
+batch size.
 
 Writes speed.json, with every measurement, and speed.png.
 """
@@ -43,7 +45,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--modes", default="train,infer", help="comma-separated, from train and infer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="approximate duration of a measurement")
-    parser.add_argument("--peers", default=None, help="comma-separated prefixes of names; default: all installed")
+    parser.add_argument("--variants", default="", help="comma-separated prefixes of names; default: all installed")
     parser.add_argument("--images", type=int, default=0, help="in memory; default: 12,800, at 224 px 512")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     args = parser.parse_args(argv)
@@ -57,10 +59,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in args.networks:
         if (images := count_images(args, name)) < 10 * max(args.batch_sizes):
             parser.error(f"--images={images} for {name}: must be at least ten batches of {max(args.batch_sizes)}")
-    wanted = [""] if args.peers is None else [name.strip() for name in args.peers.split(",") if name.strip()]
-    if wrong := [start for start in wanted if not any(name.startswith(start) for name in PEERS)]:
-        parser.error(f"no peer's name begins with {wrong[0]!r}; peers: {', '.join(PEERS)}")
-    args.peers = [name for name in PEERS if name.startswith(tuple(wanted))] if wanted else []
+    known, wanted = [*OWN, *PEERS], tuple(name.strip() for name in args.variants.split(","))
+    if wrong := [start for start in wanted if not any(name.startswith(start) for name in known)]:
+        parser.error(f"no variant's name begins with {wrong[0]!r}; variants: {', '.join(known)}")
+    args.variants = [name for name in known if name.startswith(wanted)]
     return args
 
 
@@ -69,7 +71,7 @@ def measure(args: argparse.Namespace, network: str, console: Console) -> dict[st
 
     Returns {"images": their number, "workers": versions and devices, "absent": reasons, "records": all measurements}.
     """
-    names = [*OWN, *(name for name in args.peers if supports(name, NETWORKS[network])), PEAK]
+    names = [*(name for name in args.variants if supports(name, NETWORKS[network])), PEAK]
     turns = [(size, mode, name) for size in args.batch_sizes for mode in (*MEASURED[PEAK].modes, *args.modes)
              for name in names if mode in MEASURED[name].modes]  # fmt: skip
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -101,7 +103,7 @@ def measure(args: argparse.Namespace, network: str, console: Console) -> dict[st
             "images": count_images(args, network),
             "workers": {name: worker.about for name, worker in workers.items() if worker.about},
             "absent": {name: worker.error for name, worker in workers.items() if worker.error},
-            "records": records,
+            "records": [record for record in records if not workers[record["variant"]].error],
         }
 
 
@@ -110,9 +112,9 @@ def count_images(args: argparse.Namespace, network: str) -> int:
     return args.images or NETWORKS[network].images
 
 
-def supports(peer: str, network: Network) -> bool:
-    """Whether the network has a builder for the peer's framework."""
-    return getattr(network, MEASURED[peer].builder) is not None
+def supports(variant: str, network: Network) -> bool:
+    """Whether the network has a builder for the variant's framework."""
+    return getattr(network, MEASURED[variant].builder) is not None
 
 
 def order_turns(turns: list[tuple[int, str, str]], round_number: int) -> list[tuple[int, str, str]]:

@@ -102,12 +102,41 @@ def test_ratios_are_of_the_same_round():
     assert rows["torch eager bfloat16"]["own_to_it"] == {"median": 2, "min": 1.5, "max": 5}
 
 
+def test_a_variant_that_ends_early_is_absent(monkeypatch):
+    """Its rounds are too: the ratios of the others would be to a peer of fewer rounds."""
+    import speed
+    from rich.console import Console
+
+    class Worker:
+        def __init__(self, name, network, images):
+            self.name, self.asked, self.about, self.error = name, 0, {"rss_mb": 1.0}, ""
+
+        def ask(self, mode, size, seconds):
+            self.asked += 1
+            self.error = "the worker ended with status -9" if self.name.startswith("keras") and self.asked > 1 else ""
+            return {} if self.error else {"images_per_second": 1.0, "flops_per_second": 1.0}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(speed, "Worker", Worker)
+    monkeypatch.setattr(speed, "_PAUSE", 0)
+    args = speed.parse(["--variants=imgclf_jax host,keras jax", "--batch_sizes=32", "--modes=train", "--rounds=3"])
+    measured = speed.measure(args, "cnn", Console(quiet=True))
+    assert measured["absent"] == {"keras jax": "the worker ended with status -9"}
+    own = ["imgclf_jax host float32", "imgclf_jax host bfloat16"]
+    assert sorted(r["variant"] for r in measured["records"] if r["mode"] == "train") == sorted(own * 3)
+    with pytest.raises(SystemExit):
+        speed.parse(["--variants=imgclf_jax host,kerras"])
+
+
 @pytest.mark.slow
 def test_the_whole_benchmark_runs(tmp_path):
     """This project next to Keras, a Flax loop and engines for inference, for an instant each."""
     pytest.importorskip("matplotlib", reason="matplotlib comes with the dependency group `peers`")
-    command = [sys.executable, BENCHMARKS / "speed.py", "--peers=keras tensorflow,linen,onnxruntime,openvino float32",
-               "--batch_sizes=32", "--rounds=1", "--seconds=0.05", f"--out={tmp_path}"]  # fmt: skip
+    names = "imgclf_jax,keras tensorflow,linen,onnxruntime,openvino float32"
+    command = [sys.executable, BENCHMARKS / "speed.py", f"--variants={names}", "--batch_sizes=32",
+               "--rounds=1", "--seconds=0.05", f"--out={tmp_path}"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "speed.png").stat().st_size > 10_000
