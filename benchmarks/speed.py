@@ -9,8 +9,8 @@ device, augmentation, the step and its metrics. Peers are timed with bare loops 
 start and end of an epoch; see `peers/`.
 
 Every variant runs in its own process, with its framework's default settings. All stay alive, and one that trains at 224
-pixels takes up to 6 GB: name no more than fit. One that ends early is absent, with the reason. In each round, for each
-batch size and mode, the variants are measured one after the other, in reverse in odd rounds. Ratios compare
+pixels takes up to 6 GB, so name only as many as fit into memory. One that ends early is left out. In each round, for
+each batch size and mode, the variants are measured one after the other, in reverse in odd rounds. Ratios compare
 measurements of one round, seconds apart, so that drift of the machine cancels; the tables have the median over the
 rounds and [min, max]. "The fastest peer" has the greatest median. The fraction of the matmul peak compares the FLOPs of
 the matmuls in the training step (networks.py) with a large square matmul that JAX computes in the same round, for each
@@ -59,7 +59,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in args.networks:
         if (images := count_images(args, name)) < 10 * max(args.batch_sizes):
             parser.error(f"--images={images} for {name}: must be at least ten batches of {max(args.batch_sizes)}")
-    known, wanted = [*OWN, *PEERS], tuple(name.strip() for name in args.variants.split(","))
+    known = [*OWN, *PEERS]
+    wanted = tuple(name.strip() for name in args.variants.split(",") if name.strip()) or ("",)
     if wrong := [start for start in wanted if not any(name.startswith(start) for name in known)]:
         parser.error(f"no variant's name begins with {wrong[0]!r}; variants: {', '.join(known)}")
     args.variants = [name for name in known if name.startswith(wanted)]

@@ -3,7 +3,7 @@
     uv run launch.py --config configs/cifar10_muon.py --workdir DIR
 
 Test accuracy 0.9383, 0.9409 and 0.9399 with seeds 0, 1 and 2 (mean 0.9397), the first two in 28 and 24 minutes on two
-cores of an Intel Xeon (AMX), beside other work, the last in 49 minutes on two without AMX, noisy ones;
+cores of an Intel Xeon with AMX, beside other work, the third in 49 minutes on two cores of one without AMX;
 `docs/results/cifar10_muon-SEED.zip` are their bundles.
 
 Differences from the original (`airbench94_muon.py` at 096d14d): the whitening layer's bias trains to the end, not for

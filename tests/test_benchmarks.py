@@ -126,6 +126,7 @@ def test_a_variant_that_ends_early_is_absent(monkeypatch):
     assert measured["absent"] == {"keras jax": "the worker ended with status -9"}
     own = ["imgclf_jax host float32", "imgclf_jax host bfloat16"]
     assert sorted(r["variant"] for r in measured["records"] if r["mode"] == "train") == sorted(own * 3)
+    assert speed.parse(["--variants=keras jax, "]).variants == ["keras jax"]
     with pytest.raises(SystemExit):
         speed.parse(["--variants=imgclf_jax host,kerras"])
 
