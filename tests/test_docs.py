@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -339,6 +340,23 @@ def test_a_result_with_bundles_is_that_of_the_bundles(mean, of, name, several):
     for metric in ("accuracy", *filter(None, shipped.metrics.split("|"))):
         values = [one[metric] for one in scores]
         assert [f"{value:.4f}" for value in (*values, sum(values) / len(values)) if f"{value:.4f}" not in header] == []
+
+
+def test_the_times_of_results_are_medians_of_the_bundles():
+    """Each median is in seconds below two minutes, else in minutes. The header has the shortest and longest time."""
+    rows = re.findall(r"results/(\w+?)(-0)?\.zip\)[^|]*\| ([^|]*) \|", RESULTS)
+    assert len(rows) > len(LINKED)
+    wrong = []
+    for name, several, text in rows:
+        files = sorted((ROOT / "docs" / "results").glob(f"{name}-?.zip" if several else f"{name}.zip"))
+        seconds = sorted(Record.load(str(file)).result["seconds"] for file in files)
+        median = statistics.median(seconds)
+        shown = f"{median:.0f} s" if median < 120 else f"{median / 60:.0f} min"
+        header = (ROOT / "configs" / f"{re.sub('(?<=transfer|finetune)_.*', '', name)}.py").read_text().split('"""')[1]
+        numbers = set(re.findall(r"[\d.]*\d", header))
+        wrong += [(name, text, shown, extreme) for extreme in (seconds[0], seconds[-1]) if text != shown
+                  or numbers.isdisjoint({f"{extreme:.0f}", f"{extreme / 60:.0f}", f"{extreme / 60:.1f}"})]  # fmt: skip
+    assert wrong == []
 
 
 def test_the_printed_scores_of_the_default_run_are_its_bundles():
