@@ -165,3 +165,24 @@ def test_the_evidence_of_an_accelerator_is_rehearsed(tmp_path):
     assert all(row["images a second"] > 0 for part in ("airbench", "throughput") for row in found[part])
     assert all(row["ok"] for row in found["forms"])
     assert "| resumed after SIGKILL |" in done.stdout
+
+
+def test_the_table_of_inference_on_the_page_of_speed_is_that_of_its_logs():
+    """`docs/speed/inference-*.json` are what the commands there wrote; each row is computed from its rounds."""
+    import report
+    from networks import NETWORKS
+
+    docs = BENCHMARKS.parent / "docs"
+    rows = []
+    for log in ("inference-28", "inference-32", "inference-224"):
+        for name, measured in json.loads((docs / "speed" / f"{log}.json").read_text())["networks"].items():
+            summary = {(row["batch_size"], row["variant"]): row for row in report.summarize(measured, NETWORKS[name])}
+            for size in sorted({size for size, _ in summary}):
+                own = summary[size, "imgclf_jax host float32"]
+                cells = [name, size, f"{own['images_per_second']['median']:,.0f}",
+                         own["fastest_peers"]["float32"].removesuffix(" float32"),
+                         report.cell(own["to_fastest_float32"], ".2f"),
+                         report.cell(summary[size, "torch compile float32"]["own_to_it"], ".2f")]  # fmt: skip
+                rows.append(f"| {' | '.join(map(str, cells))} |")
+    section = (docs / "speed.md").read_text().split("\n## Inference\n")[1].split("\n## ")[0]
+    assert [line for line in section.splitlines() if line.startswith("| ")][2:] == rows
