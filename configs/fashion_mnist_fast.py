@@ -6,11 +6,9 @@
     test accuracy  0.9027  0.9014  0.9005  0.9030  0.9058  0.9027
 
 These runs took 14 to 18 s on two cores of an Intel Xeon (AMX); `docs/results/fashion_mnist_fast-SEED.zip` are their
-bundles. From start to exit, beside the Keras example in turns, the
-code before took 6.5 to 7.5 s with the decoded images in a cache, which is gone (it saved 3.5 s), its first run 18 s,
-and the Keras example 74 to 95 s: `benchmarks/accuracy.py` measures this. A CPU without bfloat16 instructions takes 0.8
-of the time with `--config.precision=float32`. Offline, add `--config.data.manual_dir=FOLDER` with the four original .gz
-files in FOLDER.
+bundles. `benchmarks/accuracy.py` times whole processes beside the Keras example (`docs/speed.md`). On a CPU without
+bfloat16 instructions, `--config.precision=float32` is faster. Offline, add `--config.data.manual_dir=FOLDER` with the
+four original .gz files in FOLDER.
 
 It is fast because of a narrower network with bfloat16 matmuls, a data set that stays on the device, and one steep
 learning-rate cycle.

@@ -8,7 +8,7 @@ and 0.9946 (a committee of networks; Cireşan et al. 2012):
     seed 0: accuracy 0.9972, balanced accuracy 0.9968
 
 This run took 37 minutes on two cores of an Intel Xeon (AVX-512, no AMX); `docs/results/traffic_signs-0.zip` is its
-bundle. Earlier code, which drew different numbers, had 0.9964, 0.9968 and 0.9964 with seeds 0, 1 and 2.
+bundle.
 
 DIR holds `train/SIGN/…` and `test/SIGN/…`. There are no flips, since the mirror image of a sign may be another sign. Do
 not split off random training images for validation: they come in tracks of 30 images of the same physical sign.

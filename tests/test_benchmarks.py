@@ -167,22 +167,32 @@ def test_the_evidence_of_an_accelerator_is_rehearsed(tmp_path):
     assert "| resumed after SIGKILL |" in done.stdout
 
 
-def test_the_table_of_inference_on_the_page_of_speed_is_that_of_its_logs():
-    """`docs/speed/inference-*.json` are what the commands there wrote; each row is computed from its rounds."""
+def test_the_numbers_of_inference_on_the_page_of_speed_are_those_of_its_logs():
+    """`docs/speed/inference-*.json` are what the commands there wrote; each number is computed from its rounds."""
     import report
     from networks import NETWORKS
 
-    docs = BENCHMARKS.parent / "docs"
-    rows = []
+    page = (BENCHMARKS.parent / "docs" / "speed.md").read_text()
+    section = page.split("\n## Inference\n")[1].split("\n## ")[0]
+    rows, to_fastest, to_linen = [], {}, []
     for log in ("inference-28", "inference-32", "inference-224"):
-        for name, measured in json.loads((docs / "speed" / f"{log}.json").read_text())["networks"].items():
-            summary = {(row["batch_size"], row["variant"]): row for row in report.summarize(measured, NETWORKS[name])}
+        measured = json.loads((BENCHMARKS.parent / "docs" / "speed" / f"{log}.json").read_text())["networks"]
+        for name in measured:
+            found = report.summarize(measured[name], NETWORKS[name])
+            summary = {(row["batch_size"], row["variant"]): row for row in found}
             for size in sorted({size for size, _ in summary}):
                 own = summary[size, "imgclf_jax host float32"]
-                cells = [name, size, f"{own['images_per_second']['median']:,.0f}",
+                to_fastest[name, size] = own["to_fastest_float32"]
+                cells = [f"{own['images_per_second']['median']:,.0f}",
                          own["fastest_peers"]["float32"].removesuffix(" float32"),
-                         report.cell(own["to_fastest_float32"], ".2f"),
-                         report.cell(summary[size, "torch compile float32"]["own_to_it"], ".2f")]  # fmt: skip
-                rows.append(f"| {' | '.join(map(str, cells))} |")
-    section = (docs / "speed.md").read_text().split("\n## Inference\n")[1].split("\n## ")[0]
+                         report.cell(own["to_fastest_float32"], ".2f")]  # fmt: skip
+                to_compiled = report.cell(summary[size, "torch compile float32"]["own_to_it"], ".2f")
+                rows.append(f"| {' | '.join([name, str(size), *cells, to_compiled])} |")
+                if (name, size) == ("resnet50", 32):
+                    head = f"| inference, the same | {' | '.join(cells)} |"
+                if linen := summary.get((size, "linen loop float32")):
+                    to_linen.append(report.cell(linen["own_to_it"], ".2f"))
     assert [line for line in section.splitlines() if line.startswith("| ")][2:] == rows
+    assert f"a linen loop is {to_linen[0]} at batch 1 and {to_linen[1]} at 128" in " ".join(section.split())
+    others = [ratio["median"] for key, ratio in to_fastest.items() if key != ("resnet50", 32)]
+    assert f"{head} {min(others):.2f} to {max(others):.2f} |" in page

@@ -302,6 +302,14 @@ LINKED = dict.fromkeys(re.findall(r"\[([\d.]+)([^\]]*)\]\((?:docs/)?results/(\w+
 OLD = "fashion_mnist_best", "cifar10_airbench"  # with config keys that are gone
 
 
+def bundles_of(name, several):
+    """The bundles of a row of the results, in the order of their seeds, and the file of their config."""
+    folder = ROOT / "docs" / "results"
+    files = sorted(folder.glob(f"{name}-?.zip")) if several else [folder / f"{name}.zip"]  # one: all seeds at once
+    config = ROOT / "configs" / f"{re.sub('(?<=transfer|finetune)_.*', '', name)}.py"
+    return [Record.load(str(file)) for file in files], config
+
+
 @pytest.mark.parametrize(("mean", "of", "name", "several"), [
     pytest.param(*one, marks=[pytest.mark.xfail(reason="made by earlier code", strict=True)] if one[2] in OLD else [])
     for one in LINKED
@@ -311,16 +319,13 @@ def test_a_result_with_bundles_is_that_of_the_bundles(mean, of, name, several):
 
     All bundles are of one code, unchanged since its commit.
     """
-    folder = ROOT / "docs" / "results"
-    files = sorted(folder.glob(f"{name}-?.zip")) if several else [folder / f"{name}.zip"]  # one: all seeds at once
-    records = [Record.load(str(file)) for file in files]
-    code = Record.load(str(folder / "digits-0.zip")).provenance["code"]
+    records, config = bundles_of(name, several)
+    code = Record.load(str(ROOT / "docs" / "results" / "digits-0.zip")).provenance["code"]
     assert {(one["code"], one["git"]["changed"]) for record in records for one in record.snapshots} == {(code, False)}
     measured = "val" if name == "finetune_imagenette" else "test"
     scores = [record.result[measured] for record in records]
     accuracies = [one["accuracy"] for one in scores]
     assert f"{sum(accuracies) / len(accuracies):.{len(mean) - 2}f}" == mean
-    config = ROOT / "configs" / f"{re.sub('(?<=transfer|finetune)_.*', '', name)}.py"
     shipped = configs.load_file(str(config))
     free = OF_THE_COMMAND.get(name, set()) | ({"seed"} if "seeds" in of else set())
     assert all(configs.difference(record.config, shipped, without=tuple(free)) == [] for record in records)
@@ -346,17 +351,15 @@ def test_the_times_of_results_are_medians_of_the_bundles():
     """Each median is in seconds below two minutes, else in minutes. The header has the shortest and longest time."""
     rows = re.findall(r"results/(\w+?)(-0)?\.zip\)[^|]*\| ([^|]*) \|", RESULTS)
     assert len(rows) > len(LINKED)
-    wrong = []
     for name, several, text in rows:
-        files = sorted((ROOT / "docs" / "results").glob(f"{name}-?.zip" if several else f"{name}.zip"))
-        seconds = sorted(Record.load(str(file)).result["seconds"] for file in files)
+        records, config = bundles_of(name, several)
+        seconds = [record.result["seconds"] for record in records]
         median = statistics.median(seconds)
-        shown = f"{median:.0f} s" if median < 120 else f"{median / 60:.0f} min"
-        header = (ROOT / "configs" / f"{re.sub('(?<=transfer|finetune)_.*', '', name)}.py").read_text().split('"""')[1]
-        numbers = set(re.findall(r"[\d.]*\d", header))
-        wrong += [(name, text, shown, extreme) for extreme in (seconds[0], seconds[-1]) if text != shown
-                  or numbers.isdisjoint({f"{extreme:.0f}", f"{extreme / 60:.0f}", f"{extreme / 60:.1f}"})]  # fmt: skip
-    assert wrong == []
+        assert (name, text) == (name, f"{median:.0f} s" if median < 120 else f"{median / 60:.0f} min")
+        numbers = set(re.findall(r"[\d.]*\d", config.read_text().split('"""')[1]))
+        for extreme in (min(seconds), max(seconds)):
+            minutes = {f"{extreme / 60:.0f}", f"{extreme / 60:.1f}"} if extreme >= 120 else set()
+            assert numbers & {f"{extreme:.0f}", *minutes}, (name, extreme)
 
 
 def test_the_printed_scores_of_the_default_run_are_its_bundles():
