@@ -6,8 +6,8 @@ Training with this recipe has not been measured. With the optimizer and the twel
 airbench94's, test accuracy was 0.9488, 0.9484 and 0.9483 with seeds 0, 1 and 2, in 26, 27 and 28 minutes on two cores
 of an AMD EPYC. Offline, add `--config.data.manual_dir=FOLDER` with the four original .gz files in FOLDER.
 
-Network, optimizer and schedule are those of `cifar10_muon.py`, in batches of 1000: a learning rate smaller by √2 for the
-convolutions, and for the others the same per image. A square of 8 × 8 pixels of each image is cut out.
+Network, optimizer and schedule are those of `cifar10_muon.py`, in batches of 1000: a learning rate smaller by √2 for
+the convolutions, and for the others the same per image. A square of 8 × 8 pixels of each image is cut out.
 """
 
 from imgclf_jax.config import ConfigDict, default_config
