@@ -8,17 +8,15 @@ PHOTOS is as for `folder.py`, which trains from nothing. Published weights of an
 
 The model, its image size and normalization follow from `init_from`.
 
-Test accuracy with seeds 0, 1 and 2 and their mean, on two cores of an Intel Xeon, and that of `train.py` of timm
-1.0.29 with the same weights, optimizer, layer decay, EMA and epochs (without `--sched-on-updates` its learning rate
-changes once an epoch). Seconds are of whole commands with AMX, medians or one run of each in turns, timm's without its
-`validate.py`. The runs in `docs/results/finetune_*.zip` took 296 to 463, 287 to 362, 270 to 315 and 123 to 135 s with
-AVX-512:
+Test accuracy with seeds 0, 1 and 2 and their mean, on two cores of an Intel Xeon with AVX-512, and that of `train.py`
+of timm 1.0.29 with the same weights, optimizer, layer decay, EMA and epochs (without `--sched-on-updates` its learning
+rate changes once an epoch):
 
-    images                 here                                timm                   seconds
-    flowers, 648           0.9792 0.9833 0.9750, mean 0.9792   0.9625 0.9667 0.9667   489, timm 741
-    textures, 960          0.8917 0.9250 0.9083, mean 0.9083   0.8167 0.8667 0.8417   367, timm 576
-    Imagenette, 9,469      0.9659 0.9671 0.9641, mean 0.9657   0.9544 0.9516 0.9534   371, timm 592
-    digits, 1,294          0.9361 0.9472 0.9444, mean 0.9426   0.8361 0.8444 0.8167   150, timm 199
+    images                 here                                seconds       timm
+    flowers, 648           0.9792 0.9833 0.9750, mean 0.9792   296 to 463    0.9625 0.9667 0.9667
+    textures, 960          0.8917 0.9250 0.9083, mean 0.9083   287 to 362    0.8167 0.8667 0.8417
+    Imagenette, 9,469      0.9659 0.9671 0.9641, mean 0.9657   270 to 315    0.9544 0.9516 0.9534
+    digits, 1,294          0.9361 0.9472 0.9444, mean 0.9426   123 to 135    0.8361 0.8444 0.8167
 
 - Flowers: twelve species, `lab3/flowers` of the public repository daniele-gilio/Machine-Learning-Class, 240 for the
   test; here seed 2 stopped after eight epochs.
