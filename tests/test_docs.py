@@ -299,7 +299,7 @@ RESULTS = TEXTS["README"] + TEXTS["results"]  # the README repeats a few of the 
 LINKED = dict.fromkeys(re.findall(r"\[([\d.]+)([^\]]*)\]\((?:docs/)?results/(\w+)(-0)?\.zip\)", RESULTS))
 
 
-OLD = "fashion_mnist_best", "cifar10_airbench"  # with config keys that are gone
+OLD = ("cifar10_airbench",)  # with config keys that are gone
 
 
 def bundles_of(name, several):
