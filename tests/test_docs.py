@@ -299,9 +299,6 @@ RESULTS = TEXTS["README"] + TEXTS["results"]  # the README repeats a few of the 
 LINKED = dict.fromkeys(re.findall(r"\[([\d.]+)([^\]]*)\]\((?:docs/)?results/(\w+)(-0)?\.zip\)", RESULTS))
 
 
-OLD = ("cifar10_airbench",)  # with config keys that are gone
-
-
 def bundles_of(name, several):
     """The bundles of a row of the results, in the order of their seeds, and the file of their config."""
     folder = ROOT / "docs" / "results"
@@ -310,10 +307,7 @@ def bundles_of(name, several):
     return [Record.load(str(file)) for file in files], config
 
 
-@pytest.mark.parametrize(("mean", "of", "name", "several"), [
-    pytest.param(*one, marks=[pytest.mark.xfail(reason="made by earlier code", strict=True)] if one[2] in OLD else [])
-    for one in LINKED
-], ids=[name for *_, name, _ in LINKED])  # fmt: skip
+@pytest.mark.parametrize(("mean", "of", "name", "several"), LINKED, ids=[name for *_, name, _ in LINKED])
 def test_a_result_with_bundles_is_that_of_the_bundles(mean, of, name, several):
     """The mean test accuracy in the table's row, over as many seeds or draws as it says, and the header's numbers.
 
