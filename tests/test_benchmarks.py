@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from imgclf_jax.models import classifier
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+PAGE = (BENCHMARKS.parent / "docs" / "speed.md").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -167,32 +170,114 @@ def test_the_evidence_of_an_accelerator_is_rehearsed(tmp_path):
     assert "| resumed after SIGKILL |" in done.stdout
 
 
-def test_the_numbers_of_inference_on_the_page_of_speed_are_those_of_its_logs():
-    """`docs/speed/inference-*.json` are what the commands there wrote; each number is computed from its rounds."""
+def section_of(title):
+    return PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def table_of(section, nth=0):
+    return [part for part in section.split("\n\n") if part.startswith("| ")][nth].splitlines()[2:]
+
+
+def read_log(name, section):
+    """A log of `docs/speed`, whose processor the section names."""
+    log = json.loads((BENCHMARKS.parent / "docs" / "speed" / f"{name}.json").read_text())
+    assert {"AMD EPYC": "EPYC", "Intel(R) Xeon(R) Processor": "Intel"}[log["machine"]["cpu"]] in section
+    return log
+
+
+def summaries(section, mode, *logs):
+    """Yields (network, batch size, {variant: summary}) of logs, computed from their rounds."""
     import report
     from networks import NETWORKS
 
-    page = (BENCHMARKS.parent / "docs" / "speed.md").read_text()
-    section = page.split("\n## Inference\n")[1].split("\n## ")[0]
-    rows, to_fastest, to_linen = [], {}, []
-    for log in ("inference-28", "inference-32", "inference-224"):
-        measured = json.loads((BENCHMARKS.parent / "docs" / "speed" / f"{log}.json").read_text())["networks"]
-        for name in measured:
-            found = report.summarize(measured[name], NETWORKS[name])
-            summary = {(row["batch_size"], row["variant"]): row for row in found}
-            for size in sorted({size for size, _ in summary}):
-                own = summary[size, "imgclf_jax host float32"]
-                to_fastest[name, size] = own["to_fastest_float32"]
-                cells = [f"{own['images_per_second']['median']:,.0f}",
-                         own["fastest_peers"]["float32"].removesuffix(" float32"),
-                         report.cell(own["to_fastest_float32"], ".2f")]  # fmt: skip
-                to_compiled = report.cell(summary[size, "torch compile float32"]["own_to_it"], ".2f")
-                rows.append(f"| {' | '.join([name, str(size), *cells, to_compiled])} |")
-                if (name, size) == ("resnet50", 32):
-                    head = f"| inference, the same | {' | '.join(cells)} |"
-                if linen := summary.get((size, "linen loop float32")):
-                    to_linen.append(report.cell(linen["own_to_it"], ".2f"))
-    assert [line for line in section.splitlines() if line.startswith("| ")][2:] == rows
+    for log in logs:
+        for name, measured in read_log(log, section)["networks"].items():
+            found = [row for row in report.summarize(measured, NETWORKS[name]) if row["mode"] == mode]
+            for size in sorted({row["batch_size"] for row in found}):
+                yield name, size, {row["variant"]: row for row in found if row["batch_size"] == size}
+
+
+def to_fastest(own, kind):
+    """The cells of images per second, the fastest peer, and the ratio to it."""
+    import report
+
+    rate = own["images_per_second"]["median"]
+    peer, ratio = own["fastest_peers"][kind].removesuffix(" float32"), report.cell(own[f"to_fastest_{kind}"], ".2f")
+    return [f"{rate:{',.0f' if rate >= 10 else '.1f'}}", peer, ratio]
+
+
+def line(*cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def head_line(cells, ratios):
+    """A line of the page's first table: ResNet-50's or the usual photographs', and the range of the others' ratios."""
+    return f"{line(*cells)[:-2]} | {min(ratios):.2f} to {max(ratios):.2f} |"
+
+
+def test_the_numbers_of_training_on_the_page_of_speed_are_those_of_its_logs():
+    section, rows, others = section_of("Training"), [], []
+    for name, size, found in summaries(section, "train", "training-28", "training-32", "training-224"):
+        in_float32, own = found["imgclf_jax host float32"], found["imgclf_jax host bfloat16"]
+        rows.append(line(name, str(size), *to_fastest(in_float32, "float32"), *to_fastest(own, "any")))
+        if name == "resnet50":
+            head = "training, ResNet-50, 224 pixels", *to_fastest(in_float32, "float32")
+        else:
+            others.append(in_float32["to_fastest_float32"]["median"])
+    assert table_of(section) == rows
+    assert head_line(head, others) in PAGE
+
+
+def test_the_numbers_of_inference_on_the_page_of_speed_are_those_of_its_logs():
+    import report
+
+    section, rows, others, to_linen = section_of("Inference"), [], [], []
+    for name, size, found in summaries(section, "infer", "inference-28", "inference-32", "inference-224"):
+        own = found["imgclf_jax host float32"]
+        cells = to_fastest(own, "float32")
+        rows.append(line(name, str(size), *cells, report.cell(found["torch compile float32"]["own_to_it"], ".2f")))
+        if name == "resnet50":
+            head = "inference, the same", *cells
+        else:
+            others.append(own["to_fastest_float32"]["median"])
+        if linen := found.get("linen loop float32"):
+            to_linen.append(report.cell(linen["own_to_it"], ".2f"))
+    assert table_of(section) == rows
     assert f"a linen loop is {to_linen[0]} at batch 1 and {to_linen[1]} at 128" in " ".join(section.split())
-    others = [ratio["median"] for key, ratio in to_fastest.items() if key != ("resnet50", 32)]
-    assert f"{head} {min(others):.2f} to {max(others):.2f} |" in page
+    assert head_line(head, others) in PAGE
+
+
+def test_the_numbers_of_whole_runs_on_the_page_of_speed_are_those_of_their_log():
+    import report
+
+    section = section_of("Whole runs")
+    log, rows = read_log("whole", section), []
+    for name, runs in log["warm"].items():
+        seconds = [run["seconds"] for run in runs]
+        ratios = [keras["seconds"] / each for keras, each in zip(log["warm"]["Keras example"], seconds, strict=True)]
+        title = re.sub(r"(\w+[.]py)", r"`\1`", name).replace("Keras e", "Keras's e")
+        accuracy = f"{statistics.mean(run['accuracy'] for run in runs):.4f}"
+        cells = [title, accuracy, report.cell(report.spread(seconds), ".1f"), "", ""]
+        if name in log["cold"]:
+            cells[3:] = f"{log['cold'][name]['seconds']:.1f}", report.cell(report.spread(ratios), ".1f")
+        rows.append(line(*cells))
+    assert table_of(section) == rows
+
+
+def test_the_numbers_of_photographs_on_the_page_of_speed_are_those_of_their_log():
+    import report
+
+    section = section_of("Photographs from disk")
+    sets, rows, to_tf = read_log("photographs", section)["sets"], [], []
+    for size, own in [*((size, "imgclf_jax") for size in sets), ("3000x2250", "imgclf_jax, draft")]:
+        rate = f"{statistics.median(each[own] for each in sets[size]):,.0f}"
+        ratios = [report.spread([each[own] / each[peer] for each in sets[size]])
+                  for peer in ("tf.data", "torch tensor", "torch pillow", "grain")]  # fmt: skip
+        rows.append(line(size + own.removeprefix("imgclf_jax"), rate, *(report.cell(each, ".2f") for each in ratios)))
+        to_tf.append(ratios[0])
+        if size == "500x375":
+            head = "reading JPEG files of 500 by 375, per core", rate, "tf.data", report.cell(ratios[0], ".2f")
+            workers = statistics.median(each["imgclf_jax, workers"] / each[own] for each in sets[size])
+    assert table_of(section) == rows
+    assert head_line(head, [each["median"] for each in to_tf[1:]]) in PAGE
+    assert f"`data.workers=2` reads {workers:.2f} times as many" in " ".join(section.split())
