@@ -2,11 +2,12 @@
 
     uv run --group peers benchmarks/photographs.py
     uv run --group peers benchmarks/photographs.py --folder=DIR    # your own, one folder per class
+    uv run benchmarks/photographs.py --sizes=64x64,28x28 --pipelines="imgclf_jax;imgclf_jax, workers"    # PNG files
 
 Training crops (`random_resized_crop(224)`) in batches of 32 uint8 images, of ImageNet's usual size (500×375), of small
-files (256×192) and of a camera's (3000×2250). Each pipeline is a process of its own, which warms up and then reads for
-`--seconds`. All are interleaved, `--rounds` times, and ratios are taken within a round. Reports images per second and
-core: the median over the rounds and [min, max]. The pipelines:
+files (256×192) and of a camera's (3000×2250); of narrower images, crops of their width. Each pipeline is a process of
+its own, which warms up and then reads for `--seconds`. All are interleaved, `--rounds` times, and ratios are taken
+within a round. Reports images per second and core: the median over the rounds and [min, max]. The pipelines:
 
 - `imgclf_jax`: the stream of `launch.py train`; Pillow in threads.
 - `imgclf_jax, workers`: the same with `data.workers`, one per core.
@@ -37,28 +38,34 @@ import numpy as np
 from report import cell, machine, now, spread
 
 _BATCH, _SIDE = 32, 224
-_SIZES = {"500x375": (500, 375), "256x192": (256, 192), "3000x2250": (3000, 2250)}
+_SIZES = {"500x375": (500, 375), "256x192": (256, 192), "3000x2250": (3000, 2250), "64x64": (64, 64), "28x28": (28, 28)}
 _WARM_UP = 8  # batches
 OWN = "imgclf_jax"
 
 
 def write_photographs(folder: Path, size: tuple[int, int]) -> None:
-    """Writes JPEG files of a size (width, height), half of them in each of two class folders."""
+    """Writes JPEG files of a size (width, height), small ones as PNG, half of them in each of two class folders."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
-    files = 512 if size[0] <= 500 else 64
+    files, suffix = 512 if size[0] <= 500 else 64, "jpg" if size[0] > 64 else "png"
     photographs = [Image.fromarray(image) for image in load_sample_images().images]  # 640 by 427
     rng = np.random.default_rng(0)
     for i in range(files):
         photograph = photographs[i % 2]
-        w = int(rng.integers(400, 560))
-        h = w * 3 // 4
+        h = (w := int(rng.integers(400, 560))) * 3 // 4
         left, top = (int(rng.integers(0, have - want + 1)) for have, want in zip(photograph.size, (w, h), strict=True))
         image = photograph.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + w, top + h))
         place = folder / ("china", "flower")[i % 2]
         place.mkdir(parents=True, exist_ok=True)
-        image.save(place / f"{i}.jpg", quality=90)
+        image.save(place / f"{i}.{suffix}", quality=90)
+
+
+def side_of(folder: Path) -> int:
+    """The side of the crops."""
+    from PIL import Image
+
+    return min(_SIDE, Image.open(next(folder.glob("*/*"))).width)
 
 
 def own(folder: Path, cores: int, decode: str = "decode(3)", workers: bool = False) -> Iterator[Any]:
@@ -72,7 +79,7 @@ def own(folder: Path, cores: int, decode: str = "decode(3)", workers: bool = Fal
 
     tensorflow_import.tensorflow().result()
     source = sources.open_splits(f"folder({str(folder)!r})")["train"]
-    images = stream.Images(source, f"{decode}|random_resized_crop({_SIDE})", workers=cores * workers)
+    images = stream.Images(source, f"{decode}|random_resized_crop({side_of(folder)})", workers=cores * workers)
     return (batch for _, batch in stream.batches(images, stream.StreamSpec(0, _BATCH), range(10**9)))
 
 
@@ -80,7 +87,7 @@ def tf_data(folder: Path, cores: int) -> Iterator[Any]:
     """`decode_and_crop_jpeg` in a parallel map."""
     import tensorflow as tf
 
-    files = sorted(map(str, folder.glob("*/*")))
+    files, side = sorted(map(str, folder.glob("*/*"))), side_of(folder)
 
     def read(path: Any) -> Any:
         content = tf.io.read_file(path)
@@ -89,8 +96,7 @@ def tf_data(folder: Path, cores: int) -> Iterator[Any]:
             aspect_ratio_range=(3 / 4, 4 / 3), max_attempts=10, use_image_if_no_bounding_boxes=True,
         )  # fmt: skip
         box = tf.stack([begin[0], begin[1], size[0], size[1]])
-        image = tf.io.decode_and_crop_jpeg(content, box, channels=3)
-        return tf.cast(tf.image.resize(image, (_SIDE, _SIDE)), tf.uint8)
+        return tf.cast(tf.image.resize(tf.io.decode_and_crop_jpeg(content, box, channels=3), (side, side)), tf.uint8)
 
     data = tf.data.Dataset.from_tensor_slices(files).shuffle(len(files)).repeat()
     data = data.map(read, num_parallel_calls=cores).batch(_BATCH).prefetch(2)
@@ -102,7 +108,7 @@ def torch_pillow(folder: Path, cores: int) -> Iterator[Any]:
     from torchvision import datasets
     from torchvision.transforms import v2
 
-    crop = v2.Compose([v2.RandomResizedCrop(_SIDE), v2.PILToTensor()])
+    crop = v2.Compose([v2.RandomResizedCrop(side_of(folder)), v2.PILToTensor()])
     return _torch_batches(datasets.ImageFolder(folder, crop), cores)
 
 
@@ -111,8 +117,7 @@ def torch_tensor(folder: Path, cores: int) -> Iterator[Any]:
     from torchvision import datasets, io
     from torchvision.transforms import v2
 
-    crop = v2.RandomResizedCrop(_SIDE, antialias=True)
-    mode = io.ImageReadMode.RGB
+    crop, mode = v2.RandomResizedCrop(side_of(folder), antialias=True), io.ImageReadMode.RGB
     return _torch_batches(datasets.ImageFolder(folder, crop, loader=lambda path: io.decode_image(path, mode)), cores)
 
 
@@ -132,7 +137,7 @@ def grain_map(folder: Path, cores: int) -> Iterator[Any]:
     from torchvision.transforms import v2
 
     flags.FLAGS(["photographs"])  # its workers read some
-    files, crop = sorted(folder.glob("*/*")), v2.RandomResizedCrop(_SIDE)
+    files, crop = sorted(folder.glob("*/*")), v2.RandomResizedCrop(side_of(folder))
 
     def read(path: Path) -> np.ndarray:
         with Image.open(path) as image:
@@ -170,7 +175,7 @@ def main(argv: list[str]) -> int:
     """Measures, prints a table and writes photographs.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="photographs to read, one folder per class")
-    parser.add_argument("--sizes", default=",".join(_SIZES), help="of the default photographs, comma-separated")
+    parser.add_argument("--sizes", default=",".join([*_SIZES][:3]), help="of the default photographs, comma-separated")
     parser.add_argument("--pipelines", default=";".join(PIPELINES), help="separated by semicolons")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
@@ -180,17 +185,15 @@ def main(argv: list[str]) -> int:
     if args.only:
         print(json.dumps(measure(args.only, args.folder, args.seconds)), flush=True)
         os._exit(0)  # some pipelines take seconds to stop
-    names = args.pipelines.split(";")
+    names, sizes = args.pipelines.split(";"), args.sizes.split(",")
     if wrong := [name for name in names if name not in PIPELINES]:
         parser.error(f"unknown pipeline {wrong[0]!r}; allowed are {'; '.join(PIPELINES)}")
-    if wrong := [size for size in args.sizes.split(",") if size not in _SIZES]:
+    if wrong := [size for size in sizes if size not in _SIZES]:
         parser.error(f"unknown size {wrong[0]!r}; allowed are {', '.join(_SIZES)}")
     args.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"arguments": argv, "date": now(), "machine": machine(), "sets": {}}
     with tempfile.TemporaryDirectory() as directory:
-        folders = (
-            {"own": args.folder} if args.folder else {name: Path(directory) / name for name in args.sizes.split(",")}
-        )
+        folders = {"own": args.folder} if args.folder else {name: Path(directory) / name for name in sizes}
         for title, folder in folders.items():
             if not args.folder:
                 write_photographs(folder, _SIZES[title])

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -11,6 +12,10 @@ from ml_collections import ConfigDict
 def thorough(*cases: Any) -> list[Any]:
     """Each case, or tuple of arguments, marked `thorough`: more of what the cases beside them check."""
     return [pytest.param(*(c if isinstance(c, tuple) else (c,)), marks=pytest.mark.thorough) for c in cases]
+
+
+def noise(*shape: int, high: int = 256, dtype: Any = np.uint8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, high, shape, dtype)
 
 
 SHORT = {"data.source": "fake(64, (12, 12, 1), 4)", "preprocess": "decode(1)", "model": "mlp(widths=(16,))",

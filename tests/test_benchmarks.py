@@ -247,6 +247,14 @@ def test_the_numbers_of_inference_on_the_page_of_speed_are_those_of_its_logs():
     assert head_line(head, others) in PAGE
 
 
+def test_the_numbers_without_avx512_on_the_page_of_speed_are_those_of_its_log():
+    section, rows = section_of("Without AVX-512"), []
+    for mode, title in (("train", "training"), ("infer", "inference")):
+        for name, size, found in summaries(section, mode, "avx2-28"):
+            rows.append(line(title, name, str(size), *to_fastest(found["imgclf_jax host float32"], "float32")))
+    assert table_of(section) == rows
+
+
 def test_the_numbers_of_whole_runs_on_the_page_of_speed_are_those_of_their_log():
     import report
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import thorough
+from cases import noise, thorough
 from tolerance import rounding
 
 from imgclf_jax.augment import mixing, ops
@@ -27,10 +27,6 @@ ALL = "flip_lr|pad_crop(2, mode='reflect')|normalize(mean=(0.1, 0.2, 0.3), std=0
 def compiled(op, key, images, *args):
     """The compiled `op(key, images, *args)`, as NumPy."""
     return np.asarray(jax.jit(lambda key, images: op(key, images, *args))(key, images))
-
-
-def noise(*shape):
-    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
 def numpy_pad_crop(key, images, pad, mode):

@@ -7,16 +7,13 @@ import zlib
 import numpy as np
 import pytest
 import tensorflow as tf
+from cases import noise
 from PIL import Image
 
 from imgclf_jax.core import kinds, rng, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data.decode import FORMATS, HOST_OPS, build, decode
 from imgclf_jax.data.resizing import resize
-
-
-def noise(*shape, high=256, dtype=np.uint8):
-    return np.random.default_rng(0).integers(0, high, shape, dtype)
 
 
 def png(samples, depth, colour, chunks=()):

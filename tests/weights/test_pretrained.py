@@ -7,6 +7,7 @@ import logging
 import re
 from pathlib import Path
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,16 +18,13 @@ from flax import linen as nn
 from safetensors.numpy import save_file
 from torch_fixtures import draw
 
-from imgclf_jax.config import default_config
-from imgclf_jax.core import sharding, tree
+from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import one_per_line
 from imgclf_jax.models import classifier, convnext, resnet, vit
 from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.digests import Digests
-from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.weights import pretrained, torch_names
 
 MODELS = json.loads((Path(__file__).parent / "fixtures" / "torch_models.json").read_text())
@@ -43,14 +41,9 @@ def file(tmp_path) -> Path:
     return torch_format.save(tmp_path / "resnet8.pth", resnet8())
 
 
-def programs(
-    init_from: Path | str, model: str = "resnet_cifar(8)", shape: tuple = (32, 32, 3), classes: int = 10, **more
-):
-    config = default_config()
-    config.init_from, config.model = str(init_from), model
-    config.update(more)
-    data = DataInfo(64, shape, tuple(str(i) for i in range(classes)), "")
-    return Programs(Recipe(config, data), sharding.make_mesh(None, config.mesh))
+def programs(init_from, model="resnet_cifar(8)", shape=(32, 32, 3), classes=10, **keys) -> Programs:
+    keys = {"init_from": str(init_from), "model": model, "preprocess": "decode(3)"} | keys
+    return cases.programs(shape, classes, **keys)
 
 
 def test_all_of_a_file(file, caplog):

@@ -10,9 +10,9 @@ import time
 import zlib
 
 import httpx2 as httpx
-import numpy as np
 import pytest
 import uvicorn
+from cases import noise
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import PlainTextResponse
 from PIL import Image
@@ -135,10 +135,6 @@ def test_bodies_take_bounded_memory(port):
         assert httpx.post(url, content=bytes(200_000)).text == "200000"
     time.sleep(0.1)
     assert httpx.post(url, content=bytes(900_000)).text == "900000"
-
-
-def noise(*shape):
-    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
 def encode(image, form, **options):
