@@ -285,7 +285,9 @@ def test_the_numbers_of_photographs_on_the_page_of_speed_are_those_of_their_log(
         to_tf.append(ratios[0])
         if size == "500x375":
             head = "reading JPEG files of 500 by 375, per core", rate, "tf.data", report.cell(ratios[0], ".2f")
-            workers = statistics.median(each["imgclf_jax, workers"] / each[own] for each in sets[size])
+    sets |= read_log("png", section)["sets"]
+    more = {s: statistics.median(r["imgclf_jax, workers"] / r["imgclf_jax"] for r in sets[s]) for s in sets}
     assert table_of(section) == rows
     assert head_line(head, [each["median"] for each in to_tf[1:]]) in PAGE
-    assert f"`data.workers=2` reads {workers:.2f} times as many" in " ".join(section.split())
+    assert f"`data.workers=2` reads {more['500x375']:.2f} times as many" in (words := " ".join(section.split()))
+    assert f"{more['64x64']:.1f} and {more['28x28']:.1f} times as many PNG images" in words
