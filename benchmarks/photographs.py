@@ -6,14 +6,14 @@
 
 Training crops (`random_resized_crop(224)`) in batches of 32 uint8 images, of ImageNet's usual size (500×375), of small
 files (256×192) and of a camera's (3000×2250); of narrower images, crops of their width. Each pipeline is a process of
-its own, which warms up and then reads for `--seconds`. All are interleaved, `--rounds` times, and ratios are taken
-within a round. Reports images per second and core: the median over the rounds and [min, max]. The pipelines:
+its own, which warms up and then reads for `--seconds`; all take turns, `--rounds` times. Reports images per second and
+core, their ratios within a round, and CPU time per image of the process that would train, without its workers' time:
+medians over the rounds and [min, max]. The pipelines:
 
 - `imgclf_jax`: the stream of `launch.py train`; Pillow in threads.
 - `imgclf_jax, workers`: the same with `data.workers`, one per core.
 - `imgclf_jax, draft`: the same with `decode(3, draft=512)`, which decodes large files at a fraction of their size.
-- `tf.data`: `decode_and_crop_jpeg` and bilinear `tf.image.resize` in a parallel map. It resizes without antialiasing,
-  which reads four pixels per output pixel.
+- `tf.data`: `decode_and_crop_jpeg` and bilinear `tf.image.resize`, without antialiasing, in a parallel map.
 - `torch pillow`: `ImageFolder`, `RandomResizedCrop` and `DataLoader` with a worker per core.
 - `torch tensor`: the same with torchvision's JPEG decoder and transforms of tensors.
 - `grain`: `MapDataset` with Pillow, and a worker process per core.
@@ -37,9 +37,8 @@ from typing import Any
 import numpy as np
 from report import cell, machine, now, spread
 
-_BATCH, _SIDE = 32, 224
+_BATCH, _SIDE, _WARM_UP = 32, 224, 8  # images, pixels, batches
 _SIZES = {"500x375": (500, 375), "256x192": (256, 192), "3000x2250": (3000, 2250), "64x64": (64, 64), "28x28": (28, 28)}
-_WARM_UP = 8  # batches
 OWN = "imgclf_jax"
 
 
@@ -158,17 +157,17 @@ PIPELINES = {
 }
 
 
-def measure(name: str, folder: Path, seconds: float) -> float:
-    """The images per second and core of a pipeline, in this process."""
+def measure(name: str, folder: Path, seconds: float) -> tuple[float, float]:
+    """The images per second and core of a pipeline in this process, and its milliseconds of CPU time per image."""
     cores = len(os.sched_getaffinity(0))
     batches = PIPELINES[name](folder, cores)
     for _ in range(_WARM_UP):
         next(batches)
-    done, began = 0, time.perf_counter()
+    images, began, cpu = 0, time.perf_counter(), time.process_time()
     while (elapsed := time.perf_counter() - began) < seconds:
         next(batches)
-        done += 1
-    return done * _BATCH / elapsed / cores
+        images += _BATCH
+    return images / elapsed / cores, (time.process_time() - cpu) / images * 1e3
 
 
 def main(argv: list[str]) -> int:
@@ -191,35 +190,36 @@ def main(argv: list[str]) -> int:
     if wrong := [size for size in sizes if size not in _SIZES]:
         parser.error(f"unknown size {wrong[0]!r}; allowed are {', '.join(_SIZES)}")
     args.out.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"arguments": argv, "date": now(), "machine": machine(), "sets": {}}
+    result: dict[str, Any] = {"arguments": argv, "date": now(), "machine": machine(), "sets": {}, "cpu_ms": {}}
     with tempfile.TemporaryDirectory() as directory:
         folders = {"own": args.folder} if args.folder else {name: Path(directory) / name for name in sizes}
         for title, folder in folders.items():
             if not args.folder:
                 write_photographs(folder, _SIZES[title])
-            rounds = [{name: _in_process(name, folder, args.seconds) for name in names} for _ in range(args.rounds)]
-            result["sets"][title] = rounds
-            _print_table(title, rounds)
+            pairs = [{name: _in_process(name, folder, args.seconds) for name in names} for _ in range(args.rounds)]
+            rounds, cpu = ([{name: pair[i] for name, pair in each.items()} for each in pairs] for i in (0, 1))
+            result["sets"][title], result["cpu_ms"][title] = rounds, cpu
+            _print_table(title, rounds, cpu)
             (args.out / "photographs.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"every measurement is in {args.out / 'photographs.json'}")
     return 0
 
 
-def _in_process(name: str, folder: Path, seconds: float) -> float:
+def _in_process(name: str, folder: Path, seconds: float) -> list[float]:
     command = [sys.executable, __file__, f"--only={name}", f"--folder={folder}", f"--seconds={seconds}"]
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise SystemExit(f"{name} ends with status {done.returncode}:\n{done.stderr[-2000:]}")
-    return float(json.loads(done.stdout.splitlines()[-1]))
+    return list(json.loads(done.stdout.splitlines()[-1]))
 
 
-def _print_table(title: str, rounds: list[dict[str, float]]) -> None:
-    print(f"\n{title}: images per second and core, and {OWN}'s ratio to it; median [min, max]")
+def _print_table(title: str, rounds: list[dict[str, float]], cpu: list[dict[str, float]]) -> None:
+    print(f"\n{title}: images per second and core, CPU ms per image, {OWN}'s ratio to it; median [min, max]")
     for name in rounds[0]:
         ratio = spread([each[OWN] / each[name] for each in rounds]) if OWN in rounds[0] and name != OWN else None
-        print(f"{name:18}{cell(spread([each[name] for each in rounds]), ',.0f'):>24}"
-              f"{cell(ratio, '.2f') if ratio else '':>22}")  # fmt: skip
+        columns = [cell(spread([each[name] for each in of]), form) for of, form in ((rounds, ",.0f"), (cpu, ".3f"))]
+        print(f"{name:18}", *(f"{one:>23}" for one in [*columns, cell(ratio, ".2f") if ratio else ""]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fashion-MNIST in sixteen epochs with airbench94's network and Muon, on a CPU in an hour.
+"""Fashion-MNIST in sixteen epochs with airbench94's network and Muon, on a CPU in half an hour.
 
     uv run launch.py --config configs/fashion_mnist_best.py --workdir DIR
 
