@@ -2,8 +2,9 @@
 
     uv run launch.py --config configs/cifar10_airbench95.py --workdir DIR
 
-Training with this recipe has not been measured. Differences from the original (`legacy/airbench95.py`) are those of
-`cifar10_airbench.py`, see `docs/recipes.md`.
+Test accuracy 0.9494 with seed 0, in 42 minutes on two cores of an Intel Xeon with AMX;
+`docs/results/cifar10_airbench95-0.zip` is its bundle. Differences from the original (`legacy/airbench95.py`) are those
+of `cifar10_airbench.py`, see `docs/recipes.md`.
 
 For images in folders `DIR/train/CLASS/…` and `DIR/test/CLASS/…`, add `--config.data.source="folder('DIR')"`.
 """

@@ -289,12 +289,13 @@ FILLED = {"data.source", "data.train", "data.eval", "model", "preprocess", "prep
 FINETUNED = {"finetune_flowers": FILLED, "finetune_textures": FILLED | {"total"}, "finetune_digits": FILLED,
              "finetune_imagenette": FILLED | {"total", "schedule"}}  # fmt: skip
 OF_THE_COMMAND = FINETUNED | {
-    **{name: {"data.source"} for name in ("faces", "cifar10_airbench", "cifar10_muon", "cifar100_muon")},
+    **dict.fromkeys(("faces", "mnist", "cifar10_airbench", "cifar10_airbench95", "cifar10_muon", "cifar100_muon"),
+                    {"data.source"}),
     "imagenette": {"data.source", "data.eval"},
     "transfer": {"init_from", "data.source", "num_seeds"},
     "transfer_frozen": {"init_from", "data.source", "num_seeds", "rules.freeze", "schedule"},
     "transfer_scratch": {"data.source", "num_seeds"},
-}
+}  # fmt: skip
 RESULTS = TEXTS["README"] + TEXTS["results"]  # the README repeats a few of the table's rows
 LINKED = dict.fromkeys(re.findall(r"\[([\d.]+)([^\]]*)\]\((?:docs/)?results/(\w+)(-0)?\.zip\)", RESULTS))
 
