@@ -5,7 +5,7 @@
     seed           0       1       2       3       4     mean
     test accuracy  0.9027  0.9014  0.9005  0.9030  0.9058  0.9027
 
-These runs took 14 to 18 s on two cores of an Intel Xeon (AMX); `docs/results/fashion_mnist_fast-SEED.zip` are their
+These runs took 11 s on two cores of an Intel Xeon (AMX); `docs/results/fashion_mnist_fast-SEED.zip` are their
 bundles. `benchmarks/accuracy.py` times whole processes beside the Keras example (`docs/speed.md`). On a CPU without
 bfloat16 instructions, `--config.precision=float32` is faster. Offline, add `--config.data.manual_dir=FOLDER` with the
 four original .gz files in FOLDER.

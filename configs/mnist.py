@@ -2,7 +2,15 @@
 
     uv run launch.py --config configs/mnist.py --workdir DIR
 
-Not measured here; `fashion_mnist.py` is the same recipe for Fashion-MNIST.
+    seed           0       1       2       3       4     mean
+    test accuracy  0.9902  0.9897  0.9862  0.9903  0.9912  0.9895
+
+Training takes 47 to 78 s on two cores of an Intel Xeon with AMX, the first seed beside other work;
+`docs/results/mnist-SEED.zip` are the bundles of these runs, which read the images in PNG files:
+
+    --config.data.source="folder('DIR')"    # DIR/train/CLASS/*.png, DIR/test/CLASS/*.png
+
+`fashion_mnist.py` is the same recipe for Fashion-MNIST.
 """
 
 from imgclf_jax.config import ConfigDict, default_config
