@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import launched
 import numpy as np
 import pytest
-from cases import rewind
+from cases import noise, rewind
 from flax import linen as nn
 from PIL import Image
 
@@ -167,7 +167,7 @@ class Check:
         """Runs each command after training; gives its status, which is 1 with a sentence where it refuses."""
         workdir, image, statuses = self.folder / "run", self.folder / "new.png", {}
         self.train(workdir)
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12), np.uint8)).save(image)
+        Image.fromarray(noise(12, 12)).save(image)
         for tool in TOOLS:
             words = tool.format(image=image, out=self.folder / "out", work=workdir).split()
             status, said = run(*words, *([] if words[0] == "compare" else [f"--workdir={workdir}", "--trust"]))

@@ -4,10 +4,8 @@
 
 Each round is one run in a work directory of its own, by one of SETUPS. Its processes are disturbed one after the other
 until it ends: by kills, signals, full disks and damaged files. Then its parameters, records and results must be
-those of the undisturbed run. The verdict counts two faults, and the exit status is 1 if there is any:
-
-- lost: a run that cannot go on, or does not end
-- wrong: other parameters, records or results; a status or a message that a process must not have
+those of the undisturbed run. The exit status is 1 if there is a fault: a run that cannot go on or does not end, other
+parameters, records or results, or a status or a message that a process must not have.
 """
 
 import argparse
@@ -71,7 +69,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Fault(Exception):
-    """(kind, what happened): a run was lost, or something is wrong."""
+    """What happened to a run."""
 
 
 class Round:
@@ -170,9 +168,9 @@ class Round:
                 self.damage()
         statuses = [process.wait(2 * self.longest) for process in self.start()]
         if any(statuses):
-            raise Fault("lost", f"the last processes ended with {statuses}")
+            raise Fault(f"the last processes ended with {statuses}")
         if "Traceback" in self.said():
-            raise Fault("wrong", "a traceback")
+            raise Fault("a traceback")
 
     def happen(self) -> None:
         """Starts the processes of the run, and something happens to them."""
@@ -181,7 +179,7 @@ class Round:
         try:
             allowed = happening(started)
             if not wait_until(lambda: ended(started), self.longest):
-                raise Fault("lost", f"{happening.__name__}: the processes do not end")
+                raise Fault(f"{happening.__name__}: the processes do not end")
         finally:
             for process in started:
                 process.kill()
@@ -189,7 +187,7 @@ class Round:
         self.count[happening.__name__.replace("_", " ")] += 1
         statuses = {process.returncode for process in started}
         if not statuses <= {0, *allowed}:
-            raise Fault("wrong", f"{happening.__name__}: status {statuses}")
+            raise Fault(f"{happening.__name__}: status {statuses}")
 
 
 def of_the_others(started: list[subprocess.Popen]) -> set[int]:
@@ -240,7 +238,7 @@ def whole(folder: Path, setup: Setup) -> tuple[object, float]:
 
 def disturb(seconds: float, seed: int, folder: Path) -> int:
     """Rounds until the time is over; prints what happened; the number of rounds that went wrong."""
-    began, count, faults, number = time.monotonic(), collections.Counter[str](), collections.Counter[str](), 0
+    began, count, faults, number = time.monotonic(), collections.Counter[str](), 0, 0
     while time.monotonic() - began < seconds:
         setup, rng = SETUPS[number % len(SETUPS)], random.Random(f"{seed}/{number}")
         expected, took = whole(folder, setup)
@@ -249,18 +247,16 @@ def disturb(seconds: float, seed: int, folder: Path) -> int:
             try:
                 one.play()
                 if launched.outcome(one.workdir) != expected:
-                    raise Fault("wrong", "the parameters or the records are others")
+                    raise Fault("the parameters or the records are others")
                 count["rounds equal"] += 1
             except (Fault, subprocess.TimeoutExpired) as e:
-                kind, what = e.args if isinstance(e, Fault) else ("lost", e)
-                faults[kind] += 1
+                faults += 1
                 shutil.copytree(place, folder / f"wrong{number}")
-                print(f"{kind.upper()} ({setup.name}), kept in {folder}/wrong{number}: {what}", flush=True)
+                print(f"WRONG ({setup.name}), kept in {folder}/wrong{number}: {e}", flush=True)
         number += 1
         print(f"{time.monotonic() - began:.0f} s, round {number}: {dict(count)}", flush=True)
-    verdict = ", ".join(f"{faults[kind]} {kind}" for kind in ("lost", "wrong"))
-    print(f"{number} rounds in {time.monotonic() - began:.0f} s: {verdict}; {dict(sorted(count.items()))}")
-    return faults.total()
+    print(f"{number} rounds in {time.monotonic() - began:.0f} s: {faults} wrong; {dict(sorted(count.items()))}")
+    return faults
 
 
 if __name__ == "__main__":

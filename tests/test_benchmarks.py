@@ -270,6 +270,10 @@ def test_the_numbers_of_whole_runs_on_the_page_of_speed_are_those_of_their_log()
             cells[3:] = f"{log['cold'][name]['seconds']:.1f}", report.cell(report.spread(ratios), ".1f")
         rows.append(line(*cells))
     assert table_of(section) == rows
+    log = read_log("first_answer", section)
+    one, two, three, four = (statistics.median(log[k][n]) for n in ("predict", "serve") for k in ("warm", "cold"))
+    assert f"{one:.1f} s after the command `predict`, and {two:.1f} s with" in section
+    assert f"of `serve` {three:.1f} s and {four:.1f} s" in section
 
 
 def test_the_numbers_of_photographs_on_the_page_of_speed_are_those_of_their_log():

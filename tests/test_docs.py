@@ -289,6 +289,7 @@ FILLED = {"data.source", "data.train", "data.eval", "model", "preprocess", "prep
 FINETUNED = {"finetune_flowers": FILLED, "finetune_textures": FILLED | {"total"}, "finetune_digits": FILLED,
              "finetune_imagenette": FILLED | {"total", "schedule"}}  # fmt: skip
 OF_THE_COMMAND = FINETUNED | {
+    "probe": FILLED,
     **{name: {"data.source"} for name in ("faces", "mnist", "cifar10_airbench", "cifar10_airbench95", "cifar10_muon",
                                           "cifar100_muon")},
     "imagenette": {"data.source", "data.eval"},

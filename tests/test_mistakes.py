@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import flags
+from cases import flags, noise
 from flax import linen as nn
 from PIL import Image
 
@@ -305,12 +305,10 @@ def test_a_folder_of_data_is_no_work_directory(mistake, tmp_path):
 
 @pytest.mark.thorough
 def test_images_of_different_sizes(mistake, tmp_path):
-    rng = np.random.default_rng(0)
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(8):
-            pixels = rng.integers(0, 256, (16, 16 + i, 3), np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.jpg")
+            Image.fromarray(noise(16, 16 + i, 3)).save(tmp_path / "photos" / name / f"{i}.jpg")
     argv = (f"--config={ROOT}/configs/folder.py:{tmp_path / 'photos'}", f"--workdir={tmp_path / 'run'}",
             "--config.batch_size=8", "--config.preprocess_eval=decode(3)")  # fmt: skip
     assert has(
