@@ -30,7 +30,7 @@ class Variant:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-_JAX = ("jax", "jaxlib")
+_JAX, _LINEN = ("jax", "jaxlib"), ("flax", "optax", "jax", "jaxlib")
 _BACKENDS = {"tensorflow": ("tensorflow-cpu", "tensorflow"), "jax": _JAX, "torch": ("torch",)}
 
 # The placement of images affects only training, so inference is measured once per precision.
@@ -65,11 +65,10 @@ PEERS = {
         for engine, precision in (("onnxruntime", "float32"), ("openvino", "float32"), ("openvino", "bfloat16"))
     },
     **{
-        f"linen loop {precision}": Variant(
-            "peers.on_linen", {"precision": precision}, ("flax", "optax", *_JAX), "linen", precision
-        )
+        f"linen loop {precision}": Variant("peers.on_linen", {"precision": precision}, _LINEN, "linen", precision)
         for precision in ("float32", "bfloat16")
     },
+    "linen loop apart": Variant("peers.on_linen", {"apart": True}, _LINEN, "linen", modes=("infer",)),
 }  # fmt: skip
 
 PEAK = "matmul peak"

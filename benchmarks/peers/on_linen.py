@@ -12,6 +12,7 @@ from flax.training import train_state
 from networks import Network
 from variants import Measure, Prepare
 
+from imgclf_jax.core import internals
 from peers.linen_twins import Classifier
 
 _IN_FLIGHT = 16  # batches that the host may be ahead of the device
@@ -28,22 +29,22 @@ class TrainState(train_state.TrainState):
     batch_stats: Any
 
 
-def open_variant(network: Network, precision: str) -> Prepare:
-    """The loop, for training and for inference, with layers that compute in this precision."""
+def open_variant(network: Network, precision: str = "float32", apart: bool = False) -> Prepare:
+    """The loop with layers of this precision; `apart` keeps XLA from fusing matmuls, as this project does."""
+    if apart:
+        internals.keep_matmuls_apart()
 
     def prepare(examples: tuple[np.ndarray, np.ndarray], mode: str, batch_size: int) -> Measure:
         images, labels = examples[0].astype(np.float32) / 255, examples[1]
         model = Classifier(network.linen(jnp.dtype(precision)), network.classes)
         variables = jax.jit(model.init)(jax.random.key(0), images[:1])
-        state = TrainState.create(
-            apply_fn=model.apply, params=variables["params"], tx=optax.adam(1e-3),
-            batch_stats=variables.get("batch_stats", {}),
-        )  # fmt: skip
+        statistics = variables.get("batch_stats", {})
+        state = TrainState.create(apply_fn=model.apply, params=variables["params"], tx=optax.adam(1e-3),
+                                  batch_stats=statistics)  # fmt: skip
         if mode == "train":
             return _training(state, _batches(images, labels, batch_size), batch_size)
-        return _inference(
-            state, [images[i : i + batch_size] for i in range(0, len(images) - batch_size + 1, batch_size)]
-        )
+        starts = range(0, len(images) - batch_size + 1, batch_size)
+        return _inference(state, [images[i : i + batch_size] for i in starts])
 
     return prepare
 
