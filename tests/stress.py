@@ -75,11 +75,9 @@ class Fault(Exception):
 class Round:
     """One run: `rng` decides what happens to its processes. `count` counts what did."""
 
-    def __init__(
-        self, folder: Path, setup: Setup, rng: random.Random, count: collections.Counter, slowness: float = 1.0
-    ):
-        self.longest = LONGEST * slowness
-        self.heartbeat = round(HEARTBEAT * slowness)
+    def __init__(self, folder: Path, setup: Setup, rng: random.Random, count: collections.Counter, slow: float = 1.0):
+        self.longest = LONGEST * slow
+        self.heartbeat = round(HEARTBEAT * slow)
         self.setup, self.rng, self.count, self.folder = setup, rng, count, folder
         self.workdir = folder / "disk" / rng.choice(("plain", "a b", "é漢"))
         self.logs = [folder / f"run.log.{number}" for number in range(setup.processes)]

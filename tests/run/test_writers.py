@@ -81,9 +81,8 @@ def test_tensorboard_drops_the_steps_that_a_resumed_run_repeats(tmp_path):
         for step in steps:
             writer.write_scalars(step, {"train/loss": start + step})
         writer.close()
-    assert read_scalars(tmp_path / "tb") == {
-        (step, "train/loss"): x for step, x in [(5, 5), (10, 10), (12, 22), (15, 25)]
-    }
+    wanted = [(5, 5), (10, 10), (12, 22), (15, 25)]
+    assert read_scalars(tmp_path / "tb") == {(step, "train/loss"): x for step, x in wanted}
 
 
 def test_tensorboard_shows_images_and_hyperparameters(tmp_path):

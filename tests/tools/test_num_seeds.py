@@ -87,6 +87,6 @@ def test_every_replica_begins_from_the_weights(runs, name):
     state = programs.init_state(weights=pretrained.load(programs).taken)
     expected, _ = state_of(runs["5"])[1].evaluated
     for i in range(3):
-        jax.tree.map(
-            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-6), state.params, expected
-        )
+        own = jax.tree.leaves(jax.tree.map(lambda a, i=i: a[i], state.params))
+        for a, b in zip(own, jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)

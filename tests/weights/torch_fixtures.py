@@ -50,13 +50,9 @@ def _models() -> dict:
         "torchvision resnet basic": (ResNet(BasicBlock, [1, 2, 1, 1], 5), "resnet(18)", 64),
         "torchvision resnet bottleneck": (ResNet(Bottleneck, [1, 2, 1, 1], 5), "resnet(50)", 64),
         "torchvision convnext": (tv.ConvNeXt(blocks, num_classes=5), "convnext('T')", 64),
-        "timm convnext": (
-            ConvNeXt(num_classes=5, depths=(1, 2, 1, 1), dims=(8, 16, 24, 32)), "convnext('T')", 64
-        ),
+        "timm convnext": (ConvNeXt(num_classes=5, depths=(1, 2, 1, 1), dims=(8, 16, 24, 32)), "convnext('T')", 64),
         "torchvision vit": (tv.VisionTransformer(32, 8, 2, 3, 48, 192, num_classes=5), "vit('Ti', patch=8)", 32),
-        "timm vit": (
-            VisionTransformer(32, 8, num_classes=5, embed_dim=48, depth=2, num_heads=3), "vit('Ti', patch=8)", 32
-        ),
+        "timm vit": (VisionTransformer(32, 8, 3, 5, embed_dim=48, depth=2, num_heads=3), "vit('Ti', patch=8)", 32),
         "timm mixer": (MlpMixer(5, 32, patch_size=8, num_blocks=2, embed_dim=48), "mixer('S', patch=8)", 32),
         **_vits(),
     }  # fmt: skip

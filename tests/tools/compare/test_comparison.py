@@ -44,9 +44,7 @@ def write(tmp_path):
         accuracy = found["accuracy"]
         if done:
             (place / "result.json").write_text(json.dumps({"step": steps, "test": {"examples": 400, **found}}))
-        lines = [
-            {"step": step, "train/loss": 40.0 / step, "test/accuracy": accuracy * step / 10} for step in (1, 5, 10)
-        ]
+        lines = [{"step": step, "train/loss": 40 / step, "test/accuracy": accuracy * step / 10} for step in (1, 5, 10)]
         lines = lines if done else lines[:2]
         (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return place

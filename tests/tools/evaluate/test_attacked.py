@@ -150,9 +150,8 @@ def test_the_authors_programs(side, name, severity):
 @pytest.mark.parametrize("shape", [(8, 8, 1), (33, 45, 3), (90, 90, 3)], ids=str)
 def test_jpeg_is_that_of_pillow(shape):
     image = picture(shape[1], shape[2], height=shape[0])
-    for severity, quality in zip(
-        SEVERITIES, (25, 18, 15, 10, 7) if shape[0] > 84 else (80, 65, 58, 50, 40), strict=True
-    ):
+    qualities = (25, 18, 15, 10, 7) if shape[0] > 84 else (80, 65, 58, 50, 40)
+    for severity, quality in zip(SEVERITIES, qualities, strict=True):
         file = io.BytesIO()
         Image.fromarray(image.squeeze()).save(file, "JPEG", quality=quality)
         found = corrupt("jpeg_compression", severity, image, 0)

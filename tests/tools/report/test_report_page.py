@@ -19,9 +19,7 @@ def test_it_can_be_read_by_everyone(browser, trained, text, size, scheme):  # no
         found = Axe().run(page)["violations"]
         assert [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in found] == []
         assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-        sizes = page.evaluate(
-            "[...document.images].map((own) => [own.naturalWidth, own.clientWidth, own.clientHeight])"
-        )
+        sizes = page.evaluate("[...document.images].map((i) => [i.naturalWidth, i.clientWidth, i.clientHeight])")
         assert len(sizes) > 40
         assert all(natural and 40 < shown <= 128 and shown == high for natural, shown, high in sizes)
     assert said == []
