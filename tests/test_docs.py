@@ -358,6 +358,23 @@ def test_the_times_of_results_are_medians_of_the_bundles():
             assert numbers & {f"{extreme:.0f}", *minutes}, (name, extreme)
 
 
+def test_the_numbers_of_research_are_those_of_its_log():
+    """The log has the runs in the page's order, and in `shown` what the page says of each."""
+    runs = json.loads((ROOT / "docs" / "results" / "research.json").read_text())
+    default = Record.load(str(ROOT / "docs" / "results" / "digits-0.zip")).provenance
+    assert {(run["code"], run["git"]["changed"]) for run in runs.values()} == {(default["code"], False)}
+    page = re.sub(r"(?s)\n## FixMatch.*?(?=\n## )", "", TEXTS["research"])  # whose runs are of earlier code
+    shown = [(run, key) for run in runs.values() for key in run["shown"]]
+    for words in map(shlex.split, re.findall(r"^uv run (launch\.py --.*)$", page.partition("\n## ")[2], re.MULTILINE)):
+        assert runs[words[-1].removeprefix("runs/")]["command"] == words
+    scores = [(run["test"][key], run["test"][f"{key}_std"]) for run, key in shown if key != "seconds"]
+    texts = re.findall(r"(\d\.(\d+)) ± ([\d.]+)", page)
+    for (mean, deviation), (text, digits, spread) in zip(scores, texts, strict=True):
+        assert (text, spread) == (f"{mean:.{len(digits)}f}", f"{deviation:.{len(digits)}f}")
+    seconds = [f"{run['seconds']:.0f}" for run, key in shown if key == "seconds"]
+    assert re.findall(r"(?<=\| )(\d+) s(?= \|)", page) == seconds
+
+
 def test_the_printed_scores_of_the_default_run_are_its_bundles():
     scores = Record.load(str(ROOT / "docs" / "results" / "digits-0.zip")).result["test"]
     lines = re.findall(r"test: examples 360(  .*?)(?:`|$)", "\n".join(TEXTS.values()), re.MULTILINE)
